@@ -1,0 +1,65 @@
+"""Expert widths that make a mixture cost what the dense layer costs, routing and mixing counted."""
+
+import dataclasses
+
+from mixtura.config import Family, UserError
+from mixtura.planning.flops import flops_per_token, layer_flops
+from mixtura.planning.shapes import FeedForwardShape, ModelShape
+
+
+def match_intermediate_size(
+    family: Family,
+    *,
+    hidden_size: int,
+    dense_intermediate_size: int,
+    gated: bool,
+    num_experts: int,
+    top_k: int,
+    num_shared_experts: int,
+    group_size: int,
+    mixtures_per_expert: int,
+    combine: str,
+    sequence_length: int,
+    multiple_of: int = 4,
+) -> int:
+    """The width of one expert at which a token costs the FLOPs of the dense layer.
+
+    Solves layer_flops(width) = layer_flops(dense) and rounds to the nearest multiple of `multiple_of` (16 bytes of
+    float32, which GPU kernels want), at least one such multiple. `flops_ratio` says what the rounding left over.
+
+    Raises:
+        UserError: routing and mixing alone cost as much as the dense layer.
+    """
+    dense = FeedForwardShape(
+        family="dense", hidden_size=hidden_size, intermediate_size=dense_intermediate_size, gated=gated
+    )
+    if family == "dense":
+        return dense_intermediate_size
+    empty = FeedForwardShape(
+        family=family,
+        hidden_size=hidden_size,
+        intermediate_size=0,
+        gated=gated,
+        num_experts=num_experts,
+        top_k=top_k,
+        num_shared_experts=num_shared_experts,
+        group_size=sequence_length if family == "soft" else group_size,
+        mixtures_per_expert=mixtures_per_expert,
+        combine="separate" if combine == "separate" else "same",
+    )
+    budget, routing = layer_flops(dense), layer_flops(empty)
+    if routing >= budget:
+        raise UserError(
+            f"Routing and mixing of {family} with {num_experts} experts cost {routing:,.0f} FLOPs a token, but a dense "
+            f"layer of width {dense_intermediate_size} costs only {budget:,.0f}: "
+            f"use fewer experts or raise 'model.intermediate_size'."
+        )
+    # FLOPs are linear in the width.
+    per_unit = layer_flops(dataclasses.replace(empty, intermediate_size=1)) - routing
+    return max(1, round((budget - routing) / per_unit / multiple_of)) * multiple_of
+
+
+def flops_ratio(shape: ModelShape, *, baseline: ModelShape, sequence_length: int) -> float:
+    """Training FLOPs a token of a model relative to its baseline's: 1.0 is a perfect match."""
+    own = flops_per_token(shape, sequence_length=sequence_length)
+    return own / flops_per_token(baseline, sequence_length=sequence_length)

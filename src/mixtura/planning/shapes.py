@@ -1,0 +1,174 @@
+"""What the formulas of this package need to know about a model: nothing but sizes.
+
+`ModelShape` is structural: the Hugging Face configuration of `mixtura.models` has these attributes, and so may any
+plain dataclass. `feed_forward_shapes` turns it into one `FeedForwardShape` a layer, on which every formula stands.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast
+
+from mixtura.config import Family
+from mixtura.planning.capacity import capacity
+
+
+class ModelShape(Protocol):
+    """Sizes of a decoder, with the field names of the Hugging Face configuration."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        ...
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Decoder layers."""
+        ...
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads."""
+        ...
+
+    @property
+    def num_key_value_heads(self) -> int | None:
+        """Key and value heads; None is one for each query head."""
+        ...
+
+    @property
+    def head_dim(self) -> int | None:
+        """Width of one head; None is hidden_size / num_attention_heads."""
+        ...
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the dense layers."""
+        ...
+
+    @property
+    def moe_intermediate_size(self) -> int:
+        """Width of one expert, of shared experts too."""
+        ...
+
+    @property
+    def mlp_layer_types(self) -> Sequence[str] | None:
+        """Family of each layer; None is dense everywhere."""
+        ...
+
+    @property
+    def gated(self) -> bool:
+        """Whether feed-forward layers and experts have a gate projection."""
+        ...
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        ...
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Experts a token is sent to, or gets on average (expert choice)."""
+        ...
+
+    @property
+    def num_shared_experts(self) -> int:
+        """Experts that every token passes through (token choice)."""
+        ...
+
+    @property
+    def group_size(self) -> int:
+        """Tokens of a group (mixture of tokens, expert choice)."""
+        ...
+
+    @property
+    def mixtures_per_expert(self) -> int:
+        """C: mixtures or slots of an expert (mixture of tokens, soft)."""
+        ...
+
+    @property
+    def combine(self) -> str:
+        """Whether mixture of tokens has a second router."""
+        ...
+
+    @property
+    def layer_mix(self) -> bool:
+        """Whether the last hidden state is a blend of all layers'."""
+        ...
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the output head is the embedding table."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForwardShape:
+    """Sizes of one feed-forward layer."""
+
+    family: Family
+    hidden_size: int
+    intermediate_size: int
+    """Width of the layer (dense) or of one expert."""
+    gated: bool = False
+    num_experts: int = 1
+    top_k: int = 1
+    num_shared_experts: int = 0
+    group_size: int = 1
+    """Tokens that are mixed or compete: the group (mixture of tokens, expert choice), the sequence (soft)."""
+    mixtures_per_expert: int = 1
+    combine: Literal["same", "separate"] = "same"
+
+    @property
+    def num_projections(self) -> int:
+        """Matrices of one expert: up and down, and the gate if there is one."""
+        return 3 if self.gated else 2
+
+    @property
+    def shared_experts(self) -> int:
+        """Experts that every token passes through; only token choice has them."""
+        return self.num_shared_experts if self.family == "token_choice" else 0
+
+    @property
+    def rows_per_token(self) -> float:
+        """Routed expert rows one token pays for: each row is one pass through one expert.
+
+        An average where experts choose or mix. Token choice counts rows that a capacity drops as if they were kept.
+        """
+        if self.family == "dense":
+            return 1.0
+        if self.family == "token_choice":
+            return float(self.top_k)
+        if self.family == "expert_choice":
+            return self.num_experts * capacity(self.group_size, self.top_k, self.num_experts) / self.group_size
+        return self.num_experts * self.mixtures_per_expert / self.group_size
+
+
+def feed_forward_shapes(shape: ModelShape, *, sequence_length: int) -> list[FeedForwardShape]:
+    """The feed-forward layers of a model, from first to last, on sequences of `sequence_length` tokens."""
+    return [
+        FeedForwardShape(
+            family=cast(Family, family),
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size if family == "dense" else shape.moe_intermediate_size,
+            gated=shape.gated,
+            num_experts=shape.num_experts,
+            top_k=shape.num_experts_per_tok,
+            num_shared_experts=shape.num_shared_experts,
+            group_size=sequence_length if family == "soft" else shape.group_size,
+            mixtures_per_expert=shape.mixtures_per_expert,
+            combine=cast(Literal["same", "separate"], shape.combine),
+        )
+        for family in shape.mlp_layer_types or ["dense"] * shape.num_hidden_layers
+    ]
+
+
+def attention_widths(shape: ModelShape) -> tuple[int, int]:
+    """Columns of the query projection, and of the key projection: heads times the width of one."""
+    head_dim = shape.head_dim or shape.hidden_size // shape.num_attention_heads
+    key_value_heads = shape.num_key_value_heads or shape.num_attention_heads
+    return shape.num_attention_heads * head_dim, key_value_heads * head_dim
