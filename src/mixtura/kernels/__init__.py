@@ -1,0 +1,10 @@
+"""How the experts are computed: the reference (the definition) and the fast torch paths, with equal outputs and gradients.
+
+`layers` calls the functions named here and nothing else; which implementation runs is decided here, by device and dtype.
+"""
+
+from mixtura.kernels.dense import batched_ffn as batched_ffn
+from mixtura.kernels.dense import mix as mix
+from mixtura.kernels.dense import scaled_ffn as scaled_ffn
+from mixtura.kernels.dense import spread as spread
+from mixtura.kernels.sparse import sparse_ffn as sparse_ffn

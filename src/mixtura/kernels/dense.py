@@ -1,0 +1,71 @@
+"""Fast torch paths for dense routing: mixing and spreading as batched matrix products, experts as one batched product.
+
+Definitions: `reference.py`, whose shape letters hold here too.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mixtura.kernels.activation import activate, activate_backward
+from mixtura.kernels.precision import at_autocast_dtype
+
+
+def batched_ffn(x_ERD: Tensor, up_EHD: Tensor, down_EDF: Tensor, activation: str, gated: bool) -> Tensor:
+    """(E, R, D) -> (E, R, D): expert e on its own R rows."""
+    return _BatchedFFN.apply(*at_autocast_dtype(x_ERD, up_EHD, down_EDF), activation, gated)
+
+
+class _BatchedFFN(torch.autograd.Function):
+    """Keeps the first projection only, and writes the weights' gradients in the layout of the weights.
+
+    Autograd of the plain products would keep the activated rows too, and hand back transposed gradients that are copied
+    once more, which costs a fifth of the layer's time where experts are many and rows few.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_ERD: Tensor, up_EHD: Tensor, down_EDF: Tensor, activation: str, gated: bool) -> Tensor:
+        u_ERH = torch.bmm(x_ERD, up_EHD.transpose(1, 2))
+        ctx.save_for_backward(x_ERD, up_EHD, down_EDF, u_ERH)
+        ctx.settings = (activation, gated)
+        return torch.bmm(activate(u_ERH, activation, gated), down_EDF.transpose(1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ERD: Tensor) -> tuple[Tensor | None, ...]:
+        x_ERD, up_EHD, down_EDF, u_ERH = ctx.saved_tensors
+        grad_down_EDF = torch.bmm(grad_ERD.transpose(1, 2), activate(u_ERH, *ctx.settings))
+        grad_u_ERH = activate_backward(torch.bmm(grad_ERD, down_EDF), u_ERH, *ctx.settings)
+        grad_up_EHD = torch.bmm(grad_u_ERH.transpose(1, 2), x_ERD)
+        return torch.bmm(grad_u_ERH, up_EHD), grad_up_EHD, grad_down_EDF, None, None
+
+
+def scaled_ffn(
+    x_TD: Tensor, scale_TE: Tensor, up_EHD: Tensor, down_EDF: Tensor, weight_TE: Tensor, activation: str, gated: bool
+) -> Tensor:
+    """(T, D) -> (T, D): out = sum_e weight_e * f_e(scale_e * x), every expert on every token.
+
+    The projections are linear, so f_e(s x) needs no scaled copy of x: one product with all experts' rows stacked, a
+    scale in between, and one product back.
+    """
+    num_experts, width, hidden = up_EHD.shape
+    u_TEH = (x_TD @ up_EHD.reshape(num_experts * width, hidden).T).unflatten(-1, (num_experts, width))
+    h_TEF = activate(u_TEH * scale_TE.unsqueeze(-1), activation, gated) * weight_TE.unsqueeze(-1)
+    return h_TEF.flatten(1) @ down_EDF.transpose(1, 2).reshape(-1, hidden)
+
+
+def mix(x_NGD: Tensor, dispatch_NGEC: Tensor) -> Tensor:
+    """(N, G, D) tokens, (N, G, E, C) weights -> (E, N*C, D) mixtures: sum over the group of weight * token."""
+    num_groups, _, num_experts, num_slots = dispatch_NGEC.shape
+    z_NSD = torch.bmm(dispatch_NGEC.flatten(2).transpose(1, 2), x_NGD)
+    z_NECD = z_NSD.unflatten(1, (num_experts, num_slots))
+    return z_NECD.transpose(0, 1).reshape(num_experts, num_groups * num_slots, -1)
+
+
+def spread(y_ERD: Tensor, combine_NGEC: Tensor) -> Tensor:
+    """(E, N*C, D) expert outputs, (N, G, E, C) weights -> (N, G, D): every token's weighted sum of the outputs."""
+    num_groups, _, _, num_slots = combine_NGEC.shape
+    y_NECD = y_ERD.unflatten(1, (num_groups, num_slots)).transpose(0, 1)
+    return torch.bmm(combine_NGEC.flatten(2), y_NECD.flatten(1, 2))

@@ -1,0 +1,225 @@
+"""Fast torch paths for sparse routing: each expert on its own rows, without padding and without a copy of the weights.
+
+On the CPU one expert is finished before the next begins, so its rows stay in cache, and the gradients of all experts are
+written into one tensor (indexing a stacked weight under autograd would allocate a full zero gradient for every expert).
+Only the first projection is kept for the backward pass. On a GPU torch's grouped GEMM runs, with no host synchronisation.
+
+Shapes: T tokens, R routed rows sorted by expert, E experts, D hidden, F expert width, H = 2F when gated else F.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from mixtura.kernels.activation import activate, activate_backward
+from mixtura.kernels.precision import at_autocast_dtype
+
+
+def sparse_ffn(
+    x_TD: Tensor,
+    token_R: Tensor,
+    weight_R: Tensor,
+    tokens_per_expert_E: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """(T, D) -> (T, D): out[t] = sum over the rows r with token_R[r] = t of weight_R[r] * expert(r)(x[t]).
+
+    Rows are sorted by expert, and an expert has a token at most once. Definition: `reference.sparse_ffn`.
+    """
+    x_TD, up_EHD, down_EDF = at_autocast_dtype(x_TD, up_EHD, down_EDF)
+    weight_R = weight_R.to(x_TD.dtype)
+    arguments = (x_TD, token_R, weight_R, tokens_per_expert_E, up_EHD, down_EDF, activation, gated)
+    if torch.compiler.is_compiling():
+        return torch.ops.mixtura.sparse_ffn(*arguments)[0]
+    if x_TD.is_cuda and _grouped_mm_takes(x_TD, up_EHD, down_EDF):
+        return _grouped(*arguments)
+    return _ExpertLoop.apply(*arguments)
+
+
+def _grouped_mm_takes(x_TD: Tensor, up_EHD: Tensor, down_EDF: Tensor) -> bool:
+    """Whether torch's grouped GEMM accepts these operands: no float64, rows aligned to 16 bytes."""
+    aligned = all(t.stride(-2) * t.element_size() % 16 == 0 for t in (x_TD, up_EHD, down_EDF))
+    return aligned and x_TD.dtype in (torch.bfloat16, torch.float16) and up_EHD.dtype == x_TD.dtype
+
+
+def _grouped(
+    x_TD: Tensor,
+    token_R: Tensor,
+    weight_R: Tensor,
+    tokens_per_expert_E: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    ends_E = tokens_per_expert_E.cumsum(0).to(torch.int32)
+    u_RH = F.grouped_mm(x_TD[token_R], up_EHD.transpose(1, 2), offs=ends_E)
+    y_RD = F.grouped_mm(activate(u_RH, activation, gated), down_EDF.transpose(1, 2), offs=ends_E)
+    return torch.zeros_like(x_TD).index_add(0, token_R, y_RD * weight_R.unsqueeze(-1))
+
+
+def _forward(
+    x_TD: Tensor,
+    token_R: Tensor,
+    weight_R: Tensor,
+    counts: list[int],
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output (T, D) and the first projection (R, H), which the backward pass needs."""
+    out_TD = torch.zeros_like(x_TD)
+    u_RH = x_TD.new_empty(len(token_R), up_EHD.size(1))
+    start = 0
+    for expert, count in enumerate(counts):
+        if count == 0:
+            continue
+        rows = slice(start, start + count)
+        start += count
+        u_rH = torch.mm(x_TD.index_select(0, token_R[rows]), up_EHD[expert].T, out=u_RH[rows])
+        h_rF = activate(u_rH, activation, gated).mul_(weight_R[rows].unsqueeze(-1))
+        out_TD.index_add_(0, token_R[rows], h_rF @ down_EDF[expert].T)
+    return out_TD, u_RH
+
+
+def _backward(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    token_R: Tensor,
+    weight_R: Tensor,
+    counts: list[int],
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    u_RH: Tensor,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (T, D), weight (R,), up (E, H, D) and down (E, D, F)."""
+    grad_x_TD = torch.zeros_like(x_TD)
+    grad_weight_R = torch.empty_like(weight_R)
+    grad_up_EHD, grad_down_EDF = torch.empty_like(up_EHD), torch.empty_like(down_EDF)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count == 0:
+            grad_up_EHD[expert].zero_()
+            grad_down_EDF[expert].zero_()
+            continue
+        rows = slice(start, start + count)
+        start += count
+        weight_r1 = weight_R[rows].unsqueeze(-1)
+        grad_y_rD = grad_TD.index_select(0, token_R[rows])
+        h_rF = activate(u_RH[rows], activation, gated)
+        # y = h @ down.T, so <grad_y, y> = <grad_y @ down, h>: the weight's gradient needs no second copy of y.
+        grad_h_rF = grad_y_rD @ down_EDF[expert]
+        grad_weight_R[rows] = (grad_h_rF * h_rF).sum(-1)
+        torch.mm(grad_y_rD.T, h_rF.mul_(weight_r1), out=grad_down_EDF[expert])
+        grad_u_rH = activate_backward(grad_h_rF.mul_(weight_r1), u_RH[rows], activation, gated)
+        torch.mm(grad_u_rH.T, x_TD.index_select(0, token_R[rows]), out=grad_up_EHD[expert])
+        grad_x_TD.index_add_(0, token_R[rows], grad_u_rH @ up_EHD[expert])
+    return grad_x_TD, grad_weight_R, grad_up_EHD, grad_down_EDF
+
+
+class _ExpertLoop(torch.autograd.Function):
+    """`_forward` and `_backward` tied together for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x_TD, token_R, weight_R, tokens_per_expert_E, up_EHD, down_EDF, activation, gated = arguments
+        counts = tokens_per_expert_E.tolist()
+        out_TD, u_RH = _forward(x_TD, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated)
+        ctx.save_for_backward(x_TD, token_R, weight_R, up_EHD, down_EDF, u_RH)
+        ctx.settings = (counts, activation, gated)
+        return out_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, token_R, weight_R, up_EHD, down_EDF, u_RH = ctx.saved_tensors
+        counts, activation, gated = ctx.settings
+        grads = _backward(
+            grad_TD.contiguous(), x_TD, token_R, weight_R, counts, up_EHD, down_EDF, u_RH, activation, gated
+        )
+        return grads[0], None, grads[1], None, grads[2], grads[3], None, None
+
+
+# torch.compile cannot trace a loop whose bounds are data, so it sees the two passes as opaque operators.
+@torch.library.custom_op("mixtura::sparse_ffn", mutates_args=())
+def _sparse_ffn_op(
+    x_TD: Tensor,
+    token_R: Tensor,
+    weight_R: Tensor,
+    tokens_per_expert_E: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
+    return _forward(x_TD, token_R, weight_R, tokens_per_expert_E.tolist(), up_EHD, down_EDF, activation, gated)
+
+
+@_sparse_ffn_op.register_fake
+def _(
+    x_TD: Tensor,
+    token_R: Tensor,
+    weight_R: Tensor,
+    tokens_per_expert_E: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x_TD), x_TD.new_empty(token_R.size(0), up_EHD.size(1))
+
+
+@torch.library.custom_op("mixtura::sparse_ffn_backward", mutates_args=())
+def _sparse_ffn_backward_op(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    token_R: Tensor,
+    weight_R: Tensor,
+    tokens_per_expert_E: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    u_RH: Tensor,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    counts = tokens_per_expert_E.tolist()
+    return _backward(grad_TD, x_TD, token_R, weight_R, counts, up_EHD, down_EDF, u_RH, activation, gated)
+
+
+@_sparse_ffn_backward_op.register_fake
+def _(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    token_R: Tensor,
+    weight_R: Tensor,
+    tokens_per_expert_E: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    u_RH: Tensor,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x_TD), torch.empty_like(weight_R), torch.empty_like(up_EHD), torch.empty_like(down_EDF)
+
+
+def _save_for_op(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, activation, gated = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.settings = (activation, gated)
+
+
+def _op_backward(ctx: Any, grad_TD: Tensor, _grad_u: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.mixtura.sparse_ffn_backward(grad_TD.contiguous(), *ctx.saved_tensors, *ctx.settings)
+    return grads[0], None, grads[1], None, grads[2], grads[3], None, None
+
+
+_sparse_ffn_op.register_autograd(_op_backward, setup_context=_save_for_op)

@@ -1,0 +1,13 @@
+"""Feed-forward layers of every family. They need torch alone, so a layer drops into anyone's model."""
+
+from mixtura.layers.dense import DenseFFN as DenseFFN
+from mixtura.layers.expert_choice import ExpertChoiceMoE as ExpertChoiceMoE
+from mixtura.layers.experts import Experts as Experts
+from mixtura.layers.feed_forward import FeedForward as FeedForward
+from mixtura.layers.layer_mix import LayerMix as LayerMix
+from mixtura.layers.mixture_of_tokens import MixtureOfTokens as MixtureOfTokens
+from mixtura.layers.routing import DenseRouting as DenseRouting
+from mixtura.layers.routing import RoutingStats as RoutingStats
+from mixtura.layers.routing import SparseRouting as SparseRouting
+from mixtura.layers.soft import SoftMoE as SoftMoE
+from mixtura.layers.token_choice import TokenChoiceMoE as TokenChoiceMoE

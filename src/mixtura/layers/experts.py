@@ -1,0 +1,61 @@
+"""The experts of every family: two stacked weight tensors in Hugging Face's layout, without biases.
+
+Shapes: E experts, D hidden, F expert width, R rows.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mixtura import kernels
+from mixtura.kernels.activation import check_activation
+
+
+class Experts(nn.Module):
+    """E feed-forward networks f_e(x) = down_e(act(up_e(x))), gated when `gated`.
+
+    Parameters are `gate_up_proj` (E, 2F, D) when gated, else `up_proj` (E, F, D), and `down_proj` (E, D, F): the same in
+    every family, so that converting between families touches the router alone.
+    """
+
+    def __init__(
+        self, hidden_size: int, *, intermediate_size: int, num_experts: int, activation: str = "relu", gated: bool = False
+    ) -> None:
+        """Args are widths and counts; raises ValueError for an unknown activation or a size below one."""
+        super().__init__()
+        check_activation(activation)
+        for name, value in (("num_experts", num_experts), ("intermediate_size", intermediate_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1.")
+        self.hidden_size, self.intermediate_size, self.num_experts = hidden_size, intermediate_size, num_experts
+        self.activation, self.gated = activation, gated
+        width = 2 * intermediate_size if gated else intermediate_size
+        up = nn.Parameter(torch.empty(num_experts, width, hidden_size))
+        self.register_parameter("gate_up_proj" if gated else "up_proj", up)
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.reset_parameters()
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The first (E, F or 2F, D) and second (E, D, F) projections."""
+        return self.gate_up_proj if self.gated else self.up_proj, self.down_proj
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draws every weight from a normal distribution."""
+        for weight in self.weights:
+            nn.init.normal_(weight, std=std)
+
+    def batched(self, x_ERD: Tensor) -> Tensor:
+        """(E, R, D) -> (E, R, D): expert e on its own R rows."""
+        return kernels.batched_ffn(x_ERD, *self.weights, self.activation, self.gated)
+
+    def all_on_each(self, x_TD: Tensor, scale_TE: Tensor, weight_TE: Tensor) -> Tensor:
+        """(T, D) -> (T, D): sum over all experts of weight_e * f_e(scale_e * x)."""
+        up_EHD, down_EDF = self.weights
+        return kernels.scaled_ffn(x_TD, scale_TE, up_EHD, down_EDF, weight_TE, self.activation, self.gated)
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, activation={self.activation}, gated={self.gated}"
+        )

@@ -1,0 +1,227 @@
+"""Mixture of Tokens: every expert processes mixtures of the tokens of a group, and spreads its outputs back.
+
+Antoniak et al., arXiv 2310.15961, section 3. A group holds tokens at the same position of different examples, so nothing
+leaks within a sequence, every step is differentiable and the load is even by construction; a token's output does depend
+on its group. Deployed, a token has no group: see `inference_mode`.
+
+Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, C mixtures an expert has in a group, S = E*C,
+N groups, G tokens of a group.
+"""
+
+import math
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mixtura.layers.experts import Experts
+from mixtura.layers.feed_forward import FeedForward
+from mixtura.layers.routing import (
+    DenseRouting,
+    RoutingStats,
+    SparseRouting,
+    dense_experts,
+    from_groups,
+    normalized_entropy,
+    order_by_expert,
+    router_logits,
+    sparse_experts,
+    to_groups,
+)
+
+
+class MixtureOfTokens(FeedForward):
+    """Mixture of tokens, as trained (in groups) and as deployed (token by token)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        intermediate_size: int,
+        num_experts: int,
+        group_size: int,
+        mixtures_per_expert: int = 1,
+        group_over: Literal["batch", "sequence"] = "batch",
+        temperature: float = 1.0,
+        combine: Literal["same", "separate"] = "same",
+        activation: str = "relu",
+        gated: bool = False,
+        inference_mode: Literal["group", "alone"] = "alone",
+        alone_top_k: int | None = None,
+    ) -> None:
+        """Builds the layer.
+
+        Args:
+            hidden_size: D.
+            intermediate_size: F, the width of one expert.
+            num_experts: E.
+            group_size: G, tokens mixed together; E * F * C / G is the dense width of equal cost.
+            mixtures_per_expert: C, mixtures an expert processes for each group, with a router column each.
+            group_over: groups of consecutive examples at one position, or of consecutive positions (encoders only).
+            temperature: divides the router's logits.
+            combine: spread outputs with the dispatch weights, as in the paper, or with those of a second router.
+            activation: "relu", "gelu" or "silu".
+            gated: gated experts.
+            inference_mode: how eval() runs: "group" as trained, or "alone", each token as if the rest of its group were
+                zero, which depends on nothing but the token. train() always uses groups.
+            alone_top_k: mixtures that `alone` runs for a token, those of the largest weights; None runs all.
+
+        Raises:
+            ValueError: a setting makes no sense; the message names the fix.
+        """
+        super().__init__()
+        if group_size < 2:
+            raise ValueError(f"group_size is {group_size}: a group needs at least 2 tokens.")
+        if mixtures_per_expert < 1:
+            raise ValueError(f"mixtures_per_expert is {mixtures_per_expert}: it must be at least 1.")
+        if temperature <= 0:
+            raise ValueError(f"temperature is {temperature}: it must be greater than zero.")
+        for name, value, known in (
+            ("group_over", group_over, ("batch", "sequence")),
+            ("combine", combine, ("same", "separate")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}: it must be {' or '.join(known)}.")
+        self.num_experts, self.group_size, self.mixtures_per_expert = num_experts, group_size, mixtures_per_expert
+        self.group_over, self.temperature = group_over, temperature
+        self.set_inference_mode(inference_mode, top_k=alone_top_k)
+        self.gate = nn.Linear(hidden_size, num_experts * mixtures_per_expert, bias=False)
+        self.combine_gate = None
+        if combine == "separate":
+            self.combine_gate = nn.Linear(hidden_size, num_experts * mixtures_per_expert, bias=False)
+        self.experts = Experts(
+            hidden_size,
+            intermediate_size=intermediate_size,
+            num_experts=num_experts,
+            activation=activation,
+            gated=gated,
+        )
+
+    def set_inference_mode(self, mode: Literal["group", "alone"], *, top_k: int | None = None) -> None:
+        """Sets how eval() runs; `top_k` limits the mixtures that `alone` runs for a token."""
+        if mode not in ("group", "alone"):
+            raise ValueError(f"inference_mode is {mode!r}: it must be group or alone.")
+        if top_k is not None and not 1 <= top_k <= self.num_experts * self.mixtures_per_expert:
+            raise ValueError(
+                f"alone_top_k is {top_k}: it must lie between 1 and {self.num_experts * self.mixtures_per_expert}, "
+                "the number of mixtures, or be None for all."
+            )
+        self.inference_mode, self.alone_top_k = mode, top_k
+
+    def route_and_run(
+        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """(B, L, D) -> (B, L, D) in groups or alone; padding counts as zeros, as if it were not there."""
+        if not self.training and self.inference_mode == "alone":
+            return self._run_alone(x_BLD, mask_BL, want_stats)
+        return self._run_groups(x_BLD, mask_BL, want_stats)
+
+    def _run_groups(
+        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
+    ) -> tuple[Tensor, RoutingStats | None]:
+        batch, length, _ = x_BLD.shape
+        self._warn_partial_group(batch if self.group_over == "batch" else length)
+        if mask_BL is not None:
+            x_BLD = x_BLD * mask_BL.unsqueeze(-1).to(x_BLD.dtype)
+        x_NGD = to_groups(x_BLD, self.group_size, self.group_over)
+        logits_NGS, weight_NGS = self._group_weights(x_NGD, self.gate.weight)
+        shape = (self.num_experts, self.mixtures_per_expert)
+        dispatch_NGEC = weight_NGS.to(x_NGD.dtype).unflatten(-1, shape)
+        combine_NGEC = dispatch_NGEC
+        if self.combine_gate is not None:
+            combine_NGS = self._group_weights(x_NGD, self.combine_gate.weight)[1]
+            combine_NGEC = combine_NGS.to(x_NGD.dtype).unflatten(-1, shape)
+        y_NGD = dense_experts(self.experts, x_NGD, DenseRouting(dispatch_NGEC, combine_NGEC))
+        stats = self._stats(logits_NGS, weight_NGS) if want_stats else None
+        return from_groups(y_NGD, batch, length, self.group_over), stats
+
+    def _group_weights(self, x_NGD: Tensor, weight_SD: Tensor) -> tuple[Tensor, Tensor]:
+        """Router logits (N, G, S) and their softmax over the tokens of the group."""
+        logits_NGS = router_logits(x_NGD, weight_SD) / self.temperature
+        return logits_NGS, logits_NGS.softmax(1)
+
+    def _warn_partial_group(self, tokens: int) -> None:
+        if tokens % self.group_size:
+            axis = "examples" if self.group_over == "batch" else "positions"
+            warnings.warn(
+                f"{tokens} {axis} are no multiple of the group size {self.group_size}: the last group has "
+                f"{tokens % self.group_size} tokens, and the rest of it counts as zero tokens.",
+                stacklevel=5,
+            )
+
+    def _run_alone(
+        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """Each token in a group whose other members are zero, exactly: sum over mixtures of m * f_e(m * x).
+
+        A zero token has logit 0, so the softmax of a group with logit l and G - 1 zeros is sigmoid(l - ln(G - 1)); the
+        zeros add nothing to the mixture, and what is spread back to them is not looked at.
+        """
+        x_TD = x_BLD.flatten(0, 1)
+        logits_TS, scale_TS = self._alone_weights(x_TD, self.gate.weight)
+        weight_TS = scale_TS
+        if self.combine_gate is not None:
+            weight_TS = self._alone_weights(x_TD, self.combine_gate.weight)[1]
+        if self.alone_top_k is None:
+            y_TD, used_TS = self._alone_all(x_TD, scale_TS, weight_TS), scale_TS * weight_TS
+        else:
+            y_TD, used_TS = self._alone_top_k(x_TD, scale_TS, weight_TS, self.alone_top_k)
+        stats = None
+        if want_stats:
+            real_T = slice(None) if mask_BL is None else mask_BL.flatten().bool()
+            stats = self._alone_stats(logits_TS[real_T], used_TS[real_T])
+        return y_TD.view(x_BLD.shape), stats
+
+    def _alone_weights(self, x_TD: Tensor, weight_SD: Tensor) -> tuple[Tensor, Tensor]:
+        logits_TS = router_logits(x_TD, weight_SD) / self.temperature
+        return logits_TS, torch.sigmoid(logits_TS - math.log(self.group_size - 1)).to(x_TD.dtype)
+
+    def _alone_all(self, x_TD: Tensor, scale_TS: Tensor, weight_TS: Tensor) -> Tensor:
+        shape = (self.num_experts, self.mixtures_per_expert)
+        scale_TEC, weight_TEC = scale_TS.unflatten(-1, shape), weight_TS.unflatten(-1, shape)
+        parts = [
+            self.experts.all_on_each(x_TD, scale_TEC[..., c], weight_TEC[..., c])
+            for c in range(self.mixtures_per_expert)
+        ]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+    def _alone_top_k(self, x_TD: Tensor, scale_TS: Tensor, weight_TS: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """Runs only the `top_k` mixtures of the largest weights; also the mask (T, S) of those that ran."""
+        chosen_TK = (scale_TS * weight_TS).topk(top_k, dim=-1).indices
+        used_TS = torch.zeros_like(scale_TS).scatter(1, chosen_TK, 1.0)
+        order_R, rows_E = order_by_expert(chosen_TK // self.mixtures_per_expert, self.num_experts)
+        token_R = order_R // top_k
+        # The experts see scaled tokens, so every row is a token of its own until it is added back.
+        rows_RD = x_TD[token_R] * scale_TS.gather(1, chosen_TK).flatten()[order_R].unsqueeze(-1)
+        own_R = torch.arange(len(rows_RD), device=x_TD.device)
+        weight_R = weight_TS.gather(1, chosen_TK).flatten()[order_R]
+        y_RD = sparse_experts(self.experts, rows_RD, SparseRouting(own_R, weight_R, rows_E))
+        return torch.zeros_like(x_TD).index_add(0, token_R, y_RD), used_TS
+
+    def _stats(self, logits_NGS: Tensor, weight_NGS: Tensor) -> RoutingStats:
+        """Statistics of a batch in groups: every expert gets the same load, whatever the router does."""
+        tokens = logits_NGS.new_tensor(float(logits_NGS[..., 0].numel()))
+        load_E = weight_NGS.detach().float().sum((0, 1)).unflatten(-1, (self.num_experts, -1)).sum(-1)
+        return RoutingStats(
+            tokens_per_expert_E=load_E,
+            importance_E=load_E / load_E.sum(),
+            router_z_loss=torch.logsumexp(logits_NGS, -1).square().mean(),
+            dropped_tokens=torch.zeros_like(tokens),
+            routed_rows=tokens,
+            entropy=normalized_entropy(weight_NGS, dim=1),
+        )
+
+    def _alone_stats(self, logits_TS: Tensor, used_TS: Tensor) -> RoutingStats:
+        """Statistics of deployed tokens: rows an expert ran with top_k, or the sum of its weights without."""
+        used_TE = used_TS.detach().float().unflatten(-1, (self.num_experts, -1)).sum(-1)
+        load_E = used_TE.sum(0)
+        tokens = load_E.new_tensor(float(len(logits_TS)))
+        return RoutingStats(
+            tokens_per_expert_E=load_E,
+            importance_E=load_E / load_E.sum().clamp_min(1e-30),
+            router_z_loss=torch.logsumexp(logits_TS, -1).square().mean(),
+            dropped_tokens=torch.zeros_like(tokens),
+            routed_rows=tokens,
+            entropy=normalized_entropy(used_TE / used_TE.sum(-1, keepdim=True).clamp_min(1e-30), dim=-1),
+        )

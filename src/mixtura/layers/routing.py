@@ -1,0 +1,111 @@
+"""The routing contract: what every family's router hands to the experts, and what it reports about itself.
+
+A family is route -> dispatch -> experts -> combine and differs only in route. Sparse routings gather rows, dense
+routings take weighted sums; `sparse_experts` and `dense_experts` are the rest of the layer for each kind.
+
+Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, K top_k, R routed rows, N groups, G tokens of a group,
+C mixtures (slots) an expert has in a group.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixtura import kernels
+from mixtura.layers.experts import Experts
+
+
+class SparseRouting(NamedTuple):
+    """Which tokens each expert takes: rows sorted by expert, each a token's index and the weight of its output."""
+
+    token_R: Tensor
+    weight_R: Tensor
+    tokens_per_expert_E: Tensor
+
+
+class DenseRouting(NamedTuple):
+    """The weights that mix a group's tokens into the experts' slots, and those that spread the outputs back."""
+
+    dispatch_NGEC: Tensor
+    combine_NGEC: Tensor
+
+
+class RoutingStats(NamedTuple):
+    """What a router did with one batch. Only `importance_E` and `router_z_loss` carry gradients."""
+
+    tokens_per_expert_E: Tensor
+    """(E,) float32: rows an expert was given, before any is dropped; for dense routings, the sum of its weights."""
+    importance_E: Tensor
+    """(E,) float32: mean router probability of each expert."""
+    router_z_loss: Tensor
+    """Mean squared log-sum-exp of the router logits (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    dropped_tokens: Tensor
+    """Rows thrown away for capacity, or tokens that no expert took."""
+    routed_rows: Tensor
+    """Rows that were to be routed: tokens * top_k for token choice, tokens otherwise."""
+    entropy: Tensor
+    """Entropy of the router's weights as a share of its maximum: 1 is undecided, 0 is one-hot."""
+
+
+def router_logits(x: Tensor, weight_ED: Tensor) -> Tensor:
+    """(..., D) -> (..., E) in float32 or wider, whatever autocast says: in bfloat16 near-ties change the choice."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.nn.functional.linear(x.to(dtype), weight_ED.to(dtype))
+
+
+def sparse_experts(experts: Experts, x_TD: Tensor, routing: SparseRouting) -> Tensor:
+    """(T, D) -> (T, D): gather, experts, weighted scatter. A token with no row gets zeros."""
+    return kernels.sparse_ffn(x_TD, *routing, *experts.weights, experts.activation, experts.gated)
+
+
+def dense_experts(experts: Experts, x_NGD: Tensor, routing: DenseRouting) -> Tensor:
+    """(N, G, D) -> (N, G, D): mix, experts on the mixtures, spread."""
+    z_ERD = kernels.mix(x_NGD, routing.dispatch_NGEC)
+    return kernels.spread(experts.batched(z_ERD), routing.combine_NGEC)
+
+
+def order_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The order (R,) that sorts each token's K choices, flattened, by expert, and the rows of every expert (E,)."""
+    expert_R = expert_TK.flatten()
+    # Not bincount: its output size depends on the data, which torch.compile cannot follow.
+    rows_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_R.device)
+    return expert_R.argsort(stable=True), rows_E.scatter_add(0, expert_R, torch.ones_like(expert_R))
+
+
+def sort_by_expert(expert_TK: Tensor, weight_TK: Tensor, num_experts: int) -> SparseRouting:
+    """Turns each token's chosen experts (T, K) into rows sorted by expert, tokens in order within an expert."""
+    order_R, tokens_per_expert_E = order_by_expert(expert_TK, num_experts)
+    return SparseRouting(order_R // expert_TK.size(1), weight_TK.flatten()[order_R], tokens_per_expert_E)
+
+
+def to_groups(x_BLD: Tensor, group_size: int, group_over: str) -> Tensor:
+    """(B, L, D) -> (N, G, D): groups of consecutive examples at one position, or of consecutive positions.
+
+    A last group that is not full is filled with zeros, which is exact: see `MixtureOfTokens`.
+    """
+    if group_over == "batch":
+        x_BLD = x_BLD.transpose(0, 1)
+    x_OID = x_BLD  # outer axis O, inner axis I: the one that is cut into groups
+    missing = -x_OID.size(1) % group_size
+    if missing:
+        x_OID = torch.nn.functional.pad(x_OID, (0, 0, 0, missing))
+    return x_OID.reshape(-1, group_size, x_OID.size(-1))
+
+
+def from_groups(y_NGD: Tensor, batch_size: int, length: int, group_over: str) -> Tensor:
+    """Undoes `to_groups`: (N, G, D) -> (B, L, D)."""
+    outer, inner = (length, batch_size) if group_over == "batch" else (batch_size, length)
+    y_OID = y_NGD.reshape(outer, -1, y_NGD.size(-1))[:, :inner]
+    return y_OID.transpose(0, 1) if group_over == "batch" else y_OID
+
+
+def normalized_entropy(probs: Tensor, dim: int) -> Tensor:
+    """Mean entropy of the distributions along `dim`, as a share of the uniform distribution's; no gradient."""
+    probs = probs.detach().float()
+    size = probs.size(dim)
+    if size == 1:
+        return probs.new_zeros(())
+    entropy = -(probs * probs.clamp_min(1e-30).log()).sum(dim).mean()
+    return entropy / torch.log(torch.tensor(float(size), device=probs.device))

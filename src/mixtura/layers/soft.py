@@ -1,0 +1,73 @@
+"""Soft MoE: every expert slot is a mixture of all tokens of one sequence, for encoders only.
+
+Puigcerver et al., arXiv 2308.00951, algorithm 1 and section 2.3 (normalised router). It sees the whole sequence, so in a
+causal model it leaks the future.
+
+Shapes: B batch, L length, D hidden, E experts, C slots of an expert, S = E*C.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixtura.layers.experts import Experts
+from mixtura.layers.feed_forward import FeedForward
+from mixtura.layers.routing import DenseRouting, RoutingStats, dense_experts, normalized_entropy
+
+
+class SoftMoE(FeedForward):
+    """Mixture of experts by weighted averages over one sequence."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        intermediate_size: int,
+        num_experts: int,
+        num_slots: int = 1,
+        activation: str = "relu",
+        gated: bool = False,
+    ) -> None:
+        """Builds the layer with `num_slots` slots for each of `num_experts` experts of width `intermediate_size`."""
+        super().__init__()
+        if num_slots < 1:
+            raise ValueError(f"num_slots is {num_slots}: it must be at least 1.")
+        self.num_experts, self.num_slots = num_experts, num_slots
+        self.slots = nn.Parameter(torch.empty(num_experts * num_slots, hidden_size))
+        self.scale = nn.Parameter(torch.ones(()))
+        nn.init.normal_(self.slots, std=0.02)
+        self.experts = Experts(
+            hidden_size,
+            intermediate_size=intermediate_size,
+            num_experts=num_experts,
+            activation=activation,
+            gated=gated,
+        )
+
+    def route_and_run(
+        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """(B, L, D) -> (B, L, D); each sequence is one group."""
+        logits_BLS = F.linear(F.normalize(x_BLD, dim=-1), self.scale * F.normalize(self.slots, dim=-1))
+        over_tokens_BLS = logits_BLS
+        if mask_BL is not None:
+            over_tokens_BLS = logits_BLS.masked_fill(~mask_BL.unsqueeze(-1).bool(), torch.finfo(logits_BLS.dtype).min)
+        shape = (self.num_experts, self.num_slots)
+        routing = DenseRouting(
+            dispatch_NGEC=over_tokens_BLS.softmax(1).to(x_BLD.dtype).unflatten(-1, shape),
+            combine_NGEC=logits_BLS.softmax(-1).to(x_BLD.dtype).unflatten(-1, shape),
+        )
+        y_BLD = dense_experts(self.experts, x_BLD, routing)
+        stats = None
+        if want_stats:
+            tokens = x_BLD.new_tensor(float(logits_BLS[..., 0].numel()))
+            combine_TE = routing.combine_NGEC.sum(-1).flatten(0, 1).float()
+            stats = RoutingStats(
+                tokens_per_expert_E=combine_TE.detach().sum(0),
+                importance_E=combine_TE.mean(0),
+                router_z_loss=torch.zeros_like(tokens),
+                dropped_tokens=torch.zeros_like(tokens),
+                routed_rows=tokens.float(),
+                entropy=normalized_entropy(combine_TE, dim=-1),
+            )
+        return y_BLD, stats

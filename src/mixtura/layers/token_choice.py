@@ -1,0 +1,132 @@
+"""Token choice: a router scores every expert for every token, and each token is sent to its top_k.
+
+Switch Transformer (arXiv 2101.03961), Mixtral (arXiv 2401.04088), DeepSeek-V3 (arXiv 2412.19437) are settings of this
+one layer. Dropless by default: with a capacity, tokens over it are dropped in order of arrival, and counted.
+
+Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, K top_k, R routed rows.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mixtura.layers.dense import DenseFFN
+from mixtura.layers.experts import Experts
+from mixtura.layers.feed_forward import FeedForward
+from mixtura.layers.losses import router_z_loss
+from mixtura.layers.routing import RoutingStats, SparseRouting, normalized_entropy, router_logits, sort_by_expert, sparse_experts
+from mixtura.planning.capacity import capacity
+
+
+class TokenChoiceMoE(FeedForward):
+    """Mixture of experts in which tokens choose."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int = 2,
+        activation: str = "relu",
+        gated: bool = False,
+        score_function: Literal["softmax", "sigmoid"] = "softmax",
+        normalize_top_k: bool = False,
+        routed_scaling_factor: float = 1.0,
+        capacity_factor: float | None = None,
+        expert_bias: bool = False,
+        num_shared_experts: int = 0,
+    ) -> None:
+        """Builds the layer.
+
+        Args:
+            hidden_size: D.
+            intermediate_size: F, the width of one expert; fine-grained experts are many experts with a small F.
+            num_experts: E.
+            top_k: K, experts a token is sent to.
+            activation: "relu", "gelu" or "silu".
+            gated: gated experts (SwiGLU and its kin).
+            score_function: how logits become weights.
+            normalize_top_k: make a token's K weights sum to one. With K = 1 the router then gets no gradient.
+            routed_scaling_factor: multiplies the weights (DeepSeek-V3).
+            capacity_factor: rows an expert takes, as a multiple of an even share; None is dropless.
+            expert_bias: keep a bias that only takes part in the choice (loss-free balancing, arXiv 2408.15664).
+            num_shared_experts: experts that every token passes through, as one layer of that many times F.
+
+        Raises:
+            ValueError: top_k does not lie between 1 and num_experts, or capacity_factor is not positive.
+        """
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k is {top_k}: it must lie between 1 and num_experts, which is {num_experts}.")
+        if capacity_factor is not None and capacity_factor <= 0:
+            raise ValueError(f"capacity_factor is {capacity_factor}: it must be greater than zero, or None for dropless.")
+        if score_function not in ("softmax", "sigmoid"):
+            raise ValueError(f"score_function is {score_function!r}: it must be softmax or sigmoid.")
+        self.num_experts, self.top_k, self.score_function = num_experts, top_k, score_function
+        self.normalize_top_k, self.routed_scaling_factor = normalize_top_k, routed_scaling_factor
+        self.capacity_factor = capacity_factor
+        self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+        self.register_buffer("expert_bias", torch.zeros(num_experts) if expert_bias else None)
+        sizes = {"activation": activation, "gated": gated}
+        self.experts = Experts(hidden_size, intermediate_size=intermediate_size, num_experts=num_experts, **sizes)
+        self.shared_expert = None
+        if num_shared_experts:
+            self.shared_expert = DenseFFN(hidden_size, intermediate_size=num_shared_experts * intermediate_size, **sizes)
+
+    def route_and_run(
+        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """(B, L, D) -> (B, L, D) and the statistics of the real tokens."""
+        x_TD = x_BLD.flatten(0, 1)
+        # Padding only matters where tokens compete or are counted; otherwise it may pass through the experts unseen.
+        apart = mask_BL is not None and (want_stats or self.capacity_factor is not None)
+        real_TD = x_TD[mask_BL.flatten().bool()] if apart else x_TD
+        logits_TE = router_logits(real_TD, self.gate.weight)
+        choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
+        routing = sort_by_expert(choice_TK, weight_TK, self.num_experts)
+        kept = self._drop(routing, tokens=len(real_TD))
+        y_TD = sparse_experts(self.experts, real_TD, kept)
+        stats = self._stats(logits_TE, probs_TE, routing, kept) if want_stats else None
+        if apart:
+            y_TD = torch.zeros_like(x_TD, dtype=y_TD.dtype).masked_scatter(mask_BL.reshape(-1, 1).bool(), y_TD)
+        if self.shared_expert is not None:
+            y_TD = y_TD + self.shared_expert(x_BLD).flatten(0, 1)
+        return y_TD.view(x_BLD.shape), stats
+
+    def _choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Chosen experts (T, K), their weights (T, K) and every expert's probability (T, E)."""
+        softmax = self.score_function == "softmax"
+        scores_TE = logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()
+        biased_TE = scores_TE if self.expert_bias is None else scores_TE + self.expert_bias
+        choice_TK = biased_TE.topk(self.top_k, dim=-1).indices
+        weight_TK = scores_TE.gather(-1, choice_TK)
+        if self.normalize_top_k:
+            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(1e-20)
+        probs_TE = scores_TE if softmax else scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
+        return choice_TK, weight_TK * self.routed_scaling_factor, probs_TE
+
+    def _drop(self, routing: SparseRouting, *, tokens: int) -> SparseRouting:
+        """Keeps the first `capacity` rows of every expert."""
+        if self.capacity_factor is None:
+            return routing
+        limit = capacity(tokens, self.top_k, self.num_experts, self.capacity_factor)
+        counts_E = routing.tokens_per_expert_E
+        starts_E = counts_E.cumsum(0) - counts_E
+        rank_R = torch.arange(len(routing.token_R), device=counts_E.device) - starts_E.repeat_interleave(counts_E)
+        kept_R = rank_R < limit
+        return SparseRouting(routing.token_R[kept_R], routing.weight_R[kept_R], counts_E.clamp_max(limit))
+
+    def _stats(
+        self, logits_TE: Tensor, probs_TE: Tensor, routing: SparseRouting, kept: SparseRouting
+    ) -> RoutingStats:
+        rows = routing.tokens_per_expert_E.sum()
+        return RoutingStats(
+            tokens_per_expert_E=routing.tokens_per_expert_E.float(),
+            importance_E=probs_TE.float().mean(0),
+            router_z_loss=router_z_loss(logits_TE),
+            dropped_tokens=(rows - kept.tokens_per_expert_E.sum()).float(),
+            routed_rows=rows.float(),
+            entropy=normalized_entropy(probs_TE, dim=-1),
+        )
