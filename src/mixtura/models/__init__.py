@@ -1,0 +1,13 @@
+"""The Hugging Face side: importing this package teaches the Auto classes the model type `mixtura`."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from mixtura.models.configuration_mixture import MixtureConfig as MixtureConfig
+from mixtura.models.modeling_mixture import MixtureForCausalLM as MixtureForCausalLM
+from mixtura.models.modeling_mixture import MixtureForSequenceClassification as MixtureForSequenceClassification
+from mixtura.models.modeling_mixture import MixtureModel as MixtureModel
+
+AutoConfig.register("mixtura", MixtureConfig)
+AutoModel.register(MixtureConfig, MixtureModel)
+AutoModelForCausalLM.register(MixtureConfig, MixtureForCausalLM)
+AutoModelForSequenceClassification.register(MixtureConfig, MixtureForSequenceClassification)

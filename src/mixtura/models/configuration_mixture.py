@@ -1,0 +1,85 @@
+"""The configuration of a decoder whose feed-forward layers may be mixtures, a family for each layer."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+FAMILIES = ("dense", "token_choice", "expert_choice", "soft", "mixture_of_tokens")
+
+
+@strict
+class MixtureConfig(PreTrainedConfig):
+    """Llama's decoder with `mlp_layer_types` naming the family of every feed-forward layer.
+
+    Fields carry Hugging Face's names where it has one. Those of the mixtures are described in `mixtura.config.ArmConfig`.
+    """
+
+    model_type = "mixtura"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the base class declares it so)
+    attribute_map = {"num_local_experts": "num_experts"}  # noqa: RUF012
+    default_theta = 10000.0
+
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    intermediate_size: int = 512
+    moe_intermediate_size: int = 512
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "relu"
+    gated: bool = False
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    mlp_layer_types: list[str] | None = None
+    num_experts: int = 16
+    num_experts_per_tok: int = 1
+    scoring_func: str = "softmax"
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float | int = 1.0
+    capacity_factor: float | int | None = None
+    router_aux_loss_coef: float | int = 0.01
+    router_z_loss_coef: float | int = 0.0
+    balance_over: str = "batch"
+    expert_bias_update_rate: float | int = 0.0
+    num_shared_experts: int = 0
+    group_size: int = 16
+    group_over: str = "batch"
+    mixtures_per_expert: int = 1
+    temperature: float | int = 1.0
+    combine: str = "same"
+    inference_mode: str = "alone"
+    alone_top_k: int | None = 2
+    layer_mix: bool = False
+
+    def __post_init__(self, **kwargs):
+        """Fills what follows from other fields; a head's width left open would break scaled rotary embeddings."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.mlp_layer_types is None:
+            self.mlp_layer_types = ["dense"] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    def validate_mlp_layer_types(self) -> None:
+        """Raises ValueError unless there is one known family for each layer."""
+        if self.mlp_layer_types is None:
+            return
+        if len(self.mlp_layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"mlp_layer_types names {len(self.mlp_layer_types)} layers but num_hidden_layers is "
+                f"{self.num_hidden_layers}: name a family for each."
+            )
+        for family in self.mlp_layer_types:
+            if family not in FAMILIES:
+                raise ValueError(f"mlp_layer_types has {family!r}: it must be one of {', '.join(FAMILIES)}.")
