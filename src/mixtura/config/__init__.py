@@ -1,0 +1,26 @@
+"""Recipes: what a run is, as frozen dataclasses read from TOML.
+
+A recipe is one TOML file: `[data]`, `[model]`, `[training]`, `[search]` and one `[arms.NAME]` table a side of the
+comparison. Every key is a field of `schema.py`; an unknown key is an error that names the nearest one. `--set a.b=c`
+overrides one key. This package knows no torch: planning, layers and the command line all stand on it.
+"""
+
+from mixtura.config.checks import check_recipe as check_recipe
+from mixtura.config.load import PRESETS as PRESETS
+from mixtura.config.load import load_recipe as load_recipe
+from mixtura.config.load import preset_path as preset_path
+from mixtura.config.load import recipe_from_dict as recipe_from_dict
+from mixtura.config.load import recipe_to_dict as recipe_to_dict
+from mixtura.config.load import recipe_to_toml as recipe_to_toml
+from mixtura.config.schema import Activation as Activation
+from mixtura.config.schema import ArmConfig as ArmConfig
+from mixtura.config.schema import DataConfig as DataConfig
+from mixtura.config.schema import Family as Family
+from mixtura.config.schema import InferenceMode as InferenceMode
+from mixtura.config.schema import Interrupted as Interrupted
+from mixtura.config.schema import ModelConfig as ModelConfig
+from mixtura.config.schema import Placement as Placement
+from mixtura.config.schema import Recipe as Recipe
+from mixtura.config.schema import SearchConfig as SearchConfig
+from mixtura.config.schema import TrainingConfig as TrainingConfig
+from mixtura.config.schema import UserError as UserError

@@ -1,0 +1,99 @@
+"""Refuses recipes whose values are well-typed but cannot work together."""
+
+import dataclasses
+from typing import Any
+
+from mixtura.config.schema import ArmConfig, DataConfig, ModelConfig, Recipe, TrainingConfig, UserError
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuses values that are well-typed but cannot work together.
+
+    Raises:
+        UserError: names the key, the value and the fix.
+    """
+    for section in (recipe.data, recipe.model, recipe.training):
+        _check_positive(section)
+    if recipe.baseline not in recipe.arms:
+        raise UserError(f"'baseline' is '{recipe.baseline}', which is no arm: choose one of {', '.join(recipe.arms)}.")
+    if not recipe.seeds or len(set(recipe.seeds)) != len(recipe.seeds):
+        raise UserError(f"'seeds' is {list(recipe.seeds)}: give at least one seed, each once.")
+    if not 0 < recipe.data.validation_fraction < 1:
+        raise UserError(
+            f"'data.validation_fraction' is {recipe.data.validation_fraction}: it must lie between 0 and 1."
+        )
+    _check_data(recipe.data)
+    _check_heads(recipe.model)
+    for name, arm in recipe.arms.items():
+        _check_name(name)
+        _check_arm(f"arms.{name}", arm, recipe)
+
+
+_MAY_BE_ZERO = {"weight_decay", "threads", "warmup_fraction", "min_learning_rate_fraction", "adam_beta1", "adam_beta2"}
+
+
+def _check_positive(section: Any) -> None:
+    names = {DataConfig: "data", ModelConfig: "model", TrainingConfig: "training"}
+    for key, value in dataclasses.asdict(section).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
+            raise UserError(f"'{names[type(section)]}.{key}' is {value}: it must be greater than zero.")
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.source == "hub" and not data.name:
+        raise UserError("'data.source' is 'hub' but 'data.name' is missing: name the dataset, such as \"wikitext\".")
+    if data.source == "local" and not data.path:
+        raise UserError("'data.source' is 'local' but 'data.path' is missing: name a file or folder.")
+    if data.tokenizer == "train" and data.vocab_size < 259:
+        raise UserError(f"'data.vocab_size' is {data.vocab_size}: it must be 259 or more, for 256 bytes and 3 marks.")
+
+
+def _check_heads(model: ModelConfig) -> None:
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads
+    if model.hidden_size % heads or (model.hidden_size // heads) % 2:
+        raise UserError(
+            f"'model.hidden_size' is {model.hidden_size} for {heads} attention heads: each needs an even, whole width."
+        )
+    if heads % kv_heads:
+        raise UserError(f"'model.num_key_value_heads' is {kv_heads}: it must divide the {heads} attention heads.")
+
+
+def _check_name(name: str) -> None:
+    if not name.replace("_", "").replace("-", "").isalnum():
+        raise UserError(f"The arm name '{name}' cannot be a folder: use letters, digits, '-' and '_' only.")
+
+
+def _check_arm(where: str, arm: ArmConfig, recipe: Recipe) -> None:
+    for key in ("num_experts", "top_k", "group_size", "mixtures_per_expert", "temperature"):
+        if getattr(arm, key) <= 0:
+            raise UserError(f"'{where}.{key}' is {getattr(arm, key)}: it must be greater than zero.")
+    for key in ("learning_rate", "moe_intermediate_size", "capacity_factor", "alone_top_k"):
+        value = getattr(arm, key)
+        if value is not None and value <= 0:
+            raise UserError(f"'{where}.{key}' is {value}: it must be greater than zero.")
+    if arm.family == "token_choice" and arm.top_k > arm.num_experts:
+        raise UserError(
+            f"'{where}.top_k' is {arm.top_k} but there are {arm.num_experts} experts: lower top_k or raise num_experts."
+        )
+    if arm.alone_top_k is not None and arm.alone_top_k > arm.num_experts * arm.mixtures_per_expert:
+        raise UserError(f"'{where}.alone_top_k' is {arm.alone_top_k}: there are only {arm.num_experts} experts.")
+    if arm.family in ("mixture_of_tokens", "expert_choice"):
+        _check_groups(where, arm, recipe)
+
+
+def _check_groups(where: str, arm: ArmConfig, recipe: Recipe) -> None:
+    unknown = {"mixture_of_tokens": "all", "expert_choice": "sequence"}[arm.family]
+    if arm.group_over == unknown:
+        raise UserError(f"'{where}.group_over' is '{unknown}', which {arm.family} does not have: use 'batch'.")
+    if arm.group_size < 2:
+        raise UserError(f"'{where}.group_size' is {arm.group_size}: a group needs at least 2 tokens.")
+    key, size = ("training.batch_size", recipe.training.batch_size)
+    if arm.group_over == "sequence":
+        key, size = ("data.sequence_length", recipe.data.sequence_length)
+    if size % arm.group_size:
+        raise UserError(
+            f"'{key}' is {size}, which is no multiple of '{where}.group_size' {arm.group_size}: "
+            f"set it to {max(1, size // arm.group_size) * arm.group_size} or change the group size."
+        )

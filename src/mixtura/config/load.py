@@ -1,0 +1,169 @@
+"""Recipes from TOML and back: every key and value is checked against the dataclasses."""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from mixtura.config.checks import check_recipe
+from mixtura.config.schema import Recipe, UserError
+
+PRESETS = ("quick", "default", "full")
+
+
+def preset_path(preset: str) -> Path:
+    """Where a preset's recipe lies: inside the installed package, or at the root of the repository.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"There is no preset '{preset}': choose one of {', '.join(PRESETS)}, or give a recipe's path.")
+    package = Path(__file__).parents[1]
+    folders = (package / "recipes", package.parents[1] / "recipes")
+    return next(folder / f"{preset}.toml" for folder in folders if folder.is_dir())
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file, applies `a.b=c` overrides and checks every key and value.
+
+    Raises:
+        UserError: the file is missing or not TOML, a key is unknown, a value has the wrong type or makes no sense.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"There is no recipe at '{path}': give the path of a TOML file, or --preset {'|'.join(PRESETS)}."
+        ) from None
+    except IsADirectoryError:
+        raise UserError(f"'{path}' is a folder: give the path of a TOML recipe inside it.") from None
+    except PermissionError:
+        raise UserError(f"'{path}' cannot be read: check its permissions.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is not a TOML recipe ({error}): see recipes/quick.toml for one that is.") from None
+    table.setdefault("name", path.stem)
+    for override in overrides:
+        _apply_override(table, override)
+    return recipe_from_dict(table)
+
+
+def recipe_from_dict(table: dict[str, Any]) -> Recipe:
+    """Builds and checks a recipe from nested dictionaries, as TOML gives them.
+
+    Raises:
+        UserError: see `load_recipe`.
+    """
+    recipe = _build(Recipe, table, "")
+    check_recipe(recipe)
+    return recipe
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested dictionaries; keys whose value is None are left out, since TOML has no null."""
+    return _without_none(dataclasses.asdict(recipe))
+
+
+def recipe_to_toml(recipe: Recipe) -> str:
+    """The resolved recipe as TOML text; reading it back gives an equal recipe."""
+    return tomli_w.dumps(recipe_to_dict(recipe))
+
+
+def _apply_override(table: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"--set {override} has no '=': write --set section.key=value.")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise UserError(f"--set {override}: '{parent}' is a value, not a section.")
+    try:
+        table[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[last] = text.strip()
+
+
+def _build(cls: type, table: Any, where: str) -> Any:
+    """Makes dataclass `cls` from a TOML table; `where` is the dotted prefix for messages."""
+    if not isinstance(table, dict):
+        raise UserError(f"'{where.rstrip('.')}' must be a section with keys, not {table!r}.")
+    hints = typing.get_type_hints(cls)
+    for key in table:
+        if key not in hints:
+            raise UserError(_unknown_key(where, key, list(hints)))
+    for name in _required(cls):
+        if name not in table:
+            raise UserError(f"The recipe lacks '{where}{name}': add it.")
+    return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in table.items()})
+
+
+def _required(cls: type) -> list[str]:
+    missing = dataclasses.MISSING
+    return [f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing]
+
+
+def _unknown_key(where: str, key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    fix = f"did you mean '{where}{near[0]}'?" if near else f"known keys are {', '.join(sorted(known))}."
+    return f"Unknown recipe key '{where}{key}': {fix}"
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Checks `value` against a field's type hint and converts lists to tuples and whole numbers to floats."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, f"{where}.")
+    if convert := _CONVERTERS.get(typing.get_origin(hint)):
+        return convert(typing.get_args(hint), value, where)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(f"'{where}' is {value!r}: it must be {_type_name(hint)}.")
+    return value
+
+
+def _convert_arms(args: tuple[Any, ...], value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise UserError(f"'{where}' must be a section of named arms, such as [arms.dense], not {value!r}.")
+    return {name: _convert(args[1], item, f"{where}.{name}") for name, item in value.items()}
+
+
+def _convert_optional(args: tuple[Any, ...], value: Any, where: str) -> Any:
+    # TOML has no null: "none" turns a setting off.
+    return None if value == "none" else _convert(next(arg for arg in args if arg is not type(None)), value, where)
+
+
+def _convert_choice(args: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value not in args:
+        raise UserError(f"'{where}' is {value!r}: it must be one of {', '.join(map(str, args))}.")
+    return value
+
+
+def _convert_list(args: tuple[Any, ...], value: Any, where: str) -> Any:
+    if not isinstance(value, list | tuple):
+        raise UserError(f"'{where}' is {value!r}: it must be a list, such as [0, 1, 2].")
+    return tuple(_convert(args[0], item, where) for item in value)
+
+
+_CONVERTERS: dict[Any, Callable[[tuple[Any, ...], Any, str], Any]] = {
+    dict: _convert_arms,
+    types.UnionType: _convert_optional,
+    Literal: _convert_choice,
+    tuple: _convert_list,
+}
+
+
+def _type_name(hint: type) -> str:
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint]
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return list(value) if isinstance(value, tuple) else value

