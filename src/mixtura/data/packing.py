@@ -1,0 +1,154 @@
+"""Token windows and the order in which training sees them.
+
+Shapes: `N` sequences, `L` tokens a sequence. The order is a pure function of (seed, position): a run that resumes, or
+that cuts its batches differently, sees the same sequences in the same order, and so do all arms of a comparison.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mixtura.config import UserError
+
+# Text encoded at once: enough to keep the tokenizer busy, little enough that its bookkeeping stays below ~100 MB.
+_CHUNK_CHARACTERS = 1_000_000
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """Tokens of one split, cut into windows of one length."""
+
+    sequences_NL: np.ndarray
+    """(N, L) int32, at least one row."""
+    bytes_per_token: float
+    """UTF-8 bytes of the documents over all their tokens, the one eos after each document counted, the remainder too.
+
+    The loss predicts those tokens, so bits per byte = loss / ln(2) / bytes_per_token.
+    """
+    tokens_dropped: int = 0
+    """Tokens after the last full window, fewer than L."""
+
+    @property
+    def num_sequences(self) -> int:
+        """N."""
+        return self.sequences_NL.shape[0]
+
+    @property
+    def sequence_length(self) -> int:
+        """L."""
+        return self.sequences_NL.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """N * L, the tokens in full windows."""
+        return self.sequences_NL.size
+
+
+def pack(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    name: str = "text",
+) -> PackedTokens:
+    """Encodes documents, ends each with eos (no bos) and cuts the stream into (N, L) windows; the remainder is dropped.
+
+    Special tokens that are spelled out in a document are encoded as plain text.
+
+    Args:
+        documents: texts in their order.
+        tokenizer: any tokenizer with an eos token.
+        sequence_length: L.
+        name: what to call the documents in an error, such as "held-out text".
+
+    Raises:
+        UserError: the documents do not fill one window.
+    """
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int), "load_tokenizer checks that there is an eos token"
+    encoded = [_encode(chunk, tokenizer, eos) for chunk in _chunks(documents)]
+    tokens = np.concatenate(encoded) if encoded else np.empty(0, dtype=np.int32)
+    num_sequences, tokens_dropped = divmod(tokens.size, sequence_length)
+    if num_sequences == 0:
+        raise UserError(
+            f"The {name} has {tokens.size} tokens, fewer than the {sequence_length} of 'data.sequence_length': "
+            "give more text, lower 'data.sequence_length' or change 'data.validation_fraction'."
+        )
+    num_bytes = sum(len(document.encode()) for document in documents)
+    return PackedTokens(
+        sequences_NL=tokens[: num_sequences * sequence_length].reshape(num_sequences, sequence_length),
+        bytes_per_token=num_bytes / tokens.size,
+        tokens_dropped=tokens_dropped,
+    )
+
+
+def sequence_index(position: int, *, num_sequences: int, seed: int) -> int:
+    """Which sequence stands at `position` = step * batch_size + row of a run; each epoch is a fresh permutation."""
+    epoch, offset = divmod(position, num_sequences)
+    return int(epoch_order(num_sequences, seed=seed, epoch=epoch)[offset])
+
+
+@lru_cache(maxsize=4)
+def epoch_order(num_sequences: int, *, seed: int, epoch: int) -> np.ndarray:
+    """(N,) permutation of the sequences, a pure function of (seed, epoch).
+
+    It sorts raw Philox words, whose values numpy fixes for good; what `Generator.permutation` returns may change
+    between numpy versions.
+    """
+    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
+    order = np.argsort(np.random.Philox(key=key).random_raw(num_sequences), kind="stable")
+    order.setflags(write=False)
+    return order
+
+
+class ScheduledDataset(torch.utils.data.Dataset):
+    """Everything one run trains on, in order: item i is what row i of the run sees, so read it without shuffling."""
+
+    def __init__(self, packed: PackedTokens, *, length: int, seed: int) -> None:
+        """Schedules `length` = steps * batch_size * accumulation * ranks sequences of `packed`, epochs as needed."""
+        self.packed = packed
+        self.length = length
+        self.seed = seed
+
+    def __len__(self) -> int:
+        """Sequences in the run, repeats counted."""
+        return self.length
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        """`input_ids` (L,) and `labels` (L,), int64 and equal: the model shifts."""
+        if not 0 <= position < self.length:
+            raise IndexError(f"position {position} is outside a schedule of {self.length} sequences")
+        index = sequence_index(position, num_sequences=self.packed.num_sequences, seed=self.seed)
+        tokens_L = torch.from_numpy(self.packed.sequences_NL[index].astype(np.int64))
+        return {"input_ids": tokens_L, "labels": tokens_L.clone()}
+
+
+def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    size = 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document)
+        if size >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encode(documents: list[str], tokenizer: PreTrainedTokenizerBase, eos: int) -> np.ndarray:
+    """(tokens,) int32 of all documents, eos after each."""
+    ids = tokenizer(
+        documents,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    return np.fromiter(chain.from_iterable([*document, eos] for document in ids), dtype=np.int32)

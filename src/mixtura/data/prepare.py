@@ -1,0 +1,191 @@
+"""From a recipe's `[data]` to token windows, with a cache on disk over everything slow.
+
+A cache entry is a folder named by what it depends on: the recipe's `[data]`, the size and time of the files it was read
+from, and the library versions that decide the tokens. It holds arrays without pickle, the tokenizer, and
+`prepared.json` with a checksum of each file; an entry that does not match its checksums is made anew.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mixtura.config import DataConfig, UserError
+from mixtura.data.packing import PackedTokens, epoch_order, pack
+from mixtura.data.sources import load_corpus, reason_of, source_files
+from mixtura.data.tokenizer import load_tokenizer, train_tokenizer
+
+# Raise it when the same recipe and text would give other tokens than before.
+CACHE_FORMAT = 1
+_MANIFEST = "prepared.json"
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Everything that training and evaluation need to know of the text."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: PackedTokens
+    validation: PackedTokens
+    """Held-out windows in a fixed shuffled order, so that the first few of them are a fair sample of all."""
+    summary: dict[str, Any]
+    """Facts for reports, JSON-able: description, documents_*, bytes_*, tokens_*, tokens_dropped_*, rows_skipped, ..."""
+
+
+def prepare_data(
+    data: DataConfig,
+    *,
+    cache_dir: Path | None,
+    on_progress: Callable[[str], None] | None = None,
+) -> PreparedData:
+    """Reads, tokenizes and packs the text of a recipe, or takes it from the cache.
+
+    A hub dataset that changes under its name is not noticed: remove the cache to read it again.
+
+    Args:
+        data: the recipe's `[data]`.
+        cache_dir: folder of cache entries, made when missing; None caches nothing.
+        on_progress: called with a phrase when a slow part begins, such as "reading".
+
+    Raises:
+        UserError: the text, the tokenizer or the cache folder cannot be used.
+    """
+    report = on_progress or (lambda _: None)
+    if cache_dir is None:
+        return _prepare(data, report)
+    entry = cache_dir / _cache_key(data)
+    if entry.exists():
+        cached = _load(entry)
+        if cached is not None:
+            report("loading cached tokens")
+            return cached
+        report("replacing damaged cached tokens")
+    _guard(cache_dir, lambda: cache_dir.mkdir(parents=True, exist_ok=True))
+    prepared = _prepare(data, report)
+    _guard(cache_dir, lambda: _store(prepared, entry))
+    return prepared
+
+
+def _guard(cache_dir: Path, action: Callable[[], None]) -> None:
+    try:
+        action()
+    except OSError as error:
+        raise UserError(
+            f"The cache folder '{cache_dir}' cannot be written ({reason_of(error)}): name another or make room."
+        ) from error
+
+
+def _prepare(data: DataConfig, report: Callable[[str], None]) -> PreparedData:
+    report("reading")
+    corpus = load_corpus(data)
+    if data.tokenizer == "train":
+        report("training tokenizer")
+        tokenizer = train_tokenizer(corpus.train, vocab_size=data.vocab_size)
+    else:
+        tokenizer = load_tokenizer(data.tokenizer)
+    report("encoding")
+    train = pack(corpus.train, tokenizer, sequence_length=data.sequence_length, name="training text")
+    validation = pack(corpus.validation, tokenizer, sequence_length=data.sequence_length, name="held-out text")
+    order = epoch_order(validation.num_sequences, seed=0, epoch=0)
+    validation = dataclasses.replace(validation, sequences_NL=validation.sequences_NL[order])
+    summary = {
+        "description": corpus.description,
+        "documents_train": len(corpus.train),
+        "documents_validation": len(corpus.validation),
+        "rows_skipped": corpus.skipped,
+        "bytes_train": _num_bytes(corpus.train),
+        "bytes_validation": _num_bytes(corpus.validation),
+        "tokens_train": train.num_tokens,
+        "tokens_validation": validation.num_tokens,
+        "tokens_dropped_train": train.tokens_dropped,
+        "tokens_dropped_validation": validation.tokens_dropped,
+        "bytes_per_token": validation.bytes_per_token,
+        "sequence_length": data.sequence_length,
+        # Ids may have gaps, and the embedding needs a row for the highest.
+        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
+        "tokenizer": "byte-level BPE fitted on the training text" if data.tokenizer == "train" else data.tokenizer,
+    }
+    return PreparedData(tokenizer, train, validation, summary)
+
+
+def _num_bytes(documents: Iterable[str]) -> int:
+    return sum(len(document.encode()) for document in documents)
+
+
+def _cache_key(data: DataConfig) -> str:
+    """Name of the entry: 128 bits over everything that decides the tokens."""
+    files = [path.absolute() for path in source_files(data)]
+    tokenizer = Path(data.tokenizer)
+    if tokenizer.is_dir():
+        files += sorted(path.absolute() for path in tokenizer.iterdir() if path.is_file())
+    parts = {
+        "format": CACHE_FORMAT,
+        "data": dataclasses.asdict(data),
+        "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        "versions": {package: version(package) for package in ("tokenizers", "transformers")},
+    }
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _store(prepared: PreparedData, entry: Path) -> None:
+    """Writes an entry under a temporary name and puts it in its place, complete, with one rename."""
+    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".new-", ignore_cleanup_errors=True) as temporary:
+        new = Path(temporary, "entry")
+        _write_files(prepared, new)
+        if entry.exists() and _load(entry) is None:
+            shutil.rmtree(entry, ignore_errors=True)
+        with suppress(OSError):  # The place is taken by an equal entry that another process stored meanwhile.
+            os.rename(new, entry)
+
+
+def _write_files(prepared: PreparedData, folder: Path) -> None:
+    folder.mkdir()
+    prepared.tokenizer.save_pretrained(folder / "tokenizer")
+    splits = {"train": prepared.train, "validation": prepared.validation}
+    for name, packed in splits.items():
+        np.save(folder / f"{name}.npy", packed.sequences_NL, allow_pickle=False)
+    manifest = {
+        "summary": prepared.summary,
+        "splits": {
+            name: {"bytes_per_token": packed.bytes_per_token, "tokens_dropped": packed.tokens_dropped}
+            for name, packed in splits.items()
+        },
+        "checksums": _checksums(folder),
+    }
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _load(entry: Path) -> PreparedData | None:
+    """The entry, or None when any of its files is missing or changed."""
+    try:
+        manifest = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["checksums"] != _checksums(entry):
+            return None
+        train, validation = (
+            PackedTokens(np.load(entry / f"{name}.npy", allow_pickle=False), **manifest["splits"][name])
+            for name in ("train", "validation")
+        )
+        return PreparedData(load_tokenizer(str(entry / "tokenizer")), train, validation, manifest["summary"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _checksums(entry: Path) -> dict[str, str]:
+    files = sorted(path for path in entry.rglob("*") if path.is_file() and path.name != _MANIFEST)
+    return {str(path.relative_to(entry)): _checksum(path) for path in files}
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
