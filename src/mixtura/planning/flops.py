@@ -18,8 +18,8 @@ def routing_flops(layer: FeedForwardShape) -> float:
     """Forward FLOPs a token pays besides the experts: routers, dispatch and combine.
 
     2 D E for token choice and expert choice, which gather and scatter without products. A mixing layer pays 2 D E C
-    three times, to score, to mix and to spread (llm-random's "FLOP-matched" counts none of the three), and once more for
-    the second router of a separate combine.
+    three times, to score, to mix and to spread (llm-random's "FLOP-matched" counts none of the three), and once
+    more for the second router of a separate combine.
     """
     if layer.family == "dense":
         return 0.0

@@ -1,0 +1,63 @@
+from collections.abc import Callable
+
+import pytest
+
+from mixtura.models import MixtureConfig
+from mixtura.planning import FeedForwardShape, flops_per_token
+from mixtura.planning.flops import layer_flops
+
+# One row through an expert costs 2*2*8*16 = 512 FLOPs, one router product 2*8*4 = 64.
+EXPERTS = {"hidden_size": 8, "intermediate_size": 16, "num_experts": 4, "group_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        pytest.param({"family": "dense"}, 512, id="dense"),
+        pytest.param({"family": "dense", "gated": True}, 768, id="dense, gated"),
+        pytest.param({"family": "token_choice"}, 512 + 64, id="token choice"),
+        pytest.param({"family": "token_choice", "top_k": 2}, 1024 + 64, id="top-2"),
+        pytest.param({"family": "token_choice", "num_shared_experts": 2}, 1536 + 64, id="shared experts"),
+        pytest.param({"family": "expert_choice"}, 512 + 64, id="expert choice"),
+        pytest.param({"family": "mixture_of_tokens"}, 512 + 3 * 64, id="mixture of tokens"),
+        pytest.param({"family": "mixture_of_tokens", "combine": "separate"}, 512 + 4 * 64, id="separate combine"),
+        pytest.param({"family": "mixture_of_tokens", "mixtures_per_expert": 2}, 1024 + 6 * 64, id="two mixtures"),
+        pytest.param({"family": "mixture_of_tokens", "group_size": 8}, 256 + 3 * 64, id="half an expert"),
+        pytest.param({"family": "soft", "group_size": 16}, 128 + 3 * 64, id="soft over 16 positions"),
+    ],
+)
+def test_layer_flops_by_hand(settings: dict, expected: float) -> None:
+    assert layer_flops(FeedForwardShape(**(EXPERTS | settings))) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "ratio"), [(32, 1.047), (128, 1.19), (256, 1.375), (512, 1.75), (1024, 2.5)], ids=str
+)
+def test_mixing_costs_what_was_measured_on_the_authors_layer(num_experts: int, ratio: float) -> None:
+    # Hidden size 256 and groups of 32; all experts together are 32 times as wide as the dense layer of 1024.
+    dense = FeedForwardShape(family="dense", hidden_size=256, intermediate_size=1024)
+    mixture = FeedForwardShape(
+        family="mixture_of_tokens",
+        hidden_size=256,
+        intermediate_size=1024 * 32 // num_experts,
+        num_experts=num_experts,
+        group_size=32,
+    )
+    assert layer_flops(mixture) / layer_flops(dense) == pytest.approx(ratio, abs=0.003)
+
+
+def test_model_flops_by_hand(tiny_config: Callable[..., MixtureConfig]) -> None:
+    # Two layers: queries and outputs 16*16 each, keys and values 16*8 each, scores and values 2*16 for each of 10
+    # positions, feed-forward 2*16*32; then the head 16*64. Two FLOPs each.
+    expected = 2 * (2 * (2 * 256 + 2 * 128 + 2 * 16 * 10 + 1024) + 1024)
+    assert flops_per_token(tiny_config("dense"), sequence_length=10, backward=False) == expected
+
+
+def test_training_costs_three_forward_passes(tiny_config: Callable[..., MixtureConfig]) -> None:
+    forward = flops_per_token(tiny_config("mixture_of_tokens"), sequence_length=10, backward=False)
+    assert flops_per_token(tiny_config("mixture_of_tokens"), sequence_length=10) == 3 * forward
+
+
+def test_tying_the_embeddings_saves_no_flops(tiny_config: Callable[..., MixtureConfig]) -> None:
+    tied, untied = (flops_per_token(tiny_config(tie_word_embeddings=t), sequence_length=8) for t in (True, False))
+    assert tied == untied

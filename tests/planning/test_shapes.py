@@ -1,0 +1,70 @@
+import dataclasses
+
+import pytest
+
+from mixtura.planning import FeedForwardShape, model_parameters
+from mixtura.planning.shapes import feed_forward_shapes
+
+
+@dataclasses.dataclass
+class PlainShape:
+    vocab_size: int = 10
+    hidden_size: int = 4
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 2
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int = 6
+    moe_intermediate_size: int = 3
+    mlp_layer_types: list[str] | None = None
+    gated: bool = False
+    num_experts: int = 4
+    num_experts_per_tok: int = 1
+    num_shared_experts: int = 0
+    group_size: int = 2
+    mixtures_per_expert: int = 1
+    combine: str = "same"
+    layer_mix: bool = False
+    tie_word_embeddings: bool = True
+
+
+def test_a_plain_dataclass_is_a_model_shape() -> None:
+    # Table 10*4, norms 5*4, and for each of 2 layers attention 4*4*4 and feed-forward 2*4*6.
+    assert model_parameters(PlainShape()) == 40 + 20 + 2 * (64 + 48)
+
+
+def test_open_fields_mean_what_the_configuration_means_by_them() -> None:
+    filled = PlainShape(num_key_value_heads=2, head_dim=2, mlp_layer_types=["dense", "dense"])
+    assert model_parameters(PlainShape()) == model_parameters(filled)
+
+
+def test_dense_layers_are_dense_wide_and_mixtures_expert_wide() -> None:
+    layers = feed_forward_shapes(PlainShape(mlp_layer_types=["dense", "mixture_of_tokens"]), sequence_length=8)
+    assert [(layer.family, layer.intermediate_size) for layer in layers] == [("dense", 6), ("mixture_of_tokens", 3)]
+
+
+def test_soft_slots_are_shared_by_the_sequence_and_mixtures_by_the_group() -> None:
+    shape = PlainShape(mlp_layer_types=["soft", "mixture_of_tokens"], mixtures_per_expert=3)
+    soft, mixture = feed_forward_shapes(shape, sequence_length=8)
+    assert soft.rows_per_token == 4 * 3 / 8
+    assert mixture.rows_per_token == 4 * 3 / 2
+
+
+@pytest.mark.parametrize(
+    ("top_k", "group_size", "expected"), [(1, 8, 1.0), (2, 8, 2.0), (1, 2, 2.0), (1, 6, 4 * 2 / 6)]
+)
+def test_expert_choice_pays_for_the_rows_experts_take(top_k: int, group_size: int, expected: float) -> None:
+    layer = FeedForwardShape(
+        family="expert_choice",
+        hidden_size=4,
+        intermediate_size=3,
+        num_experts=4,
+        top_k=top_k,
+        group_size=group_size,
+    )
+    assert layer.rows_per_token == pytest.approx(expected)
+
+
+def test_only_token_choice_has_shared_experts() -> None:
+    shape = PlainShape(mlp_layer_types=["token_choice", "mixture_of_tokens"], num_shared_experts=2)
+    assert [layer.shared_experts for layer in feed_forward_shapes(shape, sequence_length=8)] == [2, 0]

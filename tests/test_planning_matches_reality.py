@@ -1,0 +1,106 @@
+"""The formulas of `mixtura.planning` against the real modules: parameters, FLOPs and bytes."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mixtura.config import ArmConfig, ModelConfig
+from mixtura.diagnostics import live_bytes
+from mixtura.models import MixtureConfig, MixtureForCausalLM
+from mixtura.models.build import build_model_config
+from mixtura.planning import flops_per_token, flops_ratio, model_parameters, state_memory
+from mixtura.planning.flops import attention_flops, head_flops, layer_flops
+from mixtura.planning.shapes import feed_forward_shapes
+
+BATCH, LENGTH = 8, 12
+
+CASES = {
+    "dense": ("dense", {}),
+    "dense gated": ("dense", {"gated": True}),
+    "untied": ("dense", {"tie_word_embeddings": False}),
+    "wide heads": ("dense", {"head_dim": 12}),
+    "layer mix": ("dense", {"layer_mix": True}),
+    "token choice": ("token_choice", {}),
+    "token choice gated": ("token_choice", {"gated": True}),
+    "shared experts": ("token_choice", {"num_shared_experts": 2}),
+    "loss-free balancing": ("token_choice", {"expert_bias_update_rate": 1e-3, "scoring_func": "sigmoid"}),
+    "expert choice": ("expert_choice", {}),
+    "expert choice, rounded up": ("expert_choice", {"num_experts": 5, "num_experts_per_tok": 1}),
+    "soft": ("soft", {}),
+    "soft, three slots": ("soft", {"mixtures_per_expert": 3}),
+    "mixture of tokens": ("mixture_of_tokens", {}),
+    "mixture of tokens gated": ("mixture_of_tokens", {"gated": True}),
+    "two mixtures an expert": ("mixture_of_tokens", {"mixtures_per_expert": 2}),
+    "separate combine": ("mixture_of_tokens", {"combine": "separate"}),
+    "fewer experts than tokens": ("mixture_of_tokens", {"group_size": 8}),
+}
+case = pytest.mark.parametrize(("family", "settings"), CASES.values(), ids=CASES.keys())
+
+
+def build(config: MixtureConfig) -> MixtureForCausalLM:
+    # Eager attention is made of matrix products; fused attention hides them from the counter.
+    return MixtureForCausalLM._from_config(config, attn_implementation="eager").train()
+
+
+@case
+def test_parameters_are_exact(tiny_config: Callable[..., MixtureConfig], family: str, settings: dict) -> None:
+    config = tiny_config(family, **settings)
+    assert model_parameters(config) == sum(p.numel() for p in build(config).parameters())
+
+
+@case
+def test_forward_flops_are_exact_in_every_module(
+    tiny_config: Callable[..., MixtureConfig], family: str, settings: dict
+) -> None:
+    config = tiny_config(family, **settings)
+    model = build(config)
+    ids = torch.randint(64, (BATCH, LENGTH))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids)
+    counted = {name: sum(parts.values()) / (BATCH * LENGTH) for name, parts in counter.get_flop_counts().items()}
+    for depth, layer in enumerate(feed_forward_shapes(config, sequence_length=LENGTH)):
+        where = f"MixtureForCausalLM.model.layers.{depth}"
+        assert counted[f"{where}.mlp"] == pytest.approx(layer_flops(layer), rel=1e-6)
+        assert counted[f"{where}.self_attn"] == pytest.approx(attention_flops(config, sequence_length=LENGTH), rel=1e-6)
+    assert counted["MixtureForCausalLM.lm_head"] == pytest.approx(head_flops(config), rel=1e-6)
+    whole = flops_per_token(config, sequence_length=LENGTH, backward=False)
+    assert counted["Global"] == pytest.approx(whole, rel=1e-6)
+
+
+@case
+def test_training_flops_are_exact(tiny_config: Callable[..., MixtureConfig], family: str, settings: dict) -> None:
+    config = tiny_config(family, **settings)
+    model = build(config)
+    ids = torch.randint(64, (BATCH, LENGTH))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids).loss.backward()
+    counted = counter.get_total_flops() / (BATCH * LENGTH)
+    assert counted == pytest.approx(flops_per_token(config, sequence_length=LENGTH), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["token_choice", "expert_choice", "mixture_of_tokens"])
+def test_an_arm_without_a_width_costs_the_dense_arm(family: str) -> None:
+    sizes = {"vocab_size": 1024, "max_position_embeddings": 128}
+    dense, mixture = (
+        build_model_config(ModelConfig(), ArmConfig(family=name), **sizes)  # pyright: ignore[reportArgumentType]
+        for name in ("dense", family)
+    )
+    assert flops_ratio(mixture, baseline=dense, sequence_length=128) == pytest.approx(1.0, abs=1e-3)
+
+
+@case
+def test_training_state_is_exact_but_for_step_counters_and_buffers(
+    tiny_config: Callable[..., MixtureConfig], family: str, settings: dict
+) -> None:
+    config = tiny_config(family, **settings)
+    model = build(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    ids = torch.randint(64, (BATCH, LENGTH))
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    step_counters = 4 * len(list(model.parameters()))
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    left_out = live_bytes(model, optimizer) - state_memory(config).total
+    assert 0 < left_out <= step_counters + buffers
