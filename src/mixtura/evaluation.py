@@ -1,0 +1,191 @@
+"""Held-out loss of a language model, in every mode in which its feed-forward layers can run.
+
+A mixture-of-tokens model has two faces: `group`, as it was trained, where a token sees the batch it comes in, and
+`alone`, as it is deployed. Both are measured on the same sequences in the same order, always in the parameters' own
+precision, whatever training used.
+
+Shapes: B batch, L length, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from mixtura.config import DataConfig, UserError
+from mixtura.data.packing import PackedTokens, pack
+from mixtura.data.sources import read_documents
+from mixtura.models.generation import load_model
+
+_GROUPED = {"mixture_of_tokens", "expert_choice"}
+
+
+def evaluation_modes(config: Any) -> tuple[str, ...]:
+    """The modes that say something about a model with this configuration.
+
+    - mixture of tokens: `group` as trained, `alone` as deployed (`alone_top_k` mixtures a token), `alone_all` with all;
+    - expert choice and soft: `group` only, there is no form of them that can be deployed in a causal model;
+    - everything else: `causal`.
+    """
+    families = _families(config)
+    if "mixture_of_tokens" in families:
+        return "group", "alone", "alone_all"
+    return ("group",) if families & {"expert_choice", "soft"} else ("causal",)
+
+
+def evaluate_loss(
+    model: PreTrainedModel,
+    packed: PackedTokens,
+    *,
+    num_sequences: int,
+    batch_size: int,
+    modes: Sequence[str] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Loss of the first `num_sequences` sequences in each mode; the model is left as it was found.
+
+    Args:
+        model: a causal language model, of this library or not.
+        packed: held-out sequences.
+        num_sequences: how many of them, from the first.
+        batch_size: sequences at once; groups are formed within a batch.
+        modes: some of `evaluation_modes`; None means all.
+
+    Returns:
+        For each mode `loss` in nats a token, `bits_per_byte` and `perplexity`.
+
+    Raises:
+        UserError: see `check_evaluation`.
+    """
+    modes = evaluation_modes(model.config) if modes is None else tuple(modes)
+    check_evaluation(model.config, packed, num_sequences=num_sequences, batch_size=batch_size, modes=modes)
+    was_training = model.training
+    served = getattr(model.config, "inference_mode", None), getattr(model.config, "alone_top_k", None)
+    losses: dict[str, float] = {}
+    model.eval()
+    try:
+        for mode in modes:
+            if mode == "alone_all" and "alone" in losses and served[1] is None:
+                losses[mode] = losses["alone"]
+                continue
+            top_k = None if mode == "alone_all" else served[1]
+            _set_inference_mode(model, "group" if mode == "group" else "alone", top_k=top_k)
+            losses[mode] = _mean_loss(model, packed, num_sequences=num_sequences, batch_size=batch_size)
+    finally:
+        _set_inference_mode(model, served[0], top_k=served[1])
+        model.train(was_training)
+    return {mode: loss_measures(loss, bytes_per_token=packed.bytes_per_token) for mode, loss in losses.items()}
+
+
+def loss_measures(loss: float, *, bytes_per_token: float) -> dict[str, float]:
+    """A loss in nats a token, with its bits per byte of text and its perplexity."""
+    return {
+        "loss": loss,
+        "bits_per_byte": loss / math.log(2) / bytes_per_token,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+    }
+
+
+def check_evaluation(
+    config: Any,
+    packed: PackedTokens,
+    *,
+    num_sequences: int,
+    batch_size: int,
+    modes: Sequence[str] | None = None,
+) -> None:
+    """Refuses an evaluation that cannot be run as asked; costs nothing, so call it before a long training.
+
+    Raises:
+        UserError: there are too few sequences, a mode is unknown, or groups would not be full.
+    """
+    known = evaluation_modes(config)
+    modes = known if modes is None else modes
+    for mode in modes:
+        if mode not in known:
+            raise UserError(f"There is no evaluation mode '{mode}' for this model: use {', '.join(known)}.")
+    if num_sequences < 1 or batch_size < 1:
+        raise UserError(f"{num_sequences} sequences in batches of {batch_size} cannot be evaluated: give 1 or more.")
+    if num_sequences > packed.num_sequences:
+        raise UserError(
+            f"An evaluation asks for {num_sequences} held-out sequences but there are {packed.num_sequences}: lower "
+            "'training.eval_sequences' and 'training.final_eval_sequences', or raise 'data.validation_fraction'."
+        )
+    if _families(config) & _GROUPED and ("group" in modes or "expert_choice" in _families(config)):
+        _check_groups(config, packed, num_sequences=num_sequences, batch_size=batch_size)
+
+
+def _check_groups(config: Any, packed: PackedTokens, *, num_sequences: int, batch_size: int) -> None:
+    sizes = {"evaluated sequences": num_sequences, "sequences of an evaluation batch": batch_size}
+    if config.group_over == "sequence":
+        sizes = {"tokens of a sequence": packed.sequence_length}
+    for name, size in sizes.items():
+        if size % config.group_size:
+            raise UserError(
+                f"The {size} {name} do not fill groups of {config.group_size}: make them a multiple of the group size."
+            )
+
+
+def _families(config: Any) -> set[str]:
+    return set(getattr(config, "mlp_layer_types", None) or ())
+
+
+def _set_inference_mode(model: Any, mode: str | None, *, top_k: int | None) -> None:
+    """Sets how mixture-of-tokens layers run; the other families have no choice."""
+    if "mixture_of_tokens" in _families(model.config):
+        model.set_inference_mode(mode, top_k=top_k)
+
+
+@torch.no_grad()
+def _mean_loss(model: PreTrainedModel, packed: PackedTokens, *, num_sequences: int, batch_size: int) -> float:
+    """Nats a predicted token; a sequence of L tokens predicts L - 1."""
+    total = torch.zeros((), dtype=torch.float64)
+    for start in range(0, num_sequences, batch_size):
+        rows = packed.sequences_NL[start : min(start + batch_size, num_sequences)]
+        ids_BL = torch.from_numpy(rows.astype("int64")).to(model.device)
+        total = total.to(model.device) + _summed_loss(model(input_ids=ids_BL, use_cache=False).logits, ids_BL)
+    return total.item() / (num_sequences * (packed.sequence_length - 1))
+
+
+def _summed_loss(logits_BLV: Tensor, ids_BL: Tensor) -> Tensor:
+    """Sum over all predicted tokens, in float64 so that the order of batches does not show."""
+    return cross_entropy(logits_BLV[:, :-1].flatten(0, 1).float(), ids_BL[:, 1:].flatten(), reduction="sum").double()
+
+
+def evaluate_folder(
+    model_folder: Path,
+    text: Path,
+    *,
+    text_column: str = "text",
+    batch_size: int = 16,
+    sequence_length: int | None = None,
+    max_sequences: int = 512,
+) -> dict[str, dict[str, float]]:
+    """Loss of the model in a folder on a text, as `evaluate_loss` gives it; all of the text counts as held out.
+
+    Args:
+        model_folder: as `save_pretrained` writes it, tokenizer included.
+        text: a file or folder of .txt, .jsonl or .parquet.
+        text_column: key or column that holds the text.
+        batch_size: sequences at once, a multiple of the group size.
+        sequence_length: tokens of a sequence; None takes the model's longest, 512 at most.
+        max_sequences: stop after so many sequences.
+
+    Raises:
+        UserError: the model or the text cannot be read, or the text is too short for one batch.
+    """
+    model, tokenizer = load_model(model_folder)
+    documents = read_documents(DataConfig(source="local", path=str(text), text_column=text_column))
+    length = sequence_length or min(model.config.max_position_embeddings, 512)
+    packed = pack(documents, tokenizer, sequence_length=length, name=f"'{text}'")
+    whole = min(packed.num_sequences, max_sequences) // batch_size * batch_size
+    if not whole:
+        raise UserError(
+            f"'{text}' fills {packed.num_sequences} sequences of {length} tokens, fewer than one batch of "
+            f"{batch_size}: give more text, or lower --batch-size or --sequence-length."
+        )
+    return evaluate_loss(model, packed, num_sequences=whole, batch_size=batch_size)

@@ -1,0 +1,115 @@
+"""Load of the experts over whole optimizer steps: what balancing looks at, and what the report shows.
+
+Everything is gathered in the trainer from the statistics that layers return, never in the layers: a layer under
+activation checkpointing runs twice and would count twice. A step's load is that of all its micro-batches on all ranks.
+
+Shapes: M mixture layers, E experts.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixtura.layers import RoutingStats
+
+
+class StepTotals(NamedTuple):
+    """Sums over micro-batches; tensors without gradient, so that adding them never waits for the device."""
+
+    language_loss: Tensor
+    aux_loss: Tensor
+    z_loss: Tensor
+    tokens_per_expert_ME: Tensor
+    dropped_M: Tensor
+    routed_M: Tensor
+    entropy_M: Tensor
+
+
+def micro_batch_totals(
+    language_loss: Tensor,
+    aux_loss: Tensor | None,
+    z_loss: Tensor | None,
+    routing: Sequence[RoutingStats | None],
+    *,
+    share: float,
+) -> StepTotals:
+    """One micro-batch's part of a step.
+
+    Args:
+        language_loss: this micro-batch's summand of the step's mean loss.
+        aux_loss: its mean load-balancing loss, if any layer has one.
+        z_loss: its mean router z-loss, likewise.
+        routing: statistics of every layer.
+        share: 1 / (micro-batches of the step on all ranks), which turns sums of means into means.
+    """
+    zero = language_loss.new_zeros(())
+    stats = [layer for layer in routing if layer is not None]
+
+    def stacked(values: list[Tensor]) -> Tensor:
+        return torch.stack(values).detach().float() if values else language_loss.new_zeros(0, dtype=torch.float32)
+
+    return StepTotals(
+        language_loss=language_loss.detach().float(),
+        aux_loss=(zero if aux_loss is None else aux_loss.detach()).float() * share,
+        z_loss=(zero if z_loss is None else z_loss.detach()).float() * share,
+        tokens_per_expert_ME=stacked([layer.tokens_per_expert_E for layer in stats]),
+        dropped_M=stacked([layer.dropped_tokens for layer in stats]),
+        routed_M=stacked([layer.routed_rows for layer in stats]),
+        entropy_M=stacked([layer.entropy for layer in stats]) * share,
+    )
+
+
+def add_totals(first: StepTotals | None, second: StepTotals) -> StepTotals:
+    """The sum; None counts as nothing."""
+    return second if first is None else StepTotals(*(a + b for a, b in zip(first, second, strict=True)))
+
+
+def reduce_totals(totals: StepTotals, reduce: Callable[[Tensor], Tensor]) -> StepTotals:
+    """Totals over all ranks, in one exchange; `reduce` sums a tensor over the ranks."""
+    flat = reduce(torch.cat([part.flatten() for part in totals]))
+    parts = flat.split([part.numel() for part in totals])
+    return StepTotals(*(part.view(like.shape) for part, like in zip(parts, totals, strict=True)))
+
+
+def with_load(routing: Sequence[RoutingStats | None], tokens_per_expert_ME: Tensor) -> list[RoutingStats | None]:
+    """The same statistics, each mixture layer's load replaced by a row of (M, E)."""
+    rows = iter(tokens_per_expert_ME.unbind(0))
+    return [None if layer is None else layer._replace(tokens_per_expert_E=next(rows)) for layer in routing]
+
+
+@torch.no_grad()
+def update_expert_bias(layers: Sequence[nn.Module], tokens_per_expert_ME: Tensor, *, rate: float) -> None:
+    """Loss-free balancing (arXiv 2408.15664, algorithm 1): b_e += rate * sign(mean load - load_e).
+
+    Args:
+        layers: the M mixture layers; those without an `expert_bias` are left alone.
+        tokens_per_expert_ME: rows that every expert got in the whole step.
+        rate: how far a bias moves.
+    """
+    for layer, load_E in zip(layers, tokens_per_expert_ME, strict=True):
+        bias_E = getattr(layer, "expert_bias", None)
+        if bias_E is not None:
+            bias_E.add_(torch.sign(load_E.mean() - load_E), alpha=rate)
+
+
+def load_report(totals: StepTotals, *, steps: int, layers: Sequence[int]) -> dict[str, Any]:
+    """What the metrics record about routing over some steps, as plain numbers; empty for a model without mixtures.
+
+    Args:
+        totals: sums over the steps.
+        steps: how many.
+        layers: depths of the mixture layers.
+    """
+    if not layers:
+        return {}
+    load_ME = totals.tokens_per_expert_ME.double()
+    share_ME = load_ME / load_ME.sum(-1, keepdim=True).clamp_min(1e-30)
+    routed = totals.routed_M.double().sum().clamp_min(1.0)
+    return {
+        "layers": list(layers),
+        "load": share_ME.tolist(),
+        "dropped_share": (totals.dropped_M.double().sum() / routed).item(),
+        "router_entropy": (totals.entropy_M.double().mean() / steps).item(),
+    }

@@ -1,0 +1,194 @@
+"""Checkpoints: folders that are either whole or not there.
+
+A folder is filled under another name, closed with `complete.json` (the names and sizes of its files) and renamed last.
+Weights are safetensors, everything else JSON or tensors that `torch.load(weights_only=True)` reads. A `checkpoint-N`
+without `complete.json` is therefore none of ours, and one whose sizes differ was damaged afterwards.
+"""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedConfig
+
+from mixtura.config import UserError
+from mixtura.training.settings import first_difference
+
+COMPLETE = "complete.json"
+WEIGHTS = "model.safetensors"
+FINAL = "checkpoint"
+_PREFIX = "checkpoint-"
+_PARTIAL = ".partial"
+
+
+@contextmanager
+def new_folder(target: Path, *, step: int, first: bool = True) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the block ends well and vanishes when it does not.
+
+    Args:
+        target: where it will be.
+        step: optimizer steps that led to its content.
+        first: False on all ranks but one, which make no folder and only fill it.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    partial = target.with_name(f".{target.name}{_PARTIAL}")
+    with writing(target.parent):
+        if not first:
+            yield partial
+            return
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            _close(partial, step=step)
+            if target.exists():
+                shutil.rmtree(target)
+            os.rename(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turns a failure to write below `out` into a sentence with the fix.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise UserError(
+            f"'{out}' cannot be written ({reason}): make room or check its permissions, then run again with --resume."
+        ) from error
+
+
+def save_tensors(value: Any, path: Path) -> None:
+    """`torch.save` that fails as other writes do."""
+    try:
+        torch.save(value, path)
+    except RuntimeError as error:  # A full disk gives no OSError there, only a complaint about file positions.
+        raise OSError(f"{path.name} could not be written in full, is the disk full?") from error
+
+
+def numbered(out: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` steps."""
+    return out / f"{_PREFIX}{step}"
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The `checkpoint-N` of the highest N."""
+    return max(_numbered(out), key=_number, default=None)
+
+
+def drop_partial_folders(out: Path) -> None:
+    """Removes what a killed run left half written."""
+    for folder in out.glob(f".{FINAL}*{_PARTIAL}"):
+        shutil.rmtree(folder)
+
+
+def drop_old_checkpoints(out: Path, *, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints that are whole; folders of others are left alone."""
+    ours = [folder for folder in _numbered(out) if (folder / COMPLETE).exists()]
+    for folder in sorted(ours, key=_number)[:-keep]:
+        shutil.rmtree(folder)
+
+
+def check_checkpoint(folder: Path, config: PreTrainedConfig) -> int:
+    """The step of a checkpoint, after checking that it is whole and of a model with this configuration.
+
+    Raises:
+        UserError: it is not ours, damaged, or of another model.
+    """
+    try:
+        marker = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        step, files = int(marker["step"]), dict(marker["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"'{folder}' is no checkpoint of this library (it has no readable {COMPLETE}): move it out of the way."
+        ) from None
+    for name, size in files.items():
+        path = folder / name
+        actual = path.stat().st_size if path.exists() else None
+        if actual != size:
+            found = "is missing" if actual is None else f"has {actual:,} bytes"
+            raise UserError(
+                f"The checkpoint '{folder}' is damaged: {name} {found} where {size:,} bytes were written; remove the "
+                "folder to go on from the one before it, or from the start."
+            )
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    difference = first_difference({"model_type": saved.pop("model_type")}, {"model_type": config.model_type})
+    difference = difference or first_difference(architecture(type(config).from_dict(saved)), architecture(config))
+    if difference is not None:
+        key, before, now = difference
+        raise UserError(
+            f"The checkpoint '{folder}' is of another model: its {key} is {before!r}, not {now!r}; "
+            "choose another output folder."
+        )
+    return step
+
+
+def architecture(config: PreTrainedConfig) -> dict[str, Any]:
+    """A model configuration, plain, without what may change while the model stays the same."""
+    volatile = {"transformers_version", "architectures", "dtype", "_name_or_path", "use_cache"}
+    plain = json.loads(config.to_json_string(use_diff=False))
+    return {key: value for key, value in plain.items() if key not in volatile}
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Reads a checkpoint's weights into the model; tied weights are stored once."""
+    safetensors.torch.load_model(model, folder / WEIGHTS, strict=True)
+
+
+def load_tensors(path: Path) -> Any:
+    """What `save_tensors` wrote."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random number generator, as tensors and plain numbers."""
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Goes back to a state that `random_state` gave."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _close(folder: Path, *, step: int) -> None:
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    (folder / COMPLETE).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
+
+
+def _numbered(out: Path) -> list[Path]:
+    return [path for path in out.glob(f"{_PREFIX}*") if path.is_dir() and path.name[len(_PREFIX) :].isdecimal()]
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name[len(_PREFIX) :])

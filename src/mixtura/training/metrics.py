@@ -1,0 +1,154 @@
+"""`metrics.jsonl`: one JSON object a line, written as the run goes, and what a report takes from it.
+
+Every optimizer step gives `step`, `loss` (the language loss alone), `aux_loss`, `z_loss`, `grad_norm` (before
+clipping), `learning_rate`, `seconds` and `tokens`, both counted from the start of the run over all its resumptions;
+`seconds` is optimisation only, evaluations and checkpoints are left out. An evaluation gives `step`, `tokens`,
+`seconds`, `eval` (a loss per mode) and, for a model with mixtures, `layers`, `load` (each expert's share per layer),
+`dropped_share` and `router_entropy` over the steps since the evaluation before it.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+
+SPIKE_WINDOW = 50
+SPIKE_MIN_HISTORY = 10
+SPIKE_DEVIATIONS = 5.0
+SPIKE_RELATIVE = 0.10
+
+
+class MetricsFile:
+    """Appends records to a file that is whole after every line, so that a killed run leaves all it measured."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens the file for appending."""
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        """The file itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends one record and hands it to the operating system."""
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Waits until everything is on disk: a checkpoint must never be ahead of its metrics."""
+        os.fsync(self._file.fileno())
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records; a last line that a crash cut short is left out. No file is no records."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def truncate_metrics(path: Path, *, step: int) -> list[dict[str, Any]]:
+    """Drops what was measured after `step`, which a resumed run measures again; returns what is kept."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(temporary, path)
+    return kept
+
+
+def evaluation_curve(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations: `step`, `tokens`, `seconds`, and per mode `loss` and `bits_per_byte`."""
+    return [
+        {
+            **{key: record[key] for key in ("step", "tokens", "seconds")},
+            **{key: {mode: of[key] for mode, of in record["eval"].items()} for key in ("loss", "bits_per_byte")},
+        }
+        for record in records
+        if "eval" in record
+    ]
+
+
+def summarize_metrics(records: Sequence[dict[str, Any]], *, max_points: int = 200) -> dict[str, Any]:
+    """What a report says about one run's training.
+
+    Args:
+        records: as `read_metrics` gives them.
+        max_points: the training curve is thinned to so many points, each the mean of a stretch of steps.
+
+    Returns:
+        `curve`, `train_curve`, `grad_norm` (mean and max), `spikes` (of loss and grad_norm), `load` with `layers`,
+        `steps` and `share`, `load_imbalance` (largest over mean load, mean over layers, of the last evaluation),
+        `dropped_share` and `router_entropy` (of the last evaluation); None where a model has no mixtures.
+    """
+    steps = [record for record in records if "loss" in record]
+    loads = [record for record in records if "load" in record]
+    norms = [record["grad_norm"] for record in steps]
+    last = loads[-1] if loads else None
+    return {
+        "curve": evaluation_curve(records),
+        "train_curve": _thinned(steps, max_points),
+        "grad_norm": {"mean": sum(norms) / len(norms), "max": max(norms)} if norms else None,
+        "spikes": {key: count_spikes([record[key] for record in steps]) for key in ("loss", "grad_norm")},
+        "load": _load_history(loads) if last else None,
+        "load_imbalance": load_imbalance(last["load"]) if last else None,
+        "dropped_share": last["dropped_share"] if last else None,
+        "router_entropy": last["router_entropy"] if last else None,
+    }
+
+
+def load_imbalance(share_ME: Sequence[Sequence[float]]) -> float:
+    """Largest load of an expert over the mean load, mean over layers: 1 is even, E is everything on one expert."""
+    return float(np.mean([len(share_E) * max(share_E) for share_E in share_ME]))
+
+
+def count_spikes(values: Sequence[float]) -> int:
+    """How often a series jumps up.
+
+    A value is high when it exceeds the median of the 50 values before it (of at least 10) by more than 5 scaled median
+    absolute deviations (1.4826 * MAD, the standard deviation of normal noise) and by more than 10 %. Neighbouring high
+    values are one spike, and so are high values with up to 10 quiet ones between them, which is how losses fall back.
+    """
+    spikes, last_high = 0, -math.inf
+    series = np.asarray(values, dtype=np.float64)
+    for index in range(SPIKE_MIN_HISTORY, len(series)):
+        if _is_high(series[index], series[max(0, index - SPIKE_WINDOW) : index]):
+            spikes += index - last_high > SPIKE_MIN_HISTORY
+            last_high = index
+    return spikes
+
+
+def _is_high(value: float, before: np.ndarray) -> bool:
+    median = np.median(before)
+    deviation = 1.4826 * np.median(np.abs(before - median))
+    return bool(value > median + SPIKE_DEVIATIONS * deviation and value > median + SPIKE_RELATIVE * abs(median))
+
+
+def _thinned(steps: Sequence[dict[str, Any]], max_points: int) -> list[dict[str, Any]]:
+    if not steps:
+        return []
+    stretches = np.array_split(np.arange(len(steps)), min(max_points, len(steps)))
+    return [
+        {"step": steps[stretch[-1]]["step"], "loss": float(np.mean([steps[i]["loss"] for i in stretch]))}
+        for stretch in stretches
+    ]
+
+
+def _load_history(loads: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "layers": loads[-1]["layers"],
+        "steps": [record["step"] for record in loads],
+        "share": [record["load"] for record in loads],
+    }

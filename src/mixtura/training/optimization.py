@@ -1,0 +1,53 @@
+"""Optimizer and learning rate schedule, the same for every arm."""
+
+import math
+from functools import partial
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from mixtura.config import TrainingConfig
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig, *, learning_rate: float) -> AdamW:
+    """AdamW; weight decay falls on matrices only, not on norms, biases and other vectors."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.dim() >= 2]
+    vectors = [parameter for parameter in trained if parameter.dim() < 2]
+    groups = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if parameters
+    ]
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
+    return AdamW(groups, lr=learning_rate, betas=(config.adam_beta1, config.adam_beta2), fused=fused)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> LambdaLR:
+    """Linear warm-up, then a cosine; see `learning_rate_factor`."""
+    factor = partial(
+        learning_rate_factor,
+        steps=config.steps,
+        warmup_steps=warmup_steps(config),
+        minimum=config.min_learning_rate_fraction,
+    )
+    return LambdaLR(optimizer, factor)
+
+
+def warmup_steps(config: TrainingConfig) -> int:
+    """Steps before the peak is reached."""
+    return min(config.steps, round(config.steps * config.warmup_fraction))
+
+
+def learning_rate_factor(index: int, *, steps: int, warmup_steps: int, minimum: float) -> float:
+    """Share of the peak learning rate at step `index`, counted from 0.
+
+    No step is wasted on a rate of zero: the first takes 1 / warmup_steps, and the last exactly `minimum`.
+    """
+    step = index + 1
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    return minimum + (1 - minimum) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,326 @@
+"""Hugging Face's Trainer with router losses that count once, balancing over whole steps, and honest bookkeeping.
+
+The stock Trainer takes a loss that the model normalised by `num_items_in_batch` as a share of the step's sum, which is
+right for the language loss and multiplies a router loss by accumulation steps times ranks. Here the two are formed
+apart: the language loss is the mean over all predicted tokens of the step, a router loss the mean over its
+micro-batches.
+"""
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mixtura.config import TrainingConfig, UserError
+from mixtura.data.packing import PackedTokens
+from mixtura.evaluation import evaluate_loss, evaluation_modes
+from mixtura.training import balance, checkpoints
+from mixtura.training.interrupts import StopRequest
+from mixtura.training.metrics import MetricsFile
+from mixtura.training.progress import ProgressReporter
+
+KEEP_CHECKPOINTS = 2
+_LOAD_FILE = "load.safetensors"
+
+
+class TrainingDiverged(UserError):
+    """The loss or its gradient is no finite number any more; `step` says since when."""
+
+    def __init__(self, message: str, *, step: int) -> None:
+        """`step` is the optimizer step that gave it, from 1."""
+        super().__init__(message)
+        self.step = step
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """What a run needs besides the model and its training data."""
+
+    label: str
+    out: Path
+    config: TrainingConfig
+    learning_rate: float
+    validation: PackedTokens
+    tokens_per_step: int
+    seconds_before: float
+    """Optimisation seconds of the run before it was resumed."""
+    metrics: MetricsFile | None
+    """None on every rank but the first."""
+    reporter: ProgressReporter
+    stop: StopRequest
+
+
+class MixtureTrainer(Trainer):
+    """Trains one arm; see the module's docstring for what differs from its base class."""
+
+    def __init__(self, run: RunContext, **kwargs: Any) -> None:
+        """`kwargs` are the base class's."""
+        super().__init__(**kwargs)
+        self.run = run
+        # The loss is normalised by the step's token count, whatever the signature of the model's forward.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_StepEnd(self))
+        self._global_load_ME: Tensor | None = None
+        self._step_totals: balance.StepTotals | None = None
+        self._load_totals: balance.StepTotals | None = None
+        self._load_steps = 0
+        self._seconds = run.seconds_before
+        self._first_step = 0
+        self._mark = time.perf_counter()
+
+    def begin(self) -> None:
+        """Starts the clock, just before the first step."""
+        self._first_step = self.state.global_step
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves out of the run's seconds what has passed since the last step."""
+        self._mark = time.perf_counter()
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        """Autocast for bfloat16.
+
+        Entered here, around training alone: the Trainer's own `bf16` would rewrite the model's forward, and evaluations
+        would be rounded with it.
+        """
+        stack = super().compute_loss_context_manager()
+        if self.run.config.dtype == "bfloat16":
+            stack.enter_context(torch.autocast(self.args.device.type, dtype=torch.bfloat16))
+        return stack
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
+        """The step's micro-batches on this rank, and the number of tokens that the step predicts on all ranks."""
+        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        targets = torch.stack([batch["labels"][:, 1:].ne(-100).sum() for batch in batches]).sum()
+        return batches, self._sum_over_ranks(targets.to(device))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """This micro-batch's part of the step's loss, to be summed over micro-batches and averaged over ranks."""
+        outputs = model(**inputs, output_routing=True, num_items_in_batch=num_items_in_batch)
+        aux_loss, z_loss = self._router_losses(outputs)
+        loss = outputs.language_loss * self.args.world_size
+        if aux_loss is not None and z_loss is not None:
+            weighted = self._config.router_aux_loss_coef * aux_loss + self._config.router_z_loss_coef * z_loss
+            loss = loss + weighted / self.current_gradient_accumulation_steps
+        share = 1.0 / (self.current_gradient_accumulation_steps * self.args.world_size)
+        totals = balance.micro_batch_totals(outputs.language_loss, aux_loss, z_loss, outputs.routing, share=share)
+        self._step_totals = balance.add_totals(self._step_totals, totals)
+        return (loss, outputs) if return_outputs else loss
+
+    def finish_step(self, control: TrainerControl) -> None:
+        """Balances with the step's load, and decides whether to evaluate, save and go on."""
+        assert self._step_totals is not None
+        totals = balance.reduce_totals(self._step_totals, self._sum_over_ranks)
+        self._step_totals, self._global_load_ME = totals, None
+        if self._config.expert_bias_update_rate > 0:
+            balance.update_expert_bias(
+                self._language_model.mixture_layers(),
+                totals.tokens_per_expert_ME,
+                rate=self._config.expert_bias_update_rate,
+            )
+        self._load_totals = balance.add_totals(self._load_totals, totals)
+        self._load_steps += 1
+        step, config = self.state.global_step, self.run.config
+        last = step >= config.steps
+        control.should_evaluate = last or step % config.eval_every == 0
+        control.should_save = step % config.save_every == 0
+        if self._stop_requested():
+            control.should_save = control.should_training_stop = True
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Records a step; the base class calls this after each, and once more with a summary that is not kept.
+
+        Raises:
+            TrainingDiverged: the loss or its gradient is not finite; nothing is saved after that.
+        """
+        if "grad_norm" not in logs:
+            return
+        assert self._step_totals is not None
+        totals, self._step_totals = self._step_totals, None
+        losses = torch.stack([totals.language_loss, totals.aux_loss, totals.z_loss]).tolist()
+        grad_norm, step = float(logs["grad_norm"]), self.state.global_step
+        self._check_finite(step, loss=losses[0], grad_norm=grad_norm)
+        now = time.perf_counter()
+        self._seconds, self._mark = self._seconds + now - self._mark, now
+        self._write(
+            {
+                "step": step,
+                **dict(zip(("loss", "aux_loss", "z_loss"), losses, strict=True)),
+                "grad_norm": grad_norm,
+                "learning_rate": logs["learning_rate"],
+                "seconds": self._seconds,
+                "tokens": step * self.run.tokens_per_step,
+            }
+        )
+        seconds = max(self._seconds - self.run.seconds_before, 1e-9)
+        tokens = (step - self._first_step) * self.run.tokens_per_step
+        self.run.reporter.advance(step, loss=losses[0], tokens_per_second=tokens / seconds)
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out loss on the first rank, in the modes that a training curve shows; records it."""
+        if self.is_world_process_zero():
+            step, config = self.state.global_step, self.run.config
+            losses = evaluate_loss(
+                self._language_model,
+                self.run.validation,
+                num_sequences=config.eval_sequences,
+                batch_size=config.batch_size,
+                modes=curve_modes(self._config),
+            )
+            for measures in losses.values():
+                self._check_finite(step, loss=measures["loss"], grad_norm=0.0)
+            kept = {mode: {key: of[key] for key in ("loss", "bits_per_byte")} for mode, of in losses.items()}
+            tokens = step * self.run.tokens_per_step
+            self._write({"step": step, "tokens": tokens, "seconds": self._seconds, "eval": kept, **self._load_report()})
+        self._load_totals, self._load_steps = None, 0
+        self.accelerator.wait_for_everyone()
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
+        self.restart_clock()
+        return {}
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """0: the base class would walk over all parameters at every micro-batch; FLOPs are planned, not measured."""
+        return 0
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Saves all that a resumed run needs to be bit for bit the same."""
+        step = self.state.global_step
+        folder = checkpoints.numbered(self.run.out, step)
+        first = self.is_world_process_zero()
+        with checkpoints.new_folder(folder, step=step, first=first) as partial:
+            self.accelerator.wait_for_everyone()
+            checkpoints.save_tensors(checkpoints.random_state(), partial / self._random_state_file())
+            if first:
+                if self.run.metrics is not None:
+                    self.run.metrics.sync()
+                self._language_model.save_pretrained(partial)
+                for name, part in self._optimization.items():
+                    checkpoints.save_tensors(part.state_dict(), partial / f"{name}.pt")
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+                self._save_load(partial / _LOAD_FILE)
+            self.accelerator.wait_for_everyone()
+        if first:
+            checkpoints.drop_old_checkpoints(self.run.out, keep=KEEP_CHECKPOINTS)
+        self.accelerator.wait_for_everyone()
+        self.restart_clock()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        checkpoints.load_weights(self._language_model, folder)
+        load = {name: value.to(self.args.device) for name, value in load_file(folder / _LOAD_FILE).items()}
+        self._load_steps = int(load.pop("steps"))
+        if self._load_steps:
+            self._load_totals = balance.StepTotals(**load)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            for name, part in self._optimization.items():
+                part.load_state_dict(checkpoints.load_tensors(Path(checkpoint) / f"{name}.pt"))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.set_random_state(checkpoints.load_tensors(Path(checkpoint) / self._random_state_file()))
+
+    def _save_load(self, path: Path) -> None:
+        totals = self._load_totals._asdict() if self._load_totals is not None else {}
+        save_file({"steps": torch.tensor(self._load_steps), **totals}, path)
+
+    def _random_state_file(self) -> str:
+        return f"rng_state_{self.args.process_index}.pt"
+
+    @property
+    def _language_model(self) -> Any:
+        """The model without what data parallelism wraps around it."""
+        return self.model
+
+    @property
+    def _optimization(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "scheduler": self.lr_scheduler}
+
+    @property
+    def _config(self) -> Any:
+        return self._language_model.config
+
+    def _router_losses(self, outputs: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Unweighted load-balancing and z-loss of this micro-batch.
+
+        With `balance_over = "global"` the experts' shares are those of all micro-batches of the step so far, on all
+        ranks (arXiv 2501.11873): a micro-batch may then be as lopsided as its text, as long as the step is balanced.
+        """
+        if self._config.balance_over != "global" or outputs.aux_loss is None:
+            return outputs.aux_loss, outputs.z_loss
+        load_ME = torch.stack([layer.tokens_per_expert_E for layer in outputs.routing if layer is not None])
+        load_ME = self._sum_over_ranks(load_ME)
+        self._global_load_ME = load_ME if self._global_load_ME is None else self._global_load_ME + load_ME
+        return self._language_model.router_losses(balance.with_load(outputs.routing, self._global_load_ME))
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value, "sum") if self.args.world_size > 1 else value  # pyright: ignore
+
+    def _stop_requested(self) -> bool:
+        """Whether any rank was asked to stop: all must leave the loop at the same step."""
+        if self.args.world_size == 1:
+            return self.run.stop.requested
+        return bool(self._sum_over_ranks(torch.tensor(float(self.run.stop.requested), device=self.args.device)))
+
+    def _load_report(self) -> dict[str, Any]:
+        if self._load_totals is None:
+            return {}
+        families = self._config.mlp_layer_types
+        layers = [depth for depth, family in enumerate(families) if family != "dense"]
+        return balance.load_report(self._load_totals, steps=self._load_steps, layers=layers)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.run.metrics is not None:
+            with checkpoints.writing(self.run.out):
+                self.run.metrics.write(record)
+
+    def _check_finite(self, step: int, *, loss: float, grad_norm: float) -> None:
+        for name, value in (("loss", loss), ("gradient", grad_norm)):
+            if not math.isfinite(value):
+                newest = checkpoints.newest_checkpoint(self.run.out)
+                kept = f"the last good checkpoint is '{newest}'" if newest else "there is no checkpoint yet"
+                raise TrainingDiverged(
+                    f"{self.run.label} diverged: its {name} became {value} at step {step}; lower its learning rate, "
+                    f"which is {self.run.learning_rate:g} ({kept}).",
+                    step=step,
+                )
+
+
+class _StepEnd(TrainerCallback):
+    """Calls the trainer back where the base class has no method to override."""
+
+    def __init__(self, trainer: MixtureTrainer) -> None:
+        """`trainer` is the one that calls."""
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The first step is next."""
+        self.trainer.begin()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The optimizer has stepped; the base class logs, evaluates and saves after this."""
+        self.trainer.finish_step(control)
+
+
+def curve_modes(config: Any) -> tuple[str, ...]:
+    """The evaluation modes of a training curve: `alone_all` runs every expert on every token, too slow to repeat."""
+    return tuple(mode for mode in evaluation_modes(config) if mode != "alone_all")
