@@ -1,6 +1,6 @@
-"""How the experts are computed: the reference (the definition) and the fast torch paths, with equal outputs and gradients.
+"""How the experts are computed: the reference (the definition) and fast torch paths of equal outputs and gradients.
 
-`layers` calls the functions named here and nothing else; which implementation runs is decided here, by device and dtype.
+`layers` calls the functions named here and nothing else; the kernels decide what runs, by device and dtype.
 """
 
 from mixtura.kernels.dense import batched_ffn as batched_ffn

@@ -34,7 +34,8 @@ class _BatchedFFN(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_ERD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad_ERD,) = grad_outputs
         x_ERD, up_EHD, down_EDF, u_ERH = ctx.saved_tensors
         grad_down_EDF = torch.bmm(grad_ERD.transpose(1, 2), activate(u_ERH, *ctx.settings))
         grad_u_ERH = activate_backward(torch.bmm(grad_ERD, down_EDF), u_ERH, *ctx.settings)

@@ -1,8 +1,9 @@
 """Fast torch paths for sparse routing: each expert on its own rows, without padding and without a copy of the weights.
 
-On the CPU one expert is finished before the next begins, so its rows stay in cache, and the gradients of all experts are
-written into one tensor (indexing a stacked weight under autograd would allocate a full zero gradient for every expert).
-Only the first projection is kept for the backward pass. On a GPU torch's grouped GEMM runs, with no host synchronisation.
+On the CPU one expert is finished before the next begins, so its rows stay in cache, and the gradients of all experts
+are written into one tensor (indexing a stacked weight under autograd would allocate a full zero gradient for every
+expert). Only the first projection is kept for the backward pass. On a GPU torch's grouped GEMM runs, with no host
+synchronisation.
 
 Shapes: T tokens, R routed rows sorted by expert, E experts, D hidden, F expert width, H = 2F when gated else F.
 """
@@ -140,11 +141,11 @@ class _ExpertLoop(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_TD, token_R, weight_R, up_EHD, down_EDF, u_RH = ctx.saved_tensors
         counts, activation, gated = ctx.settings
         grads = _backward(
-            grad_TD.contiguous(), x_TD, token_R, weight_R, counts, up_EHD, down_EDF, u_RH, activation, gated
+            grad_outputs[0].contiguous(), x_TD, token_R, weight_R, counts, up_EHD, down_EDF, u_RH, activation, gated
         )
         return grads[0], None, grads[1], None, grads[2], grads[3], None, None
 

@@ -80,14 +80,14 @@ class ExpertChoiceMoE(FeedForward):
         real_BL1 = torch.ones_like(probs_BLE[..., :1]) if mask_BL is None else mask_BL.unsqueeze(-1).to(probs_BLE)
         routing = self._choose(probs_BLE, real_BL1)
         y_TD = sparse_experts(self.experts, x_BLD.flatten(0, 1), routing)
-        stats = self._stats(logits_BLE, probs_BLE, real_BL1, routing) if want_stats else None
+        stats = self._stats(logits_BLE, probs_BLE, mask_BL, routing) if want_stats else None
         return y_TD.view(x_BLD.shape), stats
 
     def _choose(self, probs_BLE: Tensor, real_BL1: Tensor) -> SparseRouting:
         batch, length, num_experts = probs_BLE.shape
         index_BL1 = torch.arange(batch * length, device=probs_BLE.device).view(batch, length, 1)
         # Padding scores -1, so it is taken only when nothing real is left, and then with weight 0.
-        score_NGE = self._groups(torch.where(real_BL1.bool(), probs_BLE + 1, 0)) - 1
+        score_NGE = torch.where(self._groups(real_BL1).bool(), self._groups(probs_BLE), -1.0)
         index_NG = self._groups(index_BL1).squeeze(-1)
         limit = min(capacity(score_NGE.size(1), self.top_k, num_experts, 1.0), score_NGE.size(1))
         weight_NCE, chosen_NCE = score_NGE.topk(limit, dim=1)
@@ -105,16 +105,19 @@ class ExpertChoiceMoE(FeedForward):
         return to_groups(x_BLD, self.group_size or x_BLD.size(0), "batch")
 
     def _stats(
-        self, logits_BLE: Tensor, probs_BLE: Tensor, real_BL1: Tensor, routing: SparseRouting
+        self, logits_BLE: Tensor, probs_BLE: Tensor, mask_BL: Tensor | None, routing: SparseRouting
     ) -> RoutingStats:
-        real_T = real_BL1.flatten().bool()
-        logits_TE, probs_TE = logits_BLE.flatten(0, 1)[real_T], probs_BLE.flatten(0, 1)[real_T]
-        taken_T = torch.zeros_like(real_BL1.flatten()).index_add(0, routing.token_R, (routing.weight_R > 0).float())
+        logits_TE, probs_TE = logits_BLE.flatten(0, 1), probs_BLE.flatten(0, 1)
+        taken_R = (routing.weight_R > 0).float()  # the others are padding, taken for want of real tokens
+        taken_T = taken_R.new_zeros(len(logits_TE)).index_add(0, routing.token_R, taken_R)
+        if mask_BL is not None:
+            real_T = mask_BL.flatten().bool()
+            logits_TE, probs_TE, taken_T = logits_TE[real_T], probs_TE[real_T], taken_T[real_T]
         return RoutingStats(
-            tokens_per_expert_E=routing.tokens_per_expert_E.float(),
+            tokens_per_expert_E=taken_R.unflatten(0, (self.num_experts, -1)).sum(1),
             importance_E=probs_TE.float().mean(0),
             router_z_loss=router_z_loss(logits_TE),
-            dropped_tokens=(real_T & (taken_T == 0)).sum().float(),
-            routed_rows=real_T.sum().float(),
+            dropped_tokens=(taken_T == 0).sum().float(),
+            routed_rows=taken_T.new_tensor(float(len(taken_T))),
             entropy=normalized_entropy(probs_TE, dim=-1),
         )

@@ -3,6 +3,8 @@
 Shapes: E experts, D hidden, F expert width, R rows.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,12 +15,18 @@ from mixtura.kernels.activation import check_activation
 class Experts(nn.Module):
     """E feed-forward networks f_e(x) = down_e(act(up_e(x))), gated when `gated`.
 
-    Parameters are `gate_up_proj` (E, 2F, D) when gated, else `up_proj` (E, F, D), and `down_proj` (E, D, F): the same in
-    every family, so that converting between families touches the router alone.
+    Parameters are `gate_up_proj` (E, 2F, D) when gated, else `up_proj` (E, F, D), and `down_proj` (E, D, F): the same
+    in every family, so that converting between families touches the router alone.
     """
 
     def __init__(
-        self, hidden_size: int, *, intermediate_size: int, num_experts: int, activation: str = "relu", gated: bool = False
+        self,
+        hidden_size: int,
+        *,
+        intermediate_size: int,
+        num_experts: int,
+        activation: str = "relu",
+        gated: bool = False,
     ) -> None:
         """Args are widths and counts; raises ValueError for an unknown activation or a size below one."""
         super().__init__()
@@ -37,7 +45,8 @@ class Experts(nn.Module):
     @property
     def weights(self) -> tuple[Tensor, Tensor]:
         """The first (E, F or 2F, D) and second (E, D, F) projections."""
-        return self.gate_up_proj if self.gated else self.up_proj, self.down_proj
+        up: Any = self.gate_up_proj if self.gated else self.up_proj
+        return up, self.down_proj
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Draws every weight from a normal distribution."""

@@ -53,4 +53,4 @@ class LayerMix(nn.Module):
         logits = self.logits
         if self.gate is not None and stacked_BLMD is not None:
             logits = logits + (stacked_BLMD * self.gate).sum(-1)
-        return logits.float().softmax(-1)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)

@@ -1,5 +1,6 @@
-"""Auxiliary losses of routers, computed per layer: pooling the layers first would call two layers that each collapse onto
-a different half of the experts perfectly balanced.
+"""Auxiliary losses of routers, one layer at a time.
+
+Pooling the layers first would call two layers that each collapse onto a different half of the experts balanced.
 
 Shapes: T tokens, E experts.
 """
@@ -11,8 +12,8 @@ from torch import Tensor
 def load_balancing_loss(tokens_per_expert_E: Tensor, importance_E: Tensor) -> Tensor:
     """Switch Transformer's loss (arXiv 2101.03961, eq. 4): E * sum_e share_e * importance_e.
 
-    1 when either is uniform, E when everything goes to one expert, for any top_k: `share_e` is the expert's share of the
-    routed rows. Gradient flows through `importance_E` alone.
+    1 when either is uniform, E when everything goes to one expert, for any top_k: `share_e` is the expert's share
+    of the routed rows. Gradient flows through `importance_E` alone.
     """
     rows_E = tokens_per_expert_E.detach().float()
     share_E = rows_E / rows_E.sum().clamp_min(1.0)

@@ -1,8 +1,8 @@
 """Mixture of Tokens: every expert processes mixtures of the tokens of a group, and spreads its outputs back.
 
-Antoniak et al., arXiv 2310.15961, section 3. A group holds tokens at the same position of different examples, so nothing
-leaks within a sequence, every step is differentiable and the load is even by construction; a token's output does depend
-on its group. Deployed, a token has no group: see `inference_mode`.
+Antoniak et al., arXiv 2310.15961, section 3. A group holds tokens at the same position of different examples, so
+nothing leaks within a sequence, every step is differentiable and the load is even by construction; a token's output
+does depend on its group. Deployed, a token has no group: see `inference_mode`.
 
 Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, C mixtures an expert has in a group, S = E*C,
 N groups, G tokens of a group.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
+from mixtura.layers.losses import router_z_loss
 from mixtura.layers.routing import (
     DenseRouting,
     RoutingStats,
@@ -133,7 +134,13 @@ class MixtureOfTokens(FeedForward):
             combine_NGS = self._group_weights(x_NGD, self.combine_gate.weight)[1]
             combine_NGEC = combine_NGS.to(x_NGD.dtype).unflatten(-1, shape)
         y_NGD = dense_experts(self.experts, x_NGD, DenseRouting(dispatch_NGEC, combine_NGEC))
-        stats = self._stats(logits_NGS, weight_NGS) if want_stats else None
+        stats = None
+        if want_stats:
+            real_NG = None
+            if mask_BL is not None or y_NGD[..., 0].numel() != batch * length:
+                real_BL = x_BLD.new_ones(batch, length) if mask_BL is None else mask_BL.to(x_BLD.dtype)
+                real_NG = to_groups(real_BL.unsqueeze(-1), self.group_size, self.group_over).squeeze(-1).bool()
+            stats = self._stats(logits_NGS, weight_NGS, real_NG)
         return from_groups(y_NGD, batch, length, self.group_over), stats
 
     def _group_weights(self, x_NGD: Tensor, weight_SD: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,9 +157,7 @@ class MixtureOfTokens(FeedForward):
                 stacklevel=5,
             )
 
-    def _run_alone(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
-    ) -> tuple[Tensor, RoutingStats | None]:
+    def _run_alone(self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool) -> tuple[Tensor, RoutingStats | None]:
         """Each token in a group whose other members are zero, exactly: sum over mixtures of m * f_e(m * x).
 
         A zero token has logit 0, so the softmax of a group with logit l and G - 1 zeros is sigmoid(l - ln(G - 1)); the
@@ -197,16 +202,19 @@ class MixtureOfTokens(FeedForward):
         own_R = torch.arange(len(rows_RD), device=x_TD.device)
         weight_R = weight_TS.gather(1, chosen_TK).flatten()[order_R]
         y_RD = sparse_experts(self.experts, rows_RD, SparseRouting(own_R, weight_R, rows_E))
-        return torch.zeros_like(x_TD).index_add(0, token_R, y_RD), used_TS
+        return torch.zeros_like(x_TD, dtype=y_RD.dtype).index_add(0, token_R, y_RD), used_TS
 
-    def _stats(self, logits_NGS: Tensor, weight_NGS: Tensor) -> RoutingStats:
-        """Statistics of a batch in groups: every expert gets the same load, whatever the router does."""
-        tokens = logits_NGS.new_tensor(float(logits_NGS[..., 0].numel()))
-        load_E = weight_NGS.detach().float().sum((0, 1)).unflatten(-1, (self.num_experts, -1)).sum(-1)
+    def _stats(self, logits_NGS: Tensor, weight_NGS: Tensor, real_NG: Tensor | None) -> RoutingStats:
+        """Statistics of a batch in groups: every expert gets the same load, up to what went to padding."""
+        logits_TS, weight_TS = logits_NGS.flatten(0, 1), weight_NGS.flatten(0, 1)
+        if real_NG is not None:
+            logits_TS, weight_TS, weight_NGS = logits_NGS[real_NG], weight_NGS[real_NG], weight_NGS[real_NG.any(1)]
+        load_E = weight_TS.detach().float().sum(0).unflatten(-1, (self.num_experts, -1)).sum(-1)
+        tokens = load_E.new_tensor(float(len(logits_TS)))
         return RoutingStats(
             tokens_per_expert_E=load_E,
             importance_E=load_E / load_E.sum(),
-            router_z_loss=torch.logsumexp(logits_NGS, -1).square().mean(),
+            router_z_loss=router_z_loss(logits_TS),
             dropped_tokens=torch.zeros_like(tokens),
             routed_rows=tokens,
             entropy=normalized_entropy(weight_NGS, dim=1),
@@ -220,7 +228,7 @@ class MixtureOfTokens(FeedForward):
         return RoutingStats(
             tokens_per_expert_E=load_E,
             importance_E=load_E / load_E.sum().clamp_min(1e-30),
-            router_z_loss=torch.logsumexp(logits_TS, -1).square().mean(),
+            router_z_loss=router_z_loss(logits_TS),
             dropped_tokens=torch.zeros_like(tokens),
             routed_rows=tokens,
             entropy=normalized_entropy(used_TE / used_TE.sum(-1, keepdim=True).clamp_min(1e-30), dim=-1),

@@ -1,7 +1,7 @@
 """Soft MoE: every expert slot is a mixture of all tokens of one sequence, for encoders only.
 
-Puigcerver et al., arXiv 2308.00951, algorithm 1 and section 2.3 (normalised router). It sees the whole sequence, so in a
-causal model it leaks the future.
+Puigcerver et al., arXiv 2308.00951, algorithm 1 and section 2.3 (normalised router). It sees the whole sequence, so in
+a causal model it leaks the future.
 
 Shapes: B batch, L length, D hidden, E experts, C slots of an expert, S = E*C.
 """
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
-from mixtura.layers.routing import DenseRouting, RoutingStats, dense_experts, normalized_entropy
+from mixtura.layers.routing import DenseRouting, RoutingStats, dense_experts, normalized_entropy, router_logits
 
 
 class SoftMoE(FeedForward):
@@ -48,7 +48,8 @@ class SoftMoE(FeedForward):
         self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, L, D) -> (B, L, D); each sequence is one group."""
-        logits_BLS = F.linear(F.normalize(x_BLD, dim=-1), self.scale * F.normalize(self.slots, dim=-1))
+        unit_BLD = F.normalize(x_BLD.to(torch.promote_types(x_BLD.dtype, torch.float32)), dim=-1)
+        logits_BLS = router_logits(unit_BLD, self.scale * F.normalize(self.slots, dim=-1))
         over_tokens_BLS = logits_BLS
         if mask_BL is not None:
             over_tokens_BLS = logits_BLS.masked_fill(~mask_BL.unsqueeze(-1).bool(), torch.finfo(logits_BLS.dtype).min)
@@ -60,14 +61,16 @@ class SoftMoE(FeedForward):
         y_BLD = dense_experts(self.experts, x_BLD, routing)
         stats = None
         if want_stats:
-            tokens = x_BLD.new_tensor(float(logits_BLS[..., 0].numel()))
             combine_TE = routing.combine_NGEC.sum(-1).flatten(0, 1).float()
+            if mask_BL is not None:
+                combine_TE = combine_TE[mask_BL.flatten().bool()]
+            tokens = combine_TE.new_tensor(float(len(combine_TE)))
             stats = RoutingStats(
                 tokens_per_expert_E=combine_TE.detach().sum(0),
                 importance_E=combine_TE.mean(0),
                 router_z_loss=torch.zeros_like(tokens),
                 dropped_tokens=torch.zeros_like(tokens),
-                routed_rows=tokens.float(),
+                routed_rows=tokens,
                 entropy=normalized_entropy(combine_TE, dim=-1),
             )
         return y_BLD, stats

@@ -15,7 +15,14 @@ from mixtura.layers.dense import DenseFFN
 from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.losses import router_z_loss
-from mixtura.layers.routing import RoutingStats, SparseRouting, normalized_entropy, router_logits, sort_by_expert, sparse_experts
+from mixtura.layers.routing import (
+    RoutingStats,
+    SparseRouting,
+    normalized_entropy,
+    router_logits,
+    sort_by_expert,
+    sparse_experts,
+)
 from mixtura.planning.capacity import capacity
 
 
@@ -61,19 +68,24 @@ class TokenChoiceMoE(FeedForward):
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}: it must lie between 1 and num_experts, which is {num_experts}.")
         if capacity_factor is not None and capacity_factor <= 0:
-            raise ValueError(f"capacity_factor is {capacity_factor}: it must be greater than zero, or None for dropless.")
+            raise ValueError(
+                f"capacity_factor is {capacity_factor}: it must be greater than zero, or None for dropless."
+            )
         if score_function not in ("softmax", "sigmoid"):
             raise ValueError(f"score_function is {score_function!r}: it must be softmax or sigmoid.")
         self.num_experts, self.top_k, self.score_function = num_experts, top_k, score_function
         self.normalize_top_k, self.routed_scaling_factor = normalize_top_k, routed_scaling_factor
         self.capacity_factor = capacity_factor
         self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+        self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", torch.zeros(num_experts) if expert_bias else None)
         sizes = {"activation": activation, "gated": gated}
         self.experts = Experts(hidden_size, intermediate_size=intermediate_size, num_experts=num_experts, **sizes)
         self.shared_expert = None
         if num_shared_experts:
-            self.shared_expert = DenseFFN(hidden_size, intermediate_size=num_shared_experts * intermediate_size, **sizes)
+            self.shared_expert = DenseFFN(
+                hidden_size, intermediate_size=num_shared_experts * intermediate_size, **sizes
+            )
 
     def route_and_run(
         self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
@@ -81,16 +93,17 @@ class TokenChoiceMoE(FeedForward):
         """(B, L, D) -> (B, L, D) and the statistics of the real tokens."""
         x_TD = x_BLD.flatten(0, 1)
         # Padding only matters where tokens compete or are counted; otherwise it may pass through the experts unseen.
-        apart = mask_BL is not None and (want_stats or self.capacity_factor is not None)
-        real_TD = x_TD[mask_BL.flatten().bool()] if apart else x_TD
+        apart = want_stats or self.capacity_factor is not None
+        real_T = mask_BL.flatten().bool() if mask_BL is not None and apart else None
+        real_TD = x_TD if real_T is None else x_TD[real_T]
         logits_TE = router_logits(real_TD, self.gate.weight)
         choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
         routing = sort_by_expert(choice_TK, weight_TK, self.num_experts)
         kept = self._drop(routing, tokens=len(real_TD))
         y_TD = sparse_experts(self.experts, real_TD, kept)
         stats = self._stats(logits_TE, probs_TE, routing, kept) if want_stats else None
-        if apart:
-            y_TD = torch.zeros_like(x_TD, dtype=y_TD.dtype).masked_scatter(mask_BL.reshape(-1, 1).bool(), y_TD)
+        if real_T is not None:
+            y_TD = torch.zeros_like(x_TD, dtype=y_TD.dtype).masked_scatter(real_T.unsqueeze(-1), y_TD)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_BLD).flatten(0, 1)
         return y_TD.view(x_BLD.shape), stats
@@ -118,9 +131,7 @@ class TokenChoiceMoE(FeedForward):
         kept_R = rank_R < limit
         return SparseRouting(routing.token_R[kept_R], routing.weight_R[kept_R], counts_E.clamp_max(limit))
 
-    def _stats(
-        self, logits_TE: Tensor, probs_TE: Tensor, routing: SparseRouting, kept: SparseRouting
-    ) -> RoutingStats:
+    def _stats(self, logits_TE: Tensor, probs_TE: Tensor, routing: SparseRouting, kept: SparseRouting) -> RoutingStats:
         rows = routing.tokens_per_expert_E.sum()
         return RoutingStats(
             tokens_per_expert_E=routing.tokens_per_expert_E.float(),

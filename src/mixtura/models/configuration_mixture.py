@@ -11,12 +11,12 @@ FAMILIES = ("dense", "token_choice", "expert_choice", "soft", "mixture_of_tokens
 class MixtureConfig(PreTrainedConfig):
     """Llama's decoder with `mlp_layer_types` naming the family of every feed-forward layer.
 
-    Fields carry Hugging Face's names where it has one. Those of the mixtures are described in `mixtura.config.ArmConfig`.
+    Fields carry Hugging Face's names where it has one. The mixtures' are described in `mixtura.config.ArmConfig`.
     """
 
     model_type = "mixtura"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the base class declares it so)
-    attribute_map = {"num_local_experts": "num_experts"}  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_local_experts": "num_experts"}
     default_theta = 10000.0
 
     vocab_size: int = 1024

@@ -34,7 +34,9 @@ def generate_text(model_folder: Path, prompt: str, *, max_new_tokens: int, tempe
     model, tokenizer = load_model(model_folder)
     families = set(getattr(model.config, "mlp_layer_types", None) or [])
     for family in families & {"expert_choice", "soft"}:
-        raise UserError(f"A model with {family} layers cannot generate: a token's output depends on other tokens to come.")
+        raise UserError(
+            f"A model with {family} layers cannot generate: a token's output depends on other tokens to come."
+        )
     if not prompt:
         raise UserError("The prompt is empty: give some text to go on from.")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from mixtura.layers import Experts, FeedForward, LayerMix, MixtureOfTokens, RoutingStats, SoftMoE
+from mixtura.layers import Experts, FeedForward, LayerMix, MixtureOfTokens, RoutingStats, SoftMoE, TokenChoiceMoE
 from mixtura.layers.losses import load_balancing_loss
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.models.feed_forward import build_feed_forward
@@ -81,14 +81,14 @@ class MixturePreTrainedModel(PreTrainedModel):
     config: MixtureConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MixtureDecoderLayer"]  # noqa: RUF012 (the base class declares these so)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["MixtureDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": MixtureDecoderLayer, "attentions": LlamaAttention}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": MixtureDecoderLayer, "attentions": LlamaAttention}
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -110,7 +110,7 @@ class MixturePreTrainedModel(PreTrainedModel):
             init.zeros_(module.logits)
             if module.scale is not None:
                 init.ones_(module.scale)
-        if getattr(module, "expert_bias", None) is not None:
+        elif isinstance(module, TokenChoiceMoE) and module.expert_bias is not None:
             init.zeros_(module.expert_bias)
 
     def mixture_layers(self) -> list[FeedForward]:
@@ -163,6 +163,7 @@ class MixtureModel(MixturePreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        assert inputs_embeds is not None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         length = inputs_embeds.size(1)
@@ -196,10 +197,11 @@ class MixtureModel(MixturePreTrainedModel):
         routing: list[RoutingStats | None] = []
         states = [hidden_states]
         for layer in self.layers:
-            hidden_states = layer(hidden_states, **shared)
             if shared["output_routing"]:
-                hidden_states, stats = hidden_states
+                hidden_states, stats = layer(hidden_states, **shared)
                 routing.append(stats)
+            else:
+                hidden_states = layer(hidden_states, **shared)
             states.append(hidden_states)
         if self.layer_mix is not None:
             hidden_states = self.layer_mix(states)
@@ -216,7 +218,7 @@ def _token_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
 class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):
     """The decoder with a language modelling head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: MixtureConfig) -> None:
         """Builds the decoder and the head."""
@@ -268,13 +270,15 @@ class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         hidden_states = outputs.last_hidden_state
         logits = self.lm_head(hidden_states if isinstance(keep, int) else hidden_states[:, keep])
-        language_loss = loss = aux_loss = z_loss = None
+        loss: Tensor | None = None
+        language_loss: Any = None
+        aux_loss = z_loss = None
         if outputs.routing is not None:
             aux_loss, z_loss = self.router_losses(outputs.routing)
         if labels is not None:
             language_loss = loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         if want_router_losses and aux_loss is not None and z_loss is not None:
-            loss = loss + self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
+            loss = language_loss + self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
         return MixtureCausalLMOutput(
             loss=loss,
             language_loss=language_loss,

@@ -1,0 +1,350 @@
+"""Every layer against its paper's formulas, written once more below for one token, one expert and one group at a time.
+
+The references share no code with the package. Outputs must agree to 1e-5 of their largest entry in float32 and to 1e-10
+in float64; so must the gradients of the input and of every parameter, relative to the largest of them all, since a
+router's gradient may cancel to nothing.
+"""
+
+import copy
+import math
+import warnings
+from fractions import Fraction
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixtura.layers import DenseFFN, ExpertChoiceMoE, MixtureOfTokens, SoftMoE, TokenChoiceMoE
+
+EVERY_EXPERT = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+EVERY_ACTIVATION = pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+SETTINGS = settings(max_examples=25, deadline=None, derandomize=True)
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def act(u, name):
+    if name == "relu":
+        return torch.where(u > 0, u, 0)
+    return u * (1 + torch.erf(u / math.sqrt(2))) / 2 if name == "gelu" else u / (1 + torch.exp(-u))
+
+
+def feed_forward(x_D, gate_FD, up_FD, down_DF, name):
+    """One network on one token; `gate_FD` is None when it is not gated."""
+    u_F = up_FD @ x_D
+    return down_DF @ (act(u_F, name) if gate_FD is None else act(gate_FD @ x_D, name) * u_F)
+
+
+def expert(p, e, x_D, layer):
+    """Expert e of a mixture on one token."""
+    down_DF = p["experts.down_proj"][e]
+    if not layer.experts.gated:
+        return feed_forward(x_D, None, p["experts.up_proj"][e], down_DF, layer.experts.activation)
+    gate_FD, up_FD = p["experts.gate_up_proj"][e].chunk(2)
+    return feed_forward(x_D, gate_FD, up_FD, down_DF, layer.experts.activation)
+
+
+def dense(layer, p, x_BLD, mask):
+    gate_FD = p["gate_proj.weight"] if layer.gated else None
+    up_FD, down_DF = p["up_proj.weight"], p["down_proj.weight"]
+    return {
+        (b, t): feed_forward(x_BLD[b, t], gate_FD, up_FD, down_DF, layer.activation)
+        for b, t in real_tokens(x_BLD, mask)
+    }
+
+
+def token_choice(layer, p, x_BLD, mask):
+    """Switch Transformer section 2, Mixtral section 2.1, DeepSeek-V3 section 2.1.2."""
+    tokens = real_tokens(x_BLD, mask)
+    room = len(tokens)
+    if layer.capacity_factor is not None:
+        room = max(1, math.ceil(Fraction(layer.capacity_factor) * len(tokens) * layer.top_k / layer.num_experts))
+    arrived = [0] * layer.num_experts
+    out = {}
+    for b, t in tokens:
+        x_D = x_BLD[b, t]
+        logits = [p["gate.weight"][e] @ x_D for e in range(layer.num_experts)]
+        total = sum(torch.exp(logit) for logit in logits)
+        softmax = layer.score_function == "softmax"
+        scores = [torch.exp(logit) / total if softmax else 1 / (1 + torch.exp(-logit)) for logit in logits]
+        bias = [0.0] * len(scores) if layer.expert_bias is None else layer.expert_bias.tolist()
+        chosen = sorted(range(len(scores)), key=lambda e: -(scores[e].item() + bias[e]))[: layer.top_k]
+        divisor = sum(scores[e] for e in chosen) if layer.normalize_top_k else 1
+        out[b, t] = torch.zeros_like(x_D)
+        for e in chosen:
+            arrived[e] += 1
+            if arrived[e] <= room:
+                out[b, t] += layer.routed_scaling_factor * scores[e] / divisor * expert(p, e, x_D, layer)
+        if layer.shared_expert is not None:
+            gate_FD = p["shared_expert.gate_proj.weight"] if layer.experts.gated else None
+            up_FD, down_DF = p["shared_expert.up_proj.weight"], p["shared_expert.down_proj.weight"]
+            out[b, t] += feed_forward(x_D, gate_FD, up_FD, down_DF, layer.experts.activation)
+    return out
+
+
+def expert_choice(layer, p, x_BLD, mask):
+    """Expert Choice section 3.2, among the tokens of a batch or among those of a group at one position."""
+    batch, length, _ = x_BLD.shape
+    groups = [[(b, t) for b in range(batch) for t in range(length)]]
+    if layer.group_over == "batch":
+        groups = cut_into_groups([[(b, t) for b in range(batch)] for t in range(length)], layer.group_size or batch)
+    size = batch * length if layer.group_over == "all" else layer.group_size or batch
+    takes = min(size, math.ceil(Fraction(size * layer.top_k, layer.num_experts)))
+    tokens = real_tokens(x_BLD, mask)
+    out = {token: torch.zeros_like(x_BLD[token]) for token in tokens}
+    for group in groups:
+        probs = {token: torch.softmax(p["gate.weight"] @ x_BLD[token], 0) for token in group if token in tokens}
+        for e in range(layer.num_experts):
+            for token in sorted(probs, key=lambda token: -probs[token][e].item())[:takes]:
+                out[token] = out[token] + probs[token][e] * expert(p, e, x_BLD[token], layer)
+    return out
+
+
+def soft(layer, p, x_BLD, mask):
+    """Soft MoE section 2.1 with the normalised router of section 2.3."""
+    out = {}
+    slots = [p["scale"] * slot_D / slot_D.norm() for slot_D in p["slots"]]
+    tokens = real_tokens(x_BLD, mask)
+    for b in range(len(x_BLD)):
+        own = [token for token in tokens if token[0] == b]
+        if not own:
+            continue
+        logits = torch.stack([torch.stack([x_BLD[t] / x_BLD[t].norm() @ slot_D for slot_D in slots]) for t in own])
+        dispatch, combine = logits.softmax(0), logits.softmax(1)
+        outputs = []
+        for s in range(len(slots)):
+            mixture_D = sum(dispatch[i, s] * x_BLD[token] for i, token in enumerate(own))
+            outputs.append(expert(p, s // layer.num_slots, mixture_D, layer))
+        for i, token in enumerate(own):
+            out[token] = sum(combine[i, s] * outputs[s] for s in range(len(slots)))
+    return out
+
+
+def mixture_of_tokens(layer, p, x_BLD, mask):
+    """Mixture of Tokens section 3; what is missing from a group, or masked, is a zero token."""
+    batch, length, _ = x_BLD.shape
+    lines = [[(b, t) for b in range(batch)] for t in range(length)]
+    if layer.group_over == "sequence":
+        lines = [[(b, t) for t in range(length)] for b in range(batch)]
+    tokens = real_tokens(x_BLD, mask)
+    out = {}
+    for group in cut_into_groups(lines, layer.group_size):
+        members = [x_BLD[token] if token in tokens else torch.zeros_like(x_BLD[token]) for token in group]
+        outputs = mixed_group(layer, p, members, range(layer.num_experts * layer.mixtures_per_expert))
+        out |= {token: output_D for token, output_D in zip(group, outputs, strict=False) if token in tokens}
+    return out
+
+
+def mixture_of_tokens_alone(layer, p, x_BLD, mask):
+    """Each token in a group of its own, all other members zero, with all mixtures or the largest few."""
+    out = {}
+    for b, t in real_tokens(x_BLD, mask):
+        members = [x_BLD[b, t]]
+        dispatch, combine = group_weights(layer, p, members)
+        mixtures = range(len(dispatch[0]))
+        if layer.alone_top_k is not None:
+            share = (dispatch[0] * combine[0]).tolist()
+            mixtures = sorted(mixtures, key=lambda s: -share[s])[: layer.alone_top_k]
+        out[b, t] = mixed_group(layer, p, members, mixtures)[0]
+    return out
+
+
+def group_weights(layer, p, members):
+    """Dispatch and combine weights of a group filled with zero tokens up to its size."""
+    rows_GD = torch.stack(members + [torch.zeros_like(members[0])] * (layer.group_size - len(members)))
+    dispatch = (rows_GD @ p["gate.weight"].T / layer.temperature).softmax(0)
+    if layer.combine_gate is None:
+        return dispatch, dispatch
+    return dispatch, (rows_GD @ p["combine_gate.weight"].T / layer.temperature).softmax(0)
+
+
+def mixed_group(layer, p, members, mixtures):
+    dispatch, combine = group_weights(layer, p, members)
+    outputs = [torch.zeros_like(x_D) for x_D in members]
+    for s in mixtures:
+        mixture_D = sum(dispatch[i, s] * x_D for i, x_D in enumerate(members))
+        y_D = expert(p, s // layer.mixtures_per_expert, mixture_D, layer)
+        outputs = [output_D + combine[i, s] * y_D for i, output_D in enumerate(outputs)]
+    return outputs
+
+
+def real_tokens(x_BLD, mask):
+    batch, length, _ = x_BLD.shape
+    return [(b, t) for b in range(batch) for t in range(length) if mask is None or mask[b, t]]
+
+
+def cut_into_groups(lines, size):
+    return [line[start : start + size] for line in lines for start in range(0, len(line), size)]
+
+
+def assert_agrees(layer, reference, x_BLD, mask):
+    """Compares the outputs of the real tokens, and all gradients of a random linear function of them."""
+    probe_BLD = torch.randn_like(x_BLD, dtype=torch.float64)
+    if mask is not None:
+        probe_BLD *= mask.unsqueeze(-1)
+
+    def from_reference(x_BLD):
+        rows = reference(layer, exact, x_BLD, mask)
+        batch, length, hidden_size = x_BLD.shape
+        empty_D = torch.zeros(hidden_size, dtype=torch.float64)
+        return torch.stack([torch.stack([rows.get((b, t), empty_D) for t in range(length)]) for b in range(batch)])
+
+    exact = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
+    expected = output_and_gradients(from_reference, exact, x_BLD, probe_BLD)
+    for dtype, tolerance in TOLERANCES.items():
+        cast = copy.deepcopy(layer).to(dtype)
+        actual = output_and_gradients(
+            partial(cast, mask_BL=mask), dict(cast.named_parameters()), x_BLD, probe_BLD.to(dtype)
+        )
+        largest_gradient = max(value.abs().max() for name, value in expected.items() if name != "output")
+        for name, value in expected.items():
+            scale = value.abs().max() if name == "output" else largest_gradient
+            error = (actual[name] - value).abs().max()
+            assert error <= tolerance * scale, f"{name} in {dtype} is off by {error / scale:.1e} of the largest entry"
+
+
+def output_and_gradients(function, parameters, x_BLD, probe_BLD):
+    """Everything in float64; zeros for a parameter that took no part."""
+    x_BLD = x_BLD.detach().to(probe_BLD.dtype).requires_grad_()
+    y_BLD = function(x_BLD)
+    (y_BLD * probe_BLD).sum().backward()
+    leaves = parameters | {"input": x_BLD}
+    grads = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+    return {"output": (y_BLD * (probe_BLD != 0)).detach().double()} | {n: grad.double() for n, grad in grads.items()}
+
+
+def draw_input(data, *, hidden_size):
+    """Random hidden states (B, L, D) and, sometimes, a mask in which at least one token is real."""
+    torch.manual_seed(data.draw(st.integers(0, 2**16), label="seed"))
+    shape = (data.draw(st.integers(1, 5), label="batch"), data.draw(st.integers(1, 4), label="length"))
+    mask = None
+    if data.draw(st.booleans(), label="masked"):
+        mask = torch.rand(shape) < 0.6
+        mask[-1, -1] = True
+    return torch.randn(*shape, hidden_size), mask
+
+
+def draw_sizes(data, activation, gated):
+    return {
+        "hidden_size": data.draw(st.integers(2, 5), label="hidden_size"),
+        "intermediate_size": data.draw(st.integers(1, 4), label="intermediate_size"),
+        "num_experts": data.draw(st.integers(1, 4), label="num_experts"),
+        "activation": activation,
+        "gated": gated,
+    }
+
+
+def scatter_weights(layer):
+    """Weights of order one: at the usual start every router is close to undecided."""
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+
+
+@EVERY_ACTIVATION
+@EVERY_EXPERT
+@SETTINGS
+@given(data=st.data())
+def test_dense_layer_computes_its_formula(data, activation, gated):
+    sizes = draw_sizes(data, activation, gated)
+    del sizes["num_experts"]
+    x_BLD, mask = draw_input(data, hidden_size=sizes["hidden_size"])
+    layer = DenseFFN(**sizes)
+    scatter_weights(layer)
+    assert_agrees(layer, dense, x_BLD, mask)
+
+
+@EVERY_ACTIVATION
+@EVERY_EXPERT
+@SETTINGS
+@given(data=st.data())
+def test_token_choice_computes_its_papers_formula(data, activation, gated):
+    sizes = draw_sizes(data, activation, gated)
+    x_BLD, mask = draw_input(data, hidden_size=sizes["hidden_size"])
+    layer = TokenChoiceMoE(
+        **sizes,
+        top_k=data.draw(st.integers(1, sizes["num_experts"]), label="top_k"),
+        score_function=data.draw(st.sampled_from(["softmax", "sigmoid"]), label="score_function"),
+        normalize_top_k=data.draw(st.booleans(), label="normalize_top_k"),
+        routed_scaling_factor=data.draw(st.sampled_from([1.0, 2.5]), label="routed_scaling_factor"),
+        capacity_factor=data.draw(st.sampled_from([None, 0.25, 0.5, 1.0, 1.25]), label="capacity_factor"),
+        expert_bias=data.draw(st.booleans(), label="expert_bias"),
+        num_shared_experts=data.draw(st.integers(0, 2), label="num_shared_experts"),
+    )
+    scatter_weights(layer)
+    if layer.expert_bias is not None:
+        layer.expert_bias.normal_()
+    assert_agrees(layer, token_choice, x_BLD, mask)
+
+
+@EVERY_ACTIVATION
+@EVERY_EXPERT
+@SETTINGS
+@given(data=st.data())
+def test_expert_choice_computes_its_papers_formula(data, activation, gated):
+    sizes = draw_sizes(data, activation, gated)
+    x_BLD, mask = draw_input(data, hidden_size=sizes["hidden_size"])
+    layer = ExpertChoiceMoE(
+        **sizes,
+        top_k=data.draw(st.integers(1, sizes["num_experts"]), label="top_k"),
+        group_size=data.draw(st.sampled_from([None, 1, 2, 3]), label="group_size"),
+        group_over=data.draw(st.sampled_from(["batch", "all"]), label="group_over"),
+    )
+    scatter_weights(layer)
+    assert_agrees(layer, expert_choice, x_BLD, mask)
+
+
+@EVERY_ACTIVATION
+@EVERY_EXPERT
+@SETTINGS
+@given(data=st.data())
+def test_soft_moe_computes_its_papers_formula(data, activation, gated):
+    sizes = draw_sizes(data, activation, gated)
+    x_BLD, mask = draw_input(data, hidden_size=sizes["hidden_size"])
+    layer = SoftMoE(**sizes, num_slots=data.draw(st.integers(1, 3), label="num_slots"))
+    scatter_weights(layer)
+    assert_agrees(layer, soft, x_BLD, mask)
+
+
+def draw_mixture_of_tokens(data, activation, gated, **settings):
+    sizes = draw_sizes(data, activation, gated)
+    layer = MixtureOfTokens(
+        **sizes,
+        **settings,
+        mixtures_per_expert=data.draw(st.integers(1, 3), label="mixtures_per_expert"),
+        temperature=data.draw(st.sampled_from([1.0, 0.6, 2.0]), label="temperature"),
+        combine=data.draw(st.sampled_from(["same", "separate"]), label="combine"),
+    )
+    scatter_weights(layer)
+    return layer
+
+
+@EVERY_ACTIVATION
+@EVERY_EXPERT
+@SETTINGS
+@given(data=st.data())
+def test_mixture_of_tokens_computes_its_papers_formula_in_groups(data, activation, gated):
+    layer = draw_mixture_of_tokens(
+        data,
+        activation,
+        gated,
+        group_size=data.draw(st.integers(2, 4), label="group_size"),
+        group_over=data.draw(st.sampled_from(["batch", "sequence"]), label="group_over"),
+    )
+    x_BLD, mask = draw_input(data, hidden_size=layer.experts.hidden_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # groups that are not full are meant here; the warning has its own test
+        assert_agrees(layer, mixture_of_tokens, x_BLD, mask)
+
+
+@EVERY_ACTIVATION
+@EVERY_EXPERT
+@SETTINGS
+@given(data=st.data())
+def test_mixture_of_tokens_alone_computes_a_group_of_one_token_and_zeros(data, activation, gated):
+    layer = draw_mixture_of_tokens(data, activation, gated, group_size=data.draw(st.integers(2, 9), label="group_size"))
+    mixtures = layer.num_experts * layer.mixtures_per_expert
+    top_k = data.draw(st.none() | st.integers(1, mixtures), label="top_k")
+    layer.eval().set_inference_mode("alone", top_k=top_k)
+    x_BLD, mask = draw_input(data, hidden_size=layer.experts.hidden_size)
+    assert_agrees(layer, mixture_of_tokens_alone, x_BLD, mask)
