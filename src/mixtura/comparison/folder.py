@@ -1,0 +1,148 @@
+"""The folder of a comparison: what is in it, and that it belongs to this recipe.
+
+`recipe.toml` (resolved), `environment.json`, `arms/<arm>/seed<k>/` with metrics, checkpoints and `result.json`,
+`search/<arm>/rate<r>/`, `timing.json`, `results.json`, `report.html`, `report.md`, `figures/`.
+"""
+
+import json
+import os
+import platform
+import shutil
+import tomllib
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixtura.config import Recipe, UserError, recipe_to_dict, recipe_to_toml
+
+
+def open_folder(out: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Makes `out` the folder of this recipe; with `resume` off, what an earlier comparison left there is removed.
+
+    Raises:
+        UserError: the folder cannot be written, holds something else, or was begun with another recipe.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(out)
+        if not resume:
+            _clear(out)
+        _check_same_recipe(out, recipe)
+        write_text(out / "recipe.toml", recipe_to_toml(recipe))
+    except (NotADirectoryError, FileExistsError):
+        raise UserError(f"'{out}' is a file: give a folder with --out.") from None
+    except OSError as error:
+        raise UserError(f"'{out}' cannot be written ({error.strerror}): choose another folder with --out.") from None
+    write_json(out / "environment.json", environment())
+
+
+_OURS = ("arms", "search", "data", "figures", "timing.json", "results.json", "report.html", "report.md")
+
+
+def _refuse_foreign(out: Path) -> None:
+    if not (out / "recipe.toml").exists() and any(out.iterdir()):
+        raise UserError(f"'{out}' has files but is no comparison's folder: choose an empty or new one with --out.")
+
+
+def _clear(out: Path) -> None:
+    for name in (*_OURS, "recipe.toml", "environment.json"):
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _check_same_recipe(out: Path, recipe: Recipe) -> None:
+    path = out / "recipe.toml"
+    if not path.exists():
+        return
+    try:
+        before = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError):
+        raise UserError(
+            f"'{path}' is damaged: choose another folder with --out, or --no-resume to start over."
+        ) from None
+    difference = _first_difference(before, recipe_to_dict(recipe), "")
+    if difference:
+        key, old, new = difference
+        raise UserError(
+            f"'{out}' was begun with {key} = {old!r}, now it is {new!r}: choose another folder with --out, or "
+            "--no-resume to start over."
+        )
+
+
+def _first_difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any] | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            if found := _first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip(".")):
+                return found
+        return None
+    return None if old == new else (where, old, new)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, as results.json has them."""
+    return {
+        **{name: _version(name) for name in ("mixtura", "torch", "transformers", "accelerate", "tokenizers", "numpy")},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # run from the source folder
+        return "not installed"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: under a temporary name, renamed last."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON whole or not at all; NaN is refused, since no other reader takes it."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`, or None when there is no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"'{path}' is damaged: delete it, and that part is computed again.") from None

@@ -1,0 +1,79 @@
+"""One run of a comparison: an arm and a seed, from initialisation to its final held-out losses.
+
+A finished run has a `result.json` and is never repeated; an unfinished one goes on from its newest checkpoint.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from mixtura.comparison.arms import Arm
+from mixtura.comparison.folder import read_json, write_json
+from mixtura.config import Interrupted, Recipe, TrainingConfig
+from mixtura.data.prepare import PreparedData
+from mixtura.evaluation import evaluate_loss
+from mixtura.training import METRICS, ProgressReporter, read_metrics, summarize_metrics, train
+
+
+def run_arm(
+    arm: Arm,
+    *,
+    seed: int,
+    learning_rate: float,
+    training: TrainingConfig,
+    data: PreparedData,
+    out: Path,
+    label: str,
+    reporter: ProgressReporter,
+) -> dict[str, Any]:
+    """Trains and evaluates one run in folder `out`, or reads its result when it is finished.
+
+    Raises:
+        Interrupted: the user pressed Ctrl-C; the run is saved.
+        TrainingDiverged: the loss is no number any more.
+    """
+    stored = read_json(out / "result.json")
+    if stored is not None:
+        reporter.start_run(label, step=stored["steps"], steps=stored["steps"])
+        reporter.end_run()
+        return stored
+    model = arm.build(seed)
+    outcome = train(
+        model,
+        data=data,
+        config=training,
+        learning_rate=learning_rate,
+        seed=seed,
+        out=out,
+        label=label,
+        resume=True,
+        reporter=reporter,
+    )
+    if outcome.interrupted:
+        raise Interrupted(f"Stopped in '{label}' at step {outcome.steps}.")
+    final = evaluate_loss(
+        model,
+        data.validation,
+        num_sequences=_whole_batches(training.final_eval_sequences, training.batch_size, data),
+        batch_size=training.batch_size,
+    )
+    result = {
+        "seed": seed,
+        "learning_rate": learning_rate,
+        "steps": outcome.steps,
+        "train_seconds": outcome.train_seconds,
+        "final": final,
+        **summarize_metrics(read_metrics(out / METRICS)),
+    }
+    write_json(out / "result.json", result)
+    return result
+
+
+def _whole_batches(wanted: int, batch_size: int, data: PreparedData) -> int:
+    """Held-out sequences to evaluate: as many as wanted or there are, in whole batches so that every group is full."""
+    return max(1, min(wanted, data.validation.num_sequences) // batch_size) * batch_size
+
+
+def tokens_per_step(recipe: Recipe) -> int:
+    """Training tokens of one optimizer step."""
+    training = recipe.training
+    return training.batch_size * training.gradient_accumulation_steps * recipe.data.sequence_length

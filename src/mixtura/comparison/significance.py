@@ -1,0 +1,248 @@
+"""What several seeds can tell: paired differences, speed-ups, and where two arms' curves would cross.
+
+Arms are paired by seed: the same seed is the same initialisation rule, the same tokens in the same order. So the noise
+that a seed brings to every arm cancels in the difference, and the interval of the mean difference is Student's t over
+the seeds. With one seed there is no interval, and nothing here invents one.
+
+A held-out curve is a list of (step, loss). A cosine schedule is tied to its length: a point on the way of a long run
+has a higher loss than a finished run of that length, so speed-ups and crossings read off curves are approximate.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scipy import stats
+
+CONFIDENCE = 0.95
+FARTHEST_EXTRAPOLATION = 10
+"""A crossing farther away than this many times the run's length is not estimated."""
+
+Curve = Sequence[tuple[float, float]]
+
+MOT_ANCHOR: dict[str, Any] = {
+    "source": "the curves in the Mixture of Tokens authors' blog post",
+    "setting": "4 layers of width 256, all of them mixtures of 512 experts, each arm at its own learning rate",
+    "measure": "training loss in groups",
+    "tokens_per_step": 65_536,
+    "behind_until_steps": [5_000, 10_000],
+    "behind_until_tokens": [327_680_000, 655_360_000],
+    "slower_until_steps": [10_000, 25_000],
+    "slower_until_tokens": [655_360_000, 1_638_400_000],
+    "end_steps": 250_000,
+    "end_tokens": 16_384_000_000,
+    "end_ratio_steps": 3.97,
+    "end_ratio_seconds": 3.20,
+    "replicated": False,
+}
+"""Where MoT overtook dense in the only published long curve: the yardstick for a budget that shows no crossing."""
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, Any]:
+    """The mean and its 95 % Student t-interval; `low` and `high` are None for fewer than two values."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return {"mean": mean, "low": None, "high": None, "n": n}
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * spread / math.sqrt(n)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> dict[str, Any] | None:
+    """Arm minus baseline over the seeds both have: mean, interval, n, and the value of each seed.
+
+    Args:
+        arm: loss by seed.
+        baseline: loss by seed.
+
+    Returns:
+        None when the two share no seed.
+    """
+    seeds = sorted(set(arm) & set(baseline))
+    if not seeds:
+        return None
+    values = [arm[seed] - baseline[seed] for seed in seeds]
+    return {**mean_interval(values), "seeds": seeds, "values": values}
+
+
+def first_reach(curve: Curve, target: float) -> float | None:
+    """The step at which a curve first comes down to `target`, interpolated between evaluations; None if never."""
+    previous: tuple[float, float] | None = None
+    for step, loss in curve:
+        if loss <= target:
+            if previous is None or previous[1] == loss:
+                return float(step)
+            return previous[0] + (step - previous[0]) * (previous[1] - target) / (previous[1] - loss)
+        previous = (step, loss)
+    return None
+
+
+def loss_at(curve: Curve, step: float) -> float | None:
+    """The loss of a curve at a step, interpolated; None before its first or after its last evaluation."""
+    for (before, high), (after, low) in itertools.pairwise(curve):
+        if before <= step <= after:
+            return high + (low - high) * (step - before) / (after - before)
+    return None
+
+
+def speed_up(
+    arm: Mapping[int, Curve], baseline: Mapping[int, Curve], *, seconds_ratio: float | None
+) -> dict[str, Any] | None:
+    """How much sooner an arm reaches the baseline's final held-out loss, seed by seed.
+
+    Args:
+        arm: held-out curve by seed.
+        baseline: held-out curve by seed, measured at the same steps on the same sequences.
+        seconds_ratio: seconds a step of the arm over the baseline's, measured side by side.
+
+    Returns:
+        `ratio_steps` and `ratio_seconds`: geometric means over the seeds (above 1: sooner), None unless every seed
+        reaches; `baseline_steps_to_arm_final`: the other way round. None when the two share no seed.
+    """
+    seeds = [seed for seed in sorted(set(arm) & set(baseline)) if arm[seed] and baseline[seed]]
+    if not seeds:
+        return None
+    steps = [first_reach(arm[seed], baseline[seed][-1][1]) for seed in seeds]
+    totals = [baseline[seed][-1][0] for seed in seeds]
+    reached = [(total, step) for total, step in zip(totals, steps, strict=True) if step is not None]
+    result: dict[str, Any] = {
+        "n": len(seeds),
+        "seeds": seeds,
+        "reached": len(reached),
+        "steps": steps,
+        "ratio_steps": None,
+        "ratio_seconds": None,
+        "baseline_steps": totals[0],
+        "baseline_steps_to_arm_final": [first_reach(baseline[seed], arm[seed][-1][1]) for seed in seeds],
+    }
+    if len(reached) == len(seeds):
+        logs = mean_interval([math.log(total / step) for total, step in reached])
+        result["ratio_steps"] = _exponential(logs, 1.0)
+        result["ratio_seconds"] = _exponential(logs, seconds_ratio) if seconds_ratio else None
+    return result
+
+
+def _exponential(logs: dict[str, Any], divisor: float) -> dict[str, Any]:
+    ends = {key: None if logs[key] is None else math.exp(logs[key]) / divisor for key in ("mean", "low", "high")}
+    return {**ends, "n": logs["n"]}
+
+
+def equal_time_difference(
+    arm: Mapping[int, Curve], baseline: Mapping[int, Curve], *, seconds_ratio: float
+) -> dict[str, Any] | None:
+    """Arm minus baseline where the faster of the two ends: the same training time instead of the same tokens.
+
+    Returns:
+        A paired difference with `arm_step` and `baseline_step`; None where a curve does not cover the moment.
+    """
+    seeds = [seed for seed in sorted(set(arm) & set(baseline)) if arm[seed] and baseline[seed]]
+    if not seeds:
+        return None
+    baseline_step = min(baseline[seeds[0]][-1][0], arm[seeds[0]][-1][0] * seconds_ratio)
+    arm_step = min(arm[seeds[0]][-1][0], baseline_step / seconds_ratio)  # the division may round past the last step
+    sides = [
+        {seed: loss_at(curves[seed], step) for seed in seeds}
+        for curves, step in ((arm, arm_step), (baseline, baseline_step))
+    ]
+    if any(value is None for side in sides for value in side.values()):
+        return None
+    first, second = ({seed: value for seed, value in side.items() if value is not None} for side in sides)
+    difference = paired_difference(first, second)
+    return None if difference is None else {**difference, "arm_step": arm_step, "baseline_step": baseline_step}
+
+
+def crossing(
+    arm: Mapping[int, Curve], baseline: Mapping[int, Curve], *, tokens_per_step: float
+) -> dict[str, Any] | None:
+    """Whether the gap between two arms is closing, and at which budget it would be zero.
+
+    For each seed the gap (arm minus baseline) over the last half of the run is fitted as a + b ln(step). The gap is
+    said to close or to widen only if the 95 % interval of b over the seeds lies on one side of zero.
+
+    Returns:
+        `status` is one of
+        "one_seed", "few_points": no estimate is possible;
+        "level": at the run's end the fitted gap's interval contains zero;
+        "closing": `step` and `tokens` name the estimated crossing, `step_range` its spread over seeds;
+        "too_far": closing, but the crossing lies beyond 10 times the run's length;
+        "steady", "widening": the gap does not measurably close, or grows.
+        None when the two share no seed.
+    """
+    gaps = {seed: _gap(arm[seed], baseline[seed]) for seed in sorted(set(arm) & set(baseline))}
+    gaps = {seed: gap for seed, gap in gaps.items() if gap}
+    if not gaps:
+        return None
+    end = max(gap[-1][0] for gap in gaps.values())
+    late = {seed: [point for point in gap if point[0] >= end / 2] for seed, gap in gaps.items()}
+    result: dict[str, Any] = {
+        "status": "one_seed",
+        "n": len(gaps),
+        "seeds": list(gaps),
+        "end_step": end,
+        "end_tokens": end * tokens_per_step,
+        "gap": mean_interval([gap[-1][1] for gap in gaps.values()]),
+        "slope_per_doubling": None,
+        "fit": None,
+        "step": None,
+        "tokens": None,
+        "step_range": None,
+        "token_range": None,
+    }
+    if min(len(points) for points in late.values()) < 3:
+        return {**result, "status": "few_points"}
+    fits = [_fit([(math.log(step), gap) for step, gap in points]) for points in late.values()]
+    slope = mean_interval([slope for _, slope in fits])
+    gap_end = mean_interval([intercept + slope * math.log(end) for intercept, slope in fits])
+    intercept = math.fsum(fit[0] for fit in fits) / len(fits)
+    result["gap"] = gap_end
+    result["slope_per_doubling"] = {
+        key: value if key == "n" or value is None else value * math.log(2) for key, value in slope.items()
+    }
+    result["fit"] = {"intercept": intercept, "slope": slope["mean"], "first_step": min(p[0][0] for p in late.values())}
+    if len(gaps) < 2:
+        return result
+    result["status"] = _trend(gap_end, slope)
+    if result["status"] == "closing":
+        result.update(_crossing_step(fits, intercept, slope["mean"], end, tokens_per_step))
+    return result
+
+
+def _gap(arm: Curve, baseline: Curve) -> list[tuple[float, float]]:
+    other = dict(baseline)
+    return [(step, loss - other[step]) for step, loss in arm if step in other and step > 0]
+
+
+def _fit(points: Curve) -> tuple[float, float]:
+    """Intercept and slope of the least-squares line."""
+    n = len(points)
+    mean_x, mean_y = (math.fsum(column) / n for column in zip(*points, strict=True))
+    slope = math.fsum((x - mean_x) * (y - mean_y) for x, y in points) / math.fsum((x - mean_x) ** 2 for x, _ in points)
+    return mean_y - slope * mean_x, slope
+
+
+def _trend(gap: dict[str, Any], slope: dict[str, Any]) -> str:
+    if gap["low"] <= 0 <= gap["high"]:
+        return "level"
+    if slope["low"] <= 0 <= slope["high"]:
+        return "steady"
+    return "closing" if (slope["mean"] > 0) != (gap["mean"] > 0) else "widening"
+
+
+def _crossing_step(
+    fits: list[tuple[float, float]], intercept: float, slope: float, end: float, tokens_per_step: float
+) -> dict[str, Any]:
+    farthest = FARTHEST_EXTRAPOLATION * end
+    exponent = -intercept / slope
+    if exponent > math.log(farthest):
+        return {"status": "too_far"}
+    # A seed whose own slope points the other way crosses nowhere: its end of the range is open.
+    exponents = [-a / b if b * slope > 0 else math.inf for a, b in fits]
+    steps = [math.exp(value) if value <= math.log(farthest) else None for value in (min(exponents), max(exponents))]
+    return {
+        "step": math.exp(exponent),
+        "tokens": math.exp(exponent) * tokens_per_step,
+        "step_range": steps,
+        "token_range": [None if step is None else step * tokens_per_step for step in steps],
+    }

@@ -1,0 +1,189 @@
+"""The summary of a comparison: every number and sentence that the report adds to what was measured.
+
+`summarize` is a pure function of results.json; its value is stored there under "summary", so that nothing is shown that
+is not in the file. docs/report.md documents each field.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from mixtura.comparison.cautions import find_cautions, is_searched, list_limits
+from mixtura.comparison.significance import (
+    MOT_ANCHOR,
+    Curve,
+    crossing,
+    equal_time_difference,
+    paired_difference,
+    speed_up,
+)
+from mixtura.comparison.verdict import RULE, judge, write_verdict
+from mixtura.comparison.wording import FAMILY_WORDS
+
+SUMMARY_VERSION = 1
+
+
+def summarize(results: dict[str, Any]) -> dict[str, Any]:
+    """Computes the summary of a comparison's results; values are plain JSON, without NaN.
+
+    Args:
+        results: the content of results.json; a "summary" in it is ignored.
+    """
+    baseline = results["baseline"]
+    labels = _labels(results["arms"])
+    arms = {name: {"label": labels[name], **_describe(results["arms"][name])} for name in results["arms"]}
+    for name, arm in arms.items():
+        arm.update(_compare(results, arms, name))
+        arm["baseline"] = name == baseline
+    budget = {
+        "tokens": results["data"]["tokens_per_run"],
+        "tokens_per_step": results["data"]["tokens_per_step"],
+        "steps": max((run["steps"] for arm in results["arms"].values() for run in arm["runs"]), default=0),
+        "seeds": min(len(arm["seeds"]) for arm in arms.values()),
+        "rates_settled": all(_rate_settled(arm) for arm in results["arms"].values()),
+    }
+    judged = judge(arms, baseline)
+    for name, arm in arms.items():
+        arm["outcome"] = judged["outcomes"][name]
+    return {
+        "version": SUMMARY_VERSION,
+        "rule": RULE,
+        "budget": budget,
+        "verdict": {
+            **write_verdict(arms, judged, baseline, budget),
+            **{k: judged[k] for k in ("best", "lowest", "tied")},
+        },
+        "cautions": find_cautions(results, arms),
+        "limits": list_limits(results, budget),
+        "arms": arms,
+        "pairs": judged["pairs"],
+        "anchor": MOT_ANCHOR if any(arm["family"] == "mixture_of_tokens" for arm in arms.values()) else None,
+    }
+
+
+def _rate_settled(arm: dict[str, Any]) -> bool:
+    """Whether the arm ran at a searched learning rate that is not at the edge of its search."""
+    search: Any = arm.get("learning_rate_search")
+    return is_searched(arm) and not search["at_edge"] and search["best"] == arm["learning_rate"]
+
+
+def _labels(arms: dict[str, Any]) -> dict[str, str]:
+    """What each arm is called: the family's words where the label is only the family's key; never two alike."""
+    labels: dict[str, str] = {}
+    for name, arm in arms.items():
+        label, family = str(arm["label"]), str(arm["family"])
+        labels[name] = FAMILY_WORDS.get(family, label) if label == family else label
+    names = list(labels.values())
+    return {name: label if names.count(label) == 1 else f"{label} ({name})" for name, label in labels.items()}
+
+
+def _describe(arm: dict[str, Any]) -> dict[str, Any]:
+    """What can be said of an arm without looking at the others."""
+    deployed, trained = arm["deployed_mode"], arm["training_mode"]
+    diverged = sum(not _finite(run["final"], deployed or trained) for run in arm["runs"])
+    excluded = (
+        "not_deployable"
+        if deployed is None
+        else "leaks_future"
+        if arm["leaks"]["future"]
+        else "diverged"
+        if diverged
+        else None
+    )
+    modes = {mode: _mode(arm["runs"], mode) for mode in dict.fromkeys(m for run in arm["runs"] for m in run["final"])}
+    losses = {"deployed": modes.get(deployed), "trained": modes.get(trained)}
+    return {
+        "family": arm["family"],
+        "seeds": [run["seed"] for run in arm["runs"]],
+        "training_mode": trained,
+        "deployed_mode": deployed,
+        "diverged": diverged,
+        "excluded": excluded,
+        "modes": modes,
+        "loss": {key: mode and mode["loss"]["mean"] for key, mode in losses.items()},
+        "bits_per_byte": {key: mode and mode["bits_per_byte"] for key, mode in losses.items()},
+        "mode_gap": None
+        if deployed in (None, trained)
+        else paired_difference(_by_seed(arm, deployed), _by_seed(arm, trained)),
+        "parameters_total": arm["parameters_total"],
+        "seconds_ratio": arm["seconds_ratio"],
+        "averages": _averages(arm["runs"]),
+    }
+
+
+def _compare(results: dict[str, Any], arms: dict[str, Any], name: str) -> dict[str, Any]:
+    """What can be said of an arm beside the baseline; all None for the baseline itself and without a deployed mode."""
+    nothing = {
+        "difference": {"deployed": None, "trained": None},
+        "speed_up": None,
+        "equal_time": None,
+        "crossing": None,
+    }
+    arm, baseline = results["arms"][name], results["arms"][results["baseline"]]
+    if name == results["baseline"] or baseline["deployed_mode"] is None:
+        return nothing
+    base_losses = _by_seed(baseline, baseline["deployed_mode"])
+    trained = paired_difference(_by_seed(arm, arm["training_mode"]), base_losses)
+    if arms[name]["excluded"] or arms[results["baseline"]]["excluded"]:
+        return {**nothing, "difference": {"deployed": None, "trained": trained}}
+    curves, base_curves = (_curves(side, side["deployed_mode"]) for side in (arm, baseline))
+    ratio = arm["seconds_ratio"]
+    return {
+        "difference": {
+            "deployed": paired_difference(_by_seed(arm, arm["deployed_mode"]), base_losses),
+            "trained": trained,
+        },
+        "speed_up": speed_up(curves, base_curves, seconds_ratio=ratio),
+        "equal_time": equal_time_difference(curves, base_curves, seconds_ratio=ratio) if ratio else None,
+        "crossing": crossing(curves, base_curves, tokens_per_step=results["data"]["tokens_per_step"]),
+    }
+
+
+def _finite(final: dict[str, Any], mode: str) -> bool:
+    loss = final.get(mode, {}).get("loss")
+    return loss is not None and math.isfinite(loss)
+
+
+def _by_seed(arm: dict[str, Any], mode: str) -> dict[int, float]:
+    return {run["seed"]: run["final"][mode]["loss"] for run in arm["runs"] if _finite(run["final"], mode)}
+
+
+def _curves(arm: dict[str, Any], mode: str) -> dict[int, Curve]:
+    return {
+        run["seed"]: [
+            (point["step"], point["loss"][mode]) for point in run["curve"] if point["loss"].get(mode) is not None
+        ]
+        for run in arm["runs"]
+    }
+
+
+def _mode(runs: list[dict[str, Any]], mode: str) -> dict[str, Any]:
+    """Means over seeds of one inference mode; `values` holds None for a seed that diverged."""
+    values = [run["final"][mode]["loss"] if _finite(run["final"], mode) else None for run in runs]
+    return {
+        "loss": {"mean": _mean(values), "values": values},
+        "bits_per_byte": _mean(run["final"].get(mode, {}).get("bits_per_byte") for run in runs),
+        "perplexity": _mean(run["final"].get(mode, {}).get("perplexity") for run in runs),
+    }
+
+
+def _averages(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        **{
+            key: _mean(run.get(key) for run in runs)
+            for key in ("load_imbalance", "dropped_share", "router_entropy", "train_seconds")
+        },
+        "grad_norm_mean": _mean(run["grad_norm"]["mean"] for run in runs),
+        "grad_norm_max": max(_known(run["grad_norm"]["max"] for run in runs), default=None),
+        "spikes_loss": sum(run["spikes"]["loss"] for run in runs),
+        "spikes_grad_norm": sum(run["spikes"]["grad_norm"] for run in runs),
+    }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = _known(values)
+    return math.fsum(known) / len(known) if known else None
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None and math.isfinite(value)]

@@ -1,0 +1,146 @@
+"use strict";
+// The page is drawn from one state: every control changes it and draws again. Colours come from the style sheet.
+(() => {
+  const page = JSON.parse(document.getElementById("page-data").textContent);
+  const root = document.documentElement;
+  const state = { axis: "steps", log: false, seeds: true, whole: false, hidden: new Set(), mapSeed: page.mapSeeds[0], width: null };
+  const systemDark = matchMedia("(prefers-color-scheme: dark)");
+  const colour = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
+  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : systemDark.matches);
+
+  function axisStyle(own) {
+    const line = { gridcolor: colour("grid"), linecolor: colour("line"), tickcolor: colour("line"), automargin: true };
+    const title = own && own.title ? { ...own.title, standoff: 10, font: { color: colour("soft"), size: 13 } } : undefined;
+    return { ...line, zeroline: false, zerolinecolor: colour("soft"), zerolinewidth: 1.5, ...own, title };
+  }
+
+  function layoutOf(node, figure, extra) {
+    const own = figure.layout;
+    const layout = {
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest",
+      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("soft") },
+      hoverlabel: { bgcolor: colour("paper"), bordercolor: colour("line"), font: { color: colour("ink"), size: 13 } },
+      dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
+      ...own, xaxis: axisStyle(own.xaxis), yaxis: axisStyle(own.yaxis),
+      margin: { l: 8, r: 12, t: 12, b: 8, ...own.margin },
+    };
+    if (state.width) layout.width = state.width;
+    if (own.meta && own.meta.narrow_title && node.clientWidth < 560) layout.xaxis.title.text = own.meta.narrow_title;
+    return extra ? extra(layout) : layout;
+  }
+
+  function traceOf(trace) {
+    const { arm, role, scale } = trace.meta;
+    const paint = colour(`arm-${arm}`);
+    const x = scale && state.axis !== "steps" ? trace.x.map((step) => step * scale[state.axis]) : trace.x;
+    const visible = !state.hidden.has(arm) && (role !== "seed" || state.seeds || trace.mode === "markers");
+    const themed = { ...trace, x, visible, line: { ...trace.line, color: paint } };
+    if (trace.marker) themed.marker = { ...trace.marker, color: paint, line: { ...trace.marker.line, color: paint } };
+    if (trace.error_x) themed.error_x = { ...trace.error_x, color: paint };
+    return themed;
+  }
+
+  // Plotly writes the 2 and the 5 between powers of ten without their power; these are whole numbers with a prefix.
+  function logTicks() {
+    const tickvals = [];
+    for (let power = -3; power < 27; power += 1) for (const digit of [1, 2, 5]) tickvals.push(digit * 10 ** power);
+    const prefixes = [[1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"], [0, ""]];
+    const text = (value) => {
+      const [scale, prefix] = prefixes.find(([least]) => value >= least * 0.999);
+      return Number((value / (scale || 1)).toPrecision(3)) + prefix;
+    };
+    return { tickvals, ticktext: tickvals.map(text) };
+  }
+
+  function curveLayout(layout) {
+    layout.xaxis.title.text = layout.meta.axes[state.axis];
+    layout.xaxis.type = state.log ? "log" : "linear";
+    if (state.log) Object.assign(layout.xaxis, logTicks());
+    layout.hovermode = state.axis === "seconds" ? "closest" : "x unified";
+    layout.yaxis.autorange = state.whole;
+    layout.uirevision = [state.axis, state.log, state.whole].join();
+    return layout;
+  }
+
+  const config = { responsive: true, displayModeBar: false, displaylogo: false, scrollZoom: false };
+  function draw() {
+    for (const node of document.querySelectorAll("[data-figure]")) {
+      const figure = page.figures[node.dataset.figure];
+      const layout = layoutOf(node, figure, node.dataset.figure === "curves" ? curveLayout : null);
+      Plotly.react(node, figure.data.map(traceOf), layout, config);
+    }
+    for (const node of document.querySelectorAll("[data-map]")) drawMap(node, page.maps[Number(node.dataset.map)]);
+  }
+
+  function drawMap(node, map) {
+    const z = map.seeds[state.mapSeed] || Object.values(map.seeds)[0];
+    const scale = [[0, colour("load-low")], [0.5, colour("load-mid")], [1, colour("load-high")]];
+    const trace = {
+      type: "heatmap", x: map.steps, y: z.map((_, expert) => expert), z, zmin: 0, zmax: 2, colorscale: scale, showscale: false,
+      hovertemplate: "step %{x}, expert %{y}: load %{z:.2f}<extra></extra>",
+    };
+    const axes = { xaxis: { title: { text: "Training steps" }, nticks: 5 }, yaxis: { title: { text: "Expert" }, nticks: 6 } };
+    const figure = { layout: { ...axes, height: Math.min(440, Math.max(190, 70 + 9 * map.experts)) } };
+    const layout = layoutOf(node, figure);
+    if (state.width) layout.width = state.width / 2 - 12;
+    layout.xaxis.showgrid = layout.yaxis.showgrid = false;
+    Plotly.react(node, [trace], layout, config);
+  }
+
+  function listen(selector, change) {
+    for (const input of document.querySelectorAll(selector)) {
+      input.addEventListener("change", () => { change(input); draw(); });
+    }
+  }
+  listen('input[name="axis"]', (input) => { state.axis = input.value; });
+  listen('input[name="map-seed"]', (input) => { state.mapSeed = input.value; });
+  listen("#log", (input) => { state.log = input.checked; });
+  listen("#seeds-shown", (input) => { state.seeds = input.checked; });
+  listen("#whole", (input) => { state.whole = input.checked; });
+  listen("input[data-arm]", (input) => {
+    state.hidden[input.checked ? "delete" : "add"](Number(input.dataset.arm));
+  });
+
+  const toggle = document.getElementById("theme");
+  const label = () => { toggle.textContent = isDark() ? "Light theme" : "Dark theme"; };
+  function setTheme(theme) {
+    root.dataset.theme = theme;
+    try { localStorage.setItem("mixtura-theme", theme); } catch { /* a page from a file may have no storage */ }
+    label();
+    draw();
+  }
+  try {
+    const stored = localStorage.getItem("mixtura-theme");
+    if (stored === "light" || stored === "dark") root.dataset.theme = stored;
+  } catch { /* see above */ }
+  toggle.hidden = false;
+  toggle.addEventListener("click", () => setTheme(isDark() ? "light" : "dark"));
+  systemDark.addEventListener("change", () => { label(); draw(); });
+
+  const copy = document.getElementById("copy");
+  copy.hidden = false;
+  copy.addEventListener("click", () => {
+    const range = document.createRange();
+    range.selectNodeContents(document.getElementById("command"));
+    getSelection().removeAllRanges();
+    getSelection().addRange(range);
+    copy.textContent = document.execCommand("copy") ? "Copied" : "Selected";
+  });
+
+  // Paper is white and narrower than the window.
+  let screenTheme;
+  addEventListener("beforeprint", () => {
+    screenTheme = root.dataset.theme;
+    root.dataset.theme = "light";
+    state.width = 660;
+    draw();
+  });
+  addEventListener("afterprint", () => {
+    if (screenTheme) root.dataset.theme = screenTheme; else delete root.dataset.theme;
+    state.width = null;
+    draw();
+  });
+
+  label();
+  draw();
+})();

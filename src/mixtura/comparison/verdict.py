@@ -1,0 +1,290 @@
+"""The verdict: a rule fixed before any number is known, what it says of each arm, and the sentences that say so.
+
+The rule compares arms by the held-out loss of the mode they would be deployed in, never by the loss in training groups.
+It works on the summary's arms (see `summary.py`): numbers in, words out, nothing is measured here.
+"""
+
+import itertools
+from typing import Any
+
+from mixtura.comparison.significance import FARTHEST_EXTRAPOLATION, MOT_ANCHOR, paired_difference
+from mixtura.comparison.wording import (
+    NBSP,
+    capital,
+    compact,
+    count,
+    digits_for,
+    interval,
+    listing,
+    number,
+    percent,
+    quantity,
+    signed,
+)
+
+RULE = (
+    "Arms are compared by their held-out loss as deployed, in nats a token. An arm beats the baseline if the "
+    f"95{NBSP}% interval of the difference, paired by seed, lies below zero, loses if it lies above zero, and draws "
+    "otherwise. One seed gives no verdict. Arms that cannot be deployed, see the future or diverged are left out."
+)
+
+
+def judge_difference(difference: dict[str, Any] | None) -> str:
+    """The rule for one paired difference: "beats", "loses", "draw" or "one_seed"; "excluded" where there is none."""
+    if difference is None:
+        return "excluded"
+    if difference["low"] is None:
+        return "one_seed"
+    return "beats" if difference["high"] < 0 else "loses" if difference["low"] > 0 else "draw"
+
+
+def judge(arms: dict[str, Any], baseline: str) -> dict[str, Any]:
+    """Applies the rule to every arm and every pair of arms.
+
+    Returns:
+        `outcomes` by arm; `pairs`, each {"arm", "against", "difference", "outcome"}; `best`, the arm that beats all
+        others, or None; `lowest`, the arm with the lowest mean; `tied`, the arms that `lowest` does not beat.
+    """
+    able = [name for name, arm in arms.items() if arm["excluded"] is None]
+    losses = {name: dict(zip(arms[name]["seeds"], _deployed_values(arms[name]), strict=True)) for name in able}
+    pairs = []
+    for first, second in itertools.combinations(able, 2):
+        difference = paired_difference(losses[first], losses[second])
+        pairs.append(
+            {"arm": first, "against": second, "difference": difference, "outcome": judge_difference(difference)}
+        )
+    outcomes = {
+        name: judge_difference(arms[name]["difference"]["deployed"]) if name in able else "excluded" for name in arms
+    }
+    outcomes[baseline] = "baseline" if baseline in able else "excluded"
+    lowest = min(able, key=lambda name: arms[name]["loss"]["deployed"], default=None)
+    tied = [] if lowest is None else [name for name in able if name != lowest and not _beats(pairs, lowest, name)]
+    return {
+        "outcomes": outcomes,
+        "pairs": pairs,
+        "lowest": lowest,
+        "tied": tied,
+        "best": lowest if len(able) > 1 and not tied else None,
+    }
+
+
+def _deployed_values(arm: dict[str, Any]) -> list[float]:
+    return arm["modes"][arm["deployed_mode"]]["loss"]["values"]
+
+
+def _beats(pairs: list[dict[str, Any]], winner: str, loser: str) -> bool:
+    wanted = {(winner, loser): "beats", (loser, winner): "loses"}
+    return any(wanted.get((pair["arm"], pair["against"])) == pair["outcome"] for pair in pairs)
+
+
+def write_verdict(
+    arms: dict[str, Any], judged: dict[str, Any], baseline: str, budget: dict[str, Any]
+) -> dict[str, Any]:
+    """The sentences at the top of the report, from the judged arms.
+
+    Args:
+        arms: the summary's arms.
+        judged: what `judge` returns.
+        baseline: name of the baseline.
+        budget: {"tokens", "steps", "seeds"}.
+
+    Returns:
+        `headline`, one sentence; `answer`, which arm this data and budget ask for; `speed` and `longer`, a sentence
+        or two an arm on training time and on longer training.
+    """
+    others = [name for name in arms if name != baseline and judged["outcomes"][name] != "excluded"]
+    # Our own favourite is told first when it loses: nobody should have to look for that.
+    others.sort(key=lambda name: not (arms[name]["family"] == "mixture_of_tokens" and _behind(arms[name])))
+    return {
+        "headline": _headline(arms, judged, others, baseline, budget),
+        "answer": _answer(arms, judged, baseline),
+        "speed": [_speed(arms[name], arms[baseline]) for name in others if arms[name]["speed_up"]],
+        "longer": [
+            *(_longer(arms[name], arms[baseline], budget) for name in others if arms[name]["crossing"]),
+            *_guess([arms[name] for name in others]),
+            *_anchor(arms, budget),
+        ],
+    }
+
+
+def _behind(arm: dict[str, Any]) -> bool:
+    return arm["difference"]["deployed"]["mean"] > 0
+
+
+def _headline(
+    arms: dict[str, Any], judged: dict[str, Any], others: list[str], baseline: str, budget: dict[str, Any]
+) -> str:
+    base, outcomes = arms[baseline]["label"], judged["outcomes"]
+    if outcomes[baseline] == "excluded":
+        return f"No verdict: the baseline, {base}, takes no part in it, so there is nothing to compare with."
+    if not others:
+        return f"No verdict: {base} is the only arm that can be compared."
+    size = f"{quantity(budget['tokens'])} training tokens"
+    if any(outcomes[name] == "one_seed" for name in others):
+        clauses = [_single(arms[name], base, unit=name == others[0]) for name in others]
+        again = "it" if len(clauses) == 1 else "any of it"
+        return f"One seed cannot decide: after {size} {listing(clauses)}, and another seed may reverse {again}."
+    decided = [name for name in others if outcomes[name] in ("loses", "beats")]
+    won = listing([_decided(arms[name], base, outcomes[name], unit=name == decided[0]) for name in decided])
+    draws = ", nor ".join(_draw(arms[name], base) for name in others if outcomes[name] == "draw")
+    size += f" and {count(budget['seeds'], 'seed')}"
+    if not draws:
+        rates = "" if budget["rates_settled"] else " at these learning rates"
+        return f"{capital(won)}: decided for {size}{rates}, open for longer training."
+    if not decided:
+        return f"No winner: {size} cannot tell {draws}; longer training is open."
+    return f"{capital(won)}; {size} cannot tell {draws}, and longer training is open."
+
+
+def _amount(arm: dict[str, Any], *, unit: bool) -> str:
+    mean = arm["difference"]["deployed"]["mean"]
+    return f"{number(abs(mean), digits_for(mean))}{' nats a token' if unit else ''}"
+
+
+def _single(arm: dict[str, Any], base: str, *, unit: bool) -> str:
+    return f"{arm['label']} ended {_amount(arm, unit=unit)} {'above' if _behind(arm) else 'below'} {base}"
+
+
+def _decided(arm: dict[str, Any], base: str, outcome: str, *, unit: bool) -> str:
+    return f"{arm['label']} {'loses to' if outcome == 'loses' else 'beats'} {base} by {_amount(arm, unit=unit)}"
+
+
+def _draw(arm: dict[str, Any], base: str) -> str:
+    return f"{arm['label']} from {base} ({difference_words(arm['difference']['deployed'])})"
+
+
+def difference_words(difference: dict[str, Any] | None) -> str:
+    """A difference with its interval, in words: "-0.050, 95 % interval -0.071 to -0.029"."""
+    if difference is None:
+        return "no difference could be computed"
+    digits = digits_for(difference["mean"], difference["low"], difference["high"])
+    mean = signed(difference["mean"], digits)
+    if difference["low"] is None:
+        return f"{mean}, one seed"
+    return f"{mean}, 95{NBSP}% interval {interval(difference['low'], difference['high'], digits)}"
+
+
+def _answer(arms: dict[str, Any], judged: dict[str, Any], baseline: str) -> str | None:
+    """Which arm this data and budget ask for, and its price; None where the rule gives no verdict."""
+    kinds = set(judged["outcomes"].values())
+    if (
+        "one_seed" in kinds
+        or judged["lowest"] is None
+        or not judged["pairs"]
+        or judged["outcomes"][baseline] == "excluded"
+    ):
+        return None
+    low, base = arms[judged["lowest"]], arms[baseline]
+    loss = number(low["loss"]["deployed"])
+    if judged["best"] is None:
+        tied = [arms[name] for name in judged["tied"]]
+        fastest = min([low, *tied], key=lambda arm: arm["seconds_ratio"] or 1.0)
+        return (
+            f"This budget names no single best arm: {low['label']} has the lowest mean loss as deployed, {loss}, but "
+            f"{listing([arm['label'] for arm in tied])} cannot be told apart from it. Among these, {fastest['label']} "
+            "takes the least time a step."
+        )
+    if judged["best"] == baseline:
+        return f"For this data and budget the answer is {base['label']}: {loss} nats a token as deployed."
+    price = f"{compact(low['parameters_total'])} parameters in memory instead of {compact(base['parameters_total'])}"
+    return (
+        f"For this data and budget the answer is {low['label']}: {loss} nats a token as deployed, against "
+        f"{number(base['loss']['deployed'])} for {base['label']}. Its price: {price}, and "
+        f"{number(low['seconds_ratio'], 2)} times the time a step{_equal_time(low, base)}."
+    )
+
+
+def _equal_time(arm: dict[str, Any], base: dict[str, Any]) -> str:
+    difference = arm["equal_time"]
+    if difference is None:
+        return ""
+    said = {"beats": "still beats", "loses": "loses to", "draw": "draws with"}.get(judge_difference(difference))
+    if said is None:
+        return ""
+    return f". At equal training time it {said} {base['label']} ({difference_words(difference)})"
+
+
+def _speed(arm: dict[str, Any], base: dict[str, Any]) -> str:
+    label, speed = arm["label"], arm["speed_up"]
+    if speed["ratio_steps"] is None:
+        text = f"{capital(label)} does not reach {base['label']}'s final loss"
+        text += f" in {speed['n'] - speed['reached']} of {count(speed['n'], 'seed')}" if speed["reached"] else ""
+        back = [step for step in speed["baseline_steps_to_arm_final"] if step is not None]
+        if back and len(back) == speed["n"]:
+            mean = sum(back) / len(back)
+            text += f"; {base['label']} passes {label}'s after {mean:.0f} of {speed['baseline_steps']:.0f} steps"
+        return f"{text}."
+    text = f"{capital(label)} reaches {base['label']}'s final loss in {_sooner(speed['ratio_steps']['mean'], 'steps')}"
+    seconds = speed["ratio_seconds"]
+    return f"{text} and {_sooner(seconds['mean'], 'time')}." if seconds else f"{text}."
+
+
+def _sooner(ratio: float, noun: str) -> str:
+    """A speed-up in words: below one it is a slow-down and is called so."""
+    fewer = {"steps": ("fewer", "more"), "time": ("less", "more")}[noun][ratio < 1]
+    return f"{number(ratio if ratio >= 1 else 1 / ratio, 2)} times {fewer} {noun}"
+
+
+def _longer(arm: dict[str, Any], base: dict[str, Any], budget: dict[str, Any]) -> str:
+    """At which budget the arm and the baseline would cross, or why this data does not say."""
+    found, names = arm["crossing"], f"{arm['label']} and {base['label']}"
+    status, slope = found["status"], found["slope_per_doubling"]
+    if status == "one_seed":
+        return f"One seed gives no estimate of the budget at which {names} would cross."
+    if status == "few_points":
+        return f"Too few evaluations in the last half of the run to estimate where {names} would cross."
+    rate = f"{number(abs(slope['mean']))} nats each time the steps double"
+    if status == "level":
+        return (
+            f"At the end of this run the curves of {names} cannot be separated: no crossing beyond it can be estimated."
+        )
+    if status == "steady":
+        return (
+            f"Over the last half of this run the gap between {names} neither closes nor widens measurably "
+            f"({signed(slope['mean'])} nats each time the steps double, 95{NBSP}% interval "
+            f"{interval(slope['low'], slope['high'])}): this data gives no budget at which they would cross."
+        )
+    if status == "widening":
+        return f"The gap between {names} widens by {rate}: this data gives no budget at which they would cross."
+    subject = (
+        f"{capital(arm['label'])} is closing on {base['label']}"
+        if found["gap"]["mean"] > 0
+        else (f"{capital(arm['label'])}'s lead over {base['label']} shrinks")
+    )
+    if status == "too_far":
+        return (
+            f"{subject} by {rate}, but the crossing lies beyond {FARTHEST_EXTRAPOLATION} times this budget: too far to "
+            "extrapolate, so this data gives no estimate."
+        )
+    low, high = found["token_range"]
+    spread = f"{quantity(low)} to {quantity(high)}" if high else f"from {quantity(low)}, for one seed never"
+    return (
+        f"{subject} by {rate}. Extrapolated, the two cross at about {quantity(found['tokens'])} tokens, "
+        f"{number(found['tokens'] / budget['tokens'], 1)} times this budget ({spread} over the seeds)."
+    )
+
+
+def _guess(arms: list[dict[str, Any]]) -> list[str]:
+    if not any(arm["crossing"] and arm["crossing"]["status"] == "closing" for arm in arms):
+        return []
+    return [
+        "Such a crossing is a guess, not a measurement: a cosine schedule is tied to its length, so a point on the way "
+        "is no finished run of that budget. Only a longer run can tell."
+    ]
+
+
+def _anchor(arms: dict[str, Any], budget: dict[str, Any]) -> list[str]:
+    """The published curve that says when MoT overtook dense, beside this run's budget."""
+    if not any(arm["family"] == "mixture_of_tokens" for arm in arms.values()):
+        return []
+    anchor = MOT_ANCHOR
+    first, last = anchor["behind_until_tokens"]
+    share = percent(budget["tokens"] / first, 1 if budget["tokens"] > 5e-3 * first else 2)
+    return [
+        "The only published long curve of MoT, its authors' own, is behind dense until between "
+        f"{anchor['behind_until_steps'][0]:,} and {anchor['behind_until_steps'][1]:,} steps of "
+        f"{anchor['tokens_per_step']:,} tokens ({first / 1e9:.2f} to {last / 1e9:.2f}{NBSP}billion tokens) and needs "
+        f"{number(anchor['end_ratio_steps'], 1)} times fewer steps at {anchor['end_steps']:,} "
+        f"({anchor['measure']}; {anchor['setting']}). This budget is {share} of {first / 1e9:.2f}{NBSP}billion tokens. "
+        "No independent replication of that speed-up has been found."
+    ]

@@ -1,0 +1,121 @@
+"""Numbers and names as the report writes them: pure functions from values to short texts.
+
+One place decides how many digits a loss has and what a family is called, so that the page, the tables, the figures and
+the Markdown say the same thing in the same way. None is written as an en dash: no number, for a stated reason.
+"""
+
+from collections.abc import Sequence
+
+NONE = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+NBSP = "\N{NO-BREAK SPACE}"
+
+FAMILY_WORDS = {
+    "dense": "dense",
+    "token_choice": "token-choice MoE",
+    "expert_choice": "expert-choice MoE",
+    "soft": "Soft MoE",
+    "mixture_of_tokens": "MoT",
+}
+"""What a family is called in running text."""
+
+_SCALES = ((1e12, "trillion", "T"), (1e9, "billion", "G"), (1e6, "million", "M"), (1e3, "thousand", "k"))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A plain number with a fixed count of decimals and a real minus sign."""
+    if value is None:
+        return NONE
+    text = f"{value:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", MINUS)
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """A difference: always with its sign, except a zero."""
+    text = number(value, digits)
+    return f"+{text}" if value is not None and value > 0 and float(f"{value:.{digits}f}") != 0 else text
+
+
+def digits_for(*values: float | None) -> int:
+    """Three decimals, or as many as keep the smallest of the values from being written as zero (at most five)."""
+    smallest = min((abs(value) for value in values if value), default=1.0)
+    return 3 if smallest >= 5e-4 else 4 if smallest >= 5e-5 else 5
+
+
+def interval(low: float | None, high: float | None, digits: int = 3) -> str:
+    """An interval as "a to b"; an en dash where there is none."""
+    return NONE if low is None or high is None else f"{number(low, digits)} to {number(high, digits)}"
+
+
+def quantity(value: float | None) -> str:
+    """A large count in words: 1.02 million."""
+    return _scaled(value, word=True)
+
+
+def compact(value: float | None, unit: str = "") -> str:
+    """A large count with a prefix: 1.02 M; `unit` follows the prefix."""
+    return _scaled(value, word=False, unit=unit)
+
+
+def _scaled(value: float | None, *, word: bool, unit: str = "") -> str:
+    if value is None:
+        return NONE
+    for scale, name, prefix in _SCALES:
+        if abs(value) >= 0.9995 * scale and not (word and scale == 1e3 and value < 1e5):
+            return f"{_three_digits(value / scale)}{NBSP}{name if word else prefix + unit}"
+    return f"{value:,.0f}{NBSP + unit if unit else ''}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+def memory(value: float | None) -> str:
+    """Bytes in binary units."""
+    if value is None:
+        return NONE
+    for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= scale:
+            return f"{_three_digits(value / scale)}{NBSP}{unit}"
+    return f"{value:.0f}{NBSP}B"
+
+
+def duration(value: float | None) -> str:
+    """Seconds, minutes or hours: whichever reads well."""
+    if value is None:
+        return NONE
+    if value < 120:
+        return f"{_three_digits(value)}{NBSP}s"
+    return f"{value / 60:.1f}{NBSP}min" if value < 7200 else f"{value / 3600:.1f}{NBSP}h"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as a percentage."""
+    return NONE if value is None else f"{number(100 * value, digits)}{NBSP}%"
+
+
+def times(value: float | None, digits: int = 2) -> str:
+    """A ratio: 1.31 followed by the multiplication sign."""
+    return NONE if value is None else f"{number(value, digits)}{TIMES}"
+
+
+def rate(value: float | None) -> str:
+    """A learning rate, in the shortest form that keeps three digits."""
+    return NONE if value is None else f"{value:.3g}"
+
+
+def count(amount: int, noun: str) -> str:
+    """A count with its noun: 1 seed, 3 seeds."""
+    return f"{amount}{NBSP}{noun}{'' if amount == 1 else 's'}"
+
+
+def listing(words: Sequence[str], last: str = "and") -> str:
+    """Words as a list in running text: a, b and c."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}" if words else ""
+
+
+def capital(text: str) -> str:
+    """The text with its first letter in upper case, unless it begins with a name in code's spelling, such as moe_k2."""
+    first = text.split(maxsplit=1)[0] if text.strip() else ""
+    return text[:1].upper() + text[1:] if first.replace("-", "").replace("'", "").rstrip(",.:;").isalpha() else text
