@@ -1,0 +1,85 @@
+# Every target sets up what it needs first. Settings, with their defaults:
+#   PYTHON=python3   the interpreter that .venv is made from (3.11 or newer)
+#   PRESET=default   the recipe that `make compare` runs: quick, default or full
+#   ARGS=            more arguments for `mixtura compare`, such as ARGS="--out runs/again"
+#   JOBS=2           test processes
+PYTHON ?= python3
+PRESET ?= default
+JOBS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+# The interpreter is part of the stamps' names, so that another PYTHON is noticed.
+READY := $(VENV)/.ready-$(notdir $(PYTHON))
+READY_DEV := $(VENV)/.ready-dev-$(notdir $(PYTHON))
+
+export PIP_ROOT_USER_ACTION := ignore
+
+.DEFAULT_GOAL := help
+.PHONY: compare test check fmt lint type docs bench setup test-gpu help clean
+
+help:  ## show this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+compare: $(READY)  ## run the default comparison and say where its report is
+	@$(BIN)/mixtura compare --preset $(PRESET) --open $(ARGS)
+
+test: $(READY_DEV)  ## run the tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --cov=src/mixtura/layers --cov-report=term
+
+test-gpu: $(READY_DEV)  ## run the tests that need an accelerator
+	@$(BIN)/python -m pytest -q -m gpu || { test $$? -eq 5 && echo 'No test asks for an accelerator.'; }
+
+check: lint type test docs  ## everything that CI runs: lint, import direction, types, spelling, tests, docs
+
+lint: $(READY_DEV)  ## check style, import direction and spelling
+	@$(BIN)/ruff format --check --quiet . || { echo 'Some files are not formatted: run `make fmt`.'; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/lint-imports --no-cache --no-logo >.venv/lint-imports.log 2>&1 || { cat .venv/lint-imports.log; exit 1; }
+	@$(BIN)/codespell
+	@echo 'Style, import direction and spelling are fine.'
+
+fmt: $(READY_DEV)  ## format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+type: $(READY_DEV)  ## check types
+	@$(BIN)/pyright
+
+docs: $(READY_DEV)  ## build the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'The documentation is at site/index.html'
+
+bench: $(READY)  ## time the layers against each other
+	@$(BIN)/python benchmarks/layers.py
+
+setup: $(READY_DEV)  ## make .venv with everything that development needs
+	@echo 'The environment is ready: source $(BIN)/activate'
+
+clean:  ## remove the environment, caches and built documentation, never runs/
+	@rm -rf $(VENV) site build dist .pytest_cache .ruff_cache .hypothesis .coverage
+	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A .venv of another Python version is made anew.
+define make-venv
+@$(PYTHON) -c '' 2>/dev/null || { echo '$(PYTHON) does not run here: install Python 3.11 or newer, or name one, such as PYTHON=python3.11.'; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), but Mixtura needs Python 3.11 or newer: name one, such as PYTHON=python3.11."; exit 1; }
+@test "$$($(BIN)/python -c 'import pip; $(VERSION)' 2>/dev/null)" = "$$($(PYTHON) -c '$(VERSION)')" || $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
+@echo 'Installing into $(VENV): a few minutes, and only once ...'
+endef
+VERSION := import sys; print(sys.version_info[:2])
+
+# torch comes first and alone: otherwise another package may pull a build of it with gigabytes of CUDA.
+$(READY): pyproject.toml constraints.txt
+	$(make-venv)
+	@$(PIP) torch
+	@$(PIP) --editable .
+	@touch $@
+
+$(READY_DEV): pyproject.toml constraints.txt
+	$(make-venv)
+	@$(PIP) torch
+	@$(PIP) --editable '.[dev,docs,browser]'
+	@touch $(READY) $@
