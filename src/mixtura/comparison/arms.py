@@ -9,6 +9,7 @@ import torch
 from mixtura.config import ArmConfig, Recipe
 from mixtura.data.prepare import PreparedData
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
+from mixtura.evaluation import evaluation_modes
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.build import build_model_config
 from mixtura.planning import active_parameters, flops_per_token, flops_ratio, model_parameters
@@ -38,7 +39,7 @@ class Arm:
     @property
     def training_mode(self) -> str:
         """The inference mode that computes what training computes."""
-        return "group" if self.config.family in ("expert_choice", "mixture_of_tokens") else "causal"
+        return evaluation_modes(self.model_config)[0]
 
     def learning_rate(self, recipe: Recipe) -> float:
         """The peak rate the recipe gives this arm."""

@@ -11,6 +11,8 @@ from mixtura.comparison.wording import NBSP, TIMES, capital, count, listing, num
 SLOW_STEP = 1.25
 """Seconds a step over the baseline's, from which a reader is warned."""
 FLOPS_TOLERANCE = 0.01
+TIMING_TOLERANCE = 0.1
+"""How far two ways of comparing seconds a step may lie apart before the timing is called noisy."""
 DROPPED_TOLERANCE = 0.01
 MANY_EPOCHS = 4.0
 """Text repeated more often than this is worth clearly less than new text (Muennighoff et al., 2023)."""
@@ -31,6 +33,7 @@ def find_cautions(results: dict[str, Any], arms: dict[str, Any]) -> list[dict[st
         found += _about_validity(name, arm, label, arms[name])
         found += _about_leaks(name, arm, label)
         found += _about_cost(name, arm, label, arms[results["baseline"]]["label"])
+        found += _about_noise(name, arm, label, results["arms"][results["baseline"]])
         found += _about_rate(name, arm, label)
         if (arms[name]["averages"]["dropped_share"] or 0) > DROPPED_TOLERANCE:
             text = f"{label} drops {percent(arms[name]['averages']['dropped_share'])} of its routed rows."
@@ -132,6 +135,20 @@ def _about_cost(name: str, arm: dict[str, Any], label: str, baseline: str) -> li
         text = f"{label} uses {number(arm['flops_ratio'], 3)}{TIMES} the FLOPs a token of {baseline}: not held equal."
         found.append(_caution("warning", "flops", name, text))
     return found
+
+
+def _about_noise(name: str, arm: dict[str, Any], label: str, base: dict[str, Any]) -> list[dict[str, Any]]:
+    """Medians of the steps and the median of the paired ratios agree on a quiet machine."""
+    if not (arm["seconds_per_step"] and base["seconds_per_step"] and arm["seconds_ratio"]):
+        return []
+    of_medians = arm["seconds_per_step"] / base["seconds_per_step"]
+    if abs(of_medians / arm["seconds_ratio"] - 1) <= TIMING_TOLERANCE:
+        return []
+    text = (
+        f"The time a step of {label} was measured on a busy machine: {times(arm['seconds_ratio'])} the baseline's by "
+        f"paired steps, {times(of_medians)} by medians. Do not trust its times before they are measured again."
+    )
+    return [_caution("warning", "noisy_timing", name, text)]
 
 
 def _about_rate(name: str, arm: dict[str, Any], label: str) -> list[dict[str, Any]]:

@@ -33,6 +33,7 @@ _FAMILY_COLOURS = {
     "soft": ("#9c4a94", "#e19bd8"),
 }
 _SPARE_COLOURS = (("#a37500", "#e8bf52"), ("#5b4fc4", "#a9a0f5"), ("#00808a", "#4fc6d0"), ("#b0305c", "#f286a9"))
+_EVEN = 1e-3
 _SMOOTHING = 0.06
 """Share of the training-loss points averaged into one."""
 
@@ -259,7 +260,9 @@ def _extrapolation(found: dict[str, Any], label: str, index: int) -> list[dict[s
     points = [(step, fit["intercept"] + fit["slope"] * math.log(step)) for step in (fit["first_step"], found["step"])]
     hover = f"{_safe(label)}: zero at step {found['step']:,.0f}<extra></extra>"
     style = {"mode": "lines+markers", "line": {"width": 1.5, "dash": "dash"}, "hovertemplate": hover}
-    return [_trace(points, label, index, "fit", **style, marker={"size": [0, 11], "symbol": "x-thin-open"})]
+    return [
+        _trace(points, label, index, "fit", **style, marker={"size": [0, 10], "symbol": "x-thin", "line": {"width": 2}})
+    ]
 
 
 def training_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None:
@@ -331,16 +334,33 @@ def search_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | 
 def load_maps(results: dict[str, Any], summary: dict[str, Any]) -> list[dict[str, Any]]:
     """A heat map for each arm and mixture layer: the load of every expert over training, 1 being an even share.
 
-    Experts have no identity across seeds, so a map shows one seed and carries all of them in `seeds`.
+    Experts have no identity across seeds, so a map shows one seed and carries all of them in `seeds`. Arms whose load
+    is even throughout have no map (see `is_even`).
     """
     maps = []
     for name, arm in results["arms"].items():
-        runs = [run for run in arm["runs"] if run.get("load") and run["load"]["steps"]]
+        runs = [] if is_even(arm) else _runs_with_load(arm)
         for position, layer in enumerate(runs[0]["load"]["layers"] if runs else []):
             loads = {str(run["seed"]): _load_matrix(run["load"], position) for run in runs}
             entry = {"arm": name, "label": summary["arms"][name]["label"], "layer": layer, "seeds": loads}
             maps.append({**entry, "steps": runs[0]["load"]["steps"], "experts": len(next(iter(loads.values())))})
     return maps
+
+
+def is_even(arm: dict[str, Any]) -> bool:
+    """Whether every expert had an even share at every evaluation, as Mixture of Tokens forces."""
+    shares = [
+        share * len(row)
+        for run in _runs_with_load(arm)
+        for step in run["load"]["share"]
+        for row in step
+        for share in row
+    ]
+    return bool(shares) and max(abs(share - 1) for share in shares) < _EVEN
+
+
+def _runs_with_load(arm: dict[str, Any]) -> list[dict[str, Any]]:
+    return [run for run in arm["runs"] if run.get("load") and run["load"]["steps"]]
 
 
 def _load_matrix(load: dict[str, Any], position: int) -> list[list[float]]:

@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from mixtura.comparison import tables
 from mixtura.comparison.cautions import is_searched
-from mixtura.comparison.figures import AXES, SYMBOLS, arm_colours, build_figures, load_maps
+from mixtura.comparison.figures import AXES, SYMBOLS, arm_colours, build_figures, is_even, load_maps
 from mixtura.comparison.markdown import render_markdown
 from mixtura.comparison.pictures import write_pictures
 from mixtura.comparison.summary import SUMMARY_VERSION, summarize
@@ -103,6 +103,7 @@ def render_html(results: dict[str, Any], summary: dict[str, Any]) -> str:
         differences_text=_describe_differences(summary),
         differences_caption=_difference_caption(seeds),
         maps=maps,
+        even=[said["label"] for name, said in summary["arms"].items() if is_even(results["arms"][name])],
         map_seeds=map_seeds,
         page_data={"figures": figures, "maps": maps, "mapSeeds": map_seeds},
         plotly_js=Markup(get_plotlyjs()),

@@ -39,7 +39,7 @@ def main_table(results: dict[str, Any], summary: dict[str, Any]) -> list[dict[st
             ("Deployed minus trained", "what leaving the training groups costs", _mode_gap),
         ],
         "Time": [
-            ("Seconds a step", f"measured side by side; {TIMES} {base}'s", _pace),
+            ("Seconds a step", f"side by side; {TIMES} {base}'s, by paired steps", _pace),
             (f"Steps to {base}'s final loss", "times fewer", _steps_to),
             (f"Time to {base}'s final loss", "times less", _time_to),
             ("Loss difference at equal time", "where the faster of the two ends", _equal_time),
@@ -108,9 +108,10 @@ def _bits(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
 
 
 def _trained(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _cell(
-        number(said["loss"]["trained"]), "" if arm["training_mode"] == "causal" else f"mode {arm['training_mode']}"
-    )
+    if said["diverged"]:
+        return _cell(NONE, "diverged")
+    mode = arm["training_mode"]
+    return _cell(number(said["loss"]["trained"]), "" if mode == "causal" else f"mode {mode}")
 
 
 def _mode_gap(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
@@ -219,7 +220,7 @@ def seed_table(summary: dict[str, Any]) -> dict[str, Any]:
         {"seed": seed, "cells": [_run_loss(summary["arms"][name], mode, seed) for name, mode in columns]}
         for seed in seeds
     ]
-    means = [number(summary["arms"][name]["modes"][mode]["loss"]["mean"], 4) for name, mode in columns]
+    means = [_mean_loss(summary["arms"][name], mode) for name, mode in columns]
     return {
         "columns": [{"arm": name, "mode": _mode_words(summary["arms"][name], mode)} for name, mode in columns],
         "rows": rows,
@@ -242,6 +243,12 @@ def _run_loss(arm: dict[str, Any], mode: str, seed: int) -> str:
         return NONE
     value = arm["modes"][mode]["loss"]["values"][arm["seeds"].index(seed)]
     return "diverged" if value is None else number(value, 4)
+
+
+def _mean_loss(arm: dict[str, Any], mode: str) -> str:
+    # The mean of the runs that did not diverge would flatter the arm.
+    loss = arm["modes"][mode]["loss"]
+    return NONE if None in loss["values"] else number(loss["mean"], 4)
 
 
 def pair_table(summary: dict[str, Any]) -> list[dict[str, str]]:

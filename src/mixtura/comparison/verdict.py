@@ -214,9 +214,12 @@ def _speed(arm: dict[str, Any], base: dict[str, Any]) -> str:
             mean = sum(back) / len(back)
             text += f"; {base['label']} passes {label}'s after {mean:.0f} of {speed['baseline_steps']:.0f} steps"
         return f"{text}."
-    text = f"{capital(label)} reaches {base['label']}'s final loss in {_sooner(speed['ratio_steps']['mean'], 'steps')}"
-    seconds = speed["ratio_seconds"]
-    return f"{text} and {_sooner(seconds['mean'], 'time')}." if seconds else f"{text}."
+    steps, seconds = speed["ratio_steps"]["mean"], speed["ratio_seconds"]
+    text = f"{capital(label)} reaches {base['label']}'s final loss in {_sooner(steps, 'steps')}"
+    if seconds is None:
+        return f"{text}."
+    joined = " and" if (steps >= 1) == (seconds["mean"] >= 1) else ", but in"
+    return f"{text}{joined} {_sooner(seconds['mean'], 'time')}."
 
 
 def _sooner(ratio: float, noun: str) -> str:
