@@ -81,7 +81,9 @@ def test_all_experts_are_not_run_twice_when_alone_already_runs_all(tiny_model, p
     model = tiny_model("mixture_of_tokens", alone_top_k=None)
     modes = []
     set_mode = model.set_inference_mode
-    monkeypatch.setattr(model, "set_inference_mode", lambda mode, top_k: (modes.append(mode), set_mode(mode, top_k=top_k)))
+    monkeypatch.setattr(
+        model, "set_inference_mode", lambda mode, top_k: (modes.append(mode), set_mode(mode, top_k=top_k))
+    )
     measured = evaluate_loss(model, packed, num_sequences=4, batch_size=4)
     assert measured["alone"] == measured["alone_all"]
     assert modes == ["group", "alone", "alone"]  # the last one restores

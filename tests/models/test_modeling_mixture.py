@@ -59,7 +59,10 @@ def test_a_saved_language_model_comes_back_bit_by_bit(build, family, tied, tmp_p
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_decoder_and_a_classifier_come_back_too(tiny_config, family, tmp_path):
     config = tiny_config(family, pad_token_id=0, num_labels=3)
-    for auto, cls in ((AutoModel, MixtureModel), (AutoModelForSequenceClassification, MixtureForSequenceClassification)):
+    for auto, cls in (
+        (AutoModel, MixtureModel),
+        (AutoModelForSequenceClassification, MixtureForSequenceClassification),
+    ):
         model = auto.from_config(config).eval()
         model.save_pretrained(tmp_path / cls.__name__)
         loaded = auto.from_pretrained(tmp_path / cls.__name__)

@@ -34,9 +34,7 @@ def tiny_model():
         torch.manual_seed(seed)
         sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_experts": 4}
         shape = {"vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 2, "group_size": 4}
-        return MixtureForCausalLM(
-            MixtureConfig(**{**sizes, **shape, "mlp_layer_types": ["dense", family], **settings})
-        )
+        return MixtureForCausalLM(MixtureConfig(**{**sizes, **shape, "mlp_layer_types": ["dense", family], **settings}))
 
     return make
 

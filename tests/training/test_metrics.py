@@ -1,11 +1,9 @@
 import json
 
-import numpy as np
 import pytest
 
 from mixtura.training.metrics import (
     MetricsFile,
-    count_spikes,
     evaluation_curve,
     load_imbalance,
     read_metrics,
@@ -87,37 +85,3 @@ def test_a_summary_has_what_a_report_shows():
 def test_a_summary_without_mixtures_has_no_load():
     summary = summarize_metrics([step(1), evaluation(1, 3.0)])
     assert summary["load"] is summary["load_imbalance"] is summary["dropped_share"] is None
-
-
-def test_noise_and_decline_have_no_spikes():
-    noise = np.random.default_rng(0).normal(size=1000)
-    assert count_spikes((3 + 4 * np.exp(-np.arange(1000) / 100) + 0.05 * noise).tolist()) == 0
-
-
-def test_a_single_jump_is_one_spike():
-    values = (2 + 0.01 * np.random.default_rng(0).normal(size=200)).tolist()
-    values[120] = 3.0
-    assert count_spikes(values) == 1
-
-
-def test_a_jump_that_takes_steps_to_fall_back_is_one_spike():
-    values = [2.0] * 100
-    values[50:55] = [4.0, 3.5, 3.0, 2.6, 2.3]
-    assert count_spikes(values) == 1
-
-
-def test_two_jumps_far_apart_are_two_spikes():
-    values = [2.0] * 100
-    values[40] = values[80] = 4.0
-    assert count_spikes(values) == 2
-
-
-def test_a_jump_below_ten_percent_is_no_spike():
-    values = [2.0] * 100
-    values[50] = 2.19
-    assert count_spikes(values) == 0
-
-
-@pytest.mark.parametrize("values", [[], [1.0], [1.0] * 9 + [5.0]], ids=["none", "one", "too little before"])
-def test_too_short_a_history_has_no_spikes(values):
-    assert count_spikes(values) == 0

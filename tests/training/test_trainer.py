@@ -71,9 +71,7 @@ def test_the_recorded_loss_is_the_language_loss_alone(run, tiny_model, tmp_path,
     assert total == pytest.approx(expected.loss.item(), abs=1e-5)
 
 
-def test_every_predicted_token_weighs_the_same_when_micro_batches_have_different_numbers(
-    run, tiny_model, monkeypatch
-):
+def test_every_predicted_token_weighs_the_same_when_micro_batches_have_different_numbers(run, tiny_model, monkeypatch):
     class HalfMasked(ScheduledDataset):
         """Every other pair of rows predicts only its last four tokens."""
 

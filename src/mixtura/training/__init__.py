@@ -1,6 +1,6 @@
 """Training of one model at a time, on transformers' Trainer and accelerate."""
 
-from mixtura.training.metrics import count_spikes, load_imbalance, read_metrics, summarize_metrics
+from mixtura.training.metrics import load_imbalance, read_metrics, summarize_metrics
 from mixtura.training.progress import LineProgress, ProgressReporter, RichProgress, SilentProgress
 from mixtura.training.run import METRICS, TrainingOutcome, sequences_per_step, train
 from mixtura.training.trainer import TrainingDiverged
@@ -13,7 +13,6 @@ __all__ = [
     "SilentProgress",
     "TrainingDiverged",
     "TrainingOutcome",
-    "count_spikes",
     "load_imbalance",
     "read_metrics",
     "sequences_per_step",

@@ -8,7 +8,6 @@ clipping), `learning_rate`, `seconds` and `tokens`, both counted from the start 
 """
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +15,8 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-SPIKE_WINDOW = 50
-SPIKE_MIN_HISTORY = 10
-SPIKE_DEVIATIONS = 5.0
-SPIKE_RELATIVE = 0.10
+from mixtura.diagnostics.load import summarize_load
+from mixtura.diagnostics.stability import count_spikes
 
 
 class MetricsFile:
@@ -111,29 +108,7 @@ def summarize_metrics(records: Sequence[dict[str, Any]], *, max_points: int = 20
 
 def load_imbalance(share_ME: Sequence[Sequence[float]]) -> float:
     """Largest load of an expert over the mean load, mean over layers: 1 is even, E is everything on one expert."""
-    return float(np.mean([len(share_E) * max(share_E) for share_E in share_ME]))
-
-
-def count_spikes(values: Sequence[float]) -> int:
-    """How often a series jumps up.
-
-    A value is high when it exceeds the median of the 50 values before it (of at least 10) by more than 5 scaled median
-    absolute deviations (1.4826 * MAD, the standard deviation of normal noise) and by more than 10 %. Neighbouring high
-    values are one spike, and so are high values with up to 10 quiet ones between them, which is how losses fall back.
-    """
-    spikes, last_high = 0, -math.inf
-    series = np.asarray(values, dtype=np.float64)
-    for index in range(SPIKE_MIN_HISTORY, len(series)):
-        if _is_high(series[index], series[max(0, index - SPIKE_WINDOW) : index]):
-            spikes += index - last_high > SPIKE_MIN_HISTORY
-            last_high = index
-    return spikes
-
-
-def _is_high(value: float, before: np.ndarray) -> bool:
-    median = np.median(before)
-    deviation = 1.4826 * np.median(np.abs(before - median))
-    return bool(value > median + SPIKE_DEVIATIONS * deviation and value > median + SPIKE_RELATIVE * abs(median))
+    return float(np.mean([summarize_load(share_E).imbalance for share_E in share_ME]))
 
 
 def _thinned(steps: Sequence[dict[str, Any]], max_points: int) -> list[dict[str, Any]]:

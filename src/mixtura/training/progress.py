@@ -57,7 +57,9 @@ class LineProgress:
     def start_run(self, label: str, *, step: int, steps: int) -> None:
         """Prints a line when the run resumes."""
         self._label, self._first, self._steps, self._began = label, step, steps, time.monotonic()
-        if step:
+        if step >= steps:
+            self.note(f"{label}: done before")
+        elif step:
             self.note(f"{label}: continues after step {step}")
 
     def advance(self, step: int, *, loss: float, tokens_per_second: float) -> None:
