@@ -4,9 +4,11 @@ import os
 import random
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mixtura.config import Recipe
     from mixtura.models import MixtureConfig
 
 # Set before any library reads them, hence above the imports of torch and numpy.
@@ -87,3 +89,48 @@ def tiny_corpus() -> list[str]:
     """200 different documents of 20 to 60 plain words, the same on every machine."""
     draw = random.Random(0)
     return [" ".join(draw.choices(_WORDS, k=draw.randint(20, 60))) + "." for _ in range(200)]
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tiny_corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny corpus as one text file, a document a paragraph."""
+    path = tmp_path_factory.mktemp("text") / "tiny.txt"
+    path.write_text("\n\n".join(tiny_corpus), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_recipe(tiny_text: Path) -> "Callable[..., Recipe]":
+    """A factory: `tiny_recipe(steps=4)` compares dense and mixture of tokens on the tiny text within seconds.
+
+    `arms` replaces the arms, `seeds` the seeds; other keywords are keys of [training].
+    """
+    from mixtura.config import recipe_from_dict
+
+    def make(*, arms: dict[str, Any] | None = None, seeds: tuple[int, ...] = (0,), **training: Any) -> "Recipe":
+        mixture = {"family": "mixture_of_tokens", "num_experts": 4, "group_size": 4}
+        settings = {"steps": 4, "batch_size": 4, "eval_every": 2, "eval_sequences": 8, "final_eval_sequences": 8}
+        return recipe_from_dict(
+            {
+                "name": "tiny",
+                "description": "A tiny comparison for tests.",
+                "seeds": list(seeds),
+                "data": {
+                    "source": "local",
+                    "path": str(tiny_text),
+                    "vocab_size": 300,
+                    "sequence_length": 16,
+                    "validation_fraction": 0.2,
+                },
+                "model": {
+                    "hidden_size": 32,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "intermediate_size": 64,
+                },
+                "training": {**settings, "save_every": 2, **training},
+                "arms": arms or {"dense": {"family": "dense"}, "mixture_of_tokens": mixture},
+            }
+        )
+
+    return make
