@@ -128,7 +128,7 @@ def evaluate(
         int | None, typer.Option(help="Tokens in a sequence.", show_default="the model's")
     ] = None,
 ) -> None:
-    """Measure a model's loss on a text, in every inference mode that it has."""
+    """Measure a model's loss on a text, in each of its modes."""
     from mixtura.evaluation import evaluate_folder
 
     _hush()
@@ -150,7 +150,10 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
 ) -> None:
-    """Continue a prompt token by token, with a cache; mixture-of-tokens layers run alone."""
+    """Continue a prompt, token by token.
+
+    Mixture-of-tokens layers run alone: what they write depends on nothing but the prompt.
+    """
     from mixtura.models.generation import generate_text
 
     _hush()
@@ -236,3 +239,7 @@ def main() -> None:
 def _fail(sentence: str) -> None:
     typer.echo(f"mixtura: {sentence}", err=True)
     sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

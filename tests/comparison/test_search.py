@@ -1,0 +1,111 @@
+"""The learning-rate search: the same effort for every arm, and a record that is used only where it belongs."""
+
+import dataclasses
+
+import pytest
+
+from mixtura.comparison.folder import read_json, write_json
+from mixtura.comparison.runner import compare
+from mixtura.comparison.search import fingerprint, load_record, record_path, search_learning_rates
+from mixtura.config import load_recipe, preset_path, recipe_from_dict, recipe_to_dict
+from mixtura.training import TrainingDiverged
+
+
+def with_search(recipe, rates):
+    table = recipe_to_dict(recipe) | {"search": {"learning_rates": rates, "steps": 2, "seed": 7}}
+    return recipe_from_dict(table)
+
+
+def test_every_arm_tries_every_rate_and_keeps_the_best(tiny_recipe):
+    recipe, tried = with_search(tiny_recipe(), [4e-3, 1e-3, 2e-3]), []
+
+    def run_trial(name, rate):
+        tried.append((name, rate))
+        return abs(rate - (1e-3 if name == "dense" else 2e-3))
+
+    records = search_learning_rates(recipe, run_trial)
+    assert tried == [(name, rate) for name in recipe.arms for rate in (1e-3, 2e-3, 4e-3)]
+    assert records["dense"]["best"] == 1e-3 and records["dense"]["at_edge"]
+    assert records["mixture_of_tokens"]["best"] == 2e-3 and not records["mixture_of_tokens"]["at_edge"]
+    assert records["dense"]["steps"] == 2 and records["dense"]["seed"] == 7
+
+
+def test_a_rate_that_diverged_counts_as_lost(tiny_recipe):
+    recipe = with_search(tiny_recipe(), [1e-3, 2e-3])
+    record = search_learning_rates(recipe, lambda _, rate: float("inf") if rate > 1e-3 else 3.0)["dense"]
+    assert [trial["loss"] for trial in record["trials"]] == [3.0, None] and record["best"] == 1e-3
+
+
+def test_a_searched_comparison_trains_at_the_best_rates_and_stores_the_record(tiny_recipe, tmp_path, monkeypatch):
+    from mixtura.comparison import runner
+
+    original = runner.run_arm
+
+    def run_arm(arm, *, learning_rate, **options):
+        if learning_rate == 9e-1:
+            raise TrainingDiverged("The loss is no number.", step=1)
+        return original(arm, learning_rate=learning_rate, **options)
+
+    monkeypatch.setattr(runner, "run_arm", run_arm)
+    recipe = with_search(tiny_recipe(), [1e-3, 5e-3, 9e-1])
+    results = compare(recipe, out=tmp_path / "out")
+    stored = read_json(tmp_path / "out" / "search" / "record.json")
+    assert stored["fingerprint"] == fingerprint(recipe)
+    for name, arm in results["arms"].items():
+        assert arm["learning_rate"] == arm["learning_rate_search"]["best"] == stored["arms"][name]["best"] != 9e-1
+        assert arm["learning_rate_search"]["trials"][-1]["loss"] is None
+        assert arm["runs"][0]["learning_rate"] == arm["learning_rate"]
+
+
+@pytest.fixture
+def recorded(tiny_recipe, tmp_path):
+    """A recipe whose dense arm runs at the best rate of the record beside it, and its path."""
+    recipe = tiny_recipe(arms={"dense": {"family": "dense", "learning_rate": 2e-3}})
+    path = tmp_path / "tiny.toml"
+    record = {"trials": [], "steps": 4, "seed": 1000, "best": 2e-3, "at_edge": False, "source": "this run"}
+    write_json(record_path(path), {"fingerprint": fingerprint(recipe), "arms": {"dense": record}})
+    return recipe, path
+
+
+def change(recipe, section, **values):
+    return dataclasses.replace(recipe, **{section: dataclasses.replace(getattr(recipe, section), **values)})
+
+
+def test_the_record_beside_a_recipe_is_used(recorded):
+    assert load_record(*recorded)["dense"]["source"] == "recorded with the recipe"
+
+
+def test_no_record_is_no_claim(recorded, tmp_path):
+    recipe, _ = recorded
+    assert load_record(recipe, None) == load_record(recipe, tmp_path / "other.toml") == {}
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [("training", {"steps": 5}), ("model", {"hidden_size": 64}), ("data", {"sequence_length": 32})],
+    ids=["training", "model", "data"],
+)
+def test_a_record_for_other_settings_is_no_claim(recorded, section, values):
+    recipe, path = recorded
+    assert load_record(change(recipe, section, **values), path) == {}
+
+
+def test_a_record_holds_whatever_is_only_measured_or_saved(recorded):
+    recipe, path = recorded
+    assert load_record(change(recipe, "training", eval_every=1, save_every=1, threads=1), path)
+
+
+def test_a_rate_that_was_not_the_best_is_no_searched_rate(recorded):
+    recipe, path = recorded
+    arm = dataclasses.replace(recipe.arms["dense"], learning_rate=1e-3)
+    assert load_record(dataclasses.replace(recipe, arms={"dense": arm}), path) == {}
+
+
+def test_the_default_recipe_runs_at_searched_rates_inside_their_grid():
+    path = preset_path("default")
+    recipe = load_recipe(path)
+    records = load_record(recipe, path)
+    assert records.keys() == recipe.arms.keys()
+    assert not any(record["at_edge"] for record in records.values())
+    efforts = {(tuple(t["learning_rate"] for t in r["trials"]), r["steps"], r["seed"]) for r in records.values()}
+    assert len(efforts) == 1, "every arm got the same effort"

