@@ -13,7 +13,7 @@ LN2 = math.log(2)
 
 
 def multiplying_layer(num_experts, **settings):
-    """D = 2; logits are ln 2 times the token's own entries, then zeros; expert e multiplies a positive token by e + 1."""
+    """D = 2; logits are ln 2 times the token, then zeros; expert e multiplies a positive token by e + 1."""
     layer = TokenChoiceMoE(2, intermediate_size=2, num_experts=num_experts, **settings)
     with torch.no_grad():
         layer.gate.weight.zero_()

@@ -89,5 +89,5 @@ def test_every_setting_of_the_decoder_reaches_the_model():
 
 def test_routing_that_costs_more_than_the_dense_layer_is_refused():
     arm = ArmConfig(family="mixture_of_tokens", num_experts=512)
-    with pytest.raises(UserError, match="with 512 experts cost .* but a dense layer of width 64 costs only"):
+    with pytest.raises(UserError, match=r"with 512 experts cost .* but a dense layer of width 64 costs only"):
         build(arm, ModelConfig(intermediate_size=64))

@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_names_the_file_and_both_sizes(checkpoint):
 def test_a_checkpoint_with_a_file_missing_is_damaged(checkpoint):
     folder, model = checkpoint
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="model.safetensors is missing"):
+    with pytest.raises(UserError, match=r"model\.safetensors is missing"):
         checkpoints.check_checkpoint(folder, model.config)
 
 

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ def test_the_rate_rises_linearly_to_the_peak_and_ends_at_the_minimum():
     assert factors[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert factors[7] == pytest.approx(0.55)  # half way down
     assert factors[-1] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(factors[3:], factors[4:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(factors[3:]))
 
 
 @pytest.mark.parametrize("warmup", [0, 3])

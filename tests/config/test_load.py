@@ -1,0 +1,80 @@
+"""Recipes from TOML: keys, types, overrides and the way back."""
+
+import pytest
+
+from mixtura.config import UserError, load_recipe, preset_path, recipe_from_dict, recipe_to_dict, recipe_to_toml
+
+SMALL = 'seeds = [0]\n[arms.dense]\nfamily = "dense"\n'
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(*overrides, text=SMALL):
+        path = tmp_path / "mine.toml"
+        path.write_text(text, encoding="utf-8")
+        return load_recipe(path, overrides)
+
+    return load
+
+
+def test_a_recipe_without_a_name_takes_its_files(load):
+    assert load().name == "mine" and load("name=other").name == "other"
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("training.steps=7", "training", "steps", 7),
+        ("training.learning_rate=1e-2", "training", "learning_rate", 0.01),
+        ("training.weight_decay=1", "training", "weight_decay", 1.0),
+        ("training.activation_checkpointing=true", "training", "activation_checkpointing", True),
+        ("data.text_column=review", "data", "text_column", "review"),
+        ("search.learning_rates=[1e-3, 1]", "search", "learning_rates", (1e-3, 1.0)),
+        ("model.num_key_value_heads=2", "model", "num_key_value_heads", 2),
+        ("model.num_key_value_heads=none", "model", "num_key_value_heads", None),
+    ],
+    ids=["int", "float", "int as float", "bool", "bare text", "list", "optional", "none"],
+)
+def test_an_override_sets_one_key(load, override, section, key, value):
+    assert getattr(getattr(load(override), section), key) == value
+
+
+def test_an_override_may_add_an_arm(load):
+    recipe = load("arms.moe.family=token_choice", "arms.moe.top_k=2")
+    assert recipe.arms["moe"].top_k == 2 and list(recipe.arms) == ["dense", "moe"]
+
+
+def test_an_override_into_a_value_is_refused(load):
+    with pytest.raises(UserError, match=r"'seeds' is a value, not a section"):
+        load("seeds.first=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seeds = [0]\n", "lacks 'arms'"),
+        ("[arms.dense]\n", r"lacks 'arms\.dense\.family'"),
+        ("arms = 3\n", "'arms' must be a section of named arms"),
+        ("data = 3\n" + SMALL, "'data' must be a section"),
+        (SMALL + "top_kk = 1\n", r"'arms\.dense\.top_kk': did you mean 'arms\.dense\.top_k'"),
+        (SMALL + "qqqq = 1\n", "known keys are"),
+        ("seeds = 0\n[arms.dense]\nfamily = 'dense'\n", "must be a list"),
+        ("seeds = [true]\n[arms.dense]\nfamily = 'dense'\n", "must be a whole number"),
+    ],
+    ids=["no arms", "no family", "arms a number", "data a number", "near key", "far key", "no list", "bool for int"],
+)
+def test_what_is_wrong_is_named(load, text, message):
+    with pytest.raises(UserError, match=message):
+        load(text=text)
+
+
+def test_a_recipe_survives_the_way_to_toml_and_back(load, tmp_path):
+    recipe = load("model.num_key_value_heads=2", "arms.dense.learning_rate=1e-3", "search.learning_rates=[1e-3]")
+    assert load(text=recipe_to_toml(recipe)) == recipe
+    assert recipe_from_dict(recipe_to_dict(recipe)) == recipe
+
+
+def test_presets_are_found_and_others_are_not():
+    assert preset_path("quick").is_file()
+    with pytest.raises(UserError, match="There is no preset 'fast'"):
+        preset_path("fast")
