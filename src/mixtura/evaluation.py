@@ -120,7 +120,7 @@ def check_evaluation(
 
 
 def _check_groups(config: Any, packed: PackedTokens, *, num_sequences: int, batch_size: int) -> None:
-    sizes = {"evaluated sequences": num_sequences, "sequences of an evaluation batch": batch_size}
+    sizes = {"sequences of an evaluation batch": batch_size, "evaluated sequences": num_sequences}
     if config.group_over == "sequence":
         sizes = {"tokens of a sequence": packed.sequence_length}
     for name, size in sizes.items():

@@ -1,15 +1,21 @@
 """The main job from recipe to report: what is stored, what is not repeated, what goes on to the same numbers."""
 
+import dataclasses
 import json
 import math
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from mixtura.comparison import runner
 from mixtura.comparison.arms import leak_warning, make_arms, probe_arm
-from mixtura.comparison.folder import read_json
+from mixtura.comparison.folder import read_json, write_json
 from mixtura.comparison.runner import compare, planned_steps, train_arm
-from mixtura.config import Interrupted, UserError
+from mixtura.config import Interrupted, UserError, load_recipe, recipe_from_dict, recipe_to_toml
 from mixtura.data.packing import ScheduledDataset
 from mixtura.data.prepare import prepare_data
 from mixtura.training import SilentProgress
@@ -21,15 +27,71 @@ ARMS = {
 }
 
 
-@pytest.fixture
-def recipe(tiny_recipe):
-    return tiny_recipe(arms=ARMS, seeds=(0, 1))
+@pytest.fixture(scope="module")
+def recipe(tiny_text):
+    """Three arms with two seeds each, four steps a run."""
+    data = {"source": "local", "path": str(tiny_text), "vocab_size": 300, "sequence_length": 16}
+    model = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    training = {"steps": 4, "batch_size": 4, "eval_every": 2, "save_every": 2}
+    training |= {"eval_sequences": 8, "final_eval_sequences": 8}
+    return recipe_from_dict(
+        {
+            "name": "tiny",
+            "seeds": [0, 1],
+            "data": data | {"validation_fraction": 0.2},
+            "model": model,
+            "training": training,
+            "arms": ARMS,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    """A finished comparison, only to be looked at: its folder and its results."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    return out, compare(recipe, out=out, command="mixtura compare tiny.toml")
 
 
 @pytest.fixture
-def finished(recipe, tmp_path):
-    """A finished comparison: its folder and its results."""
-    return tmp_path / "out", compare(recipe, out=tmp_path / "out", command="mixtura compare tiny.toml")
+def finished_copy(finished, tmp_path):
+    """A copy of the finished comparison, to be changed."""
+    return shutil.copytree(finished[0], tmp_path / "copy"), finished[1]
+
+
+@pytest.fixture
+def without_report(monkeypatch):
+    """Leaves out the report, which takes longer than the training here."""
+    monkeypatch.setattr(runner, "write_report", lambda results, out: None)
+
+
+class Listen(SilentProgress):
+    """Keeps what it was told, and the sequences that each run was given."""
+
+    def __init__(self):
+        self.runs, self.notes, self.rows = [], [], {}
+
+    def start_run(self, label, *, step, steps):
+        self.runs.append((label, step, steps))
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module")
+def observed(recipe, tmp_path_factory):
+    """The same comparison in another folder, with a listener: the listener and the results."""
+    listener, original = Listen(), ScheduledDataset.__getitem__
+
+    def listen(self, position):
+        item = original(self, position)
+        listener.rows.setdefault(listener.runs[-1][0], []).append(item["input_ids"])
+        return item
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScheduledDataset, "__getitem__", listen)
+        results = compare(recipe, out=tmp_path_factory.mktemp("observed") / "out", reporter=listener)
+    return listener, results
 
 
 def losses(results):
@@ -87,17 +149,19 @@ def test_the_baseline_is_the_measure_of_time_and_flops(finished):
     assert all(abs(arm["flops_ratio"] - 1) < 0.05 for arm in arms.values())
 
 
-def test_a_finished_comparison_is_not_repeated(finished, recipe):
-    out, results = finished
+def test_a_finished_comparison_is_not_repeated(finished_copy, recipe):
+    out, results = finished_copy
     files = sorted(out.glob("arms/*/*/result.json"))
     before = [path.stat().st_mtime_ns for path in files]
-    again = compare(recipe, out=out, command="mixtura compare tiny.toml")
+    listener = Listen()
+    again = compare(recipe, out=out, command="mixtura compare tiny.toml", reporter=listener)
+    assert listener.runs == [(f"{name} seed {seed}", 4, 4) for seed in (0, 1) for name in ARMS], "told as done before"
     assert [path.stat().st_mtime_ns for path in files] == before and len(files) == 6
     assert again["arms"] == results["arms"]
 
 
-def test_the_same_recipe_gives_the_same_losses_anywhere(finished, recipe, tmp_path):
-    assert losses(compare(recipe, out=tmp_path / "elsewhere")) == losses(finished[1])
+def test_the_same_recipe_gives_the_same_losses_anywhere(finished, observed):
+    assert losses(observed[1]) == losses(finished[1])
 
 
 class Stop(SilentProgress):
@@ -115,7 +179,7 @@ class Stop(SilentProgress):
 
 
 @pytest.mark.parametrize("label", ["token_choice seed 0", "mixture_of_tokens seed 1"])
-def test_a_killed_comparison_goes_on_to_the_same_numbers(finished, recipe, tmp_path, label):
+def test_a_killed_comparison_goes_on_to_the_same_numbers(without_report, finished, recipe, tmp_path, label):
     out = tmp_path / "killed"
     with pytest.raises(RuntimeError, match="killed"):
         compare(recipe, out=out, reporter=Stop(label, 3))
@@ -123,12 +187,10 @@ def test_a_killed_comparison_goes_on_to_the_same_numbers(finished, recipe, tmp_p
     assert losses(compare(recipe, out=out)) == losses(finished[1])
 
 
-def test_ctrl_c_stops_with_everything_saved(finished, recipe, tmp_path):
+def test_ctrl_c_stops_with_everything_saved(without_report, finished, recipe, tmp_path):
     class Press(Stop):
         def advance(self, step, *, loss, tokens_per_second):
             if (self.label, step) == self.at:
-                import signal
-
                 signal.raise_signal(signal.SIGINT)
 
     out = tmp_path / "stopped"
@@ -138,8 +200,8 @@ def test_ctrl_c_stops_with_everything_saved(finished, recipe, tmp_path):
     assert losses(compare(recipe, out=out)) == losses(finished[1])
 
 
-def test_starting_over_repeats_everything(finished, recipe):
-    out, results = finished
+def test_starting_over_repeats_everything(without_report, finished_copy, recipe):
+    out, results = finished_copy
     before = [path.stat().st_mtime_ns for path in sorted(out.glob("arms/*/*/result.json"))]
     again = compare(recipe, out=out, resume=False)
     assert all(
@@ -151,31 +213,18 @@ def test_starting_over_repeats_everything(finished, recipe):
     assert losses(again) == losses(results)
 
 
-def test_another_recipe_is_refused_in_the_same_folder(finished, tiny_recipe):
+def test_another_recipe_is_refused_in_the_same_folder(finished, recipe):
+    longer = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, steps=6))
     with pytest.raises(UserError, match=r"begun with training\.steps = 4, now it is 6"):
-        compare(tiny_recipe(arms=ARMS, seeds=(0, 1), steps=6), out=finished[0])
+        compare(longer, out=finished[0])
 
 
-def test_arms_with_one_seed_see_the_same_tokens_in_the_same_order(recipe, tmp_path, monkeypatch):
-    seen, original = {}, ScheduledDataset.__getitem__
-
-    class Listen(SilentProgress):
-        def start_run(self, label, *, step, steps):
-            self.batches = seen.setdefault(label, [])
-
-    listener = Listen()
-
-    def listen(self, position):
-        item = original(self, position)
-        listener.batches.append(item["input_ids"])
-        return item
-
-    monkeypatch.setattr(ScheduledDataset, "__getitem__", listen)
-    compare(recipe, out=tmp_path / "out", reporter=listener)
-    rows = {label: torch.stack(batches) for label, batches in seen.items()}
+def test_arms_with_one_seed_see_the_same_tokens_in_the_same_order(observed):
+    rows = {label: torch.stack(sequences) for label, sequences in observed[0].rows.items()}
     assert len(rows["dense seed 0"]) == 4 * 4
     for name in ("token_choice", "mixture_of_tokens"):
-        assert torch.equal(rows[f"{name} seed 0"], rows["dense seed 0"])
+        for seed in (0, 1):
+            assert torch.equal(rows[f"{name} seed {seed}"], rows[f"dense seed {seed}"])
     assert not torch.equal(rows["dense seed 1"], rows["dense seed 0"])
 
 
@@ -221,3 +270,105 @@ def test_a_family_that_cannot_be_deployed_stays_out_of_the_verdict(tiny_recipe, 
     results = compare(tiny_recipe(arms=arms, seeds=(0, 1)), out=tmp_path / "out")
     assert results["summary"]["arms"]["soft"]["excluded"]
     assert "soft" not in results["summary"]["verdict"]["tied"]
+
+
+def test_a_comparison_has_every_key_of_its_contract(finished):
+    results = finished[1]
+    top = {"schema_version", "created", "command", "recipe", "recipe_toml", "environment", "data", "held_equal"}
+    assert results.keys() == top | {"baseline", "total_seconds", "arms", "summary"}
+    costs = {"parameters_total", "parameters_active", "flops_per_token", "flops_ratio", "seconds_per_step"}
+    costs |= {"seconds_ratio", "peak_memory_bytes"}
+    identity = {"family", "label", "settings", "learning_rate", "learning_rate_search", "leaks", "runs"}
+    run_keys = {"seed", "learning_rate", "steps", "train_seconds", "final", "curve", "train_curve", "grad_norm"}
+    run_keys |= {"spikes", "load", "load_imbalance", "dropped_share", "router_entropy"}
+    for arm in results["arms"].values():
+        assert arm.keys() == identity | costs | {"training_mode", "deployed_mode"}
+        assert all(run.keys() == run_keys for run in arm["runs"])
+    assert results["data"]["tokens_per_step"] == 4 * 16
+    assert results["data"]["tokens_per_run"] == 4 * 4 * 16
+
+
+def test_what_is_held_equal_is_said_with_its_numbers(finished):
+    results = finished[1]
+    apart = max(abs(arm["flops_ratio"] - 1) for arm in results["arms"].values())
+    sentences = " ".join(results["held_equal"])
+    assert "paired by seed" in sentences and "steps (4) and tokens a step (64)" in sentences
+    assert f"FLOPs a token within {100 * apart:.2g} %" in sentences
+
+
+def test_each_experts_load_is_a_share(finished):
+    for name in ("token_choice", "mixture_of_tokens"):
+        load = finished[1]["arms"][name]["runs"][0]["load"]
+        assert load["layers"] == [1] and load["steps"] == [2, 4]
+        assert all(sum(share_E) == pytest.approx(1) for share_ME in load["share"] for share_E in share_ME)
+    assert finished[1]["arms"]["dense"]["runs"][0]["load"] is None
+
+
+def test_a_recipe_that_came_from_no_file_is_reproduced_from_its_folder(without_report, tiny_recipe, tmp_path):
+    out = tmp_path / "out"
+    recipe = tiny_recipe(arms={"dense": {"family": "dense"}})
+    assert compare(recipe, out=out)["command"] == f"mixtura compare {out / 'recipe.toml'} --out {out}"
+    assert load_recipe(out / "recipe.toml") == recipe
+
+
+def test_a_comparison_that_went_on_counts_the_time_of_all_its_runs(without_report, finished_copy, recipe):
+    out, results = finished_copy
+    (out / "results.json").unlink()
+    trained = 0.0
+    for path in out.glob("arms/*/*/result.json"):
+        result = read_json(path) | {"train_seconds": 1000.0}
+        write_json(path, result)
+        trained += 1000.0
+    assert compare(recipe, out=out)["total_seconds"] >= trained > results["total_seconds"]
+
+
+def test_the_reporter_hears_of_every_run_and_leak(observed):
+    listener = observed[0]
+    assert listener.runs == [(f"{name} seed {seed}", 0, 4) for seed in (0, 1) for name in ARMS]
+    assert sum("lets examples of a batch see each other in training" in note for note in listener.notes) == 1
+
+
+def test_an_arm_that_the_recipe_has_not_is_refused_before_anything_is_written(recipe, tmp_path):
+    with pytest.raises(UserError, match="no arm 'soft': choose one of dense, token_choice, mixture_of_tokens"):
+        train_arm(recipe, "soft", seed=0, out=tmp_path / "one")
+    assert not (tmp_path / "one").exists()
+
+
+def test_one_arm_trained_by_itself_leaves_its_result_and_model(recipe, tmp_path):
+    result = train_arm(recipe, "mixture_of_tokens", seed=3, out=tmp_path / "one")
+    folder = tmp_path / "one" / "arms" / "mixture_of_tokens" / "seed3"
+    assert read_json(folder / "result.json") == result and result["seed"] == 3
+    assert (folder / "checkpoint" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("mode", "top_k"), [("group", 2), ("alone", 1), ("alone", None)])
+def test_the_recipes_inference_mode_is_the_checkpoints(tiny_recipe, tmp_path, mode, top_k):
+    mixture = ARMS["mixture_of_tokens"] | {"inference_mode": mode, "alone_top_k": "none" if top_k is None else top_k}
+    recipe = tiny_recipe(arms={"dense": {"family": "dense"}, "mixture": mixture})
+    train_arm(recipe, "mixture", seed=0, out=tmp_path / "one")
+    config = read_json(tmp_path / "one" / "arms" / "mixture" / "seed0" / "checkpoint" / "config.json")
+    assert (config["inference_mode"], config["alone_top_k"]) == (mode, top_k)
+
+
+def test_a_process_that_was_killed_outright_goes_on_to_the_same_numbers(without_report, finished, recipe, tmp_path):
+    """SIGKILL between two checkpoints, in a process of its own: nothing can be tidied up."""
+    out, toml = tmp_path / "killed", tmp_path / "tiny.toml"
+    toml.write_text(recipe_to_toml(recipe), encoding="utf-8")
+    program = f"""
+import os, signal
+from mixtura.comparison.runner import compare
+from mixtura.training import SilentProgress
+
+class Kill(SilentProgress):
+    def start_run(self, label, *, step, steps):
+        self.label = label
+
+    def advance(self, step, *, loss, tokens_per_second):
+        if (self.label, step) == ("mixture_of_tokens seed 0", 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+compare({str(toml)!r}, out={str(out)!r}, reporter=Kill())
+"""
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120).returncode == -9
+    assert (out / "arms" / "mixture_of_tokens" / "seed0" / "checkpoint-2").is_dir()
+    assert losses(compare(toml, out=out)) == losses(finished[1])

@@ -4,11 +4,18 @@ import dataclasses
 
 import pytest
 
+from mixtura.comparison import runner
 from mixtura.comparison.folder import read_json, write_json
 from mixtura.comparison.runner import compare
 from mixtura.comparison.search import fingerprint, load_record, record_path, search_learning_rates
-from mixtura.config import load_recipe, preset_path, recipe_from_dict, recipe_to_dict
+from mixtura.config import UserError, load_recipe, preset_path, recipe_from_dict, recipe_to_dict
 from mixtura.training import TrainingDiverged
+
+
+@pytest.fixture(autouse=True)
+def without_report(monkeypatch):
+    """Leaves out the report, which takes longer than the training here."""
+    monkeypatch.setattr(runner, "write_report", lambda results, out: None)
 
 
 def with_search(recipe, rates):
@@ -37,8 +44,6 @@ def test_a_rate_that_diverged_counts_as_lost(tiny_recipe):
 
 
 def test_a_searched_comparison_trains_at_the_best_rates_and_stores_the_record(tiny_recipe, tmp_path, monkeypatch):
-    from mixtura.comparison import runner
-
     original = runner.run_arm
 
     def run_arm(arm, *, learning_rate, **options):
@@ -55,6 +60,31 @@ def test_a_searched_comparison_trains_at_the_best_rates_and_stores_the_record(ti
         assert arm["learning_rate"] == arm["learning_rate_search"]["best"] == stored["arms"][name]["best"] != 9e-1
         assert arm["learning_rate_search"]["trials"][-1]["loss"] is None
         assert arm["runs"][0]["learning_rate"] == arm["learning_rate"]
+
+
+def test_a_rate_that_blows_up_a_model_at_its_last_step_counts_as_lost(tiny_recipe, tmp_path):
+    """The training loss is still a number then, and the held-out loss has no perplexity that JSON could hold."""
+    table = recipe_to_dict(tiny_recipe()) | {"search": {"learning_rates": [1e-3, 1e4], "steps": 1}}
+    results = compare(recipe_from_dict(table), out=tmp_path / "out")
+    for arm in results["arms"].values():
+        trials = arm["learning_rate_search"]["trials"]
+        assert trials[0]["loss"] > 0 and trials[1]["loss"] is None
+        assert arm["learning_rate"] == 1e-3
+
+
+def test_a_single_rate_has_no_edge(tiny_recipe):
+    record = search_learning_rates(with_search(tiny_recipe(), [1e-3]), lambda *_: 3.0)["dense"]
+    assert record["best"] == 1e-3 and not record["at_edge"]
+
+
+def test_a_finished_search_is_not_repeated(tiny_recipe, tmp_path):
+    recipe = with_search(tiny_recipe(), [1e-3, 2e-3])
+    first = compare(recipe, out=tmp_path / "out")
+    files = sorted((tmp_path / "out").glob("search/*/*/result.json"))
+    before = [path.stat().st_mtime_ns for path in files]
+    again = compare(recipe, out=tmp_path / "out")
+    assert len(files) == 4 and [path.stat().st_mtime_ns for path in files] == before
+    assert again["arms"] == first["arms"]
 
 
 @pytest.fixture
@@ -109,3 +139,33 @@ def test_the_default_recipe_runs_at_searched_rates_inside_their_grid():
     assert not any(record["at_edge"] for record in records.values())
     efforts = {(tuple(t["learning_rate"] for t in r["trials"]), r["steps"], r["seed"]) for r in records.values()}
     assert len(efforts) == 1, "every arm got the same effort"
+
+
+def test_the_fingerprint_does_not_see_rates_names_and_seeds(tiny_recipe):
+    recipe = tiny_recipe()
+    dense = dataclasses.replace(recipe.arms["dense"], learning_rate=9e-3)
+    changed = dataclasses.replace(recipe, name="other", seeds=(5,), arms=recipe.arms | {"dense": dense})
+    changed = change(changed, "training", learning_rate=9e-3, eval_sequences=4, final_eval_sequences=4)
+    assert fingerprint(changed) == fingerprint(recipe) != ""
+
+
+@pytest.mark.parametrize("values", [{"num_experts": 8}, {"group_size": 2}, {"alone_top_k": None}])
+def test_the_fingerprint_sees_the_arms(tiny_recipe, values):
+    recipe = tiny_recipe()
+    mixture = dataclasses.replace(recipe.arms["mixture_of_tokens"], **values)
+    changed = dataclasses.replace(recipe, arms=recipe.arms | {"mixture_of_tokens": mixture})
+    assert fingerprint(changed) != fingerprint(recipe)
+
+
+def test_an_arm_that_diverged_at_every_rate_has_no_best_one(tiny_recipe):
+    recipe = with_search(tiny_recipe(), [1.0, 0.5])
+    with pytest.raises(UserError, match=r"Every learning rate diverged for 'dense', even 0\.5: add lower ones"):
+        search_learning_rates(recipe, lambda name, _: float("inf") if name == "dense" else 3.0)
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", "[]"])
+def test_a_damaged_record_is_named(recorded, damage):
+    recipe, path = recorded
+    record_path(path).write_text(damage, encoding="utf-8")
+    with pytest.raises(UserError, match=r"tiny\.search\.json' is damaged"):
+        load_record(recipe, path)

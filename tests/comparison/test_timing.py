@@ -1,8 +1,11 @@
 """A step of every arm, timed and weighed side by side."""
 
+import dataclasses
+
 from mixtura.comparison.arms import make_arms
 from mixtura.comparison.timing import time_arms
 from mixtura.data.prepare import prepare_data
+from mixtura.models import MixtureForCausalLM
 
 ARMS = {
     "dense": {"family": "dense"},
@@ -16,8 +19,54 @@ def test_times_are_relative_to_the_baseline_and_memory_grows_with_parameters(tin
     data = prepare_data(recipe.data, cache_dir=None)
     arms = make_arms(recipe, data)
     timing = time_arms(arms, recipe, data, "dense")
+    assert timing.keys() == ARMS.keys()
+    for values in timing.values():
+        assert values.keys() == {"seconds_per_step", "seconds_ratio", "peak_memory_bytes"}
     assert timing["dense"]["seconds_ratio"] == 1.0
     assert all(values["seconds_per_step"] > 0 for values in timing.values())
     few, many = (timing[name]["peak_memory_bytes"] for name in ("few", "many"))
     # 30 more experts of two 32 x 32 matrices, each with its gradient and two moments, in float32.
     assert many - few >= 30 * 2 * 32 * 32 * 4 * 4
+
+
+def test_timing_leaves_the_arms_as_they_were(tiny_recipe):
+    recipe = tiny_recipe()
+    data = prepare_data(recipe.data, cache_dir=None)
+    arms = make_arms(recipe, data)
+    before = {name: arm.model_config.to_dict() for name, arm in arms.items()}
+    timing = time_arms(arms, recipe, data, "mixture_of_tokens")
+    assert timing["mixture_of_tokens"]["seconds_ratio"] == 1.0
+    assert {name: arm.model_config.to_dict() for name, arm in arms.items()} == before
+
+
+def test_a_mixture_of_tokens_takes_more_memory_than_the_dense_arm_it_is_matched_to(tiny_recipe):
+    recipe = tiny_recipe()
+    data = prepare_data(recipe.data, cache_dir=None)
+    timing = time_arms(make_arms(recipe, data), recipe, data, "dense")
+    assert timing["mixture_of_tokens"]["peak_memory_bytes"] > timing["dense"]["peak_memory_bytes"]
+
+
+def test_a_text_smaller_than_a_batch_is_timed_with_whole_batches(tiny_recipe, monkeypatch):
+    recipe = tiny_recipe()
+    data = prepare_data(recipe.data, cache_dir=None)
+    few = dataclasses.replace(data.train, sequences_NL=data.train.sequences_NL[:3])
+    small = dataclasses.replace(data, train=few)
+    shapes, forward = set(), MixtureForCausalLM.forward
+
+    def watch(self, ids_BL, **options):
+        shapes.add(tuple(ids_BL.shape))
+        return forward(self, ids_BL, **options)
+
+    monkeypatch.setattr(MixtureForCausalLM, "forward", watch)
+    time_arms(make_arms(recipe, small), recipe, small, "dense")
+    assert shapes == {(4, 16)}
+
+
+def test_activation_checkpointing_shows_in_the_memory(tiny_recipe):
+    peaks = []
+    for checkpointing in (False, True):
+        recipe = tiny_recipe(arms={"dense": {"family": "dense"}}, activation_checkpointing=checkpointing)
+        recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_hidden_layers=6))
+        data = prepare_data(recipe.data, cache_dir=None)
+        peaks.append(time_arms(make_arms(recipe, data), recipe, data, "dense")["dense"]["peak_memory_bytes"])
+    assert peaks[1] < 0.9 * peaks[0]

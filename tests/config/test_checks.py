@@ -33,7 +33,7 @@ def build(section=None, arm=None, **top):
         ({"arm": {"family": "token_choice", "top_k": 17}}, "lower top_k or raise num_experts"),
         ({"arm": {"family": "token_choice", "capacity_factor": 0.0}}, r"capacity_factor' is 0\.0"),
         ({"arm": {"family": "token_choice", "num_experts": 0}}, "num_experts' is 0"),
-        ({"arm": MOT | {"alone_top_k": 17}}, "there are only 16"),
+        ({"arm": MOT | {"alone_top_k": 17}}, "there are only 16 mixtures"),
         ({"arm": MOT | {"temperature": 0.0}}, "temperature' is 0"),
         ({"arm": MOT | {"group_size": 1}}, "at least 2 tokens"),
         ({"arm": MOT | {"group_size": 3}}, r"batch_size' is 8, which is no multiple .* set it to 6"),
@@ -60,3 +60,97 @@ def test_zero_is_fine_where_it_means_off(key):
 @pytest.mark.parametrize("arm", [MOT, MOT | {"group_over": "sequence"}, MOT | {"family": "expert_choice"}])
 def test_groups_that_fill_are_fine(arm):
     assert build(arm=arm).arms["mixture"].group_size == 4
+
+
+POSITIVE = {
+    "data": ("max_bytes", "vocab_size", "sequence_length"),
+    "model": ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "initializer_range"),
+    "training": (
+        *("steps", "batch_size", "gradient_accumulation_steps", "learning_rate", "max_grad_norm"),
+        *("eval_every", "eval_sequences", "final_eval_sequences", "save_every"),
+    ),
+}
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("key", [f"{section}.{key}" for section, keys in POSITIVE.items() for key in keys])
+def test_a_number_that_must_be_positive_is_refused_at_zero_and_below(key, value):
+    section, name = key.split(".")
+    with pytest.raises(UserError, match=rf"'{section}\.{name}' is {value}"):
+        build(section={section: {name: value}})
+
+
+@pytest.mark.parametrize("key", ["num_experts", "top_k", "group_size", "mixtures_per_expert", "temperature"])
+def test_an_arms_counts_are_positive(key):
+    with pytest.raises(UserError, match=rf"'arms\.mixture\.{key}' is 0"):
+        build(arm={"family": "token_choice", key: 0})
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "moe_intermediate_size", "capacity_factor", "alone_top_k"])
+def test_an_arms_optional_settings_are_positive_where_given(key):
+    arm = {"family": "token_choice"}
+    with pytest.raises(UserError, match=rf"'arms\.mixture\.{key}' is -1"):
+        build(arm=arm | {key: -1})
+    assert getattr(build(arm=arm | {key: 1}).arms["mixture"], key) == 1
+    assert getattr(build(arm=arm | {key: "none"}).arms["mixture"], key) is None
+
+
+@pytest.mark.parametrize("key", ["router_aux_loss_coef", "router_z_loss_coef", "expert_bias_update_rate"])
+def test_an_arms_coefficients_are_zero_or_more(key):
+    with pytest.raises(UserError, match=rf"'arms\.mixture\.{key}' is -1"):
+        build(arm={"family": "token_choice", key: -1})
+    assert getattr(build(arm={"family": "token_choice", key: 0}).arms["mixture"], key) == 0
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"learning_rates": [0.0]}, r"learning_rates' has 0\.0"),
+        ({"learning_rates": [float("nan")]}, "learning_rates' has nan"),
+        ({"learning_rates": [1e-3], "steps": 0}, r"'search\.steps' is 0"),
+        ({"seed": -1}, r"'search\.seed' has -1"),
+    ],
+)
+def test_a_search_that_cannot_run_is_refused(section, message):
+    with pytest.raises(UserError, match=message):
+        build(section={"search": section})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_is_finite(value):
+    with pytest.raises(UserError, match=r"'training\.weight_decay' is"):
+        build(section={"training": {"weight_decay": value}})
+    with pytest.raises(UserError, match=r"'arms\.mixture\.temperature' is"):
+        build(arm=MOT | {"temperature": value})
+
+
+def test_a_tokenizer_that_is_not_trained_needs_no_vocabulary_size():
+    assert build(section={"data": {"tokenizer": "folder", "vocab_size": 1}}).data.tokenizer == "folder"
+
+
+@pytest.mark.parametrize("family", ["dense", "token_choice", "soft"])
+def test_a_single_expert_is_fine_where_alone_top_k_has_no_meaning(family):
+    assert build(arm={"family": family, "num_experts": 1}).arms["mixture"].alone_top_k == 2
+
+
+def test_alone_top_k_counts_mixtures_not_experts():
+    two_each = MOT | {"num_experts": 4, "mixtures_per_expert": 2}
+    assert build(arm=two_each | {"alone_top_k": 8}).arms["mixture"].alone_top_k == 8
+    with pytest.raises(UserError, match="is 9 but there are only 8 mixtures, 2 for each of 4 experts"):
+        build(arm=two_each | {"alone_top_k": 9})
+
+
+def test_a_rate_to_search_is_given_once():
+    with pytest.raises(UserError, match=r"search\.learning_rates' is \[0\.001, 0\.001\]: give each rate once"):
+        build(section={"search": {"learning_rates": [1e-3, 1e-3]}})
+
+
+@pytest.mark.parametrize("name", ["run.v2", "my recipe", "gr\u00fcn-1_b"])
+def test_a_recipes_name_may_be_that_of_any_plain_file(name):
+    assert build(name=name).name == name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "a\\b"])
+def test_a_recipes_name_must_be_able_to_name_a_folder(name):
+    with pytest.raises(UserError, match="cannot be a folder: set 'name'"):
+        build(name=name)

@@ -1,8 +1,20 @@
 """Recipes from TOML: keys, types, overrides and the way back."""
 
-import pytest
+import tomllib
 
-from mixtura.config import UserError, load_recipe, preset_path, recipe_from_dict, recipe_to_dict, recipe_to_toml
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mixtura.config import (
+    PRESETS,
+    UserError,
+    load_recipe,
+    preset_path,
+    recipe_from_dict,
+    recipe_to_dict,
+    recipe_to_toml,
+)
 
 SMALL = 'seeds = [0]\n[arms.dense]\nfamily = "dense"\n'
 
@@ -78,3 +90,55 @@ def test_presets_are_found_and_others_are_not():
     assert preset_path("quick").is_file()
     with pytest.raises(UserError, match="There is no preset 'fast'"):
         preset_path("fast")
+
+
+def test_the_last_of_two_overrides_wins(load):
+    assert load("training.steps=7", "training.steps=9").training.steps == 9
+
+
+def test_text_after_the_first_equals_sign_is_the_value(load):
+    assert load("description=a=b").description == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.steps", "write --set section.key=value"),
+        ("=3", "write --set section.key=value"),
+        ("training.steps=1.5", r"'training\.steps' is 1\.5: it must be a whole number"),
+        ("training.steps=true", r"'training\.steps' is True: it must be a whole number"),
+        ("training.learning_rate=fast", "it must be a number"),
+        ("training.activation_checkpointing=1", "it must be true or false"),
+        ("description=1", "it must be a text"),
+        ("training.dtype=float16", "it must be one of float32, bfloat16"),
+        ("arms.dense=3", r"'arms\.dense' must be a section"),
+        ("arms.new.top_k=1", r"lacks 'arms\.new\.family'"),
+        ("traning.steps=1", "did you mean 'training'"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_its_fix(load, override, message):
+    with pytest.raises(UserError, match=message):
+        load(override)
+
+
+def test_what_was_turned_off_is_still_off_after_the_way_to_toml_and_back(load):
+    recipe = load("arms.dense.alone_top_k=none")
+    assert recipe.arms["dense"].alone_top_k is None
+    assert load(text=recipe_to_toml(recipe)) == recipe
+    assert recipe_from_dict(recipe_to_dict(recipe)) == recipe
+
+
+@given(
+    text=st.text(st.characters(codec="utf-8"), max_size=30),
+    rate=st.floats(1e-12, 1e3),
+    seeds=st.lists(st.integers(0, 2**31), min_size=1, max_size=5, unique=True),
+)
+def test_any_text_number_and_list_survives_the_way_to_toml_and_back(text, rate, seeds):
+    table = {"name": "any", "description": text, "seeds": seeds, "training": {"learning_rate": rate}}
+    recipe = recipe_from_dict(table | {"arms": {"dense": {"family": "dense"}}})
+    assert recipe_from_dict(tomllib.loads(recipe_to_toml(recipe))) == recipe
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_loads_under_its_name(preset):
+    assert load_recipe(preset_path(preset)).name == preset

@@ -1,5 +1,7 @@
 """Generation token by token: the cache changes nothing, and what cannot be generated is refused."""
 
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -119,3 +121,15 @@ def test_damaged_weights_are_reported_in_one_sentence(saved):
         load_model(folder)
     with pytest.raises(Exception):  # noqa: B017 (whatever transformers raises, it is no UserError)
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-4, 1e4, math.inf])
+def test_a_temperature_beyond_the_range_of_its_arithmetic_is_refused(saved, temperature):
+    with pytest.raises(UserError, match=r"temperature is .*: give 0 .*, or 0\.001 to 1000"):
+        generate_text(saved("dense"), "the film", max_new_tokens=2, temperature=temperature, seed=0)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e3])
+def test_the_ends_of_the_temperature_range_work(saved, temperature):
+    text = generate_text(saved("dense"), "the film", max_new_tokens=2, temperature=temperature, seed=0)
+    assert text.startswith("the film")

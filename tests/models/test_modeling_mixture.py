@@ -197,6 +197,17 @@ def test_gradient_checkpointing_changes_neither_gradients_nor_statistics(build, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_training_step_under_autocast_stays_close(build, family):
+    model = build(family).train()
+    exact = model(IDS_BL, labels=IDS_BL).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(IDS_BL, labels=IDS_BL).loss
+    loss.backward()
+    assert_close(loss, exact, rtol=0.01, atol=0)
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_attention_implementations_agree(build, family):
     model = build(family).eval()
     mask_BL = torch.ones_like(IDS_BL)

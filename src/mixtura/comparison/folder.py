@@ -1,14 +1,17 @@
-"""The folder of a comparison: what is in it, and that it belongs to this recipe.
+"""The folder of a comparison: what is in it, and that it belongs to this recipe and this text.
 
-`recipe.toml` (resolved), `environment.json`, `arms/<arm>/seed<k>/` with metrics, checkpoints and `result.json`,
-`search/<arm>/rate<r>/`, `timing.json`, `results.json`, `report.html`, `report.md`, `figures/`.
+`recipe.toml` (resolved), `environment.json`, `data.json` (which tokens), `arms/<arm>/seed<k>/` with metrics,
+checkpoints and `result.json`, `search/<arm>/rate<r>/`, `timing.json`, `results.json`, `report.html`, `report.md`,
+`figures/`.
 """
 
+import hashlib
 import json
 import os
 import platform
 import shutil
 import tomllib
+from collections.abc import Collection
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 
 from mixtura.config import Recipe, UserError, recipe_to_dict, recipe_to_toml
+from mixtura.data.prepare import PreparedData
 
 
 def open_folder(out: Path, recipe: Recipe, *, resume: bool) -> None:
@@ -31,19 +35,22 @@ def open_folder(out: Path, recipe: Recipe, *, resume: bool) -> None:
         if not resume:
             _clear(out)
         _check_same_recipe(out, recipe)
+        write_json(out / "environment.json", environment())
         write_text(out / "recipe.toml", recipe_to_toml(recipe))
     except (NotADirectoryError, FileExistsError):
-        raise UserError(f"'{out}' is a file: give a folder with --out.") from None
+        file = next((path for path in (out, *out.parents) if path.is_file()), out)
+        raise UserError(f"'{file}' is a file: give a folder with --out.") from None
     except OSError as error:
         raise UserError(f"'{out}' cannot be written ({error.strerror}): choose another folder with --out.") from None
-    write_json(out / "environment.json", environment())
 
 
-_OURS = ("arms", "search", "data", "figures", "timing.json", "results.json", "report.html", "report.md")
+_OURS = ("arms", "search", "data", "figures", "data.json", "timing.json", "results.json", "report.html", "report.md")
 
 
 def _refuse_foreign(out: Path) -> None:
-    if not (out / "recipe.toml").exists() and any(out.iterdir()):
+    # A recipe alone may be the user's own file.
+    ours = all((out / name).exists() for name in ("environment.json", "recipe.toml"))
+    if not ours and any(path.name != "environment.json" for path in out.iterdir()):
         raise UserError(f"'{out}' has files but is no comparison's folder: choose an empty or new one with --out.")
 
 
@@ -60,6 +67,10 @@ def _check_same_recipe(out: Path, recipe: Recipe) -> None:
     path = out / "recipe.toml"
     if not path.exists():
         return
+    if not _has_runs(out):
+        # No run has begun, as after a mistake in the recipe: the corrected one may have the folder.
+        (out / "timing.json").unlink(missing_ok=True)
+        return
     try:
         before = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError):
@@ -73,6 +84,34 @@ def _check_same_recipe(out: Path, recipe: Recipe) -> None:
             f"'{out}' was begun with {key} = {old!r}, now it is {new!r}: choose another folder with --out, or "
             "--no-resume to start over."
         )
+
+
+def check_same_data(out: Path, data: PreparedData) -> None:
+    """Notes in `data.json` which tokens the runs of this folder see, and refuses others once a run has begun.
+
+    Finished runs are not repeated, so a text that changed under its name would be compared with its old self.
+
+    Raises:
+        UserError: the text has changed, or the note is damaged.
+    """
+    path = out / "data.json"
+    digest = hashlib.blake2b(digest_size=16)
+    for packed in (data.train, data.validation):
+        digest.update(packed.sequences_NL.tobytes())
+    seen = {"summary": data.summary, "tokens": digest.hexdigest()}
+    before = read_json(path, keys=seen) if _has_runs(out) else None
+    if before is None:
+        write_json(path, seen)
+    elif difference := _first_difference(before, seen, ""):
+        key, old, new = difference
+        raise UserError(
+            f"The text has changed since '{out}' was begun ({key} was {old!r}, now it is {new!r}): put it back, choose "
+            "another folder with --out, or --no-resume to start over."
+        )
+
+
+def _has_runs(out: Path) -> bool:
+    return any(out.glob("arms/*/*/run.json")) or any(out.glob("search/*/*/run.json"))
 
 
 def _first_difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any] | None:
@@ -134,15 +173,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The JSON in `path`, or None when there is no such file.
+def read_json(path: Path, *, keys: Collection[str] = ()) -> Any:
+    """The JSON object in `path`, or None when there is no such file.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or lacks one of `keys`.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"'{path}' is damaged: delete it, and that part is computed again.") from None
+        stored = None
+    if not isinstance(stored, dict) or not stored.keys() >= set(keys):
+        raise UserError(f"'{path}' is damaged: delete it, and that part is computed again.")
+    return stored

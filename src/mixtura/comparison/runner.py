@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mixtura.comparison.arms import Arm, describe_arm, leak_warning, make_arms, probe_arm
-from mixtura.comparison.folder import environment, now, open_folder, read_json, write_json
+from mixtura.comparison.folder import check_same_data, environment, now, open_folder, read_json, write_json
 from mixtura.comparison.report import write_report
-from mixtura.comparison.runs import run_arm, tokens_per_step
+from mixtura.comparison.runs import check_runs, run_arm, tokens_per_step
 from mixtura.comparison.search import fingerprint, load_record, search_learning_rates
 from mixtura.comparison.summary import summarize
 from mixtura.comparison.timing import time_arms
-from mixtura.config import Recipe, load_recipe, recipe_to_dict, recipe_to_toml
+from mixtura.config import Recipe, UserError, load_recipe, recipe_to_dict, recipe_to_toml
 from mixtura.data.prepare import PreparedData, prepare_data
 from mixtura.training import ProgressReporter, SilentProgress, TrainingDiverged
 
@@ -60,7 +60,7 @@ def compare(
     folder = Path(out) if out is not None else Path("runs") / loaded.name
     open_folder(folder, loaded, resume=resume)
     return _Comparison(loaded, path, folder, reporter or SilentProgress()).run(
-        command or f"mixtura compare {path} --out {folder}"
+        command or f"mixtura compare {path or folder / 'recipe.toml'} --out {folder}"
     )
 
 
@@ -73,7 +73,9 @@ class _Comparison:
     def run(self, command: str) -> dict[str, Any]:
         started = time.monotonic()
         data = prepare_data(self.recipe.data, cache_dir=self.out / "data", on_progress=self.reporter.note)
+        check_same_data(self.out, data)
         arms = make_arms(self.recipe, data)
+        check_runs(arms, self.recipe.training, data)
         leaks = self._probe_leaks(arms)
         searched = self._search(arms, data)
         rates = {
@@ -85,9 +87,10 @@ class _Comparison:
         results = self._results(arms, data, command, runs=runs, rates=rates, searched=searched, timing=timing)
         for name, arm_leaks in leaks.items():
             results["arms"][name]["leaks"] = arm_leaks
-        # A comparison that was stopped and went on has taken the time of all its parts.
+        # A comparison that was stopped and went on has taken at least the time of all its runs.
         before = (read_json(self.out / "results.json") or {}).get("total_seconds", 0.0)
-        results["total_seconds"] = max(before, time.monotonic() - started)
+        trained = sum(run["train_seconds"] for arm_runs in runs.values() for run in arm_runs)
+        results["total_seconds"] = max(before, trained, time.monotonic() - started)
         results["summary"] = summarize(results)
         write_json(self.out / "results.json", results)
         write_report(results, self.out)
@@ -116,7 +119,7 @@ class _Comparison:
                     learning_rate=rate,
                     training=training,
                     data=data,
-                    out=self.out / "search" / name / f"rate{rate:g}",
+                    out=self.out / "search" / name / f"rate{rate}",
                     label=f"search {name} {rate:g}",
                     reporter=self.reporter,
                 )
@@ -130,7 +133,7 @@ class _Comparison:
         return records
 
     def _time(self, arms: dict[str, Arm], data: PreparedData) -> dict[str, dict[str, Any]]:
-        stored = read_json(self.out / "timing.json")
+        stored = read_json(self.out / "timing.json", keys=arms)
         if stored is None:
             self.reporter.note("timing a step of every arm, side by side")
             stored = time_arms(arms, self.recipe, data, self.recipe.baseline)
@@ -246,10 +249,14 @@ def train_arm(
         UserError: see `compare`.
         Interrupted: Ctrl-C was pressed.
     """
+    if name not in recipe.arms:
+        raise UserError(f"The recipe has no arm '{name}': choose one of {', '.join(recipe.arms)}.")
     reporter = reporter or SilentProgress()
     open_folder(out, recipe, resume=resume)
     data = prepare_data(recipe.data, cache_dir=out / "data", on_progress=reporter.note)
+    check_same_data(out, data)
     arm = make_arms(recipe, data)[name]
+    check_runs({name: arm}, recipe.training, data)
     if warning := leak_warning(arm, probe_arm(arm)):
         reporter.note(warning)
     return run_arm(

@@ -3,15 +3,17 @@
 A finished run has a `result.json` and is never repeated; an unfinished one goes on from its newest checkpoint.
 """
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mixtura.comparison.arms import Arm
 from mixtura.comparison.folder import read_json, write_json
-from mixtura.config import Interrupted, Recipe, TrainingConfig
+from mixtura.config import Interrupted, Recipe, TrainingConfig, UserError
 from mixtura.data.prepare import PreparedData
-from mixtura.evaluation import evaluate_loss
-from mixtura.training import METRICS, ProgressReporter, read_metrics, summarize_metrics, train
+from mixtura.evaluation import check_evaluation, evaluate_loss
+from mixtura.training import METRICS, ProgressReporter, TrainingDiverged, read_metrics, summarize_metrics, train
 
 
 def run_arm(
@@ -28,10 +30,11 @@ def run_arm(
     """Trains and evaluates one run in folder `out`, or reads its result when it is finished.
 
     Raises:
+        UserError: the folder's files are damaged.
         Interrupted: the user pressed Ctrl-C; the run is saved.
         TrainingDiverged: the loss is no number any more.
     """
-    stored = read_json(out / "result.json")
+    stored = read_json(out / "result.json", keys=_RESULT_KEYS)
     if stored is not None:
         reporter.start_run(label, step=stored["steps"], steps=stored["steps"])
         reporter.end_run()
@@ -49,13 +52,21 @@ def run_arm(
         reporter=reporter,
     )
     if outcome.interrupted:
-        raise Interrupted(f"Stopped in '{label}' at step {outcome.steps}.")
+        raise Interrupted(f"Stopped in '{label}' at step {outcome.steps}: everything is saved.")
+    if outcome.steps != training.steps:
+        raise UserError(f"'{out / METRICS}' is damaged: delete '{out}', and that run is done again.")
     final = evaluate_loss(
         model,
         data.validation,
         num_sequences=_whole_batches(training.final_eval_sequences, training.batch_size, data),
         batch_size=training.batch_size,
     )
+    if not all(math.isfinite(measure) for of in final.values() for measure in of.values()):
+        raise TrainingDiverged(
+            f"{label} diverged: its final held-out loss is out of range; lower its learning rate, which is "
+            f"{learning_rate:g}.",
+            step=outcome.steps,
+        )
     result = {
         "seed": seed,
         "learning_rate": learning_rate,
@@ -66,6 +77,34 @@ def run_arm(
     }
     write_json(out / "result.json", result)
     return result
+
+
+_RESULT_KEYS = {"seed", "learning_rate", "steps", "train_seconds", "final", "curve"}
+
+
+def check_runs(arms: Mapping[str, Arm], training: TrainingConfig, data: PreparedData) -> None:
+    """Refuses runs that could not be evaluated, before any of them is trained.
+
+    Raises:
+        UserError: there are too few held-out sequences, or they do not fill groups.
+    """
+    held_out = data.validation.num_sequences
+    if training.batch_size > held_out:
+        raise UserError(
+            f"'training.batch_size' is {training.batch_size} but only {held_out} sequences are held out, fewer than "
+            "one batch: lower it, give more text or raise 'data.validation_fraction'."
+        )
+    if training.eval_sequences > held_out:
+        raise UserError(
+            f"'training.eval_sequences' is {training.eval_sequences} but only {held_out} sequences are held out: "
+            "lower it, give more text or raise 'data.validation_fraction'."
+        )
+    for arm in arms.values():
+        for wanted in (
+            training.eval_sequences,
+            _whole_batches(training.final_eval_sequences, training.batch_size, data),
+        ):
+            check_evaluation(arm.model_config, data.validation, num_sequences=wanted, batch_size=training.batch_size)
 
 
 def _whole_batches(wanted: int, batch_size: int, data: PreparedData) -> int:

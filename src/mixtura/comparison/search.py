@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtura.comparison.folder import read_json
-from mixtura.config import Recipe, recipe_to_dict
+from mixtura.config import Recipe, UserError, recipe_to_dict
 
 
 def search_learning_rates(recipe: Recipe, run_trial: Callable[[str, float], float]) -> dict[str, dict[str, Any]]:
@@ -24,9 +24,18 @@ def search_learning_rates(recipe: Recipe, run_trial: Callable[[str, float], floa
     Returns:
         For each arm the trials, the best rate, and whether it lies at an edge of the grid, where a better one may lie
         beyond.
+
+    Raises:
+        UserError: an arm diverged at every rate.
     """
     rates = sorted(recipe.search.learning_rates)
     losses = {name: [run_trial(name, rate) for rate in rates] for name in recipe.arms}
+    for name, tried in losses.items():
+        if min(tried) == float("inf"):
+            raise UserError(
+                f"Every learning rate diverged for '{name}', even {rates[0]:g}: add lower ones to "
+                "'search.learning_rates'."
+            )
     return {name: _record(recipe, rates, losses[name]) for name in recipe.arms}
 
 
@@ -62,7 +71,7 @@ def record_path(recipe_path: Path) -> Path:
 
 def load_record(recipe: Recipe, recipe_path: Path | None) -> dict[str, dict[str, Any]]:
     """The recorded search that the recipe's rates came from; empty if there is none or it was for other settings."""
-    stored = None if recipe_path is None else read_json(record_path(recipe_path))
+    stored = None if recipe_path is None else read_json(record_path(recipe_path), keys=("fingerprint", "arms"))
     if stored is None or stored["fingerprint"] != fingerprint(recipe):
         return {}
     return {

@@ -8,6 +8,7 @@ import statistics
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from mixtura.comparison.arms import Arm
@@ -25,6 +26,8 @@ def time_arms(arms: dict[str, Arm], recipe: Recipe, data: PreparedData, baseline
     Returns:
         {arm: {"seconds_per_step", "seconds_ratio", "peak_memory_bytes"}}.
     """
+    if recipe.training.threads:
+        torch.set_num_threads(recipe.training.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps = {name: _Step(arm, recipe, data, device) for name, arm in arms.items()}
     peaks = {name: step.peak_memory() for name, step in steps.items()}
@@ -51,10 +54,15 @@ class _Step:
     def __init__(self, arm: Arm, recipe: Recipe, data: PreparedData, device: torch.device) -> None:
         self.training = recipe.training
         self.model = arm.build(seed=0).train()
+        if recipe.training.activation_checkpointing:
+            # transformers renamed it within version 5.
+            model: Any = self.model
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         torch.nn.Module.to(self.model, device)
         self.optimizer = build_optimizer(self.model, recipe.training, learning_rate=1e-4)
-        rows = data.train.sequences_NL[: recipe.training.batch_size]
-        self.ids_BL = torch.as_tensor(rows.astype("int64"), device=device)
+        # A small text has fewer sequences than a batch: they repeat, as in training.
+        rows = np.arange(recipe.training.batch_size) % data.train.num_sequences
+        self.ids_BL = torch.as_tensor(data.train.sequences_NL[rows].astype("int64"), device=device)
 
     def run(self) -> None:
         """Runs one optimizer step over all its micro-batches."""

@@ -1,6 +1,8 @@
 """Refuses recipes whose values are well-typed but cannot work together."""
 
 import dataclasses
+import math
+import re
 from typing import Any
 
 from mixtura.config.schema import ArmConfig, DataConfig, ModelConfig, Recipe, TrainingConfig, UserError
@@ -12,17 +14,26 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         UserError: names the key, the value and the fix.
     """
+    if not re.fullmatch(r"\w[\w. -]*", recipe.name):
+        raise UserError(
+            f"The recipe's name '{recipe.name}' cannot be a folder: set 'name' to letters, digits, '-', '_', '.' and "
+            "spaces only."
+        )
     for section in (recipe.data, recipe.model, recipe.training):
         _check_positive(section)
     if recipe.baseline not in recipe.arms:
         raise UserError(f"'baseline' is '{recipe.baseline}', which is no arm: choose one of {', '.join(recipe.arms)}.")
     if not recipe.seeds or len(set(recipe.seeds)) != len(recipe.seeds):
         raise UserError(f"'seeds' is {list(recipe.seeds)}: give at least one seed, each once.")
+    for key, seed in [("search.seed", recipe.search.seed), *(("seeds", seed) for seed in recipe.seeds)]:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"'{key}' has {seed}: a seed must lie between 0 and {2**32 - 1}.")
     if not 0 < recipe.data.validation_fraction < 1:
         raise UserError(
             f"'data.validation_fraction' is {recipe.data.validation_fraction}: it must lie between 0 and 1."
         )
     _check_data(recipe.data)
+    _check_training(recipe)
     _check_heads(recipe.model)
     for name, arm in recipe.arms.items():
         _check_name(name)
@@ -37,8 +48,30 @@ def _check_positive(section: Any) -> None:
     for key, value in dataclasses.asdict(section).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
+        where = f"'{names[type(section)]}.{key}' is {value}"
+        if not math.isfinite(value):
+            raise UserError(f"{where}: it must be a finite number.")
         if value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
-            raise UserError(f"'{names[type(section)]}.{key}' is {value}: it must be greater than zero.")
+            least = "zero or more" if key in _MAY_BE_ZERO else "greater than zero"
+            raise UserError(f"{where}: it must be {least}.")
+
+
+def _check_training(recipe: Recipe) -> None:
+    training = recipe.training
+    for key in ("warmup_fraction", "min_learning_rate_fraction"):
+        if getattr(training, key) > 1:
+            raise UserError(f"'training.{key}' is {getattr(training, key)}: it must lie between 0 and 1.")
+    for key in ("adam_beta1", "adam_beta2"):
+        if getattr(training, key) >= 1:
+            raise UserError(f"'training.{key}' is {getattr(training, key)}: it must be less than 1.")
+    rates = recipe.search.learning_rates
+    if len(set(rates)) != len(rates):
+        raise UserError(f"'search.learning_rates' is {list(rates)}: give each rate once.")
+    for rate in rates:
+        if not 0 < rate < math.inf:
+            raise UserError(f"'search.learning_rates' has {rate}: each must be a finite number greater than zero.")
+    if recipe.search.steps is not None and recipe.search.steps < 1:
+        raise UserError(f"'search.steps' is {recipe.search.steps}: it must be greater than zero.")
 
 
 def _check_data(data: DataConfig) -> None:
@@ -46,6 +79,8 @@ def _check_data(data: DataConfig) -> None:
         raise UserError("'data.source' is 'hub' but 'data.name' is missing: name the dataset, such as \"wikitext\".")
     if data.source == "local" and not data.path:
         raise UserError("'data.source' is 'local' but 'data.path' is missing: name a file or folder.")
+    if data.sequence_length < 2:
+        raise UserError(f"'data.sequence_length' is {data.sequence_length}: it must be 2 or more, to predict a token.")
     if data.tokenizer == "train" and data.vocab_size < 259:
         raise UserError(f"'data.vocab_size' is {data.vocab_size}: it must be 259 or more, for 256 bytes and 3 marks.")
 
@@ -67,20 +102,27 @@ def _check_name(name: str) -> None:
 
 def _check_arm(where: str, arm: ArmConfig, recipe: Recipe) -> None:
     for key in ("num_experts", "top_k", "group_size", "mixtures_per_expert", "temperature"):
-        if getattr(arm, key) <= 0:
-            raise UserError(f"'{where}.{key}' is {getattr(arm, key)}: it must be greater than zero.")
+        if not 0 < getattr(arm, key) < math.inf:
+            raise UserError(f"'{where}.{key}' is {getattr(arm, key)}: it must be a number greater than zero.")
     for key in ("learning_rate", "moe_intermediate_size", "capacity_factor", "alone_top_k"):
         value = getattr(arm, key)
-        if value is not None and value <= 0:
-            raise UserError(f"'{where}.{key}' is {value}: it must be greater than zero.")
-    if arm.family == "token_choice" and arm.top_k > arm.num_experts:
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"'{where}.{key}' is {value}: it must be a number greater than zero.")
+    for key in ("router_aux_loss_coef", "router_z_loss_coef", "expert_bias_update_rate", "num_shared_experts"):
+        if not 0 <= getattr(arm, key) < math.inf:
+            raise UserError(f"'{where}.{key}' is {getattr(arm, key)}: it must be zero or more.")
+    if arm.family in ("token_choice", "expert_choice") and arm.top_k > arm.num_experts:
         raise UserError(
             f"'{where}.top_k' is {arm.top_k} but there are {arm.num_experts} experts: lower top_k or raise num_experts."
         )
-    if arm.alone_top_k is not None and arm.alone_top_k > arm.num_experts * arm.mixtures_per_expert:
-        raise UserError(f"'{where}.alone_top_k' is {arm.alone_top_k}: there are only {arm.num_experts} experts.")
     if arm.family in ("mixture_of_tokens", "expert_choice"):
         _check_groups(where, arm, recipe)
+    mixtures = arm.num_experts * arm.mixtures_per_expert
+    if arm.family == "mixture_of_tokens" and arm.alone_top_k is not None and arm.alone_top_k > mixtures:
+        raise UserError(
+            f"'{where}.alone_top_k' is {arm.alone_top_k} but there are only {mixtures} mixtures, "
+            f'{arm.mixtures_per_expert} for each of {arm.num_experts} experts: lower it, or set it to "none" for all.'
+        )
 
 
 def _check_groups(where: str, arm: ArmConfig, recipe: Recipe) -> None:
@@ -89,11 +131,15 @@ def _check_groups(where: str, arm: ArmConfig, recipe: Recipe) -> None:
         raise UserError(f"'{where}.group_over' is '{unknown}', which {arm.family} does not have: use 'batch'.")
     if arm.group_size < 2:
         raise UserError(f"'{where}.group_size' is {arm.group_size}: a group needs at least 2 tokens.")
-    key, size = ("training.batch_size", recipe.training.batch_size)
+    sizes = {
+        "training.batch_size": recipe.training.batch_size,
+        "training.eval_sequences": recipe.training.eval_sequences,
+    }
     if arm.group_over == "sequence":
-        key, size = ("data.sequence_length", recipe.data.sequence_length)
-    if size % arm.group_size:
-        raise UserError(
-            f"'{key}' is {size}, which is no multiple of '{where}.group_size' {arm.group_size}: "
-            f"set it to {max(1, size // arm.group_size) * arm.group_size} or change the group size."
-        )
+        sizes = {"data.sequence_length": recipe.data.sequence_length}
+    for key, size in sizes.items():
+        if size % arm.group_size:
+            raise UserError(
+                f"'{key}' is {size}, which is no multiple of '{where}.group_size' {arm.group_size}: "
+                f"set it to {max(1, size // arm.group_size) * arm.group_size} or change the group size."
+            )

@@ -44,8 +44,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ) from None
     except IsADirectoryError:
         raise UserError(f"'{path}' is a folder: give the path of a TOML recipe inside it.") from None
-    except PermissionError:
-        raise UserError(f"'{path}' cannot be read: check its permissions.") from None
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({error.strerror}): check the path and its permissions.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' is not a TOML recipe ({error}): see recipes/quick.toml for one that is.") from None
     table.setdefault("name", path.stem)
@@ -66,8 +66,11 @@ def recipe_from_dict(table: dict[str, Any]) -> Recipe:
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as nested dictionaries; keys whose value is None are left out, since TOML has no null."""
-    return _without_none(dataclasses.asdict(recipe))
+    """The recipe as nested dictionaries, without None: TOML has no null.
+
+    A key that is None by default is left out; one that was turned off is "none", as in a recipe.
+    """
+    return _to_table(recipe)
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
@@ -78,12 +81,12 @@ def recipe_to_toml(recipe: Recipe) -> str:
 def _apply_override(table: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
-        raise UserError(f"--set {override} has no '=': write --set section.key=value.")
+        raise UserError(f"--set '{override}' is no change of a key: write --set section.key=value.")
     *parents, last = key.strip().split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
-            raise UserError(f"--set {override}: '{parent}' is a value, not a section.")
+            raise UserError(f"--set {override}: '{parent}' is a value, not a section: write --set section.key=value.")
     try:
         table[last] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -163,7 +166,14 @@ def _type_name(hint: type) -> str:
     return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint]
 
 
-def _without_none(value: Any) -> Any:
+def _to_table(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        items = {field.name: (getattr(value, field.name), field.default) for field in dataclasses.fields(value)}
+        return {
+            name: "none" if item is None else _to_table(item)
+            for name, (item, default) in items.items()
+            if item is not None or default is not None
+        }
     if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
+        return {name: _to_table(item) for name, item in value.items()}
     return list(value) if isinstance(value, tuple) else value

@@ -130,8 +130,15 @@ def check_checkpoint(folder: Path, config: PreTrainedConfig) -> int:
                 f"The checkpoint '{folder}' is damaged: {name} {found} where {size:,} bytes were written; remove the "
                 "folder to go on from the one before it, or from the start."
             )
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    difference = first_difference({"model_type": saved.pop("model_type")}, {"model_type": config.model_type})
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        saved_type = saved.pop("model_type")
+    except (OSError, ValueError, KeyError, AttributeError):
+        raise UserError(
+            f"The checkpoint '{folder}' is damaged: its config.json is not readable; remove the folder to go on from "
+            "the one before it, or from the start."
+        ) from None
+    difference = first_difference({"model_type": saved_type}, {"model_type": config.model_type})
     difference = difference or first_difference(architecture(type(config).from_dict(saved)), architecture(config))
     if difference is not None:
         key, before, now = difference
@@ -151,7 +158,13 @@ def architecture(config: PreTrainedConfig) -> dict[str, Any]:
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Reads a checkpoint's weights into the model; tied weights are stored once."""
-    safetensors.torch.load_model(model, folder / WEIGHTS, strict=True)
+    try:
+        safetensors.torch.load_model(model, folder / WEIGHTS, strict=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"The checkpoint '{folder}' is damaged: {WEIGHTS} cannot be read ({str(error).splitlines()[0]}); remove "
+            "the folder to go on from the one before it, or from the start."
+        ) from error
 
 
 def load_tensors(path: Path) -> Any:

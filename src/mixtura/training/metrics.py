@@ -15,6 +15,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 
+from mixtura.config import UserError
 from mixtura.diagnostics.load import summarize_load
 from mixtura.diagnostics.stability import count_spikes
 
@@ -45,15 +46,21 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records; a last line that a crash cut short is left out. No file is no records."""
+    """All records; a last line that a crash cut short is left out. No file is no records.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             break
+        if not isinstance(records[-1], dict) or "step" not in records[-1]:
+            raise UserError(f"'{path}' is damaged: delete '{path.parent}', and that run is done again.")
     return records
 
 

@@ -1,0 +1,117 @@
+"""One run of a comparison: done once, read afterwards, refused where it could not be evaluated."""
+
+import dataclasses
+import math
+
+import pytest
+
+from mixtura.comparison import runs
+from mixtura.comparison.arms import make_arms
+from mixtura.comparison.folder import read_json
+from mixtura.comparison.runs import check_runs, run_arm, tokens_per_step
+from mixtura.config import UserError
+from mixtura.data.prepare import prepare_data
+from mixtura.training import SilentProgress, TrainingDiverged
+
+
+@pytest.fixture
+def run(tiny_recipe, tmp_path):
+    """Runs the mixture-of-tokens arm in a folder below `tmp_path`; keywords are keys of [training]."""
+
+    def run(*, out="run", seed=0, learning_rate=1e-3, **training):
+        recipe = tiny_recipe(**training)
+        data = prepare_data(recipe.data, cache_dir=None)
+        return run_arm(
+            make_arms(recipe, data)["mixture_of_tokens"],
+            seed=seed,
+            learning_rate=learning_rate,
+            training=recipe.training,
+            data=data,
+            out=tmp_path / out,
+            label="mixture seed 0",
+            reporter=SilentProgress(),
+        )
+
+    return run
+
+
+def without_times(result):
+    curve = [{key: value for key, value in point.items() if key != "seconds"} for point in result["curve"]]
+    return {**result, "train_seconds": 0.0, "curve": curve}
+
+
+def test_a_run_stores_what_it_returns(run, tmp_path):
+    result = run(seed=5, learning_rate=2e-3)
+    assert read_json(tmp_path / "run" / "result.json") == result
+    assert (result["seed"], result["learning_rate"], result["steps"]) == (5, 2e-3, 4)
+    assert result["final"].keys() == {"group", "alone", "alone_all"}
+    assert all(math.isfinite(measure) for of in result["final"].values() for measure in of.values())
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(run):
+    first = run(out="first")
+    assert without_times(run(out="second")) == without_times(first)
+    assert run(out="other", seed=1)["final"] != first["final"]
+
+
+def test_a_finished_run_is_read_and_not_repeated(run, monkeypatch):
+    first = run()
+    monkeypatch.setattr(runs, "train", lambda *_, **__: pytest.fail("trained again"))
+    assert run() == first
+
+
+def test_a_run_that_lost_its_result_is_evaluated_again_without_training(run, tmp_path):
+    first = run()
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "run" / "result.json").unlink()
+    assert run() == first
+    assert (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8") == metrics
+
+
+def test_a_final_loss_that_no_file_can_hold_is_a_divergence(run, tmp_path):
+    with pytest.raises(TrainingDiverged, match=r"mixture seed 0 diverged.*lower its learning rate, which is 10000"):
+        run(steps=1, learning_rate=1e4)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"seed": 0}'])
+def test_a_file_that_is_no_result_is_refused(run, tmp_path, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"result\.json' is damaged: delete it"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        ({"batch_size": 100_000, "eval_sequences": 100_000}, r"training\.batch_size"),
+        ({"eval_sequences": 100_000}, r"training\.eval_sequences"),
+    ],
+    ids=["no whole batch", "too few for the curve"],
+)
+def test_too_little_held_out_text_is_refused_before_training(tiny_recipe, training, words):
+    recipe = tiny_recipe()
+    data = prepare_data(recipe.data, cache_dir=None)
+    wanted = dataclasses.replace(recipe.training, **training)
+    check_runs(make_arms(recipe, data), recipe.training, data)
+    with pytest.raises(UserError, match=f"'{words}' is 100000 but only {data.validation.num_sequences} sequences"):
+        check_runs(make_arms(recipe, data), wanted, data)
+
+
+def test_the_final_evaluation_takes_what_there_is_in_whole_batches(run, monkeypatch):
+    asked, original = [], runs.evaluate_loss
+
+    def evaluate(model, packed, *, num_sequences, batch_size):
+        asked.append((num_sequences, batch_size, packed.num_sequences))
+        return original(model, packed, num_sequences=num_sequences, batch_size=batch_size)
+
+    monkeypatch.setattr(runs, "evaluate_loss", evaluate)
+    run(out="more than there is", steps=1, final_eval_sequences=100_000)
+    run(out="no whole batch", steps=1, final_eval_sequences=1)
+    (most, size, held_out), (least, _, _) = asked
+    assert most == held_out // size * size and least == size
+
+
+def test_micro_batches_count_into_the_tokens_of_a_step(tiny_recipe):
+    assert tokens_per_step(tiny_recipe(gradient_accumulation_steps=3)) == 3 * 4 * 16
