@@ -1,5 +1,6 @@
 """The command line as a stranger meets it: help, verbs, exit codes."""
 
+import io
 import os
 import signal
 import subprocess
@@ -145,9 +146,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe, tmp_path):
     assert list(metrics.parent.glob("checkpoint-*"))
 
 
-def test_a_terminal_that_is_not_utf8_still_gets_the_verdict(recipe, tmp_path):
-    command = [sys.executable, "-m", "mixtura.cli", "compare", str(recipe), "--out", str(tmp_path / "out")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "latin-1"}
-    done = subprocess.run([*command, "--set", "seeds=[0,1]"], capture_output=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert b"\\u2212" in done.stdout or b"-" in done.stdout
+def test_a_terminal_that_is_not_utf8_still_gets_the_verdict(recipe, tmp_path, monkeypatch):
+    results = {"summary": {"verdict": {"headline": "MoT is at \u22120.5."}}}
+    monkeypatch.setattr("mixtura.comparison.runner.compare", lambda *_, **__: results)
+    monkeypatch.setattr("sys.argv", ["mixtura", "compare", str(recipe), "--out", str(tmp_path / "out")])
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr("sys.stdout", terminal)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    terminal.flush()
+    shown = terminal.buffer.getvalue().decode("latin-1")
+    assert stop.value.code == 0 and "MoT is at \\u22120.5." in shown and "report.html" in shown

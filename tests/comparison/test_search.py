@@ -72,6 +72,13 @@ def test_a_rate_that_blows_up_a_model_at_its_last_step_counts_as_lost(tiny_recip
         assert arm["learning_rate"] == 1e-3
 
 
+@pytest.mark.parametrize(("best", "at_edge"), [(1e-3, True), (2e-3, False), (4e-3, True)])
+def test_the_best_rate_may_lie_at_either_edge(tiny_recipe, best, at_edge):
+    recipe = with_search(tiny_recipe(), [4e-3, 1e-3, 2e-3])
+    record = search_learning_rates(recipe, lambda _, rate: abs(rate - best))["dense"]
+    assert record["best"] == best and record["at_edge"] is at_edge
+
+
 def test_a_single_rate_has_no_edge(tiny_recipe):
     record = search_learning_rates(with_search(tiny_recipe(), [1e-3]), lambda *_: 3.0)["dense"]
     assert record["best"] == 1e-3 and not record["at_edge"]

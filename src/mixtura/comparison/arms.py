@@ -34,7 +34,10 @@ class Arm:
     @property
     def deployed_mode(self) -> str | None:
         """The inference mode in which the arm answers one request alone; None if it has none."""
-        return {"expert_choice": None, "soft": None, "mixture_of_tokens": "alone"}.get(self.config.family, "causal")
+        if self.config.family == "mixture_of_tokens":
+            # Running in groups needs other people's text in the batch: no answer to one request.
+            return "alone" if self.config.inference_mode == "alone" else None
+        return None if self.config.family in ("expert_choice", "soft") else "causal"
 
     @property
     def training_mode(self) -> str:
