@@ -157,16 +157,6 @@ def test_padding_counts_as_zeros_and_is_not_counted(group_over):
     assert_close(stats.tokens_per_expert_E.double(), weights_BLE[real_BL].sum(0), rtol=1e-5, atol=0)
 
 
-def test_groups_of_padding_alone_have_no_say_in_the_entropy():
-    layer = random_layer()
-    x_BLD = random_tokens(8, 3)
-    mask_BL = torch.ones(8, 3)
-    mask_BL[:, 0] = 0
-    _, stats = layer(x_BLD, mask_BL, return_stats=True)
-    _, short_stats = layer(x_BLD[:, 1:], return_stats=True)
-    assert_close(stats, short_stats)
-
-
 def test_statistics_of_a_group_that_is_not_full_leave_out_its_filling():
     layer = random_layer()
     with pytest.warns(UserWarning, match="no multiple"):

@@ -19,8 +19,7 @@ def build(arm, model=MODEL, **more):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_arm_costs_what_the_dense_arm_costs(family, gated, placement):
     model = ModelConfig(gated=gated)
-    settings = {"combine": "separate", "mixtures_per_expert": 2} if family == "mixture_of_tokens" else {}
-    arm = build(ArmConfig(family=family, placement=placement, **settings), model)
+    arm = build(ArmConfig(family=family, placement=placement), model)
     dense = build(ArmConfig(family="dense"), model)
     assert abs(flops_ratio(arm, baseline=dense, sequence_length=64) - 1) < 0.01
     assert arm.moe_intermediate_size % 4 == 0

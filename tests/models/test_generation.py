@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mixtura.config import UserError
@@ -56,24 +55,6 @@ def test_greedy_text_is_the_same_with_and_without_a_cache(build, family, changes
     assert without.shape == (3, 13) and len(without[:, 5:].unique()) > 3
     for options in ({"use_cache": True}, {"cache_implementation": "static"}):
         assert torch.equal(continue_greedily(model, ids_BL, **options), without)
-
-
-@pytest.mark.parametrize(("family", "changes"), DEPLOYABLE)
-def test_a_sequence_in_two_parts_with_a_cache_gives_the_logits_of_the_whole(build, family, changes):
-    model, ids_BL = build(family, **changes), torch.randint(3, 64, (2, 9))
-    whole = model(ids_BL).logits
-    first = model(ids_BL[:, :5], use_cache=True)
-    second = model(ids_BL[:, 5:], past_key_values=first.past_key_values)
-    assert_close(torch.cat([first.logits, second.logits], dim=1), whole, rtol=0, atol=1e-5 * whole.abs().max().item())
-
-
-def test_with_a_cache_the_mask_of_the_new_tokens_counts(build):
-    model, ids_BL = build("token_choice"), torch.randint(3, 64, (2, 6))
-    mask_BL = torch.ones_like(ids_BL)
-    mask_BL[:, :3] = 0
-    first = model(ids_BL[:, :5], attention_mask=mask_BL[:, :5], use_cache=True, output_routing=True)
-    second = model(ids_BL[:, 5:], attention_mask=mask_BL, past_key_values=first.past_key_values, output_routing=True)
-    assert (first.routing[1].routed_rows, second.routing[1].routed_rows) == (2 * 2 * 2, 2 * 1 * 2)
 
 
 @pytest.mark.parametrize(("family", "changes"), DEPLOYABLE)
