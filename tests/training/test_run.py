@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from mixtura.config import UserError
 from mixtura.training import SilentProgress, read_metrics
@@ -268,9 +269,13 @@ def test_the_reporter_sees_every_step_and_the_end(run, make):
     assert recorder.calls == [("start", "tiny, seed 0", 0, 6), 1, 2, 3, 4, 5, 6, "end"]
 
 
-def test_training_prints_nothing_of_its_own(run, make, capfd):
+def test_training_prints_nothing_of_its_own(run, make, capfd, monkeypatch):
+    # The environment of the tests turns transformers' progress bars off; that of a user does not.
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    monkeypatch.setattr(logging.hf_hub_utils, "enable_progress_bars", lambda: None)
     run(make())
     assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
 
 
 def test_run_json_stores_the_settings_and_their_hash(run, make, tmp_path):

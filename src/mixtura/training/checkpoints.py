@@ -19,7 +19,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from mixtura.config import UserError
 from mixtura.training.settings import first_difference
@@ -154,6 +155,17 @@ def architecture(config: PreTrainedConfig) -> dict[str, Any]:
     volatile = {"transformers_version", "architectures", "dtype", "_name_or_path", "use_cache"}
     plain = json.loads(config.to_json_string(use_diff=False))
     return {key: value for key, value in plain.items() if key not in volatile}
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Writes weights and configuration as `from_pretrained` reads them, without transformers' own progress bar."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -119,7 +119,7 @@ def train(
     outcome = _outcome(out, interrupted=stop.requested)
     if outcome.steps == config.steps and arguments.should_save:
         with checkpoints.new_folder(out / checkpoints.FINAL, step=config.steps) as folder:
-            model.save_pretrained(folder)
+            checkpoints.save_model(model, folder)
             data.tokenizer.save_pretrained(folder)
     _wait_for_all(arguments)
     return outcome

@@ -209,7 +209,7 @@ class MixtureTrainer(Trainer):
             if first:
                 if self.run.metrics is not None:
                     self.run.metrics.sync()
-                self._language_model.save_pretrained(partial)
+                checkpoints.save_model(self._language_model, partial)
                 for name, part in self._optimization.items():
                     checkpoints.save_tensors(part.state_dict(), partial / f"{name}.pt")
                 self.state.save_to_json(str(partial / "trainer_state.json"))
