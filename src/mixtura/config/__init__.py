@@ -6,6 +6,16 @@ overrides one key. This package knows no torch: planning, layers and the command
 """
 
 from mixtura.config.checks import check_recipe as check_recipe
+from mixtura.config.finetuning import AdapterConfig as AdapterConfig
+from mixtura.config.finetuning import BaseConfig as BaseConfig
+from mixtura.config.finetuning import ClassificationArmConfig as ClassificationArmConfig
+from mixtura.config.finetuning import ClassificationDataConfig as ClassificationDataConfig
+from mixtura.config.finetuning import ClassificationRecipe as ClassificationRecipe
+from mixtura.config.finetuning import FinetuneRecipe as FinetuneRecipe
+from mixtura.config.finetuning import HeadConfig as HeadConfig
+from mixtura.config.finetuning import TranslationArmConfig as TranslationArmConfig
+from mixtura.config.finetuning import TranslationDataConfig as TranslationDataConfig
+from mixtura.config.finetuning import TranslationRecipe as TranslationRecipe
 from mixtura.config.load import PRESETS as PRESETS
 from mixtura.config.load import load_recipe as load_recipe
 from mixtura.config.load import preset_path as preset_path

@@ -78,6 +78,9 @@ class ArmConfig:
     """Width of one expert; None solves for the dense arm's FLOPs a token, routing and mixing counted."""
     top_k: int = 1
     """Experts a token is sent to (token choice), or gets on average (expert choice)."""
+    route_by: Literal["token", "pair", "source", "target"] = "token"
+    """Token choice: a learned router looks at the token, or an example's language pair, source or target language names
+    its expert without a router (translation only)."""
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     normalize_top_k: bool = False
     """Make the chosen experts' weights sum to one. With top_k = 1 the router would never get a gradient."""

@@ -1,0 +1,1 @@
+"""Fine-tuning with mixtures: adapters, translation and classification, each run like any other training."""

@@ -1,0 +1,72 @@
+"""What a comparison needs to know of one kind of training: its arms and its data, ready to run.
+
+Pretraining, translation and classification are each an `Experiment`; the comparison runs any of them, and measures time,
+differences and verdicts the same way for all.
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mixtura.training.task import Measure, TrainingTask
+
+
+class Arm(ABC):
+    """One side of a comparison, ready to be built."""
+
+    name: str
+    """Its key in the recipe."""
+    label: str
+    """What tables call it."""
+    family: str
+    """Decides its words and colour: a feed-forward family, an adapter's method or a head's kind."""
+    task: TrainingTask
+    learning_rate: float
+    """The peak rate that the recipe gives it."""
+    training_mode: str
+    """The mode of `task.evaluate` that computes what training computes."""
+    deployed_mode: str | None
+    """The mode in which it answers one request alone; None if it has none."""
+
+    @abstractmethod
+    def build(self, seed: int) -> nn.Module:
+        """A model as training starts with it; what is drawn at random follows from the seed by one rule for all arms."""
+
+    @abstractmethod
+    def describe(self, baseline: "Arm") -> dict[str, Any]:
+        """What it is and costs before it runs, JSON-able.
+
+        Keys: `settings` (dict of what distinguishes it), `parameters_total`, `parameters_active` (used for one token),
+        `parameters_trainable`, `flops_per_token` (forward and backward, routing and mixing counted), `flops_ratio` (to
+        the baseline's).
+        """
+
+    @abstractmethod
+    def leaks(self) -> dict[str, bool]:
+        """Whether information leaks from the `future` or from the rest of the `batch` while training, and, where a
+        deployed mode exists, `batch_deployed`; measured on an untrained model."""
+
+
+class Experiment(ABC):
+    """Everything a comparison runs."""
+
+    arms: dict[str, Arm]
+    """By name, in the recipe's order."""
+    data: dict[str, Any]
+    """Facts on the data for reports, JSON-able: `description` and counts, skipped rows among them."""
+    data_digest: str
+    """A hash over all training and held-out examples: a folder refuses to go on with others."""
+
+    @abstractmethod
+    def held_equal(self, described: dict[str, dict[str, Any]]) -> list[str]:
+        """What the arms share, as phrases for the report's first lines; `described` is each arm's `describe`."""
+
+    def across_arms(self, out: Path) -> dict[str, Any]:
+        """What only all finished runs together tell, such as paired bootstraps over sentences; JSON-able.
+
+        Args:
+            out: the comparison's folder, with `arms/<arm>/seed<k>/` in it.
+        """
+        return {}

@@ -1,0 +1,108 @@
+"""What one kind of training adds to the loop: its data, its loss, its evaluation, and what of the model is saved.
+
+`train` owns steps, optimizer, checkpoints, metrics and interruption; a task owns what those are about. Language
+modelling is one task (`language_modelling.py`), translation and classification are others.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from mixtura.layers import RoutingStats
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that judges a model on held-out data."""
+
+    key: str
+    """Its key in results, such as "loss" or "chrf"."""
+    name: str
+    """In a sentence or at a table's row: "held-out loss", "chrF", "accuracy"."""
+    unit: str
+    """Behind the number: "nats a token", "points", "%"; may be empty."""
+    better: Literal["lower", "higher"]
+    digits: int = 3
+    """Decimals in tables."""
+
+
+LOSS = Measure("loss", "held-out loss", "nats a token", "lower")
+
+
+class StepLosses(NamedTuple):
+    """The losses of one micro-batch."""
+
+    task_loss: Tensor
+    """This micro-batch's share of the step's mean over all targets: a sum divided by `num_targets`."""
+    aux_loss: Tensor | None
+    """Unweighted load-balancing loss, a mean over layers; None where nothing is balanced."""
+    z_loss: Tensor | None
+    routing: tuple[RoutingStats | None, ...] | None
+    """Statistics of every layer, or None where nothing is routed."""
+
+
+class TrainingTask(ABC):
+    """What is trained, on what, and how it is judged."""
+
+    measure: Measure = LOSS
+    """The verdict's number; `evaluate` gives it for every mode, beside "loss"."""
+
+    @property
+    @abstractmethod
+    def tokens_per_example(self) -> float:
+        """Mean training tokens of one example, padding left out, for the budget of a run."""
+
+    @abstractmethod
+    def settings(self, model: nn.Module) -> dict[str, Any]:
+        """All that decides a run's numbers besides the training settings: architecture and data, JSON-able."""
+
+    @abstractmethod
+    def check(self, model: nn.Module, *, batch_size: int) -> None:
+        """Refuses what cannot be trained or evaluated, before anything is; raises UserError."""
+
+    @abstractmethod
+    def dataset(self, *, length: int, seed: int) -> Dataset:
+        """All `length` examples of a run in order: item i is what row i of the run sees, a function of (seed, i)."""
+
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """One micro-batch from its items; the same for any way the run is cut into processes."""
+        return torch.utils.data.default_collate(items)
+
+    @abstractmethod
+    def count_targets(self, batch: dict[str, Any]) -> Tensor:
+        """How many predictions a micro-batch is scored on, a scalar."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: dict[str, Any], *, num_targets: Tensor | int) -> StepLosses:
+        """The losses of one micro-batch of a step that has `num_targets` targets on all ranks."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, *, final: bool) -> dict[str, dict[str, float]]:
+        """Held-out measures in each mode, "loss" among them; the model is left as it was found.
+
+        On the way (`final` is False) only what is cheap: fewer examples, fewer modes, no decoding.
+        """
+
+    def details(self, model: nn.Module, *, out: Path) -> dict[str, Any]:
+        """What a finished run tells beyond its measures, JSON-able, such as scores by language pair.
+
+        Called once, after the final evaluation; files it wants to keep go into the run folder `out`.
+        """
+        return {}
+
+    @abstractmethod
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Writes what is trained into `folder`, as safetensors, so that `load` restores it bit for bit."""
+
+    @abstractmethod
+    def load(self, model: nn.Module, folder: Path) -> None:
+        """Reads what `save` wrote into a model of the same architecture; raises UserError when it does not fit."""
+
+    def save_for_use(self, model: nn.Module, folder: Path) -> None:
+        """Writes the finished model as its users load it: by default what `save` writes."""
+        self.save(model, folder)
