@@ -1,7 +1,7 @@
 """What a comparison needs to know of one kind of training: its arms and its data, ready to run.
 
-Pretraining, translation and classification are each an `Experiment`; the comparison runs any of them, and measures time,
-differences and verdicts the same way for all.
+Pretraining, translation and classification are each an `Experiment`; the comparison runs any of them, and measures
+time, differences and verdicts the same way for all.
 """
 
 from abc import ABC, abstractmethod
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from mixtura.training.task import Measure, TrainingTask
+from mixtura.training.task import TrainingTask
 
 
 class Arm(ABC):
@@ -32,7 +32,7 @@ class Arm(ABC):
 
     @abstractmethod
     def build(self, seed: int) -> nn.Module:
-        """A model as training starts with it; what is drawn at random follows from the seed by one rule for all arms."""
+        """A model as training starts with it; what is random in it follows from the seed by one rule for all arms."""
 
     @abstractmethod
     def describe(self, baseline: "Arm") -> dict[str, Any]:
