@@ -11,7 +11,8 @@ import plotly.graph_objects as go
 import pytest
 
 from mixtura.comparison import tables
-from mixtura.comparison.figures import arm_colours, build_figures, load_maps, smooth
+from mixtura.comparison.colours import arm_colours
+from mixtura.comparison.figures import build_figures, load_maps, smooth
 from mixtura.comparison.markdown import escape, fence, render_markdown
 from mixtura.comparison.report import render_html, write_report
 from mixtura.comparison.summary import summarize

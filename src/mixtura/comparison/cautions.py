@@ -100,7 +100,7 @@ def _about_validity(
             f"{stick.short} as trained is listed, but it takes no part in the verdict."
         )
         found.append(_caution("serious", "not_deployable", name, text))
-    if arm["leaks"]["future"] and stick.task != "classification":
+    if arm["leaks"]["future"] and stick.causal:
         text = (
             f"{label} sees the future: a token's output depends on later tokens, so its loss is not a language "
             "model's loss, and it takes no part in the verdict."

@@ -4,7 +4,6 @@ A trace names its arm in `meta.arm`; the page gives it that arm's colour in the 
 serves light and dark. `meta.scale` says what a step is in tokens, FLOPs and seconds: the page switches between them.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,35 +25,9 @@ AXES = {
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "pentagon", "hexagon")
 """Markers of the arms in their order: a second key beside the colour."""
 
-_FAMILY_COLOURS = {
-    "dense": ("#59636e", "#aab4c0"),
-    "token_choice": ("#0a6ebd", "#5cb3f2"),
-    "mixture_of_tokens": ("#c8501a", "#f5955c"),
-    "expert_choice": ("#0b7d5e", "#3ec79c"),
-    "soft": ("#9c4a94", "#e19bd8"),
-    "lora": ("#59636e", "#aab4c0"),
-    "mixture_of_lora": ("#0a6ebd", "#5cb3f2"),
-    "expert_specialized": ("#0b7d5e", "#3ec79c"),
-    "full": ("#9c4a94", "#e19bd8"),
-    "last_layer": ("#59636e", "#aab4c0"),
-    "layer_mix": ("#0a6ebd", "#5cb3f2"),
-}
-_SPARE_COLOURS = (("#a37500", "#e8bf52"), ("#5b4fc4", "#a9a0f5"), ("#00808a", "#4fc6d0"), ("#b0305c", "#f286a9"))
 _EVEN = 1e-3
 _SMOOTHING = 0.06
 """Share of the training-loss points averaged into one."""
-
-
-def arm_colours(arms: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """A light-theme and a dark-theme colour for each arm: the family's, or a spare one for a family's further arms.
-
-    The hues follow Okabe and Ito's palette, which colour-blind readers can tell apart; dense is grey.
-    """
-    spare, colours = itertools.cycle(_SPARE_COLOURS), {}
-    for name, arm in arms.items():
-        own = _FAMILY_COLOURS.get(arm["family"])
-        colours[name] = next(spare) if own is None or own in colours.values() else own
-    return colours
 
 
 def build_figures(results: dict[str, Any], summary: dict[str, Any]) -> dict[str, Figure]:
@@ -85,9 +58,8 @@ def difference_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figur
     base = safe_text(next(arm["label"] for arm in summary["arms"].values() if arm["baseline"]))
     reach = 1.12 * max(abs(value) for value in extent) or 0.01
     title, unit = f"{capital(measure.name)} minus {base}'s", difference_unit(measure)
-    ends = [f"\N{LEFTWARDS ARROW}{NBSP}better", f"worse{NBSP}\N{RIGHTWARDS ARROW}"]
-    if measure.better == "higher":
-        ends = [f"\N{LEFTWARDS ARROW}{NBSP}worse", f"better{NBSP}\N{RIGHTWARDS ARROW}"]
+    sides = ("better", "worse") if measure.better == "lower" else ("worse", "better")
+    ends = f"\N{LEFTWARDS ARROW}{NBSP}{sides[0]}", f"{sides[1]}{NBSP}\N{RIGHTWARDS ARROW}"
     layout = {
         "height": 92 + 74 * len(shown),
         "xaxis": {
@@ -134,6 +106,10 @@ def _difference_traces(arm: dict[str, Any], index: int, row: int) -> list[dict[s
     return [seeds, mean]
 
 
+def _loss_title(results: dict[str, Any], words: str) -> dict[str, str]:
+    return {"text": titled_unit(words, yardstick(results).loss.unit)}
+
+
 def _note(x: float, anchor: str, text: str) -> dict[str, Any]:
     place = {"x": x, "y": 1, "xref": "paper", "yref": "paper", "xanchor": anchor, "yanchor": "bottom"}
     return {**place, "text": text, "showarrow": False}
@@ -162,7 +138,7 @@ def curve_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | N
         "hovermode": "x unified",
         "xaxis": {"title": {"text": AXES["steps"]}},
         "yaxis": {
-            "title": {"text": f"Held-out loss ({yardstick(results).loss.unit})"},
+            "title": _loss_title(results, "Held-out loss"),
             "range": late,
             "tickformat": ".2f",
         },
@@ -259,7 +235,7 @@ def gap_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | Non
             "tickvals": doublings,
             "range": [math.log10(first / 1.12), math.log10(farthest * 1.2)],
         },
-        "yaxis": {"title": {"text": f"Loss minus {base}'s ({yardstick(results).loss.unit})"}, "zeroline": True},
+        "yaxis": {"title": _loss_title(results, f"Loss minus {base}'s"), "zeroline": True},
     }
     return {"data": traces, "layout": layout}
 
@@ -299,7 +275,7 @@ def training_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure 
         "hovermode": "x unified",
         "xaxis": {"title": {"text": AXES["steps"]}},
         "yaxis": {
-            "title": {"text": f"Training loss ({yardstick(results).loss.unit})"},
+            "title": _loss_title(results, "Training loss"),
             "range": [min(late) - 0.03, max(late) + 0.03],
             "tickformat": ".2f",
         },
@@ -340,10 +316,7 @@ def search_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | 
             "tickvals": rates,
             "ticktext": [rate(value) for value in rates],
         },
-        "yaxis": {
-            "title": {"text": f"Held-out loss of the trial ({yardstick(results).loss.unit})"},
-            "tickformat": ".2f",
-        },
+        "yaxis": {"title": _loss_title(results, "Held-out loss of the trial"), "tickformat": ".2f"},
     }
     return {"data": traces, "layout": layout}
 

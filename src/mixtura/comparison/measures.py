@@ -48,6 +48,11 @@ class Yardstick:
         return self.measure.key == LOSS.key
 
     @property
+    def causal(self) -> bool:
+        """Whether later tokens must not be seen; a classifier reads the whole text before it answers."""
+        return self.task != "classification"
+
+    @property
     def short(self) -> str:
         """The measure in running text: "loss", "chrF"."""
         return "loss" if self.on_loss else self.measure.name

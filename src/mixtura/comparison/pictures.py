@@ -10,7 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from mixtura.comparison.figures import arm_colours, gap_lines, held_out_lines, load_maps, mean_line
+from mixtura.comparison.colours import arm_colours
+from mixtura.comparison.figures import gap_lines, held_out_lines, load_maps, mean_line
 from mixtura.comparison.measures import difference_unit, yardstick
 from mixtura.comparison.wording import capital, digits_for, signed
 

@@ -16,7 +16,8 @@ from plotly.offline import get_plotlyjs
 
 from mixtura.comparison import facts, tables
 from mixtura.comparison.cautions import is_searched
-from mixtura.comparison.figures import AXES, SYMBOLS, arm_colours, build_figures, is_even, load_maps
+from mixtura.comparison.colours import arm_colours
+from mixtura.comparison.figures import AXES, SYMBOLS, build_figures, is_even, load_maps
 from mixtura.comparison.markdown import render_markdown
 from mixtura.comparison.measures import Yardstick, difference_unit, value_note, yardstick
 from mixtura.comparison.pictures import write_pictures

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from mixtura.comparison.figures import Figure, make_trace, safe_text, seeds_and_mean
+from mixtura.comparison.figures import SYMBOLS, Figure, make_trace, safe_text, seeds_and_mean
 from mixtura.comparison.measures import FURTHER
 from mixtura.comparison.tables import Cell
 from mixtura.comparison.wording import NONE, number, percent, signed
@@ -220,11 +220,12 @@ def calibration_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figu
     for index, name in enumerate(results["arms"]):
         bins = _pooled_bins(runs_details(results, "calibration").get(name, []))
         if bins:
-            lowest = min(lowest, *(part["confidence"] for part in bins))
+            lowest = min(lowest, *(part[key] for part in bins for key in ("confidence", "accuracy")))
             label = summary["arms"][name]["label"]
             points = [(part["confidence"], part["accuracy"]) for part in bins]
             hover = f"{safe_text(label)}: %{{x:.0%}} sure, %{{y:.0%}} right, %{{customdata:,}} answers<extra></extra>"
-            style = {"mode": "lines+markers", "line": {"width": 2}, "marker": {"size": 7}, "hovertemplate": hover}
+            marker = {"size": 7, "symbol": SYMBOLS[index % len(SYMBOLS)]}
+            style = {"mode": "lines+markers", "line": {"width": 2}, "marker": marker, "hovertemplate": hover}
             traces.append(make_trace(points, label, index, "mean", customdata=[p["count"] for p in bins], **style))
     if not traces:
         return None
@@ -232,7 +233,7 @@ def calibration_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figu
     layout = {
         "height": 380,
         "xaxis": {"title": {"text": "Confidence of the answer"}, "range": [start, 1.01], "tickformat": ".0%"},
-        "yaxis": {"title": {"text": "Right answers"}, "range": [0, 1.03], "tickformat": ".0%"},
+        "yaxis": {"title": {"text": "Right answers"}, "range": [start, 1.03], "tickformat": ".0%"},
         "shapes": [
             {"type": "line", "x0": start, "y0": start, "x1": 1, "y1": 1, "layer": "below", "line": {"dash": "dot"}}
         ],

@@ -94,8 +94,7 @@ def _describe(arm: dict[str, Any], stick: Yardstick) -> dict[str, Any]:
         "not_deployable"
         if deployed is None
         else "leaks_future"
-        # A classifier reads the whole text before it answers.
-        if arm["leaks"]["future"] and stick.task != "classification"
+        if arm["leaks"]["future"] and stick.causal
         else "diverged"
         if diverged
         else None

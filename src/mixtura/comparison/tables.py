@@ -68,7 +68,7 @@ def _pretraining_rows(results: dict[str, Any], summary: dict[str, Any], stick: Y
             ("FLOPs a token", "forward and backward, routing and mixing counted", _flops),
             ("Peak memory", "while training", _memory),
         ],
-        "Experts": [*_expert_rows(), *_leak_rows()],
+        "Experts": [*_expert_rows(), *_leak_rows(stick)],
         "Stability": _stability_rows(),
     }
 
@@ -79,18 +79,19 @@ def _finetuning_rows(results: dict[str, Any], summary: dict[str, Any], stick: Ya
     arms = results["arms"].values()
     mixes = any(arm["deployed_mode"] not in (None, arm["training_mode"]) for arm in arms)
     routes = any(run.get("load") for arm in arms for run in arm["runs"])
-    leaks = any(any(arm["leaks"].values()) for arm in arms)
+    leaks = any(arm["leaks"]["batch"] or (stick.causal and arm["leaks"]["future"]) for arm in arms)
+    name, deployed = capital(measure.name), _joined(measure.unit, "as deployed", "the verdict's number")
     as_trained: list[Row] = [
-        ("As trained", "never the headline", partial(_trained, stick)),
+        (f"{name} as trained", "never the headline", partial(_trained, stick)),
         ("Deployed minus trained", "what leaving the training groups costs", partial(_mode_gap, stick)),
     ]
     return {
-        capital(measure.name): [
-            ("As deployed", _joined(measure.unit, "the verdict's number"), partial(_deployed, stick)),
+        "Quality": [
+            (name, deployed, partial(_deployed, stick)),
             (f"Minus {base}'s", _joined(difference_unit(measure), spread), partial(_difference, stick)),
             *(as_trained if mixes else []),
+            *_further_rows(results, stick),
         ],
-        "Further measures": _further_rows(results, stick),
         "Time": _time_rows(base),
         "Size and cost": [
             ("Parameters, trained", "gradient and optimizer state", _trainable),
@@ -100,7 +101,8 @@ def _finetuning_rows(results: dict[str, Any], summary: dict[str, Any], stick: Ya
             ("Peak memory", "while training", _memory),
             ("Optimizer state", "part of the peak", _optimizer),
         ],
-        "Experts": [*(_expert_rows() if routes else []), *(_leak_rows() if routes or leaks else [])],
+        "Experts": _expert_rows() if routes else [],
+        "Leaks": _leak_rows(stick) if routes or leaks else [],
         "Stability": _stability_rows(),
     }
 
@@ -144,10 +146,10 @@ def _expert_rows() -> list[Row]:
     ]
 
 
-def _leak_rows() -> list[Row]:
+def _leak_rows(stick: Yardstick) -> list[Row]:
     return [
-        ("Leaks while training", "what a token's output depends on", _leaks),
-        ("Leaks as deployed", "", _leaks_deployed),
+        ("Leaks while training", "what a token's output depends on", partial(_leaks, stick)),
+        ("Leaks as deployed", "", partial(_leaks_deployed, stick)),
     ]
 
 
@@ -291,16 +293,17 @@ def _entropy(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
     return _cell(number(said["averages"]["router_entropy"], 2))
 
 
-def _leaks(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    found = [word for key, word in (("future", "later tokens"), ("batch", "other examples")) if arm["leaks"][key]]
-    return _cell(" and ".join(found) or "none")
+def _leaks(stick: Yardstick, arm: dict[str, Any], said: dict[str, Any]) -> Cell:
+    return _cell(_leak_words(arm, "batch", stick))
 
 
-def _leaks_deployed(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    if arm["deployed_mode"] is None:
-        return _cell(NONE)
-    found = ["later tokens"] if arm["leaks"]["future"] else []
-    return _cell(" and ".join([*found, *(["other examples"] if arm["leaks"].get("batch_deployed") else [])]) or "none")
+def _leaks_deployed(stick: Yardstick, arm: dict[str, Any], said: dict[str, Any]) -> Cell:
+    return _cell(NONE if arm["deployed_mode"] is None else _leak_words(arm, "batch_deployed", stick))
+
+
+def _leak_words(arm: dict[str, Any], batch: str, stick: Yardstick) -> str:
+    found = ["later tokens"] if arm["leaks"]["future"] and stick.causal else []
+    return " and ".join([*found, *(["other examples"] if arm["leaks"].get(batch) else [])]) or "none"
 
 
 def _gradient(arm: dict[str, Any], said: dict[str, Any]) -> Cell:

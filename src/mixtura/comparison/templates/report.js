@@ -83,7 +83,7 @@
         : "step %{x}, expert %{y}: load %{z:.2f}<extra></extra>",
     };
     const steps = { title: { text: "Training steps" }, nticks: 5 };
-    const xaxis = map.groups ? { type: "category", tickangle: -60, dtick: 1, tickfont: { size: 11 } } : steps;
+    const xaxis = map.groups ? { type: "category", tickangle: map.groups.length > 6 ? -60 : 0, dtick: 1, tickfont: { size: 11 } } : steps;
     const axes = { xaxis, yaxis: { title: { text: "Expert" }, nticks: 6 } };
     const height = Math.min(440, Math.max(190, (map.groups ? 100 : 70) + 9 * map.experts));
     const figure = { layout: { ...axes, height } };
