@@ -94,7 +94,9 @@ def _translation_parts(results: dict[str, Any], labels: dict[str, str]) -> list[
             lines.append(_row([escape(row["label"]), *map(escape, cells)]))
         parts.append("\n".join(lines))
     if section["bootstrap"]:
-        parts.append(escape("* p below 0.05 by paired bootstrap against the baseline, over the sentences."))
+        parts.append(
+            escape("* p below 0.05 for every seed by paired bootstrap against the baseline, over the sentences.")
+        )
     return [*parts, "\n".join(f"- {escape(name)}: {escape(text)}" for name, text in section["signatures"])]
 
 

@@ -216,7 +216,7 @@ def _card(arm: dict[str, Any], stick: Yardstick) -> dict[str, str]:
         trained = number(arm["score"]["trained"], measure.digits)
         note = f"{value_note(measure)} as trained; no deployed form"
         return {"score": trained, "score_note": note, "difference": ""}
-    mode = f" (mode {arm['deployed_mode']})" if arm["deployed_mode"] in ("alone", "group") else ""
+    mode = "" if arm["deployed_mode"] == arm["training_mode"] else f" (mode {arm['deployed_mode']})"
     difference = arm["difference"]["deployed"]
     reference = "the arm the others are compared with" if arm["baseline"] else ""
     return {

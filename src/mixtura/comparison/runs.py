@@ -1,19 +1,17 @@
-"""One run of a comparison: an arm and a seed, from initialisation to its final held-out losses.
+"""One run of a comparison: an arm and a seed, from initialisation to its final held-out measures.
 
 A finished run has a `result.json` and is never repeated; an unfinished one goes on from its newest checkpoint.
 """
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixtura.comparison.arms import Arm
 from mixtura.comparison.folder import read_json, write_json
-from mixtura.config import Interrupted, Recipe, TrainingConfig, UserError
-from mixtura.data.prepare import PreparedData
-from mixtura.evaluation import check_evaluation, evaluate_loss
+from mixtura.config import Interrupted, TrainingConfig, UserError
 from mixtura.training import METRICS, ProgressReporter, TrainingDiverged, read_metrics, summarize_metrics, train
+from mixtura.training.experiment import Arm
+from mixtura.training.task import LOSS
 
 
 def run_arm(
@@ -22,12 +20,15 @@ def run_arm(
     seed: int,
     learning_rate: float,
     training: TrainingConfig,
-    data: PreparedData,
     out: Path,
     label: str,
     reporter: ProgressReporter,
+    trial: bool = False,
 ) -> dict[str, Any]:
     """Trains and evaluates one run in folder `out`, or reads its result when it is finished.
+
+    A `trial` of a learning rate is judged by its held-out loss alone. Where the task's own measure is another, it is
+    evaluated as on the way of a run: nothing is decoded, and the test examples stay unseen.
 
     Raises:
         UserError: the folder's files are damaged.
@@ -39,10 +40,10 @@ def run_arm(
         reporter.start_run(label, step=stored["steps"], steps=stored["steps"])
         reporter.end_run()
         return stored
-    model = arm.build(seed)
+    model, task = arm.build(seed), arm.task
     outcome = train(
         model,
-        data=data,
+        task=task,
         config=training,
         learning_rate=learning_rate,
         seed=seed,
@@ -55,12 +56,7 @@ def run_arm(
         raise Interrupted(f"Stopped in '{label}' at step {outcome.steps}: everything is saved.")
     if outcome.steps != training.steps:
         raise UserError(f"'{out / METRICS}' is damaged: delete '{out}', and that run is done again.")
-    final = evaluate_loss(
-        model,
-        data.validation,
-        num_sequences=_whole_batches(training.final_eval_sequences, training.batch_size, data),
-        batch_size=training.batch_size,
-    )
+    final = task.evaluate(model, final=not trial or task.measure.key == LOSS.key)
     if not all(math.isfinite(measure) for of in final.values() for measure in of.values()):
         raise TrainingDiverged(
             f"{label} diverged: its final held-out loss is out of range; lower its learning rate, which is "
@@ -73,46 +69,17 @@ def run_arm(
         "steps": outcome.steps,
         "train_seconds": outcome.train_seconds,
         "final": final,
+        "details": {} if trial else task.details(model, out=out),
         **summarize_metrics(read_metrics(out / METRICS)),
     }
     write_json(out / "result.json", result)
     return result
 
 
-_RESULT_KEYS = {"seed", "learning_rate", "steps", "train_seconds", "final", "curve"}
+_RESULT_KEYS = {"seed", "learning_rate", "steps", "train_seconds", "final", "details", "curve"}
 
 
-def check_runs(arms: Mapping[str, Arm], training: TrainingConfig, data: PreparedData) -> None:
-    """Refuses runs that could not be evaluated, before any of them is trained.
-
-    Raises:
-        UserError: there are too few held-out sequences, or they do not fill groups.
-    """
-    held_out = data.validation.num_sequences
-    if training.batch_size > held_out:
-        raise UserError(
-            f"'training.batch_size' is {training.batch_size} but only {held_out} sequences are held out, fewer than "
-            "one batch: lower it, give more text or raise 'data.validation_fraction'."
-        )
-    if training.eval_sequences > held_out:
-        raise UserError(
-            f"'training.eval_sequences' is {training.eval_sequences} but only {held_out} sequences are held out: "
-            "lower it, give more text or raise 'data.validation_fraction'."
-        )
-    for arm in arms.values():
-        for wanted in (
-            training.eval_sequences,
-            _whole_batches(training.final_eval_sequences, training.batch_size, data),
-        ):
-            check_evaluation(arm.model_config, data.validation, num_sequences=wanted, batch_size=training.batch_size)
-
-
-def _whole_batches(wanted: int, batch_size: int, data: PreparedData) -> int:
-    """Held-out sequences to evaluate: as many as wanted or there are, in whole batches so that every group is full."""
-    return max(1, min(wanted, data.validation.num_sequences) // batch_size) * batch_size
-
-
-def tokens_per_step(recipe: Recipe) -> int:
-    """Training tokens of one optimizer step."""
-    training = recipe.training
-    return training.batch_size * training.gradient_accumulation_steps * recipe.data.sequence_length
+def trial_loss(arm: Arm, result: dict[str, Any]) -> float:
+    """The held-out loss that a trial is judged by: as deployed, where that is measured on the way of a run."""
+    final = result["final"]
+    return final[next(mode for mode in (arm.deployed_mode, arm.training_mode, *final) if mode in final)]["loss"]

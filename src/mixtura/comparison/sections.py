@@ -60,7 +60,8 @@ def translation_section(results: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _name(key: str) -> str:
-    return FURTHER[key].name if key in FURTHER else key
+    known, _, language = key.partition(" ")
+    return f"{FURTHER[known].name} {language}".strip() if known in FURTHER else key
 
 
 def _pair_row(

@@ -89,7 +89,9 @@ def _labels(arms: dict[str, Any]) -> dict[str, str]:
 def _describe(arm: dict[str, Any], stick: Yardstick) -> dict[str, Any]:
     """What can be said of an arm without looking at the others."""
     deployed, trained, key = arm["deployed_mode"], arm["training_mode"], stick.measure.key
-    diverged = sum(not _finite(run["final"], deployed or trained, key) for run in arm["runs"])
+    # What needs decoding is measured as deployed alone.
+    judged = (deployed, key) if deployed else (trained, stick.loss.key)
+    diverged = sum(not _finite(run["final"], *judged) for run in arm["runs"])
     excluded = (
         "not_deployable"
         if deployed is None

@@ -174,11 +174,12 @@ def _deployed(stick: Yardstick, arm: dict[str, Any], said: dict[str, Any]) -> Ce
         return _cell(NONE, "cannot be deployed")
     if said["diverged"]:
         return _cell(NONE, f"{said['diverged']} of {count(len(said['seeds']), 'run')} diverged")
-    return _cell(number(said["score"]["deployed"], stick.measure.digits), _mode_note(arm["deployed_mode"]))
+    return _cell(number(said["score"]["deployed"], stick.measure.digits), _mode_note(arm, arm["deployed_mode"]))
 
 
-def _mode_note(mode: str) -> str:
-    return f"mode {mode}" if mode in ("alone", "group") else ""
+def _mode_note(arm: dict[str, Any], mode: str) -> str:
+    """Named where the arm has another."""
+    return "" if arm["deployed_mode"] == arm["training_mode"] else f"mode {mode}"
 
 
 def _difference_cell(difference: dict[str, Any] | None, missing: str = "", *, digits: int = 3) -> Cell:
@@ -213,7 +214,7 @@ def _deployed_mean(arm: dict[str, Any], said: dict[str, Any], key: str) -> float
 def _trained(stick: Yardstick, arm: dict[str, Any], said: dict[str, Any]) -> Cell:
     if said["diverged"]:
         return _cell(NONE, "diverged")
-    return _cell(number(said["score"]["trained"], stick.measure.digits), _mode_note(arm["training_mode"]))
+    return _cell(number(said["score"]["trained"], stick.measure.digits), _mode_note(arm, arm["training_mode"]))
 
 
 def _mode_gap(stick: Yardstick, arm: dict[str, Any], said: dict[str, Any]) -> Cell:
