@@ -62,6 +62,8 @@ class HeadConfig:
     """Layer mix: let the weights of the layers depend on the token."""
     pooling: Literal["mean", "first", "last"] = "mean"
     """How tokens become one vector: their mean, the first token, or the last real one."""
+    normalization: Literal["layer_norm", "none"] = "layer_norm"
+    """What happens to every token's state before pooling, in every layer: a layer norm without parameters, or nothing."""
     feed_forward: ArmConfig | None = None
     """A mixture between pooling and the classifier, over the pooled vector; None has none."""
 
