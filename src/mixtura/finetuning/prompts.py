@@ -28,11 +28,31 @@ LANGUAGE_NAMES = {
     **{"ka": "Georgian", "kk": "Kazakh", "km": "Khmer", "kn": "Kannada", "ko": "Korean", "lt": "Lithuanian"},
     **{"lv": "Latvian", "mk": "Macedonian", "ml": "Malayalam", "mn": "Mongolian", "mr": "Marathi", "ms": "Malay"},
     **{"my": "Burmese", "nb": "Norwegian", "ne": "Nepali", "nl": "Dutch", "no": "Norwegian", "pa": "Punjabi"},
-    **{"pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "si": "Sinhala", "sk": "Slovak"},
+    **{
+        "pl": "Polish",
+        "pt": "Portuguese",
+        "pt_br": "Brazilian Portuguese",
+        "ro": "Romanian",
+        "ru": "Russian",
+        "si": "Sinhala",
+        "sk": "Slovak",
+    },
     **{"sl": "Slovenian", "sq": "Albanian", "sr": "Serbian", "sv": "Swedish", "sw": "Swahili", "ta": "Tamil"},
     **{"te": "Telugu", "th": "Thai", "tl": "Tagalog", "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu"},
-    **{"uz": "Uzbek", "vi": "Vietnamese", "zh": "Chinese", "zu": "Zulu"},
+    **{
+        "uz": "Uzbek",
+        "vi": "Vietnamese",
+        "zh": "Chinese",
+        "zh_cn": "Chinese",
+        "zh_tw": "Traditional Chinese",
+        "zu": "Zulu",
+    },
 }
+
+
+def language_name(language: str) -> str:
+    """The English name of a language; that of "zh" for a "zh_hk" that is not listed."""
+    return LANGUAGE_NAMES.get(language, LANGUAGE_NAMES.get(language.split("_")[0], language))
 
 
 def language_token(language: str) -> str:
@@ -110,8 +130,5 @@ class Prompts:
 
 
 def _instruction(source: str, pair: SentencePair) -> str:
-    source_name, target_name = (
-        LANGUAGE_NAMES.get(code.split("-")[0].split("_")[0].lower(), code)
-        for code in (pair.source_language, pair.target_language)
-    )
+    source_name, target_name = map(language_name, (pair.source_language, pair.target_language))
     return f"Translate this from {source_name} to {target_name}:\n{source_name}: {source}\n{target_name}:"

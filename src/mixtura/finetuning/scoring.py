@@ -1,7 +1,7 @@
 """Scores of translations by sacrebleu, with its signatures, and how sure a difference is.
 
 Papineni et al. 2002 (BLEU), Popovic 2015 and 2017 (chrF, chrF++), Post 2018, "A Call for Clarity in Reporting BLEU
-Scores" (signatures), Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation" (paired bootstrap).
+Scores" (signatures), Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation" (bootstrap).
 """
 
 import logging
@@ -27,7 +27,7 @@ class Scores(NamedTuple):
 
 def bleu_tokenizer(language: str) -> str:
     """How BLEU cuts a language into words: "13a" where spaces do, "zh", or "char" where only morphology would tell."""
-    return _TOKENIZERS.get(language.split("-")[0].split("_")[0].lower(), "13a")
+    return _TOKENIZERS.get(language.split("_")[0], "13a")
 
 
 def score(outputs: Sequence[str], references: Sequence[str], *, target_language: str) -> tuple[Scores, dict[str, str]]:
@@ -39,10 +39,8 @@ def score(outputs: Sequence[str], references: Sequence[str], *, target_language:
     return Scores(**{name: float(result.score) for name, result in found.items()}), signatures
 
 
-def paired_bootstrap(
-    baseline: Sequence[str], outputs: Sequence[str], references: Sequence[str]
-) -> tuple[float, float]:
-    """chrF of `outputs` less that of `baseline` on the same sentences, and its p-value by sacrebleu's paired bootstrap."""
+def paired_bootstrap(baseline: Sequence[str], outputs: Sequence[str], references: Sequence[str]) -> tuple[float, float]:
+    """chrF of `outputs` less that of `baseline` on the same sentences, and its p-value by a paired bootstrap."""
     systems = [("baseline", list(baseline)), ("arm", list(outputs))]
     with _quiet():
         test = PairedTest(systems, {"chrf": CHRF()}, [list(references)], test_type="bs", n_samples=NUM_RESAMPLES)

@@ -87,8 +87,8 @@ def encode_pairs(pairs: Sequence[SentencePair], prompts: Prompts, *, max_length:
 def bucketed_order(length_N: np.ndarray, *, batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """The pairs of one epoch in order, a pure function of its arguments.
 
-    A shuffled epoch is cut into windows, each is sorted by length and cut into batches, and the batches of the epoch are
-    shuffled. Pairs that fill no last batch wait for another epoch, which has another order.
+    A shuffled epoch is cut into windows, each is sorted by length and cut into batches, and the batches of the epoch
+    are shuffled. Pairs that fill no last batch wait for another epoch, which has another order.
     """
     order = epoch_order(len(length_N), seed=seed, epoch=epoch)
     if len(order) < batch_size:
@@ -96,7 +96,9 @@ def bucketed_order(length_N: np.ndarray, *, batch_size: int, seed: int, epoch: i
     order = order[: len(order) // batch_size * batch_size]
     window = WINDOW_BATCHES * batch_size
     parts = [order[start : start + window] for start in range(0, len(order), window)]
-    batches = np.concatenate([part[np.argsort(length_N[part], kind="stable")] for part in parts]).reshape(-1, batch_size)
+    batches = np.concatenate([part[np.argsort(length_N[part], kind="stable")] for part in parts]).reshape(
+        -1, batch_size
+    )
     return batches[epoch_order(len(batches), seed=seed, epoch=epoch + _BATCH_ORDER)].ravel()
 
 
@@ -123,7 +125,10 @@ class PairDataset(Dataset):
         if self._epoch is None or self._epoch[0] != epoch:
             order = bucketed_order(self.pairs.length_N, batch_size=batch, seed=self.seed, epoch=epoch)
             self._epoch = (epoch, order)
-        index = int(self._epoch[1][offset])
+        return self.item(int(self._epoch[1][offset]))
+
+    def item(self, index: int) -> dict[str, Any]:
+        """Pair `index` of the data."""
         tokens_L, prompt = self.pairs.row(index)
         return {"tokens": tokens_L, "prompt": prompt, "direction": self.direction_N[index]}
 
