@@ -37,6 +37,11 @@ def check_recipe(recipe: Recipe) -> None:
     _check_heads(recipe.model)
     for name, arm in recipe.arms.items():
         _check_name(name)
+        if arm.route_by != "token":
+            raise UserError(
+                f"'arms.{name}.route_by' is '{arm.route_by}', but plain text has no language pairs: "
+                'use "token", or a recipe with task = "translation".'
+            )
         _check_arm(f"arms.{name}", arm, recipe)
 
 

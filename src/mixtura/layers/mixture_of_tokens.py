@@ -111,7 +111,7 @@ class MixtureOfTokens(FeedForward):
         self.inference_mode, self.alone_top_k = mode, top_k
 
     def route_and_run(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
+        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, L, D) -> (B, L, D) in groups or alone; padding counts as zeros, as if it were not there."""
         if not self.training and self.inference_mode == "alone":
