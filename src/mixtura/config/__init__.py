@@ -7,6 +7,7 @@ overrides one key. This package knows no torch: planning, layers and the command
 
 from mixtura.config.checks import check_recipe as check_recipe
 from mixtura.config.finetuning import AdapterConfig as AdapterConfig
+from mixtura.config.finetuning import AnyRecipe as AnyRecipe
 from mixtura.config.finetuning import BaseConfig as BaseConfig
 from mixtura.config.finetuning import ClassificationArmConfig as ClassificationArmConfig
 from mixtura.config.finetuning import ClassificationDataConfig as ClassificationDataConfig

@@ -12,9 +12,22 @@ from typing import Any, Literal
 import tomli_w
 
 from mixtura.config.checks import check_recipe
+from mixtura.config.finetune_checks import check_finetune_recipe
+from mixtura.config.finetuning import AnyRecipe, ClassificationRecipe, TranslationRecipe
 from mixtura.config.schema import Recipe, UserError
 
-PRESETS = ("quick", "default", "full")
+PRESETS = (
+    "quick",
+    "default",
+    "full",
+    "translation-quick",
+    "translation",
+    "classification-quick",
+    "classification",
+    "adapters",
+)
+TASKS = {"translation": TranslationRecipe, "classification": ClassificationRecipe}
+"""The kinds of fine-tuning recipes by their `task`; a recipe without one is for pretraining."""
 
 
 def preset_path(preset: str) -> Path:
@@ -30,7 +43,7 @@ def preset_path(preset: str) -> Path:
     return next(folder / f"{preset}.toml" for folder in folders if folder.is_dir())
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """Reads a recipe file, applies `a.b=c` overrides and checks every key and value.
 
     Raises:
@@ -54,18 +67,25 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe_from_dict(table)
 
 
-def recipe_from_dict(table: dict[str, Any]) -> Recipe:
-    """Builds and checks a recipe from nested dictionaries, as TOML gives them.
+def recipe_from_dict(table: dict[str, Any]) -> AnyRecipe:
+    """Builds and checks a recipe from nested dictionaries, as TOML gives them; its `task` decides which kind it is.
 
     Raises:
         UserError: see `load_recipe`.
     """
-    recipe = _build(Recipe, table, "")
-    check_recipe(recipe)
+    if "task" not in table:
+        recipe = _build(Recipe, table, "")
+        check_recipe(recipe)
+        return recipe
+    task = table["task"]
+    if task not in TASKS:
+        raise UserError(f"'task' is {task!r}: it must be one of {', '.join(TASKS)}, or left out for pretraining.")
+    recipe = _build(TASKS[task], table, "")
+    check_finetune_recipe(recipe)
     return recipe
 
 
-def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+def recipe_to_dict(recipe: AnyRecipe) -> dict[str, Any]:
     """The recipe as nested dictionaries, without None: TOML has no null.
 
     A key that is None by default is left out; one that was turned off is "none", as in a recipe.
@@ -73,7 +93,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return _to_table(recipe)
 
 
-def recipe_to_toml(recipe: Recipe) -> str:
+def recipe_to_toml(recipe: AnyRecipe) -> str:
     """The resolved recipe as TOML text; reading it back gives an equal recipe."""
     return tomli_w.dumps(recipe_to_dict(recipe))
 
