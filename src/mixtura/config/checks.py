@@ -3,13 +3,50 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from mixtura.config.schema import ArmConfig, DataConfig, ModelConfig, Recipe, TrainingConfig, UserError
+from mixtura.config.schema import (
+    ArmConfig,
+    DataConfig,
+    ModelConfig,
+    Recipe,
+    SearchConfig,
+    TrainingConfig,
+    UserError,
+)
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuses values that are well-typed but cannot work together.
+    """Refuses values of a pretraining recipe that are well-typed but cannot work together.
+
+    Raises:
+        UserError: names the key, the value and the fix.
+    """
+    check_frame(recipe)
+    for name, section in (("data", recipe.data), ("model", recipe.model)):
+        check_positive(name, section)
+    if not 0 < recipe.data.validation_fraction < 1:
+        raise UserError(
+            f"'data.validation_fraction' is {recipe.data.validation_fraction}: it must lie between 0 and 1."
+        )
+    _check_data(recipe.data)
+    check_attention_heads(recipe.model)
+    sizes = {
+        "training.batch_size": recipe.training.batch_size,
+        "training.eval_sequences": recipe.training.eval_sequences,
+    }
+    for name, arm in recipe.arms.items():
+        check_feed_forward(f"arms.{name}", arm, batch_sizes=sizes, sequence_length=recipe.data.sequence_length)
+        if arm.route_by != "token":
+            raise UserError(
+                f"'arms.{name}.route_by' is '{arm.route_by}', but plain text has no language pairs: "
+                'use "token", or a recipe with task = "translation".'
+            )
+
+
+def check_frame(recipe: Any) -> None:
+    """Refuses what makes no sense in any kind of recipe: name, baseline, seeds, training, search, arm names.
 
     Raises:
         UserError: names the key, the value and the fix.
@@ -19,8 +56,6 @@ def check_recipe(recipe: Recipe) -> None:
             f"The recipe's name '{recipe.name}' cannot be a folder: set 'name' to letters, digits, '-', '_', '.' and "
             "spaces only."
         )
-    for section in (recipe.data, recipe.model, recipe.training):
-        _check_positive(section)
     if recipe.baseline not in recipe.arms:
         raise UserError(f"'baseline' is '{recipe.baseline}', which is no arm: choose one of {', '.join(recipe.arms)}.")
     if not recipe.seeds or len(set(recipe.seeds)) != len(recipe.seeds):
@@ -28,32 +63,25 @@ def check_recipe(recipe: Recipe) -> None:
     for key, seed in [("search.seed", recipe.search.seed), *(("seeds", seed) for seed in recipe.seeds)]:
         if not 0 <= seed < 2**32:
             raise UserError(f"'{key}' has {seed}: a seed must lie between 0 and {2**32 - 1}.")
-    if not 0 < recipe.data.validation_fraction < 1:
-        raise UserError(
-            f"'data.validation_fraction' is {recipe.data.validation_fraction}: it must lie between 0 and 1."
-        )
-    _check_data(recipe.data)
-    _check_training(recipe)
-    _check_heads(recipe.model)
-    for name, arm in recipe.arms.items():
+    check_positive("training", recipe.training)
+    _check_training(recipe.training, recipe.search)
+    for name in recipe.arms:
         _check_name(name)
-        if arm.route_by != "token":
-            raise UserError(
-                f"'arms.{name}.route_by' is '{arm.route_by}', but plain text has no language pairs: "
-                'use "token", or a recipe with task = "translation".'
-            )
-        _check_arm(f"arms.{name}", arm, recipe)
 
 
 _MAY_BE_ZERO = {"weight_decay", "threads", "warmup_fraction", "min_learning_rate_fraction", "adam_beta1", "adam_beta2"}
 
 
-def _check_positive(section: Any) -> None:
-    names = {DataConfig: "data", ModelConfig: "model", TrainingConfig: "training"}
+def check_positive(name: str, section: Any) -> None:
+    """Refuses numbers of a section, called `name` in messages, that are not finite or not positive.
+
+    Raises:
+        UserError: names the key, the value and the fix.
+    """
     for key, value in dataclasses.asdict(section).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        where = f"'{names[type(section)]}.{key}' is {value}"
+        where = f"'{name}.{key}' is {value}"
         if not math.isfinite(value):
             raise UserError(f"{where}: it must be a finite number.")
         if value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
@@ -61,22 +89,21 @@ def _check_positive(section: Any) -> None:
             raise UserError(f"{where}: it must be {least}.")
 
 
-def _check_training(recipe: Recipe) -> None:
-    training = recipe.training
+def _check_training(training: TrainingConfig, search: SearchConfig) -> None:
     for key in ("warmup_fraction", "min_learning_rate_fraction"):
         if getattr(training, key) > 1:
             raise UserError(f"'training.{key}' is {getattr(training, key)}: it must lie between 0 and 1.")
     for key in ("adam_beta1", "adam_beta2"):
         if getattr(training, key) >= 1:
             raise UserError(f"'training.{key}' is {getattr(training, key)}: it must be less than 1.")
-    rates = recipe.search.learning_rates
+    rates = search.learning_rates
     if len(set(rates)) != len(rates):
         raise UserError(f"'search.learning_rates' is {list(rates)}: give each rate once.")
     for rate in rates:
         if not 0 < rate < math.inf:
             raise UserError(f"'search.learning_rates' has {rate}: each must be a finite number greater than zero.")
-    if recipe.search.steps is not None and recipe.search.steps < 1:
-        raise UserError(f"'search.steps' is {recipe.search.steps}: it must be greater than zero.")
+    if search.steps is not None and search.steps < 1:
+        raise UserError(f"'search.steps' is {search.steps}: it must be greater than zero.")
 
 
 def _check_data(data: DataConfig) -> None:
@@ -90,7 +117,12 @@ def _check_data(data: DataConfig) -> None:
         raise UserError(f"'data.vocab_size' is {data.vocab_size}: it must be 259 or more, for 256 bytes and 3 marks.")
 
 
-def _check_heads(model: ModelConfig) -> None:
+def check_attention_heads(model: ModelConfig) -> None:
+    """Refuses a width that the attention heads cannot share evenly.
+
+    Raises:
+        UserError: names the key, the value and the fix.
+    """
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads
     if model.hidden_size % heads or (model.hidden_size // heads) % 2:
         raise UserError(
@@ -105,7 +137,20 @@ def _check_name(name: str) -> None:
         raise UserError(f"The arm name '{name}' cannot be a folder: use letters, digits, '-' and '_' only.")
 
 
-def _check_arm(where: str, arm: ArmConfig, recipe: Recipe) -> None:
+def check_feed_forward(
+    where: str, arm: ArmConfig, *, batch_sizes: Mapping[str, int], sequence_length: int | None
+) -> None:
+    """Refuses settings of a mixture that cannot work together, or whose groups a batch does not fill.
+
+    Args:
+        where: dotted key of the arm, for messages.
+        arm: the mixture.
+        batch_sizes: examples that come together, by the key that sets them.
+        sequence_length: tokens of an example, where all have as many.
+
+    Raises:
+        UserError: names the key, the value and the fix.
+    """
     for key in ("num_experts", "top_k", "group_size", "mixtures_per_expert", "temperature"):
         if not 0 < getattr(arm, key) < math.inf:
             raise UserError(f"'{where}.{key}' is {getattr(arm, key)}: it must be a number greater than zero.")
@@ -116,12 +161,9 @@ def _check_arm(where: str, arm: ArmConfig, recipe: Recipe) -> None:
     for key in ("router_aux_loss_coef", "router_z_loss_coef", "expert_bias_update_rate", "num_shared_experts"):
         if not 0 <= getattr(arm, key) < math.inf:
             raise UserError(f"'{where}.{key}' is {getattr(arm, key)}: it must be zero or more.")
-    if arm.family in ("token_choice", "expert_choice") and arm.top_k > arm.num_experts:
-        raise UserError(
-            f"'{where}.top_k' is {arm.top_k} but there are {arm.num_experts} experts: lower top_k or raise num_experts."
-        )
+    _check_choice(where, arm)
     if arm.family in ("mixture_of_tokens", "expert_choice"):
-        _check_groups(where, arm, recipe)
+        _check_groups(where, arm, batch_sizes, sequence_length)
     mixtures = arm.num_experts * arm.mixtures_per_expert
     if arm.family == "mixture_of_tokens" and arm.alone_top_k is not None and arm.alone_top_k > mixtures:
         raise UserError(
@@ -130,18 +172,27 @@ def _check_arm(where: str, arm: ArmConfig, recipe: Recipe) -> None:
         )
 
 
-def _check_groups(where: str, arm: ArmConfig, recipe: Recipe) -> None:
+def _check_choice(where: str, arm: ArmConfig) -> None:
+    if arm.route_by != "token" and arm.family != "token_choice":
+        raise UserError(
+            f"'{where}.route_by' is '{arm.route_by}', which {arm.family} does not have: use 'token', or the family "
+            "token_choice."
+        )
+    if arm.family in ("token_choice", "expert_choice") and arm.top_k > arm.num_experts:
+        raise UserError(
+            f"'{where}.top_k' is {arm.top_k} but there are {arm.num_experts} experts: lower top_k or raise num_experts."
+        )
+
+
+def _check_groups(where: str, arm: ArmConfig, batch_sizes: Mapping[str, int], sequence_length: int | None) -> None:
     unknown = {"mixture_of_tokens": "all", "expert_choice": "sequence"}[arm.family]
     if arm.group_over == unknown:
         raise UserError(f"'{where}.group_over' is '{unknown}', which {arm.family} does not have: use 'batch'.")
     if arm.group_size < 2:
         raise UserError(f"'{where}.group_size' is {arm.group_size}: a group needs at least 2 tokens.")
-    sizes = {
-        "training.batch_size": recipe.training.batch_size,
-        "training.eval_sequences": recipe.training.eval_sequences,
-    }
+    sizes = dict(batch_sizes)
     if arm.group_over == "sequence":
-        sizes = {"data.sequence_length": recipe.data.sequence_length}
+        sizes = {} if sequence_length is None else {"data.sequence_length": sequence_length}
     for key, size in sizes.items():
         if size % arm.group_size:
             raise UserError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -12,9 +13,22 @@ from typing import Any, Literal
 import tomli_w
 
 from mixtura.config.checks import check_recipe
+from mixtura.config.finetune_checks import check_finetune_recipe
+from mixtura.config.finetuning import AnyRecipe, ClassificationRecipe, TranslationRecipe
 from mixtura.config.schema import Recipe, UserError
 
-PRESETS = ("quick", "default", "full")
+PRESETS = (
+    "quick",
+    "default",
+    "full",
+    "translation-quick",
+    "translation",
+    "classification-quick",
+    "classification",
+    "adapters",
+)
+TASKS = {"translation": TranslationRecipe, "classification": ClassificationRecipe}
+"""The kinds of fine-tuning recipes by their `task`; a recipe without one is for pretraining."""
 
 
 def preset_path(preset: str) -> Path:
@@ -30,7 +44,7 @@ def preset_path(preset: str) -> Path:
     return next(folder / f"{preset}.toml" for folder in folders if folder.is_dir())
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """Reads a recipe file, applies `a.b=c` overrides and checks every key and value.
 
     Raises:
@@ -54,18 +68,61 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe_from_dict(table)
 
 
-def recipe_from_dict(table: dict[str, Any]) -> Recipe:
-    """Builds and checks a recipe from nested dictionaries, as TOML gives them.
+def recipe_from_dict(table: dict[str, Any]) -> AnyRecipe:
+    """Builds and checks a recipe from nested dictionaries, as TOML gives them; its `task` decides which kind it is.
 
     Raises:
         UserError: see `load_recipe`.
     """
-    recipe = _build(Recipe, table, "")
-    check_recipe(recipe)
+    if "task" not in table:
+        recipe = _build(Recipe, table, "")
+        check_recipe(recipe)
+        return recipe
+    task = table["task"]
+    if task not in TASKS:
+        raise UserError(f"'task' is {task!r}: it must be one of {', '.join(TASKS)}, or left out for pretraining.")
+    recipe = _build(TASKS[task], table, "")
+    check_finetune_recipe(recipe)
     return recipe
 
 
-def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+def data_overrides(
+    task: str, *, data: str | None, columns: str | None, pairs: str | None, base: str | None
+) -> list[str]:
+    """The changes of a fine-tuning recipe that its user's own data asks for, in the form of `--set`.
+
+    Args:
+        task: "translation" or "classification".
+        data: a file, or "hub:NAME".
+        columns: "SOURCE,TARGET" or "TEXT,LABEL".
+        pairs: directions of translation, separated by commas.
+        base: the pretrained model.
+
+    Raises:
+        UserError: `columns` are not two, or a text cannot stand in a recipe.
+    """
+    values: dict[str, str | list[str]] = {}
+    if data is not None:
+        hub = data.startswith("hub:")
+        values |= {"data.source": "hub", "data.name": data[4:]} if hub else {"data.source": "local", "data.path": data}
+    if columns is not None:
+        names = [name.strip() for name in columns.split(",")]
+        if len(names) != 2 or not all(names):
+            wanted = {"translation": "SOURCE,TARGET", "classification": "TEXT,LABEL"}[task]
+            raise UserError(f"--columns is '{columns}': give two names, {wanted}.")
+        keys = {"translation": ("source", "target"), "classification": ("text", "label")}[task]
+        values |= {f"data.{key}_column": name for key, name in zip(keys, names, strict=True)}
+    if pairs is not None:
+        if task != "translation":
+            raise UserError(f"--pairs is '{pairs}', but {task} has no directions: leave it out.")
+        values["data.pairs"] = [pair.strip() for pair in pairs.split(",")]
+    if base is not None:
+        values["base.name"] = base
+    # JSON's strings and lists are TOML's.
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+
+
+def recipe_to_dict(recipe: AnyRecipe) -> dict[str, Any]:
     """The recipe as nested dictionaries, without None: TOML has no null.
 
     A key that is None by default is left out; one that was turned off is "none", as in a recipe.
@@ -73,7 +130,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return _to_table(recipe)
 
 
-def recipe_to_toml(recipe: Recipe) -> str:
+def recipe_to_toml(recipe: AnyRecipe) -> str:
     """The resolved recipe as TOML text; reading it back gives an equal recipe."""
     return tomli_w.dumps(recipe_to_dict(recipe))
 

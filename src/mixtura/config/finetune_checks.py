@@ -1,0 +1,180 @@
+"""Refuses fine-tuning recipes whose values are well-typed but cannot work together."""
+
+import re
+from collections.abc import Mapping
+
+from mixtura.config.checks import check_attention_heads, check_feed_forward, check_frame, check_positive
+from mixtura.config.finetuning import (
+    AdapterConfig,
+    ClassificationArmConfig,
+    ClassificationDataConfig,
+    ClassificationRecipe,
+    FinetuneRecipe,
+    TranslationArmConfig,
+    TranslationDataConfig,
+    TranslationRecipe,
+)
+from mixtura.config.schema import UserError
+
+_PAIR = re.compile(r"([a-z]{2,3}(?:_[A-Za-z]+)?)-([a-z]{2,3}(?:_[A-Za-z]+)?)")
+
+
+def check_finetune_recipe(recipe: FinetuneRecipe) -> None:
+    """Refuses values that are well-typed but cannot work together.
+
+    Raises:
+        UserError: names the key, the value and the fix.
+    """
+    check_frame(recipe)
+    check_positive("data", recipe.data)
+    if recipe.base.num_layers is not None and recipe.base.num_layers < 1:
+        raise UserError(f"'base.num_layers' is {recipe.base.num_layers}: keep at least 1 layer, or leave it out.")
+    _check_source(recipe.data)
+    if isinstance(recipe, TranslationRecipe):
+        _check_translation(recipe)
+    else:
+        _check_classification(recipe)
+
+
+def _check_source(data: TranslationDataConfig | ClassificationDataConfig) -> None:
+    if data.source == "hub" and not data.name:
+        raise UserError("'data.source' is 'hub' but 'data.name' is missing: name the dataset, such as \"imdb\".")
+    if data.source == "local" and not data.path:
+        raise UserError("'data.source' is 'local' but 'data.path' is missing: name a .jsonl, .csv, .tsv or .parquet.")
+
+
+def _check_translation(recipe: TranslationRecipe) -> None:
+    _check_pairs(recipe.data.pairs)
+    if recipe.data.tokenizer == "train" and recipe.data.vocab_size < 300:
+        raise UserError(f"'data.vocab_size' is {recipe.data.vocab_size}: it must be 300 or more, for bytes and marks.")
+    if recipe.num_beams < 1:
+        raise UserError(f"'num_beams' is {recipe.num_beams}: it must be 1, which is greedy, or more.")
+    if recipe.base.name is None:
+        check_positive("model", recipe.model)
+        check_attention_heads(recipe.model)
+    for name, arm in recipe.arms.items():
+        _check_translation_arm(f"arms.{name}", arm, recipe)
+    _check_ranks(recipe.baseline, {name: arm.adapter for name, arm in recipe.arms.items()})
+
+
+def _check_pairs(pairs: tuple[str, ...]) -> None:
+    if not pairs or len(set(pairs)) != len(pairs):
+        raise UserError(f"'data.pairs' is {list(pairs)}: name at least one direction, each once, such as \"en-de\".")
+    for pair in pairs:
+        found = _PAIR.fullmatch(pair)
+        if not found or found[1] == found[2]:
+            raise UserError(f"'data.pairs' has '{pair}': write two different language codes, such as \"en-de\".")
+
+
+def _check_translation_arm(where: str, arm: TranslationArmConfig, recipe: TranslationRecipe) -> None:
+    _check_rate(where, arm.learning_rate)
+    pretrained = recipe.base.name is not None
+    if arm.adapter is not None and not pretrained:
+        raise UserError(
+            f"'{where}.adapter' adapts a pretrained model, but 'base.name' is missing: name one such as \"smollm2\"."
+        )
+    if pretrained:
+        if arm.feed_forward.family != "dense":
+            raise UserError(
+                f"'{where}.feed_forward' is for models from scratch, but 'base.name' is '{recipe.base.name}': "
+                "give an adapter instead, or leave out the base."
+            )
+        _check_adapter(f"{where}.adapter", arm.adapter, recipe.training.batch_size)
+        return
+    feed_forward, key = arm.feed_forward, f"{where}.feed_forward"
+    if feed_forward.family in ("soft", "expert_choice"):
+        raise UserError(
+            f"'{key}.family' is '{feed_forward.family}', which cannot translate one sentence alone: use dense, "
+            "token_choice or mixture_of_tokens."
+        )
+    sizes = {"training.batch_size": recipe.training.batch_size}
+    check_feed_forward(key, feed_forward, batch_sizes=sizes, sequence_length=None)
+    _check_language_experts(key, arm, recipe.data.pairs)
+
+
+def _check_language_experts(where: str, arm: TranslationArmConfig, pairs: tuple[str, ...]) -> None:
+    experts, route_by = arm.feed_forward.num_experts, arm.feed_forward.route_by
+    if route_by == "token":
+        return
+    side = {"source": 0, "target": 1}
+    names = {pair.split("-")[side[route_by]] if route_by in side else pair for pair in pairs}
+    if experts < len(names) * arm.feed_forward.top_k:
+        raise UserError(
+            f"'{where}.num_experts' is {experts}, but routing by {route_by} needs {arm.feed_forward.top_k} for each of "
+            f"{len(names)}: set it to {len(names) * arm.feed_forward.top_k}."
+        )
+
+
+def _check_classification(recipe: ClassificationRecipe) -> None:
+    if recipe.base.name is None:
+        raise UserError("'base.name' is missing: name the model to classify with, such as \"minilm\".")
+    for name, arm in recipe.arms.items():
+        _check_classification_arm(f"arms.{name}", arm, recipe)
+    _check_ranks(recipe.baseline, {name: arm.adapter for name, arm in recipe.arms.items()})
+
+
+def _check_classification_arm(where: str, arm: ClassificationArmConfig, recipe: ClassificationRecipe) -> None:
+    _check_rate(where, arm.learning_rate)
+    if (arm.adapter is not None) != (arm.tune == "adapter"):
+        fix = "add an adapter section" if arm.tune == "adapter" else "set tune to 'adapter'"
+        raise UserError(f"'{where}.tune' is '{arm.tune}' and it has {_has(arm.adapter)}: {fix}.")
+    if arm.head.per_token and arm.head.kind != "layer_mix":
+        raise UserError(f"'{where}.head.per_token' weighs layers, but the head is '{arm.head.kind}': use 'layer_mix'.")
+    _check_adapter(f"{where}.adapter", arm.adapter, recipe.training.batch_size)
+    if arm.head.feed_forward is not None:
+        sizes = {"training.batch_size": recipe.training.batch_size}
+        check_feed_forward(f"{where}.head.feed_forward", arm.head.feed_forward, batch_sizes=sizes, sequence_length=None)
+        if arm.head.feed_forward.route_by != "token":
+            raise UserError(f"'{where}.head.feed_forward.route_by' is not 'token': a classifier has no languages.")
+
+
+def _has(adapter: AdapterConfig | None) -> str:
+    return "no adapter" if adapter is None else "an adapter"
+
+
+def _check_adapter(where: str, adapter: AdapterConfig | None, batch_size: int) -> None:
+    if adapter is None:
+        return
+    for key in ("rank", "alpha", "num_experts", "top_k", "threshold_max", "group_size", "alone_top_k"):
+        value = getattr(adapter, key)
+        if value is not None and value <= 0:
+            raise UserError(f"'{where}.{key}' is {value}: it must be greater than zero.")
+    if not 0 <= adapter.dropout < 1:
+        raise UserError(f"'{where}.dropout' is {adapter.dropout}: it must lie between 0 and 1.")
+    if not 0 < adapter.expert_share <= 1:
+        raise UserError(f"'{where}.expert_share' is {adapter.expert_share}: it must lie between 0 and 1.")
+    if adapter.method == "mixture_of_lora" and adapter.router == "top_k":
+        if adapter.top_k > adapter.num_experts:
+            raise UserError(
+                f"'{where}.top_k' is {adapter.top_k} but there are {adapter.num_experts} experts: lower it."
+            )
+        if adapter.top_k == 1:
+            raise UserError(
+                f"'{where}.top_k' is 1: its weight is always 1, so the router would never learn; use 2 or more, or "
+                "another router."
+            )
+    if adapter.method == "mixture_of_tokens" and (adapter.group_size < 2 or batch_size % adapter.group_size):
+        raise UserError(
+            f"'training.batch_size' is {batch_size}, which is no multiple of '{where}.group_size' "
+            f"{adapter.group_size}, at least 2: change one of them."
+        )
+
+
+def _check_ranks(baseline: str, adapters: Mapping[str, AdapterConfig | None]) -> None:
+    """A rank left open is solved for the baseline's trainable parameters, so the baseline must name its own."""
+    adapter = adapters[baseline]
+    open_ranks = [name for name, other in adapters.items() if other is not None and _is_open(other)]
+    if open_ranks and (adapter is None or _is_open(adapter)):
+        raise UserError(
+            f"'arms.{open_ranks[0]}.adapter.rank' is missing and the baseline '{baseline}' names no rank to match: "
+            "set it, or give the baseline an adapter with a rank."
+        )
+
+
+def _is_open(adapter: AdapterConfig) -> bool:
+    return adapter.rank is None and adapter.method != "expert_specialized"
+
+
+def _check_rate(where: str, rate: float | None) -> None:
+    if rate is not None and not 0 < rate < float("inf"):
+        raise UserError(f"'{where}.learning_rate' is {rate}: it must be a number greater than zero.")
