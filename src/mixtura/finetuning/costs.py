@@ -41,7 +41,7 @@ def mixture_lora_cost(
     """A mixture of LoRA.
 
     Args:
-        layers: for every routing the shapes (I, O) of the linear layers under it, the router's input being I of the first.
+        layers: for every routing the shapes (I, O) of the linear layers under it; the router reads the first one's I.
         config: router and sharing.
         num_experts: E, which for task routing is the number of tasks.
 

@@ -1,4 +1,4 @@
-"""Which modules of a pretrained model an adapter goes to: its feed-forward layers, found by the names of their parts."""
+"""Which modules of a pretrained model an adapter goes to: its feed-forward layers, found by their parts' names."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -146,7 +146,7 @@ def activation_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
             activation = act
             return lambda u: activate(u, activation, gated=False)
         if callable(act):
-            return act
+            return act  # pyright: ignore[reportReturnType]
     raise UserError(
         f"The activation of {type(module).__name__} is under none of the names {', '.join(_ACTIVATIONS)}: set "
         "'adapter.scope' to \"linear\"."
