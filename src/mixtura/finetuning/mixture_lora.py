@@ -206,6 +206,11 @@ class MixtureLoraFeedForward(MixtureLoraLayer):
             down.register_forward_hook(self.leave)
 
     @property
+    def is_split(self) -> bool:
+        """Whether the layer is made of two modules, as BERT's."""
+        return self._outside[0] is not None
+
+    @property
     def parts(self) -> Projections:
         """The frozen layer's linear layers and activation."""
         return projections(self.get_base_layer(), self.kind, self._outside[0])
