@@ -314,7 +314,7 @@ def find_kind(target: nn.Module, target_name: str, parent: nn.Module, key: str) 
         if all(name is None or isinstance(getattr(target, name, None), nn.Linear) for name in kind):
             return kind, None
     raise UserError(
-        f"'{key}' ({type(target).__name__}) is no feed-forward layer made of linear layers: set scope to 'linear'."
+        f"'{key}' ({type(target).__name__}) has no gate, up and down of their own: set 'adapter.scope' to \"linear\"."
     )
 
 
