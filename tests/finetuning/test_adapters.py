@@ -1,4 +1,4 @@
-"""Adapters on stock models: identity at first, saved and loaded bit for bit, heard, counted, refused with a sentence."""
+"""Adapters on stock models: nothing at first, saved and loaded bit for bit, heard, counted, refused with a sentence."""
 
 from collections.abc import Callable
 from pathlib import Path

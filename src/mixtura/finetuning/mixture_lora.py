@@ -6,8 +6,8 @@ for a whole feed-forward layer (`scope="feed_forward"`: MixLoRA, arXiv 2404.1515
     linear          y = W x + scale * sum_e w_e B_e A_e x
     feed_forward    y = sum_e w_e FFN_e(x),    FFN_e is the frozen layer with W + scale * B_e A_e in place of each W
 
-The second computes the frozen matrices once a token: up and gate before the experts, and, because the last one is linear
-and the weights sum to one, down on the experts' weighted sum.
+The second computes the frozen matrices once a token: up and gate before the experts and, because the last one is
+linear and the weights sum to one, down on the experts' weighted sum.
 
 Shapes: B batch, L length, T = B*L tokens, D hidden, F width of the frozen layer, E experts.
 """
@@ -78,8 +78,8 @@ def check_settings(config: MixtureLoraConfig) -> None:
     """
     if config.r < 1 or config.lora_alpha <= 0 or not 0 <= config.lora_dropout < 1:
         raise UserError(
-            f"Rank {config.r}, alpha {config.lora_alpha} and dropout {config.lora_dropout} cannot work: rank must be at "
-            "least 1, alpha greater than zero and dropout from 0 to below 1."
+            f"Rank {config.r}, alpha {config.lora_alpha} and dropout {config.lora_dropout} cannot work: rank must be "
+            "at least 1, alpha greater than zero and dropout from 0 to below 1."
         )
     if config.num_experts < 2 and config.router != "task":
         raise UserError(f"'num_experts' is {config.num_experts}: a router needs 2 or more; one expert is plain LoRA.")
@@ -103,8 +103,8 @@ def _check_top_k(config: MixtureLoraConfig) -> None:
         )
     if config.top_k == 1 and config.normalize_top_k:
         raise UserError(
-            "'top_k' is 1 and a single normalised weight is always 1, so its router would get no gradient: set top_k to "
-            "2 or more, or route by 'task'."
+            "'top_k' is 1 and a single normalised weight is always 1, so its router would get no gradient: set top_k "
+            "to 2 or more, or route by 'task'."
         )
     if config.scope == "feed_forward" and not config.normalize_top_k:
         raise UserError(
@@ -190,8 +190,8 @@ class MixtureLoraLinear(MixtureLoraLayer):
 class MixtureLoraFeedForward(MixtureLoraLayer):
     """A frozen feed-forward layer of which every expert has its own low-rank updates, under one routing.
 
-    Of a split layer (BERT), this replaces the first half; its second half's linear layer, `down`, stays where it is, and a
-    forward hook there puts the experts' output in place of its own.
+    Of a split layer (BERT), this replaces the first half; the linear layer of its second half, `down`, stays where it
+    is, and a forward hook there puts the experts' output in place of its own.
     """
 
     def __init__(
@@ -204,6 +204,11 @@ class MixtureLoraFeedForward(MixtureLoraLayer):
         self._pending: Tensor | None = None
         if down is not None:
             down.register_forward_hook(self.leave)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the layer is made of two modules, as BERT's."""
+        return self._outside[0] is not None
 
     @property
     def parts(self) -> Projections:
@@ -271,14 +276,15 @@ class MixtureLoraModel(RoutedTuner):
 
     def _create_and_replace(
         self,
-        peft_config: MixtureLoraConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
+        assert isinstance(peft_config, MixtureLoraConfig)
         if isinstance(target, MixtureLoraLinear | MixtureLoraFeedForward):
             target.add(adapter_name, peft_config)
             return
@@ -308,7 +314,7 @@ def find_kind(target: nn.Module, target_name: str, parent: nn.Module, key: str) 
         if all(name is None or isinstance(getattr(target, name, None), nn.Linear) for name in kind):
             return kind, None
     raise UserError(
-        f"'{key}' ({type(target).__name__}) is no feed-forward layer made of linear layers: set scope to 'linear'."
+        f"'{key}' ({type(target).__name__}) has no gate, up and down of their own: set 'adapter.scope' to \"linear\"."
     )
 
 
