@@ -16,6 +16,7 @@ from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.losses import router_z_loss
 from mixtura.layers.routing import (
+    ChoiceTap,
     RoutingStats,
     SparseRouting,
     normalized_entropy,
@@ -79,6 +80,7 @@ class TokenChoiceMoE(FeedForward):
         self.gate = nn.Linear(hidden_size, num_experts, bias=False)
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", torch.zeros(num_experts) if expert_bias else None)
+        self.choice_tap = ChoiceTap()
         sizes = {"activation": activation, "gated": gated}
         self.experts = Experts(hidden_size, intermediate_size=intermediate_size, num_experts=num_experts, **sizes)
         self.shared_expert = None
@@ -98,6 +100,7 @@ class TokenChoiceMoE(FeedForward):
         real_TD = x_TD if real_T is None else x_TD[real_T]
         logits_TE = router_logits(real_TD, self.gate.weight)
         choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
+        self.choice_tap(weight_TK, choice_TK)
         routing = sort_by_expert(choice_TK, weight_TK, self.num_experts)
         kept = self._drop(routing, tokens=len(real_TD))
         y_TD = sparse_experts(self.experts, real_TD, kept)
