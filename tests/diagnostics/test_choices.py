@@ -18,7 +18,7 @@ from transformers import (
 
 from mixtura.config import UserError
 from mixtura.diagnostics.choices import record_choices, routed_layers, unread_layers
-from mixtura.layers import MixtureOfTokens, TokenChoiceMoE
+from mixtura.layers import ChoiceTap, MixtureOfTokens, TokenChoiceMoE
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 
 SIZES: dict[str, Any] = {
@@ -140,6 +140,16 @@ def test_mixture_of_tokens_alone_gives_shares_or_its_top_k() -> None:
     assert every.expert_TK.tolist() == [[1, 0]]
     assert every.rows_TK[0].tolist() == pytest.approx([(strong + 0.25) / (strong + 0.75), 0.5 / (strong + 0.75)])
     assert (first.expert_TK.tolist(), first.rows_TK.tolist()) == ([[1]], [[1.0]])
+
+
+def test_zero_weights_are_experts_that_were_not_chosen() -> None:
+    model = nn.Sequential(ChoiceTap())
+    model.num_experts = 3
+    with record_choices(model) as recorder:
+        model(torch.tensor([[0.0, 0.3, 0.7], [1.0, 0.0, 0.0]]))
+        (chosen,) = recorder.take(tokens=2)
+    assert chosen.expert_TK.tolist() == [[2, 1, 0], [0, 1, 2]]
+    assert chosen.rows_TK.tolist() == [[1, 1, 0], [1, 0, 0]]
 
 
 def test_layers_that_show_nothing_are_refused() -> None:

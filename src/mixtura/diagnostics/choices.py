@@ -35,7 +35,7 @@ class Choices(NamedTuple):
     expert_TK: Tensor
     """Indices, the strongest first."""
     rows_TK: Tensor
-    """How much of the token went there: 1 for a routed row; the share of the weight where all experts take part."""
+    """How much of the token went there: 1 for a routed row, 0 for none; its share where all experts take part."""
 
 
 class ChoiceRecorder:
@@ -146,13 +146,14 @@ def _hook(recorder: ChoiceRecorder, layer: RoutedLayer, read: _Reader) -> Callab
     return look
 
 
-def _read_tap(kwargs: dict[str, Any], args: tuple, _output: Any, num_experts: int) -> Choices:
-    weight_TK, expert_TK = (*args, *kwargs.values(), None)[:2]
-    if expert_TK is not None:
-        return _strongest_first(weight_TK, expert_TK)
-    weight_TE = weight_TK.detach().unflatten(-1, (num_experts, -1)).sum(-1).float()
-    share_TE = weight_TE / weight_TE.sum(-1, keepdim=True).clamp_min(1e-30)
-    return Choices(*reversed(share_TE.sort(dim=-1, descending=True, stable=True)))
+def _read_tap(_kwargs: dict[str, Any], args: tuple, _output: Any, num_experts: int) -> Choices:
+    if len(args) == 2:
+        return _strongest_first(*args)
+    weight_TE = args[0].detach().unflatten(-1, (num_experts, -1)).sum(-1).float()
+    weight_TE, expert_TE = weight_TE.sort(dim=-1, descending=True, stable=True)
+    if (weight_TE == 0).any():
+        return Choices(expert_TE, (weight_TE > 0).float())
+    return Choices(expert_TE, weight_TE / weight_TE.sum(-1, keepdim=True))
 
 
 def _read_experts(kwargs: dict[str, Any], args: tuple, _output: Any, _num_experts: int) -> Choices | None:

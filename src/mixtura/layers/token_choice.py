@@ -100,8 +100,8 @@ class TokenChoiceMoE(FeedForward):
         real_TD = x_TD if real_T is None else x_TD[real_T]
         logits_TE = router_logits(real_TD, self.gate.weight)
         choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
-        self.choice_tap(weight_TK, choice_TK)
         routing = sort_by_expert(choice_TK, weight_TK, self.num_experts)
+        self.choice_tap(weight_TK, choice_TK)
         kept = self._drop(routing, tokens=len(real_TD))
         y_TD = sparse_experts(self.experts, real_TD, kept)
         stats = self._stats(logits_TE, probs_TE, routing, kept) if want_stats else None
