@@ -148,7 +148,8 @@ def describe_layer(
     Returns:
         `layer` (depth), `name`, `num_experts`; `rows` and `share`, E lists of G: routed rows, and the part of a group's
         rows that go to the expert; the fields of `association`; `max_bits`, the most that so many experts can tell
-        of so many groups; `entropy` of the experts' load in bits, `imbalance` of it, and the indices of `dead` experts.
+        of so many groups of one size, and `group_bits`, the entropy of the groups as they are; `entropy` of the load of
+        the experts in bits, `imbalance` of it, and the indices of `dead` experts.
     """
     layer = observed.layers[place]
     unit_R, expert_R, rows_R = _flat_rows(observed, place)
@@ -173,6 +174,7 @@ def describe_layer(
             seed=seed,
         ),
         "max_bits": float(numpy.log2(min(layer.num_experts, num_groups))),
+        "group_bits": entropy_bits(total_G1.ravel()),
         "entropy": entropy_bits(load_E),
         "imbalance": summarize_load(load_E).imbalance,
         "dead": numpy.flatnonzero(load_E < DEAD_SHARE * load_E.mean()).tolist(),

@@ -52,7 +52,7 @@ class ChoiceTap(nn.Module):
     """Where forward hooks see which experts each token was given; by itself it does nothing.
 
     A layer calls it with the weights and indices of a token's experts, (T, K) each, or, where every expert takes part,
-    with the weights (T, E*C) alone, the columns of one expert side by side; zeros there are experts that were not chosen.
+    with the weights (T, E*C) alone, the columns of one expert side by side; a zero there is an expert not chosen.
     Tokens come in order; a layer that takes padding out before it routes shows the real ones only.
     """
 
