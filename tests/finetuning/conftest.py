@@ -1,0 +1,61 @@
+"""Tiny random models of the kinds that adapters go to."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from mixtura.models import MixtureConfig, MixtureForCausalLM
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+_DECODER: dict[str, Any] = {**_SIZES, "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _llama() -> nn.Module:
+    return LlamaForCausalLM(LlamaConfig(**_DECODER, initializer_range=0.3))
+
+
+def _qwen3() -> nn.Module:
+    return Qwen3ForCausalLM(Qwen3Config(**_DECODER, head_dim=8, initializer_range=0.3))
+
+
+def _bert() -> nn.Module:
+    config = BertConfig(**_SIZES, initializer_range=0.3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return BertModel(config, add_pooling_layer=False)
+
+
+def _mixtura() -> nn.Module:
+    return MixtureForCausalLM(MixtureConfig(**_DECODER, initializer_range=0.3))
+
+
+@pytest.fixture
+def make_base() -> Callable[[str], nn.Module]:
+    """A factory: `make_base("llama")` is the same tiny model, in eval(), however often it is called."""
+    makers = {"llama": _llama, "qwen3": _qwen3, "bert": _bert, "mixtura": _mixtura}
+
+    def make(name: str) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return makers[name]().eval()
+
+    return make
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Four examples of six tokens; the last example has two tokens of padding at its left."""
+    generator = torch.Generator().manual_seed(2)
+    input_ids = torch.randint(3, 64, (4, 6), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[3, :2] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
