@@ -53,6 +53,7 @@ def convert_smollm2(source: Path, folder: Path) -> None:
         config.save_pretrained(new)
         _tokenizer(reader).save_pretrained(new)
         save_file(_weights(reader, config), new / "model.safetensors", metadata={"format": "pt"})
+        (new / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner reads
         with suppress(OSError):  # The place is taken by an equal folder that another process made meanwhile.
             os.rename(new, folder)
     if not folder.is_dir():
@@ -97,7 +98,7 @@ def _weights(reader: gguf.GGUFReader, config: LlamaConfig) -> dict[str, torch.Te
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
         if name in heads:
             values = undo_rope_order(values, int(heads[name] or 1))
-        weights[prefix + _TENSORS[name]] = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
+        weights[prefix + _TENSORS[name]] = torch.from_numpy(np.array(values, order="C")).to(torch.bfloat16)
     return weights
 
 
