@@ -203,6 +203,7 @@ def test_nothing_is_balanced_where_no_router_chooses(make_base: MakeBase, batch:
     adapted = _adapted(make_base("llama"), name).train()
     adapted(**batch)
     assert router_losses(adapted) is None
+    assert (routing_stats(adapted) == ()) == (name == "lora")
 
 
 @pytest.mark.parametrize("name", ["top_k", "feed_forward_top_k", "mixture_of_tokens"])
