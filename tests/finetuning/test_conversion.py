@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -73,8 +73,6 @@ def test_routing_by_task_is_one_stock_lora_a_task(
 def test_learned_weights_of_a_task_are_folded_into_its_lora(
     make_base: MakeBase, batch: Batch, tmp_path: Path, share_a: bool
 ) -> None:
-    from peft import get_peft_model
-
     base = make_base("llama")
     config = MixtureLoraConfig(
         r=2, router="task", num_experts=4, num_tasks=2, share_a=share_a, target_modules=feed_forward_linears(base)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -289,7 +288,7 @@ def _qwen3_routing(config: MixtureLoraConfig) -> dict[str, Any]:
     return {"num_experts": config.num_experts, "norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1}
 
 
-_CONTAINERS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel], str]] = {
+_CONTAINERS: dict[str, tuple[Any, type[PreTrainedModel], str]] = {
     "llama": (MixtralConfig, MixtralForCausalLM, "intermediate_size"),
     "mistral": (MixtralConfig, MixtralForCausalLM, "intermediate_size"),
     "qwen3": (Qwen3MoeConfig, Qwen3MoeForCausalLM, "moe_intermediate_size"),

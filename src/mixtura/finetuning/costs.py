@@ -103,8 +103,8 @@ def mot_adapter_flops(
 ) -> float:
     """Forward FLOPs a token beyond the frozen layers'.
 
-    In groups 6 E D for router, mixing and spreading, and 4 R D E / G for the experts; alone (`group_size` None) 2 E D for
-    the router and 4 R D for each expert that runs.
+    In groups 6 E D for router, mixing and spreading, and 4 R D E / G for the experts; alone (`group_size` None) 2 E D
+    for the router and 4 R D for each expert that runs.
     """
     if group_size is None:
         return sum((2 * num_experts + 4 * rank * (alone_top_k or num_experts)) * width for width in widths)
