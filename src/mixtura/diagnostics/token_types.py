@@ -39,7 +39,7 @@ def token_surfaces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> di
     """The text of each of these tokens, with the space that goes before it where there is one."""
     known = sorted(set(ids))
     # A token that only exists beside others, such as padded vocabularies have, has no name.
-    names = {token: tokenizer.convert_ids_to_tokens(token) or "" for token in known}
+    names = {token: str(tokenizer.convert_ids_to_tokens(token) or "") for token in known}
     in_pieces = any(name.startswith(_PIECE_MARK) for name in tokenizer.get_vocab())
     return {token: _surface(tokenizer, token, name, in_pieces=in_pieces) for token, name in names.items()}
 
