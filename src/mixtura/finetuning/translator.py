@@ -16,9 +16,7 @@ from mixtura.models.generation import load_model
 from mixtura.models.pretrained import load_base
 
 
-def translate(
-    model_folder: Path, text: str, *, source_language: str, target_language: str, num_beams: int = 1
-) -> str:
+def translate(model_folder: Path, text: str, *, source_language: str, target_language: str, num_beams: int = 1) -> str:
     """Translates every line of a text by itself; empty lines stay.
 
     Args:
