@@ -27,7 +27,8 @@ def translate(model_folder: Path, text: str, *, source_language: str, target_lan
         num_beams: 1 is greedy.
 
     Raises:
-        UserError: the folder is none of a translation run, the model does not know the direction, or a line is too long.
+        UserError: the folder is none of a translation run, the model does not know the direction, or a line is too
+            long.
     """
     told = _read_told(model_folder)
     direction = f"{source_language}-{target_language}"
@@ -71,8 +72,8 @@ def _read_told(folder: Path) -> dict[str, Any]:
         return json.loads((folder / TRANSLATION_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"'{folder}' is no translation model (it has no readable {TRANSLATION_FILE}): give the checkpoint folder of "
-            "a translation run."
+            f"'{folder}' is no translation model (it has no readable {TRANSLATION_FILE}): give the checkpoint folder "
+            "of a translation run."
         ) from error
 
 
