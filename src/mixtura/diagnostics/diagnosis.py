@@ -10,7 +10,7 @@ import datetime
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,8 @@ def write_diagnosis(results: dict[str, Any], out: Path) -> None:
         ) from error
     finally:
         for path in partial.values():
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def _describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
@@ -245,9 +246,14 @@ def _layer(
     load_E = numpy.array(by_group["rows"]).sum(1)
     return {
         **by_group,
-        "experts_per_token": expert_TK.shape[1],
         "token_types": {key: by_type[key] for key in kept},
-        "typical_tokens": [[{"text": surfaces[token["id"]], **token} for token in own] for own in typical],
+        "typical_tokens": [
+            [
+                {"text": surfaces[token["id"]], **token, "share": token["share"] * by_group["rows_per_token"]}
+                for token in own
+            ]
+            for own in typical
+        ],
         "load": {"share": (load_E / load_E.sum()).tolist(), **dataclasses.asdict(summarize_load(load_E))},
     }
 

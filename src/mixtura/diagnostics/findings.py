@@ -25,19 +25,26 @@ def verdict(results: dict[str, Any]) -> dict[str, Any]:
     return {"headline": headline, "sentences": [*sentences, _load_sentence(results["layers"])], "layer": place}
 
 
+def bits(value: float) -> str:
+    """Two decimals; three below a tenth, where chance is."""
+    if 0 < value < 0.0005:
+        return "<\N{NO-BREAK SPACE}0.001"
+    return f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
 def _claim(measures: list[dict[str, Any]], layers: list[dict[str, Any]], about: str) -> tuple[str, int]:
     """A sentence on the layer whose experts tell most, and its place."""
     place = max(range(len(measures)), key=lambda i: measures[i]["corrected"])
     found, depth = measures[place], layers[place]["layer"]
     most = min(found["max_bits"], found["group_bits"])
-    bits = f"{found['mutual_information']:.2f} of {most:.2f} bits about {about}"
-    chance = f"chance gives {found['chance']:.2f}"
+    amount = f"{bits(found['mutual_information'])} of {bits(most)} bits about {about}"
+    chance = f"chance gives {bits(found['chance']).replace('<', 'less than')}"
     if found["p_value"] * len(measures) > SIGNIFICANCE:
         return (
-            f"No layer's experts tell {about} better than chance: the most is {bits}, in layer {depth}; {chance}.",
+            f"No layer's experts tell {about} better than chance: the most is {amount}, in layer {depth}; {chance}.",
             place,
         )
-    return f"Layer {depth}'s experts carry {bits}; {chance}.", place
+    return f"Layer {depth}'s experts carry {amount}; {chance}.", place
 
 
 def _nothing_routed(results: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from mixtura.diagnostics.findings import bits
 from mixtura.diagnostics.token_types import TOKEN_TYPES
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -63,19 +64,18 @@ def render_page(results: dict[str, Any]) -> str:
     )
 
 
-def bits(value: float) -> str:
-    """Two decimals; three below a tenth, where chance is."""
-    return f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
-
-
 def percent(value: float) -> str:
     """A share in whole per cent, or with a decimal below ten."""
-    return f"{100 * value:.1f} %" if value < 0.0995 else f"{100 * value:.0f} %"
+    return f"{100 * value:.1f}\N{NO-BREAK SPACE}%" if value < 0.0995 else f"{100 * value:.0f}\N{NO-BREAK SPACE}%"
 
 
 def shown_token(text: str) -> str:
     """A token alone: what would be invisible is written as a sign."""
-    signs = {"\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW TO BAR}"}
+    signs = {
+        "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}",
+        "\t": "\N{RIGHTWARDS ARROW TO BAR}",
+        "\N{REPLACEMENT CHARACTER}": "\N{MIDDLE DOT}",
+    }
     for character, sign in signs.items():
         text = text.replace(character, sign)
     body = text.strip(" ")
@@ -155,9 +155,6 @@ def _overview(results: dict[str, Any]) -> dict[str, Any]:
         )
     layout = {
         "height": 300,
-        "showlegend": True,
-        "legend": {"orientation": "h", "y": 1.16, "x": 0},
-        "margin": {"t": 36},
         "xaxis": {"type": "category"},
         "yaxis": {"title": {"text": "Bits"}, "rangemode": "tozero"},
     }

@@ -146,10 +146,11 @@ def describe_layer(
     """One layer's experts against the groups, as plain values.
 
     Returns:
-        `layer` (depth), `name`, `num_experts`; `rows` and `share`, E lists of G: routed rows, and the part of a group's
-        rows that go to the expert; the fields of `association`; `max_bits`, the most that so many experts can tell
-        of so many groups of one size, and `group_bits`, the entropy of the groups as they are; `entropy` of the load of
-        the experts in bits, `imbalance` of it, and the indices of `dead` experts.
+        `layer` (depth), `name`, `num_experts`, `rows_per_token`; `rows` and `share`, E lists of G: routed rows, and the
+        part of a group's rows that go to the expert; the fields of `association`; `max_bits`, the most that so many
+        experts can tell of so many groups of one size, log2 min(E / K, G), for a token's K experts are different ones;
+        `group_bits`, the entropy of the groups as they are; `entropy` of the load of the experts in bits, `imbalance`
+        of it, and the indices of `dead` experts.
     """
     layer = observed.layers[place]
     unit_R, expert_R, rows_R = _flat_rows(observed, place)
@@ -159,10 +160,12 @@ def describe_layer(
     total_G1 = rows_GE.sum(1, keepdims=True)
     share_GE = numpy.divide(rows_GE, total_G1, out=numpy.zeros_like(rows_GE), where=total_G1 > 0)
     load_E = rows_GE.sum(0)
+    rows_per_token = float(load_E.sum() / max(1, len(observed.unit_T)))
     return {
         "layer": layer.depth,
         "name": layer.name,
         "num_experts": layer.num_experts,
+        "rows_per_token": rows_per_token,
         "rows": rows_GE.T.tolist(),
         "share": share_GE.T.tolist(),
         **association(
@@ -173,7 +176,7 @@ def describe_layer(
             num_permutations=num_permutations,
             seed=seed,
         ),
-        "max_bits": float(numpy.log2(min(layer.num_experts, num_groups))),
+        "max_bits": float(numpy.log2(max(1.0, min(layer.num_experts / rows_per_token, num_groups)))),
         "group_bits": entropy_bits(total_G1.ravel()),
         "entropy": entropy_bits(load_E),
         "imbalance": summarize_load(load_E).imbalance,
