@@ -25,7 +25,7 @@ from mixtura.finetuning.expert_specialized import apply_expert_specialized
 from mixtura.finetuning.mixture_lora import MixtureLoraConfig, MixtureLoraLayer
 from mixtura.finetuning.mot_adapter import MotAdapterConfig, input_width
 from mixtura.finetuning.targets import Block, feed_forward_linears, find_blocks, match_linears
-from mixtura.finetuning.tuner import batch_context
+from mixtura.finetuning.tuner import RoutedTuner, batch_context
 from mixtura.layers import RoutingStats
 from mixtura.layers.losses import load_balancing_loss
 
@@ -226,8 +226,9 @@ def routing_stats(model: nn.Module) -> tuple[RoutingStats, ...]:
     They are kept in train(), and in eval() under `observe_routing`. A layer that gradient checkpointing runs twice
     leaves one.
     """
-    stats = batch_context(model).stats
-    return tuple(stats.values())
+    if not any(isinstance(module, RoutedTuner) for module in model.modules()):
+        return ()
+    return tuple(batch_context(model).stats.values())
 
 
 def router_losses(model: nn.Module) -> tuple[Tensor, Tensor] | None:

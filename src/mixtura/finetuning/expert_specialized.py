@@ -1,9 +1,9 @@
 """Expert-specialised fine-tuning (ESFT, Wang et al., arXiv 2407.01906): of a mixture, train the experts the data uses.
 
-On sample tokens it is measured which experts carry the router's choices (the paper's token selection ratio, section
-3.2); in each layer the smallest set that carries `expert_share` of them is trained, and everything else stays frozen.
-Shares are normalised over the experts of one layer: the published code divides by the sum over layers, which compares
-an expert with those of other depths.
+On sample tokens it is measured which experts carry the router's choices (the paper's token selection ratio);
+in each layer the smallest set that carries `expert_share` of them is trained, and everything else stays frozen. Shares
+are normalised over the experts of one layer: the published code divides by the sum over layers, which compares an
+expert with those of other depths.
 
 Works on Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and others whose experts are stacked tensors called with the chosen
 indices, and on `mixtura.layers.TokenChoiceMoE`. It is a PEFT method: only the chosen slices are parameters, so

@@ -29,15 +29,14 @@ from mixtura.finetuning.tuner import BatchContext, RoutedTuner, active_modules, 
 _ATTRIBUTE = "mixture_lora_experts"
 PUBLISHED: dict[str, dict[str, Any]] = {
     "mixlora": {"scope": "feed_forward", "router": "top_k", "num_experts": 8, "top_k": 2, "rank": 16, "alpha": 32.0},
-    "mola": {"scope": "linear", "router": "top_k", "num_experts": 8, "top_k": 2, "rank": 8, "alpha": 16.0},
-    "molora": {"scope": "linear", "router": "dense", "num_experts": 10, "rank": 4, "alpha": 8.0},
+    "mola": {"scope": "linear", "router": "top_k", "num_experts": 8, "top_k": 2, "rank": 8},
+    "molora": {"scope": "linear", "router": "dense", "num_experts": 10, "rank": 4},
     "loramoe": {"scope": "linear", "router": "dense", "num_experts": 8, "rank": 4, "alpha": 32.0},
     "hydralora": {"scope": "linear", "router": "dense", "num_experts": 4, "rank": 4, "alpha": 32.0, "share_a": True},
-    "adamole": {"scope": "linear", "router": "threshold", "num_experts": 8, "rank": 32, "alpha": 64.0},
-    "moelora": {"scope": "linear", "router": "task", "num_experts": 8, "rank": 2, "alpha": 4.0},
-    "task_moe": {"scope": "linear", "router": "task", "num_experts": 8, "rank": 16, "alpha": 32.0},
+    "adamole": {"scope": "linear", "router": "threshold", "num_experts": 8, "rank": 32, "router_aux_loss_coef": 0.001},
+    "task_routed": {"scope": "linear", "router": "task", "rank": 16},
 }
-"""Settings under which the papers report, as keys of `mixtura.config.AdapterConfig`; docs/adapters.md cites them."""
+"""Published methods as keys of `mixtura.config.AdapterConfig`; docs/adapters.md has the papers and what differs."""
 
 
 @dataclass
@@ -206,6 +205,11 @@ class MixtureLoraFeedForward(MixtureLoraLayer):
             down.register_forward_hook(self.leave)
 
     @property
+    def is_split(self) -> bool:
+        """Whether the layer is made of two modules, as BERT's."""
+        return self._outside[0] is not None
+
+    @property
     def parts(self) -> Projections:
         """The frozen layer's linear layers and activation."""
         return projections(self.get_base_layer(), self.kind, self._outside[0])
@@ -243,7 +247,7 @@ def mixture_of_feed_forwards(
 ) -> tuple[Tensor, Tensor]:
     """(T, D) -> (T, D): sum_e w_e FFN_e(x) where the weights of a token sum to one; also the frozen up projection.
 
-    An expert runs on the tokens that chose it. MixLoRA (arXiv 2404.15159, section 3) shares the frozen gate and up
+    An expert runs on the tokens that chose it. MixLoRA (arXiv 2404.15159) shares the frozen gate and up
     projections in this way; sharing down too follows from sum_e w_e (W h_e + b) = W sum_e w_e h_e + b.
     """
     gate_TF = None if parts.gate is None else parts.gate(x_TD)
@@ -309,7 +313,7 @@ def find_kind(target: nn.Module, target_name: str, parent: nn.Module, key: str) 
         if all(name is None or isinstance(getattr(target, name, None), nn.Linear) for name in kind):
             return kind, None
     raise UserError(
-        f"'{key}' ({type(target).__name__}) is no feed-forward layer made of linear layers: set scope to 'linear'."
+        f"'{key}' ({type(target).__name__}) has no gate, up and down of their own: set 'adapter.scope' to \"linear\"."
     )
 
 

@@ -1,7 +1,7 @@
 """Mixture of tokens as a PEFT method: low-rank experts beside a frozen feed-forward layer.
 
 Every feed-forward layer gets a small `mixtura.layers.MixtureOfTokens` (arXiv 2310.15961, section 3) that reads the same
-input and adds to the frozen output, in the manner of a parallel adapter (He et al., arXiv 2110.04366, section 3):
+input and adds to the frozen output, in the manner of a parallel adapter (He et al., arXiv 2110.04366):
 
     y = FFN(x) + alpha / rank * MoT(x)        z_e = sum_g m_ge x_g,   MoT(x)_g = sum_e m_ge B_e relu(A_e z_e)
 
