@@ -257,7 +257,7 @@ def build_classification(
         "baseline": "last_layer",
         "arms": arms,
         "across_arms": {"paired_bootstrap": {
-            name: {"accuracy_difference": gain, "low": gain - 1.1, "high": gain + 1.1, "p_value": 0.0002 if gain > 2 else 0.7},
+            name: {"accuracy_difference": gain, "low": gain - 1.1, "high": gain + 1.1, "p_value": 0.3 / 10 ** gain}
             for name, gain in zip(("layer_mix", "lora"), gains, strict=True)
         }},
     }  # fmt: skip
@@ -285,7 +285,8 @@ def _classification_details(own: random.Random, name: str, accuracy: float) -> d
         "confusion": [[right, 500 - right], [490 - right, right + 10]],
         "calibration": [
             {"low": low / 10, "high": (low + 1) / 10, "count": 0 if low < 5 else 200,
-             "confidence": None if low < 5 else low / 10 + 0.05, "accuracy": None if low < 5 else low / 10 + 0.02}
+             "confidence": None if low < 5 else low / 10 + 0.05,
+             "accuracy": None if low < 5 else min(1.0, low / 10 + 0.05 + own.gauss(0, 0.03))}
             for low in range(10)
         ],
     }  # fmt: skip

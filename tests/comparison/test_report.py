@@ -87,8 +87,8 @@ def test_interrupted_write_leaves_the_old_report(
 
 
 def test_other_schema_version_is_refused(make_results: MakeResults, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="schema version 2"):
-        write_report({**make_results(), "schema_version": 2}, tmp_path)
+    with pytest.raises(UserError, match="schema version 1"):
+        write_report({**make_results(), "schema_version": 1}, tmp_path)
 
 
 def test_stored_summary_is_what_the_page_shows(make_results: MakeResults, tmp_path: Path) -> None:
@@ -181,6 +181,24 @@ def test_markdown_holds_verdict_table_and_command(make_results: MakeResults) -> 
     assert "| Seconds a step |" in text
     assert results["command"] in text
     assert "![Held-out loss over training](figures/loss.png)" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("three_seeds", {}),
+        ("one_seed", {"seeds": (0,)}),
+        ("draws", {"offsets": (-0.002, 0.003), "noise": 0.02}),
+        ("mot_wins", {"offsets": (0.05, -0.1)}),
+    ],
+)
+def test_pretraining_is_told_in_the_words_and_numbers_stored(
+    make_results: MakeResults, name: str, settings: dict[str, Any]
+) -> None:
+    """What other tasks add to the report must not change a word of pretraining's."""
+    stored = (Path(__file__).parent / "stored" / f"{name}.md").read_text(encoding="utf-8")
+    results = make_results(**settings)
+    assert render_markdown(results, summarize(results)) == stored
 
 
 def test_figures_are_valid_plotly(make_results: MakeResults) -> None:
