@@ -269,10 +269,10 @@ def test_arms_are_compared_over_the_same_test_texts(make, run, tmp_path):
 
 
 def test_learning_is_possible_at_all(make, run):
-    """The tiny reviews are decided by one word each, which a tuned model finds."""
-    experiment = make("full")
-    model, _, _ = run(experiment, "full", steps=80, rate=3e-3, eval_every=80, save_every=80)
-    assert experiment.arms["full"].task.evaluate(model, final=True)["alone"]["accuracy"] > 75
+    """The tiny reviews are decided by one word each, which even a random model lets through to a blend of its layers."""
+    experiment = make("layer_mix")
+    model, _, _ = run(experiment, "layer_mix", steps=200, rate=0.1, eval_every=200, save_every=200)
+    assert experiment.arms["layer_mix"].task.evaluate(model, final=True)["alone"]["accuracy"] > 70
 
 
 def test_a_mixture_decoder_can_be_classified_with(make, run, tiny_config, encoder_folder, tmp_path):
