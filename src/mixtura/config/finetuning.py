@@ -63,7 +63,7 @@ class HeadConfig:
     pooling: Literal["mean", "first", "last"] = "mean"
     """How tokens become one vector: their mean, the first token, or the last real one."""
     normalization: Literal["layer_norm", "none"] = "layer_norm"
-    """What happens to every token's state before pooling, in every layer: a layer norm without parameters, or nothing."""
+    """Of every token's state in every layer, before pooling: a layer norm without parameters, or none."""
     feed_forward: ArmConfig | None = None
     """A mixture between pooling and the classifier, over the pooled vector; None has none."""
 
