@@ -15,8 +15,8 @@ from mixtura.data.parallel import load_parallel
 PAGE = """<html><body>
 <div id="Contents"><p id="bm_1">bookmark</p></div>
 <h1 id="hd_1">Find <a href="x">Bar</a></h1>
-<p id="par_1">Press <span class="switchinline"><span hidden="true" id="MACx" class="MAC">Command</span><span hidden="true"
-id="defaultx"><span class="keycode">Ctrl</span></span></span>+F<br>to search.</p>
+<p id="par_1">Press <span class="switchinline"><span hidden="true" id="MACx" class="MAC">Command</span>
+<span hidden="true" id="defaultx"><span class="keycode">Ctrl</span></span></span>+F<br>to search.</p>
 <p id="par_1">The same element again.</p>
 <p id="par_2" class="code">Print x</p>
 <p id="par_3">12.5 %</p>
@@ -100,7 +100,7 @@ def test_what_is_there_is_not_fetched_again(tables, monkeypatch):
 def test_without_apt_the_bible_is_offered(tmp_path, monkeypatch):
     monkeypatch.setenv("MIXTURA_CACHE", str(tmp_path))
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(UserError, match="set 'data.source' to \"bible\""):
+    with pytest.raises(UserError, match=r"set .data.source. to .bible. instead"):
         fetch_help(["de"], print)
 
 

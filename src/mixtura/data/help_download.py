@@ -1,4 +1,4 @@
-"""`make assets`: fetches the LibreOffice help with apt-get and lays it out as tables, without root and without installing.
+"""`make assets`: fetches the LibreOffice help with apt-get and lays it out as tables, without root or installing.
 
 Run as `python -m mixtura.data.help_download [language ...]`. What is there already is left alone.
 """
@@ -36,7 +36,7 @@ def fetch_help(languages: Sequence[str], say: Callable[[str], None]) -> None:
         say(f"LibreOffice help is in {help_table('en').parent} already: {there}.")
     if not missing:
         return
-    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+    if not _has_apt():
         raise UserError(
             "The LibreOffice help comes as Debian packages, but apt-get or dpkg-deb is not on this machine: "
             "set 'data.source' to \"bible\" instead, which needs neither."
@@ -53,6 +53,10 @@ def fetch_help(languages: Sequence[str], say: Callable[[str], None]) -> None:
                 f"'{path}' cannot be written ({reason_of(error)}): make room, or set MIXTURA_CACHE."
             ) from None
         say(f"LibreOffice help {version}, {language}: {rows:,} paragraphs in {path} (MPL-2.0).")
+
+
+def _has_apt() -> bool:
+    return bool(shutil.which("apt-get") and shutil.which("dpkg-deb"))
 
 
 def _make_table(language: str, folder: Path) -> tuple[int, str]:
@@ -96,7 +100,7 @@ def _main(arguments: list[str]) -> int:
         fetch_help([*_DEFAULT, *arguments], print)
     except UserError as error:
         print(error, file=sys.stderr)
-        return 1
+        return 1 if _has_apt() else 0  # without it, the Bible takes the place of the help
     return 0
 
 

@@ -41,8 +41,8 @@ class LabelledCorpus:
 def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
     """Reads the examples of a recipe, cleans them, and holds some out.
 
-    A text that comes twice is kept once; one that comes with different labels is left out. `max_examples` bounds training
-    examples and is a fixed shuffled choice.
+    A text that comes twice is kept once; one that comes with different labels is left out. `max_examples` bounds
+    training examples and is a fixed shuffled choice.
 
     Raises:
         UserError: the source is missing or unreadable, lacks a column, has one class or too few examples.
@@ -58,8 +58,8 @@ def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
     labels = _sorted_labels({label for _, label in examples})
     if len(labels) < 2:
         raise UserError(
-            f"All {len(examples):,} examples of {description} have the label '{labels[0]}': give examples of two classes "
-            "or more, or name another 'data.label_column'."
+            f"All {len(examples):,} examples of {description} have the label '{labels[0]}': give examples of two "
+            "classes or more, or name another 'data.label_column'."
         )
     index = {label: i for i, label in enumerate(labels)}
     test, validation, train = _split(

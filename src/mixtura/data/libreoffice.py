@@ -57,8 +57,8 @@ def help_version(languages: Collection[str]) -> str:
     if len(set(versions.values())) > 1:
         listed = ", ".join(f"{language} {version}" for language, version in sorted(versions.items()))
         raise UserError(
-            f"The LibreOffice help in '{help_table('en').parent}' is of several versions ({listed}): remove that folder "
-            "and run `make assets`."
+            f"The LibreOffice help in '{help_table('en').parent}' is of several versions ({listed}): remove that "
+            "folder and run `make assets`."
         )
     return next(iter(versions.values()))
 

@@ -1,12 +1,12 @@
 """Pretrained models by name: two that come as packages, and any folder or hub name."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from mixtura.config import UserError
 from mixtura.config.assets import cache_folder, package_path
@@ -22,7 +23,7 @@ from mixtura.models.smollm2 import convert_smollm2
 
 Head = Literal["causal", "encoder"]
 
-# Raise the number when the conversion changes, so that folders of before are not taken for those of now.
+# Rename it when the conversion changes, so that folders of before are not taken for those of now.
 _SMOLLM2_FOLDER = "smollm2-135m-instruct-q4-1"
 
 
@@ -101,12 +102,31 @@ def _cut(config: Any, name: str, num_layers: int | None) -> None:
     config.num_hidden_layers = num_layers
 
 
+def _main() -> int:
+    """`make assets`: converts what must be converted, and says where the models are."""
+    licences = {"smollm2": "Apache-2.0, dequantised from 4 bits", "minilm": "package MIT, read in place"}
+    try:
+        for name, licence in licences.items():
+            print(f"Model {name}: {resolve_base(name)} ({licence}).")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
 @contextlib.contextmanager
 def _no_report() -> Iterator[None]:
-    """Silences what transformers logs while it loads."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    """Silences what transformers logs and its progress bar while it loads."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
