@@ -216,7 +216,7 @@ def test_costs_of_arms(make):
     assert said["layer_mix"]["parameters_trainable"] == classifier + 3 + 1
     assert said["full"]["parameters_trainable"] == said["full"]["parameters_total"] == base + classifier + 4
     assert said["moe"]["parameters_total"] - said["moe"]["parameters_active"] == 2 * 2 * 16 * 8
-    # One product of (1, 16) with (16, 2), forward and for both gradients but that of the features, over a text's tokens.
+    # A product of (1, 16) with (16, 2), forward and for the weight's gradient, over a text's tokens.
     length = int(np.median(arms["last_layer"].splits.train.length_N))
     assert said["last_layer"]["flops_per_token"] == pytest.approx(2 * 2 * 16 * 2 / length, rel=0.3)
     assert said["last_layer"]["flops_ratio"] == 1
@@ -269,10 +269,10 @@ def test_arms_are_compared_over_the_same_test_texts(make, run, tmp_path):
 
 
 def test_learning_is_possible_at_all(make, run):
-    """The tiny reviews are decided by one word each, which a tuned model finds."""
-    experiment = make("full")
-    model, _, _ = run(experiment, "full", steps=80, rate=3e-3, eval_every=80, save_every=80)
-    assert experiment.arms["full"].task.evaluate(model, final=True)["alone"]["accuracy"] > 75
+    """The tiny reviews are decided by one word each, which even a random model lets through to a blend."""
+    experiment = make("layer_mix")
+    model, _, _ = run(experiment, "layer_mix", steps=200, rate=0.1, eval_every=200, save_every=200)
+    assert experiment.arms["layer_mix"].task.evaluate(model, final=True)["alone"]["accuracy"] > 70
 
 
 def test_a_mixture_decoder_can_be_classified_with(make, run, tiny_config, encoder_folder, tmp_path):

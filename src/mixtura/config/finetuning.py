@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mixtura.config.schema import ArmConfig, ModelConfig, Recipe, SearchConfig, TrainingConfig
+from mixtura.config.schema import ArmConfig, ModelConfig, SearchConfig, TrainingConfig
 
 Task = Literal["translation", "classification"]
 AdapterMethod = Literal["lora", "mixture_of_lora", "mixture_of_tokens", "expert_specialized"]
@@ -63,7 +63,7 @@ class HeadConfig:
     pooling: Literal["mean", "first", "last"] = "mean"
     """How tokens become one vector: their mean, the first token, or the last real one."""
     normalization: Literal["layer_norm", "none"] = "layer_norm"
-    """What happens to every state before pooling, in every layer: a layer norm without parameters, or nothing."""
+    """Of every token's state in every layer, before pooling: a layer norm without parameters, or none."""
     feed_forward: ArmConfig | None = None
     """A mixture between pooling and the classifier, over the pooled vector; None has none."""
 
@@ -180,4 +180,3 @@ class ClassificationRecipe:
 
 
 FinetuneRecipe = TranslationRecipe | ClassificationRecipe
-AnyRecipe = Recipe | FinetuneRecipe

@@ -25,6 +25,8 @@ from mixtura.finetuning.costs import count_parameters, measured_flops_per_token
 from mixtura.finetuning.features import FeatureExamples, hidden_states
 from mixtura.finetuning.heads import head_settings, inactive_parameters
 from mixtura.finetuning.saved_classifier import SavedClassifier
+from mixtura.models import MixtureConfig
+from mixtura.planning import active_parameters, model_parameters
 from mixtura.training.experiment import Arm
 
 
@@ -119,7 +121,7 @@ class ClassificationArm(Arm):
         return {
             "settings": settings,
             "parameters_total": total,
-            "parameters_active": total - inactive_parameters(self.config.head, self.saved.hidden_size),
+            "parameters_active": total - self._inactive_parameters(),
             "parameters_trainable": trainable,
             "flops_per_token": self.flops_per_token,
             "flops_ratio": self.flops_per_token / baseline.flops_per_token,
@@ -139,9 +141,17 @@ class ClassificationArm(Arm):
             return probe_layer(
                 lambda x_BMD: head(x_BMD)[0], hidden_size=self.saved.hidden_size, batch=batch, length=max(2, states)
             )
-        # Texts without a probe's many repetitions: a whole model is slow, and a leak through a mixture is no rarity.
+        # Few probes: a whole model is slow, and every draw shows a leak through a mixture of tokens.
         vocab_size = len(self.pretrained.tokenizer)
         return probe_causal_lm(_Logits(model), vocab_size=vocab_size, batch=batch, length=4, num_probes=4)
+
+    def _inactive_parameters(self) -> int:
+        """Of mixtures in the head and in a base model of this library; an adapter's experts all count as active."""
+        inactive = inactive_parameters(self.config.head, self.saved.hidden_size)
+        config: Any = self.pretrained.model.config
+        if isinstance(config, MixtureConfig):
+            inactive += model_parameters(config) - active_parameters(config, sequence_length=self._median_length())
+        return inactive
 
     def _feature_flops(self) -> float:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
