@@ -316,6 +316,46 @@ def test_published_methods_are_settings_that_work(make_base: MakeBase, batch: Ba
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
 
 
+@each_base
+@pytest.mark.parametrize("name", ["top_k", "feed_forward_top_k", "mixture_of_tokens"])
+def test_switched_off_or_taken_off_an_adapter_leaves_the_base(
+    make_base: MakeBase, batch: Batch, base: str, name: str
+) -> None:
+    expected = _output(make_base(base), batch)
+    adapted = _adapted(make_base(base), name)
+    _randomize(adapted)
+    changed = _output(adapted.eval(), batch)
+    assert not torch.equal(changed, expected)
+    with adapted.disable_adapter():
+        assert torch.equal(_output(adapted, batch), expected)
+    assert torch.equal(_output(adapted, batch), changed)
+    bare = adapted.unload()
+    assert torch.equal(_output(bare, batch), expected)
+    again = _adapted(bare, name)
+    _randomize(again)
+    assert torch.equal(_output(again.eval(), batch), changed)
+
+
+@each_base
+@pytest.mark.parametrize("name", ["top_k", "feed_forward_top_k", "mixture_of_tokens"])
+def test_two_adapters_live_side_by_side(
+    make_base: MakeBase, batch: Batch, tmp_path: Path, base: str, name: str
+) -> None:
+    first = _adapted(make_base(base), name)
+    _randomize(first)
+    first.save_pretrained(tmp_path)
+    expected = _output(first.eval(), batch)
+    both = _adapted(make_base(base), name)
+    _randomize(both, std=0.1)
+    own = _output(both.eval(), batch)
+    both.load_adapter(str(tmp_path), "other")
+    assert torch.equal(_output(both, batch), own)
+    both.set_adapter("other")
+    assert torch.equal(_output(both, batch), expected)
+    both.save_pretrained(tmp_path / "both")
+    assert (tmp_path / "both" / "other" / "adapter_model.safetensors").is_file()
+
+
 def test_a_folder_without_an_adapter_is_refused(make_base: MakeBase, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no adapter"):
         load_adapter(make_base("llama"), tmp_path)

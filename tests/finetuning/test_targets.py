@@ -91,5 +91,5 @@ def test_targets_match_whole_last_names() -> None:
     model = MODELS["roberta"]()
     assert match_linears(model, ["attention.output.dense"])[0] == "encoder.layer.0.attention.output.dense"
     assert len(match_linears(model, ["query", "value"])) == 4
-    with pytest.raises(UserError, match="'uery', which is no linear layer"):
-        match_linears(model, ["uery"])
+    with pytest.raises(UserError, match="'y', which is no linear layer"):
+        match_linears(model, ["y"])
