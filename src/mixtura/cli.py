@@ -218,7 +218,7 @@ def diagnose(
     model: ModelArgument,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=FILE, such as de=german.txt; repeatable. Translation models bring their own sentences."),
+        typer.Option(help="NAME=FILE, such as de=german.txt; repeatable. A translation run has its own sentences."),
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens read of each text.")] = 20_000,

@@ -122,6 +122,27 @@ def diagnose_model(
     config: Any = model.config
     longest = getattr(config, "max_position_embeddings", None) or LONGEST_EXCERPT
     excerpts = cut_excerpts(tokenizer, texts, length=min(longest, LONGEST_EXCERPT), max_tokens=max_tokens)
+    return diagnose_excerpts(
+        model, tokenizer, excerpts, name=name, batch_size=batch_size, group_word=group_word, seed=seed
+    )
+
+
+def diagnose_excerpts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    excerpts: Excerpts,
+    *,
+    name: str,
+    batch_size: int = 8,
+    group_word: str = "text",
+    command: str = "",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """As `diagnose_model`, for text that is tokens already.
+
+    Raises:
+        UserError: the model needs groups that the excerpts are not.
+    """
     surfaces = token_surfaces(tokenizer, excerpts.token_T.tolist())
     special = set(tokenizer.all_special_ids)
     types_T = numpy.array(
@@ -134,7 +155,7 @@ def diagnose_model(
     results: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": "",
+        "command": command,
         "model": _describe_model(model, name),
         "group_word": group_word,
         "groups": excerpts.describe(types_T),

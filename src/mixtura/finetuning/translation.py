@@ -3,7 +3,6 @@
 All arms see the same sentence pairs in the same order, and are scored on the same test sentences by the same decoding.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
@@ -15,7 +14,7 @@ from mixtura.finetuning.prompts import Prompts, add_prompt_tokens
 from mixtura.finetuning.scoring import paired_bootstrap
 from mixtura.finetuning.translation_arms import make_arm
 from mixtura.finetuning.translation_data import encode_pairs
-from mixtura.finetuning.translation_task import OUTPUTS_FILE, TranslationData
+from mixtura.finetuning.translation_task import OUTPUTS_FILE, TranslationData, read_outputs
 from mixtura.finetuning.translation_tokenizer import train_translation_tokenizer
 from mixtura.models.pretrained import load_base
 from mixtura.training.experiment import Arm, Experiment
@@ -92,7 +91,7 @@ class TranslationExperiment(Experiment):
 
     def _bootstrap(self, out: Path, name: str, seed: int) -> dict[str, tuple[float, float]]:
         arms = (self.recipe.baseline, name)
-        before, after = (_read_outputs(out / "arms" / arm / f"seed{seed}" / OUTPUTS_FILE) for arm in arms)
+        before, after = (read_outputs(out / "arms" / arm / f"seed{seed}" / OUTPUTS_FILE) for arm in arms)
         result = {}
         for direction in dict.fromkeys(record["pair"] for record in before):
             pairs = [(b, a) for b, a in zip(before, after, strict=True) if b["pair"] == direction]
@@ -152,10 +151,3 @@ def _encode(recipe: TranslationRecipe, corpus: ParallelCorpus, prompts: Prompts)
     return TranslationData(
         prompts=prompts, directions=directions, max_length=recipe.data.max_length, facts=facts, **splits
     )
-
-
-def _read_outputs(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read ({error}): run this arm and seed again.") from error

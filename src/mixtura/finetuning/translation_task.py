@@ -376,3 +376,15 @@ def _load_adapter(model: PeftModel, folder: Path) -> None:
         ) from error
     if found.unexpected_keys:
         raise UserError(f"The adapter in '{folder}' is of another model: it has {found.unexpected_keys[0]}.")
+
+
+def read_outputs(path: Path) -> list[dict[str, Any]]:
+    """The test sentences of a finished run with its outputs: `pair`, `source`, `reference`, `output`.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}): run this arm and seed again.") from error

@@ -67,6 +67,17 @@ def translate(model_folder: Path, text: str, *, source_language: str, target_lan
     return "\n".join(lines)
 
 
+def load_translator(model_folder: Path) -> tuple[Any, Prompts, tuple[str, ...]]:
+    """The model in a translation run's `checkpoint`, ready for inference, its prompts and its directions.
+
+    Raises:
+        UserError: the folder is none of a translation run, or is damaged.
+    """
+    told = _read_told(model_folder)
+    prompts = Prompts(told["prompt"], load_tokenizer(str(model_folder)))
+    return _load(model_folder, told), prompts, tuple(told["directions"])
+
+
 def _read_told(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / TRANSLATION_FILE).read_text(encoding="utf-8"))
