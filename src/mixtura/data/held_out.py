@@ -1,8 +1,8 @@
 """Which sentence pairs are held out, and which must leave training because of them.
 
 A sentence is held out in all languages at once: a model that has seen the German of a test sentence has an advantage on
-its French. Sides are chosen by a hash of the text, so that they depend neither on the order of the rows nor, but for the
-last few, on what else there is.
+its French. Sides are chosen by a hash of the text, so that they depend neither on the order of the rows nor, but for
+the last few, on what else there is.
 """
 
 from collections import Counter

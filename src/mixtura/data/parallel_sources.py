@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mixtura.config import TranslationDataConfig, UserError
 from mixtura.data.bible import HELD_OUT_BOOKS, VERSIONS, bible_file, bible_units
-from mixtura.data.libreoffice import help_languages, help_units
+from mixtura.data.libreoffice import help_languages, help_units, help_version
 from mixtura.data.rows import TABLES, Row, cell, file_rows, find_cell, hub_rows, local_files
 from mixtura.data.units import Unit
 
@@ -81,14 +81,14 @@ def _open_bible(_: TranslationDataConfig, pairs: tuple[Pair, ...], skipped: Coun
     return Source(bible_units(path, languages, skipped), description, HELD_OUT_BOOKS)
 
 
-def _open_help(_: TranslationDataConfig, pairs: tuple[Pair, ...], skipped: Counter[str]) -> Source:
+def _open_help(_: TranslationDataConfig, pairs: tuple[Pair, ...], __: Counter[str]) -> Source:
     known = help_languages()
     languages = _check_languages(
         pairs, known, "the LibreOffice help on this machine", ", or bring more with `make assets LANGUAGES=...`"
     )
     # The English paragraph names a unit even where no direction asks for English.
-    wanted = tuple(sorted({*languages, "en"}))
-    return Source(help_units(wanted, skipped), "paragraphs of the LibreOffice 7.4 help (MPL-2.0)")
+    wanted = sorted({*languages, "en"})
+    return Source(help_units(wanted), f"paragraphs of the LibreOffice {help_version(wanted)} help (MPL-2.0)")
 
 
 def _check_languages(pairs: tuple[Pair, ...], known: tuple[str, ...], where: str, advice: str) -> tuple[str, ...]:
