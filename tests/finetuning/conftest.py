@@ -1,12 +1,27 @@
 """Tiny random models of the kinds that adapters go to."""
 
+import json
+import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 
@@ -59,3 +74,39 @@ def batch() -> dict[str, torch.Tensor]:
     attention_mask = torch.ones_like(input_ids)
     attention_mask[3, :2] = 0
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+_GOOD, _BAD, _PLAIN = ("good", "great", "lovely"), ("bad", "awful", "dull"), ("film", "plot", "the", "was", "a", "very")
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random BERT of two layers and a tokenizer of whole words."""
+    folder = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *_GOOD, *_BAD, *_PLAIN]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", words.index("[CLS]")), ("[SEP]", words.index("[SEP]"))]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=16, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """240 tiny reviews as JSON lines: the label says whether a good or a bad word is in it."""
+    draw = random.Random(0)
+    rows = []
+    for index in range(240):
+        words = [*draw.choices(_PLAIN, k=draw.randint(1, 9)), draw.choice((_BAD, _GOOD)[index % 2])]
+        draw.shuffle(words)
+        rows.append({"text": f"{' '.join(words)} {index}", "label": ("negative", "positive")[index % 2]})
+    path = tmp_path_factory.mktemp("reviews") / "reviews.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path

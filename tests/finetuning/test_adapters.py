@@ -1,5 +1,6 @@
-"""Adapters on stock models: identity at first, saved and loaded bit for bit, heard, counted, refused with a sentence."""
+"""Adapters on stock models: nothing at first, saved and loaded bit for bit, heard, counted, refused with a sentence."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from mixtura.config import AdapterConfig, UserError
 from mixtura.finetuning.adapters import (
     apply_adapter,
     describe,
+    load_adapter,
     reach,
     router_losses,
     routing_stats,
 )
 from mixtura.finetuning.costs import count_parameters
+from mixtura.finetuning.mixture_lora import PUBLISHED
 from mixtura.finetuning.tuner import observe_routing, set_task_ids, task_ids
 
 # PEFT reads a property that transformers deprecate.
@@ -200,6 +203,7 @@ def test_nothing_is_balanced_where_no_router_chooses(make_base: MakeBase, batch:
     adapted = _adapted(make_base("llama"), name).train()
     adapted(**batch)
     assert router_losses(adapted) is None
+    assert (routing_stats(adapted) == ()) == (name == "lora")
 
 
 @pytest.mark.parametrize("name", ["top_k", "feed_forward_top_k", "mixture_of_tokens"])
@@ -258,8 +262,6 @@ def test_a_task_is_repeated_in_place_for_beams_and_forgotten_after_the_block(mak
 
 
 def test_a_model_with_an_adapter_can_be_copied_after_training(make_base: MakeBase, batch: Batch) -> None:
-    import copy
-
     for base in ("llama", "bert"):
         adapted = _adapted(make_base(base), "feed_forward_top_k").train()
         _output(adapted, batch).sum().backward()
@@ -300,6 +302,21 @@ def test_a_baseline_too_small_for_rank_one_is_refused_with_both_numbers(make_bas
 def test_a_model_without_feed_forward_layers_is_refused() -> None:
     with pytest.raises(UserError, match="No feed-forward layer was found"):
         apply_adapter(nn.Sequential(nn.Linear(4, 4)), _config("top_k"), seed=0)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_methods_are_settings_that_work(make_base: MakeBase, batch: Batch, name: str) -> None:
+    config = AdapterConfig(method="mixture_of_lora", **PUBLISHED[name])
+    adapted = apply_adapter(make_base("llama"), config, num_tasks=3, seed=0)
+    set_task_ids(adapted, TASKS)
+    _randomize(adapted)
+    adapted.train()(**batch).logits.square().mean().backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+def test_a_folder_without_an_adapter_is_refused(make_base: MakeBase, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no adapter"):
+        load_adapter(make_base("llama"), tmp_path)
 
 
 def test_a_routed_adapter_is_not_merged(make_base: MakeBase) -> None:

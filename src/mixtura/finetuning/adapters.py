@@ -1,8 +1,8 @@
 """Adapters on any Hugging Face causal language model or encoder: one function that applies what a recipe says.
 
-A mixture of LoRA and a mixture-of-tokens adapter are PEFT methods of their own, so that what `save_pretrained` writes is a
-stock PEFT folder (`adapter_config.json`, safetensors), and after `import mixtura.finetuning.adapters`
-`PeftModel.from_pretrained(base, folder)` loads it.
+Mixtures of LoRA and of tokens and expert-specialised tuning are PEFT methods of their own, so that what
+`save_pretrained` writes is a stock PEFT folder (`adapter_config.json`, safetensors), and after
+`import mixtura.finetuning.adapters` PEFT's own `PeftModel.from_pretrained(base, folder)` loads it.
 
 Shapes: B batch, L length.
 """
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from mixtura.config import AdapterConfig, UserError
 from mixtura.finetuning.costs import RankCost, count_parameters, lora_cost, mixture_lora_cost, mot_adapter_cost
+from mixtura.finetuning.expert_specialized import apply_expert_specialized
 from mixtura.finetuning.mixture_lora import MixtureLoraConfig, MixtureLoraLayer
 from mixtura.finetuning.mot_adapter import MotAdapterConfig, input_width
 from mixtura.finetuning.targets import Block, feed_forward_linears, find_blocks, match_linears
-from mixtura.finetuning.tuner import batch_context
+from mixtura.finetuning.tuner import RoutedTuner, batch_context
 from mixtura.layers import RoutingStats
 from mixtura.layers.losses import load_balancing_loss
 
@@ -46,6 +47,7 @@ def apply_adapter(
     *,
     baseline_parameters: int | None = None,
     num_tasks: int | None = None,
+    sample: Iterable[Mapping[str, Any]] | None = None,
     seed: int,
 ) -> PeftModel:
     """Freezes a model and puts an adapter on it, in place.
@@ -57,11 +59,17 @@ def apply_adapter(
             near as a whole rank allows; `describe` says by how much it is below.
         num_tasks: number of tasks or languages, which is the number of experts of an adapter that routes by task;
             `config.num_experts` is then not read.
+        sample: batches that show which experts the data uses, for expert-specialised tuning alone.
         seed: of the adapter's first weights.
 
     Raises:
         UserError: a target does not exist, or the settings cannot work.
     """
+    if config.method == "expert_specialized":
+        if sample is None:
+            raise UserError("Expert-specialised tuning needs a sample of the data to choose experts: give 'sample'.")
+        with _without_deprecations():
+            return apply_expert_specialized(model, sample, expert_share=config.expert_share)
     num_experts = _num_experts(config, num_tasks)
     plan = _plan(model, config, num_experts)
     rank = config.rank if config.rank is not None else _solve_rank(plan.cost, config, baseline_parameters)
@@ -106,11 +114,6 @@ def _num_experts(config: AdapterConfig, num_tasks: int | None) -> int:
 
 def _plan(model: nn.Module, config: AdapterConfig, num_experts: int) -> _Plan:
     """Which modules are replaced, and what that trains for each rank."""
-    if config.method == "expert_specialized":
-        raise UserError(
-            "Expert-specialised tuning looks at a sample of the data first: use "
-            "mixtura.finetuning.expert_specialized.apply_expert_specialized."
-        )
     whole_layers = config.method == "mixture_of_tokens" or (
         config.method == "mixture_of_lora" and config.scope == "feed_forward"
     )
@@ -126,7 +129,8 @@ def _plan(model: nn.Module, config: AdapterConfig, num_experts: int) -> _Plan:
 def _plan_blocks(model: nn.Module, config: AdapterConfig, num_experts: int) -> _Plan:
     if config.targets:
         raise UserError(
-            f"'adapter.targets' is {list(config.targets)}, but this adapter goes to whole feed-forward layers: remove it."
+            f"'adapter.targets' is {list(config.targets)}, but this adapter goes to whole feed-forward layers: remove "
+            "it."
         )
     blocks = find_blocks(model, mixtures=config.method == "mixture_of_tokens")
     if not blocks:
@@ -203,11 +207,11 @@ def adapted_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
 def describe(model: PeftModel, *, baseline_parameters: int | None = None) -> str:
     """One sentence on what is trained, and on how far that is from the baseline."""
     total, trained = count_parameters(model)
-    config: Any = model.peft_config[model.active_adapter]
-    method = str(config.peft_type.value).lower()
+    config: Any = model.active_peft_config
+    rank = f" of rank {config.r}" if hasattr(config, "r") else ""
     sentence = (
-        f"{method} of rank {config.r} on {len(adapted_layers(model))} layers: {trained:,} of {total:,} parameters are "
-        f"trained ({100 * trained / total:.2f} %)"
+        f"{str(config.peft_type.value).lower()}{rank} on {len(adapted_layers(model))} layers: {trained:,} of {total:,} "
+        f"parameters are trained ({100 * trained / total:.2f} %)"
     )
     if baseline_parameters is None:
         return f"{sentence}."
@@ -219,18 +223,19 @@ def describe(model: PeftModel, *, baseline_parameters: int | None = None) -> str
 def routing_stats(model: nn.Module) -> tuple[RoutingStats, ...]:
     """Statistics of the adapters' routing in the last forward, in the order of the layers; empty where nothing routes.
 
-    They are kept in train(), and in eval() under `observe_routing`. A layer that gradient checkpointing runs twice leaves
-    one.
+    They are kept in train(), and in eval() under `observe_routing`. A layer that gradient checkpointing runs twice
+    leaves one.
     """
-    stats = batch_context(model).stats
-    return tuple(stats.values())
+    if not any(isinstance(module, RoutedTuner) for module in model.modules()):
+        return ()
+    return tuple(batch_context(model).stats.values())
 
 
 def router_losses(model: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Unweighted load-balancing and z-loss of the last forward, means over the routed layers; padding does not count.
 
-    None where nothing is to be balanced: without a router, by task, and in mixtures of tokens. With dense gates the first
-    is 1 + cv^2 of the experts' importance (LoRAMoE's loss, up to its constant) with half its gradient.
+    None where nothing is to be balanced: without a router, by task, and in mixtures of tokens. With dense gates the
+    first is 1 + cv^2 of the experts' importance (LoRAMoE's loss, up to its constant) with half its gradient.
 
     Raises:
         UserError: the layers ran under reentrant checkpointing, which hides the routers from the losses.

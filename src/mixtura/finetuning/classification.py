@@ -22,6 +22,7 @@ from mixtura.data.labelled import LabelledCorpus, LabelledText, load_labelled
 from mixtura.finetuning.adapters import apply_adapter
 from mixtura.finetuning.classification_arm import ClassificationArm, Pretrained
 from mixtura.finetuning.classification_task import PREDICTIONS, Splits
+from mixtura.finetuning.classifier import load_encoder
 from mixtura.finetuning.costs import count_parameters
 from mixtura.finetuning.features import (
     Examples,
@@ -35,7 +36,6 @@ from mixtura.finetuning.features import (
 from mixtura.finetuning.heads import blends_tokens
 from mixtura.finetuning.saved_classifier import SavedClassifier
 from mixtura.finetuning.scores import paired_bootstrap
-from mixtura.models.pretrained import load_base
 from mixtura.training.experiment import Arm, Experiment
 
 _PARTS = ("train", "validation", "test")
@@ -100,7 +100,7 @@ def make_classification(
     on_progress("encoding")
     tokens = encode_texts(
         [example.text for part in _PARTS for example in getattr(corpus, part)],
-        [corpus.labels.index(example.label) for part in _PARTS for example in getattr(corpus, part)],
+        [example.label for part in _PARTS for example in getattr(corpus, part)],
         pretrained.tokenizer,
         max_length=recipe.data.max_length,
     )
@@ -150,9 +150,10 @@ def _check(recipe: ClassificationRecipe) -> None:
 
 
 def _load_pretrained(recipe: ClassificationRecipe) -> Pretrained:
-    model, tokenizer = load_base(recipe.base.name, num_layers=recipe.base.num_layers, head="encoder")
-    model.eval().requires_grad_(False)
-    longest = getattr(model.config, "max_position_embeddings", None) or recipe.data.max_length
+    assert recipe.base.name is not None
+    model, tokenizer = load_encoder(recipe.base.name, num_layers=recipe.base.num_layers)
+    config: Any = model.config
+    longest = getattr(config, "max_position_embeddings", None) or recipe.data.max_length
     if recipe.data.max_length > longest:
         raise UserError(
             f"'data.max_length' is {recipe.data.max_length} but '{recipe.base.name}' reads at most {longest} tokens: "

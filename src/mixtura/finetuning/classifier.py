@@ -13,14 +13,33 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from mixtura.finetuning.adapters import router_losses, routing_stats
 from mixtura.finetuning.features import hidden_states
 from mixtura.finetuning.heads import ClassifierHead, blends_tokens
 from mixtura.finetuning.tuner import RoutedTuner
 from mixtura.layers import MixtureOfTokens, RoutingStats
+from mixtura.models.pretrained import load_base
 
 Mode = Literal["group", "alone"]
+
+
+def load_encoder(name: str, *, num_layers: int | None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A pretrained model without any head, frozen and in evaluation mode, and its tokenizer.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    model, tokenizer = load_base(name, num_layers=num_layers, head="encoder")
+    return without_pooler(model).eval().requires_grad_(False), tokenizer
+
+
+def without_pooler(model: Any) -> Any:
+    """The same model without BERT's pooler: it reads the hidden states, so no head here would ever train it."""
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model
 
 
 class ClassifierOutput(NamedTuple):

@@ -41,7 +41,7 @@ def mixture_lora_cost(
     """A mixture of LoRA.
 
     Args:
-        layers: for every routing the shapes (I, O) of the linear layers under it, the router's input being I of the first.
+        layers: for every routing the shapes (I, O) of the linear layers under it; the router reads the first one's I.
         config: router and sharing.
         num_experts: E, which for task routing is the number of tasks.
 
@@ -60,6 +60,55 @@ def mixture_lora_cost(
 def mot_adapter_cost(widths: Sequence[int], *, num_experts: int) -> RankCost:
     """Mixture-of-tokens adapters beside layers of width D: 2 E R D, and E D for the router."""
     return RankCost(2 * num_experts * sum(widths), num_experts * sum(widths))
+
+
+def lora_flops(shapes: Sequence[tuple[int, int]], *, rank: int) -> int:
+    """Forward FLOPs a token beyond the frozen layers': 2 R (I + O) each."""
+    return 2 * rank * sum(i + o for i, o in shapes)
+
+
+def mixture_lora_flops(
+    layers: Sequence[Sequence[tuple[int, int]]],
+    config: AdapterConfig,
+    *,
+    num_experts: int,
+    rank: int,
+    experts_per_token: int | None = None,
+) -> int:
+    """Forward FLOPs a token beyond the frozen layers'.
+
+    One routing for each linear layer runs the ranks of all experts, whatever the router chose: 2 R (I + E O) or
+    2 E R (I + O). One for a whole layer runs those of the chosen experts: 2 K R (I + O) for each of its linear layers.
+
+    Args:
+        layers: as for `mixture_lora_cost`.
+        config: scope, router and sharing.
+        num_experts: E.
+        rank: R.
+        experts_per_token: K, which a threshold decides anew for every token; None is top_k, 1 by task, else E.
+    """
+    width = sum(shapes[0][0] for shapes in layers)
+    router = 0 if config.router == "task" else 2 * num_experts * width
+    if config.router == "threshold":
+        router += 2 * width
+    if config.scope == "feed_forward":
+        chosen = experts_per_token or {"top_k": config.top_k, "task": 1}.get(config.router, num_experts)
+        return router + sum(2 * chosen * rank * (i + o) for shapes in layers for i, o in shapes)
+    rows_a = 1 if config.share_a else num_experts
+    return router + sum(2 * rank * (rows_a * i + num_experts * o) for shapes in layers for i, o in shapes)
+
+
+def mot_adapter_flops(
+    widths: Sequence[int], *, num_experts: int, rank: int, group_size: int | None, alone_top_k: int | None = None
+) -> float:
+    """Forward FLOPs a token beyond the frozen layers'.
+
+    In groups 6 E D for router, mixing and spreading, and 4 R D E / G for the experts; alone (`group_size` None) 2 E D
+    for the router and 4 R D for each expert that runs.
+    """
+    if group_size is None:
+        return sum((2 * num_experts + 4 * rank * (alone_top_k or num_experts)) * width for width in widths)
+    return sum((6 * num_experts + 4 * rank * num_experts / group_size) * width for width in widths)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

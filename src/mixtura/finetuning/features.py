@@ -1,8 +1,8 @@
 """Labelled texts as a classifier reads them: as tokens, or as the pooled vectors of a frozen model, computed once.
 
-A frozen model answers the same for every seed, arm and epoch. Its normalised and pooled hidden states, M vectors a text,
-are therefore computed once for a whole comparison and kept on disk, under a name that hashes what decides them: the model's
-weights, the tokens, how they are pooled, and the library versions. An entry whose content does not match its
+A frozen model answers the same for every seed, arm and epoch. Its normalised, pooled hidden states, M vectors a text,
+are therefore computed once for a whole comparison and kept on disk, under a name that hashes what decides them: the
+model's weights, the tokens, how they are pooled, and the library versions. An entry whose content does not match its
 checksum is computed anew.
 
 Shapes: N texts, B batch, L tokens of a text, M hidden states, D hidden.

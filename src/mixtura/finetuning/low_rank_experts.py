@@ -45,7 +45,7 @@ def top_k_weights(probs_TE: Tensor, top_k: int, *, normalize: bool) -> Tensor:
 
 
 def threshold_weights(probs_TE: Tensor, threshold_T1: Tensor) -> Tensor:
-    """(T, E) -> (T, E): what exceeds the token's threshold, divided by its sum (AdaMoLE, arXiv 2405.00361, eq. 7)."""
+    """(T, E) -> (T, E): what exceeds the token's threshold, divided by its sum (AdaMoLE, arXiv 2405.00361)."""
     margin_TE = (probs_TE - threshold_T1).clamp_min(0)
     return margin_TE / margin_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(margin_TE.dtype).tiny)
 

@@ -6,8 +6,8 @@ for a whole feed-forward layer (`scope="feed_forward"`: MixLoRA, arXiv 2404.1515
     linear          y = W x + scale * sum_e w_e B_e A_e x
     feed_forward    y = sum_e w_e FFN_e(x),    FFN_e is the frozen layer with W + scale * B_e A_e in place of each W
 
-The second computes the frozen matrices once a token: up and gate before the experts, and, because the last one is linear
-and the weights sum to one, down on the experts' weighted sum.
+The second computes the frozen matrices once a token: up and gate before the experts and, because the last one is
+linear and the weights sum to one, down on the experts' weighted sum.
 
 Shapes: B batch, L length, T = B*L tokens, D hidden, F width of the frozen layer, E experts.
 """
@@ -29,15 +29,14 @@ from mixtura.finetuning.tuner import BatchContext, RoutedTuner, active_modules, 
 _ATTRIBUTE = "mixture_lora_experts"
 PUBLISHED: dict[str, dict[str, Any]] = {
     "mixlora": {"scope": "feed_forward", "router": "top_k", "num_experts": 8, "top_k": 2, "rank": 16, "alpha": 32.0},
-    "mola": {"scope": "linear", "router": "top_k", "num_experts": 8, "top_k": 2, "rank": 8, "alpha": 16.0},
-    "molora": {"scope": "linear", "router": "dense", "num_experts": 10, "rank": 4, "alpha": 8.0},
+    "mola": {"scope": "linear", "router": "top_k", "num_experts": 8, "top_k": 2, "rank": 8},
+    "molora": {"scope": "linear", "router": "dense", "num_experts": 10, "rank": 4},
     "loramoe": {"scope": "linear", "router": "dense", "num_experts": 8, "rank": 4, "alpha": 32.0},
     "hydralora": {"scope": "linear", "router": "dense", "num_experts": 4, "rank": 4, "alpha": 32.0, "share_a": True},
-    "adamole": {"scope": "linear", "router": "threshold", "num_experts": 8, "rank": 32, "alpha": 64.0},
-    "moelora": {"scope": "linear", "router": "task", "num_experts": 8, "rank": 2, "alpha": 4.0},
-    "task_moe": {"scope": "linear", "router": "task", "num_experts": 8, "rank": 16, "alpha": 32.0},
+    "adamole": {"scope": "linear", "router": "threshold", "num_experts": 8, "rank": 32, "router_aux_loss_coef": 0.001},
+    "task_routed": {"scope": "linear", "router": "task", "rank": 16},
 }
-"""Settings under which the papers report, as keys of `mixtura.config.AdapterConfig`; docs/adapters.md cites them."""
+"""Published methods as keys of `mixtura.config.AdapterConfig`; docs/adapters.md has the papers and what differs."""
 
 
 @dataclass
@@ -78,8 +77,8 @@ def check_settings(config: MixtureLoraConfig) -> None:
     """
     if config.r < 1 or config.lora_alpha <= 0 or not 0 <= config.lora_dropout < 1:
         raise UserError(
-            f"Rank {config.r}, alpha {config.lora_alpha} and dropout {config.lora_dropout} cannot work: rank must be at "
-            "least 1, alpha greater than zero and dropout from 0 to below 1."
+            f"Rank {config.r}, alpha {config.lora_alpha} and dropout {config.lora_dropout} cannot work: rank must be "
+            "at least 1, alpha greater than zero and dropout from 0 to below 1."
         )
     if config.num_experts < 2 and config.router != "task":
         raise UserError(f"'num_experts' is {config.num_experts}: a router needs 2 or more; one expert is plain LoRA.")
@@ -103,8 +102,8 @@ def _check_top_k(config: MixtureLoraConfig) -> None:
         )
     if config.top_k == 1 and config.normalize_top_k:
         raise UserError(
-            "'top_k' is 1 and a single normalised weight is always 1, so its router would get no gradient: set top_k to "
-            "2 or more, or route by 'task'."
+            "'top_k' is 1 and a single normalised weight is always 1, so its router would get no gradient: set top_k "
+            "to 2 or more, or route by 'task'."
         )
     if config.scope == "feed_forward" and not config.normalize_top_k:
         raise UserError(
@@ -190,8 +189,8 @@ class MixtureLoraLinear(MixtureLoraLayer):
 class MixtureLoraFeedForward(MixtureLoraLayer):
     """A frozen feed-forward layer of which every expert has its own low-rank updates, under one routing.
 
-    Of a split layer (BERT), this replaces the first half; its second half's linear layer, `down`, stays where it is, and a
-    forward hook there puts the experts' output in place of its own.
+    Of a split layer (BERT), this replaces the first half; the linear layer of its second half, `down`, stays where it
+    is, and a forward hook there puts the experts' output in place of its own.
     """
 
     def __init__(
@@ -204,6 +203,11 @@ class MixtureLoraFeedForward(MixtureLoraLayer):
         self._pending: Tensor | None = None
         if down is not None:
             down.register_forward_hook(self.leave)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the layer is made of two modules, as BERT's."""
+        return self._outside[0] is not None
 
     @property
     def parts(self) -> Projections:
@@ -243,7 +247,7 @@ def mixture_of_feed_forwards(
 ) -> tuple[Tensor, Tensor]:
     """(T, D) -> (T, D): sum_e w_e FFN_e(x) where the weights of a token sum to one; also the frozen up projection.
 
-    An expert runs on the tokens that chose it. MixLoRA (arXiv 2404.15159, section 3) shares the frozen gate and up
+    An expert runs on the tokens that chose it. MixLoRA (arXiv 2404.15159) shares the frozen gate and up
     projections in this way; sharing down too follows from sum_e w_e (W h_e + b) = W sum_e w_e h_e + b.
     """
     gate_TF = None if parts.gate is None else parts.gate(x_TD)
@@ -271,14 +275,15 @@ class MixtureLoraModel(RoutedTuner):
 
     def _create_and_replace(
         self,
-        peft_config: MixtureLoraConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
+        assert isinstance(peft_config, MixtureLoraConfig)
         if isinstance(target, MixtureLoraLinear | MixtureLoraFeedForward):
             target.add(adapter_name, peft_config)
             return
@@ -308,7 +313,7 @@ def find_kind(target: nn.Module, target_name: str, parent: nn.Module, key: str) 
         if all(name is None or isinstance(getattr(target, name, None), nn.Linear) for name in kind):
             return kind, None
     raise UserError(
-        f"'{key}' ({type(target).__name__}) is no feed-forward layer made of linear layers: set scope to 'linear'."
+        f"'{key}' ({type(target).__name__}) has no gate, up and down of their own: set 'adapter.scope' to \"linear\"."
     )
 
 

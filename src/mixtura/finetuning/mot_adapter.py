@@ -1,14 +1,15 @@
 """Mixture of tokens as a PEFT method: low-rank experts beside a frozen feed-forward layer.
 
 Every feed-forward layer gets a small `mixtura.layers.MixtureOfTokens` (arXiv 2310.15961, section 3) that reads the same
-input and adds to the frozen output, in the manner of a parallel adapter (He et al., arXiv 2110.04366, section 3):
+input and adds to the frozen output, in the manner of a parallel adapter (He et al., arXiv 2110.04366):
 
     y = FFN(x) + alpha / rank * MoT(x)        z_e = sum_g m_ge x_g,   MoT(x)_g = sum_e m_ge B_e relu(A_e z_e)
 
-An expert has the width `rank`. The activation between A and B is kept: without it the experts would be linear and, alone,
-y would be quadratic in the gates only, while with ReLU a token deployed alone is exactly a mixture of ReLU experts with
-gate m^2. B starts at zero, so the adapter starts as nothing. Training mixes the tokens of `group_size` examples at one
-position; deployed (`eval()`), a token is computed alone, which depends on nothing but the token (docs/layers.md).
+An expert has the width `rank`. The ReLU between A and B makes it the expert of `layers/mixture_of_tokens.py`: since
+relu(m z) = m relu(z), a token deployed alone passes through a mixture of such experts with gate m^2, and an expert can
+be off for a token, which a linear one never is. B starts at zero, so the adapter starts as nothing. Training mixes the
+tokens of `group_size` examples at one position; deployed (`eval()`), a token is computed alone, which depends on
+nothing but the token (docs/layers.md).
 
 Shapes: B batch, L length, D hidden.
 """
@@ -42,7 +43,7 @@ class MotAdapterConfig(PeftConfig):
     dropout: float = 0.0
     num_experts: int = 4
     group_size: int = 16
-    inference_mode_name: Literal["group", "alone"] = "alone"
+    eval_mode: Literal["group", "alone"] = "alone"
     """How eval() runs; `inference_mode` is PEFT's word for a frozen adapter."""
     alone_top_k: int | None = None
     target_modules: list[str] | str | None = None
@@ -54,8 +55,8 @@ class MotAdapterConfig(PeftConfig):
         self.peft_type = PeftType("MIXTURE_OF_TOKENS")
         if self.r < 1 or self.num_experts < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
             raise UserError(
-                f"Rank {self.r}, {self.num_experts} experts, alpha {self.alpha} and dropout {self.dropout} cannot work: "
-                "rank and experts must be at least 1, alpha greater than zero and dropout from 0 to below 1."
+                f"Rank {self.r}, {self.num_experts} experts, alpha {self.alpha} and dropout {self.dropout} cannot "
+                "work: rank and experts must be at least 1, alpha greater than zero and dropout from 0 to below 1."
             )
         if self.group_size < 2:
             raise UserError(f"'group_size' is {self.group_size}: a group needs at least 2 examples.")
@@ -79,7 +80,7 @@ class MotExperts(nn.Module):
             intermediate_size=config.r,
             num_experts=config.num_experts,
             group_size=config.group_size,
-            inference_mode=config.inference_mode_name,
+            inference_mode=config.eval_mode,
             alone_top_k=config.alone_top_k,
         )
         nn.init.normal_(self.mixture.gate.weight, std=0.02)
@@ -168,14 +169,15 @@ class MotAdapterModel(RoutedTuner):
 
     def _create_and_replace(
         self,
-        peft_config: MotAdapterConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
+        assert isinstance(peft_config, MotAdapterConfig)
         if isinstance(target, MotAdapterLayer):
             target.add(adapter_name, input_width(target.get_base_layer()), peft_config)
             return
@@ -211,10 +213,11 @@ def set_inference_mode(model: nn.Module, mode: Literal["group", "alone"], *, top
         raise UserError("The model has no mixture-of-tokens adapter, so there is no inference mode to set.")
     for layer in layers:
         for experts in layer.mixture_of_tokens_layer.values():
-            experts.mixture.set_inference_mode(mode, top_k=top_k)  # pyright: ignore[reportAttributeAccessIssue]
+            assert isinstance(experts, MotExperts)
+            experts.mixture.set_inference_mode(mode, top_k=top_k)
     for config in getattr(model, "peft_config", {}).values():
         if isinstance(config, MotAdapterConfig):
-            config.inference_mode_name, config.alone_top_k = mode, top_k
+            config.eval_mode, config.alone_top_k = mode, top_k
 
 
 register_method("mixture_of_tokens", MotAdapterConfig, MotAdapterModel)

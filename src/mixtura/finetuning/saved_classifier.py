@@ -19,10 +19,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 
 from mixtura.config import AdapterConfig, ArmConfig, HeadConfig, UserError
 from mixtura.finetuning.adapters import apply_adapter
-from mixtura.finetuning.classifier import TextClassifier
+from mixtura.finetuning.classifier import TextClassifier, load_encoder, without_pooler
 from mixtura.finetuning.features import encode_texts, weights_digest
 from mixtura.finetuning.heads import ClassifierHead, blends_tokens
-from mixtura.models.pretrained import load_base
 from mixtura.training import checkpoints
 
 MANIFEST = "classifier.json"
@@ -113,16 +112,15 @@ def load_classifier(folder: Path) -> tuple[SavedClassifier, TextClassifier]:
     head = saved.new_head()
     if saved.tune == "full":
         config = AutoConfig.from_pretrained(folder / "base", local_files_only=True)
-        model = TextClassifier(head, base=AutoModel.from_config(config))
+        model = TextClassifier(head, base=without_pooler(AutoModel.from_config(config)))
         checkpoints.load_trained(model, folder)
         return saved, model.eval()
-    base, _ = load_base(saved.base, num_layers=saved.num_layers, head="encoder")
+    base, _ = load_encoder(saved.base, num_layers=saved.num_layers)
     if weights_digest(base) != saved.base_digest:
         raise UserError(
             f"The base model '{saved.base}' is not the one that the classifier in '{folder}' was trained on: put that "
             "model back, or train again."
         )
-    base.requires_grad_(False)
     frozen_parts = tuple(base.modules())
     whole: nn.Module = base
     if saved.tune == "adapter":

@@ -1,4 +1,4 @@
-"""Which modules of a pretrained model an adapter goes to: its feed-forward layers, found by the names of their parts."""
+"""Which modules of a pretrained model an adapter goes to: its feed-forward layers, found by their parts' names."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -28,6 +28,11 @@ KINDS = (
     Kind(None, "wi", "wo"),  # T5, ModernBERT's plain form
     Kind(None, "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Falcon
 )
+FUSED = (
+    Kind(None, "gate_up_proj", "down_proj"),  # Phi-3, GLM: gate and up in one matrix
+    Kind(None, "Wi", "Wo"),  # ModernBERT
+)
+"""Layers that have targets for one routing a linear layer, but no gate and up of their own for one routing in all."""
 SPLIT = Kind(None, "intermediate.dense", "output.dense")  # BERT, RoBERTa, ELECTRA, MiniLM: two modules make the layer
 _ACTIVATIONS = ("act_fn", "intermediate_act_fn", "activation_fn", "activation", "act")
 
@@ -146,7 +151,7 @@ def activation_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
             activation = act
             return lambda u: activate(u, activation, gated=False)
         if callable(act):
-            return act
+            return act  # pyright: ignore[reportReturnType]
     raise UserError(
         f"The activation of {type(module).__name__} is under none of the names {', '.join(_ACTIVATIONS)}: set "
         "'adapter.scope' to \"linear\"."
@@ -156,7 +161,7 @@ def activation_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
 def _kind_of(module: nn.Module) -> Kind | None:
     """The kind of a module that is one whole dense feed-forward layer and holds nothing else that is trained."""
     parts = {name for name, child in module.named_children() if next(child.parameters(), None) is not None}
-    for kind in KINDS:
+    for kind in (*KINDS, *FUSED):
         names = {name for name in kind if name is not None}
         if parts == names and all(isinstance(module.get_submodule(name), nn.Linear) for name in names):
             return kind

@@ -69,7 +69,7 @@ class BatchContext:
         self.stats = {}
 
     def mask_for(self, x: Tensor) -> Tensor | None:
-        """(B, L) bool of the tokens in this call, from a mask that may also cover those in a cache; None if all are real.
+        """(B, L) bool of this call's tokens, from a mask that may also cover those in a cache; None if all are real.
 
         Inputs of another shape than (B, L, width), such as pooled vectors, have no padding.
         """
@@ -111,6 +111,10 @@ class RoutedTuner(BaseTuner):
         if peft_config.target_modules is None:  # pyright: ignore[reportAttributeAccessIssue]
             raise UserError("The adapter has no targets: use apply_adapter, or name target_modules.")
         return peft_config
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's own also copies `weight`, which a whole feed-forward layer does not have."""
+        setattr(parent, child_name, new_module)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
