@@ -257,6 +257,8 @@ def test_a_task_is_repeated_in_place_for_beams_and_forgotten_after_the_block(mak
     with task_ids(adapted.eval(), TASKS):
         once = _output(adapted, batch)
         torch.testing.assert_close(_output(adapted, twice), once.repeat_interleave(2, dim=0), atol=1e-6, rtol=1e-5)
+    with pytest.raises(UserError, match="between 0 and 3 but the adapter has 3 tasks"):
+        set_task_ids(adapted, torch.tensor([0, 3]))
     with task_ids(adapted, TASKS[:3]), pytest.raises(UserError, match="3 task ids for a batch of 4"):
         adapted(**batch)
 

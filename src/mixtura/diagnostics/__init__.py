@@ -1,5 +1,9 @@
-"""What a model does while it runs: leaks, expert load, memory and stability."""
+"""What a model does while it runs: expert choices and what they tell, leaks, load, memory and stability."""
 
+from mixtura.diagnostics.choices import Choices as Choices
+from mixtura.diagnostics.choices import RoutedLayer as RoutedLayer
+from mixtura.diagnostics.choices import record_choices as record_choices
+from mixtura.diagnostics.choices import routed_layers as routed_layers
 from mixtura.diagnostics.leak import LeakReport as LeakReport
 from mixtura.diagnostics.leak import probe_causal_lm as probe_causal_lm
 from mixtura.diagnostics.leak import probe_layer as probe_layer
@@ -9,6 +13,7 @@ from mixtura.diagnostics.load import load_shares as load_shares
 from mixtura.diagnostics.load import summarize_load as summarize_load
 from mixtura.diagnostics.memory import live_bytes as live_bytes
 from mixtura.diagnostics.memory import measure_peak_memory as measure_peak_memory
+from mixtura.diagnostics.specialization import measure_specialization as measure_specialization
 from mixtura.diagnostics.stability import SeriesSummary as SeriesSummary
 from mixtura.diagnostics.stability import count_spikes as count_spikes
 from mixtura.diagnostics.stability import find_spikes as find_spikes

@@ -293,8 +293,10 @@ def reach(model: nn.Module, batch: Mapping[str, Any]) -> Reach:
 def _is_heard(model: nn.Module, layer: BaseTunerLayer, batch: Mapping[str, Any], before: Tensor) -> bool:
     parameters = list(_adapter_parameters(layer))
     saved = [parameter.clone() for parameter in parameters]
+    # Noise, not a constant: one sign could silence every ReLU of a layer.
+    generator = torch.Generator().manual_seed(0)
     for parameter in parameters:
-        parameter.add_(torch.ones_like(parameter))
+        parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter))
     after = _first_output(model, batch)
     for parameter, value in zip(parameters, saved, strict=True):
         parameter.copy_(value)

@@ -91,7 +91,7 @@ def decode(
     outputs: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     limits = [min(max_length - len(prompt), 2 * len(prompt) + 16) for prompt in prompts]
-    for batch in _batches(order, [len(prompt) * num_beams for prompt in prompts]):
+    for batch in _batches(order, [len(prompt) for prompt in prompts], num_beams=num_beams):
         longest = max(len(prompts[i]) for i in batch)
         ids_BL = torch.tensor([[pad] * (longest - len(prompts[i])) + list(prompts[i]) for i in batch])
         mask_BL = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
@@ -115,11 +115,15 @@ def decode(
     return outputs
 
 
-def _batches(order: list[int], sizes: list[int]) -> Iterator[list[int]]:
-    """Cuts an order by length so that the longest of a batch times its rows stays within `BATCH_TOKENS`."""
+def _batches(order: list[int], lengths: list[int], *, num_beams: int) -> Iterator[list[int]]:
+    """Cuts an order by length so that the longest of a batch times its rows and beams stays within `BATCH_TOKENS`.
+
+    Which beam wins depends on where the search has to end, so that beams need batches of one length.
+    """
     batch: list[int] = []
     for i in order:
-        if batch and sizes[i] * (len(batch) + 1) > BATCH_TOKENS:
+        full = lengths[i] * num_beams * (len(batch) + 1) > BATCH_TOKENS
+        if batch and (full or (num_beams > 1 and lengths[i] != lengths[batch[0]])):
             yield batch
             batch = []
         batch.append(i)

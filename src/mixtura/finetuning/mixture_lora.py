@@ -284,6 +284,8 @@ class MixtureLoraModel(RoutedTuner):
         parameter_name: str | None = None,
     ) -> None:
         assert isinstance(peft_config, MixtureLoraConfig)
+        if peft_config.router == "task":
+            self.context.num_tasks = peft_config.num_tasks or peft_config.num_experts
         if isinstance(target, MixtureLoraLinear | MixtureLoraFeedForward):
             target.add(adapter_name, peft_config)
             return

@@ -266,7 +266,7 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
         ),
         learning_rate=arm.learning_rate or recipe.training.learning_rate,
         build=build,
-        probe=lambda: _stirred(build(0, num_layers=_PROBED_LAYERS)),
+        probe=lambda: _stirred(build(0, num_layers=min(base.num_layers or _PROBED_LAYERS, _PROBED_LAYERS))),
         shape=None,
         grouped=grouped,
     )

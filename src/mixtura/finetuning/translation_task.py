@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mixtura.config import AdapterConfig, TrainingConfig, UserError
+from mixtura.diagnostics.choices import routed_layers
+from mixtura.diagnostics.specialization import measure_specialization
 from mixtura.finetuning.adapters import router_losses, routing_stats
 from mixtura.finetuning.decoding import ExampleRouting, decode, inference_modes, running
 from mixtura.finetuning.prompts import Prompts
@@ -221,12 +223,14 @@ class TranslationTask(TrainingTask):
         with checkpoints.writing(out):
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
             (out / OUTPUTS_FILE).write_text("".join(lines), encoding="utf-8")
+        specialization = self._specialization(model)
         samples = [
             {key: records[i][key] for key in ("pair", "source", "reference", "output")}
             for name in scores
             for i in self._rows_of(name)[:SAMPLES]
         ]
-        return {"pairs": pairs, "signatures": signatures, "samples": samples}
+        found = {"pairs": pairs, "signatures": signatures, "samples": samples}
+        return found if specialization is None else {**found, "specialization": specialization}
 
     def save(self, model: Any, folder: Path) -> None:
         """Writes the adapter, or all weights where all are trained."""
@@ -271,6 +275,20 @@ class TranslationTask(TrainingTask):
         for start in range(0, len(order), size):
             batch = self.collate([rows.item(i) for i in order[start : start + size]])
             yield {name: value.to(device) for name, value in batch.items()}
+
+    def _specialization(self, model: nn.Module) -> dict[str, Any] | None:
+        """How far experts divide the directions among them, over the tokens of test translations; None without any."""
+        if not routed_layers(model):
+            return None
+
+        def batches() -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
+            for batch in self.batches(model, self.data.test, self.config.final_eval_sequences):
+                told = self.routing.tell(model, batch["directions"])
+                inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **told}
+                yield {**inputs, "use_cache": False}, batch["directions"], batch["labels"].ne(-100)
+
+        with running(model, inference_modes(model)[-1]):
+            return measure_specialization(model, batches(), groups=self.data.directions)
 
     def _forward(self, model: Any, batch: dict[str, Any], *, want_routing: bool) -> tuple[Any, Tensor]:
         """The model's output, and the summed cross-entropy of the translations."""

@@ -16,9 +16,7 @@ from mixtura.models.generation import load_model
 from mixtura.models.pretrained import load_base
 
 
-def translate(
-    model_folder: Path, text: str, *, source_language: str, target_language: str, num_beams: int = 1
-) -> str:
+def translate(model_folder: Path, text: str, *, source_language: str, target_language: str, num_beams: int = 1) -> str:
     """Translates every line of a text by itself; empty lines stay.
 
     Args:
@@ -29,7 +27,8 @@ def translate(
         num_beams: 1 is greedy.
 
     Raises:
-        UserError: the folder is none of a translation run, the model does not know the direction, or a line is too long.
+        UserError: the folder is none of a translation run, the model does not know the direction, or a line is too
+            long.
     """
     told = _read_told(model_folder)
     direction = f"{source_language}-{target_language}"
@@ -73,8 +72,8 @@ def _read_told(folder: Path) -> dict[str, Any]:
         return json.loads((folder / TRANSLATION_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"'{folder}' is no translation model (it has no readable {TRANSLATION_FILE}): give the checkpoint folder of "
-            "a translation run."
+            f"'{folder}' is no translation model (it has no readable {TRANSLATION_FILE}): give the checkpoint folder "
+            "of a translation run."
         ) from error
 
 

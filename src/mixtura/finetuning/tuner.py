@@ -47,13 +47,16 @@ class BatchContext:
         """Knows nothing yet."""
         self.mask_BL: Tensor | None = None
         self.task_ids_B: Tensor | None = None
+        self.num_tasks: int | None = None
         self.observe = False
         """Keep statistics in eval() too; in train() they always are."""
         self.stats: dict[str, RoutingStats] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BatchContext":
         """A copied model starts without a batch: statistics hold a graph, which cannot be copied."""
-        return BatchContext()
+        copied = BatchContext()
+        copied.num_tasks = self.num_tasks
+        return copied
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: takes its padding mask and forgets the last batch's statistics.
@@ -77,6 +80,21 @@ class BatchContext:
             return None
         mask_BL = self.mask_BL[:, -x.size(1) :].bool()
         return mask_BL if mask_BL.shape == x.shape[:2] else None
+
+    def set_task_ids(self, task_ids_B: Tensor | None) -> None:
+        """Keeps the task of every example, or forgets them.
+
+        Raises:
+            UserError: an id is no task of the adapter.
+        """
+        if task_ids_B is not None and self.num_tasks is not None and len(task_ids_B):
+            lowest, highest = int(task_ids_B.min()), int(task_ids_B.max())
+            if lowest < 0 or highest >= self.num_tasks:
+                raise UserError(
+                    f"The task ids lie between {lowest} and {highest} but the adapter has {self.num_tasks} tasks: they "
+                    f"must lie between 0 and {self.num_tasks - 1}."
+                )
+        self.task_ids_B = task_ids_B
 
     def task_ids_for(self, x: Tensor) -> Tensor:
         """Task of every token, (T,); a batch that beams or samples expanded repeats each example's task in place.
@@ -151,8 +169,11 @@ def set_task_ids(model: nn.Module, task_ids_B: Tensor | None) -> None:
         model: a model with an adapter that routes by task.
         task_ids_B: (B,) integers. A batch of n*B rows gives each example n rows in place, as `generate` expands beams
             and samples; None forgets them.
+
+    Raises:
+        UserError: an id is no task of the adapter.
     """
-    batch_context(model).task_ids_B = task_ids_B
+    batch_context(model).set_task_ids(task_ids_B)
 
 
 @contextmanager
@@ -160,11 +181,11 @@ def task_ids(model: nn.Module, task_ids_B: Tensor) -> Iterator[None]:
     """`set_task_ids` for the length of a block, which must include the backward under gradient checkpointing."""
     context = batch_context(model)
     before = context.task_ids_B
-    context.task_ids_B = task_ids_B
+    context.set_task_ids(task_ids_B)
     try:
         yield
     finally:
-        context.task_ids_B = before
+        context.set_task_ids(before)
 
 
 @contextmanager

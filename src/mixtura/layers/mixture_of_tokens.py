@@ -19,6 +19,7 @@ from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.losses import router_z_loss
 from mixtura.layers.routing import (
+    ChoiceTap,
     DenseRouting,
     RoutingStats,
     SparseRouting,
@@ -91,6 +92,7 @@ class MixtureOfTokens(FeedForward):
         self.combine_gate = None
         if combine == "separate":
             self.combine_gate = nn.Linear(hidden_size, num_experts * mixtures_per_expert, bias=False)
+        self.choice_tap = ChoiceTap()
         self.experts = Experts(
             hidden_size,
             intermediate_size=intermediate_size,
@@ -170,6 +172,7 @@ class MixtureOfTokens(FeedForward):
             weight_TS = self._alone_weights(x_TD, self.combine_gate.weight)[1]
         if self.alone_top_k is None:
             y_TD, used_TS = self._alone_all(x_TD, scale_TS, weight_TS), scale_TS * weight_TS
+            self.choice_tap(used_TS)
         else:
             y_TD, used_TS = self._alone_top_k(x_TD, scale_TS, weight_TS, self.alone_top_k)
         stats = None
@@ -193,7 +196,8 @@ class MixtureOfTokens(FeedForward):
 
     def _alone_top_k(self, x_TD: Tensor, scale_TS: Tensor, weight_TS: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """Runs only the `top_k` mixtures of the largest weights; also the mask (T, S) of those that ran."""
-        chosen_TK = (scale_TS * weight_TS).topk(top_k, dim=-1).indices
+        strength_TK, chosen_TK = (scale_TS * weight_TS).topk(top_k, dim=-1)
+        self.choice_tap(strength_TK, chosen_TK // self.mixtures_per_expert)
         used_TS = torch.zeros_like(scale_TS).scatter(1, chosen_TK, 1.0)
         order_R, rows_E = order_by_expert(chosen_TK // self.mixtures_per_expert, self.num_experts)
         token_R = order_R // top_k

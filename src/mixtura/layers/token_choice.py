@@ -17,6 +17,7 @@ from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.losses import router_z_loss
 from mixtura.layers.routing import (
+    ChoiceTap,
     RoutingStats,
     SparseRouting,
     normalized_entropy,
@@ -90,6 +91,7 @@ class TokenChoiceMoE(FeedForward):
         self.gate = nn.Linear(hidden_size, num_experts, bias=False) if learned_router else None
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", torch.zeros(num_experts) if expert_bias else None)
+        self.choice_tap = ChoiceTap()
         sizes = {"activation": activation, "gated": gated}
         self.experts = Experts(hidden_size, intermediate_size=intermediate_size, num_experts=num_experts, **sizes)
         self.shared_expert = None
@@ -116,6 +118,7 @@ class TokenChoiceMoE(FeedForward):
             logits_TE = router_logits(real_TD, self.gate.weight)
             choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
         routing = sort_by_expert(choice_TK, weight_TK, self.num_experts)
+        self.choice_tap(weight_TK, choice_TK)
         kept = self._drop(routing, tokens=len(real_TD))
         y_TD = sparse_experts(self.experts, real_TD, kept)
         stats = self._stats(logits_TE, probs_TE, routing, kept) if want_stats else None
