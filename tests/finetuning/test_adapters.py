@@ -356,6 +356,27 @@ def test_two_adapters_live_side_by_side(
     assert (tmp_path / "both" / "other" / "adapter_model.safetensors").is_file()
 
 
+@each_base
+@each_adapter
+@pytest.mark.parametrize("how", ["autocast", "bfloat16"])
+def test_adapters_run_in_half_precision(make_base: MakeBase, batch: Batch, base: str, name: str, how: str) -> None:
+    adapted = _adapted(make_base(base), name)
+    _randomize(adapted, std=0.05)
+    expected = _output(adapted.eval(), batch)
+    if how == "bfloat16":
+        adapted = _adapted(make_base(base).to(torch.bfloat16), name)
+        _randomize(adapted, std=0.05)
+        assert all(p.dtype == torch.float32 for p in adapted.parameters() if p.requires_grad)
+    for training in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            actual = _output(adapted.train(training), batch)
+        if not training:
+            error = (actual.float() - expected).norm() / expected.norm()
+            assert error < 0.1
+    actual.float().square().mean().backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
 def test_a_folder_without_an_adapter_is_refused(make_base: MakeBase, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no adapter"):
         load_adapter(make_base("llama"), tmp_path)

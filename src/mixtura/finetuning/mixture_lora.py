@@ -182,7 +182,7 @@ class MixtureLoraLinear(MixtureLoraLayer):
         y = self.base_layer(x, *args, **kwargs)
         for experts in active_modules(self, _ATTRIBUTE):
             x_TD, gates = self.route(experts, x)
-            y = y + experts.update("linear", x_TD, gates.weight_TE).view(y.shape)
+            y = y + experts.update("linear", x_TD, gates.weight_TE).to(y.dtype).view(y.shape)
         return y
 
 
@@ -252,6 +252,7 @@ def mixture_of_feed_forwards(
     """
     gate_TF = None if parts.gate is None else parts.gate(x_TD)
     up_TF = parts.up(x_TD)
+    # Under autocast the frozen layers give narrower numbers than x has; sums keep the type of what they are sums of.
     mixed_TF, low_rank_TD = torch.zeros_like(up_TF), torch.zeros_like(x_TD)
     for expert in range(experts.num_experts):
         row_R = weight_TE[:, expert].nonzero().squeeze(-1)
@@ -261,9 +262,11 @@ def mixture_of_feed_forwards(
             h_RF = parts.act(h_RF)
         else:
             h_RF = parts.act(gate_TF[row_R] + experts.expert_update("gate", expert, x_RD)) * h_RF
-        mixed_TF.index_add_(0, row_R, weight_R1 * h_RF)
-        low_rank_TD.index_add_(0, row_R, weight_R1 * experts.expert_update("down", expert, h_RF))
-    return parts.down(mixed_TF) + low_rank_TD, up_TF
+        mixed_TF.index_add_(0, row_R, (weight_R1 * h_RF).to(mixed_TF.dtype))
+        update_RD = weight_R1 * experts.expert_update("down", expert, h_RF)
+        low_rank_TD.index_add_(0, row_R, update_RD.to(low_rank_TD.dtype))
+    y_TD = parts.down(mixed_TF)
+    return y_TD + low_rank_TD.to(y_TD.dtype), up_TF
 
 
 class MixtureLoraModel(RoutedTuner):

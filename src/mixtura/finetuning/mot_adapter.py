@@ -138,7 +138,9 @@ class MotAdapterLayer(nn.Module, BaseTunerLayer):
         if self._outside[0] is not None:
             self._pending = update
             return output
-        return (output[0] + update, *output[1:]) if isinstance(output, tuple) else output + update
+        if isinstance(output, tuple):
+            return (output[0] + update.to(output[0].dtype), *output[1:])
+        return output + update.to(output.dtype)
 
     def _update(self, experts: MotExperts, x_BLD: Tensor) -> Tensor:
         want_stats = self.training or self.context.observe
@@ -150,7 +152,7 @@ class MotAdapterLayer(nn.Module, BaseTunerLayer):
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of a split layer's last linear layer."""
         pending, self._pending = self._pending, None
-        return output if pending is None else output + pending
+        return output if pending is None else output + pending.to(output.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuses: experts with an activation are no matrix that could be merged."""
