@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mixtura.config.schema import ArmConfig, ModelConfig, SearchConfig, TrainingConfig
+from mixtura.config.schema import ArmConfig, ModelConfig, Recipe, SearchConfig, TrainingConfig
 
 Task = Literal["translation", "classification"]
 AdapterMethod = Literal["lora", "mixture_of_lora", "mixture_of_tokens", "expert_specialized"]
@@ -180,3 +180,4 @@ class ClassificationRecipe:
 
 
 FinetuneRecipe = TranslationRecipe | ClassificationRecipe
+AnyRecipe = Recipe | FinetuneRecipe
