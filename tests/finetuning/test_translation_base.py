@@ -22,7 +22,7 @@ from mixtura.finetuning.translator import translate
 from mixtura.training import train
 
 ADAPTERS = {
-    "lora": AdapterConfig(rank=8, targets=("q_proj", "v_proj")),
+    "lora": AdapterConfig(rank=24, targets=("q_proj", "v_proj")),
     "languages": AdapterConfig(method="mixture_of_lora", router="task", rank=2),
     "mixture": AdapterConfig(method="mixture_of_lora", num_experts=3),
     "mot": AdapterConfig(method="mixture_of_tokens", num_experts=2, group_size=4, rank=2),
@@ -92,7 +92,7 @@ def test_arms_say_what_they_train_and_what_leaks(experiment):
     assert described["full"]["parameters_trainable"] == described["full"]["parameters_total"]
     lora, mixture = described["lora"]["parameters_trainable"], described["mixture"]["parameters_trainable"]
     assert 0.5 * lora < mixture <= lora
-    assert described["lora"]["flops_ratio"] == 1 and described["full"]["flops_ratio"] > 0.9
+    assert described["lora"]["flops_ratio"] == 1 and described["full"]["flops_ratio"] > 0.5
     assert [found["family"] for found in described.values()] == [
         "lora",
         "mixture_of_lora",
@@ -144,5 +144,5 @@ def test_languages_reach_their_own_adapters_alone(experiment):
 
 def test_base_and_scratch_are_not_confused(recipe):
     scratch = dataclasses.replace(recipe, base=BaseConfig())
-    with pytest.raises(UserError, match="'arms.lora.adapter' needs a base model"):
+    with pytest.raises(UserError, match=r"'arms\.lora\.adapter' needs a base model"):
         make_translation(scratch, cache_dir=None)

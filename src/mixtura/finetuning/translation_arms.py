@@ -119,7 +119,10 @@ class TranslationArm(Arm):
         """A mixture of adapters runs all its experts, so that all its parameters are active."""
         model = self.build(0).train()
         total, trained = count_parameters(model)
-        batch = self.task.collate([self.task.dataset(length=8, seed=0)[i] for i in range(self._grouped or 2)])
+        # Rows of one length, so that all arms are measured on the same share of padding and of targets: none, and half.
+        tokens = torch.full((min(32, round(self.task.tokens_per_example)),), self.task.data.prompts.eos)
+        row = {"tokens": tokens, "prompt": len(tokens) // 2, "direction": 0}
+        batch = self.task.collate([row] * (self._grouped or 2))
         flops = measured_flops_per_token(
             model, lambda: self.task.losses(model, batch, num_targets=1).task_loss, tokens=batch["input_ids"].numel()
         )

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
 from mixtura.config import UserError
 from mixtura.data.parallel import SentencePair
 from mixtura.data.tokenizer import load_tokenizer
+from mixtura.finetuning.adapters import load_adapter
 from mixtura.finetuning.decoding import ExampleRouting, decode, inference_modes, running
 from mixtura.finetuning.prompts import Prompts
 from mixtura.finetuning.translation_task import TRANSLATION_FILE
@@ -92,4 +91,4 @@ def _load(folder: Path, told: dict[str, Any]) -> Any:
     if not (folder / "adapter_config.json").is_file():
         return load_model(folder)[0]
     base, _ = load_base(told["base"]["name"], num_layers=told["base"]["num_layers"])
-    return PeftModel.from_pretrained(base, str(folder)).eval()
+    return load_adapter(base, folder).eval()
