@@ -4,6 +4,7 @@ Without one a comparison compares how well each arm likes a shared rate: at one 
 Tokens 1.4 times faster than dense, and halving dense's rate erased it.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 from mixtura.comparison.experiments import AnyRecipe
 from mixtura.comparison.folder import read_json
-from mixtura.config import UserError, recipe_to_dict
+from mixtura.config import UserError
 
 
 def search_learning_rates(recipe: AnyRecipe, run_trial: Callable[[str, float], float]) -> dict[str, dict[str, Any]]:
@@ -55,16 +56,37 @@ def _record(recipe: AnyRecipe, rates: list[float], losses: list[float]) -> dict[
 
 
 def fingerprint(recipe: AnyRecipe) -> str:
-    """A hash of everything that a learning rate is tuned for: task, data, models, training, arms, but not the rates."""
-    table = recipe_to_dict(recipe)
-    for part in (table["training"], *table["arms"].values()):
+    """A hash of everything that a learning rate is tuned for: data, model, training and arms, but not the rates.
+
+    Only what differs from the defaults counts, so that a key which a later version adds leaves a record valid.
+    """
+    table = _changed(recipe)
+    for part in (table.get("training", {}), *table["arms"].values()):
         part.pop("learning_rate", None)
-        part.get("feed_forward", {}).pop("learning_rate", None)
     # What is only measured or saved has no effect on the best rate.
     for key in ("eval_every", "eval_sequences", "final_eval_sequences", "save_every", "threads"):
-        table["training"].pop(key, None)
-    tuned_for = {key: table[key] for key in ("task", "data", "base", "model", "training", "arms") if key in table}
+        table.get("training", {}).pop(key, None)
+    tuned_for = {key: table.get(key, {}) for key in ("task", "data", "base", "model", "training", "arms")}
     return hashlib.sha256(json.dumps(tuned_for, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """The keys of a section whose values are not the default ones, as plain values."""
+    changed = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value != default:
+            changed[field.name] = _plain(value)
+    return changed
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return _changed(value)
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def record_path(recipe_path: Path) -> Path:
