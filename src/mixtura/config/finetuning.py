@@ -23,7 +23,7 @@ class BaseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """A small trained part on a frozen model; published methods are values of these keys (docs/finetune.md)."""
+    """A small trained part on a frozen model; published methods are values of these keys (docs/adapters.md)."""
 
     method: AdapterMethod = "lora"
     rank: int | None = None
