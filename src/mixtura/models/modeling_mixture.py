@@ -55,6 +55,8 @@ class MixtureDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)  # pyright: ignore[reportArgumentType]
         self.mlp = build_feed_forward(config, layer_idx)
+        # Kept here, since an adapter may stand around the layer later.
+        self.routes_by_example = self.mlp.routes_by_example
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -70,7 +72,7 @@ class MixtureDecoderLayer(GradientCheckpointingLayer):
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
-        named = {"expert_B": expert_ids} if self.mlp.routes_by_example else {}
+        named = {"expert_B": expert_ids} if self.routes_by_example else {}
         if not output_routing:
             return hidden_states + self.mlp(normed, token_mask, **named)
         update, stats = self.mlp(normed, token_mask, return_stats=True, **named)
