@@ -48,7 +48,7 @@ def inference_modes(model: nn.Module) -> tuple[str, ...]:
 def running(model: nn.Module, mode: str) -> Iterator[None]:
     """eval() in a mode of `inference_modes`, for the length of a block and without gradients."""
     layers = [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
-    before = [(layer.inference_mode, layer.alone_top_k) for layer in layers]
+    before: list[tuple[Any, int | None]] = [(layer.inference_mode, layer.alone_top_k) for layer in layers]
     was_training = model.training
     model.eval()
     try:

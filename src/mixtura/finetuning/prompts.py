@@ -9,8 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from mixtura.config import UserError
 from mixtura.data.parallel import SentencePair
@@ -62,8 +61,9 @@ def language_token(language: str) -> str:
 
 def add_prompt_tokens(tokenizer: PreTrainedTokenizerBase, languages: Iterable[str]) -> None:
     """Gives a tokenizer the separator and a token for each target language; texts that spell them stay plain text."""
-    tokens = [SEPARATOR, *map(language_token, languages)]
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
+    names = [SEPARATOR, *map(language_token, languages)]
+    tokens: list[str | AddedToken] = [AddedToken(name, special=True, normalized=False) for name in names]
+    tokenizer.add_tokens(tokens, special_tokens=True)
 
 
 @dataclass(frozen=True)

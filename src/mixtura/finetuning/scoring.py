@@ -7,7 +7,7 @@ Scores" (signatures), Koehn 2004, "Statistical Significance Tests for Machine Tr
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
@@ -43,11 +43,12 @@ def paired_bootstrap(baseline: Sequence[str], outputs: Sequence[str], references
     """chrF of `outputs` less that of `baseline` on the same sentences, and its p-value by a paired bootstrap."""
     if list(baseline) == list(outputs):  # to which the test's strict inequality would give its smallest p-value
         return 0.0, 1.0
-    systems = [("baseline", list(baseline)), ("arm", list(outputs))]
+    systems: list[tuple[str, Sequence[str]]] = [("baseline", list(baseline)), ("arm", list(outputs))]
     with _quiet():
         test = PairedTest(systems, {"chrf": CHRF()}, [list(references)], test_type="bs", n_samples=NUM_RESAMPLES)
         _, results = test()
-    before, after = results["chrF2"]
+    found: Any = results["chrF2"]
+    before, after = found
     return float(after.score) - float(before.score), float(after.p_value)
 
 

@@ -62,6 +62,7 @@ class TranslationArm(Arm):
         `shape` is that of a model from scratch, `grouped` the examples that a mixture of tokens mixes, if there is one.
         """
         self.name, self.family, self.task, self.learning_rate = name, family, task, learning_rate
+        self._translation = task
         self.label = family if name == family else name
         self.training_mode, self.deployed_mode = ("group", "alone") if grouped else ("causal", "causal")
         self._settings, self._build, self._probe = settings, build, probe
@@ -96,7 +97,7 @@ class TranslationArm(Arm):
         return {"future": trained.future, "batch": trained.batch, "batch_deployed": deployed.batch}
 
     def _leak(self, model: nn.Module) -> LeakReport:
-        told: Any = _ToldModel(model, self.task)
+        told: Any = _ToldModel(model, self._translation)
         size = told.model.get_input_embeddings().num_embeddings
         return probe_causal_lm(told, vocab_size=size, batch=self._grouped or 4, length=8, num_probes=12)
 
@@ -120,7 +121,7 @@ class TranslationArm(Arm):
         model = self.build(0).train()
         total, trained = count_parameters(model)
         # Rows of one length, so that all arms are measured on the same share of padding and of targets: none, and half.
-        tokens = torch.full((min(32, round(self.task.tokens_per_example)),), self.task.data.prompts.eos)
+        tokens = torch.full((min(32, round(self.task.tokens_per_example)),), self._translation.data.prompts.eos)
         row = {"tokens": tokens, "prompt": len(tokens) // 2, "direction": 0}
         batch = self.task.collate([row] * (self._grouped or 2))
         flops = measured_flops_per_token(

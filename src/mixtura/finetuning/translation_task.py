@@ -296,7 +296,7 @@ class TranslationTask(TrainingTask):
         # Logits only from the first token that predicts a target on: the head is a third of a small model.
         first = max(0, int(labels_BL.ne(-100).any(0).int().argmax()) - 1)
         positions = torch.arange(first, labels_BL.size(1) - 1, device=labels_BL.device)
-        told = self.routing.tell(model, batch["directions"])
+        told: dict[str, Any] = self.routing.tell(model, batch["directions"])
         if want_routing and self.adapter is None and isinstance(_config(model), MixtureConfig):
             told["output_routing"] = True
         outputs = model(

@@ -8,7 +8,7 @@ add up, and so become one dense layer of their summed width: f_s(x) + f_e(x) = d
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixtura.config import UserError
 from mixtura.layers import TokenChoiceMoE
@@ -48,7 +48,8 @@ def extract_language_model(model: MixtureForCausalLM, expert_id: int) -> Mixture
         for depth, width in enumerate(widths)
     ]
     extracted.route_by, extracted.expert_names, extracted.num_shared_experts = "token", None, 0
-    result = MixtureForCausalLM(extracted).to(device=model.device, dtype=model.dtype)
+    result = MixtureForCausalLM(extracted)
+    nn.Module.to(result, device=model.device, dtype=model.dtype)
     result.load_state_dict(kept | dense, strict=True)
     return result.train(model.training)
 
