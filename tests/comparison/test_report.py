@@ -268,7 +268,7 @@ def test_mean_of_the_surviving_seeds_is_shown_nowhere(make_results: MakeResults)
     rows = {row["label"]: row["cells"] for group in table for row in group["rows"]}
     for label in ("As deployed", "As trained", "Bits per byte", "Minus dense's"):
         assert rows[label][1]["text"] == "\N{EN DASH}"
-    seeds = tables.seed_table(summarize(results))
+    seeds = tables.seed_table(results, summarize(results))
     assert seeds["mean"][1] == "\N{EN DASH}"
     assert seeds["rows"][1]["cells"][1] == "diverged"
 

@@ -61,8 +61,6 @@ def fingerprint(recipe: AnyRecipe) -> str:
     Only what differs from the defaults counts, so that a key which a later version adds leaves a record valid.
     """
     table = _changed(recipe)
-    for part in (table.get("training", {}), *table["arms"].values()):
-        part.pop("learning_rate", None)
     # What is only measured or saved has no effect on the best rate.
     for key in ("eval_every", "eval_sequences", "final_eval_sequences", "save_every", "threads"):
         table.get("training", {}).pop(key, None)
@@ -71,18 +69,20 @@ def fingerprint(recipe: AnyRecipe) -> str:
 
 
 def _changed(config: Any) -> dict[str, Any]:
-    """The keys of a section whose values are not the default ones, as plain values."""
+    """The keys of a section whose values are not the default ones, as plain values, without learning rates."""
     changed = {}
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+        if field.name == "learning_rate":
+            continue
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if value != default:
-            changed[field.name] = _plain(value)
+        value = _plain(getattr(config, field.name))
+        if value != _plain(default):
+            changed[field.name] = value
     return changed
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _changed(value)
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
