@@ -106,7 +106,7 @@ def test_ctrl_c_outside_a_run_says_how_to_go_on(run, recipe, tmp_path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mixtura.comparison.runner.prepare_data", pressed)
+        patch.setattr("mixtura.comparison.runner.make_experiment", pressed)
         patch.setattr("sys.argv", ["mixtura", "compare", str(recipe), "--out", str(tmp_path / "out")])
         with pytest.raises(SystemExit) as stop:
             cli.main()
