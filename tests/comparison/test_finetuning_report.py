@@ -310,3 +310,16 @@ def test_incomplete_details_still_make_a_page(make_classification: MakeResults, 
     page = render_html(results, summarize(results))
     assert ("Classes and confidence" in page) == (case != "no_details")
     assert ("too many for a table" in page) == (case == "too_many_classes")
+
+
+def test_arms_that_the_copied_source_outscores_are_named(make_translation: MakeResults) -> None:
+    results = make_translation()
+    found = {caution["kind"] for caution in summarize(results)["cautions"]}
+    assert "below_copying" not in found
+    name, arm = list(results["arms"].items())[-1]
+    for run in arm["runs"]:
+        for pair in run["details"]["pairs"].values():
+            pair["chrf"] = pair["copy_chrf"] - 1.0
+    cautions = [c for c in summarize(results)["cautions"] if c["kind"] == "below_copying"]
+    assert len(cautions) == 1
+    assert summarize(results)["arms"][name]["label"] in cautions[0]["text"]

@@ -30,6 +30,7 @@ def find_cautions(results: dict[str, Any], arms: dict[str, Any]) -> list[dict[st
     """
     stick = yardstick(results)
     found = [*_about_seeds(results, arms), *_about_data(results), *_about_search(results, arms, stick)]
+    found += _about_copying(results, arms)
     for name, arm in results["arms"].items():
         label = arms[name]["label"]
         found += _about_validity(name, arm, label, arms[name], stick)
@@ -59,6 +60,25 @@ def _about_seeds(results: dict[str, Any], arms: dict[str, Any]) -> list[dict[str
         text = "Not every arm ran every seed: differences use the seeds that both sides share."
         return [_caution("warning", "missing_seeds", None, text)]
     return []
+
+
+def _about_copying(results: dict[str, Any], arms: dict[str, Any]) -> list[dict[str, Any]]:
+    """Translation: arms that the source itself, left as it is, outscores."""
+    behind, copied = [], 0.0
+    for name, arm in results["arms"].items():
+        scores = [pair for run in arm["runs"] for pair in run.get("details", {}).get("pairs", {}).values()]
+        if not scores:
+            continue
+        copied = sum(pair["copy_chrf"] for pair in scores) / len(scores)
+        if sum(pair["chrf"] for pair in scores) / len(scores) <= copied:
+            behind.append(arms[name]["label"])
+    if not behind:
+        return []
+    text = (
+        f"Copying the source scores {number(copied, 1)} chrF, no less than {listing(behind)}: with so little training "
+        "these are no translators yet, and a difference says who learns faster, not who translates."
+    )
+    return [_caution("warning", "below_copying", None, text)]
 
 
 def _about_data(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -56,7 +56,7 @@ class ClassificationArm(Arm):
         data_digest: str,
     ) -> None:
         """Puts together what was prepared for all arms; `make_classification` calls this."""
-        self.name = self.label = name
+        self.name, self.label = name, name.replace("_", " ")
         self.config, self.pretrained, self.splits, self.saved = config, pretrained, splits, saved
         self.family = _family(config)
         self.learning_rate = config.learning_rate or recipe.training.learning_rate

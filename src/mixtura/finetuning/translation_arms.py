@@ -63,7 +63,7 @@ class TranslationArm(Arm):
         """
         self.name, self.family, self.task, self.learning_rate = name, family, task, learning_rate
         self._translation = task
-        self.label = family if name == family else name
+        self.label = family if name == family else name.replace("_", " ")
         self.training_mode, self.deployed_mode = ("group", "alone") if grouped else ("causal", "causal")
         self._settings, self._build, self._probe = settings, build, probe
         self._shape, self._grouped = shape, grouped
