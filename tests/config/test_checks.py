@@ -35,6 +35,7 @@ def build(section=None, arm=None, **top):
         ({"arm": {"family": "token_choice", "num_experts": 0}}, "num_experts' is 0"),
         ({"arm": MOT | {"alone_top_k": 17}}, "there are only 16 mixtures"),
         ({"arm": MOT | {"temperature": 0.0}}, "temperature' is 0"),
+        ({"arm": MOT | {"zero_fill": 1.5}}, "zero_fill' is 1.5: it is a share of the groups"),
         ({"arm": MOT | {"group_size": 1}}, "at least 2 tokens"),
         ({"arm": MOT | {"group_size": 3}}, r"batch_size' is 8, which is no multiple .* set it to 6"),
         ({"arm": MOT | {"group_over": "all"}}, "use 'batch'"),

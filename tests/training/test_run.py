@@ -14,6 +14,7 @@ from mixtura.training import trainer as trainer_module
 ARMS = {
     "dense": {},
     "mixture_of_tokens": {},
+    "mixture_of_tokens with empty groups": {"zero_fill": 0.25},
     "token_choice": {"num_experts_per_tok": 2, "router_z_loss_coef": 0.1},
     "token_choice with expert bias and global balance": {"balance_over": "global", "expert_bias_update_rate": 0.01},
     "expert_choice": {},

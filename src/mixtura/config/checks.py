@@ -160,6 +160,10 @@ def check_feed_forward(
     for key in ("router_aux_loss_coef", "router_z_loss_coef", "expert_bias_update_rate", "num_shared_experts"):
         if not 0 <= getattr(arm, key) < math.inf:
             raise UserError(f"'{where}.{key}' is {getattr(arm, key)}: it must be zero or more.")
+    if not 0 <= arm.zero_fill <= 1:
+        raise UserError(
+            f"'{where}.zero_fill' is {arm.zero_fill}: it is a share of the groups and must lie between 0 and 1."
+        )
     _check_choice(where, arm)
     if arm.family in ("mixture_of_tokens", "expert_choice"):
         _check_groups(where, arm, batch_sizes, sequence_length)

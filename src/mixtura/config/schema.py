@@ -107,6 +107,8 @@ class ArmConfig:
     """How mixture-of-tokens layers run when deployed."""
     alone_top_k: int | None = 2
     """Experts that `alone` inference runs for a token; None runs all."""
+    zero_fill: float = 0.0
+    """Mixture of tokens: share of the groups whose tokens run in training as `alone` runs them."""
 
 
 @dataclass(frozen=True, kw_only=True)

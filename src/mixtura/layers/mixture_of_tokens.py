@@ -26,6 +26,7 @@ from mixtura.layers.routing import (
     from_groups,
     normalized_entropy,
     order_by_expert,
+    pool_stats,
     router_logits,
     sparse_experts,
     to_groups,
@@ -50,6 +51,7 @@ class MixtureOfTokens(FeedForward):
         gated: bool = False,
         inference_mode: Literal["group", "alone"] = "alone",
         alone_top_k: int | None = None,
+        zero_fill: float = 0.0,
     ) -> None:
         """Builds the layer.
 
@@ -65,8 +67,10 @@ class MixtureOfTokens(FeedForward):
             activation: "relu", "gelu" or "silu".
             gated: gated experts.
             inference_mode: how eval() runs: "group" as trained, or "alone", each token as if the rest of its group were
-                zero, which depends on nothing but the token. train() always uses groups.
+                zero, which depends on nothing but the token. train() uses groups, but for `zero_fill`.
             alone_top_k: mixtures that `alone` runs for a token, those of the largest weights; None runs all.
+            zero_fill: share of the groups, drawn anew in every training step, whose tokens each get an otherwise empty
+                group, so that they run in training as `alone` runs them. 1 trains in that mode only.
 
         Raises:
             ValueError: a setting makes no sense; the message names the fix.
@@ -87,6 +91,7 @@ class MixtureOfTokens(FeedForward):
         self.num_experts, self.group_size, self.mixtures_per_expert = num_experts, group_size, mixtures_per_expert
         self.group_over, self.temperature = group_over, temperature
         self.set_inference_mode(inference_mode, top_k=alone_top_k)
+        self.set_zero_fill(zero_fill)
         self.gate = nn.Linear(hidden_size, num_experts * mixtures_per_expert, bias=False)
         self.combine_gate = None
         if combine == "separate":
@@ -110,22 +115,72 @@ class MixtureOfTokens(FeedForward):
             )
         self.inference_mode, self.alone_top_k = mode, top_k
 
+    def set_zero_fill(self, share: float) -> None:
+        """Sets the share of the groups that training leaves otherwise empty."""
+        if not 0 <= share <= 1:
+            raise ValueError(f"zero_fill is {share}: it is a share of the groups and must lie between 0 and 1.")
+        self.zero_fill = share
+
     def route_and_run(
         self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, L, D) -> (B, L, D) in groups or alone; padding counts as zeros, as if it were not there."""
-        if not self.training and self.inference_mode == "alone":
-            return self._run_alone(x_BLD, mask_BL, want_stats)
-        return self._run_groups(x_BLD, mask_BL, want_stats)
-
-    def _run_groups(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
-    ) -> tuple[Tensor, RoutingStats | None]:
+        if self.zero_fill == 1 if self.training else self.inference_mode == "alone":
+            y_TD, stats = self._run_alone(
+                x_BLD.flatten(0, 1), None if mask_BL is None else mask_BL.flatten().bool(), want_stats
+            )
+            return y_TD.view(x_BLD.shape), stats
         batch, length, _ = x_BLD.shape
         self._warn_partial_group(batch if self.group_over == "batch" else length)
         if mask_BL is not None:
             x_BLD = x_BLD * mask_BL.unsqueeze(-1).to(x_BLD.dtype)
         x_NGD = to_groups(x_BLD, self.group_size, self.group_over)
+        real_NG = self._real_places(x_BLD, mask_BL) if want_stats else None
+        if self.training and self.zero_fill > 0:
+            y_NGD, stats = self._run_some_alone(x_NGD, real_NG, want_stats)
+        else:
+            y_NGD, stats = self._run_groups(x_NGD, real_NG, want_stats)
+        return from_groups(y_NGD, batch, length, self.group_over), stats
+
+    def _real_places(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor | None:
+        """(N, G), true where a group has a token that is neither padding nor filling; None when all are."""
+        batch, length, _ = x_BLD.shape
+        if mask_BL is None and (batch if self.group_over == "batch" else length) % self.group_size == 0:
+            return None
+        real_BL = x_BLD.new_ones(batch, length) if mask_BL is None else mask_BL.to(x_BLD.dtype)
+        return to_groups(real_BL.unsqueeze(-1), self.group_size, self.group_over).squeeze(-1).bool()
+
+    def _run_some_alone(
+        self, x_NGD: Tensor, real_NG: Tensor | None, want_stats: bool
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """A random share of the groups is left otherwise empty for each of its tokens; the others run as they are.
+
+        Whole groups leave: a member that left by itself would change what its neighbours see, and a group that is empty
+        but for one member costs as many expert rows as a full one. The number of groups is fixed up to rounding; the
+        draws come from torch's generators alone, whose states checkpoints keep.
+        """
+        groups = len(x_NGD)
+        count = min(groups, int(self.zero_fill * groups + torch.rand(()).item()))
+        order_N = torch.randperm(groups, device=x_NGD.device)
+        parts, stats = [], []
+        for index_N, run in ((order_N[:count], self._run_groups_alone), (order_N[count:], self._run_groups)):
+            if len(index_N):
+                real_nG = None if real_NG is None else real_NG[index_N]
+                y_nGD, part = run(x_NGD[index_N], real_nG, want_stats)
+                parts.append(y_nGD)
+                stats += [] if part is None else [part]
+        y_NGD = torch.cat(parts)[order_N.argsort()]
+        return y_NGD, pool_stats(stats) if want_stats else None
+
+    def _run_groups_alone(
+        self, x_NGD: Tensor, real_NG: Tensor | None, want_stats: bool
+    ) -> tuple[Tensor, RoutingStats | None]:
+        y_TD, stats = self._run_alone(x_NGD.flatten(0, 1), None if real_NG is None else real_NG.flatten(), want_stats)
+        return y_TD.view(x_NGD.shape), stats
+
+    def _run_groups(
+        self, x_NGD: Tensor, real_NG: Tensor | None, want_stats: bool
+    ) -> tuple[Tensor, RoutingStats | None]:
         logits_NGS, weight_NGS = self._group_weights(x_NGD, self.gate.weight)
         shape = (self.num_experts, self.mixtures_per_expert)
         dispatch_NGEC = weight_NGS.to(x_NGD.dtype).unflatten(-1, shape)
@@ -134,14 +189,7 @@ class MixtureOfTokens(FeedForward):
             combine_NGS = self._group_weights(x_NGD, self.combine_gate.weight)[1]
             combine_NGEC = combine_NGS.to(x_NGD.dtype).unflatten(-1, shape)
         y_NGD = dense_experts(self.experts, x_NGD, DenseRouting(dispatch_NGEC, combine_NGEC))
-        stats = None
-        if want_stats:
-            real_NG = None
-            if mask_BL is not None or y_NGD[..., 0].numel() != batch * length:
-                real_BL = x_BLD.new_ones(batch, length) if mask_BL is None else mask_BL.to(x_BLD.dtype)
-                real_NG = to_groups(real_BL.unsqueeze(-1), self.group_size, self.group_over).squeeze(-1).bool()
-            stats = self._stats(logits_NGS, weight_NGS, real_NG)
-        return from_groups(y_NGD, batch, length, self.group_over), stats
+        return y_NGD, self._stats(logits_NGS, weight_NGS, real_NG) if want_stats else None
 
     def _group_weights(self, x_NGD: Tensor, weight_SD: Tensor) -> tuple[Tensor, Tensor]:
         """Router logits (N, G, S) and their softmax over the tokens of the group."""
@@ -157,13 +205,12 @@ class MixtureOfTokens(FeedForward):
                 stacklevel=5,
             )
 
-    def _run_alone(self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool) -> tuple[Tensor, RoutingStats | None]:
+    def _run_alone(self, x_TD: Tensor, real_T: Tensor | None, want_stats: bool) -> tuple[Tensor, RoutingStats | None]:
         """Each token in a group whose other members are zero, exactly: sum over mixtures of m * f_e(m * x).
 
         A zero token has logit 0, so the softmax of a group with logit l and G - 1 zeros is sigmoid(l - ln(G - 1)); the
         zeros add nothing to the mixture, and what is spread back to them is not looked at.
         """
-        x_TD = x_BLD.flatten(0, 1)
         logits_TS, scale_TS = self._alone_weights(x_TD, self.gate.weight)
         weight_TS = scale_TS
         if self.combine_gate is not None:
@@ -174,9 +221,9 @@ class MixtureOfTokens(FeedForward):
             y_TD, used_TS = self._alone_top_k(x_TD, scale_TS, weight_TS, self.alone_top_k)
         stats = None
         if want_stats:
-            real_T = slice(None) if mask_BL is None else mask_BL.flatten().bool()
-            stats = self._alone_stats(logits_TS[real_T], used_TS[real_T])
-        return y_TD.view(x_BLD.shape), stats
+            index = slice(None) if real_T is None else real_T
+            stats = self._alone_stats(logits_TS[index], used_TS[index])
+        return y_TD, stats
 
     def _alone_weights(self, x_TD: Tensor, weight_SD: Tensor) -> tuple[Tensor, Tensor]:
         logits_TS = router_logits(x_TD, weight_SD) / self.temperature

@@ -7,6 +7,7 @@ Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, K top_k, R route
 C mixtures (slots) an expert has in a group.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,27 @@ class RoutingStats(NamedTuple):
     """Rows that were to be routed: tokens * top_k for token choice, tokens otherwise."""
     entropy: Tensor
     """Entropy of the router's weights as a share of its maximum: 1 is undecided, 0 is one-hot."""
+
+
+def pool_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
+    """The statistics of several sets of tokens as those of one: counts add up, means are weighted by the rows."""
+    rows_P = torch.stack([part.routed_rows for part in parts])
+    share_P = rows_P / rows_P.sum()
+
+    def mean(values: list[Tensor]) -> Tensor:
+        value_P = torch.stack(values)
+        weight_P = share_P.view(-1, *[1] * (value_P.dim() - 1))
+        # A set without a row has means that are no numbers.
+        return torch.where(weight_P > 0, weight_P * value_P, 0.0).sum(0)
+
+    return RoutingStats(
+        tokens_per_expert_E=torch.stack([part.tokens_per_expert_E for part in parts]).sum(0),
+        importance_E=mean([part.importance_E for part in parts]),
+        router_z_loss=mean([part.router_z_loss for part in parts]),
+        dropped_tokens=torch.stack([part.dropped_tokens for part in parts]).sum(0),
+        routed_rows=rows_P.sum(),
+        entropy=mean([part.entropy for part in parts]),
+    )
 
 
 def router_logits(x: Tensor, weight_ED: Tensor) -> Tensor:

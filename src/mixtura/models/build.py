@@ -57,6 +57,7 @@ def build_model_config(
         combine=arm.combine,
         inference_mode=arm.inference_mode,
         alone_top_k=arm.alone_top_k,
+        zero_fill=arm.zero_fill,
     )
 
 
