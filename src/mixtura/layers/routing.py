@@ -88,6 +88,19 @@ def dense_experts(experts: Experts, x_NGD: Tensor, routing: DenseRouting) -> Ten
     return kernels.spread(experts.batched(z_ERD), routing.combine_NGEC)
 
 
+def chosen_experts(experts: Experts, x_TKD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """(T, K, D) -> (T, D): sum over a token's K choices of weight * f_expert(its input for that choice)."""
+    if kernels.are_few(x_TKD):
+        return kernels.few_ffn(x_TKD, expert_TK, weight_TK, *experts.weights, experts.activation, experts.gated)
+    order_R, rows_E = order_by_expert(expert_TK, experts.num_experts)
+    # Every choice has an input of its own, so a row is a token by itself until it is added back.
+    own_R = torch.arange(len(order_R), device=x_TKD.device)
+    rows_RD, weight_R = x_TKD.flatten(0, 1)[order_R], weight_TK.flatten()[order_R]
+    y_RD = sparse_experts(experts, rows_RD, SparseRouting(own_R, weight_R, rows_E))
+    y_TD = torch.zeros_like(x_TKD[:, 0], dtype=y_RD.dtype)
+    return y_TD.index_add(0, order_R // expert_TK.size(1), y_RD)
+
+
 def order_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """The order (R,) that sorts each token's K choices, flattened, by expert, and the rows of every expert (E,)."""
     expert_R = expert_TK.flatten()

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mixtura.kernels import are_few
 from mixtura.layers.dense import DenseFFN
 from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
@@ -18,6 +19,7 @@ from mixtura.layers.losses import router_z_loss
 from mixtura.layers.routing import (
     RoutingStats,
     SparseRouting,
+    chosen_experts,
     normalized_entropy,
     router_logits,
     sort_by_expert,
@@ -98,10 +100,14 @@ class TokenChoiceMoE(FeedForward):
         real_TD = x_TD if real_T is None else x_TD[real_T]
         logits_TE = router_logits(real_TD, self.gate.weight)
         choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
-        routing = sort_by_expert(choice_TK, weight_TK, self.num_experts)
-        kept = self._drop(routing, tokens=len(real_TD))
-        y_TD = sparse_experts(self.experts, real_TD, kept)
-        stats = self._stats(logits_TE, probs_TE, routing, kept) if want_stats else None
+        stats, x_TKD = None, real_TD.unsqueeze(1).expand(-1, self.top_k, -1)
+        if not apart and are_few(x_TKD):
+            y_TD = chosen_experts(self.experts, x_TKD, choice_TK, weight_TK)
+        else:
+            routing = sort_by_expert(choice_TK, weight_TK, self.num_experts)
+            kept = self._drop(routing, tokens=len(real_TD))
+            y_TD = sparse_experts(self.experts, real_TD, kept)
+            stats = self._stats(logits_TE, probs_TE, routing, kept) if want_stats else None
         if real_T is not None:
             y_TD = torch.zeros_like(x_TD, dtype=y_TD.dtype).masked_scatter(real_T.unsqueeze(-1), y_TD)
         if self.shared_expert is not None:
