@@ -11,7 +11,8 @@ import torch
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from mixtura.layers import MixtureOfTokens
+from mixtura.layers import Experts, MixtureOfTokens, Population
+from mixtura.layers.population import Observation
 
 LN2 = math.log(2)
 
@@ -239,9 +240,10 @@ def test_alone_runs_under_autocast(top_k):
         ({"temperature": 0.0}, "temperature is 0.0: it must be greater than zero"),
         ({"group_over": "all"}, "group_over is 'all': it must be batch or sequence"),
         ({"combine": "none"}, "combine is 'none': it must be same or separate"),
-        ({"inference_mode": "discrete"}, "inference_mode is 'discrete': it must be group or alone"),
+        ({"inference_mode": "discrete"}, "inference_mode is 'discrete': it must be group, alone or population"),
         ({"alone_top_k": 9}, "alone_top_k is 9: it must lie between 1 and 8, the number of mixtures"),
         ({"alone_top_k": 0}, "alone_top_k is 0: it must lie between 1 and 8, the number of mixtures"),
+        ({"inference_mode": "population"}, "'population' but the layer keeps no population's averages: calibrate it"),
         ({"zero_fill": -0.1}, r"zero_fill is -0\.1: it is a share of the groups and must lie between 0 and 1"),
         ({"zero_fill": 1.5}, r"zero_fill is 1\.5: it is a share of the groups and must lie between 0 and 1"),
     ],
@@ -350,3 +352,72 @@ def test_statistics_stay_finite_when_a_group_that_is_left_empty_is_all_padding()
         y_BLD, stats = layer(x_BLD, mask_BL, return_stats=True)
         assert y_BLD.isfinite().all() and all(value.isfinite().all() for value in stats)
         assert stats.routed_rows == 4
+
+
+def with_neighbours(layer, others_GD):
+    """The layer in `population` mode, its averages those of one real group's other members, given as (G - 1, D)."""
+    layer.observing = True
+    layer.train()(torch.cat([others_GD, torch.zeros_like(others_GD[:1])])[:, None])
+    layer.observing = False
+    layer.keep_population().reset()
+    layer.population.update(layer.observed, layer.experts)
+    layer.eval().set_inference_mode("population")
+    return layer
+
+
+@pytest.mark.parametrize("combine", ["same", "separate"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("mixtures_per_expert", [1, 3])
+def test_population_with_a_real_groups_own_averages_equals_the_group(combine, gated, mixtures_per_expert):
+    layer = random_layer(
+        combine=combine, gated=gated, mixtures_per_expert=mixtures_per_expert, temperature=0.7, activation="gelu"
+    )
+    group_GD = random_tokens(4)
+    in_group_GD = layer.train()(group_GD[:, None])[:, 0]
+    for member in range(4):
+        others = [other for other in range(4) if other != member]
+        with_neighbours(layer, group_GD[others])
+        for top_k in (None, 8 * mixtures_per_expert):
+            layer.set_inference_mode("population", top_k=top_k)
+            assert_close(layer(group_GD[None, [member]])[0, 0], in_group_GD[member], rtol=0, atol=1e-10)
+
+
+def test_a_population_of_zeros_is_the_token_alone():
+    layer, x_BLD = random_layer(population=True, alone_top_k=3).eval(), random_tokens(2, 5)
+    alone_BLD = layer(x_BLD)
+    layer.set_inference_mode("population", top_k=3)
+    assert_close(layer(x_BLD), alone_BLD)
+
+
+def test_population_by_hand():
+    # Neighbour (0, 1): masses (1, 2), mean (0, 1), outputs (0, 1) and (0, 2). The token (1, 0) has weights (2/3, 1/3).
+    # Mixtures (2/3, 1/3) and (1/3, 2/3), as in the group of these two; outputs (2/3, 1/3) and (2/3, 4/3).
+    layer = with_neighbours(doubling_layer(), torch.tensor([[0.0, 1.0]]))
+    x_BLD = torch.tensor([[[1.0, 0.0]]])
+    assert_close(layer(x_BLD), torch.tensor([[[2 / 3, 2 / 3]]]))
+    layer.set_inference_mode("population", top_k=1)  # expert 1 gives the constant (0, 2), a third of it
+    assert_close(layer(x_BLD), torch.tensor([[[4 / 9, 2 / 9 + 2 / 3]]]))
+
+
+def test_population_depends_on_nothing_but_the_token():
+    layer, x_BLD = with_neighbours(random_layer(), random_tokens(3)), random_tokens(3, 5)
+    for top_k in (None, 3):
+        layer.set_inference_mode("population", top_k=top_k)
+        one_by_one = torch.stack([torch.cat([layer(x_D[None, None])[0] for x_D in x_LD]) for x_LD in x_BLD])
+        assert_close(layer(x_BLD), one_by_one, rtol=0, atol=1e-12)
+
+
+def test_averages_are_plain_means_until_the_rate_takes_over():
+    population = Population(1, 1, group_size=3)
+    experts = Experts(1, intermediate_size=1, num_experts=1)
+    for value in (1.0, 2.0, 6.0):
+        seen = Observation(torch.tensor([value]), torch.tensor([-value]), torch.tensor([[value]]))
+        population.update(seen, experts)
+    assert_close(population.log_mass, torch.tensor([3.0]))
+    assert_close(population.combine_log_mass, torch.tensor([-3.0]))
+    population.update(seen._replace(mean_SD=torch.tensor([[5.0]])), experts, rate=0.5)
+    assert_close(population.mean, torch.tensor([[4.0]]))
+    assert_close(population.output, experts.batched(torch.tensor([[[4.0]]]))[0])
+    population.reset()
+    assert_close(population.log_mass, torch.tensor([LN2]))
+    assert (population.mean, population.output, population.updates) == (0, 0, 0)
