@@ -230,11 +230,7 @@ class MixtureOfTokens(FeedForward):
         The softmax of a group with logit l and others of mass Z is m = sigmoid(l - log Z), and z = m x + (1 - m) x_bar.
         What is spread back to the others is not looked at.
         """
-        logits_TS = self._logits(x_TD, self.gate.weight)
-        scale_TS = weight_TS = torch.sigmoid(logits_TS - rest.log_mass_S).to(x_TD.dtype)
-        if self.combine_gate is not None:
-            combine_logits_TS = self._logits(x_TD, self.combine_gate.weight)
-            weight_TS = torch.sigmoid(combine_logits_TS - rest.combine_log_mass_S).to(x_TD.dtype)
+        logits_TS, scale_TS, weight_TS = self._weights_apart(x_TD, rest)
         if self.alone_top_k is None:
             y_TD, used_TS = self._apart_all(x_TD, scale_TS, weight_TS, rest), scale_TS * weight_TS
         else:
@@ -244,6 +240,18 @@ class MixtureOfTokens(FeedForward):
             index = slice(None) if real_T is None else real_T
             stats = self._apart_stats(logits_TS[index], used_TS[index])
         return y_TD, stats
+
+    def weights_alone(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (T, S) with which tokens (T, D) enter the mixtures, and get their outputs back, when run alone."""
+        return self._weights_apart(x_TD, zero_neighbours(self.group_size))[1:]
+
+    def _weights_apart(self, x_TD: Tensor, rest: Neighbours) -> tuple[Tensor, Tensor, Tensor]:
+        logits_TS = self._logits(x_TD, self.gate.weight)
+        scale_TS = weight_TS = torch.sigmoid(logits_TS - rest.log_mass_S).to(x_TD.dtype)
+        if self.combine_gate is not None:
+            combine_logits_TS = self._logits(x_TD, self.combine_gate.weight)
+            weight_TS = torch.sigmoid(combine_logits_TS - rest.combine_log_mass_S).to(x_TD.dtype)
+        return logits_TS, scale_TS, weight_TS
 
     def _logits(self, x: Tensor, weight_SD: Tensor) -> Tensor:
         logits = router_logits(x, weight_SD)
