@@ -23,52 +23,54 @@ def random_experts(num_experts, hidden, width, activation, gated):
     return experts
 
 
-def random_choices(tokens, choices, num_experts, hidden):
-    x_TKD = torch.randn(tokens, choices, hidden, dtype=torch.float64)
+def random_choices(tokens, choices, num_experts, hidden, *, one_input=False, scaled=True):
+    x_TKD = torch.randn(tokens, 1 if one_input else choices, hidden, dtype=torch.float64)
     expert_TK = torch.randint(num_experts, (tokens, choices))  # a token may well choose an expert twice
-    return x_TKD, expert_TK, torch.randn(tokens, choices, dtype=torch.float64)
+    scale_TK, weight_TK = torch.randn(2, tokens, choices, dtype=torch.float64)
+    return x_TKD, expert_TK, scale_TK if scaled else None, weight_TK
+
+
+def run_chosen(experts, x_TKD, expert_TK, scale_TK, weight_TK):
+    return chosen_experts(experts, x_TKD, expert_TK, weight_TK, scale_TK)
 
 
 @GATED
 @ACTIVATIONS
-@given(t=SIZES, k=SIZES, e=SIZES, d=SIZES, f=SIZES)
-def test_all_ways_to_run_chosen_experts_equal_their_definition(activation, gated, t, k, e, d, f):
-    experts, choices = random_experts(e, d, f, activation, gated), random_choices(t, k, e, d)
+@given(t=SIZES, k=SIZES, e=SIZES, d=SIZES, f=SIZES, one_input=st.booleans(), scaled=st.booleans())
+def test_all_ways_to_run_chosen_experts_equal_their_definition(activation, gated, t, k, e, d, f, one_input, scaled):
+    experts = random_experts(e, d, f, activation, gated)
+    choices = random_choices(t, k, e, d, one_input=one_input, scaled=scaled)
     arguments = (*choices, *experts.weights, activation, gated)
     expected_TD = reference.few_ffn(*arguments)
     with torch.no_grad():
         assert_close(kernels.few_ffn(*arguments), expected_TD)
-        assert_close(chosen_experts(experts, *choices), expected_TD)
-    assert_close(chosen_experts(experts, *choices), expected_TD)
-
-
-def test_copied_weights_give_what_weights_in_place_give():
-    weight_EOI, expert_R, x_RI = torch.randn(5, 3, 4), torch.tensor([4, 0, 4]), torch.randn(3, 4)
-    in_place = few._product_of_views(weight_EOI, expert_R, x_RI)
-    assert_close(few._product_of_copies(weight_EOI, expert_R, x_RI), in_place)
+        assert_close(few._from_copies(*arguments), expected_TD)
+        assert_close(run_chosen(experts, *choices), expected_TD)
+    assert_close(run_chosen(experts, *choices), expected_TD)
 
 
 def test_gradients_go_the_sorted_way_and_are_those_of_the_definition():
-    experts, (x_TKD, expert_TK, weight_TK) = random_experts(3, 4, 2, "silu", True), random_choices(2, 2, 3, 4)
+    experts = random_experts(3, 4, 2, "silu", True)
+    x_TKD, expert_TK, scale_TK, weight_TK = random_choices(2, 2, 3, 4)
     grads = []
     for function in (
-        lambda *inputs: chosen_experts(experts, *inputs),
+        lambda *inputs: run_chosen(experts, *inputs),
         lambda *inputs: reference.few_ffn(*inputs, *experts.weights, "silu", True),
     ):
-        inputs = [x_TKD.clone().requires_grad_(), weight_TK.clone().requires_grad_()]
+        x, scale, weight = (tensor.clone().requires_grad_() for tensor in (x_TKD, scale_TK, weight_TK))
         experts.zero_grad()
-        function(inputs[0], expert_TK, inputs[1]).square().sum().backward()
-        grads.append([tensor.grad for tensor in [*inputs, *experts.weights]])
+        function(x, expert_TK, scale, weight).square().sum().backward()
+        grads.append([tensor.grad for tensor in [x, scale, weight, *experts.weights]])
     for actual, expected in zip(*grads, strict=True):
         assert_close(actual, expected)
 
 
 def test_only_few_rows_of_inference_are_few():
-    few_TKD = torch.zeros(few.FEW_ROWS // 2, 2, 3)
+    few_TK = torch.zeros(few.FEW_ROWS // 2, 2)
     with torch.no_grad():
-        assert kernels.are_few(few_TKD)
-        assert not kernels.are_few(torch.zeros(few.FEW_ROWS, 2, 3))
-    assert not kernels.are_few(few_TKD)
+        assert kernels.are_few(few_TK)
+        assert not kernels.are_few(torch.zeros(few.FEW_ROWS, 2))
+    assert not kernels.are_few(few_TK)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -87,8 +89,8 @@ def test_few_rows_run_under_autocast():
     experts, choices = random_experts(3, 8, 4, "gelu", False).float(), random_choices(2, 2, 3, 8)
     choices = [value.float() if value.is_floating_point() else value for value in choices]
     with torch.no_grad():
-        expected_TD = chosen_experts(experts, *choices)
+        expected_TD = run_chosen(experts, *choices)
         with torch.autocast("cpu", torch.bfloat16):
-            y_TD = chosen_experts(experts, *choices)
+            y_TD = run_chosen(experts, *choices)
     assert y_TD.dtype == torch.bfloat16
     assert_close(y_TD.float(), expected_TD, rtol=0.05, atol=0.02 * expected_TD.abs().max().item())

@@ -1,8 +1,9 @@
 """Sparse routing for the few tokens of a decoding step, where sorting rows costs more than running them.
 
-No order and no counts. On the CPU every chosen expert is multiplied where it lies, without a copy; on an accelerator
-the chosen weights are indexed and multiplied in one batched product, with no host synchronisation. Inference only:
-under autograd a view of a stacked weight costs a full zero gradient. Definition: `reference.few_ffn`.
+No order and no counts. On the CPU every chosen expert is multiplied where it lies, without a copy, and scale and weight
+ride along with the products: next to products of a single row, every further call counts. On an accelerator the chosen
+weights are indexed and multiplied in two batched products, with no host synchronisation. Inference only: under autograd
+a view of a stacked weight costs a full zero gradient. Definition: `reference.few_ffn`.
 
 Shapes: T tokens, K choices of a token, R = T*K rows, E experts, D hidden, F expert width, H = 2F when gated else F.
 """
@@ -17,33 +18,75 @@ FEW_ROWS = 8
 """Rows up to which this is quicker than sorting them; see `benchmarks/decode.py`."""
 
 
-def are_few(x_TKD: Tensor) -> bool:
-    """Whether `few_ffn` should take these rows; never while gradients are recorded or a graph is compiled."""
+def are_few(expert_TK: Tensor) -> bool:
+    """Whether `few_ffn` should take these choices; never while gradients are recorded or a graph is compiled."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    return x_TKD.size(0) * x_TKD.size(1) <= FEW_ROWS
+    return expert_TK.numel() <= FEW_ROWS
 
 
 def few_ffn(
-    x_TKD: Tensor, expert_TK: Tensor, weight_TK: Tensor, up_EHD: Tensor, down_EDF: Tensor, activation: str, gated: bool
+    x_TKD: Tensor,
+    expert_TK: Tensor,
+    scale_TK: Tensor | None,
+    weight_TK: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    gated: bool,
 ) -> Tensor:
-    """(T, K, D) -> (T, D): out[t] = sum over the choices k of weight[t, k] * expert[t, k](x[t, k])."""
+    """(T, K, D) -> (T, D): out[t] = sum over the choices k of weight[t, k] * expert[t, k](scale[t, k] * x[t, k]).
+
+    K of the input may be 1, where all choices of a token have the same; no scale is a scale of 1.
+    """
     x_TKD, up_EHD, down_EDF = at_autocast_dtype(x_TKD, up_EHD, down_EDF)
-    rows_RD, weight_R1 = x_TKD.flatten(0, 1), weight_TK.to(x_TKD.dtype).view(-1, 1)
-    product = _product_of_views if x_TKD.device.type == "cpu" else _product_of_copies
+    run = _in_place if x_TKD.device.type == "cpu" else _from_copies
+    return run(x_TKD, expert_TK, scale_TK, weight_TK, up_EHD, down_EDF, activation, gated)
+
+
+def _in_place(
+    x_TKD: Tensor,
+    expert_TK: Tensor,
+    scale_TK: Tensor | None,
+    weight_TK: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    tokens, choices = expert_TK.shape
+    experts, weights = expert_TK.tolist(), weight_TK.tolist()
+    if scale_TK is None:
+        scales = [[1.0] * choices] * tokens
+    else:
+        scales = weights if scale_TK is weight_TK else scale_TK.tolist()
+    blank = x_TKD.new_zeros(1)
+    out = []
+    for t, x_KD in enumerate(x_TKD.unbind()):
+        inputs = x_KD.unbind() if len(x_KD) == choices else [x_KD[0]] * choices
+        y_D = blank
+        for k, (expert, x_D) in enumerate(zip(experts[t], inputs, strict=True)):
+            u_H = torch.addmv(blank, up_EHD[expert], x_D, beta=0, alpha=scales[t][k])
+            h_F = activate(u_H, activation, gated)
+            y_D = torch.addmv(y_D, down_EDF[expert], h_F, beta=min(k, 1), alpha=weights[t][k])
+        out.append(y_D)
+    return out[0].unsqueeze(0) if tokens == 1 else torch.stack(out)
+
+
+def _from_copies(
+    x_TKD: Tensor,
+    expert_TK: Tensor,
+    scale_TK: Tensor | None,
+    weight_TK: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    gated: bool,
+) -> Tensor:
     expert_R = expert_TK.flatten()
-    h_RF = activate(product(up_EHD, expert_R, rows_RD), activation, gated) * weight_R1
-    return product(down_EDF, expert_R, h_RF).view(x_TKD.shape).sum(1)
-
-
-def _product_of_views(weight_EOI: Tensor, expert_R: Tensor, x_RI: Tensor) -> Tensor:
-    """(R, I) -> (R, O): every row times its own expert's matrix, which is read where it lies."""
-    y_RO = x_RI.new_empty(len(x_RI), weight_EOI.size(1))
-    for expert, x_I, y_O in zip(expert_R.tolist(), x_RI.unbind(), y_RO.unbind(), strict=True):
-        torch.mv(weight_EOI[expert], x_I, out=y_O)
-    return y_RO
-
-
-def _product_of_copies(weight_EOI: Tensor, expert_R: Tensor, x_RI: Tensor) -> Tensor:
-    """(R, I) -> (R, O), the same from a copy of the matrices, without asking the device which they are."""
-    return torch.bmm(weight_EOI[expert_R], x_RI.unsqueeze(-1)).squeeze(-1)
+    if scale_TK is not None:
+        x_TKD = x_TKD * scale_TK.to(x_TKD.dtype).unsqueeze(-1)
+    x_RD1 = x_TKD.expand(-1, expert_TK.size(1), -1).reshape(len(expert_R), -1, 1)
+    u_RH = torch.bmm(up_EHD[expert_R], x_RD1).squeeze(-1)
+    h_RF = activate(u_RH, activation, gated) * weight_TK.to(u_RH.dtype).reshape(-1, 1)
+    return torch.bmm(down_EDF[expert_R], h_RF.unsqueeze(-1)).view(*expert_TK.shape, -1).sum(1)

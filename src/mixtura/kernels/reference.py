@@ -85,15 +85,25 @@ def spread(y_ERD: Tensor, combine_NGEC: Tensor) -> Tensor:
 
 
 def few_ffn(
-    x_TKD: Tensor, expert_TK: Tensor, weight_TK: Tensor, up_EHD: Tensor, down_EDF: Tensor, activation: str, gated: bool
+    x_TKD: Tensor,
+    expert_TK: Tensor,
+    scale_TK: Tensor | None,
+    weight_TK: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    gated: bool,
 ) -> Tensor:
-    """(T, K, D) -> (T, D): out[t] = sum over the choices k of weight[t, k] * expert[t, k](x[t, k])."""
-    return torch.stack(
-        [
-            sum(
-                weight * expert_ffn(x_D[None], up_EHD[expert], down_EDF[expert], activation, gated)[0]
-                for x_D, expert, weight in zip(x_KD, expert_K.tolist(), weight_K, strict=True)
-            )
-            for x_KD, expert_K, weight_K in zip(x_TKD, expert_TK, weight_TK, strict=True)
-        ]
-    )
+    """(T, K, D) -> (T, D): out[t] = sum over the choices k of weight[t, k] * expert[t, k](scale[t, k] * x[t, k])."""
+    tokens, choices = expert_TK.shape
+    out_TD = []
+    for t in range(tokens):
+        y_D = torch.zeros_like(x_TKD[t, 0])
+        for k in range(choices):
+            x_D = x_TKD[t, k] if x_TKD.size(1) > 1 else x_TKD[t, 0]
+            x_D = x_D if scale_TK is None else scale_TK[t, k] * x_D
+            expert = int(expert_TK[t, k])
+            f_D = expert_ffn(x_D[None], up_EHD[expert], down_EDF[expert], activation, gated)[0]
+            y_D = y_D + weight_TK[t, k] * f_D
+        out_TD.append(y_D)
+    return torch.stack(out_TD)

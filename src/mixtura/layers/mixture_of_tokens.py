@@ -145,7 +145,7 @@ class MixtureOfTokens(FeedForward):
         mode = ("alone" if self.zero_fill == 1 else "group") if self.training else self.inference_mode
         if mode != "group":
             rest = zero_neighbours(self.group_size) if mode == "alone" else self.keep_population().neighbours
-            real_T = None if mask_BL is None else mask_BL.flatten().bool()
+            real_T = mask_BL.flatten().bool() if mask_BL is not None and want_stats else None
             y_TD, stats = self._run_apart(x_BLD.flatten(0, 1), real_T, want_stats, rest)
             return y_TD.view(x_BLD.shape), stats
         batch, length, _ = x_BLD.shape
@@ -231,13 +231,26 @@ class MixtureOfTokens(FeedForward):
         What is spread back to the others is not looked at.
         """
         logits_TS, scale_TS, weight_TS = self._weights_apart(x_TD, rest)
+        ran_TS = None
         if self.alone_top_k is None:
-            y_TD, used_TS = self._apart_all(x_TD, scale_TS, weight_TS, rest), scale_TS * weight_TS
+            y_TD = self._apart_all(x_TD, scale_TS, weight_TS, rest)
         else:
-            y_TD, used_TS = self._apart_top_k(x_TD, scale_TS, weight_TS, rest, self.alone_top_k)
+            gate_TS = scale_TS if weight_TS is scale_TS else scale_TS * weight_TS  # a square sorts as its root does
+            gate_TK, chosen_TK = gate_TS.topk(self.alone_top_k, dim=-1)
+            same = weight_TS is scale_TS
+            scale_TK = gate_TK if same else scale_TS.gather(1, chosen_TK)
+            weight_TK = gate_TK if same else weight_TS.gather(1, chosen_TK)
+            y_TD = self._apart_chosen(x_TD, scale_TK, weight_TK, rest, chosen_TK)
+            if want_stats:
+                ran_TS = torch.zeros_like(scale_TS).scatter(1, chosen_TK, 1.0)
+            if rest.output_SD is not None:
+                # A small weight leaves z close to x_bar, and f_e(x_bar) needs no token to be computed.
+                rest_TS = weight_TS.scatter(1, chosen_TK, 0.0).to(y_TD.dtype)
+                y_TD = y_TD + rest_TS @ rest.output_SD.to(y_TD.dtype)
         stats = None
         if want_stats:
             index = slice(None) if real_T is None else real_T
+            used_TS = scale_TS * weight_TS if ran_TS is None else ran_TS
             stats = self._apart_stats(logits_TS[index], used_TS[index])
         return y_TD, stats
 
@@ -269,24 +282,15 @@ class MixtureOfTokens(FeedForward):
         ]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
-    def _apart_top_k(
-        self, x_TD: Tensor, scale_TS: Tensor, weight_TS: Tensor, rest: Neighbours, top_k: int
-    ) -> tuple[Tensor, Tensor]:
-        """Runs the `top_k` mixtures of the largest weights; also the mask (T, S) of those that ran.
-
-        The others have a small weight, so for them z is nearly x_bar, and f_e(x_bar) needs no token to be computed.
-        """
-        chosen_TK = (scale_TS * weight_TS).topk(top_k, dim=-1).indices
-        used_TS = torch.zeros_like(scale_TS).scatter(1, chosen_TK, 1.0)
-        scale_TK1 = scale_TS.gather(1, chosen_TK).unsqueeze(-1)
-        z_TKD = scale_TK1 * x_TD.unsqueeze(1)
-        if rest.mean_SD is not None:
-            z_TKD = z_TKD + (1 - scale_TK1) * rest.mean_SD.to(x_TD.dtype)[chosen_TK]
-        expert_TK = chosen_TK // self.mixtures_per_expert
-        y_TD = chosen_experts(self.experts, z_TKD, expert_TK, weight_TS.gather(1, chosen_TK))
-        if rest.output_SD is not None:
-            y_TD = y_TD + ((1 - used_TS) * weight_TS).to(y_TD.dtype) @ rest.output_SD.to(y_TD.dtype)
-        return y_TD, used_TS
+    def _apart_chosen(
+        self, x_TD: Tensor, scale_TK: Tensor, weight_TK: Tensor, rest: Neighbours, chosen_TK: Tensor
+    ) -> Tensor:
+        expert_TK = chosen_TK if self.mixtures_per_expert == 1 else chosen_TK // self.mixtures_per_expert
+        x_T1D = x_TD.unsqueeze(1)
+        if rest.mean_SD is None:
+            return chosen_experts(self.experts, x_T1D, expert_TK, weight_TK, scale_TK)
+        z_TKD = torch.lerp(rest.mean_SD.to(x_TD.dtype)[chosen_TK], x_T1D, scale_TK.unsqueeze(-1))
+        return chosen_experts(self.experts, z_TKD, expert_TK, weight_TK)
 
     def _stats(self, logits_NGS: Tensor, weight_NGS: Tensor, real_NG: Tensor | None) -> RoutingStats:
         """Statistics of a batch in groups: every expert gets the same load, up to what went to padding."""

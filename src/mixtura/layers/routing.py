@@ -73,6 +73,8 @@ def pool_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
 def router_logits(x: Tensor, weight_ED: Tensor) -> Tensor:
     """(..., D) -> (..., E) in float32 or wider, whatever autocast says: in bfloat16 near-ties change the choice."""
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if not torch.is_autocast_enabled(x.device.type):  # entering a context costs as much as the product of one token
+        return torch.nn.functional.linear(x.to(dtype), weight_ED.to(dtype))
     with torch.autocast(x.device.type, enabled=False):
         return torch.nn.functional.linear(x.to(dtype), weight_ED.to(dtype))
 
@@ -88,17 +90,26 @@ def dense_experts(experts: Experts, x_NGD: Tensor, routing: DenseRouting) -> Ten
     return kernels.spread(experts.batched(z_ERD), routing.combine_NGEC)
 
 
-def chosen_experts(experts: Experts, x_TKD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """(T, K, D) -> (T, D): sum over a token's K choices of weight * f_expert(its input for that choice)."""
-    if kernels.are_few(x_TKD):
-        return kernels.few_ffn(x_TKD, expert_TK, weight_TK, *experts.weights, experts.activation, experts.gated)
+def chosen_experts(
+    experts: Experts, x_TKD: Tensor, expert_TK: Tensor, weight_TK: Tensor, scale_TK: Tensor | None = None
+) -> Tensor:
+    """(T, K, D) -> (T, D): sum over a token's K choices of weight * f_expert(scale * its input for that choice).
+
+    K of the input may be 1, where all choices of a token have the same; no scale is a scale of 1.
+    """
+    if kernels.are_few(expert_TK):
+        weights, settings = experts.weights, (experts.activation, experts.gated)
+        return kernels.few_ffn(x_TKD, expert_TK, scale_TK, weight_TK, *weights, *settings)
     order_R, rows_E = order_by_expert(expert_TK, experts.num_experts)
+    choices = expert_TK.size(1)
     # Every choice has an input of its own, so a row is a token by itself until it is added back.
     own_R = torch.arange(len(order_R), device=x_TKD.device)
-    rows_RD, weight_R = x_TKD.flatten(0, 1)[order_R], weight_TK.flatten()[order_R]
-    y_RD = sparse_experts(experts, rows_RD, SparseRouting(own_R, weight_R, rows_E))
+    rows_RD = x_TKD.flatten(0, 1)[order_R if x_TKD.size(1) == choices else order_R // choices]
+    if scale_TK is not None:
+        rows_RD = rows_RD * scale_TK.flatten()[order_R].unsqueeze(-1)
+    y_RD = sparse_experts(experts, rows_RD, SparseRouting(own_R, weight_TK.flatten()[order_R], rows_E))
     y_TD = torch.zeros_like(x_TKD[:, 0], dtype=y_RD.dtype)
-    return y_TD.index_add(0, order_R // expert_TK.size(1), y_RD)
+    return y_TD.index_add(0, order_R // choices, y_RD)
 
 
 def order_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -100,9 +100,9 @@ class TokenChoiceMoE(FeedForward):
         real_TD = x_TD if real_T is None else x_TD[real_T]
         logits_TE = router_logits(real_TD, self.gate.weight)
         choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
-        stats, x_TKD = None, real_TD.unsqueeze(1).expand(-1, self.top_k, -1)
-        if not apart and are_few(x_TKD):
-            y_TD = chosen_experts(self.experts, x_TKD, choice_TK, weight_TK)
+        stats = None
+        if not apart and are_few(choice_TK):
+            y_TD = chosen_experts(self.experts, real_TD.unsqueeze(1), choice_TK, weight_TK)
         else:
             routing = sort_by_expert(choice_TK, weight_TK, self.num_experts)
             kept = self._drop(routing, tokens=len(real_TD))
