@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from mixtura import __version__
-from mixtura.config import PRESETS, Interrupted, UserError, load_recipe, preset_path
+from mixtura.config import PRESETS, TASKS, Interrupted, UserError, data_overrides, load_recipe, preset_path
 
 app = typer.Typer(
     name="mixtura",
@@ -68,25 +68,46 @@ def compare(
 
     Parts that are done are not repeated, and a comparison that was stopped goes on where it stopped.
     """
-    from mixtura.comparison.runner import compare as run_comparison
-    from mixtura.comparison.runner import planned_steps
+    _compare(_recipe_path(recipe, preset), out, overrides or [], resume=resume, open_report=open_report)
 
-    path = _recipe_path(recipe, preset)
-    loaded = load_recipe(path, overrides or [])
-    folder = out or Path("runs") / loaded.name
-    with _progress(planned_steps(loaded)) as reporter:
-        results = run_comparison(
-            path,
-            out=folder,
-            overrides=overrides or [],
-            resume=resume,
-            command=shlex.join(["mixtura", *sys.argv[1:]]),
-            reporter=reporter,
-        )
-    report = folder / "report.html"
-    typer.echo(f"\n{results['summary']['verdict']['headline']}\n\nReport: {report}")
-    if open_report and _has_display():
-        webbrowser.open(report.resolve().as_uri())
+
+@app.command()
+def finetune(
+    task: Annotated[str, typer.Argument(help="translation or classification.")],
+    recipe: RecipeArgument = None,
+    preset: Annotated[str, typer.Option(help="Without a recipe: the task's quick or default one.")] = "default",
+    data: Annotated[
+        str | None,
+        typer.Option(help="Your own .jsonl, .csv, .tsv or .parquet, or a hub dataset as hub:NAME.", show_default=False),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Your columns: SOURCE,TARGET for translation, TEXT,LABEL for classification."),
+    ] = None,
+    pairs: Annotated[
+        str | None, typer.Option(help="Translation directions, such as en-de,de-en.", show_default=False)
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The pretrained model: a folder, a hub name, smollm2 or minilm.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="runs/NAME")] = None,
+    overrides: SetOption = None,
+    resume: ResumeOption = True,
+    open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
+) -> None:
+    """Fine-tune for translation or classification: every arm of a recipe, compared in a report.
+
+    The finished models lie in the folder's arms; `mixtura translate` and `mixtura classify` use them.
+    """
+    if task not in TASKS:
+        raise UserError(f"There is no task '{task}': choose one of {', '.join(TASKS)}.")
+    if recipe is None and preset not in ("quick", "default"):
+        raise UserError(f"There is no preset '{preset}' for {task}: choose quick or default, or give a recipe's path.")
+    path = recipe or preset_path(task if preset == "default" else f"{task}-{preset}")
+    changes = [*data_overrides(task, data=data, columns=columns, pairs=pairs, base=base), *(overrides or [])]
+    if (found := load_recipe(path, changes)) and getattr(found, "task", "pretraining") != task:
+        raise UserError(f"'{path}' is a recipe for {getattr(found, 'task', 'pretraining')}: give one for {task}.")
+    _compare(path, out, changes, resume=resume, open_report=open_report)
 
 
 @app.command()
@@ -173,6 +194,28 @@ def doctor() -> None:
     ):
         state = "installed" if find_spec(module) is not None else f"missing: pip install {package}"
         typer.echo(f"{package:13} {state} ({use})")
+
+
+def _compare(path: Path, out: Path | None, overrides: list[str], *, resume: bool, open_report: bool) -> None:
+    """Runs a comparison, says its verdict and where the report is."""
+    from mixtura.comparison.runner import compare as run_comparison
+    from mixtura.comparison.runner import planned_steps
+
+    loaded = load_recipe(path, overrides)
+    folder = out or Path("runs") / loaded.name
+    with _progress(planned_steps(loaded)) as reporter:
+        results = run_comparison(
+            path,
+            out=folder,
+            overrides=overrides,
+            resume=resume,
+            command=shlex.join(["mixtura", *sys.argv[1:]]),
+            reporter=reporter,
+        )
+    report = folder / "report.html"
+    typer.echo(f"\n{results['summary']['verdict']['headline']}\n\nReport: {report}")
+    if open_report and _has_display():
+        webbrowser.open(report.resolve().as_uri())
 
 
 @contextmanager

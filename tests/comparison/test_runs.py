@@ -11,7 +11,7 @@ from mixtura.comparison.folder import read_json
 from mixtura.comparison.runs import check_runs, run_arm, tokens_per_step
 from mixtura.config import UserError
 from mixtura.data.prepare import prepare_data
-from mixtura.training import SilentProgress, TrainingDiverged
+from mixtura.training import SilentProgress, TrainingDiverged, language_modelling
 
 
 @pytest.fixture
@@ -100,13 +100,14 @@ def test_too_little_held_out_text_is_refused_before_training(tiny_recipe, traini
 
 
 def test_the_final_evaluation_takes_what_there_is_in_whole_batches(run, monkeypatch):
-    asked, original = [], runs.evaluate_loss
+    asked, original = [], language_modelling.evaluate_loss
 
-    def evaluate(model, packed, *, num_sequences, batch_size):
-        asked.append((num_sequences, batch_size, packed.num_sequences))
-        return original(model, packed, num_sequences=num_sequences, batch_size=batch_size)
+    def evaluate(model, packed, *, num_sequences, batch_size, modes):
+        if modes is None:
+            asked.append((num_sequences, batch_size, packed.num_sequences))
+        return original(model, packed, num_sequences=num_sequences, batch_size=batch_size, modes=modes)
 
-    monkeypatch.setattr(runs, "evaluate_loss", evaluate)
+    monkeypatch.setattr(language_modelling, "evaluate_loss", evaluate)
     run(out="more than there is", steps=1, final_eval_sequences=100_000)
     run(out="no whole batch", steps=1, final_eval_sequences=1)
     (most, size, held_out), (least, _, _) = asked

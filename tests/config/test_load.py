@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mixtura.config import (
     PRESETS,
     UserError,
+    data_overrides,
     load_recipe,
     preset_path,
     recipe_from_dict,
@@ -142,3 +143,28 @@ def test_any_text_number_and_list_survives_the_way_to_toml_and_back(text, rate, 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_loads_under_its_name(preset):
     assert load_recipe(preset_path(preset)).name == preset
+
+
+def test_own_data_is_named_by_two_flags():
+    changes = data_overrides("translation", data="my pairs.csv", columns="english, german", pairs="en-de", base=None)
+    recipe = load_recipe(preset_path("translation-quick"), changes)
+    assert (recipe.data.source, recipe.data.path) == ("local", "my pairs.csv")
+    assert (recipe.data.source_column, recipe.data.target_column) == ("english", "german")
+    assert recipe.data.pairs == ("en-de",)
+
+
+def test_a_hub_dataset_and_a_base_are_named_by_flags():
+    changes = data_overrides("classification", data="hub:imdb", columns="text,label", pairs=None, base='C:\\"odd"')
+    recipe = load_recipe(preset_path("classification-quick"), changes)
+    assert (recipe.data.source, recipe.data.name, recipe.base.name) == ("hub", "imdb", 'C:\\"odd"')
+
+
+@pytest.mark.parametrize("columns", ["text", "a,b,c", "text,"])
+def test_columns_must_be_two(columns):
+    with pytest.raises(UserError, match="give two names, TEXT,LABEL"):
+        data_overrides("classification", data=None, columns=columns, pairs=None, base=None)
+
+
+def test_classification_has_no_directions():
+    with pytest.raises(UserError, match="has no directions"):
+        data_overrides("classification", data=None, columns=None, pairs="en-de", base=None)

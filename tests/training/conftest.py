@@ -7,7 +7,7 @@ import torch
 from mixtura.config import TrainingConfig
 from mixtura.data import PackedTokens, PreparedData, train_tokenizer
 from mixtura.models import MixtureConfig, MixtureForCausalLM
-from mixtura.training import train
+from mixtura.training import LanguageModelling, train
 
 VOCAB, LENGTH = 300, 16
 
@@ -54,11 +54,23 @@ def tiny_training():
 def run(tiny_data, tiny_training, tmp_path):
     """Trains a model in a folder below `tmp_path`."""
 
-    def start(model, *, out="run", resume=False, learning_rate=3e-3, seed=0, reporter=None, data=tiny_data, **settings):
+    def start(
+        model,
+        *,
+        out="run",
+        resume=False,
+        learning_rate=3e-3,
+        seed=0,
+        reporter=None,
+        data=tiny_data,
+        task=None,
+        **settings,
+    ):
+        config = tiny_training(**settings)
         return train(
             model,
-            data=data,
-            config=tiny_training(**settings),
+            task=task or LanguageModelling(data, config),
+            config=config,
             learning_rate=learning_rate,
             seed=seed,
             out=tmp_path / out,

@@ -34,7 +34,7 @@ def test_a_step_sums_loads_and_averages_router_losses_over_its_micro_batches():
     step = add_totals(add_totals(None, totals([3.0, 1.0], share=0.5)), totals([1.0, 3.0], share=0.5))
     assert step.tokens_per_expert_ME.tolist() == [[4.0, 4.0]]
     assert (step.aux_loss.item(), step.z_loss.item(), step.entropy_M.tolist()) == (1.5, 2.0, [0.5])
-    assert step.language_loss.item() == 6.0  # its micro-batches are summands already
+    assert step.task_loss.item() == 6.0  # its micro-batches are summands already
     assert not any(part.requires_grad for part in step)
 
 
@@ -55,8 +55,8 @@ def test_ranks_are_summed_in_one_exchange():
     reduced = reduce_totals(totals([3.0, 1.0], dropped=1.0), twice)
     assert len(calls) == 1
     assert reduced.tokens_per_expert_ME.tolist() == [[6.0, 2.0]]
-    assert (reduced.language_loss.item(), reduced.dropped_M.tolist()) == (6.0, [2.0])
-    assert reduced.language_loss.shape == ()
+    assert (reduced.task_loss.item(), reduced.dropped_M.tolist()) == (6.0, [2.0])
+    assert reduced.task_loss.shape == ()
 
 
 def test_a_load_from_elsewhere_replaces_that_of_the_micro_batch_alone():

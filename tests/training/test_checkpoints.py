@@ -10,12 +10,16 @@ from mixtura.config import UserError
 from mixtura.training import checkpoints
 
 
+def settings_of(model):
+    return {"model": checkpoints.architecture(model.config)}
+
+
 @pytest.fixture
 def checkpoint(tmp_path, tiny_model):
     """A whole checkpoint of a tiny dense model after three steps, and the model."""
     model = tiny_model()
     folder = checkpoints.numbered(tmp_path, 3)
-    with checkpoints.new_folder(folder, step=3) as partial:
+    with checkpoints.new_folder(folder, step=3, settings=settings_of(model)) as partial:
         model.save_pretrained(partial)
     return folder, model
 
@@ -31,16 +35,16 @@ def small_files():
 
 def test_a_folder_is_there_only_when_it_is_whole(tmp_path):
     target = tmp_path / "checkpoint-1"
-    with checkpoints.new_folder(target, step=1) as partial:
+    with checkpoints.new_folder(target, step=1, settings={}) as partial:
         (partial / "weights").write_text("abc")
         assert not target.exists()
-    assert json.loads((target / "complete.json").read_text()) == {"step": 1, "files": {"weights": 3}}
+    assert json.loads((target / "complete.json").read_text()) == {"step": 1, "settings": {}, "files": {"weights": 3}}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_folder_that_was_not_finished_vanishes(tmp_path, error):
-    with pytest.raises(error), checkpoints.new_folder(tmp_path / "checkpoint-1", step=1) as partial:
+    with pytest.raises(error), checkpoints.new_folder(tmp_path / "checkpoint-1", step=1, settings={}) as partial:
         (partial / "weights").write_text("abc")
         raise error
     assert list(tmp_path.iterdir()) == []
@@ -48,7 +52,7 @@ def test_a_folder_that_was_not_finished_vanishes(tmp_path, error):
 
 def test_a_folder_replaces_the_one_before_it(tmp_path):
     for text in ("old", "new"):
-        with checkpoints.new_folder(tmp_path / "checkpoint", step=1) as partial:
+        with checkpoints.new_folder(tmp_path / "checkpoint", step=1, settings={}) as partial:
             (partial / text).write_text(text)
     assert {path.name for path in (tmp_path / "checkpoint").iterdir()} == {"new", "complete.json"}
 
@@ -56,7 +60,7 @@ def test_a_folder_replaces_the_one_before_it(tmp_path):
 def test_a_full_disk_is_one_sentence_and_leaves_no_half_checkpoint(tmp_path, tiny_model, small_files):
     with (
         pytest.raises(UserError, match=r"cannot be written \(.*\): make room .* --resume"),
-        checkpoints.new_folder(tmp_path / "checkpoint-1", step=1) as partial,
+        checkpoints.new_folder(tmp_path / "checkpoint-1", step=1, settings={}) as partial,
     ):
         tiny_model().save_pretrained(partial)
     assert list(tmp_path.iterdir()) == []
@@ -77,7 +81,7 @@ def test_the_newest_checkpoint_has_the_highest_step_not_the_last_name(tmp_path):
 
 def test_only_whole_checkpoints_of_ours_are_dropped(tmp_path):
     for step in (1, 2, 3):
-        with checkpoints.new_folder(checkpoints.numbered(tmp_path, step), step=step):
+        with checkpoints.new_folder(checkpoints.numbered(tmp_path, step), step=step, settings={}):
             pass
     (tmp_path / "checkpoint-0").mkdir()
     checkpoints.drop_old_checkpoints(tmp_path, keep=2)
@@ -94,7 +98,7 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path):
 def test_a_whole_checkpoint_gives_its_step_and_weights(checkpoint, tiny_model):
     folder, model = checkpoint
     other = tiny_model(seed=1)
-    assert checkpoints.check_checkpoint(folder, other.config) == 3
+    assert checkpoints.check_checkpoint(folder, settings_of(other)) == 3
     checkpoints.load_weights(other, folder)
     for (name, expected), loaded in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(expected, loaded), name
@@ -107,14 +111,14 @@ def test_a_damaged_checkpoint_names_the_file_and_both_sizes(checkpoint):
     weights.write_bytes(weights.read_bytes()[:100])
     expected = rf"checkpoint-3' is damaged: model.safetensors has 100 bytes where {size:,} bytes .* remove the folder"
     with pytest.raises(UserError, match=expected):
-        checkpoints.check_checkpoint(folder, model.config)
+        checkpoints.check_checkpoint(folder, settings_of(model))
 
 
 def test_a_checkpoint_with_a_file_missing_is_damaged(checkpoint):
     folder, model = checkpoint
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model\.safetensors is missing"):
-        checkpoints.check_checkpoint(folder, model.config)
+        checkpoints.check_checkpoint(folder, settings_of(model))
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", '{"step": 3}'], ids=["none", "empty", "list", "no files"])
@@ -124,12 +128,12 @@ def test_a_folder_of_another_program_is_not_taken_for_a_checkpoint(checkpoint, t
     if text is not None:
         (folder / "complete.json").write_text(text)
     with pytest.raises(UserError, match="no checkpoint of this library"):
-        checkpoints.check_checkpoint(folder, model.config)
+        checkpoints.check_checkpoint(folder, settings_of(model))
 
 
 def test_a_checkpoint_of_another_model_names_what_differs(checkpoint, tiny_model):
-    with pytest.raises(UserError, match="of another model: its hidden_size is 32, not 16"):
-        checkpoints.check_checkpoint(checkpoint[0], tiny_model(hidden_size=16, head_dim=16).config)
+    with pytest.raises(UserError, match=r"of another run: its model\.hidden_size is 32, not 16"):
+        checkpoints.check_checkpoint(checkpoint[0], settings_of(tiny_model(hidden_size=16, head_dim=16)))
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path):

@@ -19,7 +19,7 @@ import torch
 from mixtura.config import TrainingConfig
 from mixtura.data import PackedTokens, PreparedData, train_tokenizer
 from mixtura.models import MixtureForCausalLM
-from mixtura.training import train
+from mixtura.training import LanguageModelling, train
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
@@ -27,10 +27,11 @@ settings = json.loads((folder / "settings.json").read_text())
 tokenizer = train_tokenizer(["some text to fit a tokenizer on"], vocab_size=270)
 packed = {name: PackedTokens(np.load(folder / f"{name}.npy"), bytes_per_token=2.0) for name in ("train", "validation")}
 data = PreparedData(tokenizer, **packed, summary=settings["summary"])
+config = TrainingConfig(**settings["training"])
 train(
     MixtureForCausalLM.from_pretrained(folder / "initial"),
-    data=data,
-    config=TrainingConfig(**settings["training"]),
+    task=LanguageModelling(data, config),
+    config=config,
     learning_rate=3e-3,
     seed=0,
     out=folder / "two",

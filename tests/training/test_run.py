@@ -230,7 +230,7 @@ def test_an_output_folder_that_is_a_file_is_a_users_error(run, make, tmp_path):
 
 
 def test_an_impossible_evaluation_is_refused_before_anything_is_written(run, make, tmp_path):
-    with pytest.raises(UserError, match="asks for 999 held-out sequences"):
+    with pytest.raises(UserError, match=r"'training.eval_sequences' is 999 but only 32"):
         run(make(), eval_sequences=999)
     with pytest.raises(UserError, match="multiple of the group size"):
         run(make("mixture_of_tokens"), eval_sequences=6)

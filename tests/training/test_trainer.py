@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixtura.data import PackedTokens, ScheduledDataset
-from mixtura.training import TrainingDiverged, read_metrics
+from mixtura.training import LanguageModelling, TrainingDiverged, read_metrics
 from mixtura.training import trainer as trainer_module
 
 BALANCED = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1, "num_experts_per_tok": 2}
@@ -81,7 +81,7 @@ def test_every_predicted_token_weighs_the_same_when_micro_batches_have_different
                 item["labels"][:-4] = -100
             return item
 
-    monkeypatch.setattr("mixtura.training.run.ScheduledDataset", HalfMasked)
+    monkeypatch.setattr("mixtura.training.language_modelling.ScheduledDataset", HalfMasked)
     whole, parts = tiny_model(), tiny_model()
     run(whole, out="whole", batch_size=4)
     run(parts, out="parts", batch_size=2, gradient_accumulation_steps=2)
@@ -197,7 +197,7 @@ def test_seconds_leave_out_evaluations_and_checkpoints(run, tiny_model, monkeypa
 
         return wrapped
 
-    monkeypatch.setattr(trainer_module, "evaluate_loss", slowly(trainer_module.evaluate_loss))
+    monkeypatch.setattr(LanguageModelling, "evaluate", slowly(LanguageModelling.evaluate))
     monkeypatch.setattr(trainer_module.checkpoints, "random_state", slowly(trainer_module.checkpoints.random_state))
     began = time.perf_counter()
     outcome = run(tiny_model(), steps=4, eval_every=1, save_every=1)

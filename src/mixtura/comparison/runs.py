@@ -12,8 +12,15 @@ from mixtura.comparison.arms import Arm
 from mixtura.comparison.folder import read_json, write_json
 from mixtura.config import Interrupted, Recipe, TrainingConfig, UserError
 from mixtura.data.prepare import PreparedData
-from mixtura.evaluation import check_evaluation, evaluate_loss
-from mixtura.training import METRICS, ProgressReporter, TrainingDiverged, read_metrics, summarize_metrics, train
+from mixtura.training import (
+    METRICS,
+    LanguageModelling,
+    ProgressReporter,
+    TrainingDiverged,
+    read_metrics,
+    summarize_metrics,
+    train,
+)
 
 
 def run_arm(
@@ -39,10 +46,10 @@ def run_arm(
         reporter.start_run(label, step=stored["steps"], steps=stored["steps"])
         reporter.end_run()
         return stored
-    model = arm.build(seed)
+    model, task = arm.build(seed), LanguageModelling(data, training)
     outcome = train(
         model,
-        data=data,
+        task=task,
         config=training,
         learning_rate=learning_rate,
         seed=seed,
@@ -55,12 +62,7 @@ def run_arm(
         raise Interrupted(f"Stopped in '{label}' at step {outcome.steps}: everything is saved.")
     if outcome.steps != training.steps:
         raise UserError(f"'{out / METRICS}' is damaged: delete '{out}', and that run is done again.")
-    final = evaluate_loss(
-        model,
-        data.validation,
-        num_sequences=_whole_batches(training.final_eval_sequences, training.batch_size, data),
-        batch_size=training.batch_size,
-    )
+    final = task.evaluate(model, final=True)
     if not all(math.isfinite(measure) for of in final.values() for measure in of.values()):
         raise TrainingDiverged(
             f"{label} diverged: its final held-out loss is out of range; lower its learning rate, which is "
@@ -88,28 +90,9 @@ def check_runs(arms: Mapping[str, Arm], training: TrainingConfig, data: Prepared
     Raises:
         UserError: there are too few held-out sequences, or they do not fill groups.
     """
-    held_out = data.validation.num_sequences
-    if training.batch_size > held_out:
-        raise UserError(
-            f"'training.batch_size' is {training.batch_size} but only {held_out} sequences are held out, fewer than "
-            "one batch: lower it, give more text or raise 'data.validation_fraction'."
-        )
-    if training.eval_sequences > held_out:
-        raise UserError(
-            f"'training.eval_sequences' is {training.eval_sequences} but only {held_out} sequences are held out: "
-            "lower it, give more text or raise 'data.validation_fraction'."
-        )
+    task = LanguageModelling(data, training)
     for arm in arms.values():
-        for wanted in (
-            training.eval_sequences,
-            _whole_batches(training.final_eval_sequences, training.batch_size, data),
-        ):
-            check_evaluation(arm.model_config, data.validation, num_sequences=wanted, batch_size=training.batch_size)
-
-
-def _whole_batches(wanted: int, batch_size: int, data: PreparedData) -> int:
-    """Held-out sequences to evaluate: as many as wanted or there are, in whole batches so that every group is full."""
-    return max(1, min(wanted, data.validation.num_sequences) // batch_size) * batch_size
+        task.check_evaluations(arm.model_config, batch_size=training.batch_size)
 
 
 def tokens_per_step(recipe: Recipe) -> int:

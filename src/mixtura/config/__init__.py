@@ -18,6 +18,8 @@ from mixtura.config.finetuning import TranslationArmConfig as TranslationArmConf
 from mixtura.config.finetuning import TranslationDataConfig as TranslationDataConfig
 from mixtura.config.finetuning import TranslationRecipe as TranslationRecipe
 from mixtura.config.load import PRESETS as PRESETS
+from mixtura.config.load import TASKS as TASKS
+from mixtura.config.load import data_overrides as data_overrides
 from mixtura.config.load import load_recipe as load_recipe
 from mixtura.config.load import preset_path as preset_path
 from mixtura.config.load import recipe_from_dict as recipe_from_dict

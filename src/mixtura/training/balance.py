@@ -18,7 +18,7 @@ from mixtura.layers import RoutingStats
 class StepTotals(NamedTuple):
     """Sums over micro-batches; tensors without gradient, so that adding them never waits for the device."""
 
-    language_loss: Tensor
+    task_loss: Tensor
     aux_loss: Tensor
     z_loss: Tensor
     tokens_per_expert_ME: Tensor
@@ -28,7 +28,7 @@ class StepTotals(NamedTuple):
 
 
 def micro_batch_totals(
-    language_loss: Tensor,
+    task_loss: Tensor,
     aux_loss: Tensor | None,
     z_loss: Tensor | None,
     routing: Sequence[RoutingStats | None],
@@ -38,20 +38,20 @@ def micro_batch_totals(
     """One micro-batch's part of a step.
 
     Args:
-        language_loss: this micro-batch's summand of the step's mean loss.
+        task_loss: this micro-batch's summand of the step's mean loss.
         aux_loss: its mean load-balancing loss, if any layer has one.
         z_loss: its mean router z-loss, likewise.
         routing: statistics of every layer.
         share: 1 / (micro-batches of the step on all ranks), which turns sums of means into means.
     """
-    zero = language_loss.new_zeros(())
+    zero = task_loss.new_zeros(())
     stats = [layer for layer in routing if layer is not None]
 
     def stacked(values: list[Tensor]) -> Tensor:
-        return torch.stack(values).detach().float() if values else language_loss.new_zeros(0, dtype=torch.float32)
+        return torch.stack(values).detach().float() if values else task_loss.new_zeros(0, dtype=torch.float32)
 
     return StepTotals(
-        language_loss=language_loss.detach().float(),
+        task_loss=task_loss.detach().float(),
         aux_loss=(zero if aux_loss is None else aux_loss.detach()).float() * share,
         z_loss=(zero if z_loss is None else z_loss.detach()).float() * share,
         tokens_per_expert_ME=stacked([layer.tokens_per_expert_E for layer in stats]),

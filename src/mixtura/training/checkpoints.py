@@ -1,8 +1,9 @@
 """Checkpoints: folders that are either whole or not there.
 
-A folder is filled under another name, closed with `complete.json` (the names and sizes of its files) and renamed last.
-Weights are safetensors, everything else JSON or tensors that `torch.load(weights_only=True)` reads. A `checkpoint-N`
-without `complete.json` is therefore none of ours, and one whose sizes differ was damaged afterwards.
+A folder is filled under another name, closed with `complete.json` (its step, what was trained, the names and sizes of
+its files) and renamed last. Weights are safetensors, everything else JSON or tensors that
+`torch.load(weights_only=True)` reads. A `checkpoint-N` without `complete.json` is therefore none of ours, and one whose
+sizes differ was damaged afterwards.
 """
 
 import json
@@ -18,7 +19,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -33,12 +34,13 @@ _PARTIAL = ".partial"
 
 
 @contextmanager
-def new_folder(target: Path, *, step: int, first: bool = True) -> Iterator[Path]:
+def new_folder(target: Path, *, step: int, settings: dict[str, Any], first: bool = True) -> Iterator[Path]:
     """A folder to fill, which becomes `target` when the block ends well and vanishes when it does not.
 
     Args:
         target: where it will be.
         step: optimizer steps that led to its content.
+        settings: what decides its content besides, JSON-able, as `check_checkpoint` will compare it.
         first: False on all ranks but one, which make no folder and only fill it.
 
     Raises:
@@ -53,7 +55,7 @@ def new_folder(target: Path, *, step: int, first: bool = True) -> Iterator[Path]
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             yield partial
-            _close(partial, step=step)
+            _close(partial, step=step, settings=settings)
             if target.exists():
                 shutil.rmtree(target)
             os.rename(partial, target)
@@ -109,18 +111,19 @@ def drop_old_checkpoints(out: Path, *, keep: int) -> None:
         shutil.rmtree(folder)
 
 
-def check_checkpoint(folder: Path, config: PreTrainedConfig) -> int:
-    """The step of a checkpoint, after checking that it is whole and of a model with this configuration.
+def check_checkpoint(folder: Path, settings: dict[str, Any]) -> int:
+    """The step of a checkpoint, after checking that it is whole and was made with these settings.
 
     Raises:
-        UserError: it is not ours, damaged, or of another model.
+        UserError: it is not ours, damaged, or of another model or other data.
     """
     try:
         marker = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
-        step, files = int(marker["step"]), dict(marker["files"])
+        step, saved, files = int(marker["step"]), dict(marker["settings"]), dict(marker["files"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
-            f"'{folder}' is no checkpoint of this library (it has no readable {COMPLETE}): move it out of the way."
+            f"'{folder}' is no checkpoint of this library (it has no {COMPLETE} that this version reads): move it out "
+            "of the way."
         ) from None
     for name, size in files.items():
         path = folder / name
@@ -131,21 +134,12 @@ def check_checkpoint(folder: Path, config: PreTrainedConfig) -> int:
                 f"The checkpoint '{folder}' is damaged: {name} {found} where {size:,} bytes were written; remove the "
                 "folder to go on from the one before it, or from the start."
             )
-    try:
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        saved_type = saved.pop("model_type")
-    except (OSError, ValueError, KeyError, AttributeError):
-        raise UserError(
-            f"The checkpoint '{folder}' is damaged: its config.json is not readable; remove the folder to go on from "
-            "the one before it, or from the start."
-        ) from None
-    difference = first_difference({"model_type": saved_type}, {"model_type": config.model_type})
-    difference = difference or first_difference(architecture(type(config).from_dict(saved)), architecture(config))
+    difference = first_difference(saved, json.loads(json.dumps(settings)))
     if difference is not None:
         key, before, now = difference
         raise UserError(
-            f"The checkpoint '{folder}' is of another model: its {key} is {before!r}, not {now!r}; "
-            "choose another output folder."
+            f"The checkpoint '{folder}' is of another run: its {key} is {before!r}, not {now!r}; choose another output "
+            "folder."
         )
     return step
 
@@ -168,15 +162,41 @@ def save_model(model: PreTrainedModel, folder: Path) -> None:
             logging.enable_progress_bar()
 
 
+def save_trained(model: nn.Module, folder: Path) -> None:
+    """Writes the parameters that are trained, and all buffers that belong to the model's state, but nothing frozen."""
+    tensors = {name: tensor.contiguous() for name, tensor in _trained(model).items()}
+    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Reads what `save_trained` wrote; the frozen parameters stay as they are.
+
+    Raises:
+        UserError: the file is damaged, or of a model that trains other parameters.
+    """
+    try:
+        saved = safetensors.torch.load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(folder, error) from error
+    trained = _trained(model)
+    shapes = {name: list(tensor.shape) for name, tensor in trained.items()}
+    difference = first_difference({name: list(tensor.shape) for name, tensor in saved.items()}, shapes)
+    if difference is not None:
+        name, before, now = difference
+        raise UserError(
+            f"The weights in '{folder}' are of another model: {name} has shape {before} there and {now} here; build "
+            "the model that was trained, or choose another folder."
+        )
+    for name, tensor in trained.items():
+        tensor.copy_(saved[name])
+
+
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Reads a checkpoint's weights into the model; tied weights are stored once."""
     try:
         safetensors.torch.load_model(model, folder / WEIGHTS, strict=True)
     except (SafetensorError, RuntimeError) as error:
-        raise UserError(
-            f"The checkpoint '{folder}' is damaged: {WEIGHTS} cannot be read ({str(error).splitlines()[0]}); remove "
-            "the folder to go on from the one before it, or from the start."
-        ) from error
+        raise _unreadable(folder, error) from error
 
 
 def load_tensors(path: Path) -> Any:
@@ -206,9 +226,24 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _close(folder: Path, *, step: int) -> None:
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """Trained parameters, each once, and persistent buffers, by name and without gradient."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad} | buffers
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"The checkpoint '{folder}' is damaged: {WEIGHTS} cannot be read ({str(error).splitlines()[0]}); remove "
+        "the folder to go on from the one before it, or from the start."
+    )
+
+
+def _close(folder: Path, *, step: int, settings: dict[str, Any]) -> None:
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    (folder / COMPLETE).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
+    marker = {"step": step, "settings": settings, "files": files}
+    (folder / COMPLETE).write_text(json.dumps(marker, indent=1), encoding="utf-8")
 
 
 def _numbered(out: Path) -> list[Path]:

@@ -1,10 +1,10 @@
 """`metrics.jsonl`: one JSON object a line, written as the run goes, and what a report takes from it.
 
-Every optimizer step gives `step`, `loss` (the language loss alone), `aux_loss`, `z_loss`, `grad_norm` (before
+Every optimizer step gives `step`, `loss` (the task's loss alone), `aux_loss`, `z_loss`, `grad_norm` (before
 clipping), `learning_rate`, `seconds` and `tokens`, both counted from the start of the run over all its resumptions;
 `seconds` is optimisation only, evaluations and checkpoints are left out. An evaluation gives `step`, `tokens`,
-`seconds`, `eval` (a loss per mode) and, for a model with mixtures, `layers`, `load` (each expert's share per layer),
-`dropped_share` and `router_entropy` over the steps since the evaluation before it.
+`seconds`, `eval` (measures per mode, the loss among them) and, for a model with mixtures, `layers`, `load` (each
+expert's share per layer), `dropped_share` and `router_entropy` over the steps since the evaluation before it.
 """
 
 import json
@@ -74,15 +74,18 @@ def truncate_metrics(path: Path, *, step: int) -> list[dict[str, Any]]:
 
 
 def evaluation_curve(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The evaluations: `step`, `tokens`, `seconds`, and per mode `loss` and `bits_per_byte`."""
+    """The evaluations: `step`, `tokens`, `seconds`, and per mode `loss` and whatever else was measured on the way."""
     return [
-        {
-            **{key: record[key] for key in ("step", "tokens", "seconds")},
-            **{key: {mode: of[key] for mode, of in record["eval"].items()} for key in ("loss", "bits_per_byte")},
-        }
+        {**{key: record[key] for key in ("step", "tokens", "seconds")}, **_by_measure(record["eval"])}
         for record in records
         if "eval" in record
     ]
+
+
+def _by_measure(by_mode: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """{measure: {mode: value}} from {mode: {measure: value}}; a mode without a measure is left out of it."""
+    keys = dict.fromkeys(key for measures in by_mode.values() for key in measures)
+    return {key: {mode: of[key] for mode, of in by_mode.items() if key in of} for key in keys}
 
 
 def summarize_metrics(records: Sequence[dict[str, Any]], *, max_points: int = 200) -> dict[str, Any]:

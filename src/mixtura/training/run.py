@@ -1,7 +1,7 @@
-"""One training run: from a freshly initialised model to a trained one, resumable at any point.
+"""One training run: from the model that a caller built to a trained one, resumable at any point.
 
 A run folder holds `run.json` (what it was started with), `metrics.jsonl`, the last checkpoints `checkpoint-N/` and,
-once the run is complete, `checkpoint/`: the trained model and its tokenizer, as `from_pretrained` reads them.
+once the run is complete, `checkpoint/`: the trained model as its users load it.
 """
 
 import atexit
@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainingArguments
 
 from mixtura.config import TrainingConfig, UserError
-from mixtura.data.packing import ScheduledDataset
-from mixtura.data.prepare import PreparedData
-from mixtura.evaluation import check_evaluation
-from mixtura.models import MixtureForCausalLM
 from mixtura.training import checkpoints
 from mixtura.training.interrupts import StopRequest
 from mixtura.training.metrics import MetricsFile, evaluation_curve, read_metrics, truncate_metrics
 from mixtura.training.optimization import build_optimizer, build_schedule
 from mixtura.training.progress import ProgressReporter, SilentProgress
 from mixtura.training.settings import RUN_FILE, check_settings
-from mixtura.training.trainer import MixtureTrainer, RunContext, curve_modes
+from mixtura.training.task import TrainingTask
+from mixtura.training.trainer import MixtureTrainer, RunContext
 
 METRICS = "metrics.jsonl"
 # What may change between a run and its resumption without changing its numbers.
@@ -41,15 +39,15 @@ class TrainingOutcome:
     train_seconds: float
     """Seconds of optimisation alone, over all resumptions."""
     curve: list[dict[str, Any]]
-    """Evaluations on the way: `step`, `tokens`, `seconds`, and `loss` and `bits_per_byte` per mode."""
+    """Evaluations on the way: `step`, `tokens`, `seconds`, and `loss` and the task's other measures per mode."""
     interrupted: bool
     """Stopped by Ctrl-C; everything up to `steps` is saved."""
 
 
 def train(
-    model: MixtureForCausalLM,
+    model: nn.Module,
     *,
-    data: PreparedData,
+    task: TrainingTask,
     config: TrainingConfig,
     learning_rate: float,
     seed: int,
@@ -60,13 +58,14 @@ def train(
 ) -> TrainingOutcome:
     """Trains `model` in place and writes the run folder `out`.
 
-    The order of the data is a function of `seed` and the step alone, so that arms with one seed see the same tokens.
-    Router losses and balancing follow the model's configuration. A run that resumes has, bit for bit, the losses and
-    weights of one that was never stopped.
+    The order of the data is a function of `seed` and the step alone, so that arms with one seed see the same examples.
+    Only parameters that require a gradient are trained. Balancing follows the model's configuration. A run that resumes
+    has, bit for bit, the losses and weights of one that was never stopped.
 
     Args:
-        model: initialised by the caller; a resumed run overwrites its weights.
-        data: text to train on and held-out text.
+        model: initialised by the caller, what is frozen in it too; a resumed run overwrites the weights that `task`
+            saves.
+        task: the data, the loss and the evaluation.
         config: how to train.
         learning_rate: peak learning rate.
         seed: of the data order.
@@ -82,29 +81,32 @@ def train(
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    _check(model, data, config)
+    task.check(model, batch_size=config.batch_size)
+    _check_recomputation(model, config)
     arguments = training_arguments(config, seed=seed, out=out)
-    settings = _settings(model, data, config, learning_rate=learning_rate, seed=seed, world_size=arguments.world_size)
+    trained = task.settings(model)
+    settings = _settings(trained, config, learning_rate=learning_rate, seed=seed, world_size=arguments.world_size)
     if arguments.should_save:
         _prepare_folder(out, settings, resume=resume)
     _wait_for_all(arguments)
-    model.to(arguments.device)  # pyright: ignore[reportArgumentType]
+    model.to(arguments.device)
     if (out / checkpoints.FINAL).exists():
-        checkpoints.check_checkpoint(out / checkpoints.FINAL, model.config)
-        checkpoints.load_weights(model, out / checkpoints.FINAL)
+        checkpoints.check_checkpoint(out / checkpoints.FINAL, trained)
+        task.load(model, out / checkpoints.FINAL)
         return _outcome(out, interrupted=False)
     checkpoint = checkpoints.newest_checkpoint(out)
-    step = checkpoints.check_checkpoint(checkpoint, model.config) if checkpoint else 0
+    step = checkpoints.check_checkpoint(checkpoint, trained) if checkpoint else 0
     seconds = _rewind_metrics(out, step) if arguments.should_save else 0.0
     reporter = reporter if reporter is not None and arguments.should_save else SilentProgress()
     with StopRequest() as stop, _metrics_file(out, arguments) as metrics:
         run = RunContext(
+            task=task,
+            settings=trained,
             label=label,
             out=out,
             config=config,
             learning_rate=learning_rate,
-            validation=data.validation,
-            tokens_per_step=sequences_per_step(config, arguments.world_size) * data.train.sequence_length,
+            tokens_per_step=sequences_per_step(config, arguments.world_size) * task.tokens_per_example,
             seconds_before=seconds,
             metrics=metrics,
             reporter=reporter,
@@ -112,15 +114,14 @@ def train(
         )
         reporter.start_run(label, step=step, steps=config.steps)
         try:
-            _run_steps(run, model, data, arguments, checkpoint=checkpoint, step=step)
+            _run_steps(run, model, arguments, checkpoint=checkpoint, step=step)
         finally:
             reporter.end_run()
     _wait_for_all(arguments)
     outcome = _outcome(out, interrupted=stop.requested)
     if outcome.steps == config.steps and arguments.should_save:
-        with checkpoints.new_folder(out / checkpoints.FINAL, step=config.steps) as folder:
-            checkpoints.save_model(model, folder)
-            data.tokenizer.save_pretrained(folder)
+        with checkpoints.new_folder(out / checkpoints.FINAL, step=config.steps, settings=trained) as folder:
+            task.save_for_use(model, folder)
     _wait_for_all(arguments)
     return outcome
 
@@ -164,28 +165,21 @@ def training_arguments(config: TrainingConfig, *, seed: int, out: Path) -> Train
 
 
 def sequences_per_step(config: TrainingConfig, world_size: int = 1) -> int:
-    """Sequences in one optimizer step on all ranks."""
+    """Sequences, or other examples, in one optimizer step on all ranks."""
     return config.batch_size * config.gradient_accumulation_steps * world_size
 
 
-def _check(model: MixtureForCausalLM, data: PreparedData, config: TrainingConfig) -> None:
-    check_evaluation(
-        model.config,
-        data.validation,
-        num_sequences=config.eval_sequences,
-        batch_size=config.batch_size,
-        modes=curve_modes(model.config),
-    )
-    if data.summary["vocab_size"] > model.config.vocab_size:
+def _check_recomputation(model: nn.Module, config: TrainingConfig) -> None:
+    known = any(hasattr(model, f"{name}_checkpointing_enable") for name in ("activation", "gradient"))
+    if config.activation_checkpointing and not known:
         raise UserError(
-            f"The tokenizer has {data.summary['vocab_size']} tokens but the model's vocab_size is "
-            f"{model.config.vocab_size}: build the model for this tokenizer."
+            f"A {type(model).__name__} cannot recompute its activations: set 'training.activation_checkpointing' to "
+            "false."
         )
 
 
 def _settings(
-    model: MixtureForCausalLM,
-    data: PreparedData,
+    trained: dict[str, Any],
     config: TrainingConfig,
     *,
     learning_rate: float,
@@ -199,8 +193,7 @@ def _settings(
         "learning_rate": learning_rate,
         "world_size": world_size,
         "training": training,
-        "model": checkpoints.architecture(model.config),
-        "data": data.summary,
+        **trained,
     }
 
 
@@ -240,8 +233,7 @@ def _metrics_file(out: Path, arguments: TrainingArguments) -> Any:
 
 def _run_steps(
     run: RunContext,
-    model: MixtureForCausalLM,
-    data: PreparedData,
+    model: nn.Module,
     arguments: TrainingArguments,
     *,
     checkpoint: Path | None,
@@ -249,7 +241,7 @@ def _run_steps(
 ) -> None:
     if checkpoint is not None and step >= run.config.steps:
         # The stock Trainer would take one more step.
-        checkpoints.load_weights(model, checkpoint)
+        run.task.load(model, checkpoint)
         return
     length = run.config.steps * sequences_per_step(run.config, arguments.world_size)
     optimizer = build_optimizer(model, run.config, learning_rate=run.learning_rate)
@@ -257,7 +249,8 @@ def _run_steps(
         run,
         model=model,
         args=arguments,
-        train_dataset=ScheduledDataset(data.train, length=length, seed=arguments.seed),
+        data_collator=run.task.collate,
+        train_dataset=run.task.dataset(length=length, seed=arguments.seed),
         optimizers=(optimizer, build_schedule(optimizer, run.config)),
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

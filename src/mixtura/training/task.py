@@ -81,6 +81,14 @@ class TrainingTask(ABC):
     def losses(self, model: nn.Module, batch: dict[str, Any], *, num_targets: Tensor | int) -> StepLosses:
         """The losses of one micro-batch of a step that has `num_targets` targets on all ranks."""
 
+    def router_loss_weights(self, model: nn.Module) -> tuple[float, float]:
+        """Weights of `aux_loss` and `z_loss` in what is minimised: by default those of the model's configuration.
+
+        A task whose router losses come from elsewhere, such as an adapter, says its own.
+        """
+        config = getattr(model, "config", None)
+        return getattr(config, "router_aux_loss_coef", 0.0), getattr(config, "router_z_loss_coef", 0.0)
+
     @abstractmethod
     def evaluate(self, model: nn.Module, *, final: bool) -> dict[str, dict[str, float]]:
         """Held-out measures in each mode, "loss" among them; the model is left as it was found.
@@ -101,7 +109,10 @@ class TrainingTask(ABC):
 
     @abstractmethod
     def load(self, model: nn.Module, folder: Path) -> None:
-        """Reads what `save` wrote into a model of the same architecture; raises UserError when it does not fit."""
+        """Reads what `save` or `save_for_use` wrote into a model of the same architecture.
+
+        Raises UserError when it does not fit.
+        """
 
     def save_for_use(self, model: nn.Module, folder: Path) -> None:
         """Writes the finished model as its users load it: by default what `save` writes."""

@@ -1,9 +1,8 @@
 """Hugging Face's Trainer with router losses that count once, balancing over whole steps, and honest bookkeeping.
 
 The stock Trainer takes a loss that the model normalised by `num_items_in_batch` as a share of the step's sum, which is
-right for the language loss and multiplies a router loss by accumulation steps times ranks. Here the two are formed
-apart: the language loss is the mean over all predicted tokens of the step, a router loss the mean over its
-micro-batches.
+right for the task's loss and multiplies a router loss by accumulation steps times ranks. Here the two are formed
+apart: the task's loss is the mean over all targets of the step, a router loss the mean over its micro-batches.
 """
 
 import contextlib
@@ -19,12 +18,12 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mixtura.config import TrainingConfig, UserError
-from mixtura.data.packing import PackedTokens
-from mixtura.evaluation import evaluate_loss, evaluation_modes
+from mixtura.models import MixtureForCausalLM
 from mixtura.training import balance, checkpoints
 from mixtura.training.interrupts import StopRequest
 from mixtura.training.metrics import MetricsFile
 from mixtura.training.progress import ProgressReporter
+from mixtura.training.task import StepLosses, TrainingTask
 
 KEEP_CHECKPOINTS = 2
 _LOAD_FILE = "load.safetensors"
@@ -43,12 +42,14 @@ class TrainingDiverged(UserError):
 class RunContext:
     """What a run needs besides the model and its training data."""
 
+    task: TrainingTask
+    settings: dict[str, Any]
+    """`task.settings` of the model, stored with every checkpoint."""
     label: str
     out: Path
     config: TrainingConfig
     learning_rate: float
-    validation: PackedTokens
-    tokens_per_step: int
+    tokens_per_step: float
     seconds_before: float
     """Optimisation seconds of the run before it was resumed."""
     metrics: MetricsFile | None
@@ -58,7 +59,7 @@ class RunContext:
 
 
 class MixtureTrainer(Trainer):
-    """Trains one arm; see the module's docstring for what differs from its base class."""
+    """Trains one model; see the module's docstring for what differs from its base class."""
 
     def __init__(self, run: RunContext, **kwargs: Any) -> None:
         """`kwargs` are the base class's."""
@@ -73,6 +74,7 @@ class MixtureTrainer(Trainer):
         self._step_totals: balance.StepTotals | None = None
         self._load_totals: balance.StepTotals | None = None
         self._load_steps = 0
+        self._routed_layers: list[int] = []
         self._seconds = run.seconds_before
         self._first_step = 0
         self._mark = time.perf_counter()
@@ -98,9 +100,9 @@ class MixtureTrainer(Trainer):
         return stack
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
-        """The step's micro-batches on this rank, and the number of tokens that the step predicts on all ranks."""
+        """The step's micro-batches on this rank, and the number of targets of the step on all ranks."""
         batches = [next(epoch_iterator) for _ in range(num_batches)]
-        targets = torch.stack([batch["labels"][:, 1:].ne(-100).sum() for batch in batches]).sum()
+        targets = torch.stack([self.run.task.count_targets(batch) for batch in batches]).sum()
         return batches, self._sum_over_ranks(targets.to(device))
 
     def compute_loss(
@@ -111,27 +113,31 @@ class MixtureTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """This micro-batch's part of the step's loss, to be summed over micro-batches and averaged over ranks."""
-        outputs = model(**inputs, output_routing=True, num_items_in_batch=num_items_in_batch)
-        aux_loss, z_loss = self._router_losses(outputs)
-        loss = outputs.language_loss * self.args.world_size
-        if aux_loss is not None and z_loss is not None:
-            weighted = self._config.router_aux_loss_coef * aux_loss + self._config.router_z_loss_coef * z_loss
-            loss = loss + weighted / self.current_gradient_accumulation_steps
+        assert num_items_in_batch is not None
+        task = self.run.task
+        losses = task.losses(model, inputs, num_targets=num_items_in_batch)
+        aux_loss, z_loss = self._router_losses(losses)
+        loss = losses.task_loss * self.args.world_size
+        router_losses = zip(task.router_loss_weights(self.model), (aux_loss, z_loss), strict=True)  # pyright: ignore
+        weighted = [weight * value for weight, value in router_losses if value is not None]
+        if weighted:
+            loss = loss + sum(weighted) / self.current_gradient_accumulation_steps
+        routing = losses.routing or ()
+        self._routed_layers = [depth for depth, stats in enumerate(routing) if stats is not None]
         share = 1.0 / (self.current_gradient_accumulation_steps * self.args.world_size)
-        totals = balance.micro_batch_totals(outputs.language_loss, aux_loss, z_loss, outputs.routing, share=share)
+        totals = balance.micro_batch_totals(losses.task_loss, aux_loss, z_loss, routing, share=share)
         self._step_totals = balance.add_totals(self._step_totals, totals)
-        return (loss, outputs) if return_outputs else loss
+        return (loss, losses) if return_outputs else loss
 
     def finish_step(self, control: TrainerControl) -> None:
         """Balances with the step's load, and decides whether to evaluate, save and go on."""
         assert self._step_totals is not None
         totals = balance.reduce_totals(self._step_totals, self._sum_over_ranks)
         self._step_totals, self._global_load_ME = totals, None
-        if self._config.expert_bias_update_rate > 0:
+        mixture = self._mixture
+        if mixture is not None and mixture.config.expert_bias_update_rate > 0:
             balance.update_expert_bias(
-                self._language_model.mixture_layers(),
-                totals.tokens_per_expert_ME,
-                rate=self._config.expert_bias_update_rate,
+                mixture.mixture_layers(), totals.tokens_per_expert_ME, rate=mixture.config.expert_bias_update_rate
             )
         self._load_totals = balance.add_totals(self._load_totals, totals)
         self._load_steps += 1
@@ -152,7 +158,7 @@ class MixtureTrainer(Trainer):
             return
         assert self._step_totals is not None
         totals, self._step_totals = self._step_totals, None
-        losses = torch.stack([totals.language_loss, totals.aux_loss, totals.z_loss]).tolist()
+        losses = torch.stack([totals.task_loss, totals.aux_loss, totals.z_loss]).tolist()
         grad_norm, step = float(logs["grad_norm"]), self.state.global_step
         self._check_finite(step, loss=losses[0], grad_norm=grad_norm)
         now = time.perf_counter()
@@ -173,20 +179,13 @@ class MixtureTrainer(Trainer):
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out loss on the first rank, in the modes that a training curve shows; records it."""
+        """Held-out measures on the first rank, as the task takes them on the way; records those that are finite."""
         if self.is_world_process_zero():
-            step, config = self.state.global_step, self.run.config
-            losses = evaluate_loss(
-                self._language_model,
-                self.run.validation,
-                num_sequences=config.eval_sequences,
-                batch_size=config.batch_size,
-                modes=curve_modes(self._config),
-            )
-            for measures in losses.values():
+            step, tokens = self.state.global_step, self.state.global_step * self.run.tokens_per_step
+            kept = {}
+            for mode, measures in self.run.task.evaluate(self.model, final=False).items():  # pyright: ignore
                 self._check_finite(step, loss=measures["loss"], grad_norm=0.0)
-            kept = {mode: {key: of[key] for key in ("loss", "bits_per_byte")} for mode, of in losses.items()}
-            tokens = step * self.run.tokens_per_step
+                kept[mode] = {key: value for key, value in measures.items() if math.isfinite(value)}
             self._write({"step": step, "tokens": tokens, "seconds": self._seconds, "eval": kept, **self._load_report()})
         self._load_totals, self._load_steps = None, 0
         self.accelerator.wait_for_everyone()
@@ -203,13 +202,13 @@ class MixtureTrainer(Trainer):
         step = self.state.global_step
         folder = checkpoints.numbered(self.run.out, step)
         first = self.is_world_process_zero()
-        with checkpoints.new_folder(folder, step=step, first=first) as partial:
+        with checkpoints.new_folder(folder, step=step, settings=self.run.settings, first=first) as partial:
             self.accelerator.wait_for_everyone()
             checkpoints.save_tensors(checkpoints.random_state(), partial / self._random_state_file())
             if first:
                 if self.run.metrics is not None:
                     self.run.metrics.sync()
-                checkpoints.save_model(self._language_model, partial)
+                self.run.task.save(self.model, partial)  # pyright: ignore[reportArgumentType]
                 for name, part in self._optimization.items():
                     checkpoints.save_tensors(part.state_dict(), partial / f"{name}.pt")
                 self.state.save_to_json(str(partial / "trainer_state.json"))
@@ -222,7 +221,7 @@ class MixtureTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        checkpoints.load_weights(self._language_model, folder)
+        self.run.task.load(self.model, folder)  # pyright: ignore[reportArgumentType]
         load = {name: value.to(self.args.device) for name, value in load_file(folder / _LOAD_FILE).items()}
         self._load_steps = int(load.pop("steps"))
         if self._load_steps:
@@ -245,30 +244,28 @@ class MixtureTrainer(Trainer):
         return f"rng_state_{self.args.process_index}.pt"
 
     @property
-    def _language_model(self) -> Any:
-        """The model without what data parallelism wraps around it."""
-        return self.model
+    def _mixture(self) -> MixtureForCausalLM | None:
+        """The model, where it is one whose own configuration balances experts over whole steps."""
+        return self.model if isinstance(self.model, MixtureForCausalLM) else None
 
     @property
     def _optimization(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "scheduler": self.lr_scheduler}
 
-    @property
-    def _config(self) -> Any:
-        return self._language_model.config
-
-    def _router_losses(self, outputs: Any) -> tuple[Tensor | None, Tensor | None]:
+    def _router_losses(self, losses: StepLosses) -> tuple[Tensor | None, Tensor | None]:
         """Unweighted load-balancing and z-loss of this micro-batch.
 
         With `balance_over = "global"` the experts' shares are those of all micro-batches of the step so far, on all
         ranks (arXiv 2501.11873): a micro-batch may then be as lopsided as its text, as long as the step is balanced.
         """
-        if self._config.balance_over != "global" or outputs.aux_loss is None:
-            return outputs.aux_loss, outputs.z_loss
-        load_ME = torch.stack([layer.tokens_per_expert_E for layer in outputs.routing if layer is not None])
+        mixture = self._mixture
+        over_the_step = mixture is not None and mixture.config.balance_over == "global"
+        if mixture is None or not over_the_step or losses.aux_loss is None or losses.routing is None:
+            return losses.aux_loss, losses.z_loss
+        load_ME = torch.stack([layer.tokens_per_expert_E for layer in losses.routing if layer is not None])
         load_ME = self._sum_over_ranks(load_ME)
         self._global_load_ME = load_ME if self._global_load_ME is None else self._global_load_ME + load_ME
-        return self._language_model.router_losses(balance.with_load(outputs.routing, self._global_load_ME))
+        return mixture.router_losses(tuple(balance.with_load(losses.routing, self._global_load_ME)))
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, "sum") if self.args.world_size > 1 else value  # pyright: ignore
@@ -282,9 +279,7 @@ class MixtureTrainer(Trainer):
     def _load_report(self) -> dict[str, Any]:
         if self._load_totals is None:
             return {}
-        families = self._config.mlp_layer_types
-        layers = [depth for depth, family in enumerate(families) if family != "dense"]
-        return balance.load_report(self._load_totals, steps=self._load_steps, layers=layers)
+        return balance.load_report(self._load_totals, steps=self._load_steps, layers=self._routed_layers)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.run.metrics is not None:
@@ -319,8 +314,3 @@ class _StepEnd(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The optimizer has stepped; the base class logs, evaluates and saves after this."""
         self.trainer.finish_step(control)
-
-
-def curve_modes(config: Any) -> tuple[str, ...]:
-    """The evaluation modes of a training curve: `alone_all` runs every expert on every token, too slow to repeat."""
-    return tuple(mode for mode in evaluation_modes(config) if mode != "alone_all")
