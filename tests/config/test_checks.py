@@ -36,6 +36,7 @@ def build(section=None, arm=None, **top):
         ({"arm": MOT | {"alone_top_k": 17}}, "there are only 16 mixtures"),
         ({"arm": MOT | {"temperature": 0.0}}, "temperature' is 0"),
         ({"arm": MOT | {"zero_fill": 1.5}}, r"zero_fill' is 1\.5: it is a share"),
+        ({"arm": MOT | {"alone_fraction": 3.0}}, r"alone_fraction' is 3\.0: it is a share"),
         ({"arm": MOT | {"population_rate": -0.1}}, r"population_rate' is -0\.1: it is a share"),
         ({"arm": MOT | {"inference_mode": "population"}}, "population_rate' is 0, so no averages are kept"),
         ({"arm": MOT | {"group_size": 1}}, "at least 2 tokens"),

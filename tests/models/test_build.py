@@ -59,6 +59,7 @@ def test_every_setting_of_an_arm_reaches_the_model():
         inference_mode="group",
         alone_top_k=5,
         zero_fill=0.25,
+        alone_fraction=0.05,
         population_rate=0.02,
     )
     config = build(arm)

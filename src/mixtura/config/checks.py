@@ -174,7 +174,7 @@ def _check_mixture_of_tokens(where: str, arm: ArmConfig) -> None:
             f"'{where}.alone_top_k' is {arm.alone_top_k} but there are only {mixtures} mixtures, "
             f'{arm.mixtures_per_expert} for each of {arm.num_experts} experts: lower it, or set it to "none" for all.'
         )
-    for key in ("zero_fill", "population_rate"):
+    for key in ("zero_fill", "alone_fraction", "population_rate"):
         if not 0 <= getattr(arm, key) <= 1:
             raise UserError(f"'{where}.{key}' is {getattr(arm, key)}: it is a share and must lie between 0 and 1.")
     if arm.inference_mode == "population" and arm.population_rate == 0:

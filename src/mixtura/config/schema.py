@@ -109,6 +109,8 @@ class ArmConfig:
     """Mixtures that `alone` and `population` inference run for a token; None runs all."""
     zero_fill: float = 0.0
     """Mixture of tokens: share of the groups whose tokens run in training as `alone` runs them."""
+    alone_fraction: float = 0.0
+    """Mixture of tokens: share of the steps, the last ones, in which all groups do so."""
     population_rate: float = 0.0
     """Mixture of tokens: weight of a step in the moving averages that `population` inference uses; 0 keeps none."""
 

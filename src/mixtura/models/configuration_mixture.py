@@ -60,6 +60,7 @@ class MixtureConfig(PreTrainedConfig):
     inference_mode: str = "alone"
     alone_top_k: int | None = 2
     zero_fill: float | int = 0.0
+    alone_fraction: float | int = 0.0
     population: bool = False
     population_rate: float | int = 0.0
     layer_mix: bool = False

@@ -145,6 +145,16 @@ class MixturePreTrainedModel(PreTrainedModel):
         for layer in self.mixture_of_tokens_layers():
             layer.set_zero_fill(share)
 
+    def prepare_step(self, step: int, *, steps: int) -> None:
+        """Sets what depends on how far training is: in the last `alone_fraction` of it all groups are left empty.
+
+        Args:
+            step: optimizer steps taken.
+            steps: of the whole run.
+        """
+        last = round(self.config.alone_fraction * steps)
+        self.set_zero_fill(1.0 if step >= steps - last else self.config.zero_fill)
+
 
 class MixtureModel(MixturePreTrainedModel):
     """The decoder without a head."""
