@@ -5,6 +5,7 @@ moving averages while it trains.
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def calibrate(model: MixturePreTrainedModel, batches: Iterable[Tensor]) -> int:
     Raises:
         UserError: no layer is a mixture of tokens, there is no batch, or one does not fill its groups.
     """
-    layers, config = model.mixture_of_tokens_layers(), model.config
+    layers, config = model.mixture_of_tokens_layers(), cast(Any, model.config)
     if not layers:
         raise UserError("The model has no mixture-of-tokens layer, so there is nothing to calibrate.")
     served, was_training = (config.inference_mode, config.alone_top_k), model.training

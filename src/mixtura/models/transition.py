@@ -14,11 +14,12 @@ Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, C mixtures of an
 
 import copy
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixtura.config import UserError
 from mixtura.layers import MixtureOfTokens, TokenChoiceMoE
@@ -89,7 +90,7 @@ def to_token_choice(model: MixtureForCausalLM, batches: Iterable[Tensor], *, top
         )
     converted = MixtureForCausalLM(_configuration(model.config, top_k=top_k))
     converted.load_state_dict(_weights(model), strict=True)
-    converted.to(device=model.device, dtype=model.dtype).eval()  # pyright: ignore[reportArgumentType]
+    converted.eval().to(model.device).to(model.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
     model.eval().set_inference_mode("alone", top_k=top_k)
     _match_outputs(model, converted, batches)
     return converted
@@ -134,14 +135,11 @@ def _match_outputs(before: MixtureForCausalLM, after: MixtureForCausalLM, batche
     ]
     products = torch.zeros(len(pairs), 2, dtype=torch.float64)
 
-    def compare(index: int, inputs: tuple[Tensor, ...], y_BLD: Tensor) -> None:
+    def compare(index: int, _: nn.Module, inputs: tuple[Tensor, ...], y_BLD: Any) -> None:
         new_y_BLD = pairs[index][1](inputs[0]).double()
         products[index] += torch.stack([(y_BLD.double() * new_y_BLD).sum(), new_y_BLD.square().sum()]).cpu()
 
-    hooks = [
-        old.register_forward_hook(lambda _, inputs, output, index=index: compare(index, inputs, output))
-        for index, (old, _) in enumerate(pairs)
-    ]
+    hooks = [old.register_forward_hook(partial(compare, index)) for index, (old, _) in enumerate(pairs)]
     try:
         count = 0
         for ids_BL in batches:
