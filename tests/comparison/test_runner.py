@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from mixtura.comparison import runner
-from mixtura.comparison.arms import leak_warning, make_arms, probe_arm
+from mixtura.comparison.experiments import leak_warning
 from mixtura.comparison.folder import read_json, write_json
+from mixtura.comparison.pretraining import Pretraining
 from mixtura.comparison.runner import compare, planned_steps, train_arm
 from mixtura.config import Interrupted, UserError, load_recipe, recipe_from_dict, recipe_to_toml
 from mixtura.data.packing import ScheduledDataset
@@ -85,7 +86,8 @@ def observed(recipe, tmp_path_factory):
 
     def listen(self, position):
         item = original(self, position)
-        listener.rows.setdefault(listener.runs[-1][0], []).append(item["input_ids"])
+        if listener.runs:  # a step is timed before any run
+            listener.rows.setdefault(listener.runs[-1][0], []).append(item["input_ids"])
         return item
 
     with pytest.MonkeyPatch.context() as patch:
@@ -113,7 +115,7 @@ def numbers_in(value):
 def test_a_comparison_stores_every_arm_and_seed_and_writes_its_report(finished):
     out, results = finished
     assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
-    assert results["schema_version"] == 1 and results["command"] == "mixtura compare tiny.toml"
+    assert results["schema_version"] == 2 and results["command"] == "mixtura compare tiny.toml"
     assert list(results["arms"]) == list(ARMS)
     for name, arm in results["arms"].items():
         assert [run["seed"] for run in arm["runs"]] == [0, 1]
@@ -256,12 +258,12 @@ def test_every_family_is_probed_and_warned_of(tiny_recipe, family):
     training_mode, deployed_mode, leaks, warning = FAMILIES[family]
     mixture = {"family": family, "num_experts": 4, "group_size": 4}
     recipe = tiny_recipe(arms={"dense": {"family": "dense"}, "arm": mixture})
-    arm = make_arms(recipe, prepare_data(recipe.data, cache_dir=None))["arm"]
+    arm = Pretraining(recipe, prepare_data(recipe.data, cache_dir=None)).arms["arm"]
     before = arm.model_config.to_dict()
     assert (arm.training_mode, arm.deployed_mode) == (training_mode, deployed_mode)
-    assert probe_arm(arm) == leaks
+    assert arm.leaks() == leaks
     assert arm.model_config.to_dict() == before, "a probed model must not change the arm"
-    said = leak_warning(arm, leaks)
+    said = leak_warning(arm, leaks, "pretraining")
     assert (said is None) if warning is None else (said is not None and warning in said)
 
 
@@ -275,12 +277,12 @@ def test_a_family_that_cannot_be_deployed_stays_out_of_the_verdict(tiny_recipe, 
 def test_a_comparison_has_every_key_of_its_contract(finished):
     results = finished[1]
     top = {"schema_version", "created", "command", "recipe", "recipe_toml", "environment", "data", "held_equal"}
-    assert results.keys() == top | {"baseline", "total_seconds", "arms", "summary"}
+    assert results.keys() == top | {"task", "measure", "baseline", "total_seconds", "arms", "across_arms", "summary"}
     costs = {"parameters_total", "parameters_active", "flops_per_token", "flops_ratio", "seconds_per_step"}
-    costs |= {"seconds_ratio", "peak_memory_bytes"}
+    costs |= {"parameters_trainable", "seconds_ratio", "peak_memory_bytes", "optimizer_state_bytes"}
     identity = {"family", "label", "settings", "learning_rate", "learning_rate_search", "leaks", "runs"}
     run_keys = {"seed", "learning_rate", "steps", "train_seconds", "final", "curve", "train_curve", "grad_norm"}
-    run_keys |= {"spikes", "load", "load_imbalance", "dropped_share", "router_entropy"}
+    run_keys |= {"details", "spikes", "load", "load_imbalance", "dropped_share", "router_entropy"}
     for arm in results["arms"].values():
         assert arm.keys() == identity | costs | {"training_mode", "deployed_mode"}
         assert all(run.keys() == run_keys for run in arm["runs"])

@@ -6,30 +6,31 @@ import math
 import pytest
 
 from mixtura.comparison import runs
-from mixtura.comparison.arms import make_arms
+from mixtura.comparison.experiments import check_arms, tokens_per_step
 from mixtura.comparison.folder import read_json
-from mixtura.comparison.runs import check_runs, run_arm, tokens_per_step
+from mixtura.comparison.pretraining import Pretraining
+from mixtura.comparison.runs import run_arm, trial_loss
 from mixtura.config import UserError
 from mixtura.data.prepare import prepare_data
-from mixtura.training import SilentProgress, TrainingDiverged, language_modelling
+from mixtura.training import LanguageModelling, SilentProgress, TrainingDiverged, language_modelling
+from mixtura.training.task import Measure
 
 
 @pytest.fixture
 def run(tiny_recipe, tmp_path):
     """Runs the mixture-of-tokens arm in a folder below `tmp_path`; keywords are keys of [training]."""
 
-    def run(*, out="run", seed=0, learning_rate=1e-3, **training):
+    def run(*, out="run", seed=0, learning_rate=1e-3, trial=False, **training):
         recipe = tiny_recipe(**training)
-        data = prepare_data(recipe.data, cache_dir=None)
         return run_arm(
-            make_arms(recipe, data)["mixture_of_tokens"],
+            Pretraining(recipe, prepare_data(recipe.data, cache_dir=None)).arms["mixture_of_tokens"],
             seed=seed,
             learning_rate=learning_rate,
             training=recipe.training,
-            data=data,
             out=tmp_path / out,
             label="mixture seed 0",
             reporter=SilentProgress(),
+            trial=trial,
         )
 
     return run
@@ -94,9 +95,9 @@ def test_too_little_held_out_text_is_refused_before_training(tiny_recipe, traini
     recipe = tiny_recipe()
     data = prepare_data(recipe.data, cache_dir=None)
     wanted = dataclasses.replace(recipe.training, **training)
-    check_runs(make_arms(recipe, data), recipe.training, data)
+    check_arms(Pretraining(recipe, data).arms, recipe.training)
     with pytest.raises(UserError, match=f"'{words}' is 100000 but only {data.validation.num_sequences} sequences"):
-        check_runs(make_arms(recipe, data), wanted, data)
+        check_arms(Pretraining(dataclasses.replace(recipe, training=wanted), data).arms, wanted)
 
 
 def test_the_final_evaluation_takes_what_there_is_in_whole_batches(run, monkeypatch):
@@ -114,5 +115,40 @@ def test_the_final_evaluation_takes_what_there_is_in_whole_batches(run, monkeypa
     assert most == held_out // size * size and least == size
 
 
+def test_a_run_keeps_what_its_task_tells_beyond_the_measures(run, monkeypatch, tmp_path):
+    asked = []
+
+    def details(self, model, *, out):
+        asked.append(out)
+        return {"pairs": {"en-de": {"chrf": 40.0}}}
+
+    monkeypatch.setattr(LanguageModelling, "details", details)
+    assert run()["details"] == run()["details"] == {"pairs": {"en-de": {"chrf": 40.0}}}
+    assert asked == [tmp_path / "run"], "a finished run is not asked again"
+
+
+def test_a_trial_decodes_nothing_where_the_measure_is_another_than_the_loss(run, monkeypatch):
+    chrf = Measure("chrf", "chrF", "points", "higher", 2)
+    monkeypatch.setattr(LanguageModelling, "details", lambda *_, **__: pytest.fail("details of a trial"))
+    on_loss = run(out="on loss", trial=True)
+    monkeypatch.setattr(LanguageModelling, "measure", chrf)
+    on_chrf = run(out="on chrF", trial=True)
+    assert on_loss["final"].keys() == {"group", "alone", "alone_all"} and on_chrf["final"].keys() == {"group", "alone"}
+    assert on_chrf["final"]["alone"]["loss"] == on_chrf["curve"][-1]["loss"]["alone"]
+
+
+@pytest.mark.parametrize(
+    ("final", "loss"),
+    [({"group": 1.0, "alone": 2.0}, 2.0), ({"group": 1.0}, 1.0), ({"other": 3.0}, 3.0)],
+    ids=["deployed", "as trained", "what there is"],
+)
+def test_a_trial_is_judged_as_deployed_where_that_was_measured(tiny_recipe, final, loss):
+    recipe = tiny_recipe()
+    arm = Pretraining(recipe, prepare_data(recipe.data, cache_dir=None)).arms["mixture_of_tokens"]
+    assert trial_loss(arm, {"final": {mode: {"loss": value} for mode, value in final.items()}}) == loss
+
+
 def test_micro_batches_count_into_the_tokens_of_a_step(tiny_recipe):
-    assert tokens_per_step(tiny_recipe(gradient_accumulation_steps=3)) == 3 * 4 * 16
+    recipe = tiny_recipe(gradient_accumulation_steps=3)
+    arm = Pretraining(recipe, prepare_data(recipe.data, cache_dir=None)).arms["dense"]
+    assert tokens_per_step(arm, recipe.training) == 3 * 4 * 16

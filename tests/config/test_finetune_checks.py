@@ -110,5 +110,5 @@ def test_a_rank_left_open_is_matched_to_a_baseline_that_names_its_own():
 
 def test_plain_text_has_no_languages_to_route_by():
     arms = {"dense": {"family": "dense"}, "x": EXPERTS["feed_forward"]}
-    with pytest.raises(UserError, match="plain text has no languages"):
+    with pytest.raises(UserError, match="plain text has no language pairs"):
         recipe_from_dict({"name": "mine", "arms": arms})

@@ -172,3 +172,40 @@ def test_sigmoid_scores_are_reported_as_probabilities():
 def test_a_setting_that_makes_no_sense_is_named(settings, message):
     with pytest.raises(ValueError, match=message):
         TokenChoiceMoE(4, intermediate_size=4, num_experts=4, **settings)
+
+
+def test_named_experts_give_an_example_what_its_expert_gives():
+    layer = TokenChoiceMoE(8, intermediate_size=6, num_experts=3, top_k=1, learned_router=False, num_shared_experts=1)
+    layer = layer.double()
+    x_BLD, expert_B = torch.randn(4, 5, 8, dtype=torch.float64), torch.tensor([2, 0, 2, 1])
+    up_EFD, down_EDF = layer.experts.weights
+    expected = torch.stack([(x @ up_EFD[e].T).relu() @ down_EDF[e].T for x, e in zip(x_BLD, expert_B, strict=True)])
+    assert_close(layer(x_BLD, expert_B=expert_B), expected + layer.shared_expert(x_BLD), atol=1e-12, rtol=0)
+    assert not any("gate" in name for name, _ in layer.named_parameters())
+
+
+def test_named_experts_count_real_tokens_and_reach_only_their_own_weights():
+    layer = TokenChoiceMoE(4, intermediate_size=4, num_experts=3, top_k=1, learned_router=False)
+    mask_BL = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    x_BLD = torch.randn(2, 3, 4)
+    y_BLD, stats = layer(x_BLD, mask_BL, return_stats=True, expert_B=torch.tensor([2, 0]))
+    assert stats.tokens_per_expert_E.tolist() == [3, 0, 2]
+    assert_close(stats.importance_E, torch.tensor([0.6, 0.0, 0.4]))
+    assert (stats.router_z_loss, stats.dropped_tokens, stats.routed_rows, stats.entropy) == (0, 0, 5, 0)
+    assert_close(y_BLD[mask_BL.bool()], layer(x_BLD, expert_B=torch.tensor([2, 0]))[mask_BL.bool()])
+    y_BLD.sum().backward()
+    assert (layer.experts.up_proj.grad.flatten(1).abs().sum(1) > 0).tolist() == [True, False, True]
+
+
+def test_experts_are_named_if_and_only_if_there_is_no_router():
+    x_BLD, expert_B = torch.randn(2, 3, 4), torch.zeros(2, dtype=torch.int64)
+    named = TokenChoiceMoE(4, intermediate_size=4, num_experts=2, top_k=1, learned_router=False)
+    with pytest.raises(ValueError, match="has no router: give expert_B"):
+        named(x_BLD)
+    with pytest.raises(ValueError, match="for 2 examples: give one for each"):
+        named(x_BLD, expert_B=expert_B[:1])
+    with pytest.raises(ValueError, match="has its own router: leave expert_B out"):
+        TokenChoiceMoE(4, intermediate_size=4, num_experts=2)(x_BLD, expert_B=expert_B)
+    for settings in ({"top_k": 2}, {"capacity_factor": 1.0}, {"expert_bias": True}):
+        with pytest.raises(ValueError, match="set them to 1, None and False"):
+            TokenChoiceMoE(4, intermediate_size=4, num_experts=2, learned_router=False, **({"top_k": 1} | settings))

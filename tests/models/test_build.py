@@ -38,6 +38,14 @@ def test_placement_says_which_layers_are_mixtures():
     assert build(later).mlp_layer_types == ["dense", "dense", "soft", "soft"]
 
 
+def test_an_arm_without_a_router_spends_what_it_saves_on_its_experts():
+    named = ArmConfig(family="token_choice", route_by="target", num_experts=2, num_shared_experts=1)
+    config = build(named, expert_names=["de", "fr"])
+    assert config.moe_intermediate_size == MODEL.intermediate_size // 2
+    assert (config.route_by, config.expert_names) == ("target", ["de", "fr"])
+    assert flops_ratio(config, baseline=build(ArmConfig(family="dense")), sequence_length=64) == 1.0
+
+
 def test_every_setting_of_an_arm_reaches_the_model():
     arm = ArmConfig(
         family="mixture_of_tokens",
@@ -51,6 +59,7 @@ def test_every_setting_of_an_arm_reaches_the_model():
         balance_over="global",
         expert_bias_update_rate=0.01,
         num_shared_experts=1,
+        route_by="pair",
         group_size=8,
         group_over="sequence",
         mixtures_per_expert=2,

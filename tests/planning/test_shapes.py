@@ -15,12 +15,14 @@ class PlainShape:
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     intermediate_size: int = 6
+    intermediate_sizes: list[int] | None = None
     moe_intermediate_size: int = 3
     mlp_layer_types: list[str] | None = None
     gated: bool = False
     num_experts: int = 4
     num_experts_per_tok: int = 1
     num_shared_experts: int = 0
+    route_by: str = "token"
     group_size: int = 2
     mixtures_per_expert: int = 1
     combine: str = "same"
@@ -68,3 +70,8 @@ def test_expert_choice_pays_for_the_rows_experts_take(top_k: int, group_size: in
 def test_only_token_choice_has_shared_experts() -> None:
     shape = PlainShape(mlp_layer_types=["token_choice", "mixture_of_tokens"], num_shared_experts=2)
     assert [layer.shared_experts for layer in feed_forward_shapes(shape, sequence_length=8)] == [2, 0]
+
+
+def test_layers_may_have_widths_of_their_own() -> None:
+    # Instead of 2*4*6 twice: 2*4*6 and 2*4*9.
+    assert model_parameters(PlainShape(intermediate_sizes=[6, 9])) == 40 + 20 + 2 * 64 + 48 + 72

@@ -6,6 +6,7 @@ says; "warning", that the comparison may be unfair or its winner dear; "note", a
 
 from typing import Any
 
+from mixtura.comparison.measures import Yardstick, yardstick
 from mixtura.comparison.wording import NBSP, TIMES, capital, count, listing, number, percent, quantity, rate, times
 
 SLOW_STEP = 1.25
@@ -27,12 +28,13 @@ def find_cautions(results: dict[str, Any], arms: dict[str, Any]) -> list[dict[st
         results: see docs/report.md.
         arms: the summary's arms, which hold names and what excludes an arm.
     """
-    found = [*_about_seeds(results, arms), *_about_data(results), *_about_search(results, arms)]
+    stick = yardstick(results)
+    found = [*_about_seeds(results, arms), *_about_data(results), *_about_search(results, arms, stick)]
     for name, arm in results["arms"].items():
         label = arms[name]["label"]
-        found += _about_validity(name, arm, label, arms[name])
-        found += _about_leaks(name, arm, label)
-        found += _about_cost(name, arm, label, arms[results["baseline"]]["label"])
+        found += _about_validity(name, arm, label, arms[name], stick)
+        found += _about_leaks(name, arm, label, stick)
+        found += _about_cost(name, arm, label, arms[results["baseline"]]["label"], stick)
         found += _about_noise(name, arm, label, results["arms"][results["baseline"]])
         found += _about_rate(name, arm, label)
         if (arms[name]["averages"]["dropped_share"] or 0) > DROPPED_TOLERANCE:
@@ -69,13 +71,14 @@ def _about_data(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [_caution("warning", "epochs", None, text)]
 
 
-def _about_search(results: dict[str, Any], arms: dict[str, Any]) -> list[dict[str, Any]]:
+def _about_search(results: dict[str, Any], arms: dict[str, Any], stick: Yardstick) -> list[dict[str, Any]]:
     missing = [arms[name]["label"] for name, arm in results["arms"].items() if not is_searched(arm)]
     if not missing:
         return []
     whose = "any arm" if len(missing) == len(arms) else listing(missing)
+    what = "family" if stick.task == "pretraining" else "arm"
     text = (
-        f"The learning rate was not searched for {whose}: a rate that suits one family can cost another more than "
+        f"The learning rate was not searched for {whose}: a rate that suits one {what} can cost another more than "
         "the differences shown here."
     )
     return [_caution("warning", "not_searched", None, text)]
@@ -87,15 +90,17 @@ def is_searched(arm: dict[str, Any]) -> bool:
     return bool(search) and len(search["trials"]) > 1
 
 
-def _about_validity(name: str, arm: dict[str, Any], label: str, summary: dict[str, Any]) -> list[dict[str, Any]]:
+def _about_validity(
+    name: str, arm: dict[str, Any], label: str, summary: dict[str, Any], stick: Yardstick
+) -> list[dict[str, Any]]:
     found = []
     if arm["deployed_mode"] is None:
         text = (
-            f"{label} cannot be deployed: it needs other examples' tokens to compute a token's output. Its loss as "
-            "trained is listed, but it takes no part in the verdict."
+            f"{label} cannot be deployed: it needs other examples' tokens to compute a token's output. Its "
+            f"{stick.short} as trained is listed, but it takes no part in the verdict."
         )
         found.append(_caution("serious", "not_deployable", name, text))
-    if arm["leaks"]["future"]:
+    if arm["leaks"]["future"] and stick.causal:
         text = (
             f"{label} sees the future: a token's output depends on later tokens, so its loss is not a language "
             "model's loss, and it takes no part in the verdict."
@@ -110,20 +115,20 @@ def _about_validity(name: str, arm: dict[str, Any], label: str, summary: dict[st
     return found
 
 
-def _about_leaks(name: str, arm: dict[str, Any], label: str) -> list[dict[str, Any]]:
+def _about_leaks(name: str, arm: dict[str, Any], label: str, stick: Yardstick) -> list[dict[str, Any]]:
     if arm["leaks"].get("batch_deployed"):
         text = f"{label} leaks the batch even as deployed: the same text gets another loss beside other examples."
         return [_caution("serious", "leaks_batch_deployed", name, text)]
     if arm["leaks"]["batch"]:
         text = (
-            f"{label} leaks the batch while it trains: a token's output depends on other examples. Its loss in "
-            f"training mode ({arm['training_mode']}) is measured with such neighbours and is never the headline."
+            f"{label} leaks the batch while it trains: a token's output depends on other examples. Its {stick.short} "
+            f"in training mode ({arm['training_mode']}) is measured with such neighbours and is never the headline."
         )
         return [_caution("note", "leaks_batch", name, text)]
     return []
 
 
-def _about_cost(name: str, arm: dict[str, Any], label: str, baseline: str) -> list[dict[str, Any]]:
+def _about_cost(name: str, arm: dict[str, Any], label: str, baseline: str, stick: Yardstick) -> list[dict[str, Any]]:
     found = []
     if (arm["seconds_ratio"] or 1.0) > SLOW_STEP:
         text = (
@@ -133,7 +138,8 @@ def _about_cost(name: str, arm: dict[str, Any], label: str, baseline: str) -> li
         found.append(_caution("warning", "slow_step", name, text))
     if abs(arm["flops_ratio"] - 1) > FLOPS_TOLERANCE:
         text = f"{label} uses {number(arm['flops_ratio'], 3)}{TIMES} the FLOPs a token of {baseline}: not held equal."
-        found.append(_caution("warning", "flops", name, text))
+        # Arms of pretraining are matched in FLOPs; those of fine-tuning differ in what they train.
+        found.append(_caution("warning" if stick.task == "pretraining" else "note", "flops", name, text))
     return found
 
 
@@ -175,23 +181,41 @@ def _about_rate(name: str, arm: dict[str, Any], label: str) -> list[dict[str, An
     return found
 
 
+_LARGER = {
+    "pretraining": "width, depth or number of experts",
+    "translation": "width, depth, rank or number of experts",
+    "classification": "base model, rank or number of experts",
+}
+_SETTINGS = {
+    "pretraining": "the balance loss, the group size and the temperature",
+    "translation": "the balance loss, the group size, the rank and the layers that are adapted",
+    "classification": "the pooling, the rank and the layers that are adapted",
+}
+_USES = {
+    "pretraining": "Held-out loss is not accuracy on a task, and no text was judged by a reader.",
+    "translation": "Scores compare a translation with one reference by its characters and words; none was judged by a "
+    "reader.",
+    "classification": "Labels are taken as they are, right or wrong, and no prediction was judged by a reader.",
+}
+
+
 def list_limits(results: dict[str, Any], budget: dict[str, Any]) -> list[dict[str, str]]:
     """What the comparison cannot tell, whatever its numbers: {"title", "text"} each."""
-    environment, others = results["environment"], len(results["arms"]) - 1
+    environment, others, task = results["environment"], len(results["arms"]) - 1, results["task"]
     processor = environment.get("processor") or "unnamed processor"
     largest = quantity(max(arm["parameters_total"] for arm in results["arms"].values()))
     limits = {
         "Longer training": f"Each run saw {quantity(budget['tokens'])} tokens. The order of the arms can change with "
         "more, and a cosine schedule is tied to its length: a point on the way of a run is no finished shorter run.",
         "Larger models": f"The largest arm has {largest} parameters. Nothing here says that the order holds at another "
-        "width, depth or number of experts.",
+        f"{_LARGER[task]}.",
         "Other text": f"One source ({results['data']['description']}), one split. The intervals cover initialisation "
         "and data order, not the choice of the held-out text, which is the same for all arms.",
-        "Other settings": "At most the learning rate was searched for each arm. Weight decay, warm-up, the balance "
-        "loss, the group size and the temperature are those of the recipe.",
+        "Other settings": "At most the learning rate was searched for each arm. Weight decay, warm-up, "
+        f"{_SETTINGS[task]} are those of the recipe.",
         "Other hardware": f"Seconds and memory hold for this machine ({processor}, {environment['device']}) and these "
         "kernels; what mixtures cost beside dense layers differs between machines.",
-        "Use of the model": "Held-out loss is not accuracy on a task, and no text was judged by a reader.",
+        "Use of the model": _USES[task],
     }
     if others > 1 and budget["seeds"] > 1:
         limits["All intervals at once"] = (

@@ -4,12 +4,12 @@ A trace names its arm in `meta.arm`; the page gives it that arm's colour in the 
 serves light and dark. `meta.scale` says what a step is in tokens, FLOPs and seconds: the page switches between them.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mixtura.comparison.wording import NBSP, rate
+from mixtura.comparison.measures import difference_unit, titled_unit, yardstick
+from mixtura.comparison.wording import NBSP, capital, rate
 
 Figure = dict[str, Any]
 Points = Sequence[tuple[float, float]]
@@ -25,36 +25,15 @@ AXES = {
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "pentagon", "hexagon")
 """Markers of the arms in their order: a second key beside the colour."""
 
-_FAMILY_COLOURS = {
-    "dense": ("#59636e", "#aab4c0"),
-    "token_choice": ("#0a6ebd", "#5cb3f2"),
-    "mixture_of_tokens": ("#c8501a", "#f5955c"),
-    "expert_choice": ("#0b7d5e", "#3ec79c"),
-    "soft": ("#9c4a94", "#e19bd8"),
-}
-_SPARE_COLOURS = (("#a37500", "#e8bf52"), ("#5b4fc4", "#a9a0f5"), ("#00808a", "#4fc6d0"), ("#b0305c", "#f286a9"))
 _EVEN = 1e-3
 _SMOOTHING = 0.06
 """Share of the training-loss points averaged into one."""
 
 
-def arm_colours(arms: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """A light-theme and a dark-theme colour for each arm: the family's, or a spare one for a family's further arms.
-
-    The hues follow Okabe and Ito's palette, which colour-blind readers can tell apart; dense is grey.
-    """
-    spare, taken, colours = itertools.cycle(_SPARE_COLOURS), set(), {}
-    for name, arm in arms.items():
-        family = arm["family"]
-        colours[name] = next(spare) if family in taken or family not in _FAMILY_COLOURS else _FAMILY_COLOURS[family]
-        taken.add(family)
-    return colours
-
-
 def build_figures(results: dict[str, Any], summary: dict[str, Any]) -> dict[str, Figure]:
     """Every interactive figure of the report by name; those without data are left out."""
     figures = {
-        "differences": difference_figure(summary),
+        "differences": difference_figure(results, summary),
         "curves": curve_figure(results, summary),
         "gap": gap_figure(results, summary),
         "training": training_figure(results, summary),
@@ -63,8 +42,9 @@ def build_figures(results: dict[str, Any], summary: dict[str, Any]) -> dict[str,
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def difference_figure(summary: dict[str, Any]) -> Figure | None:
-    """Each arm's held-out loss minus the baseline's: the mean with its interval, and every seed."""
+def difference_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None:
+    """Each arm's measure minus the baseline's: the mean with its interval, and every seed."""
+    measure = yardstick(results).measure
     names = list(summary["arms"])
     shown = [name for name in reversed(names) if summary["arms"][name]["difference"]["deployed"]]
     if not shown:
@@ -75,35 +55,35 @@ def difference_figure(summary: dict[str, Any]) -> Figure | None:
         traces += _difference_traces(arm, names.index(name), row)
         difference = arm["difference"]["deployed"]
         extent += [*difference["values"], difference["low"] or 0.0, difference["high"] or 0.0]
-    base = _safe(next(arm["label"] for arm in summary["arms"].values() if arm["baseline"]))
+    base = safe_text(next(arm["label"] for arm in summary["arms"].values() if arm["baseline"]))
     reach = 1.12 * max(abs(value) for value in extent) or 0.01
+    title, unit = f"{capital(measure.name)} minus {base}'s", difference_unit(measure)
+    sides = ("better", "worse") if measure.better == "lower" else ("worse", "better")
+    ends = f"\N{LEFTWARDS ARROW}{NBSP}{sides[0]}", f"{sides[1]}{NBSP}\N{RIGHTWARDS ARROW}"
     layout = {
         "height": 92 + 74 * len(shown),
         "xaxis": {
-            "title": {"text": f"Held-out loss minus {base}'s, as deployed (nats a token)"},
+            "title": {"text": titled_unit(f"{title}, as deployed", unit)},
             "range": [-reach, reach],
             "zeroline": True,
         },
         "yaxis": {
             "tickvals": list(range(len(shown))),
-            "ticktext": [_safe(summary["arms"][name]["label"]) for name in shown],
+            "ticktext": [safe_text(summary["arms"][name]["label"]) for name in shown],
             "range": [-0.6, len(shown) - 0.35],
             "showgrid": False,
         },
-        "annotations": [
-            _note(0.0, "left", f"\N{LEFTWARDS ARROW}{NBSP}better"),
-            _note(1.0, "right", f"worse{NBSP}\N{RIGHTWARDS ARROW}"),
-        ],
+        "annotations": [_note(0.0, "left", ends[0]), _note(1.0, "right", ends[1])],
         "margin": {"t": 34},
-        "meta": {"narrow_title": f"Held-out loss minus {base}'s,<br>as deployed (nats a token)"},
+        "meta": {"narrow_title": titled_unit(f"{title},<br>as deployed", unit)},
     }
     return {"data": traces, "layout": layout}
 
 
 def _difference_traces(arm: dict[str, Any], index: int, row: int) -> list[dict[str, Any]]:
-    difference, label = arm["difference"]["deployed"], _safe(arm["label"])
+    difference, label = arm["difference"]["deployed"], safe_text(arm["label"])
     half = 0.0 if difference["high"] is None else difference["high"] - difference["mean"]
-    seeds = _trace(
+    seeds = make_trace(
         [(value, row - 0.24) for value in difference["values"]],
         arm["label"],
         index,
@@ -113,7 +93,7 @@ def _difference_traces(arm: dict[str, Any], index: int, row: int) -> list[dict[s
         marker={"size": 7, "symbol": "circle-open", "line": {"width": 1.5}},
         hovertemplate=f"{label}, seed %{{customdata}}: %{{x:+.4f}}<extra></extra>",
     )
-    mean = _trace(
+    mean = make_trace(
         [(difference["mean"], row)],
         arm["label"],
         index,
@@ -124,6 +104,10 @@ def _difference_traces(arm: dict[str, Any], index: int, row: int) -> list[dict[s
         hovertemplate=f"{label}, mean: %{{x:+.4f}}<extra></extra>",
     )
     return [seeds, mean]
+
+
+def _loss_title(results: dict[str, Any], words: str) -> dict[str, str]:
+    return {"text": titled_unit(words, yardstick(results).loss.unit)}
 
 
 def _note(x: float, anchor: str, text: str) -> dict[str, Any]:
@@ -143,7 +127,7 @@ def curve_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | N
             label = summary["arms"][name]["label"]
             if len(modes) > 1:
                 label += ", as deployed" if deployed else ", as trained"
-            for trace in _seeds_and_mean(lines, label, index, "%{y:.4f}", dash="solid" if deployed else "dot"):
+            for trace in seeds_and_mean(lines, label, index, "%{y:.4f}", dash="solid" if deployed else "dot"):
                 trace["meta"]["scale"] = _scale(arm)
                 traces.append(trace)
     if not traces:
@@ -153,7 +137,11 @@ def curve_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | N
         "height": 460,
         "hovermode": "x unified",
         "xaxis": {"title": {"text": AXES["steps"]}},
-        "yaxis": {"title": {"text": "Held-out loss (nats a token)"}, "range": late, "tickformat": ".2f"},
+        "yaxis": {
+            "title": _loss_title(results, "Held-out loss"),
+            "range": late,
+            "tickformat": ".2f",
+        },
         "meta": {"axes": AXES, "late_range": late},
     }
     return {"data": traces, "layout": layout}
@@ -184,7 +172,7 @@ def _scale(arm: dict[str, Any]) -> dict[str, float]:
     return {"steps": 1, "tokens": last["tokens"] / last["step"], "flops": last["flops"] / last["step"], "seconds": pace}
 
 
-def _seeds_and_mean(
+def seeds_and_mean(
     lines: Mapping[int, Points], label: str, index: int, hover: str, *, dash: str = "solid", markers: bool = True
 ) -> list[dict[str, Any]]:
     """A thin line for each seed (none for a single one) and a bold one for their mean."""
@@ -192,14 +180,14 @@ def _seeds_and_mean(
     if not mean:
         return []
     thin = {"mode": "lines", "line": {"dash": dash, "width": 1}, "opacity": 0.45, "hoverinfo": "skip"}
-    traces = [_trace(points, label, index, "seed", **thin) for points in lines.values() if len(lines) > 1]
+    traces = [make_trace(points, label, index, "seed", **thin) for points in lines.values() if len(lines) > 1]
     bold = {
         "mode": "lines+markers" if markers else "lines",
         "line": {"dash": dash, "width": 2.5},
         "marker": {"size": 6, "symbol": SYMBOLS[index % len(SYMBOLS)] + ("" if dash == "solid" else "-open")},
-        "hovertemplate": f"{hover}<extra>{_safe(label)}</extra>",
+        "hovertemplate": f"{hover}<extra>{safe_text(label)}</extra>",
     }
-    return [*traces, _trace(mean, label, index, "mean", **bold)]
+    return [*traces, make_trace(mean, label, index, "mean", **bold)]
 
 
 def _late_range(traces: Sequence[dict[str, Any]]) -> list[float]:
@@ -231,11 +219,11 @@ def gap_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | Non
     for index, (name, arm) in enumerate(results["arms"].items()):
         found, label = summary["arms"][name]["crossing"], summary["arms"][name]["label"]
         if found:
-            traces += _seeds_and_mean(gap_lines(arm, results["arms"][results["baseline"]]), label, index, "%{y:+.4f}")
+            traces += seeds_and_mean(gap_lines(arm, results["arms"][results["baseline"]]), label, index, "%{y:+.4f}")
             traces += _extrapolation(found, label, index)
     if not traces:
         return None
-    base = _safe(summary["arms"][results["baseline"]]["label"])
+    base = safe_text(summary["arms"][results["baseline"]]["label"])
     first, farthest = min(trace["x"][0] for trace in traces), max(trace["x"][-1] for trace in traces)
     doublings = [first * 2**power for power in range(1 + max(1, math.ceil(math.log2(farthest / first))))]
     layout = {
@@ -247,7 +235,7 @@ def gap_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | Non
             "tickvals": doublings,
             "range": [math.log10(first / 1.12), math.log10(farthest * 1.2)],
         },
-        "yaxis": {"title": {"text": f"Loss minus {base}'s (nats a token)"}, "zeroline": True},
+        "yaxis": {"title": _loss_title(results, f"Loss minus {base}'s"), "zeroline": True},
     }
     return {"data": traces, "layout": layout}
 
@@ -258,10 +246,12 @@ def _extrapolation(found: dict[str, Any], label: str, index: int) -> list[dict[s
         return []
     fit = found["fit"]
     points = [(step, fit["intercept"] + fit["slope"] * math.log(step)) for step in (fit["first_step"], found["step"])]
-    hover = f"{_safe(label)}: zero at step {found['step']:,.0f}<extra></extra>"
+    hover = f"{safe_text(label)}: zero at step {found['step']:,.0f}<extra></extra>"
     style = {"mode": "lines+markers", "line": {"width": 1.5, "dash": "dash"}, "hovertemplate": hover}
     return [
-        _trace(points, label, index, "fit", **style, marker={"size": [0, 10], "symbol": "x-thin", "line": {"width": 2}})
+        make_trace(
+            points, label, index, "fit", **style, marker={"size": [0, 10], "symbol": "x-thin", "line": {"width": 2}}
+        )
     ]
 
 
@@ -276,7 +266,7 @@ def training_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure 
             for run in arm["runs"]
         }
         lines = {seed: points for seed, points in lines.items() if points}
-        traces += _seeds_and_mean(lines, summary["arms"][name]["label"], index, "%{y:.3f}", markers=False)
+        traces += seeds_and_mean(lines, summary["arms"][name]["label"], index, "%{y:.3f}", markers=False)
     if not traces:
         return None
     late = [y for trace in traces for y in trace["y"][len(trace["y"]) // 8 :]]
@@ -285,7 +275,7 @@ def training_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure 
         "hovermode": "x unified",
         "xaxis": {"title": {"text": AXES["steps"]}},
         "yaxis": {
-            "title": {"text": "Training loss (nats a token)"},
+            "title": _loss_title(results, "Training loss"),
             "range": [min(late) - 0.03, max(late) + 0.03],
             "tickformat": ".2f",
         },
@@ -312,9 +302,9 @@ def search_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | 
             symbol = SYMBOLS[index % len(SYMBOLS)]
             marks = [symbol if tried == search["best"] else f"{symbol}-open" for tried, _ in trials]
             marker = {"size": 10, "symbol": marks, "line": {"width": 1.8}}
-            hover = f"{_safe(label)}, rate %{{x:.3g}}: %{{y:.4f}}<extra></extra>"
+            hover = f"{safe_text(label)}, rate %{{x:.3g}}: %{{y:.4f}}<extra></extra>"
             style = {"mode": "lines+markers", "line": {"width": 2}, "marker": marker, "hovertemplate": hover}
-            traces.append(_trace(trials, label, index, "mean", **style))
+            traces.append(make_trace(trials, label, index, "mean", **style))
     if not traces:
         return None
     rates = sorted({tried for trace in traces for tried in trace["x"]})
@@ -326,7 +316,7 @@ def search_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | 
             "tickvals": rates,
             "ticktext": [rate(value) for value in rates],
         },
-        "yaxis": {"title": {"text": "Held-out loss of the trial (nats a token)"}, "tickformat": ".2f"},
+        "yaxis": {"title": _loss_title(results, "Held-out loss of the trial"), "tickformat": ".2f"},
     }
     return {"data": traces, "layout": layout}
 
@@ -369,18 +359,19 @@ def _load_matrix(load: dict[str, Any], position: int) -> list[list[float]]:
     return [[round(value, 4) for value in column] for column in zip(*rows, strict=True)]
 
 
-def _trace(points: Points, label: str, index: int, role: str, **style: Any) -> dict[str, Any]:
+def make_trace(points: Points, label: str, index: int, role: str, **style: Any) -> dict[str, Any]:
+    """A trace of the arm at place `index`; the page colours it and shows or hides it by its `role`."""
     return {
         "type": "scatter",
         "x": [x for x, _ in points],
         "y": [y for _, y in points],
-        "name": _safe(label),
+        "name": safe_text(label),
         "showlegend": False,
         "meta": {"arm": index, "role": role},
         **style,
     }
 
 
-def _safe(text: str) -> str:
+def safe_text(text: str) -> str:
     """Plotly reads a few HTML tags and %{...} in texts; a label is shown as it is written."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("%{", "% {")

@@ -1,11 +1,10 @@
 """The folder of a comparison: what is in it, and that it belongs to this recipe and this text.
 
-`recipe.toml` (resolved), `environment.json`, `data.json` (which tokens), `arms/<arm>/seed<k>/` with metrics,
+`recipe.toml` (resolved), `environment.json`, `data.json` (which examples), `arms/<arm>/seed<k>/` with metrics,
 checkpoints and `result.json`, `search/<arm>/rate<r>/`, `timing.json`, `results.json`, `report.html`, `report.md`,
 `figures/`.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -19,11 +18,11 @@ from typing import Any
 
 import torch
 
-from mixtura.config import Recipe, UserError, recipe_to_dict, recipe_to_toml
-from mixtura.data.prepare import PreparedData
+from mixtura.config import FinetuneRecipe, Recipe, UserError, recipe_to_dict, recipe_to_toml
+from mixtura.training.experiment import Experiment
 
 
-def open_folder(out: Path, recipe: Recipe, *, resume: bool) -> None:
+def open_folder(out: Path, recipe: Recipe | FinetuneRecipe, *, resume: bool) -> None:
     """Makes `out` the folder of this recipe; with `resume` off, what an earlier comparison left there is removed.
 
     Raises:
@@ -63,7 +62,7 @@ def _clear(out: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _check_same_recipe(out: Path, recipe: Recipe) -> None:
+def _check_same_recipe(out: Path, recipe: Recipe | FinetuneRecipe) -> None:
     path = out / "recipe.toml"
     if not path.exists():
         return
@@ -86,8 +85,8 @@ def _check_same_recipe(out: Path, recipe: Recipe) -> None:
         )
 
 
-def check_same_data(out: Path, data: PreparedData) -> None:
-    """Notes in `data.json` which tokens the runs of this folder see, and refuses others once a run has begun.
+def check_same_data(out: Path, experiment: Experiment) -> None:
+    """Notes in `data.json` which examples the runs of this folder see, and refuses others once a run has begun.
 
     Finished runs are not repeated, so a text that changed under its name would be compared with its old self.
 
@@ -95,10 +94,8 @@ def check_same_data(out: Path, data: PreparedData) -> None:
         UserError: the text has changed, or the note is damaged.
     """
     path = out / "data.json"
-    digest = hashlib.blake2b(digest_size=16)
-    for packed in (data.train, data.validation):
-        digest.update(packed.sequences_NL.tobytes())
-    seen = {"summary": data.summary, "tokens": digest.hexdigest()}
+    # As JSON gives it back.
+    seen = json.loads(json.dumps({"summary": experiment.data, "tokens": experiment.data_digest}))
     before = read_json(path, keys=seen) if _has_runs(out) else None
     if before is None:
         write_json(path, seen)
@@ -127,6 +124,7 @@ def environment() -> dict[str, Any]:
     """Versions and hardware, as results.json has them."""
     return {
         **{name: _version(name) for name in ("mixtura", "torch", "transformers", "accelerate", "tokenizers", "numpy")},
+        **{name: _version(name) for name in ("peft", "sacrebleu")},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),

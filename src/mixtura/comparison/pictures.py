@@ -10,8 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from mixtura.comparison.figures import arm_colours, gap_lines, held_out_lines, load_maps, mean_line
-from mixtura.comparison.wording import digits_for, signed
+from mixtura.comparison.colours import arm_colours
+from mixtura.comparison.figures import gap_lines, held_out_lines, load_maps, mean_line
+from mixtura.comparison.measures import difference_unit, yardstick
+from mixtura.comparison.wording import capital, digits_for, signed
 
 _INK, _SOFT, _GRID = "#1f2328", "#59636e", "#e3e6ea"
 _MARKERS = ("o", "s", "D", "^", "P", "*", "p", "h")
@@ -65,7 +67,8 @@ def draw_loss(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None
     late_gaps = [0.0, *(_late(gaps)[1] if any(gaps.values()) else [])]
     pad = 0.08 * (max(late_gaps) - min(late_gaps)) or 0.05
     right.set_ylim(min(late_gaps) - pad, max(late_gaps) + pad)
-    left.set_title("Held-out loss as deployed (nats a token)", loc="left", fontsize=10, color=_INK)
+    unit = yardstick(results).loss.unit
+    left.set_title(f"Held-out loss as deployed ({unit})", loc="left", fontsize=10, color=_INK)
     left.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="upper right")
     base_label = summary["arms"][results["baseline"]]["label"]
     right.axhline(0, color=colours[results["baseline"]][0], linewidth=1.6)
@@ -107,6 +110,7 @@ def draw_differences(results: dict[str, Any], summary: dict[str, Any]) -> Figure
     if not shown:
         return None
     colours, base = arm_colours(results["arms"]), summary["arms"][results["baseline"]]["label"]
+    measure = yardstick(results).measure
     figure = Figure(figsize=(7.6, 1.5 + 0.62 * len(shown)), layout="constrained")
     axes = figure.subplots()
     _style(axes)
@@ -120,7 +124,7 @@ def draw_differences(results: dict[str, Any], summary: dict[str, Any]) -> Figure
         )
         values = difference["values"]
         axes.plot(values, [row - 0.22] * len(values), "o", color=colour, fillstyle="none", markersize=5)
-        text = signed(difference["mean"], digits_for(difference["mean"]))
+        text = signed(difference["mean"], digits_for(difference["mean"], least=measure.digits))
         axes.annotate(
             text, (difference["mean"], row), xytext=(0, 9), textcoords="offset points", ha="center", color=_INK
         )
@@ -128,8 +132,10 @@ def draw_differences(results: dict[str, Any], summary: dict[str, Any]) -> Figure
     axes.set_ylim(-0.6, len(shown) - 0.3)
     reach = max(abs(bound) for bound in axes.get_xlim())
     axes.set_xlim(-reach, reach)
-    axes.set_title(f"Held-out loss minus {_plain(base)}'s, as deployed", loc="left", fontsize=10, color=_INK)
-    axes.set_xlabel("nats a token; left of the line is better", color=_SOFT, fontsize=9)
+    title = f"{capital(measure.name)} minus {_plain(base)}'s, as deployed"
+    axes.set_title(title, loc="left", fontsize=10, color=_INK)
+    side = f"{'left' if measure.better == 'lower' else 'right'} of the line is better"
+    axes.set_xlabel("; ".join(filter(None, (difference_unit(measure), side))), color=_SOFT, fontsize=9)
     return figure
 
 

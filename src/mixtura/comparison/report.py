@@ -14,17 +14,20 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from mixtura.comparison import tables
+from mixtura.comparison import facts, tables
 from mixtura.comparison.cautions import is_searched
-from mixtura.comparison.figures import AXES, SYMBOLS, arm_colours, build_figures, is_even, load_maps
+from mixtura.comparison.colours import arm_colours
+from mixtura.comparison.figures import AXES, SYMBOLS, build_figures, is_even, load_maps
 from mixtura.comparison.markdown import render_markdown
+from mixtura.comparison.measures import Yardstick, difference_unit, value_note, yardstick
 from mixtura.comparison.pictures import write_pictures
+from mixtura.comparison.sections import classification_section, specialization_maps, task_figures, translation_section
 from mixtura.comparison.summary import SUMMARY_VERSION, summarize
 from mixtura.comparison.verdict import difference_words
 from mixtura.comparison.wording import NBSP, NONE, capital, count, listing, number, quantity, rate
 from mixtura.config import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """The version of results.json that this module reads."""
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -73,10 +76,12 @@ def render_html(results: dict[str, Any], summary: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    figures, maps = build_figures(results, summary), load_maps(results, summary)
-    arms = _arms(results, summary)
+    figures = build_figures(results, summary) | task_figures(results, summary)
+    maps, shares = load_maps(results, summary), specialization_maps(results, summary)
+    stick = yardstick(results)
+    arms = _arms(results, summary, stick)
     seeds, base = summary["budget"]["seeds"], summary["arms"][results["baseline"]]["label"]
-    map_seeds = list(dict.fromkeys(seed for entry in maps for seed in entry["seeds"]))
+    map_seeds = list(dict.fromkeys(seed for entry in maps + shares for seed in entry["seeds"]))
     return environment.get_template("report.html.j2").render(
         title=f"{question(summary)} {results['recipe'].get('name', '')}".strip(),
         question=question(summary),
@@ -93,19 +98,26 @@ def render_html(results: dict[str, Any], summary: dict[str, Any]) -> str:
         table_text=_table_text(seeds),
         two_modes=any(arm["deployed_mode"] not in (None, arm["training_mode"]) for arm in results["arms"].values()),
         table=tables.main_table(results, summary),
-        seed_table=tables.seed_table(summary),
-        pairs=tables.pair_table(summary),
-        data_facts=tables.data_facts(results, summary),
-        environment_facts=tables.environment_facts(results),
+        seed_table=tables.seed_table(results, summary),
+        pairs=tables.pair_table(results, summary),
+        data_facts=facts.data_facts(results, summary),
+        environment_facts=facts.environment_facts(results),
         axes=[(axis, "FLOPs" if axis == "flops" else axis.capitalize()) for axis in AXES],
         ruler=_ruler(summary),
         figures=figures,
-        differences_text=_describe_differences(summary),
+        differences_text=_describe_differences(summary, stick),
+        measure=stick.measure,
+        final_text=f"{stick.measure.name} in {stick.measure.unit}" if stick.measure.unit else stick.measure.name,
+        curves_note=_curves_note(stick),
+        task=stick.task,
         differences_caption=_difference_caption(seeds),
         maps=maps,
+        shares=shares,
+        translation=translation_section(results),
+        classification=classification_section(results),
         even=[said["label"] for name, said in summary["arms"].items() if is_even(results["arms"][name])],
         map_seeds=map_seeds,
-        page_data={"figures": figures, "maps": maps, "mapSeeds": map_seeds},
+        page_data={"figures": figures, "maps": maps + shares, "mapSeeds": map_seeds},
         plotly_js=Markup(get_plotlyjs()),
     )
 
@@ -136,14 +148,25 @@ def _table_text(seeds: int) -> str:
     return "One seed: these are single values, without intervals."
 
 
-def _describe_differences(summary: dict[str, Any]) -> str:
+def _curves_note(stick: Yardstick) -> str:
+    if stick.on_loss:
+        return ""
+    return f"{capital(stick.measure.name)} is measured only at the end of a run; the curves are of the held-out loss."
+
+
+def _describe_differences(summary: dict[str, Any], stick: Yardstick) -> str:
     """The difference figure in words, for readers who cannot see it."""
+    measure = stick.measure
+    title = f"{capital(measure.name)} minus the baseline's"
+    title += f", in {difference_unit(measure)}" if measure.unit else ""
     differences = {arm["label"]: arm["difference"]["deployed"] for arm in summary["arms"].values()}
-    said = [f"{label} {difference_words(found)}" for label, found in differences.items() if found]
-    return "Held-out loss minus the baseline's, in nats a token: " + "; ".join(said)
+    said = [
+        f"{label} {difference_words(found, digits=measure.digits)}" for label, found in differences.items() if found
+    ]
+    return f"{title}: {'; '.join(said)}"
 
 
-def _arms(results: dict[str, Any], summary: dict[str, Any]) -> list[dict[str, Any]]:
+def _arms(results: dict[str, Any], summary: dict[str, Any], stick: Yardstick) -> list[dict[str, Any]]:
     """What the page needs to know of each arm besides the tables."""
     colours = arm_colours(results["arms"])
     base = summary["arms"][results["baseline"]]["label"]
@@ -164,7 +187,7 @@ def _arms(results: dict[str, Any], summary: dict[str, Any]) -> list[dict[str, An
                 "settings": _settings(arm),
                 "rate": rate(arm["learning_rate"]),
                 "rate_source": _rate_source(arm),
-                **_card(said),
+                **_card(said, stick),
             }
         )
     return arms
@@ -184,20 +207,22 @@ def outcome_words(arm: dict[str, Any], base: str) -> str:
     return words[arm["outcome"]]
 
 
-def _card(arm: dict[str, Any]) -> dict[str, str]:
+def _card(arm: dict[str, Any], stick: Yardstick) -> dict[str, str]:
+    measure = stick.measure
     if arm["excluded"] == "diverged":
         runs = count(len(arm["seeds"]), "run")
-        return {"loss": NONE, "loss_note": f"{arm['diverged']} of {runs} diverged", "difference": ""}
-    if arm["loss"]["deployed"] is None:
-        trained = number(arm["loss"]["trained"])
-        return {"loss": trained, "loss_note": "nats a token as trained; no deployed form", "difference": ""}
-    mode = "" if arm["deployed_mode"] == "causal" else f" (mode {arm['deployed_mode']})"
+        return {"score": NONE, "score_note": f"{arm['diverged']} of {runs} diverged", "difference": ""}
+    if arm["score"]["deployed"] is None:
+        trained = number(arm["score"]["trained"], measure.digits)
+        note = f"{value_note(measure)} as trained; no deployed form"
+        return {"score": trained, "score_note": note, "difference": ""}
+    mode = "" if arm["deployed_mode"] == arm["training_mode"] else f" (mode {arm['deployed_mode']})"
     difference = arm["difference"]["deployed"]
     reference = "the arm the others are compared with" if arm["baseline"] else ""
     return {
-        "loss": number(arm["loss"]["deployed"]),
-        "loss_note": f"nats a token, as deployed{mode}",
-        "difference": difference_words(difference) if difference else reference,
+        "score": number(arm["score"]["deployed"], measure.digits),
+        "score_note": f"{value_note(measure)}, as deployed{mode}",
+        "difference": difference_words(difference, digits=measure.digits) if difference else reference,
     }
 
 

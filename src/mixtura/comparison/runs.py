@@ -1,26 +1,17 @@
-"""One run of a comparison: an arm and a seed, from initialisation to its final held-out losses.
+"""One run of a comparison: an arm and a seed, from initialisation to its final held-out measures.
 
 A finished run has a `result.json` and is never repeated; an unfinished one goes on from its newest checkpoint.
 """
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixtura.comparison.arms import Arm
 from mixtura.comparison.folder import read_json, write_json
-from mixtura.config import Interrupted, Recipe, TrainingConfig, UserError
-from mixtura.data.prepare import PreparedData
-from mixtura.training import (
-    METRICS,
-    LanguageModelling,
-    ProgressReporter,
-    TrainingDiverged,
-    read_metrics,
-    summarize_metrics,
-    train,
-)
+from mixtura.config import Interrupted, TrainingConfig, UserError
+from mixtura.training import METRICS, ProgressReporter, TrainingDiverged, read_metrics, summarize_metrics, train
+from mixtura.training.experiment import Arm
+from mixtura.training.task import LOSS
 
 
 def run_arm(
@@ -29,12 +20,15 @@ def run_arm(
     seed: int,
     learning_rate: float,
     training: TrainingConfig,
-    data: PreparedData,
     out: Path,
     label: str,
     reporter: ProgressReporter,
+    trial: bool = False,
 ) -> dict[str, Any]:
     """Trains and evaluates one run in folder `out`, or reads its result when it is finished.
+
+    A `trial` of a learning rate is judged by its held-out loss alone. Where the task's own measure is another, it is
+    evaluated as on the way of a run: nothing is decoded, and the test examples stay unseen.
 
     Raises:
         UserError: the folder's files are damaged.
@@ -46,7 +40,7 @@ def run_arm(
         reporter.start_run(label, step=stored["steps"], steps=stored["steps"])
         reporter.end_run()
         return stored
-    model, task = arm.build(seed), LanguageModelling(data, training)
+    model, task = arm.build(seed), arm.task
     outcome = train(
         model,
         task=task,
@@ -62,7 +56,7 @@ def run_arm(
         raise Interrupted(f"Stopped in '{label}' at step {outcome.steps}: everything is saved.")
     if outcome.steps != training.steps:
         raise UserError(f"'{out / METRICS}' is damaged: delete '{out}', and that run is done again.")
-    final = task.evaluate(model, final=True)
+    final = task.evaluate(model, final=not trial or task.measure.key == LOSS.key)
     if not all(math.isfinite(measure) for of in final.values() for measure in of.values()):
         raise TrainingDiverged(
             f"{label} diverged: its final held-out loss is out of range; lower its learning rate, which is "
@@ -75,27 +69,17 @@ def run_arm(
         "steps": outcome.steps,
         "train_seconds": outcome.train_seconds,
         "final": final,
+        "details": {} if trial else task.details(model, out=out),
         **summarize_metrics(read_metrics(out / METRICS)),
     }
     write_json(out / "result.json", result)
     return result
 
 
-_RESULT_KEYS = {"seed", "learning_rate", "steps", "train_seconds", "final", "curve"}
+_RESULT_KEYS = {"seed", "learning_rate", "steps", "train_seconds", "final", "details", "curve"}
 
 
-def check_runs(arms: Mapping[str, Arm], training: TrainingConfig, data: PreparedData) -> None:
-    """Refuses runs that could not be evaluated, before any of them is trained.
-
-    Raises:
-        UserError: there are too few held-out sequences, or they do not fill groups.
-    """
-    task = LanguageModelling(data, training)
-    for arm in arms.values():
-        task.check_evaluations(arm.model_config, batch_size=training.batch_size)
-
-
-def tokens_per_step(recipe: Recipe) -> int:
-    """Training tokens of one optimizer step."""
-    training = recipe.training
-    return training.batch_size * training.gradient_accumulation_steps * recipe.data.sequence_length
+def trial_loss(arm: Arm, result: dict[str, Any]) -> float:
+    """The held-out loss that a trial is judged by: as deployed, where that is measured on the way of a run."""
+    final = result["final"]
+    return final[next(mode for mode in (arm.deployed_mode, arm.training_mode, *final) if mode in final)]["loss"]

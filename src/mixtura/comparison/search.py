@@ -4,22 +4,25 @@ Without one a comparison compares how well each arm likes a shared rate: at one 
 Tokens 1.4 times faster than dense, and halving dense's rate erased it.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mixtura.comparison.experiments import AnyRecipe
 from mixtura.comparison.folder import read_json
-from mixtura.config import Recipe, UserError, recipe_to_dict
+from mixtura.config import UserError
 
 
-def search_learning_rates(recipe: Recipe, run_trial: Callable[[str, float], float]) -> dict[str, dict[str, Any]]:
+def search_learning_rates(recipe: AnyRecipe, run_trial: Callable[[str, float], float]) -> dict[str, dict[str, Any]]:
     """Tries every rate of the recipe on every arm.
 
     Args:
         recipe: its `search.learning_rates` are tried.
-        run_trial: (arm, rate) -> held-out loss of a trial, as deployed; infinite where it diverged.
+        run_trial: (arm, rate) -> held-out loss of a trial, as deployed; infinite where it diverged. It is the loss in
+            every task: it needs no decoding and no test examples, while the verdict uses the task's measure.
 
     Returns:
         For each arm the trials, the best rate, and whether it lies at an edge of the grid, where a better one may lie
@@ -39,7 +42,7 @@ def search_learning_rates(recipe: Recipe, run_trial: Callable[[str, float], floa
     return {name: _record(recipe, rates, losses[name]) for name in recipe.arms}
 
 
-def _record(recipe: Recipe, rates: list[float], losses: list[float]) -> dict[str, Any]:
+def _record(recipe: AnyRecipe, rates: list[float], losses: list[float]) -> dict[str, Any]:
     best = rates[losses.index(min(losses))]
     finite = [loss if loss != float("inf") else None for loss in losses]
     return {
@@ -52,16 +55,38 @@ def _record(recipe: Recipe, rates: list[float], losses: list[float]) -> dict[str
     }
 
 
-def fingerprint(recipe: Recipe) -> str:
-    """A hash of everything that a learning rate is tuned for: data, model, training and arms, but not the rates."""
-    table = recipe_to_dict(recipe)
-    for part in (table["training"], *table["arms"].values()):
+def fingerprint(recipe: AnyRecipe) -> str:
+    """A hash of everything that a learning rate is tuned for: data, model, training and arms, but not the rates.
+
+    Only what differs from the defaults counts, so that a key which a later version adds leaves a record valid.
+    """
+    table = _changed(recipe)
+    for part in (table.get("training", {}), *table["arms"].values()):
         part.pop("learning_rate", None)
     # What is only measured or saved has no effect on the best rate.
     for key in ("eval_every", "eval_sequences", "final_eval_sequences", "save_every", "threads"):
-        table["training"].pop(key, None)
-    tuned_for = {key: table[key] for key in ("data", "model", "training", "arms")}
+        table.get("training", {}).pop(key, None)
+    tuned_for = {key: table.get(key, {}) for key in ("task", "data", "base", "model", "training", "arms")}
     return hashlib.sha256(json.dumps(tuned_for, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """The keys of a section whose values are not the default ones, as plain values."""
+    changed = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value != default:
+            changed[field.name] = _plain(value)
+    return changed
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return _changed(value)
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def record_path(recipe_path: Path) -> Path:
@@ -69,7 +94,7 @@ def record_path(recipe_path: Path) -> Path:
     return recipe_path.with_suffix(".search.json")
 
 
-def load_record(recipe: Recipe, recipe_path: Path | None) -> dict[str, dict[str, Any]]:
+def load_record(recipe: AnyRecipe, recipe_path: Path | None) -> dict[str, dict[str, Any]]:
     """The recorded search that the recipe's rates came from; empty if there is none or it was for other settings."""
     stored = None if recipe_path is None else read_json(record_path(recipe_path), keys=("fingerprint", "arms"))
     if stored is None or stored["fingerprint"] != fingerprint(recipe):

@@ -4,11 +4,13 @@
 is not in the file. docs/report.md documents each field.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any
 
 from mixtura.comparison.cautions import find_cautions, is_searched, list_limits
+from mixtura.comparison.measures import Yardstick, yardstick
 from mixtura.comparison.significance import (
     MOT_ANCHOR,
     Curve,
@@ -17,10 +19,10 @@ from mixtura.comparison.significance import (
     paired_difference,
     speed_up,
 )
-from mixtura.comparison.verdict import RULE, judge, write_verdict
+from mixtura.comparison.verdict import judge, write_rule, write_verdict
 from mixtura.comparison.wording import FAMILY_WORDS
 
-SUMMARY_VERSION = 1
+SUMMARY_VERSION = 2
 
 
 def summarize(results: dict[str, Any]) -> dict[str, Any]:
@@ -29,11 +31,11 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
     Args:
         results: the content of results.json; a "summary" in it is ignored.
     """
-    baseline = results["baseline"]
+    baseline, stick = results["baseline"], yardstick(results)
     labels = _labels(results["arms"])
-    arms = {name: {"label": labels[name], **_describe(results["arms"][name])} for name in results["arms"]}
+    arms = {name: {"label": labels[name], **_describe(results["arms"][name], stick)} for name in results["arms"]}
     for name, arm in arms.items():
-        arm.update(_compare(results, arms, name))
+        arm.update(_compare(results, arms, name, stick))
         arm["baseline"] = name == baseline
     budget = {
         "tokens": results["data"]["tokens_per_run"],
@@ -42,23 +44,30 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
         "seeds": min(len(arm["seeds"]) for arm in arms.values()),
         "rates_settled": all(_rate_settled(arm) for arm in results["arms"].values()),
     }
-    judged = judge(arms, baseline)
+    judged = judge(arms, baseline, stick.measure)
     for name, arm in arms.items():
         arm["outcome"] = judged["outcomes"][name]
     return {
         "version": SUMMARY_VERSION,
-        "rule": RULE,
+        "measure": dataclasses.asdict(stick.measure),
+        "rule": write_rule(stick.measure),
         "budget": budget,
         "verdict": {
-            **write_verdict(arms, judged, baseline, budget),
-            **{k: judged[k] for k in ("best", "lowest", "tied")},
+            **write_verdict(arms, judged, baseline, budget, stick),
+            **{k: judged[k] for k in ("best", "leader", "tied")},
         },
         "cautions": find_cautions(results, arms),
         "limits": list_limits(results, budget),
         "arms": arms,
         "pairs": judged["pairs"],
-        "anchor": MOT_ANCHOR if any(arm["family"] == "mixture_of_tokens" for arm in arms.values()) else None,
+        "anchor": _anchor(arms, stick),
     }
+
+
+def _anchor(arms: dict[str, Any], stick: Yardstick) -> dict[str, Any] | None:
+    """The published curve is one of pretraining."""
+    mixes = any(arm["family"] == "mixture_of_tokens" for arm in arms.values())
+    return MOT_ANCHOR if mixes and stick.task == "pretraining" else None
 
 
 def _rate_settled(arm: dict[str, Any]) -> bool:
@@ -77,21 +86,22 @@ def _labels(arms: dict[str, Any]) -> dict[str, str]:
     return {name: label if names.count(label) == 1 else f"{label} ({name})" for name, label in labels.items()}
 
 
-def _describe(arm: dict[str, Any]) -> dict[str, Any]:
+def _describe(arm: dict[str, Any], stick: Yardstick) -> dict[str, Any]:
     """What can be said of an arm without looking at the others."""
-    deployed, trained = arm["deployed_mode"], arm["training_mode"]
-    diverged = sum(not _finite(run["final"], deployed or trained) for run in arm["runs"])
+    deployed, trained, key = arm["deployed_mode"], arm["training_mode"], stick.measure.key
+    # What needs decoding is measured as deployed alone.
+    judged = (deployed, key) if deployed else (trained, stick.loss.key)
+    diverged = sum(not _finite(run["final"], *judged) for run in arm["runs"])
     excluded = (
         "not_deployable"
         if deployed is None
         else "leaks_future"
-        if arm["leaks"]["future"]
+        if arm["leaks"]["future"] and stick.causal
         else "diverged"
         if diverged
         else None
     )
     modes = {mode: _mode(arm["runs"], mode) for mode in dict.fromkeys(m for run in arm["runs"] for m in run["final"])}
-    losses = {"deployed": modes.get(deployed), "trained": modes.get(trained)}
     return {
         "family": arm["family"],
         "seeds": [run["seed"] for run in arm["runs"]],
@@ -100,18 +110,23 @@ def _describe(arm: dict[str, Any]) -> dict[str, Any]:
         "diverged": diverged,
         "excluded": excluded,
         "modes": modes,
-        "loss": {key: mode and mode["loss"]["mean"] for key, mode in losses.items()},
-        "bits_per_byte": {key: mode and mode["bits_per_byte"] for key, mode in losses.items()},
+        "score": {role: _score(modes, mode, key) for role, mode in (("deployed", deployed), ("trained", trained))},
         "mode_gap": None
         if deployed in (None, trained)
-        else paired_difference(_by_seed(arm, deployed), _by_seed(arm, trained)),
-        "parameters_total": arm["parameters_total"],
-        "seconds_ratio": arm["seconds_ratio"],
+        else paired_difference(_by_seed(arm, deployed, key), _by_seed(arm, trained, key)),
+        **{copied: arm[copied] for copied in _COPIED},
         "averages": _averages(arm["runs"]),
     }
 
 
-def _compare(results: dict[str, Any], arms: dict[str, Any], name: str) -> dict[str, Any]:
+_COPIED = ("parameters_total", "parameters_trainable", "seconds_ratio", "peak_memory_bytes")
+
+
+def _score(modes: dict[str, Any], mode: str | None, key: str) -> float | None:
+    return modes[mode][key]["mean"] if mode in modes and key in modes[mode] else None
+
+
+def _compare(results: dict[str, Any], arms: dict[str, Any], name: str, stick: Yardstick) -> dict[str, Any]:
     """What can be said of an arm beside the baseline; all None for the baseline itself and without a deployed mode."""
     nothing = {
         "difference": {"deployed": None, "trained": None},
@@ -122,15 +137,16 @@ def _compare(results: dict[str, Any], arms: dict[str, Any], name: str) -> dict[s
     arm, baseline = results["arms"][name], results["arms"][results["baseline"]]
     if name == results["baseline"] or baseline["deployed_mode"] is None:
         return nothing
-    base_losses = _by_seed(baseline, baseline["deployed_mode"])
-    trained = paired_difference(_by_seed(arm, arm["training_mode"]), base_losses)
+    key = stick.measure.key
+    base_scores = _by_seed(baseline, baseline["deployed_mode"], key)
+    trained = paired_difference(_by_seed(arm, arm["training_mode"], key), base_scores)
     if arms[name]["excluded"] or arms[results["baseline"]]["excluded"]:
         return {**nothing, "difference": {"deployed": None, "trained": trained}}
     curves, base_curves = (_curves(side, side["deployed_mode"]) for side in (arm, baseline))
     ratio = arm["seconds_ratio"]
     return {
         "difference": {
-            "deployed": paired_difference(_by_seed(arm, arm["deployed_mode"]), base_losses),
+            "deployed": paired_difference(_by_seed(arm, arm["deployed_mode"], key), base_scores),
             "trained": trained,
         },
         "speed_up": speed_up(curves, base_curves, seconds_ratio=ratio),
@@ -139,13 +155,13 @@ def _compare(results: dict[str, Any], arms: dict[str, Any], name: str) -> dict[s
     }
 
 
-def _finite(final: dict[str, Any], mode: str) -> bool:
-    loss = final.get(mode, {}).get("loss")
-    return loss is not None and math.isfinite(loss)
+def _finite(final: dict[str, Any], mode: str, key: str) -> bool:
+    value = final.get(mode, {}).get(key)
+    return value is not None and math.isfinite(value)
 
 
-def _by_seed(arm: dict[str, Any], mode: str) -> dict[int, float]:
-    return {run["seed"]: run["final"][mode]["loss"] for run in arm["runs"] if _finite(run["final"], mode)}
+def _by_seed(arm: dict[str, Any], mode: str, key: str) -> dict[int, float]:
+    return {run["seed"]: run["final"][mode][key] for run in arm["runs"] if _finite(run["final"], mode, key)}
 
 
 def _curves(arm: dict[str, Any], mode: str) -> dict[int, Curve]:
@@ -158,13 +174,12 @@ def _curves(arm: dict[str, Any], mode: str) -> dict[int, Curve]:
 
 
 def _mode(runs: list[dict[str, Any]], mode: str) -> dict[str, Any]:
-    """Means over seeds of one inference mode; `values` holds None for a seed that diverged."""
-    values = [run["final"][mode]["loss"] if _finite(run["final"], mode) else None for run in runs]
-    return {
-        "loss": {"mean": _mean(values), "values": values},
-        "bits_per_byte": _mean(run["final"].get(mode, {}).get("bits_per_byte") for run in runs),
-        "perplexity": _mean(run["final"].get(mode, {}).get("perplexity") for run in runs),
+    """Means over seeds of each measure in one mode; `values` holds None for a seed that diverged."""
+    keys = dict.fromkeys(key for run in runs for key in run["final"].get(mode, {}))
+    values = {
+        key: [run["final"][mode][key] if _finite(run["final"], mode, key) else None for run in runs] for key in keys
     }
+    return {key: {"mean": _mean(of), "values": of} for key, of in values.items()}
 
 
 def _averages(runs: list[dict[str, Any]]) -> dict[str, Any]:

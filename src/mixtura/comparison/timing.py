@@ -6,30 +6,30 @@ alternate, and medians are compared.
 
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from mixtura.comparison.arms import Arm
-from mixtura.config import Recipe
-from mixtura.data.prepare import PreparedData
+from mixtura.config import TrainingConfig
 from mixtura.diagnostics.memory import live_bytes, measure_peak_memory
+from mixtura.training.experiment import Arm
 from mixtura.training.optimization import build_optimizer
 
 WARM_UP_ROUNDS, ROUNDS = 2, 12
 
 
-def time_arms(arms: dict[str, Arm], recipe: Recipe, data: PreparedData, baseline: str) -> dict[str, dict[str, Any]]:
+def time_arms(arms: Mapping[str, Arm], training: TrainingConfig, baseline: str) -> dict[str, dict[str, Any]]:
     """Median seconds of a step and peak bytes of each arm.
 
     Returns:
-        {arm: {"seconds_per_step", "seconds_ratio", "peak_memory_bytes"}}.
+        {arm: {"seconds_per_step", "seconds_ratio", "peak_memory_bytes", "optimizer_state_bytes"}}.
     """
-    if recipe.training.threads:
-        torch.set_num_threads(recipe.training.threads)
+    if training.threads:
+        torch.set_num_threads(training.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = {name: _Step(arm, recipe, data, device) for name, arm in arms.items()}
+    steps = {name: _Step(arm, training, device) for name, arm in arms.items()}
     peaks = {name: step.peak_memory() for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for round_number in range(WARM_UP_ROUNDS + ROUNDS):
@@ -43,6 +43,7 @@ def time_arms(arms: dict[str, Arm], recipe: Recipe, data: PreparedData, baseline
             # The median of the ratios within a round: a slow spell hits both steps of a round alike.
             "seconds_ratio": statistics.median(a / b for a, b in zip(seconds[name], seconds[baseline], strict=True)),
             "peak_memory_bytes": peaks[name],
+            "optimizer_state_bytes": steps[name].optimizer_state(),
         }
         for name in arms
     }
@@ -51,42 +52,65 @@ def time_arms(arms: dict[str, Arm], recipe: Recipe, data: PreparedData, baseline
 class _Step:
     """One whole training step of an arm: forward, backward, clipping and optimizer."""
 
-    def __init__(self, arm: Arm, recipe: Recipe, data: PreparedData, device: torch.device) -> None:
-        self.training = recipe.training
+    def __init__(self, arm: Arm, training: TrainingConfig, device: torch.device) -> None:
+        self.training, self.task, self.device = training, arm.task, device
         self.model = arm.build(seed=0).train()
-        if recipe.training.activation_checkpointing:
+        if training.activation_checkpointing:
             # transformers renamed it within version 5.
-            model: Any = self.model
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        torch.nn.Module.to(self.model, device)
-        self.optimizer = build_optimizer(self.model, recipe.training, learning_rate=1e-4)
-        # A small text has fewer sequences than a batch: they repeat, as in training.
-        rows = np.arange(recipe.training.batch_size) % data.train.num_sequences
-        self.ids_BL = torch.as_tensor(data.train.sequences_NL[rows].astype("int64"), device=device)
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            enable = next((getattr(self.model, name) for name in names if hasattr(self.model, name)), None)
+            if enable is not None:
+                enable()
+        self.model.to(device)
+        self.optimizer = build_optimizer(self.model, training, learning_rate=1e-4)
+        self.batches = _batches(arm, training, device)
+        self.num_targets = sum(int(self.task.count_targets(batch)) for batch in self.batches)
 
     def run(self) -> None:
         """Runs one optimizer step over all its micro-batches."""
         bfloat16 = self.training.dtype == "bfloat16"
-        for _ in range(self.training.gradient_accumulation_steps):
-            with torch.autocast(self.ids_BL.device.type, dtype=torch.bfloat16, enabled=bfloat16):
-                loss = self.model(self.ids_BL, labels=self.ids_BL).loss
+        for batch in self.batches:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bfloat16):
+                loss = self._loss(batch)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def _loss(self, batch: dict[str, Any]) -> Tensor:
+        losses = self.task.losses(self.model, batch, num_targets=self.num_targets)
+        weights = self.task.router_loss_weights(self.model)
+        parts = zip(weights, (losses.aux_loss, losses.z_loss), strict=True)
+        weighted = [weight * part for weight, part in parts if part is not None]
+        return losses.task_loss + sum(weighted) / len(self.batches) if weighted else losses.task_loss
+
     def timed(self) -> float:
         """Seconds of one step."""
-        _synchronize(self.ids_BL.device)
+        _synchronize(self.device)
         start = time.perf_counter()
         self.run()
-        _synchronize(self.ids_BL.device)
+        _synchronize(self.device)
         return time.perf_counter() - start
 
     def peak_memory(self) -> int:
         """Peak bytes of one step: parameters and optimizer state, and what a step allocates on top."""
         self.run()  # the first step makes the optimizer's state
-        return live_bytes(self.model, self.optimizer) + measure_peak_memory(self.run, device=self.ids_BL.device)
+        return live_bytes(self.model, self.optimizer) + measure_peak_memory(self.run, device=self.device)
+
+    def optimizer_state(self) -> int:
+        """Bytes that the optimizer keeps from step to step."""
+        return live_bytes(self.model, self.optimizer) - live_bytes(self.model)
+
+
+def _batches(arm: Arm, training: TrainingConfig, device: torch.device) -> list[dict[str, Any]]:
+    """The micro-batches of a run's first step, the same examples for every arm."""
+    size, number = training.batch_size, training.gradient_accumulation_steps
+    dataset: Any = arm.task.dataset(length=size * number, seed=0)
+    batches = [arm.task.collate([dataset[i] for i in range(size * k, size * (k + 1))]) for k in range(number)]
+    return [
+        {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        for batch in batches
+    ]
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,12 +1,13 @@
 """The verdict: a rule fixed before any number is known, what it says of each arm, and the sentences that say so.
 
-The rule compares arms by the held-out loss of the mode they would be deployed in, never by the loss in training groups.
+The rule compares arms by the task's measure in the mode they would be deployed in, never as in training groups.
 It works on the summary's arms (see `summary.py`): numbers in, words out, nothing is measured here.
 """
 
 import itertools
-from typing import Any
+from typing import Any, Literal
 
+from mixtura.comparison.measures import Yardstick, written_amount, written_value
 from mixtura.comparison.significance import FARTHEST_EXTRAPOLATION, MOT_ANCHOR, paired_difference
 from mixtura.comparison.wording import (
     NBSP,
@@ -16,60 +17,72 @@ from mixtura.comparison.wording import (
     digits_for,
     interval,
     listing,
+    memory,
     number,
     percent,
     quantity,
     signed,
 )
-
-RULE = (
-    "Arms are compared by their held-out loss as deployed, in nats a token. An arm beats the baseline if the "
-    f"95{NBSP}% interval of the difference, paired by seed, lies below zero, loses if it lies above zero, and draws "
-    "otherwise. One seed gives no verdict. Arms that cannot be deployed, see the future or diverged are left out."
-)
+from mixtura.training.task import Measure
 
 
-def judge_difference(difference: dict[str, Any] | None) -> str:
+def write_rule(measure: Measure) -> str:
+    """The rule in words, for the verdict's measure."""
+    unit = f", in {measure.unit}" if measure.unit else ""
+    wins, loses = ("below", "above") if measure.better == "lower" else ("above", "below")
+    return (
+        f"Arms are compared by their {measure.name} as deployed{unit}. An arm beats the baseline if the "
+        f"95{NBSP}% interval of the difference, paired by seed, lies {wins} zero, loses if it lies {loses} zero, and "
+        "draws otherwise. One seed gives no verdict. Arms that cannot be deployed, see the future or diverged are left "
+        "out."
+    )
+
+
+def judge_difference(difference: dict[str, Any] | None, *, better: Literal["lower", "higher"] = "lower") -> str:
     """The rule for one paired difference: "beats", "loses", "draw" or "one_seed"; "excluded" where there is none."""
     if difference is None:
         return "excluded"
     if difference["low"] is None:
         return "one_seed"
-    return "beats" if difference["high"] < 0 else "loses" if difference["low"] > 0 else "draw"
+    below, above = ("beats", "loses") if better == "lower" else ("loses", "beats")
+    return below if difference["high"] < 0 else above if difference["low"] > 0 else "draw"
 
 
-def judge(arms: dict[str, Any], baseline: str) -> dict[str, Any]:
+def judge(arms: dict[str, Any], baseline: str, measure: Measure) -> dict[str, Any]:
     """Applies the rule to every arm and every pair of arms.
 
     Returns:
         `outcomes` by arm; `pairs`, each {"arm", "against", "difference", "outcome"}; `best`, the arm that beats all
-        others, or None; `lowest`, the arm with the lowest mean; `tied`, the arms that `lowest` does not beat.
+        others, or None; `leader`, the arm with the best mean; `tied`, the arms that `leader` does not beat.
     """
     able = [name for name, arm in arms.items() if arm["excluded"] is None]
-    losses = {name: dict(zip(arms[name]["seeds"], _deployed_values(arms[name]), strict=True)) for name in able}
+    scores = {name: dict(zip(arms[name]["seeds"], _deployed_values(arms[name], measure), strict=True)) for name in able}
     pairs = []
     for first, second in itertools.combinations(able, 2):
-        difference = paired_difference(losses[first], losses[second])
-        pairs.append(
-            {"arm": first, "against": second, "difference": difference, "outcome": judge_difference(difference)}
-        )
+        difference = paired_difference(scores[first], scores[second])
+        outcome = judge_difference(difference, better=measure.better)
+        pairs.append({"arm": first, "against": second, "difference": difference, "outcome": outcome})
     outcomes = {
-        name: judge_difference(arms[name]["difference"]["deployed"]) if name in able else "excluded" for name in arms
+        name: judge_difference(arms[name]["difference"]["deployed"], better=measure.better)
+        if name in able
+        else "excluded"
+        for name in arms
     }
     outcomes[baseline] = "baseline" if baseline in able else "excluded"
-    lowest = min(able, key=lambda name: arms[name]["loss"]["deployed"], default=None)
-    tied = [] if lowest is None else [name for name in able if name != lowest and not _beats(pairs, lowest, name)]
+    foremost = min if measure.better == "lower" else max
+    leader = foremost(able, key=lambda name: arms[name]["score"]["deployed"], default=None)
+    tied = [] if leader is None else [name for name in able if name != leader and not _beats(pairs, leader, name)]
     return {
         "outcomes": outcomes,
         "pairs": pairs,
-        "lowest": lowest,
+        "leader": leader,
         "tied": tied,
-        "best": lowest if len(able) > 1 and not tied else None,
+        "best": leader if len(able) > 1 and not tied else None,
     }
 
 
-def _deployed_values(arm: dict[str, Any]) -> list[float]:
-    return arm["modes"][arm["deployed_mode"]]["loss"]["values"]
+def _deployed_values(arm: dict[str, Any], measure: Measure) -> list[float]:
+    return arm["modes"][arm["deployed_mode"]][measure.key]["values"]
 
 
 def _beats(pairs: list[dict[str, Any]], winner: str, loser: str) -> bool:
@@ -78,7 +91,7 @@ def _beats(pairs: list[dict[str, Any]], winner: str, loser: str) -> bool:
 
 
 def write_verdict(
-    arms: dict[str, Any], judged: dict[str, Any], baseline: str, budget: dict[str, Any]
+    arms: dict[str, Any], judged: dict[str, Any], baseline: str, budget: dict[str, Any], stick: Yardstick
 ) -> dict[str, Any]:
     """The sentences at the top of the report, from the judged arms.
 
@@ -87,6 +100,7 @@ def write_verdict(
         judged: what `judge` returns.
         baseline: name of the baseline.
         budget: {"tokens", "steps", "seeds"}.
+        stick: what the arms are judged by.
 
     Returns:
         `headline`, one sentence; `answer`, which arm this data and budget ask for; `speed` and `longer`, a sentence
@@ -94,25 +108,41 @@ def write_verdict(
     """
     others = [name for name in arms if name != baseline and judged["outcomes"][name] != "excluded"]
     # Our own favourite is told first when it loses: nobody should have to look for that.
-    others.sort(key=lambda name: not (arms[name]["family"] == "mixture_of_tokens" and _behind(arms[name])))
+    others.sort(key=lambda name: not (arms[name]["family"] == "mixture_of_tokens" and _behind(arms[name], stick)))
+    longer = [
+        *(_longer(arms[name], arms[baseline], budget) for name in others if arms[name]["crossing"]),
+        *_guess([arms[name] for name in others]),
+        *_published(arms, budget, stick),
+    ]
     return {
-        "headline": _headline(arms, judged, others, baseline, budget),
-        "answer": _answer(arms, judged, baseline),
+        "headline": _headline(arms, judged, others, baseline, budget, stick),
+        "answer": _answer(arms, judged, baseline, stick),
         "speed": [_speed(arms[name], arms[baseline]) for name in others if arms[name]["speed_up"]],
-        "longer": [
-            *(_longer(arms[name], arms[baseline], budget) for name in others if arms[name]["crossing"]),
-            *_guess([arms[name] for name in others]),
-            *_anchor(arms, budget),
-        ],
+        "longer": [*_about_loss(stick), *longer] if longer else [],
     }
 
 
-def _behind(arm: dict[str, Any]) -> bool:
-    return arm["difference"]["deployed"]["mean"] > 0
+def _about_loss(stick: Yardstick) -> list[str]:
+    if stick.on_loss:
+        return []
+    name = stick.measure.name
+    return [
+        f"{capital(name)} is measured only at the end of a run: what follows is about the held-out loss, and where two "
+        f"arms cross in loss they need not cross in {name}."
+    ]
+
+
+def _behind(arm: dict[str, Any], stick: Yardstick) -> bool:
+    return stick.behind(arm["difference"]["deployed"]["mean"])
 
 
 def _headline(
-    arms: dict[str, Any], judged: dict[str, Any], others: list[str], baseline: str, budget: dict[str, Any]
+    arms: dict[str, Any],
+    judged: dict[str, Any],
+    others: list[str],
+    baseline: str,
+    budget: dict[str, Any],
+    stick: Yardstick,
 ) -> str:
     base, outcomes = arms[baseline]["label"], judged["outcomes"]
     if outcomes[baseline] == "excluded":
@@ -121,12 +151,12 @@ def _headline(
         return f"No verdict: {base} is the only arm that can be compared."
     size = f"{quantity(budget['tokens'])} training tokens"
     if any(outcomes[name] == "one_seed" for name in others):
-        clauses = [_single(arms[name], base, unit=name == others[0]) for name in others]
+        clauses = [_single(arms[name], base, stick.measure, unit=name == others[0]) for name in others]
         again = "it" if len(clauses) == 1 else "any of it"
         return f"One seed cannot decide: after {size} {listing(clauses)}, and another seed may reverse {again}."
     decided = [name for name in others if outcomes[name] in ("loses", "beats")]
-    won = listing([_decided(arms[name], base, outcomes[name], unit=name == decided[0]) for name in decided])
-    draws = ", nor ".join(_draw(arms[name], base) for name in others if outcomes[name] == "draw")
+    won = listing([_decided(arms[n], base, outcomes[n], stick.measure, unit=n == decided[0]) for n in decided])
+    draws = ", nor ".join(_draw(arms[name], base, stick.measure) for name in others if outcomes[name] == "draw")
     size += f" and {count(budget['seeds'], 'seed')}"
     if not draws:
         rates = "" if budget["rates_settled"] else " at these learning rates"
@@ -136,72 +166,107 @@ def _headline(
     return f"{capital(won)}; {size} cannot tell {draws}, and longer training is open."
 
 
-def _amount(arm: dict[str, Any], *, unit: bool) -> str:
+def _single(arm: dict[str, Any], base: str, measure: Measure, *, unit: bool) -> str:
     mean = arm["difference"]["deployed"]["mean"]
-    return f"{number(abs(mean), digits_for(mean))}{' nats a token' if unit else ''}"
+    return f"{arm['label']} ended {written_amount(measure, mean, unit=unit)} {'above' if mean > 0 else 'below'} {base}"
 
 
-def _single(arm: dict[str, Any], base: str, *, unit: bool) -> str:
-    return f"{arm['label']} ended {_amount(arm, unit=unit)} {'above' if _behind(arm) else 'below'} {base}"
+def _decided(arm: dict[str, Any], base: str, outcome: str, measure: Measure, *, unit: bool) -> str:
+    amount = written_amount(measure, arm["difference"]["deployed"]["mean"], unit=unit)
+    return f"{arm['label']} {'loses to' if outcome == 'loses' else 'beats'} {base} by {amount}"
 
 
-def _decided(arm: dict[str, Any], base: str, outcome: str, *, unit: bool) -> str:
-    return f"{arm['label']} {'loses to' if outcome == 'loses' else 'beats'} {base} by {_amount(arm, unit=unit)}"
+def _draw(arm: dict[str, Any], base: str, measure: Measure) -> str:
+    return f"{arm['label']} from {base} ({difference_words(arm['difference']['deployed'], digits=measure.digits)})"
 
 
-def _draw(arm: dict[str, Any], base: str) -> str:
-    return f"{arm['label']} from {base} ({difference_words(arm['difference']['deployed'])})"
-
-
-def difference_words(difference: dict[str, Any] | None) -> str:
-    """A difference with its interval, in words: "-0.050, 95 % interval -0.071 to -0.029"."""
+def difference_words(difference: dict[str, Any] | None, *, digits: int = 3) -> str:
+    """A difference with its interval, in words: "-0.050, 95 % interval -0.071 to -0.029"; `digits` or more decimals."""
     if difference is None:
         return "no difference could be computed"
-    digits = digits_for(difference["mean"], difference["low"], difference["high"])
+    digits = digits_for(difference["mean"], difference["low"], difference["high"], least=digits)
     mean = signed(difference["mean"], digits)
     if difference["low"] is None:
         return f"{mean}, one seed"
     return f"{mean}, 95{NBSP}% interval {interval(difference['low'], difference['high'], digits)}"
 
 
-def _answer(arms: dict[str, Any], judged: dict[str, Any], baseline: str) -> str | None:
+def _answer(arms: dict[str, Any], judged: dict[str, Any], baseline: str, stick: Yardstick) -> str | None:
     """Which arm this data and budget ask for, and its price; None where the rule gives no verdict."""
     kinds = set(judged["outcomes"].values())
     if (
         "one_seed" in kinds
-        or judged["lowest"] is None
+        or judged["leader"] is None
         or not judged["pairs"]
         or judged["outcomes"][baseline] == "excluded"
     ):
         return None
-    low, base = arms[judged["lowest"]], arms[baseline]
-    loss = number(low["loss"]["deployed"])
+    leader, base, measure = arms[judged["leader"]], arms[baseline], stick.measure
     if judged["best"] is None:
-        tied = [arms[name] for name in judged["tied"]]
-        fastest = min([low, *tied], key=lambda arm: arm["seconds_ratio"] or 1.0)
-        return (
-            f"This budget names no single best arm: {low['label']} has the lowest mean loss as deployed, {loss}, but "
-            f"{listing([arm['label'] for arm in tied])} cannot be told apart from it. Among these, {fastest['label']} "
-            "takes the least time a step."
-        )
+        return _tie(leader, [arms[name] for name in judged["tied"]], stick)
+    value = written_value(measure, leader["score"]["deployed"])
     if judged["best"] == baseline:
-        return f"For this data and budget the answer is {base['label']}: {loss} nats a token as deployed."
-    price = f"{compact(low['parameters_total'])} parameters in memory instead of {compact(base['parameters_total'])}"
+        return f"For this data and budget the answer is {base['label']}: {value} as deployed{_own_price(base, stick)}."
+    against = number(base["score"]["deployed"], measure.digits)
     return (
-        f"For this data and budget the answer is {low['label']}: {loss} nats a token as deployed, against "
-        f"{number(base['loss']['deployed'])} for {base['label']}. Its price: {price}, and "
-        f"{number(low['seconds_ratio'], 2)} times the time a step{_equal_time(low, base)}."
+        f"For this data and budget the answer is {leader['label']}: {value} as deployed, against "
+        f"{against} for {base['label']}. Its price: {_price(leader, base, stick)}{_equal_time(leader, base, stick)}."
     )
 
 
-def _equal_time(arm: dict[str, Any], base: dict[str, Any]) -> str:
+def _tie(leader: dict[str, Any], tied: list[dict[str, Any]], stick: Yardstick) -> str:
+    measure = stick.measure
+    foremost = f"{'lowest' if measure.better == 'lower' else 'highest'} mean {stick.short}"
+    fastest = min([leader, *tied], key=lambda arm: arm["seconds_ratio"] or 1.0)
+    text = (
+        f"This budget names no single best arm: {leader['label']} has the {foremost} as deployed, "
+        f"{number(leader['score']['deployed'], measure.digits)}, but {listing([arm['label'] for arm in tied])} cannot "
+        f"be told apart from it. Among these, {fastest['label']} takes the least time a step"
+    )
+    if stick.task == "pretraining":
+        return f"{text}."
+    smallest = min([leader, *tied], key=lambda arm: arm["parameters_trainable"])
+    lightest = min([leader, *tied], key=lambda arm: arm["peak_memory_bytes"] or 0)
+    return (
+        f"{text}, {smallest['label']} trains the fewest parameters ({compact(smallest['parameters_trainable'])}), and "
+        f"{lightest['label']} needs the least memory ({memory(lightest['peak_memory_bytes'])})."
+    )
+
+
+def _own_price(base: dict[str, Any], stick: Yardstick) -> str:
+    """What the baseline costs when it is the answer; pretraining's other arms are matched to it."""
+    if stick.task == "pretraining":
+        return ""
+    return (
+        f". It trains {compact(base['parameters_trainable'])} of {compact(base['parameters_total'])} parameters and "
+        f"needs {memory(base['peak_memory_bytes'])} while training"
+    )
+
+
+def _price(arm: dict[str, Any], base: dict[str, Any], stick: Yardstick) -> str:
+    time = f"{number(arm['seconds_ratio'], 2)} times the time a step"
+    if stick.task == "pretraining":
+        sizes = [compact(side["parameters_total"]) for side in (arm, base)]
+        return f"{sizes[0]} parameters in memory instead of {sizes[1]}, and {time}"
+    trained = [compact(side["parameters_trainable"]) for side in (arm, base)]
+    peaks = [memory(side["peak_memory_bytes"]) for side in (arm, base)]
+    return (
+        f"{trained[0]} trained parameters instead of {trained[1]}, {time}, and {peaks[0]} of memory while training "
+        f"instead of {peaks[1]}"
+    )
+
+
+def _equal_time(arm: dict[str, Any], base: dict[str, Any], stick: Yardstick) -> str:
     difference = arm["equal_time"]
     if difference is None:
         return ""
     said = {"beats": "still beats", "loses": "loses to", "draw": "draws with"}.get(judge_difference(difference))
     if said is None:
         return ""
-    return f". At equal training time it {said} {base['label']} ({difference_words(difference)})"
+    about = f". At equal training time it {said}"
+    if not stick.on_loss:
+        about = f". In held-out loss at equal training time it {said.removeprefix('still ')}"
+    return f"{about} {base['label']} ({difference_words(difference)})"
 
 
 def _speed(arm: dict[str, Any], base: dict[str, Any]) -> str:
@@ -276,9 +341,9 @@ def _guess(arms: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _anchor(arms: dict[str, Any], budget: dict[str, Any]) -> list[str]:
+def _published(arms: dict[str, Any], budget: dict[str, Any], stick: Yardstick) -> list[str]:
     """The published curve that says when MoT overtook dense, beside this run's budget."""
-    if not any(arm["family"] == "mixture_of_tokens" for arm in arms.values()):
+    if stick.task != "pretraining" or not any(arm["family"] == "mixture_of_tokens" for arm in arms.values()):
         return []
     anchor = MOT_ANCHOR
     first, last = anchor["behind_until_tokens"]

@@ -17,6 +17,12 @@ FAMILY_WORDS = {
     "expert_choice": "expert-choice MoE",
     "soft": "Soft MoE",
     "mixture_of_tokens": "MoT",
+    "lora": "LoRA",
+    "mixture_of_lora": "mixture of LoRA experts",
+    "expert_specialized": "expert-specialised tuning",
+    "full": "full fine-tuning",
+    "last_layer": "last layer",
+    "layer_mix": "layer mix",
 }
 """What a family is called in running text."""
 
@@ -37,10 +43,10 @@ def signed(value: float | None, digits: int = 3) -> str:
     return f"+{text}" if value is not None and value > 0 and float(f"{value:.{digits}f}") != 0 else text
 
 
-def digits_for(*values: float | None) -> int:
-    """Three decimals, or as many as keep the smallest of the values from being written as zero (at most five)."""
+def digits_for(*values: float | None, least: int = 3) -> int:
+    """`least` decimals, or as many as keep the smallest of the values from being written as zero (at most two more)."""
     smallest = min((abs(value) for value in values if value), default=1.0)
-    return 3 if smallest >= 5e-4 else 4 if smallest >= 5e-5 else 5
+    return least + sum(smallest < 0.5 * 10.0**-digits for digits in (least, least + 1))
 
 
 def interval(low: float | None, high: float | None, digits: int = 3) -> str:
@@ -116,6 +122,8 @@ def listing(words: Sequence[str], last: str = "and") -> str:
 
 
 def capital(text: str) -> str:
-    """The text with its first letter in upper case, unless it begins with a name in code's spelling, such as moe_k2."""
+    """The text with its first letter in upper case, unless it begins with a name of its own spelling: moe_k2, chrF."""
     first = text.split(maxsplit=1)[0] if text.strip() else ""
-    return text[:1].upper() + text[1:] if first.replace("-", "").replace("'", "").rstrip(",.:;").isalpha() else text
+    plain = first.replace("-", "").replace("'", "").rstrip(",.:;")
+    own_spelling = first[:1].islower() and plain != plain.lower() and "-" not in first
+    return text[:1].upper() + text[1:] if plain.isalpha() and not own_spelling else text

@@ -40,7 +40,8 @@ def check_recipe(recipe: Recipe) -> None:
         check_feed_forward(f"arms.{name}", arm, batch_sizes=sizes, sequence_length=recipe.data.sequence_length)
         if arm.route_by != "token":
             raise UserError(
-                f"'arms.{name}.route_by' is '{arm.route_by}', but plain text has no languages: use 'token'."
+                f"'arms.{name}.route_by' is '{arm.route_by}', but plain text has no language pairs: "
+                'use "token", or a recipe with task = "translation".'
             )
 
 

@@ -23,7 +23,7 @@ class BaseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """A small trained part on a frozen model; published methods are values of these keys (docs/finetune.md)."""
+    """A small trained part on a frozen model; published methods are values of these keys (docs/adapters.md)."""
 
     method: AdapterMethod = "lora"
     rank: int | None = None
@@ -62,6 +62,8 @@ class HeadConfig:
     """Layer mix: let the weights of the layers depend on the token."""
     pooling: Literal["mean", "first", "last"] = "mean"
     """How tokens become one vector: their mean, the first token, or the last real one."""
+    normalization: Literal["layer_norm", "none"] = "layer_norm"
+    """Of every token's state in every layer, before pooling: a layer norm without parameters, or none."""
     feed_forward: ArmConfig | None = None
     """A mixture between pooling and the classifier, over the pooled vector; None has none."""
 

@@ -1,17 +1,28 @@
-"""Text to token windows: sources, tokenizer, packing, the order of training, and the cache over all of it."""
+"""Text for training: documents to token windows, and parallel and labelled text for fine-tuning.
 
+Documents go through sources, tokenizer, packing, the order of training, and a cache over all of it.
+"""
+
+from mixtura.data.labelled import LabelledCorpus, LabelledText, load_labelled
 from mixtura.data.packing import PackedTokens, ScheduledDataset, epoch_order, pack, sequence_index
+from mixtura.data.parallel import ParallelCorpus, SentencePair, load_parallel
 from mixtura.data.prepare import PreparedData, prepare_data
 from mixtura.data.sources import Corpus, load_corpus, source_files
 from mixtura.data.tokenizer import load_tokenizer, train_tokenizer
 
 __all__ = [
     "Corpus",
+    "LabelledCorpus",
+    "LabelledText",
     "PackedTokens",
+    "ParallelCorpus",
     "PreparedData",
     "ScheduledDataset",
+    "SentencePair",
     "epoch_order",
     "load_corpus",
+    "load_labelled",
+    "load_parallel",
     "load_tokenizer",
     "pack",
     "prepare_data",

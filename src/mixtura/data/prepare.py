@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mixtura.config import DataConfig, UserError
 from mixtura.data.packing import PackedTokens, epoch_order, pack
-from mixtura.data.sources import load_corpus, reason_of, source_files
+from mixtura.data.rows import reason_of
+from mixtura.data.sources import load_corpus, source_files
 from mixtura.data.tokenizer import load_tokenizer, train_tokenizer
 
 # Raise it when the same recipe and text would give other tokens than before.

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mixtura.config import UserError
 
@@ -101,7 +102,11 @@ def _in_float64(function: Callable) -> tuple[Callable, torch.device]:
     if not isinstance(function, nn.Module):
         return function, torch.device("cpu")
     parameter = next(function.parameters(), torch.empty(0))
-    return copy.deepcopy(function).double(), parameter.device
+    function = copy.deepcopy(function).double()
+    if isinstance(function, PreTrainedModel):
+        # Hugging Face's grouped matrix products do not take float64, its loop over experts does.
+        function.set_experts_implementation("eager")
+    return function, parameter.device
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ class DenseFFN(FeedForward):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def route_and_run(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
+        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, L, D) -> (B, L, D); nothing is routed, so there are no statistics."""
         h_BLF = activate(self.gate_proj(x_BLD) if self.gated else self.up_proj(x_BLD), self.activation, gated=False)

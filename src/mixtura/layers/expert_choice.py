@@ -72,7 +72,7 @@ class ExpertChoiceMoE(FeedForward):
         )
 
     def route_and_run(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
+        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, L, D) -> (B, L, D); a token that no expert takes gets zeros, and is counted as dropped."""
         logits_BLE = router_logits(x_BLD, self.gate.weight)

@@ -14,14 +14,32 @@ from mixtura.layers.routing import RoutingStats
 class FeedForward(nn.Module):
     """A layer (B, L, D) -> (B, L, D) that may report how it routed its tokens."""
 
-    @overload
-    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None, return_stats: Literal[False] = False) -> Tensor: ...
+    routes_by_example = False
+    """Whether the caller names an expert for each example, in place of a router."""
+
     @overload
     def forward(
-        self, x_BLD: Tensor, mask_BL: Tensor | None = None, *, return_stats: Literal[True]
+        self,
+        x_BLD: Tensor,
+        mask_BL: Tensor | None = None,
+        return_stats: Literal[False] = False,
+        expert_B: Tensor | None = None,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        x_BLD: Tensor,
+        mask_BL: Tensor | None = None,
+        *,
+        return_stats: Literal[True],
+        expert_B: Tensor | None = None,
     ) -> tuple[Tensor, RoutingStats | None]: ...
     def forward(
-        self, x_BLD: Tensor, mask_BL: Tensor | None = None, return_stats: bool = False
+        self,
+        x_BLD: Tensor,
+        mask_BL: Tensor | None = None,
+        return_stats: bool = False,
+        expert_B: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, RoutingStats | None]:
         """Runs the layer.
 
@@ -29,14 +47,28 @@ class FeedForward(nn.Module):
             x_BLD: hidden states.
             mask_BL: true where a token is real; padding takes no part in any mixture, capacity or statistic.
             return_stats: also return the routing statistics, which cost nothing when nobody asks.
+            expert_B: the expert of each example, for a layer that `routes_by_example`, and for no other.
+
+        Raises:
+            ValueError: the input has another number of axes, or experts are named where a router chooses, or not named
+                where none does.
         """
         if x_BLD.dim() != 3:
             raise ValueError(f"The input has shape {tuple(x_BLD.shape)}: it must be (batch, length, hidden_size).")
-        y_BLD, stats = self.route_and_run(x_BLD, mask_BL, return_stats)
+        if (expert_B is not None) != self.routes_by_example:
+            fix = "give expert_B, one for each example" if self.routes_by_example else "leave expert_B out"
+            raise ValueError(
+                f"{type(self).__name__} has {'no' if self.routes_by_example else 'its own'} router: {fix}."
+            )
+        if expert_B is not None and expert_B.shape != x_BLD.shape[:1]:
+            raise ValueError(
+                f"expert_B has shape {tuple(expert_B.shape)} for {len(x_BLD)} examples: give one for each."
+            )
+        y_BLD, stats = self.route_and_run(x_BLD, mask_BL, return_stats, expert_B)
         return (y_BLD, stats) if return_stats else y_BLD
 
     @abstractmethod
     def route_and_run(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
+        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """The family's algorithm; statistics are None unless wanted."""

@@ -19,6 +19,7 @@ from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.losses import router_z_loss
 from mixtura.layers.population import Neighbours, Observation, Population, observe, zero_neighbours
 from mixtura.layers.routing import (
+    ChoiceTap,
     DenseRouting,
     RoutingStats,
     chosen_experts,
@@ -103,6 +104,7 @@ class MixtureOfTokens(FeedForward):
         self.combine_gate = None
         if combine == "separate":
             self.combine_gate = nn.Linear(hidden_size, num_experts * mixtures_per_expert, bias=False)
+        self.choice_tap = ChoiceTap()
         self.experts = Experts(
             hidden_size,
             intermediate_size=intermediate_size,
@@ -139,7 +141,7 @@ class MixtureOfTokens(FeedForward):
         self.zero_fill = share
 
     def route_and_run(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
+        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, L, D) -> (B, L, D) in groups or token by token; padding counts as zeros, as if it were not there."""
         mode = ("alone" if self.zero_fill == 1 else "group") if self.training else self.inference_mode
@@ -234,13 +236,16 @@ class MixtureOfTokens(FeedForward):
         ran_TS = None
         if self.alone_top_k is None:
             y_TD = self._apart_all(x_TD, scale_TS, weight_TS, rest)
+            self.choice_tap(scale_TS * weight_TS)
         else:
             gate_TS = scale_TS if weight_TS is scale_TS else scale_TS * weight_TS  # a square sorts as its root does
             gate_TK, chosen_TK = gate_TS.topk(self.alone_top_k, dim=-1)
             same = weight_TS is scale_TS
             scale_TK = gate_TK if same else scale_TS.gather(1, chosen_TK)
             weight_TK = gate_TK if same else weight_TS.gather(1, chosen_TK)
-            y_TD = self._apart_chosen(x_TD, scale_TK, weight_TK, rest, chosen_TK)
+            expert_TK = chosen_TK if self.mixtures_per_expert == 1 else chosen_TK // self.mixtures_per_expert
+            self.choice_tap(scale_TK * weight_TK, expert_TK)
+            y_TD = self._apart_chosen(x_TD, scale_TK, weight_TK, rest, chosen_TK, expert_TK)
             if want_stats:
                 ran_TS = torch.zeros_like(scale_TS).scatter(1, chosen_TK, 1.0)
             if rest.output_SD is not None:
@@ -283,9 +288,14 @@ class MixtureOfTokens(FeedForward):
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
     def _apart_chosen(
-        self, x_TD: Tensor, scale_TK: Tensor, weight_TK: Tensor, rest: Neighbours, chosen_TK: Tensor
+        self,
+        x_TD: Tensor,
+        scale_TK: Tensor,
+        weight_TK: Tensor,
+        rest: Neighbours,
+        chosen_TK: Tensor,
+        expert_TK: Tensor,
     ) -> Tensor:
-        expert_TK = chosen_TK if self.mixtures_per_expert == 1 else chosen_TK // self.mixtures_per_expert
         x_T1D = x_TD.unsqueeze(1)
         if rest.mean_SD is None:
             return chosen_experts(self.experts, x_T1D, expert_TK, weight_TK, scale_TK)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixtura import kernels
 from mixtura.layers.experts import Experts
@@ -68,6 +68,18 @@ def pool_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
         routed_rows=rows_P.sum(),
         entropy=mean([part.entropy for part in parts]),
     )
+
+
+class ChoiceTap(nn.Module):
+    """Where forward hooks see which experts each token was given; by itself it does nothing.
+
+    A layer calls it with the weights and indices of a token's experts, (T, K) each, or, where every expert takes part,
+    with the weights (T, E*C) alone, the columns of one expert side by side; a zero there is an expert not chosen.
+    Tokens come in order; a layer that takes padding out before it routes shows the real ones only.
+    """
+
+    def forward(self, weight_TK: Tensor, expert_TK: Tensor | None = None) -> None:
+        """Shows hooks what was chosen."""
 
 
 def router_logits(x: Tensor, weight_ED: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class SoftMoE(FeedForward):
         )
 
     def route_and_run(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
+        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, L, D) -> (B, L, D); each sequence is one group."""
         unit_BLD = F.normalize(x_BLD.to(torch.promote_types(x_BLD.dtype, torch.float32)), dim=-1)

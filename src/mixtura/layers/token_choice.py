@@ -2,6 +2,7 @@
 
 Switch Transformer (arXiv 2101.03961), Mixtral (arXiv 2401.04088), DeepSeek-V3 (arXiv 2412.19437) are settings of this
 one layer. Dropless by default: with a capacity, tokens over it are dropped in order of arrival, and counted.
+Without a router, experts are named for whole examples (Kudugunta et al. 2021, arXiv 2110.03742).
 
 Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, K top_k, R routed rows.
 """
@@ -17,6 +18,7 @@ from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.losses import router_z_loss
 from mixtura.layers.routing import (
+    ChoiceTap,
     RoutingStats,
     SparseRouting,
     chosen_experts,
@@ -46,6 +48,7 @@ class TokenChoiceMoE(FeedForward):
         capacity_factor: float | None = None,
         expert_bias: bool = False,
         num_shared_experts: int = 0,
+        learned_router: bool = True,
     ) -> None:
         """Builds the layer.
 
@@ -62,9 +65,12 @@ class TokenChoiceMoE(FeedForward):
             capacity_factor: rows an expert takes, as a multiple of an even share; None is dropless.
             expert_bias: keep a bias that only takes part in the choice (loss-free balancing, arXiv 2408.15664).
             num_shared_experts: experts that every token passes through, as one layer of that many times F.
+            learned_router: False has no router: the caller names an expert for each example, such as its language, and
+                all its tokens go there with weight 1 (task-level routing, arXiv 2110.03742, section 3).
 
         Raises:
-            ValueError: top_k does not lie between 1 and num_experts, or capacity_factor is not positive.
+            ValueError: top_k does not lie between 1 and num_experts, capacity_factor is not positive, or a setting of
+                routers is given to a layer without one.
         """
         super().__init__()
         if not 1 <= top_k <= num_experts:
@@ -75,12 +81,19 @@ class TokenChoiceMoE(FeedForward):
             )
         if score_function not in ("softmax", "sigmoid"):
             raise ValueError(f"score_function is {score_function!r}: it must be softmax or sigmoid.")
+        if not learned_router and (top_k != 1 or capacity_factor is not None or expert_bias):
+            raise ValueError(
+                f"top_k is {top_k}, capacity_factor {capacity_factor} and expert_bias {expert_bias}: without a router "
+                "an example has one expert and no token is dropped, so set them to 1, None and False."
+            )
+        self.routes_by_example = not learned_router
         self.num_experts, self.top_k, self.score_function = num_experts, top_k, score_function
         self.normalize_top_k, self.routed_scaling_factor = normalize_top_k, routed_scaling_factor
         self.capacity_factor = capacity_factor
-        self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+        self.gate = nn.Linear(hidden_size, num_experts, bias=False) if learned_router else None
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", torch.zeros(num_experts) if expert_bias else None)
+        self.choice_tap = ChoiceTap()
         sizes = {"activation": activation, "gated": gated}
         self.experts = Experts(hidden_size, intermediate_size=intermediate_size, num_experts=num_experts, **sizes)
         self.shared_expert = None
@@ -90,7 +103,7 @@ class TokenChoiceMoE(FeedForward):
             )
 
     def route_and_run(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
+        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, L, D) -> (B, L, D) and the statistics of the real tokens."""
         x_TD = x_BLD.flatten(0, 1)
@@ -98,8 +111,15 @@ class TokenChoiceMoE(FeedForward):
         apart = want_stats or self.capacity_factor is not None
         real_T = mask_BL.flatten().bool() if mask_BL is not None and apart else None
         real_TD = x_TD if real_T is None else x_TD[real_T]
-        logits_TE = router_logits(real_TD, self.gate.weight)
-        choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
+        if expert_B is not None:
+            expert_T = expert_B.repeat_interleave(x_BLD.size(1))
+            choice_TK, weight_TK, probs_TE = self._named(expert_T if real_T is None else expert_T[real_T], real_TD)
+            logits_TE = None
+        else:
+            assert self.gate is not None, "FeedForward.forward asks for the experts of a layer without a router"
+            logits_TE = router_logits(real_TD, self.gate.weight)
+            choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
+        self.choice_tap(weight_TK, choice_TK)
         stats = None
         if not apart and are_few(choice_TK):
             y_TD = chosen_experts(self.experts, real_TD.unsqueeze(1), choice_TK, weight_TK)
@@ -126,6 +146,12 @@ class TokenChoiceMoE(FeedForward):
         probs_TE = scores_TE if softmax else scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
         return choice_TK, weight_TK * self.routed_scaling_factor, probs_TE
 
+    def _named(self, expert_T: Tensor, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_choose`, for tokens whose experts the caller names: each has one, with weight 1."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        probs_TE = torch.nn.functional.one_hot(expert_T, self.num_experts).to(dtype)
+        return expert_T.unsqueeze(-1), torch.ones_like(expert_T, dtype=dtype).unsqueeze(-1), probs_TE
+
     def _drop(self, routing: SparseRouting, *, tokens: int) -> SparseRouting:
         """Keeps the first `capacity` rows of every expert."""
         if self.capacity_factor is None:
@@ -137,12 +163,14 @@ class TokenChoiceMoE(FeedForward):
         kept_R = rank_R < limit
         return SparseRouting(routing.token_R[kept_R], routing.weight_R[kept_R], counts_E.clamp_max(limit))
 
-    def _stats(self, logits_TE: Tensor, probs_TE: Tensor, routing: SparseRouting, kept: SparseRouting) -> RoutingStats:
+    def _stats(
+        self, logits_TE: Tensor | None, probs_TE: Tensor, routing: SparseRouting, kept: SparseRouting
+    ) -> RoutingStats:
         rows = routing.tokens_per_expert_E.sum()
         return RoutingStats(
             tokens_per_expert_E=routing.tokens_per_expert_E.float(),
             importance_E=probs_TE.float().mean(0),
-            router_z_loss=router_z_loss(logits_TE),
+            router_z_loss=probs_TE.new_zeros(()) if logits_TE is None else router_z_loss(logits_TE),
             dropped_tokens=(rows - kept.tokens_per_expert_E.sum()).float(),
             routed_rows=rows.float(),
             entropy=normalized_entropy(probs_TE, dim=-1),

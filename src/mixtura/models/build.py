@@ -14,11 +14,12 @@ def build_model_config(
     pad_token_id: int | None = None,
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
+    expert_names: list[str] | None = None,
 ) -> MixtureConfig:
     """The configuration of one arm: the recipe's decoder with the arm's feed-forward layers.
 
     An arm that names no expert width gets the one at which it costs the dense arm's FLOPs a token, routing and mixing
-    counted.
+    counted. `expert_names` are the languages or pairs of the experts that they name.
 
     Raises:
         UserError: routing alone costs more than the dense layer.
@@ -50,6 +51,8 @@ def build_model_config(
         balance_over=arm.balance_over,
         expert_bias_update_rate=arm.expert_bias_update_rate,
         num_shared_experts=arm.num_shared_experts,
+        route_by=arm.route_by,
+        expert_names=expert_names,
         group_size=arm.group_size,
         group_over=arm.group_over,
         mixtures_per_expert=arm.mixtures_per_expert,
@@ -87,4 +90,5 @@ def _expert_width(model: ModelConfig, arm: ArmConfig, sequence_length: int) -> i
         mixtures_per_expert=arm.mixtures_per_expert,
         combine=arm.combine,
         sequence_length=sequence_length,
+        learned_router=arm.route_by == "token",
     )

@@ -4,6 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+ROUTE_BY = ("token", "pair", "source", "target")
 FAMILIES = ("dense", "token_choice", "expert_choice", "soft", "mixture_of_tokens")
 
 
@@ -12,6 +13,8 @@ class MixtureConfig(PreTrainedConfig):
     """Llama's decoder with `mlp_layer_types` naming the family of every feed-forward layer.
 
     Fields carry Hugging Face's names where it has one. The mixtures' are described in `mixtura.config.ArmConfig`.
+    `intermediate_sizes` has the width of every layer where dense layers differ, and `expert_names` the language or pair
+    of every expert where `route_by` is not "token".
     """
 
     model_type = "mixtura"
@@ -22,6 +25,7 @@ class MixtureConfig(PreTrainedConfig):
     vocab_size: int = 1024
     hidden_size: int = 128
     intermediate_size: int = 512
+    intermediate_sizes: list[int] | None = None
     moe_intermediate_size: int = 512
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
@@ -52,6 +56,8 @@ class MixtureConfig(PreTrainedConfig):
     balance_over: str = "batch"
     expert_bias_update_rate: float | int = 0.0
     num_shared_experts: int = 0
+    route_by: str = "token"
+    expert_names: list[str] | None = None
     group_size: int = 16
     group_over: str = "batch"
     mixtures_per_expert: int = 1
@@ -87,3 +93,23 @@ class MixtureConfig(PreTrainedConfig):
         for family in self.mlp_layer_types:
             if family not in FAMILIES:
                 raise ValueError(f"mlp_layer_types has {family!r}: it must be one of {', '.join(FAMILIES)}.")
+
+    def validate_intermediate_sizes(self) -> None:
+        """Raises ValueError unless there is a width for each layer."""
+        if self.intermediate_sizes is not None and len(self.intermediate_sizes) != self.num_hidden_layers:
+            raise ValueError(
+                f"intermediate_sizes has {len(self.intermediate_sizes)} widths but num_hidden_layers is "
+                f"{self.num_hidden_layers}: give a width for each."
+            )
+
+    def validate_route_by(self) -> None:
+        """Raises ValueError for an unknown way to route, or names that do not fit the experts."""
+        if self.route_by not in ROUTE_BY:
+            raise ValueError(f"route_by is {self.route_by!r}: it must be one of {', '.join(ROUTE_BY)}.")
+        if self.expert_names is None:
+            return
+        if self.route_by == "token" or len(self.expert_names) != self.num_experts:
+            raise ValueError(
+                f"expert_names has {len(self.expert_names)} names for {self.num_experts} experts routed by "
+                f"{self.route_by}: leave it out where tokens choose, or name each expert."
+            )

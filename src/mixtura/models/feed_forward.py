@@ -9,6 +9,8 @@ from mixtura.models.configuration_mixture import MixtureConfig
 def build_feed_forward(config: MixtureConfig, layer_idx: int) -> FeedForward:
     """The feed-forward layer of decoder layer `layer_idx`."""
     families = config.mlp_layer_types or []
+    if families[layer_idx] == "dense":
+        return _dense(config, layer_idx)
     return _BUILDERS[families[layer_idx]](config)
 
 
@@ -21,10 +23,11 @@ def _shape(config: MixtureConfig) -> dict:
     }
 
 
-def _dense(config: MixtureConfig) -> FeedForward:
+def _dense(config: MixtureConfig, layer_idx: int) -> FeedForward:
+    widths = config.intermediate_sizes
     return DenseFFN(
         config.hidden_size,
-        intermediate_size=config.intermediate_size,
+        intermediate_size=config.intermediate_size if widths is None else widths[layer_idx],
         activation=config.hidden_act,
         gated=config.gated,
     )
@@ -41,6 +44,7 @@ def _token_choice(config: MixtureConfig) -> FeedForward:
         capacity_factor=config.capacity_factor,
         expert_bias=config.expert_bias_update_rate > 0,
         num_shared_experts=config.num_shared_experts,
+        learned_router=config.route_by == "token",
     )
 
 
@@ -75,7 +79,6 @@ def _mixture_of_tokens(config: MixtureConfig) -> FeedForward:
 
 
 _BUILDERS: dict[str, Callable[[MixtureConfig], FeedForward]] = {
-    "dense": _dense,
     "token_choice": _token_choice,
     "expert_choice": _expert_choice,
     "soft": _soft,

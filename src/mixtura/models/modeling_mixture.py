@@ -64,6 +64,8 @@ class MixtureDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)  # pyright: ignore[reportArgumentType]
         self.mlp = build_feed_forward(config, layer_idx)
+        # Kept here, since an adapter may stand around the layer later.
+        self.routes_by_example = self.mlp.routes_by_example
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -72,15 +74,17 @@ class MixtureDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         token_mask: Tensor | None = None,
         output_routing: bool = False,
+        expert_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, RoutingStats | None]:
         """(B, L, D) -> (B, L, D), with the routing statistics when asked for."""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
+        named = {"expert_B": expert_ids} if self.routes_by_example else {}
         if not output_routing:
-            return hidden_states + self.mlp(normed, token_mask)
-        update, stats = self.mlp(normed, token_mask, return_stats=True)
+            return hidden_states + self.mlp(normed, token_mask, **named)
+        update, stats = self.mlp(normed, token_mask, return_stats=True, **named)
         return hidden_states + update, stats
 
 
@@ -181,13 +185,22 @@ class MixtureModel(MixturePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_routing: bool = False,
+        expert_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MixtureModelOutput:
         """Token ids (B, L) or embeddings (B, L, D) -> hidden states (B, L, D).
 
+        `expert_ids` (B,) name the experts of a model whose configuration has a `route_by` other than "token".
+
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds` are given.
+            ValueError: neither or both of `input_ids` and `inputs_embeds` are given, or `expert_ids` are missing or not
+                wanted.
         """
+        if (expert_ids is None) != (self.config.route_by == "token"):
+            raise ValueError(
+                f"This model routes by {self.config.route_by}: give expert_ids, one for each example, if and only if "
+                "that is not by token."
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
@@ -213,6 +226,7 @@ class MixtureModel(MixturePreTrainedModel):
             "use_cache": use_cache,
             "token_mask": _token_mask(attention_mask, length),
             "output_routing": output_routing,
+            "expert_ids": expert_ids,
             **kwargs,
         }
         hidden_states, routing = self._run_layers(inputs_embeds, shared)
@@ -269,6 +283,7 @@ class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_routing: bool = False,
+        expert_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MixtureCausalLMOutput:
         """Token ids (B, L) -> logits (B, L, V), and the losses when `labels` (B, L) are given.
@@ -283,6 +298,7 @@ class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):
             use_cache: return a cache.
             logits_to_keep: how many last positions get logits; 0 is all.
             output_routing: return the routing statistics of every layer.
+            expert_ids: (B,) experts of the examples, for a model that routes by language or pair (`route_by`).
             **kwargs: passed to attention and to the loss (`num_items_in_batch`).
         """
         want_router_losses = labels is not None and self.training
@@ -294,6 +310,7 @@ class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_routing=output_routing or want_router_losses,
+            expert_ids=expert_ids,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
@@ -323,8 +340,10 @@ class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):
     def router_losses(self, routing: tuple[RoutingStats | None, ...]) -> tuple[Tensor | None, Tensor | None]:
         """Load-balancing and z-loss, means over the token-choice layers; None where there is no such layer.
 
-        The other families balance their load by construction.
+        The other families balance their load by construction, and where languages name the experts the data decides.
         """
+        if self.config.route_by != "token":
+            return None, None
         families = self.config.mlp_layer_types or []
         stats = [s for s, family in zip(routing, families, strict=True) if s is not None and family == "token_choice"]
         if not stats:

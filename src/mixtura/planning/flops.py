@@ -21,7 +21,7 @@ def routing_flops(layer: FeedForwardShape) -> float:
     three times, to score, to mix and to spread (llm-random's "FLOP-matched" counts none of the three), and once
     more for the second router of a separate combine.
     """
-    if layer.family == "dense":
+    if layer.family == "dense" or not layer.learned_router:
         return 0.0
     one_product = 2.0 * layer.hidden_size * layer.num_experts
     if layer.family in ("token_choice", "expert_choice"):

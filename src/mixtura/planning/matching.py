@@ -20,6 +20,7 @@ def match_intermediate_size(
     mixtures_per_expert: int,
     combine: str,
     sequence_length: int,
+    learned_router: bool = True,
     multiple_of: int = 4,
 ) -> int:
     """The width of one expert at which a token costs the FLOPs of the dense layer.
@@ -43,6 +44,7 @@ def match_intermediate_size(
         num_experts=num_experts,
         top_k=top_k,
         num_shared_experts=num_shared_experts,
+        learned_router=learned_router,
         group_size=sequence_length if family == "soft" else group_size,
         mixtures_per_expert=mixtures_per_expert,
         combine="separate" if combine == "separate" else "same",

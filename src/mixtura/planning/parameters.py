@@ -16,8 +16,9 @@ def router_parameters(layer: FeedForwardShape) -> int:
 
     A column an expert (token choice, expert choice) or a mixture (mixture of tokens, twice with a separate combine);
     Soft MoE has a vector a slot and one scale (arXiv 2308.00951, section 2.3). A selection bias is no parameter.
+    Where an example's language names its expert there is no router.
     """
-    if layer.family == "dense":
+    if layer.family == "dense" or not layer.learned_router:
         return 0
     if layer.family in ("token_choice", "expert_choice"):
         return layer.hidden_size * layer.num_experts

@@ -56,6 +56,11 @@ class ModelShape(Protocol):
         ...
 
     @property
+    def intermediate_sizes(self) -> Sequence[int] | None:
+        """Width of each layer where dense layers differ; None is `intermediate_size` in all."""
+        ...
+
+    @property
     def mlp_layer_types(self) -> Sequence[str] | None:
         """Family of each layer; None is dense everywhere."""
         ...
@@ -78,6 +83,11 @@ class ModelShape(Protocol):
     @property
     def num_shared_experts(self) -> int:
         """Experts that every token passes through (token choice)."""
+        ...
+
+    @property
+    def route_by(self) -> str:
+        """ "token" where token choice has a router; else what names an example's expert."""
         ...
 
     @property
@@ -118,6 +128,8 @@ class FeedForwardShape:
     num_experts: int = 1
     top_k: int = 1
     num_shared_experts: int = 0
+    learned_router: bool = True
+    """Token choice: False where an example's language names its expert."""
     group_size: int = 1
     """Tokens that are mixed or compete: the group (mixture of tokens, expert choice), the sequence (soft)."""
     mixtures_per_expert: int = 1
@@ -150,20 +162,23 @@ class FeedForwardShape:
 
 def feed_forward_shapes(shape: ModelShape, *, sequence_length: int) -> list[FeedForwardShape]:
     """The feed-forward layers of a model, from first to last, on sequences of `sequence_length` tokens."""
+    widths = shape.intermediate_sizes or [shape.intermediate_size] * shape.num_hidden_layers
+    families = shape.mlp_layer_types or ["dense"] * shape.num_hidden_layers
     return [
         FeedForwardShape(
             family=cast(Family, family),
             hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size if family == "dense" else shape.moe_intermediate_size,
+            intermediate_size=width if family == "dense" else shape.moe_intermediate_size,
             gated=shape.gated,
             num_experts=shape.num_experts,
             top_k=shape.num_experts_per_tok,
             num_shared_experts=shape.num_shared_experts,
+            learned_router=shape.route_by == "token",
             group_size=sequence_length if family == "soft" else shape.group_size,
             mixtures_per_expert=shape.mixtures_per_expert,
             combine=cast(Literal["same", "separate"], shape.combine),
         )
-        for family in shape.mlp_layer_types or ["dense"] * shape.num_hidden_layers
+        for family, width in zip(families, widths, strict=True)
     ]
 
 

@@ -22,6 +22,7 @@
       hoverlabel: { bgcolor: colour("paper"), bordercolor: colour("line"), font: { color: colour("ink"), size: 13 } },
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
       ...own, xaxis: axisStyle(own.xaxis), yaxis: axisStyle(own.yaxis),
+      shapes: (own.shapes || []).map((shape) => ({ ...shape, line: { ...shape.line, width: 1, color: colour("soft") } })),
       margin: { l: 8, r: 12, t: 12, b: 8, ...own.margin },
     };
     if (state.width) layout.width = state.width;
@@ -76,11 +77,16 @@
     const z = map.seeds[state.mapSeed] || Object.values(map.seeds)[0];
     const scale = [[0, colour("load-low")], [0.5, colour("load-mid")], [1, colour("load-high")]];
     const trace = {
-      type: "heatmap", x: map.steps, y: z.map((_, expert) => expert), z, zmin: 0, zmax: 2, colorscale: scale, showscale: false,
-      hovertemplate: "step %{x}, expert %{y}: load %{z:.2f}<extra></extra>",
+      type: "heatmap", x: map.groups || map.steps, y: z.map((_, expert) => expert), z, zmin: 0, zmax: 2,
+      colorscale: scale, showscale: false,
+      hovertemplate: map.groups ? "%{x}, expert %{y}: %{z:.2f} times an even share<extra></extra>"
+        : "step %{x}, expert %{y}: load %{z:.2f}<extra></extra>",
     };
-    const axes = { xaxis: { title: { text: "Training steps" }, nticks: 5 }, yaxis: { title: { text: "Expert" }, nticks: 6 } };
-    const figure = { layout: { ...axes, height: Math.min(440, Math.max(190, 70 + 9 * map.experts)) } };
+    const steps = { title: { text: "Training steps" }, nticks: 5 };
+    const xaxis = map.groups ? { type: "category", tickangle: map.groups.length > 6 ? -60 : 0, dtick: 1, tickfont: { size: 11 } } : steps;
+    const axes = { xaxis, yaxis: { title: { text: "Expert" }, nticks: 6 } };
+    const height = Math.min(440, Math.max(190, (map.groups ? 100 : 70) + 9 * map.experts));
+    const figure = { layout: { ...axes, height } };
     const layout = layoutOf(node, figure);
     if (state.width) layout.width = state.width / 2 - 12;
     layout.xaxis.showgrid = layout.yaxis.showgrid = false;

@@ -1,9 +1,10 @@
-"""Arms: what each costs and shows before it runs, and that building one changes nothing."""
+"""The arms of pretraining: what each costs and shows before it runs, and that building one changes nothing."""
 
 import pytest
 import torch
 
-from mixtura.comparison.arms import describe_arm, leak_warning, make_arms, probe_arm
+from mixtura.comparison.experiments import leak_warning
+from mixtura.comparison.pretraining import Pretraining
 from mixtura.data.prepare import prepare_data
 from mixtura.planning import active_parameters, flops_per_token, model_parameters
 
@@ -17,7 +18,7 @@ def build(tiny_recipe):
     def build(*families, **settings):
         mixtures = {family: {"family": family, "num_experts": 4, "group_size": 4, **settings} for family in families}
         recipe = tiny_recipe(arms={"dense": {"family": "dense"}} | mixtures)
-        return make_arms(recipe, prepare_data(recipe.data, cache_dir=None))
+        return Pretraining(recipe, prepare_data(recipe.data, cache_dir=None)).arms
 
     return build
 
@@ -35,11 +36,12 @@ def test_arms_differ_in_their_feed_forward_layers_alone(build):
 def test_an_arm_is_described_by_what_planning_counts(build):
     arms = build(*FAMILIES)
     for name, arm in arms.items():
-        described = describe_arm(arm, arms["dense"], 16)
-        assert described["family"] == described["label"] == name
+        described = arm.describe(arms["dense"])
+        assert arm.family == arm.label == name
         assert described["flops_per_token"] == flops_per_token(arm.model_config, sequence_length=16)
         assert described["parameters_total"] == model_parameters(arm.model_config)
         assert described["parameters_total"] == sum(p.numel() for p in arm.build(0).parameters())
+        assert described["parameters_trainable"] == described["parameters_total"]
         assert described["parameters_active"] == active_parameters(arm.model_config, sequence_length=16)
         assert described["flops_ratio"] == pytest.approx(
             described["flops_per_token"] / flops_per_token(arms["dense"].model_config, sequence_length=16)
@@ -59,7 +61,7 @@ def test_an_experts_width_is_the_multiple_of_four_nearest_to_the_dense_arms_flop
 
 def test_an_arm_shows_its_familys_settings_and_no_others(build):
     arms = build("token_choice", "mixture_of_tokens", alone_top_k="none", capacity_factor=1.5)
-    shown = {name: describe_arm(arm, arms["dense"], 16)["settings"] for name, arm in arms.items()}
+    shown = {name: arm.describe(arms["dense"])["settings"] for name, arm in arms.items()}
     assert shown["dense"] == {}
     assert shown["token_choice"]["capacity_factor"] == 1.5 and "group_size" not in shown["token_choice"]
     assert shown["mixture_of_tokens"]["group_size"] == 4 and "capacity_factor" not in shown["mixture_of_tokens"]
@@ -68,8 +70,7 @@ def test_an_arm_shows_its_familys_settings_and_no_others(build):
 
 def test_an_arm_with_a_name_of_its_own_is_labelled_with_it(tiny_recipe):
     recipe = tiny_recipe(arms={"dense": {"family": "dense"}, "wide": {"family": "soft", "num_experts": 4}})
-    arms = make_arms(recipe, prepare_data(recipe.data, cache_dir=None))
-    assert describe_arm(arms["wide"], arms["dense"], 16)["label"] == "wide"
+    assert Pretraining(recipe, prepare_data(recipe.data, cache_dir=None)).arms["wide"].label == "wide"
 
 
 def test_the_seed_decides_the_weights(build):
@@ -98,7 +99,7 @@ def test_a_models_inference_mode_never_reaches_its_arm(build):
     ],
 )
 def test_a_group_leaks_where_it_is_formed(build, group_over, family):
-    leaks = probe_arm(build(family, group_over=group_over)[family])
+    leaks = build(family, group_over=group_over)[family].leaks()
     assert leaks["future"] == (group_over != "batch")
     assert leaks["batch"] == (group_over != "sequence")
 
@@ -106,8 +107,8 @@ def test_a_group_leaks_where_it_is_formed(build, group_over, family):
 def test_an_arm_takes_its_own_rate_before_the_recipes(tiny_recipe):
     arms = {"dense": {"family": "dense"}, "own": {"family": "dense", "learning_rate": 5e-3}}
     recipe = tiny_recipe(arms=arms, learning_rate=2e-3)
-    made = make_arms(recipe, prepare_data(recipe.data, cache_dir=None))
-    assert made["dense"].learning_rate(recipe) == 2e-3 and made["own"].learning_rate(recipe) == 5e-3
+    made = Pretraining(recipe, prepare_data(recipe.data, cache_dir=None)).arms
+    assert made["dense"].learning_rate == 2e-3 and made["own"].learning_rate == 5e-3
 
 
 @pytest.mark.parametrize(
@@ -120,11 +121,17 @@ def test_an_arm_takes_its_own_rate_before_the_recipes(tiny_recipe):
     ],
 )
 def test_a_leak_is_told_in_a_sentence_that_names_the_arm(build, leaks, words):
-    said = leak_warning(build("mixture_of_tokens")["mixture_of_tokens"], leaks)
+    said = leak_warning(build("mixture_of_tokens")["mixture_of_tokens"], leaks, "pretraining")
     assert said is not None and said.startswith("'mixture_of_tokens' (mixture_of_tokens)")
     assert words in said and said.endswith(".")
 
 
 def test_an_arm_without_leaks_is_passed_over_in_silence(build):
     arm = build()["dense"]
-    assert leak_warning(arm, {"future": False, "batch": False, "batch_deployed": False}) is None
+    assert leak_warning(arm, {"future": False, "batch": False, "batch_deployed": False}, "pretraining") is None
+
+
+def test_a_classifier_may_read_its_whole_text(build):
+    leaks = {"future": True, "batch": False, "batch_deployed": False}
+    assert leak_warning(build()["dense"], leaks, "classification") is None
+    assert leak_warning(build()["dense"], leaks, "translation") is not None

@@ -1,0 +1,169 @@
+"""Pretraining as an experiment: language models that differ in their feed-forward layers, each at the same cost."""
+
+import copy
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from mixtura.config import ArmConfig, Recipe
+from mixtura.data.prepare import PreparedData, prepare_data
+from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
+from mixtura.evaluation import evaluation_modes
+from mixtura.models import MixtureConfig, MixtureForCausalLM
+from mixtura.models.build import build_model_config
+from mixtura.planning import active_parameters, flops_per_token, flops_ratio, model_parameters
+from mixtura.training import LanguageModelling
+from mixtura.training.experiment import Arm, Experiment
+
+_SETTINGS: dict[str, tuple[str, ...]] = {
+    "dense": (),
+    "token_choice": ("num_experts", "top_k", "score_function", "capacity_factor", "router_aux_loss_coef"),
+    "expert_choice": ("num_experts", "top_k", "group_size", "group_over"),
+    "soft": ("num_experts", "mixtures_per_expert"),
+    "mixture_of_tokens": ("num_experts", "group_size", "mixtures_per_expert", "temperature", "combine", "alone_top_k"),
+}
+
+
+@final
+class PretrainingArm(Arm):
+    """One family of feed-forward layers, in a model that is trained from scratch."""
+
+    def __init__(
+        self,
+        name: str,
+        config: ArmConfig,
+        model_config: MixtureConfig,
+        *,
+        task: LanguageModelling,
+        learning_rate: float,
+        sequence_length: int,
+    ) -> None:
+        """Puts together what `Pretraining` prepared."""
+        self.name, self.config, self.model_config = name, config, model_config
+        self.family = config.family
+        self.label = config.family if name == config.family else name
+        self.task, self.learning_rate, self.sequence_length = task, learning_rate, sequence_length
+        self.training_mode = evaluation_modes(model_config)[0]
+        self.deployed_mode = _deployed_mode(config)
+
+    def build(self, seed: int) -> MixtureForCausalLM:
+        """A freshly initialised model; the same rule and seed for every arm."""
+        torch.manual_seed(seed)
+        # A copy: a model writes its inference mode into its configuration.
+        return MixtureForCausalLM(copy.deepcopy(self.model_config))
+
+    def describe(self, baseline: Arm) -> dict[str, Any]:
+        """What it is and costs, by the formulas of `planning`."""
+        assert isinstance(baseline, PretrainingArm)
+        shape: Any = self.model_config
+        length = self.sequence_length
+        settings = {key: getattr(self.config, key) for key in _SETTINGS[self.family]}
+        if self.family != "dense":
+            settings |= {"expert_width": shape.moe_intermediate_size, "placement": self.config.placement}
+        total = model_parameters(shape)
+        return {
+            "settings": {key: value for key, value in settings.items() if value is not None},
+            "parameters_total": total,
+            "parameters_active": active_parameters(shape, sequence_length=length),
+            "parameters_trainable": total,
+            "flops_per_token": flops_per_token(shape, sequence_length=length),
+            "flops_ratio": flops_ratio(shape, baseline=baseline.model_config, sequence_length=length),
+        }
+
+    def leaks(self) -> dict[str, bool]:
+        """Whether information leaks from the future or from other examples, measured on the arm's untrained model."""
+        model = self.build(seed=0).eval()
+        deployed = self._probe(model) if self.deployed_mode else None
+        if self.family == "mixture_of_tokens":
+            model.set_inference_mode("group")
+        trained = self._probe(model)
+        leaks = {"future": trained.future, "batch": trained.batch}
+        return leaks if deployed is None else {**leaks, "batch_deployed": deployed.batch}
+
+    def _probe(self, model: MixtureForCausalLM) -> LeakReport:
+        config = self.model_config
+        batch = config.group_size if self.training_mode == "group" and config.group_over == "batch" else 4
+        length = config.group_size if config.group_over == "sequence" else 8
+        return probe_causal_lm(model, vocab_size=config.vocab_size, batch=batch, length=length)
+
+
+def _deployed_mode(config: ArmConfig) -> str | None:
+    if config.family == "mixture_of_tokens":
+        # Running in groups needs other people's text in the batch: no answer to one request.
+        return "alone" if config.inference_mode == "alone" else None
+    return None if config.family in ("expert_choice", "soft") else "causal"
+
+
+def make_pretraining(
+    recipe: Recipe, *, cache_dir: Path | None, on_progress: Callable[[str], None] | None = None
+) -> "Pretraining":
+    """Prepares the recipe's text and makes its arms.
+
+    Args:
+        recipe: the comparison.
+        cache_dir: where the prepared text is kept; None keeps none.
+        on_progress: called with a phrase when a slow part begins, such as "reading".
+
+    Raises:
+        UserError: the text cannot be used.
+    """
+    return Pretraining(recipe, prepare_data(recipe.data, cache_dir=cache_dir, on_progress=on_progress))
+
+
+@final
+class Pretraining(Experiment):
+    """Everything a comparison of pretraining runs."""
+
+    def __init__(self, recipe: Recipe, data: PreparedData) -> None:
+        """Makes the recipe's arms, with the vocabulary of the data."""
+        self.recipe = recipe
+        self.data = data.summary
+        self.data_digest = _digest(data)
+        self.arms: dict[str, Arm] = {name: _make_arm(recipe, data, name) for name in recipe.arms}
+
+    def held_equal(self, described: dict[str, dict[str, Any]]) -> list[str]:
+        """Tokens and their order, FLOPs with the largest difference, initialisation, and how all are trained."""
+        recipe, training = self.recipe, self.recipe.training
+        apart = max(abs(arm["flops_ratio"] - 1) for arm in described.values())
+        tokens = training.batch_size * training.gradient_accumulation_steps * recipe.data.sequence_length
+        return [
+            "the training tokens and their order, paired by seed",
+            f"FLOPs a token within {100 * apart:.2g} %, routing and mixing counted"
+            if apart
+            else "FLOPs a token, routing and mixing counted",
+            f"steps ({training.steps:,}) and tokens a step ({tokens:,})",
+            f"the initialisation rule (normal, standard deviation {recipe.model.initializer_range:g}, seeded)",
+            "optimizer (AdamW), warm-up, cosine schedule, weight decay and gradient clipping",
+            "the held-out sequences",
+        ]
+
+
+def _make_arm(recipe: Recipe, data: PreparedData, name: str) -> PretrainingArm:
+    config = recipe.arms[name]
+    tokenizer: Any = data.tokenizer
+    return PretrainingArm(
+        name,
+        config,
+        build_model_config(
+            recipe.model,
+            config,
+            vocab_size=data.summary["vocab_size"],
+            max_position_embeddings=recipe.data.sequence_length,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        ),
+        task=LanguageModelling(data, recipe.training),
+        learning_rate=config.learning_rate or recipe.training.learning_rate,
+        sequence_length=recipe.data.sequence_length,
+    )
+
+
+def _digest(data: PreparedData) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for packed in (data.train, data.validation):
+        digest.update(packed.sequences_NL.tobytes())
+    return digest.hexdigest()

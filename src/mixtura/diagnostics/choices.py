@@ -1,0 +1,194 @@
+"""Which experts every token was given, read off a model while it runs.
+
+Forward hooks look and never touch: outputs stay the same bit for bit, and nothing is left behind. Three kinds of layers
+are read: those of this library, at their `ChoiceTap`; the experts of Hugging Face models, which are called with
+(hidden states, expert indices, weights); and routers, modules named so that return (logits, weights, expert indices).
+
+Shapes: B batch, L length, T = B*L tokens, E experts, K experts a token is given.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixtura.config import UserError
+from mixtura.layers import ChoiceTap, FeedForward
+
+
+class RoutedLayer(NamedTuple):
+    """A place where tokens are given experts."""
+
+    name: str
+    """Of the module in the model."""
+    depth: int
+    """Of its decoder layer, from 0; for a model without numbered layers, its place among the routed ones."""
+    num_experts: int
+
+
+class Choices(NamedTuple):
+    """What the tokens of one forward pass were given in one layer."""
+
+    expert_TK: Tensor
+    """Indices, the strongest first."""
+    rows_TK: Tensor
+    """How much of the token went there: 1 for a routed row, 0 for none; its share where all experts take part."""
+
+
+class ChoiceRecorder:
+    """Holds what the routed layers of a model chose in its latest forward pass."""
+
+    def __init__(self, layers: list[RoutedLayer]) -> None:
+        """`layers` in the order of the model."""
+        self.layers = layers
+        self._latest: dict[str, Choices] = {}
+
+    def take(self, *, tokens: int, real_T: Tensor | None = None) -> list[Choices]:
+        """The choices of every layer for all `tokens` of the latest pass, in the order of `layers`; then forgets them.
+
+        Args:
+            tokens: B*L.
+            real_T: where tokens are real; a layer that took padding out gives it expert 0 with no rows.
+
+        Raises:
+            UserError: a layer was not run, or not on these tokens.
+        """
+        latest, self._latest = self._latest, {}
+        return [_spread(layer, latest.get(layer.name), tokens, real_T) for layer in self.layers]
+
+    def note(self, name: str, choices: Choices) -> None:
+        """Keeps a layer's choices until they are taken."""
+        self._latest[name] = choices
+
+
+@contextmanager
+def record_choices(model: nn.Module) -> Iterator[ChoiceRecorder]:
+    """Watches the routed layers of a model until the block ends, which takes all hooks away again."""
+    spots = _find_spots(model)
+    recorder = ChoiceRecorder([layer for layer, _, _ in spots])
+    with ExitStack() as stack:
+        for layer, module, read in spots:
+            handle = module.register_forward_hook(_hook(recorder, layer, read), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield recorder
+
+
+def routed_layers(model: nn.Module) -> list[RoutedLayer]:
+    """The layers of a model whose choices can be read, from the first to the last."""
+    return [layer for layer, _, _ in _find_spots(model)]
+
+
+def unread_layers(model: nn.Module) -> list[str]:
+    """Names of mixture layers whose tokens compete with others, so that no token has experts of its own."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, FeedForward) and hasattr(module, "num_experts") and not hasattr(module, "choice_tap")
+    ]
+
+
+_Reader = Callable[[dict[str, Any], tuple, Any, int], Choices | None]
+_Spot = tuple[RoutedLayer, nn.Module, _Reader]
+
+
+def _find_spots(model: nn.Module) -> list[_Spot]:
+    """Layers with the module to hook and how to read it; where experts are read, their router is not read again."""
+    found: dict[str, tuple[nn.Module, int, _Reader]] = {}
+    ours = [f"{name}." if name else "" for name, module in model.named_modules() if isinstance(module, FeedForward)]
+    for name, module in model.named_modules():
+        num_experts = _num_experts(model, name, module)
+        if num_experts is None:
+            continue
+        if isinstance(module, ChoiceTap):
+            found[name] = module, num_experts, _read_tap
+        elif any(name.startswith(prefix) for prefix in ours):
+            continue
+        elif name.rpartition(".")[2] == "experts" and not isinstance(module, nn.ModuleList):
+            found[name] = module, num_experts, _read_experts
+        elif "router" in type(module).__name__.lower():
+            found[name] = module, num_experts, _read_router
+    blocks = {name.rpartition(".")[0] for name, (_, _, read) in found.items() if read is _read_experts}
+    kept = {
+        name: spot
+        for name, spot in found.items()
+        if spot[2] is not _read_router or name.rpartition(".")[0] not in blocks
+    }
+    return [
+        (RoutedLayer(name, _depth(name, place), num_experts), module, read)
+        for place, (name, (module, num_experts, read)) in enumerate(kept.items())
+    ]
+
+
+def _num_experts(model: nn.Module, name: str, module: nn.Module) -> int | None:
+    """The module's own count, or that of the block it sits in."""
+    parent = name.rpartition(".")[0]
+    for owner in (module, model.get_submodule(parent) if parent else model):
+        count = getattr(owner, "num_experts", None)
+        if isinstance(count, int):
+            return count
+    return None
+
+
+def _depth(name: str, place: int) -> int:
+    number = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(number.group(1)) if number else place
+
+
+def _hook(recorder: ChoiceRecorder, layer: RoutedLayer, read: _Reader) -> Callable:
+    def look(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        choices = read(kwargs, args, output, layer.num_experts)
+        if choices is not None:
+            recorder.note(layer.name, choices)
+
+    return look
+
+
+def _read_tap(_kwargs: dict[str, Any], args: tuple, _output: Any, num_experts: int) -> Choices:
+    if len(args) == 2:
+        return _strongest_first(*args)
+    weight_TE = args[0].detach().unflatten(-1, (num_experts, -1)).sum(-1).float()
+    weight_TE, expert_TE = weight_TE.sort(dim=-1, descending=True, stable=True)
+    if (weight_TE == 0).any():
+        return Choices(expert_TE, (weight_TE > 0).float())
+    return Choices(expert_TE, weight_TE / weight_TE.sum(-1, keepdim=True))
+
+
+def _read_experts(kwargs: dict[str, Any], args: tuple, _output: Any, _num_experts: int) -> Choices | None:
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return _strongest_first(tensors[2], tensors[1]) if len(tensors) == 3 and _are_indices(tensors[1]) else None
+
+
+def _read_router(_kwargs: dict[str, Any], _args: tuple, output: Any, _num_experts: int) -> Choices | None:
+    if not isinstance(output, tuple) or len(output) != 3 or not _are_indices(output[2]):
+        return None
+    return _strongest_first(output[1], output[2])
+
+
+def _are_indices(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+
+
+def _strongest_first(weight_TK: Tensor, expert_TK: Tensor) -> Choices:
+    weight_TK, expert_TK = weight_TK.detach().flatten(0, -2).float(), expert_TK.detach().flatten(0, -2)
+    if weight_TK.shape != expert_TK.shape:  # weights of all experts, as some routers give them
+        weight_TK = weight_TK.gather(-1, expert_TK)
+    order_TK = weight_TK.argsort(dim=-1, descending=True, stable=True)
+    return Choices(expert_TK.gather(-1, order_TK), torch.ones_like(weight_TK))
+
+
+def _spread(layer: RoutedLayer, choices: Choices | None, tokens: int, real_T: Tensor | None) -> Choices:
+    """Puts the choices of real tokens at their places among all tokens."""
+    if choices is None:
+        raise UserError(
+            f"'{layer.name}' showed no choices of experts: run the model in eval() mode and, if it is a mixture of "
+            "tokens, alone and not in groups."
+        )
+    found = len(choices.expert_TK)
+    if found == tokens:
+        return choices
+    if real_T is None or found != int(real_T.sum()):
+        raise UserError(f"'{layer.name}' routed {found} tokens where {tokens} went in, so they cannot be matched.")
+    return Choices(*(part.new_zeros(tokens, part.size(1)).masked_scatter(real_T[:, None], part) for part in choices))

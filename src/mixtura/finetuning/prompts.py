@@ -1,0 +1,134 @@
+"""How a sentence is put to a model: as tokens of our own, or in words to a model that already knows language.
+
+`tokens`, for a model from scratch: <2xx> source <sep> | target <eos>, where <2xx> names the target language (Johnson et
+al. 2017, "Google's Multilingual Neural Machine Translation System", section 3). `instruction`, for a pretrained model:
+the words of ALMA (Xu et al. 2024, arXiv 2309.11674, section 2). What stands after the bar is what the loss counts.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import AddedToken, PreTrainedTokenizerBase
+
+from mixtura.config import UserError
+from mixtura.data.parallel import SentencePair
+
+PromptKind = Literal["tokens", "instruction"]
+SEPARATOR = "<sep>"
+
+# ISO 639-1; a language that is missing here goes by its code.
+LANGUAGE_NAMES = {
+    **{"af": "Afrikaans", "am": "Amharic", "ar": "Arabic", "be": "Belarusian", "bg": "Bulgarian", "bn": "Bengali"},
+    **{"ca": "Catalan", "cs": "Czech", "cy": "Welsh", "da": "Danish", "de": "German", "el": "Greek", "en": "English"},
+    **{"es": "Spanish", "et": "Estonian", "eu": "Basque", "fa": "Persian", "fi": "Finnish", "fr": "French"},
+    **{"ga": "Irish", "gl": "Galician", "gu": "Gujarati", "he": "Hebrew", "hi": "Hindi", "hr": "Croatian"},
+    **{"hu": "Hungarian", "hy": "Armenian", "id": "Indonesian", "is": "Icelandic", "it": "Italian", "ja": "Japanese"},
+    **{"ka": "Georgian", "kk": "Kazakh", "km": "Khmer", "kn": "Kannada", "ko": "Korean", "lt": "Lithuanian"},
+    **{"lv": "Latvian", "mk": "Macedonian", "ml": "Malayalam", "mn": "Mongolian", "mr": "Marathi", "ms": "Malay"},
+    **{"my": "Burmese", "nb": "Norwegian", "ne": "Nepali", "nl": "Dutch", "no": "Norwegian", "pa": "Punjabi"},
+    **{
+        "pl": "Polish",
+        "pt": "Portuguese",
+        "pt_br": "Brazilian Portuguese",
+        "ro": "Romanian",
+        "ru": "Russian",
+        "si": "Sinhala",
+        "sk": "Slovak",
+    },
+    **{"sl": "Slovenian", "sq": "Albanian", "sr": "Serbian", "sv": "Swedish", "sw": "Swahili", "ta": "Tamil"},
+    **{"te": "Telugu", "th": "Thai", "tl": "Tagalog", "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu"},
+    **{
+        "uz": "Uzbek",
+        "vi": "Vietnamese",
+        "zh": "Chinese",
+        "zh_cn": "Chinese",
+        "zh_tw": "Traditional Chinese",
+        "zu": "Zulu",
+    },
+}
+
+
+def language_name(language: str) -> str:
+    """The English name of a language; that of "zh" for a "zh_hk" that is not listed."""
+    return LANGUAGE_NAMES.get(language, LANGUAGE_NAMES.get(language.split("_")[0], language))
+
+
+def language_token(language: str) -> str:
+    """The token that asks for a language, such as "<2de>"."""
+    return f"<2{language}>"
+
+
+def add_prompt_tokens(tokenizer: PreTrainedTokenizerBase, languages: Iterable[str]) -> None:
+    """Gives a tokenizer the separator and a token for each target language; texts that spell them stay plain text."""
+    names = [SEPARATOR, *map(language_token, languages)]
+    tokens: list[str | AddedToken] = [AddedToken(name, special=True, normalized=False) for name in names]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Sentences to token ids and back."""
+
+    kind: PromptKind
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def eos(self) -> int:
+        """The token that ends a translation."""
+        eos = self.tokenizer.eos_token_id
+        if not isinstance(eos, int):
+            raise UserError("The tokenizer has no end-of-text token, so no translation could end: choose another base.")
+        return eos
+
+    @property
+    def pad(self) -> int:
+        """The token of padding; it is masked, so where there is none eos does."""
+        pad = self.tokenizer.pad_token_id
+        return pad if isinstance(pad, int) else self.eos
+
+    def encode(self, pairs: Sequence[SentencePair]) -> list[list[int]]:
+        """The ids of every pair's prompt, of source and languages alone."""
+        sources = [" ".join(pair.source.split()) for pair in pairs]
+        if self.kind == "instruction":
+            texts = [_instruction(source, pair) for source, pair in zip(sources, pairs, strict=True)]
+            return self._ids(texts, add_special_tokens=True)
+        separator = self._token_id(SEPARATOR)
+        wanted = {language: self._token_id(language_token(language)) for language in {p.target_language for p in pairs}}
+        return [
+            [wanted[pair.target_language], *ids, separator] for ids, pair in zip(self._ids(sources), pairs, strict=True)
+        ]
+
+    def encode_targets(self, targets: Sequence[str]) -> list[list[int]]:
+        """The ids of every translation, with eos."""
+        space = " " if self.kind == "instruction" else ""
+        return [[*ids, self.eos] for ids in self._ids([space + " ".join(target.split()) for target in targets])]
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of generated ids, up to eos."""
+        cut = [list(row[: row.index(self.eos)] if self.eos in row else row) for row in map(list, ids)]
+        return [" ".join(text.split()) for text in self.tokenizer.batch_decode(cut, skip_special_tokens=True)]
+
+    def _ids(self, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded: Any = self.tokenizer(
+            texts,
+            add_special_tokens=add_special_tokens,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return encoded["input_ids"]
+
+    def _token_id(self, token: str) -> int:
+        found = self.tokenizer.get_vocab().get(token)
+        if found is None:
+            raise UserError(f"The model has no token {token}: it was not trained to translate into that language.")
+        return found
+
+
+def _instruction(source: str, pair: SentencePair) -> str:
+    source_name, target_name = map(language_name, (pair.source_language, pair.target_language))
+    return f"Translate this from {source_name} to {target_name}:\n{source_name}: {source}\n{target_name}:"

@@ -1,0 +1,73 @@
+"""Scores of translations by sacrebleu, with its signatures, and how sure a difference is.
+
+Papineni et al. 2002 (BLEU), Popovic 2015 and 2017 (chrF, chrF++), Post 2018, "A Call for Clarity in Reporting BLEU
+Scores" (signatures), Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation" (bootstrap).
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+from sacrebleu.significance import PairedTest
+
+NUM_RESAMPLES = 1000
+_TOKENIZERS = {"zh": "zh", **dict.fromkeys(("ja", "ko", "th", "km", "lo", "my", "bo"), "char")}
+
+
+class Scores(NamedTuple):
+    """Corpus scores from 0 to 100."""
+
+    chrf: float
+    chrf_pp: float
+    bleu: float
+
+
+def bleu_tokenizer(language: str) -> str:
+    """How BLEU cuts a language into words: "13a" where spaces do, "zh", or "char" where only morphology would tell."""
+    return _TOKENIZERS.get(language.split("_")[0], "13a")
+
+
+def score(outputs: Sequence[str], references: Sequence[str], *, target_language: str) -> tuple[Scores, dict[str, str]]:
+    """Scores of one direction's outputs, one reference each, and the signatures of the three."""
+    metrics = _metrics(target_language)
+    with _quiet():
+        found = {name: metric.corpus_score(list(outputs), [list(references)]) for name, metric in metrics.items()}
+    signatures = {name: f"{found[name].name}|{metric.get_signature()}" for name, metric in metrics.items()}
+    return Scores(**{name: float(result.score) for name, result in found.items()}), signatures
+
+
+def paired_bootstrap(baseline: Sequence[str], outputs: Sequence[str], references: Sequence[str]) -> tuple[float, float]:
+    """chrF of `outputs` less that of `baseline` on the same sentences, and its p-value by a paired bootstrap."""
+    if list(baseline) == list(outputs):  # to which the test's strict inequality would give its smallest p-value
+        return 0.0, 1.0
+    systems: list[tuple[str, Sequence[str]]] = [("baseline", list(baseline)), ("arm", list(outputs))]
+    with _quiet():
+        test = PairedTest(systems, {"chrf": CHRF()}, [list(references)], test_type="bs", n_samples=NUM_RESAMPLES)
+        _, results = test()
+    found: Any = results["chrF2"]
+    before, after = found
+    return float(after.score) - float(before.score), float(after.p_value)
+
+
+def _metrics(target_language: str) -> dict[str, CHRF | BLEU]:
+    return {
+        "chrf": CHRF(),
+        "chrf_pp": CHRF(word_order=2),
+        # force: references whose words are spaced, such as lists of keys, are no mistake here.
+        "bleu": BLEU(tokenize=bleu_tokenizer(target_language), force=True),
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what sacrebleu tells about its progress off the screen; warnings pass."""
+    logger = logging.getLogger("sacrebleu")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,183 @@
+"""Which modules of a pretrained model an adapter goes to: its feed-forward layers, found by their parts' names."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from mixtura.config import UserError
+from mixtura.kernels.activation import activate
+from mixtura.layers import FeedForward
+
+
+class Kind(NamedTuple):
+    """How one family of models names the linear layers of a feed-forward layer."""
+
+    gate: str | None
+    up: str
+    down: str
+
+
+KINDS = (
+    Kind("gate_proj", "up_proj", "down_proj"),  # Llama, Mistral, Qwen, Gemma, SmolLM; a gated DenseFFN
+    Kind("w1", "w3", "w2"),
+    Kind("wi_0", "wi_1", "wo"),  # T5 1.1
+    Kind(None, "up_proj", "down_proj"),  # a plain DenseFFN
+    Kind(None, "fc1", "fc2"),  # Phi, OPT, BART
+    Kind(None, "lin1", "lin2"),  # DistilBERT
+    Kind(None, "wi", "wo"),  # T5, ModernBERT's plain form
+    Kind(None, "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Falcon
+)
+FUSED = (
+    Kind(None, "gate_up_proj", "down_proj"),  # Phi-3, GLM: gate and up in one matrix
+    Kind(None, "Wi", "Wo"),  # ModernBERT
+)
+"""Layers that have targets for one routing a linear layer, but no gate and up of their own for one routing in all."""
+SPLIT = Kind(None, "intermediate.dense", "output.dense")  # BERT, RoBERTa, ELECTRA, MiniLM: two modules make the layer
+_ACTIVATIONS = ("act_fn", "intermediate_act_fn", "activation_fn", "activation", "act")
+
+
+class Block(NamedTuple):
+    """A feed-forward layer of a model."""
+
+    name: str
+    """The module that an adapter of the whole layer replaces; of a split layer, its first half."""
+    kind: Kind | None
+    """The names of its linear layers, relative to `name` or, when split, to its parent; None for a mixture."""
+    split: bool = False
+
+    @property
+    def linears(self) -> list[str]:
+        """Full names of the linear layers, in the order gate, up, down."""
+        if self.kind is None:
+            return []
+        root = self.name.rpartition(".")[0] if self.split else self.name
+        return [f"{root}.{part}".lstrip(".") for part in self.kind if part is not None]
+
+
+class Projections(NamedTuple):
+    """The parts of a dense feed-forward layer: down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
+
+    gate: nn.Module | None
+    up: nn.Module
+    down: nn.Module
+    act: Callable[[Tensor], Tensor]
+
+
+def find_blocks(model: nn.Module, *, mixtures: bool = False) -> list[Block]:
+    """The feed-forward layers of a model, from the first to the last.
+
+    Args:
+        model: any model, without adapters.
+        mixtures: also layers that are mixtures already, which have no linear layers of their own.
+    """
+    found: list[Block] = []
+    for name, module in model.named_modules():
+        if found and name.startswith(f"{found[-1].name}."):
+            continue
+        kind = _kind_of(module)
+        if kind is not None:
+            found.append(Block(name, kind))
+        elif _is_split(module):
+            found.append(Block(f"{name}.intermediate".lstrip("."), SPLIT, split=True))
+        elif mixtures and _is_mixture(module):
+            found.append(Block(name, None))
+    return [block for block in found if block.name]
+
+
+def feed_forward_linears(model: nn.Module) -> list[str]:
+    """Full names of the linear layers of all feed-forward layers.
+
+    Raises:
+        UserError: there are none; the message names the linear layers that there are.
+    """
+    names = [name for block in find_blocks(model) for name in block.linears]
+    if not names:
+        raise UserError(
+            f"No feed-forward layer was found in {type(model).__name__}: name its linear layers in 'adapter.targets', "
+            f"some of {_listed(linear_suffixes(model))}."
+        )
+    return names
+
+
+def match_linears(model: nn.Module, targets: Iterable[str]) -> list[str]:
+    """Full names of the linear layers that end in one of `targets`, such as "q_proj" or "output.dense".
+
+    Raises:
+        UserError: a target matches no linear layer.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    matched: set[str] = set()
+    for target in targets:
+        names = [name for name in linears if name == target or name.endswith(f".{target}")]
+        if not names:
+            raise UserError(
+                f"'adapter.targets' has '{target}', which is no linear layer of {type(model).__name__}: choose from "
+                f"{_listed(linear_suffixes(model))}."
+            )
+        matched.update(names)
+    return [name for name in linears if name in matched]
+
+
+def linear_suffixes(model: nn.Module) -> list[str]:
+    """The last names of all linear layers, each once, in the order of the model."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def projections(module: nn.Module, kind: Kind, down: nn.Module | None = None) -> Projections:
+    """The parts of a dense feed-forward layer.
+
+    Args:
+        module: the layer; of a split one, its first half.
+        kind: the names of its parts.
+        down: the last linear layer, when it is not in `module`.
+    """
+    if down is not None:
+        return Projections(None, module.get_submodule("dense"), down, activation_of(module))
+    gate = None if kind.gate is None else module.get_submodule(kind.gate)
+    return Projections(gate, module.get_submodule(kind.up), module.get_submodule(kind.down), activation_of(module))
+
+
+def activation_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The activation of a feed-forward layer, which models keep under different names.
+
+    Raises:
+        UserError: there is none.
+    """
+    for name in _ACTIVATIONS:
+        act: Any = getattr(module, name, None)
+        if isinstance(act, str):
+            activation = act
+            return lambda u: activate(u, activation, gated=False)
+        if callable(act):
+            return act  # pyright: ignore[reportReturnType]
+    raise UserError(
+        f"The activation of {type(module).__name__} is under none of the names {', '.join(_ACTIVATIONS)}: set "
+        "'adapter.scope' to \"linear\"."
+    )
+
+
+def _kind_of(module: nn.Module) -> Kind | None:
+    """The kind of a module that is one whole dense feed-forward layer and holds nothing else that is trained."""
+    parts = {name for name, child in module.named_children() if next(child.parameters(), None) is not None}
+    for kind in (*KINDS, *FUSED):
+        names = {name for name in kind if name is not None}
+        if parts == names and all(isinstance(module.get_submodule(name), nn.Linear) for name in names):
+            return kind
+    return None
+
+
+def _is_split(module: nn.Module) -> bool:
+    first, second = getattr(module, "intermediate", None), getattr(module, "output", None)
+    return isinstance(getattr(first, "dense", None), nn.Linear) and isinstance(
+        getattr(second, "dense", None), nn.Linear
+    )
+
+
+def _is_mixture(module: nn.Module) -> bool:
+    return isinstance(module, FeedForward) or (hasattr(module, "experts") and hasattr(module, "gate"))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) if names else "(it has no linear layers)"

@@ -1,0 +1,138 @@
+"""Labelled text: classes, what is left out, and the held-out split."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pytest
+
+from mixtura.config import ClassificationDataConfig, UserError
+from mixtura.data.labelled import LabelledCorpus, load_labelled
+from mixtura.data.units import normalise
+
+
+def rows(number: int = 60, labels: tuple[object, ...] = ("bad", "good")) -> list[dict]:
+    return [{"text": f"example {i} of {number}", "label": labels[i % len(labels)]} for i in range(number)]
+
+
+def load(path: Path, lines: list[dict], **changes: object) -> LabelledCorpus:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    settings = {"validation_examples": 10, "test_examples": 10, **changes}
+    return load_labelled(ClassificationDataConfig(source="local", path=str(path), **settings))  # pyright: ignore[reportArgumentType]
+
+
+def sides(corpus: LabelledCorpus) -> list[set[str]]:
+    return [{normalise(example.text) for example in side} for side in (corpus.train, corpus.validation, corpus.test)]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "a.jsonl"
+
+
+def test_sides_have_the_sizes_asked_for_and_share_no_text(path):
+    corpus = load(path, rows())
+    train, validation, test = sides(corpus)
+    assert (len(train), len(validation), len(test)) == (40, 10, 10)
+    assert not train & test and not train & validation and not validation & test
+    assert corpus.labels == ("bad", "good")
+    assert "2 classes (training: bad " in corpus.description
+
+
+def test_labels_keep_their_texts(path):
+    corpus = load(path, rows())
+    for example in corpus.train:
+        assert corpus.labels[example.label] == ("bad", "good")[int(example.text.split()[1]) % 2]
+
+
+def test_whole_numbers_and_their_text_are_the_same_class_sorted_by_value(path):
+    corpus = load(path, rows(labels=(10, "2", 2.0, "10", True, 1)))
+    assert corpus.labels == ("1", "2", "10")
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_rows(path):
+    assert load(path, rows()) == load(path, rows()[::-1])
+
+
+def test_every_bad_row_is_counted_by_its_reason(path):
+    bad = [
+        {"text": None, "label": "bad"},
+        {"text": " ", "label": "bad"},
+        {"text": "no label", "label": None},
+        {"text": "half a label", "label": 0.5},
+        {"text": "EXAMPLE 0, of 60!", "label": "bad"},
+        {"text": "example 1 of 60", "label": "bad"},
+    ]
+    corpus = load(path, rows() + bad)
+    expected = {"contradictory labels": 2, "duplicate": 1, "empty": 1, "no label": 2, "not text": 1}
+    assert corpus.skipped == expected
+    assert all(f"{count} {reason}" in corpus.description for reason, count in expected.items())
+    assert sum(map(len, sides(corpus))) + sum(expected.values()) == 66
+
+
+def test_max_examples_is_a_fixed_choice_for_training_alone(path):
+    whole, part = load(path, rows()), load(path, rows(), max_examples=20)
+    assert part.train == whole.train[:20]
+    assert part.test == whole.test
+    assert part.skipped["beyond max_examples"] == 20
+
+
+MISTAKES = {
+    "one class": (rows(labels=("good",)), {}, r"All 60 examples of the file a.jsonl have the label 'good'"),
+    "no label column": (
+        rows(),
+        {"label_column": "stars"},
+        r"no 'stars' in .*set 'data.label_column' to one of text, lab",
+    ),
+    "no text column": (rows(), {"text_column": "review"}, r"set 'data.text_column' to one of text, label"),
+    "no text": ([{"text": "", "label": 1}], {}, r"No example is left of the file a.jsonl .1 empty"),
+    "too few": (rows(20), {}, r"The file a.jsonl has 20 usable examples, but .* give more or lower these"),
+}
+
+
+@pytest.mark.parametrize(("lines", "changes", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_refused_in_one_sentence(path, lines, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load(path, lines, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_without_training_examples_is_refused(path):
+    held_out = load(path, rows()).test[0].text
+    lines = [{**line, "label": "bad" if line["text"] == held_out else "good"} for line in rows()]
+    with pytest.raises(UserError, match=r"No training example of the file a.jsonl has the label 'bad'"):
+        load(path, lines)
+
+
+def test_hub_sets_with_other_names_are_mapped_by_two_keys(monkeypatch):
+    def stream():
+        yield from ({"sentence": row["text"], "stars": i % 3} for i, row in enumerate(rows()))
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDataset.from_generator(stream))
+    config = ClassificationDataConfig(
+        source="hub",
+        name="some/set",
+        text_column="sentence",
+        label_column="stars",
+        validation_examples=5,
+        test_examples=5,
+    )
+    corpus = load_labelled(config)
+    assert corpus.labels == ("0", "1", "2")
+    assert len(corpus.train) == 50
+
+
+def test_movie_reviews_are_clean_and_in_the_part_asked_for(monkeypatch):
+    frame = pd.DataFrame(
+        {
+            "text": [f"film {i}\nfine" for i in range(60)],
+            "label": [i % 2 for i in range(60)],
+            "source": ["imdb"] * 40 + ["rotten_tomatoes"] * 20,
+        }
+    )
+    monkeypatch.setattr("mixtura.data.labelled.read_movie_reviews", lambda: frame)
+    corpus = load_labelled(ClassificationDataConfig(part="imdb", validation_examples=5, test_examples=5))
+    assert corpus.labels == ("negative", "positive")
+    assert len(corpus.train) == 30
+    assert "IMDb, package movie-reviews" in corpus.description
