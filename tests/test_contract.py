@@ -37,6 +37,9 @@ BUILDERS = {
     "mixture_of_tokens_alone_top_k": lambda **more: MixtureOfTokens(
         D, **SIZES, **more, num_experts=E, group_size=2, alone_top_k=2
     ).eval(),
+    "mixture_of_tokens_population": lambda **more: MixtureOfTokens(
+        D, **SIZES, **more, num_experts=E, group_size=2, population=True, inference_mode="population", alone_top_k=2
+    ).eval(),
 }
 
 
@@ -96,7 +99,7 @@ def test_the_same_input_gives_the_same_bits(family):
 def test_eval_equals_train_unless_tokens_run_alone(family):
     layer, x_BLD = build(family), tokens()
     same = torch.equal(layer.eval()(x_BLD), layer.train()(x_BLD))
-    assert same is ("alone" not in family)
+    assert same is ("alone" not in family and "population" not in family)
 
 
 def test_a_deep_copy_computes_the_same_and_shares_nothing(family):

@@ -8,6 +8,7 @@ from mixtura.config import UserError
 from mixtura.data import PackedTokens
 from mixtura.evaluation import check_evaluation, evaluate_loss, evaluation_modes, loss_measures
 from mixtura.models import MixtureForCausalLM
+from mixtura.models.population import calibrate
 
 
 @pytest.fixture
@@ -75,6 +76,15 @@ def test_each_mode_is_the_model_in_that_mode(tiny_model, packed):
         expected = model(input_ids=ids_BL, labels=ids_BL).language_loss.item()
         assert measured[mode]["loss"] == pytest.approx(expected, abs=1e-5), mode
     assert len({measures["loss"] for measures in measured.values()}) == 3
+
+
+def test_population_is_measured_where_the_model_keeps_averages(tiny_model, packed):
+    model = tiny_model("mixture_of_tokens", population=True).eval()
+    calibrate(model, [torch.from_numpy(packed.sequences_NL[:8].astype(np.int64))])
+    measured = evaluate_loss(model, packed, num_sequences=4, batch_size=4)
+    assert list(measured) == ["group", "alone", "alone_all", "population"]
+    assert measured["population"]["loss"] != measured["alone"]["loss"]
+    assert model.config.inference_mode == "alone"
 
 
 def test_all_experts_are_not_run_twice_when_alone_already_runs_all(tiny_model, packed, monkeypatch):

@@ -1,8 +1,8 @@
 """Held-out loss of a language model, in every mode in which its feed-forward layers can run.
 
-A mixture-of-tokens model has two faces: `group`, as it was trained, where a token sees the batch it comes in, and
-`alone`, as it is deployed. Both are measured on the same sequences in the same order, always in the parameters' own
-precision, whatever training used.
+A mixture-of-tokens model has several faces: `group`, as it was trained, where a token sees the batch it comes in, and
+`alone` or `population`, as it is deployed. All are measured on the same sequences in the same order, always in the
+parameters' own precision, whatever training used.
 
 Shapes: B batch, L length, V vocabulary.
 """
@@ -29,12 +29,14 @@ def evaluation_modes(config: Any) -> tuple[str, ...]:
     """The modes that say something about a model with this configuration.
 
     - mixture of tokens: `group` as trained, `alone` as deployed (`alone_top_k` mixtures a token), `alone_all` with all;
+      `population` (`alone_top_k` too) if the model keeps a population's averages;
     - expert choice and soft: `group` only, there is no form of them that can be deployed in a causal model;
     - everything else: `causal`.
     """
     families = _families(config)
     if "mixture_of_tokens" in families:
-        return "group", "alone", "alone_all"
+        kept = ("population",) if getattr(config, "population", False) else ()
+        return "group", "alone", "alone_all", *kept
     return ("group",) if families & {"expert_choice", "soft"} else ("causal",)
 
 
@@ -73,7 +75,7 @@ def evaluate_loss(
                 losses[mode] = losses["alone"]
                 continue
             top_k = None if mode == "alone_all" else served[1]
-            _set_inference_mode(model, "group" if mode == "group" else "alone", top_k=top_k)
+            _set_inference_mode(model, "alone" if mode == "alone_all" else mode, top_k=top_k)
             losses[mode] = _mean_loss(model, packed, num_sequences=num_sequences, batch_size=batch_size)
     finally:
         _set_inference_mode(model, served[0], top_k=served[1])

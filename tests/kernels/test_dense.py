@@ -52,14 +52,17 @@ def test_experts_equal_their_definitions(activation, gated, e, rows, d, f):
     assert_same("batched_ffn", leaves((e, rows, d)) + weights, activation, gated)
 
     def reorder(function):
-        return lambda x_TD, scale_TE, weight_TE, up_EHD, down_EDF: function(
-            x_TD, scale_TE, up_EHD, down_EDF, weight_TE, activation, gated
+        return lambda x_TD, scale_TE, weight_TE, up_EHD, down_EDF, *mean_ED: function(
+            x_TD, scale_TE, up_EHD, down_EDF, weight_TE, activation, gated, *mean_ED
         )
 
     inputs = leaves((rows, d), (rows, e), (rows, e)) + weights
-    expected = run(reorder(reference.scaled_ffn), inputs, torch.float64)
-    for actual, value in zip(run(reorder(kernels.scaled_ffn), inputs, torch.float64), expected, strict=True):
-        assert_close(actual, value, rtol=0, atol=1e-12 * max(1, value.abs().max().item()))
+    for means in ([], leaves((e, d))):
+        expected = run(reorder(reference.scaled_ffn), inputs + means, torch.float64)
+        for actual, value in zip(
+            run(reorder(kernels.scaled_ffn), inputs + means, torch.float64), expected, strict=True
+        ):
+            assert_close(actual, value, rtol=0, atol=1e-12 * max(1, value.abs().max().item()))
 
 
 def test_mixing_and_spreading_pass_gradcheck():

@@ -3,13 +3,16 @@
 The deployed mode must be exactly what the trained layer computes for a token whose group is otherwise zero.
 """
 
+import copy
 import math
 
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
-from mixtura.layers import MixtureOfTokens
+from mixtura.layers import Experts, MixtureOfTokens, Population
+from mixtura.layers.population import Observation
 
 LN2 = math.log(2)
 
@@ -237,9 +240,12 @@ def test_alone_runs_under_autocast(top_k):
         ({"temperature": 0.0}, "temperature is 0.0: it must be greater than zero"),
         ({"group_over": "all"}, "group_over is 'all': it must be batch or sequence"),
         ({"combine": "none"}, "combine is 'none': it must be same or separate"),
-        ({"inference_mode": "discrete"}, "inference_mode is 'discrete': it must be group or alone"),
+        ({"inference_mode": "discrete"}, "inference_mode is 'discrete': it must be group, alone or population"),
         ({"alone_top_k": 9}, "alone_top_k is 9: it must lie between 1 and 8, the number of mixtures"),
         ({"alone_top_k": 0}, "alone_top_k is 0: it must lie between 1 and 8, the number of mixtures"),
+        ({"inference_mode": "population"}, "'population' but the layer keeps no population's averages: calibrate it"),
+        ({"zero_fill": -0.1}, r"zero_fill is -0\.1: it is a share of the groups and must lie between 0 and 1"),
+        ({"zero_fill": 1.5}, r"zero_fill is 1\.5: it is a share of the groups and must lie between 0 and 1"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named(settings, message):
@@ -251,3 +257,167 @@ def test_more_mixtures_an_expert_allow_a_larger_top_k():
     layer = random_layer(mixtures_per_expert=2)
     layer.set_inference_mode("alone", top_k=16)
     assert layer.alone_top_k == 16
+
+
+def rows_that_ran_alone(layer, x_BLD):
+    """(L,) for a batch of one group of examples: whether a training step ran each position as `alone` does."""
+    y_BLD = layer.train()(x_BLD)
+    together_BLD, alone_BLD = with_zero_fill(layer, 0.0)(x_BLD), layer.eval()(x_BLD)
+    alone_L = (y_BLD - alone_BLD).abs().amax((0, 2)) < 1e-12
+    assert torch.equal(alone_L, (y_BLD - together_BLD).abs().amax((0, 2)) > 1e-12)
+    return alone_L
+
+
+def with_zero_fill(layer, share):
+    twin = copy.deepcopy(layer).train()
+    twin.set_zero_fill(share)
+    return twin
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_training_runs_a_share_of_the_groups_as_alone_does_and_the_rest_together(top_k):
+    layer, x_BLD = random_layer(alone_top_k=top_k, zero_fill=0.25), random_tokens(4, 12)
+    draws = [rows_that_ran_alone(layer, x_BLD) for _ in range(8)]
+    assert all(alone_L.sum() == 3 for alone_L in draws)
+    assert len({tuple(alone_L.tolist()) for alone_L in draws}) > 1
+
+
+def test_a_share_below_one_group_takes_one_as_often_as_it_says():
+    layer, x_BLD = random_layer(zero_fill=0.1), random_tokens(4, 2)
+    counts = torch.tensor([float(rows_that_ran_alone(layer, x_BLD).sum()) for _ in range(300)])
+    assert set(counts.tolist()) == {0.0, 1.0}
+    assert abs(counts.mean() - 0.2) < 3 * 0.4 / 300**0.5  # three standard errors
+
+
+def test_zero_fill_of_everything_trains_in_the_deployed_mode_with_any_batch():
+    layer, x_BLD = random_layer(alone_top_k=2, zero_fill=1.0), random_tokens(3, 5)
+    assert torch.equal(layer.train()(x_BLD), layer.eval()(x_BLD))
+
+
+def test_zero_fill_changes_nothing_in_evaluation():
+    layer, x_BLD = random_layer(zero_fill=0.5, inference_mode="group").eval(), random_tokens(4, 6)
+    assert torch.equal(layer(x_BLD), with_zero_fill(layer, 0.0)(x_BLD))
+
+
+def test_which_groups_are_left_empty_follows_from_torchs_random_state_alone():
+    layer, x_BLD = random_layer(zero_fill=0.25), random_tokens(4, 12)
+    state = torch.get_rng_state()
+    first_BLD = layer(x_BLD)
+    assert not torch.equal(layer(x_BLD), first_BLD)
+    torch.set_rng_state(state)
+    assert torch.equal(layer(x_BLD), first_BLD)
+
+
+def test_a_layer_that_is_recomputed_leaves_the_same_groups_empty():
+    layer, x_BLD = random_layer(zero_fill=0.25), random_tokens(4, 12).requires_grad_()
+    state, grads = torch.get_rng_state(), []
+    for run in (layer, lambda x_BLD: checkpoint(layer, x_BLD, use_reentrant=False)):
+        torch.set_rng_state(state)
+        layer.zero_grad()
+        run(x_BLD).square().sum().backward()
+        grads.append([parameter.grad for parameter in layer.parameters()])
+    assert all(torch.equal(first, second) for first, second in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_gradients_are_right_when_some_groups_are_left_empty(top_k):
+    layer = random_layer(zero_fill=0.5, alone_top_k=top_k, activation="silu", combine="separate")
+    x_BLD, parameters = random_tokens(4, 4).requires_grad_(), dict(layer.named_parameters())
+
+    def function(x_BLD, *values):
+        torch.manual_seed(3)
+        return torch.func.functional_call(layer, dict(zip(parameters, values, strict=True)), (x_BLD,))
+
+    assert torch.autograd.gradcheck(function, (x_BLD, *parameters.values()), fast_mode=True)
+
+
+def test_statistics_cover_groups_and_tokens_alone():
+    layer, x_BLD = random_layer(zero_fill=0.25), random_tokens(4, 12)
+    state = torch.get_rng_state()
+    _, stats = layer(x_BLD, return_stats=True)
+    torch.set_rng_state(state)
+    alone_L = rows_that_ran_alone(layer, x_BLD)
+    _, alone = layer.eval()(x_BLD[:, alone_L], return_stats=True)
+    _, together = with_zero_fill(layer, 0.0)(x_BLD[:, ~alone_L], return_stats=True)
+    assert stats.routed_rows == 48
+    assert_close(stats.tokens_per_expert_E, alone.tokens_per_expert_E + together.tokens_per_expert_E)
+    for name in ("importance_E", "router_z_loss", "entropy"):
+        assert_close(getattr(stats, name), 0.25 * getattr(alone, name) + 0.75 * getattr(together, name))
+
+
+def test_statistics_stay_finite_when_a_group_that_is_left_empty_is_all_padding():
+    layer, x_BLD = random_layer(zero_fill=0.5), random_tokens(4, 4)
+    mask_BL = torch.tensor([1, 0, 0, 0]).expand(4, 4)
+    for _ in range(6):
+        y_BLD, stats = layer(x_BLD, mask_BL, return_stats=True)
+        assert y_BLD.isfinite().all() and all(value.isfinite().all() for value in stats)
+        assert stats.routed_rows == 4
+
+
+def with_neighbours(layer, others_GD):
+    """The layer in `population` mode, its averages those of one real group's other members, given as (G - 1, D)."""
+    layer.observing = True
+    layer.train()(torch.cat([others_GD, torch.zeros_like(others_GD[:1])])[:, None])
+    layer.observing = False
+    layer.keep_population().reset()
+    layer.population.update(layer.observed, layer.experts)
+    layer.eval().set_inference_mode("population")
+    return layer
+
+
+@pytest.mark.parametrize("combine", ["same", "separate"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("mixtures_per_expert", [1, 3])
+def test_population_with_a_real_groups_own_averages_equals_the_group(combine, gated, mixtures_per_expert):
+    layer = random_layer(
+        combine=combine, gated=gated, mixtures_per_expert=mixtures_per_expert, temperature=0.7, activation="gelu"
+    )
+    group_GD = random_tokens(4)
+    in_group_GD = layer.train()(group_GD[:, None])[:, 0]
+    for member in range(4):
+        others = [other for other in range(4) if other != member]
+        with_neighbours(layer, group_GD[others])
+        for top_k in (None, 8 * mixtures_per_expert):
+            layer.set_inference_mode("population", top_k=top_k)
+            assert_close(layer(group_GD[None, [member]])[0, 0], in_group_GD[member], rtol=0, atol=1e-10)
+
+
+def test_a_population_of_zeros_is_the_token_alone():
+    layer, x_BLD = random_layer(population=True, alone_top_k=3).eval(), random_tokens(2, 5)
+    alone_BLD = layer(x_BLD)
+    layer.set_inference_mode("population", top_k=3)
+    assert_close(layer(x_BLD), alone_BLD)
+
+
+def test_population_by_hand():
+    # Neighbour (0, 1): masses (1, 2), mean (0, 1), outputs (0, 1) and (0, 2). The token (1, 0) has weights (2/3, 1/3).
+    # Mixtures (2/3, 1/3) and (1/3, 2/3), as in the group of these two; outputs (2/3, 1/3) and (2/3, 4/3).
+    layer = with_neighbours(doubling_layer(), torch.tensor([[0.0, 1.0]]))
+    x_BLD = torch.tensor([[[1.0, 0.0]]])
+    assert_close(layer(x_BLD), torch.tensor([[[2 / 3, 2 / 3]]]))
+    layer.set_inference_mode("population", top_k=1)  # expert 1 gives the constant (0, 2), a third of it
+    assert_close(layer(x_BLD), torch.tensor([[[4 / 9, 2 / 9 + 2 / 3]]]))
+
+
+def test_population_depends_on_nothing_but_the_token():
+    layer, x_BLD = with_neighbours(random_layer(), random_tokens(3)), random_tokens(3, 5)
+    for top_k in (None, 3):
+        layer.set_inference_mode("population", top_k=top_k)
+        one_by_one = torch.stack([torch.cat([layer(x_D[None, None])[0] for x_D in x_LD]) for x_LD in x_BLD])
+        assert_close(layer(x_BLD), one_by_one, rtol=0, atol=1e-12)
+
+
+def test_averages_are_plain_means_until_the_rate_takes_over():
+    population = Population(1, 1, group_size=3)
+    experts = Experts(1, intermediate_size=1, num_experts=1)
+    for value in (1.0, 2.0, 6.0):
+        seen = Observation(torch.tensor([value]), torch.tensor([-value]), torch.tensor([[value]]))
+        population.update(seen, experts)
+    assert_close(population.log_mass, torch.tensor([3.0]))
+    assert_close(population.combine_log_mass, torch.tensor([-3.0]))
+    population.update(seen._replace(mean_SD=torch.tensor([[5.0]])), experts, rate=0.5)
+    assert_close(population.mean, torch.tensor([[4.0]]))
+    assert_close(population.output, experts.batched(torch.tensor([[[4.0]]]))[0])
+    population.reset()
+    assert_close(population.log_mass, torch.tensor([LN2]))
+    assert (population.mean, population.output, population.updates) == (0, 0, 0)

@@ -67,6 +67,9 @@ def test_every_setting_of_an_arm_reaches_the_model():
         combine="separate",
         inference_mode="group",
         alone_top_k=5,
+        zero_fill=0.25,
+        alone_fraction=0.05,
+        population_rate=0.02,
     )
     config = build(arm)
     renamed = {"top_k": "num_experts_per_tok", "score_function": "scoring_func", "normalize_top_k": "norm_topk_prob"}

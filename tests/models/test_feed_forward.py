@@ -58,10 +58,12 @@ def test_mixture_of_tokens_gets_its_settings(tiny_config):
         combine="separate",
         inference_mode="group",
         alone_top_k=3,
+        zero_fill=0.25,
     )
     layer = build_feed_forward(config, 1)
     assert (layer.group_size, layer.mixtures_per_expert, layer.group_over) == (8, 2, "sequence")
     assert (layer.temperature, layer.inference_mode, layer.alone_top_k) == (0.5, "group", 3)
+    assert layer.zero_fill == 0.25
     assert layer.combine_gate.weight.shape == (8, 16)
 
 

@@ -14,6 +14,9 @@ from mixtura.training import trainer as trainer_module
 ARMS = {
     "dense": {},
     "mixture_of_tokens": {},
+    "mixture_of_tokens with empty groups": {
+        **{"zero_fill": 0.25, "alone_fraction": 0.3, "population": True, "population_rate": 0.1}
+    },
     "token_choice": {"num_experts_per_tok": 2, "router_z_loss_coef": 0.1},
     "token_choice with expert bias and global balance": {"balance_over": "global", "expert_bias_update_rate": 0.01},
     "expert_choice": {},
@@ -247,6 +250,26 @@ def test_a_seed_decides_the_order_of_the_data_alone(run, make, tmp_path):
     run(make(), out="c", seed=1)
     assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
     assert numbers(tmp_path / "a")[0]["loss"] != numbers(tmp_path / "c")[0]["loss"]
+
+
+def test_the_last_share_of_the_steps_runs_alone(run, make):
+    model, shares = make("mixture_of_tokens with empty groups"), []
+
+    class Recorder(SilentProgress):
+        def advance(self, step, *, loss, tokens_per_second):
+            shares.append(model.mixture_of_tokens_layers()[0].zero_fill)
+
+    run(model, reporter=Recorder())
+    assert shares == [0.25] * 4 + [1.0] * 2  # 0.3 of 6 steps, rounded
+    assert model.config.zero_fill == 0.25
+
+
+def test_every_step_moves_a_populations_averages_once(run, make):
+    model = make("mixture_of_tokens with empty groups")
+    run(model, gradient_accumulation_steps=2)
+    population = model.mixture_of_tokens_layers()[0].population
+    assert population.updates == 4  # the last two steps have no groups to observe
+    assert (population.mean != 0).any()
 
 
 def test_the_reporter_sees_every_step_and_the_end(run, make):

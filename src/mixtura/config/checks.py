@@ -164,11 +164,24 @@ def check_feed_forward(
     _check_choice(where, arm)
     if arm.family in ("mixture_of_tokens", "expert_choice"):
         _check_groups(where, arm, batch_sizes, sequence_length)
+    if arm.family == "mixture_of_tokens":
+        _check_mixture_of_tokens(where, arm)
+
+
+def _check_mixture_of_tokens(where: str, arm: ArmConfig) -> None:
     mixtures = arm.num_experts * arm.mixtures_per_expert
-    if arm.family == "mixture_of_tokens" and arm.alone_top_k is not None and arm.alone_top_k > mixtures:
+    if arm.alone_top_k is not None and arm.alone_top_k > mixtures:
         raise UserError(
             f"'{where}.alone_top_k' is {arm.alone_top_k} but there are only {mixtures} mixtures, "
             f'{arm.mixtures_per_expert} for each of {arm.num_experts} experts: lower it, or set it to "none" for all.'
+        )
+    for key in ("zero_fill", "alone_fraction", "population_rate"):
+        if not 0 <= getattr(arm, key) <= 1:
+            raise UserError(f"'{where}.{key}' is {getattr(arm, key)}: it is a share and must lie between 0 and 1.")
+    if arm.inference_mode == "population" and arm.population_rate == 0:
+        raise UserError(
+            f"'{where}.inference_mode' is 'population' but '{where}.population_rate' is 0, so no averages are kept: "
+            "set it to 0.01, say."
         )
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 Family = Literal["dense", "token_choice", "expert_choice", "soft", "mixture_of_tokens"]
 Activation = Literal["relu", "gelu", "silu"]
-InferenceMode = Literal["group", "alone"]
+InferenceMode = Literal["group", "alone", "population"]
 Placement = Literal["all", "later_half"]
 
 
@@ -106,7 +106,13 @@ class ArmConfig:
     inference_mode: InferenceMode = "alone"
     """How mixture-of-tokens layers run when deployed."""
     alone_top_k: int | None = 2
-    """Experts that `alone` inference runs for a token; None runs all."""
+    """Mixtures that `alone` and `population` inference run for a token; None runs all."""
+    zero_fill: float = 0.0
+    """Mixture of tokens: share of the groups whose tokens run in training as `alone` runs them."""
+    alone_fraction: float = 0.0
+    """Mixture of tokens: share of the steps, the last ones, in which all groups do so."""
+    population_rate: float = 0.0
+    """Mixture of tokens: weight of a step in the moving averages that `population` inference uses; 0 keeps none."""
 
 
 @dataclass(frozen=True, kw_only=True)

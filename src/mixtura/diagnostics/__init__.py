@@ -1,4 +1,4 @@
-"""What a model does while it runs: expert choices and what they tell, leaks, load, memory and stability."""
+"""What a model does while it runs: expert choices and what they tell, leaks, load, peakedness, memory, stability."""
 
 from mixtura.diagnostics.choices import Choices as Choices
 from mixtura.diagnostics.choices import RoutedLayer as RoutedLayer
@@ -13,6 +13,8 @@ from mixtura.diagnostics.load import load_shares as load_shares
 from mixtura.diagnostics.load import summarize_load as summarize_load
 from mixtura.diagnostics.memory import live_bytes as live_bytes
 from mixtura.diagnostics.memory import measure_peak_memory as measure_peak_memory
+from mixtura.diagnostics.peakedness import Peakedness as Peakedness
+from mixtura.diagnostics.peakedness import measure_peakedness as measure_peakedness
 from mixtura.diagnostics.specialization import measure_specialization as measure_specialization
 from mixtura.diagnostics.stability import SeriesSummary as SeriesSummary
 from mixtura.diagnostics.stability import count_spikes as count_spikes

@@ -7,4 +7,6 @@ from mixtura.kernels.dense import batched_ffn as batched_ffn
 from mixtura.kernels.dense import mix as mix
 from mixtura.kernels.dense import scaled_ffn as scaled_ffn
 from mixtura.kernels.dense import spread as spread
+from mixtura.kernels.few import are_few as are_few
+from mixtura.kernels.few import few_ffn as few_ffn
 from mixtura.kernels.sparse import sparse_ffn as sparse_ffn

@@ -44,16 +44,29 @@ class _BatchedFFN(torch.autograd.Function):
 
 
 def scaled_ffn(
-    x_TD: Tensor, scale_TE: Tensor, up_EHD: Tensor, down_EDF: Tensor, weight_TE: Tensor, activation: str, gated: bool
+    x_TD: Tensor,
+    scale_TE: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    weight_TE: Tensor,
+    activation: str,
+    gated: bool,
+    mean_ED: Tensor | None = None,
 ) -> Tensor:
-    """(T, D) -> (T, D): out = sum_e weight_e * f_e(scale_e * x), every expert on every token.
+    """(T, D) -> (T, D): every expert on every token, sum_e weight_e * f_e(scale_e * x + (1 - scale_e) * mean_e).
 
-    The projections are linear, so f_e(s x) needs no scaled copy of x: one product with all experts' rows stacked, a
-    scale in between, and one product back.
+    The first projection is linear, so no scaled copy of x is needed: one product with all experts' rows stacked, a
+    scale in between, and one product back, for which the weights are laid out anew; with few tokens that copy would
+    cost more than adding up the experts' outputs. No mean is a mean of zero.
     """
     num_experts, width, hidden = up_EHD.shape
-    u_TEH = (x_TD @ up_EHD.reshape(num_experts * width, hidden).T).unflatten(-1, (num_experts, width))
-    h_TEF = activate(u_TEH * scale_TE.unsqueeze(-1), activation, gated) * weight_TE.unsqueeze(-1)
+    scale_TE1 = scale_TE.unsqueeze(-1)
+    u_TEH = (x_TD @ up_EHD.reshape(num_experts * width, hidden).T).unflatten(-1, (num_experts, width)) * scale_TE1
+    if mean_ED is not None:
+        u_TEH = u_TEH + (1 - scale_TE1) * torch.bmm(up_EHD, mean_ED.unsqueeze(-1)).squeeze(-1)
+    h_TEF = activate(u_TEH, activation, gated) * weight_TE.unsqueeze(-1)
+    if len(x_TD) < hidden:
+        return torch.bmm(h_TEF.transpose(0, 1), down_EDF.transpose(1, 2)).sum(0)
     return h_TEF.flatten(1) @ down_EDF.transpose(1, 2).reshape(-1, hidden)
 
 

@@ -50,12 +50,23 @@ def batched_ffn(x_ERD: Tensor, up_EHD: Tensor, down_EDF: Tensor, activation: str
 
 
 def scaled_ffn(
-    x_TD: Tensor, scale_TE: Tensor, up_EHD: Tensor, down_EDF: Tensor, weight_TE: Tensor, activation: str, gated: bool
+    x_TD: Tensor,
+    scale_TE: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    weight_TE: Tensor,
+    activation: str,
+    gated: bool,
+    mean_ED: Tensor | None = None,
 ) -> Tensor:
-    """(T, D) -> (T, D): out = sum_e weight_e * f_e(scale_e * x), every expert on every token."""
+    """(T, D) -> (T, D): every expert on every token, sum_e weight_e * f_e(scale_e * x + (1 - scale_e) * mean_e)."""
     out_TD = torch.zeros_like(x_TD)
     for expert, (up_HD, down_DF) in enumerate(zip(up_EHD, down_EDF, strict=True)):
-        y_TD = expert_ffn(scale_TE[:, expert, None] * x_TD, up_HD, down_DF, activation, gated)
+        scale_T1 = scale_TE[:, expert, None]
+        z_TD = scale_T1 * x_TD
+        if mean_ED is not None:
+            z_TD = z_TD + (1 - scale_T1) * mean_ED[expert]
+        y_TD = expert_ffn(z_TD, up_HD, down_DF, activation, gated)
         out_TD = out_TD + weight_TE[:, expert, None] * y_TD
     return out_TD
 
@@ -71,3 +82,28 @@ def spread(y_ERD: Tensor, combine_NGEC: Tensor) -> Tensor:
     num_groups, num_slots = combine_NGEC.size(0), combine_NGEC.size(3)
     y_ENCD = y_ERD.unflatten(1, (num_groups, num_slots))
     return torch.einsum("ngec,encd->ngd", combine_NGEC, y_ENCD)
+
+
+def few_ffn(
+    x_TKD: Tensor,
+    expert_TK: Tensor,
+    scale_TK: Tensor | None,
+    weight_TK: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """(T, K, D) -> (T, D): out[t] = sum over the choices k of weight[t, k] * expert[t, k](scale[t, k] * x[t, k])."""
+    tokens, choices = expert_TK.shape
+    out_TD = []
+    for t in range(tokens):
+        y_D = torch.zeros_like(x_TKD[t, 0])
+        for k in range(choices):
+            x_D = x_TKD[t, k] if x_TKD.size(1) > 1 else x_TKD[t, 0]
+            x_D = x_D if scale_TK is None else scale_TK[t, k] * x_D
+            expert = int(expert_TK[t, k])
+            f_D = expert_ffn(x_D[None], up_EHD[expert], down_EDF[expert], activation, gated)[0]
+            y_D = y_D + weight_TK[t, k] * f_D
+        out_TD.append(y_D)
+    return torch.stack(out_TD)

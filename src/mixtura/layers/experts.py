@@ -57,10 +57,10 @@ class Experts(nn.Module):
         """(E, R, D) -> (E, R, D): expert e on its own R rows."""
         return kernels.batched_ffn(x_ERD, *self.weights, self.activation, self.gated)
 
-    def all_on_each(self, x_TD: Tensor, scale_TE: Tensor, weight_TE: Tensor) -> Tensor:
-        """(T, D) -> (T, D): sum over all experts of weight_e * f_e(scale_e * x)."""
+    def all_on_each(self, x_TD: Tensor, scale_TE: Tensor, weight_TE: Tensor, mean_ED: Tensor | None = None) -> Tensor:
+        """(T, D) -> (T, D): sum over all experts of weight_e * f_e(scale_e * x + (1 - scale_e) * mean_e)."""
         up_EHD, down_EDF = self.weights
-        return kernels.scaled_ffn(x_TD, scale_TE, up_EHD, down_EDF, weight_TE, self.activation, self.gated)
+        return kernels.scaled_ffn(x_TD, scale_TE, up_EHD, down_EDF, weight_TE, self.activation, self.gated, mean_ED)
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""

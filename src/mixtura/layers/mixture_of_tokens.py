@@ -8,7 +8,6 @@ Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, C mixtures an ex
 N groups, G tokens of a group.
 """
 
-import math
 import warnings
 from typing import Literal
 
@@ -18,17 +17,17 @@ from torch import Tensor, nn
 from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.losses import router_z_loss
+from mixtura.layers.population import Neighbours, Observation, Population, observe, zero_neighbours
 from mixtura.layers.routing import (
     ChoiceTap,
     DenseRouting,
     RoutingStats,
-    SparseRouting,
+    chosen_experts,
     dense_experts,
     from_groups,
     normalized_entropy,
-    order_by_expert,
+    pool_stats,
     router_logits,
-    sparse_experts,
     to_groups,
 )
 
@@ -49,8 +48,10 @@ class MixtureOfTokens(FeedForward):
         combine: Literal["same", "separate"] = "same",
         activation: str = "relu",
         gated: bool = False,
-        inference_mode: Literal["group", "alone"] = "alone",
+        inference_mode: Literal["group", "alone", "population"] = "alone",
         alone_top_k: int | None = None,
+        zero_fill: float = 0.0,
+        population: bool = False,
     ) -> None:
         """Builds the layer.
 
@@ -65,9 +66,13 @@ class MixtureOfTokens(FeedForward):
             combine: spread outputs with the dispatch weights, as in the paper, or with those of a second router.
             activation: "relu", "gelu" or "silu".
             gated: gated experts.
-            inference_mode: how eval() runs: "group" as trained, or "alone", each token as if the rest of its group were
-                zero, which depends on nothing but the token. train() always uses groups.
-            alone_top_k: mixtures that `alone` runs for a token, those of the largest weights; None runs all.
+            inference_mode: how eval() runs: "group" as trained, "alone", each token as if the rest of its group were
+                zero, or "population", as if the rest were what it is on average. The last two depend on nothing but the
+                token. train() uses groups, but for `zero_fill`.
+            alone_top_k: mixtures that these two run for a token, those of the largest weights; None runs all.
+            zero_fill: share of the groups, drawn anew in every training step, whose tokens each get an otherwise empty
+                group, so that they run in training as `alone` runs them. 1 trains in that mode only.
+            population: keep a population's averages, saved with the layer; see `observing`.
 
         Raises:
             ValueError: a setting makes no sense; the message names the fix.
@@ -87,7 +92,14 @@ class MixtureOfTokens(FeedForward):
                 raise ValueError(f"{name} is {value!r}: it must be {' or '.join(known)}.")
         self.num_experts, self.group_size, self.mixtures_per_expert = num_experts, group_size, mixtures_per_expert
         self.group_over, self.temperature = group_over, temperature
+        self.population: Population | None = None
+        if population:
+            self.population = Population(num_experts * mixtures_per_expert, hidden_size, group_size=group_size)
+        self.observing = False
+        """Whether passes in groups leave what they saw in `observed`, the latest in place of any before."""
+        self.observed: Observation | None = None
         self.set_inference_mode(inference_mode, top_k=alone_top_k)
+        self.set_zero_fill(zero_fill)
         self.gate = nn.Linear(hidden_size, num_experts * mixtures_per_expert, bias=False)
         self.combine_gate = None
         if combine == "separate":
@@ -101,10 +113,20 @@ class MixtureOfTokens(FeedForward):
             gated=gated,
         )
 
-    def set_inference_mode(self, mode: Literal["group", "alone"], *, top_k: int | None = None) -> None:
-        """Sets how eval() runs; `top_k` limits the mixtures that `alone` runs for a token."""
-        if mode not in ("group", "alone"):
-            raise ValueError(f"inference_mode is {mode!r}: it must be group or alone.")
+    def keep_population(self) -> Population:
+        """The averages that the layer keeps, from now on if it kept none, then at first those of zeros."""
+        if self.population is None:
+            self.population = Population(*self.gate.weight.shape, group_size=self.group_size).to(self.gate.weight)
+        return self.population
+
+    def set_inference_mode(self, mode: Literal["group", "alone", "population"], *, top_k: int | None = None) -> None:
+        """Sets how eval() runs; `top_k` limits the mixtures that run for a token without a group."""
+        if mode not in ("group", "alone", "population"):
+            raise ValueError(f"inference_mode is {mode!r}: it must be group, alone or population.")
+        if mode == "population" and self.population is None:
+            raise ValueError(
+                "inference_mode is 'population' but the layer keeps no population's averages: calibrate it."
+            )
         if top_k is not None and not 1 <= top_k <= self.num_experts * self.mixtures_per_expert:
             raise ValueError(
                 f"alone_top_k is {top_k}: it must lie between 1 and {self.num_experts * self.mixtures_per_expert}, "
@@ -112,43 +134,86 @@ class MixtureOfTokens(FeedForward):
             )
         self.inference_mode, self.alone_top_k = mode, top_k
 
+    def set_zero_fill(self, share: float) -> None:
+        """Sets the share of the groups that training leaves otherwise empty."""
+        if not 0 <= share <= 1:
+            raise ValueError(f"zero_fill is {share}: it is a share of the groups and must lie between 0 and 1.")
+        self.zero_fill = share
+
     def route_and_run(
         self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
-        """(B, L, D) -> (B, L, D) in groups or alone; padding counts as zeros, as if it were not there."""
-        if not self.training and self.inference_mode == "alone":
-            return self._run_alone(x_BLD, mask_BL, want_stats)
-        return self._run_groups(x_BLD, mask_BL, want_stats)
-
-    def _run_groups(
-        self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool
-    ) -> tuple[Tensor, RoutingStats | None]:
+        """(B, L, D) -> (B, L, D) in groups or token by token; padding counts as zeros, as if it were not there."""
+        mode = ("alone" if self.zero_fill == 1 else "group") if self.training else self.inference_mode
+        if mode != "group":
+            rest = zero_neighbours(self.group_size) if mode == "alone" else self.keep_population().neighbours
+            real_T = mask_BL.flatten().bool() if mask_BL is not None and want_stats else None
+            y_TD, stats = self._run_apart(x_BLD.flatten(0, 1), real_T, want_stats, rest)
+            return y_TD.view(x_BLD.shape), stats
         batch, length, _ = x_BLD.shape
         self._warn_partial_group(batch if self.group_over == "batch" else length)
         if mask_BL is not None:
             x_BLD = x_BLD * mask_BL.unsqueeze(-1).to(x_BLD.dtype)
         x_NGD = to_groups(x_BLD, self.group_size, self.group_over)
-        logits_NGS, weight_NGS = self._group_weights(x_NGD, self.gate.weight)
+        real_NG = self._real_places(x_BLD, mask_BL) if want_stats else None
+        if self.training and self.zero_fill > 0:
+            y_NGD, stats = self._run_some_alone(x_NGD, real_NG, want_stats)
+        else:
+            y_NGD, stats = self._run_groups(x_NGD, real_NG, want_stats)
+        return from_groups(y_NGD, batch, length, self.group_over), stats
+
+    def _real_places(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor | None:
+        """(N, G), true where a group has a token that is neither padding nor filling; None when all are."""
+        batch, length, _ = x_BLD.shape
+        if mask_BL is None and (batch if self.group_over == "batch" else length) % self.group_size == 0:
+            return None
+        real_BL = x_BLD.new_ones(batch, length) if mask_BL is None else mask_BL.to(x_BLD.dtype)
+        return to_groups(real_BL.unsqueeze(-1), self.group_size, self.group_over).squeeze(-1).bool()
+
+    def _run_some_alone(
+        self, x_NGD: Tensor, real_NG: Tensor | None, want_stats: bool
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """A random share of the groups is left otherwise empty for each of its tokens; the others run as they are.
+
+        Whole groups leave: a member that left by itself would change what its neighbours see, and a group that is empty
+        but for one member costs as many expert rows as a full one. The number of groups is fixed up to rounding; the
+        draws come from torch's generators alone, whose states checkpoints keep.
+        """
+        groups = len(x_NGD)
+        count = min(groups, int(self.zero_fill * groups + torch.rand(()).item()))
+        order_N = torch.randperm(groups, device=x_NGD.device)
+        parts, stats = [], []
+        for index_N, run in ((order_N[:count], self._run_groups_alone), (order_N[count:], self._run_groups)):
+            if len(index_N):
+                real_nG = None if real_NG is None else real_NG[index_N]
+                y_nGD, part = run(x_NGD[index_N], real_nG, want_stats)
+                parts.append(y_nGD)
+                stats += [] if part is None else [part]
+        y_NGD = torch.cat(parts)[order_N.argsort()]
+        return y_NGD, pool_stats(stats) if want_stats else None
+
+    def _run_groups_alone(
+        self, x_NGD: Tensor, real_NG: Tensor | None, want_stats: bool
+    ) -> tuple[Tensor, RoutingStats | None]:
+        real_T, rest = None if real_NG is None else real_NG.flatten(), zero_neighbours(self.group_size)
+        y_TD, stats = self._run_apart(x_NGD.flatten(0, 1), real_T, want_stats, rest)
+        return y_TD.view(x_NGD.shape), stats
+
+    def _run_groups(
+        self, x_NGD: Tensor, real_NG: Tensor | None, want_stats: bool
+    ) -> tuple[Tensor, RoutingStats | None]:
+        logits_NGS = combine_logits_NGS = self._logits(x_NGD, self.gate.weight)
+        weight_NGS = logits_NGS.softmax(1)
         shape = (self.num_experts, self.mixtures_per_expert)
         dispatch_NGEC = weight_NGS.to(x_NGD.dtype).unflatten(-1, shape)
         combine_NGEC = dispatch_NGEC
         if self.combine_gate is not None:
-            combine_NGS = self._group_weights(x_NGD, self.combine_gate.weight)[1]
-            combine_NGEC = combine_NGS.to(x_NGD.dtype).unflatten(-1, shape)
+            combine_logits_NGS = self._logits(x_NGD, self.combine_gate.weight)
+            combine_NGEC = combine_logits_NGS.softmax(1).to(x_NGD.dtype).unflatten(-1, shape)
         y_NGD = dense_experts(self.experts, x_NGD, DenseRouting(dispatch_NGEC, combine_NGEC))
-        stats = None
-        if want_stats:
-            real_NG = None
-            if mask_BL is not None or y_NGD[..., 0].numel() != batch * length:
-                real_BL = x_BLD.new_ones(batch, length) if mask_BL is None else mask_BL.to(x_BLD.dtype)
-                real_NG = to_groups(real_BL.unsqueeze(-1), self.group_size, self.group_over).squeeze(-1).bool()
-            stats = self._stats(logits_NGS, weight_NGS, real_NG)
-        return from_groups(y_NGD, batch, length, self.group_over), stats
-
-    def _group_weights(self, x_NGD: Tensor, weight_SD: Tensor) -> tuple[Tensor, Tensor]:
-        """Router logits (N, G, S) and their softmax over the tokens of the group."""
-        logits_NGS = router_logits(x_NGD, weight_SD) / self.temperature
-        return logits_NGS, logits_NGS.softmax(1)
+        if self.observing:
+            self.observed = observe(x_NGD, logits_NGS, combine_logits_NGS)
+        return y_NGD, self._stats(logits_NGS, weight_NGS, real_NG) if want_stats else None
 
     def _warn_partial_group(self, tokens: int) -> None:
         if tokens % self.group_size:
@@ -159,54 +224,83 @@ class MixtureOfTokens(FeedForward):
                 stacklevel=5,
             )
 
-    def _run_alone(self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool) -> tuple[Tensor, RoutingStats | None]:
-        """Each token in a group whose other members are zero, exactly: sum over mixtures of m * f_e(m * x).
+    def _run_apart(
+        self, x_TD: Tensor, real_T: Tensor | None, want_stats: bool, rest: Neighbours
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """Each token in a group whose other members are summed up in `rest`: sum over mixtures of m * f_e(z).
 
-        A zero token has logit 0, so the softmax of a group with logit l and G - 1 zeros is sigmoid(l - ln(G - 1)); the
-        zeros add nothing to the mixture, and what is spread back to them is not looked at.
+        The softmax of a group with logit l and others of mass Z is m = sigmoid(l - log Z), and z = m x + (1 - m) x_bar.
+        What is spread back to the others is not looked at.
         """
-        x_TD = x_BLD.flatten(0, 1)
-        logits_TS, scale_TS = self._alone_weights(x_TD, self.gate.weight)
-        weight_TS = scale_TS
-        if self.combine_gate is not None:
-            weight_TS = self._alone_weights(x_TD, self.combine_gate.weight)[1]
+        logits_TS, scale_TS, weight_TS = self._weights_apart(x_TD, rest)
+        ran_TS = None
         if self.alone_top_k is None:
-            y_TD, used_TS = self._alone_all(x_TD, scale_TS, weight_TS), scale_TS * weight_TS
-            self.choice_tap(used_TS)
+            y_TD = self._apart_all(x_TD, scale_TS, weight_TS, rest)
+            self.choice_tap(scale_TS * weight_TS)
         else:
-            y_TD, used_TS = self._alone_top_k(x_TD, scale_TS, weight_TS, self.alone_top_k)
+            gate_TS = scale_TS if weight_TS is scale_TS else scale_TS * weight_TS  # a square sorts as its root does
+            gate_TK, chosen_TK = gate_TS.topk(self.alone_top_k, dim=-1)
+            same = weight_TS is scale_TS
+            scale_TK = gate_TK if same else scale_TS.gather(1, chosen_TK)
+            weight_TK = gate_TK if same else weight_TS.gather(1, chosen_TK)
+            expert_TK = chosen_TK if self.mixtures_per_expert == 1 else chosen_TK // self.mixtures_per_expert
+            self.choice_tap(scale_TK * weight_TK, expert_TK)
+            y_TD = self._apart_chosen(x_TD, scale_TK, weight_TK, rest, chosen_TK, expert_TK)
+            if want_stats:
+                ran_TS = torch.zeros_like(scale_TS).scatter(1, chosen_TK, 1.0)
+            if rest.output_SD is not None:
+                # A small weight leaves z close to x_bar, and f_e(x_bar) needs no token to be computed.
+                rest_TS = weight_TS.scatter(1, chosen_TK, 0.0).to(y_TD.dtype)
+                y_TD = y_TD + rest_TS @ rest.output_SD.to(y_TD.dtype)
         stats = None
         if want_stats:
-            real_T = slice(None) if mask_BL is None else mask_BL.flatten().bool()
-            stats = self._alone_stats(logits_TS[real_T], used_TS[real_T])
-        return y_TD.view(x_BLD.shape), stats
+            index = slice(None) if real_T is None else real_T
+            used_TS = scale_TS * weight_TS if ran_TS is None else ran_TS
+            stats = self._apart_stats(logits_TS[index], used_TS[index])
+        return y_TD, stats
 
-    def _alone_weights(self, x_TD: Tensor, weight_SD: Tensor) -> tuple[Tensor, Tensor]:
-        logits_TS = router_logits(x_TD, weight_SD) / self.temperature
-        return logits_TS, torch.sigmoid(logits_TS - math.log(self.group_size - 1)).to(x_TD.dtype)
+    def weights_alone(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (T, S) with which tokens (T, D) enter the mixtures, and get their outputs back, when run alone."""
+        return self._weights_apart(x_TD, zero_neighbours(self.group_size))[1:]
 
-    def _alone_all(self, x_TD: Tensor, scale_TS: Tensor, weight_TS: Tensor) -> Tensor:
+    def _weights_apart(self, x_TD: Tensor, rest: Neighbours) -> tuple[Tensor, Tensor, Tensor]:
+        logits_TS = self._logits(x_TD, self.gate.weight)
+        scale_TS = weight_TS = torch.sigmoid(logits_TS - rest.log_mass_S).to(x_TD.dtype)
+        if self.combine_gate is not None:
+            combine_logits_TS = self._logits(x_TD, self.combine_gate.weight)
+            weight_TS = torch.sigmoid(combine_logits_TS - rest.combine_log_mass_S).to(x_TD.dtype)
+        return logits_TS, scale_TS, weight_TS
+
+    def _logits(self, x: Tensor, weight_SD: Tensor) -> Tensor:
+        logits = router_logits(x, weight_SD)
+        return logits if self.temperature == 1 else logits / self.temperature
+
+    def _apart_all(self, x_TD: Tensor, scale_TS: Tensor, weight_TS: Tensor, rest: Neighbours) -> Tensor:
         shape = (self.num_experts, self.mixtures_per_expert)
         scale_TEC, weight_TEC = scale_TS.unflatten(-1, shape), weight_TS.unflatten(-1, shape)
+        mean_ECD = None if rest.mean_SD is None else rest.mean_SD.to(x_TD.dtype).unflatten(0, shape)
         parts = [
-            self.experts.all_on_each(x_TD, scale_TEC[..., c], weight_TEC[..., c])
+            self.experts.all_on_each(
+                x_TD, scale_TEC[..., c], weight_TEC[..., c], None if mean_ECD is None else mean_ECD[:, c]
+            )
             for c in range(self.mixtures_per_expert)
         ]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
-    def _alone_top_k(self, x_TD: Tensor, scale_TS: Tensor, weight_TS: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """Runs only the `top_k` mixtures of the largest weights; also the mask (T, S) of those that ran."""
-        strength_TK, chosen_TK = (scale_TS * weight_TS).topk(top_k, dim=-1)
-        self.choice_tap(strength_TK, chosen_TK // self.mixtures_per_expert)
-        used_TS = torch.zeros_like(scale_TS).scatter(1, chosen_TK, 1.0)
-        order_R, rows_E = order_by_expert(chosen_TK // self.mixtures_per_expert, self.num_experts)
-        token_R = order_R // top_k
-        # The experts see scaled tokens, so every row is a token of its own until it is added back.
-        rows_RD = x_TD[token_R] * scale_TS.gather(1, chosen_TK).flatten()[order_R].unsqueeze(-1)
-        own_R = torch.arange(len(rows_RD), device=x_TD.device)
-        weight_R = weight_TS.gather(1, chosen_TK).flatten()[order_R]
-        y_RD = sparse_experts(self.experts, rows_RD, SparseRouting(own_R, weight_R, rows_E))
-        return torch.zeros_like(x_TD, dtype=y_RD.dtype).index_add(0, token_R, y_RD), used_TS
+    def _apart_chosen(
+        self,
+        x_TD: Tensor,
+        scale_TK: Tensor,
+        weight_TK: Tensor,
+        rest: Neighbours,
+        chosen_TK: Tensor,
+        expert_TK: Tensor,
+    ) -> Tensor:
+        x_T1D = x_TD.unsqueeze(1)
+        if rest.mean_SD is None:
+            return chosen_experts(self.experts, x_T1D, expert_TK, weight_TK, scale_TK)
+        z_TKD = torch.lerp(rest.mean_SD.to(x_TD.dtype)[chosen_TK], x_T1D, scale_TK.unsqueeze(-1))
+        return chosen_experts(self.experts, z_TKD, expert_TK, weight_TK)
 
     def _stats(self, logits_NGS: Tensor, weight_NGS: Tensor, real_NG: Tensor | None) -> RoutingStats:
         """Statistics of a batch in groups: every expert gets the same load, up to what went to padding."""
@@ -224,8 +318,8 @@ class MixtureOfTokens(FeedForward):
             entropy=normalized_entropy(weight_NGS, dim=1),
         )
 
-    def _alone_stats(self, logits_TS: Tensor, used_TS: Tensor) -> RoutingStats:
-        """Statistics of deployed tokens: rows an expert ran with top_k, or the sum of its weights without."""
+    def _apart_stats(self, logits_TS: Tensor, used_TS: Tensor) -> RoutingStats:
+        """Statistics of tokens without a group: rows an expert ran with top_k, or the sum of its weights without."""
         used_TE = used_TS.detach().float().unflatten(-1, (self.num_experts, -1)).sum(-1)
         load_E = used_TE.sum(0)
         tokens = load_E.new_tensor(float(len(logits_TS)))

@@ -7,6 +7,7 @@ Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, K top_k, R route
 C mixtures (slots) an expert has in a group.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,27 @@ class RoutingStats(NamedTuple):
     """Entropy of the router's weights as a share of its maximum: 1 is undecided, 0 is one-hot."""
 
 
+def pool_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
+    """The statistics of several sets of tokens as those of one: counts add up, means are weighted by the rows."""
+    rows_P = torch.stack([part.routed_rows for part in parts])
+    share_P = rows_P / rows_P.sum()
+
+    def mean(values: list[Tensor]) -> Tensor:
+        value_P = torch.stack(values)
+        weight_P = share_P.view(-1, *[1] * (value_P.dim() - 1))
+        # A set without a row has means that are no numbers.
+        return torch.where(weight_P > 0, weight_P * value_P, 0.0).sum(0)
+
+    return RoutingStats(
+        tokens_per_expert_E=torch.stack([part.tokens_per_expert_E for part in parts]).sum(0),
+        importance_E=mean([part.importance_E for part in parts]),
+        router_z_loss=mean([part.router_z_loss for part in parts]),
+        dropped_tokens=torch.stack([part.dropped_tokens for part in parts]).sum(0),
+        routed_rows=rows_P.sum(),
+        entropy=mean([part.entropy for part in parts]),
+    )
+
+
 class ChoiceTap(nn.Module):
     """Where forward hooks see which experts each token was given; by itself it does nothing.
 
@@ -63,6 +85,8 @@ class ChoiceTap(nn.Module):
 def router_logits(x: Tensor, weight_ED: Tensor) -> Tensor:
     """(..., D) -> (..., E) in float32 or wider, whatever autocast says: in bfloat16 near-ties change the choice."""
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if not torch.is_autocast_enabled(x.device.type):  # entering a context costs as much as the product of one token
+        return torch.nn.functional.linear(x.to(dtype), weight_ED.to(dtype))
     with torch.autocast(x.device.type, enabled=False):
         return torch.nn.functional.linear(x.to(dtype), weight_ED.to(dtype))
 
@@ -76,6 +100,28 @@ def dense_experts(experts: Experts, x_NGD: Tensor, routing: DenseRouting) -> Ten
     """(N, G, D) -> (N, G, D): mix, experts on the mixtures, spread."""
     z_ERD = kernels.mix(x_NGD, routing.dispatch_NGEC)
     return kernels.spread(experts.batched(z_ERD), routing.combine_NGEC)
+
+
+def chosen_experts(
+    experts: Experts, x_TKD: Tensor, expert_TK: Tensor, weight_TK: Tensor, scale_TK: Tensor | None = None
+) -> Tensor:
+    """(T, K, D) -> (T, D): sum over a token's K choices of weight * f_expert(scale * its input for that choice).
+
+    K of the input may be 1, where all choices of a token have the same; no scale is a scale of 1.
+    """
+    if kernels.are_few(expert_TK):
+        weights, settings = experts.weights, (experts.activation, experts.gated)
+        return kernels.few_ffn(x_TKD, expert_TK, scale_TK, weight_TK, *weights, *settings)
+    order_R, rows_E = order_by_expert(expert_TK, experts.num_experts)
+    choices = expert_TK.size(1)
+    # Every choice has an input of its own, so a row is a token by itself until it is added back.
+    own_R = torch.arange(len(order_R), device=x_TKD.device)
+    rows_RD = x_TKD.flatten(0, 1)[order_R if x_TKD.size(1) == choices else order_R // choices]
+    if scale_TK is not None:
+        rows_RD = rows_RD * scale_TK.flatten()[order_R].unsqueeze(-1)
+    y_RD = sparse_experts(experts, rows_RD, SparseRouting(own_R, weight_TK.flatten()[order_R], rows_E))
+    y_TD = torch.zeros_like(x_TKD[:, 0], dtype=y_RD.dtype)
+    return y_TD.index_add(0, order_R // choices, y_RD)
 
 
 def order_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

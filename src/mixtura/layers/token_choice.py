@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mixtura.kernels import are_few
 from mixtura.layers.dense import DenseFFN
 from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
@@ -20,6 +21,7 @@ from mixtura.layers.routing import (
     ChoiceTap,
     RoutingStats,
     SparseRouting,
+    chosen_experts,
     normalized_entropy,
     router_logits,
     sort_by_expert,
@@ -117,11 +119,15 @@ class TokenChoiceMoE(FeedForward):
             assert self.gate is not None, "FeedForward.forward asks for the experts of a layer without a router"
             logits_TE = router_logits(real_TD, self.gate.weight)
             choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
-        routing = sort_by_expert(choice_TK, weight_TK, self.num_experts)
         self.choice_tap(weight_TK, choice_TK)
-        kept = self._drop(routing, tokens=len(real_TD))
-        y_TD = sparse_experts(self.experts, real_TD, kept)
-        stats = self._stats(logits_TE, probs_TE, routing, kept) if want_stats else None
+        stats = None
+        if not apart and are_few(choice_TK):
+            y_TD = chosen_experts(self.experts, real_TD.unsqueeze(1), choice_TK, weight_TK)
+        else:
+            routing = sort_by_expert(choice_TK, weight_TK, self.num_experts)
+            kept = self._drop(routing, tokens=len(real_TD))
+            y_TD = sparse_experts(self.experts, real_TD, kept)
+            stats = self._stats(logits_TE, probs_TE, routing, kept) if want_stats else None
         if real_T is not None:
             y_TD = torch.zeros_like(x_TD, dtype=y_TD.dtype).masked_scatter(real_T.unsqueeze(-1), y_TD)
         if self.shared_expert is not None:

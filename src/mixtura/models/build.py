@@ -60,6 +60,10 @@ def build_model_config(
         combine=arm.combine,
         inference_mode=arm.inference_mode,
         alone_top_k=arm.alone_top_k,
+        zero_fill=arm.zero_fill,
+        alone_fraction=arm.alone_fraction,
+        population=arm.population_rate > 0,
+        population_rate=arm.population_rate,
     )
 
 

@@ -65,6 +65,10 @@ class MixtureConfig(PreTrainedConfig):
     combine: str = "same"
     inference_mode: str = "alone"
     alone_top_k: int | None = 2
+    zero_fill: float | int = 0.0
+    alone_fraction: float | int = 0.0
+    population: bool = False
+    population_rate: float | int = 0.0
     layer_mix: bool = False
 
     def __post_init__(self, **kwargs):

@@ -73,6 +73,8 @@ def _mixture_of_tokens(config: MixtureConfig) -> FeedForward:
         combine=config.combine,  # pyright: ignore[reportArgumentType]
         inference_mode=config.inference_mode,  # pyright: ignore[reportArgumentType]
         alone_top_k=config.alone_top_k,
+        zero_fill=config.zero_fill,
+        population=config.population,
     )
 
 

@@ -20,7 +20,16 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from mixtura.layers import Experts, FeedForward, LayerMix, MixtureOfTokens, RoutingStats, SoftMoE, TokenChoiceMoE
+from mixtura.layers import (
+    Experts,
+    FeedForward,
+    LayerMix,
+    MixtureOfTokens,
+    Population,
+    RoutingStats,
+    SoftMoE,
+    TokenChoiceMoE,
+)
 from mixtura.layers.losses import load_balancing_loss
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.models.feed_forward import build_feed_forward
@@ -116,6 +125,8 @@ class MixturePreTrainedModel(PreTrainedModel):
                 init.ones_(module.scale)
         elif isinstance(module, TokenChoiceMoE) and module.expert_bias is not None:
             init.zeros_(module.expert_bias)
+        elif isinstance(module, Population):
+            module.reset()
 
     def mixture_layers(self) -> list[FeedForward]:
         """The feed-forward layers that are no dense layers, from the first to the last."""
@@ -123,12 +134,30 @@ class MixturePreTrainedModel(PreTrainedModel):
         layers = [module.mlp for module in self.modules() if isinstance(module, MixtureDecoderLayer)]
         return [layer for layer, family in zip(layers, families, strict=True) if family != "dense"]
 
-    def set_inference_mode(self, mode: Literal["group", "alone"], *, top_k: int | None = None) -> None:
+    def mixture_of_tokens_layers(self) -> list[MixtureOfTokens]:
+        """Those of them that are mixtures of tokens."""
+        return [layer for layer in self.mixture_layers() if isinstance(layer, MixtureOfTokens)]
+
+    def set_inference_mode(self, mode: Literal["group", "alone", "population"], *, top_k: int | None = None) -> None:
         """Sets how mixture-of-tokens layers run in eval(), here and in the configuration that is saved."""
-        for layer in self.mixture_layers():
-            if isinstance(layer, MixtureOfTokens):
-                layer.set_inference_mode(mode, top_k=top_k)
+        for layer in self.mixture_of_tokens_layers():
+            layer.set_inference_mode(mode, top_k=top_k)
         self.config.inference_mode, self.config.alone_top_k = mode, top_k
+
+    def set_zero_fill(self, share: float) -> None:
+        """Sets the share of the groups that training leaves otherwise empty; the configuration keeps its own."""
+        for layer in self.mixture_of_tokens_layers():
+            layer.set_zero_fill(share)
+
+    def prepare_step(self, step: int, *, steps: int) -> None:
+        """Sets what depends on how far training is: in the last `alone_fraction` of it all groups are left empty.
+
+        Args:
+            step: optimizer steps taken.
+            steps: of the whole run.
+        """
+        last = round(self.config.alone_fraction * steps)
+        self.set_zero_fill(1.0 if step >= steps - last else self.config.zero_fill)
 
 
 class MixtureModel(MixturePreTrainedModel):

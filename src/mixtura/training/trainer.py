@@ -19,6 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from mixtura.config import TrainingConfig, UserError
 from mixtura.models import MixtureForCausalLM
+from mixtura.models.population import observe_population, update_population
 from mixtura.training import balance, checkpoints
 from mixtura.training.interrupts import StopRequest
 from mixtura.training.metrics import MetricsFile
@@ -82,6 +83,8 @@ class MixtureTrainer(Trainer):
     def begin(self) -> None:
         """Starts the clock, just before the first step."""
         self._first_step = self.state.global_step
+        if self._mixture is not None:
+            observe_population(self._mixture, self._mixture.config.population_rate > 0)
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -101,6 +104,8 @@ class MixtureTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         """The step's micro-batches on this rank, and the number of targets of the step on all ranks."""
+        if self._mixture is not None:
+            self._mixture.prepare_step(self.state.global_step, steps=self.run.config.steps)
         batches = [next(epoch_iterator) for _ in range(num_batches)]
         targets = torch.stack([self.run.task.count_targets(batch) for batch in batches]).sum()
         return batches, self._sum_over_ranks(targets.to(device))
@@ -139,6 +144,8 @@ class MixtureTrainer(Trainer):
             balance.update_expert_bias(
                 mixture.mixture_layers(), totals.tokens_per_expert_ME, rate=mixture.config.expert_bias_update_rate
             )
+        if mixture is not None and mixture.config.population_rate > 0:
+            update_population(mixture, rate=mixture.config.population_rate, average=self._mean_over_ranks)
         self._load_totals = balance.add_totals(self._load_totals, totals)
         self._load_steps += 1
         step, config = self.state.global_step, self.run.config
@@ -269,6 +276,9 @@ class MixtureTrainer(Trainer):
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, "sum") if self.args.world_size > 1 else value  # pyright: ignore
+
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        return self._sum_over_ranks(value) / self.args.world_size
 
     def _stop_requested(self) -> bool:
         """Whether any rank was asked to stop: all must leave the loop at the same step."""

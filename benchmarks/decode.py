@@ -1,0 +1,160 @@
+"""Times decoding token by token, with a cache, in every form in which a model can be served, against a dense model.
+
+All models have the same active width: a dense layer of 4 D, one expert of 4 D, or two of 2 D. Rounds alternate between
+the models and ratios are taken within a round, so that a slow spell of the machine hits all of them alike. The weights
+are random: what is chosen does not change the time. `layer` is one feed-forward layer on one token of each sequence,
+`model` the whole of `generate`, prompt and sampling included.
+
+Run `python benchmarks/decode.py --help`; the table is printed and stored under benchmarks/results/ with versions and
+hardware.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mixtura.comparison.folder import environment, now
+from mixtura.models import MixtureConfig, MixtureForCausalLM
+
+RESULTS = Path(__file__).parent / "results"
+PROMPT = 8
+
+
+def models(options: argparse.Namespace) -> dict[str, MixtureForCausalLM]:
+    """One model for each form; the modes of mixture of tokens share one set of sizes."""
+
+    def build(family: str, width: int, **settings: object) -> MixtureForCausalLM:
+        torch.manual_seed(0)
+        config = MixtureConfig(
+            vocab_size=2048,
+            hidden_size=options.hidden,
+            intermediate_size=4 * options.hidden,
+            moe_intermediate_size=width,
+            num_hidden_layers=options.layers,
+            num_attention_heads=options.hidden // 32,
+            mlp_layer_types=[family] * options.layers,
+            num_experts=options.experts,
+            group_size=options.experts,
+            **settings,  # pyright: ignore[reportArgumentType]
+        )
+        return MixtureForCausalLM(config).eval()
+
+    whole, half = 4 * options.hidden, 2 * options.hidden
+    population = {"inference_mode": "population", "population": True}
+    return {
+        "dense": build("dense", whole),
+        "token choice, top 1": build("token_choice", whole, num_experts_per_tok=1),
+        "token choice, top 2": build("token_choice", half, num_experts_per_tok=2),
+        "MoT alone, top 1": build("mixture_of_tokens", whole, alone_top_k=1),
+        "MoT alone, top 2": build("mixture_of_tokens", half, alone_top_k=2),
+        "MoT alone, all": build("mixture_of_tokens", half, alone_top_k=None),
+        "MoT population, top 2": build("mixture_of_tokens", half, alone_top_k=2, **population),
+    }
+
+
+def step(model: MixtureForCausalLM, batch: int) -> Callable[[], None]:
+    """One token of each sequence through the first feed-forward layer."""
+    layer, x_BLD = model.model.layers[0].mlp, torch.randn(batch, 1, model.config.hidden_size)
+
+    def run() -> None:
+        with torch.no_grad():
+            layer(x_BLD)
+
+    return run
+
+
+def decode(model: MixtureForCausalLM, batch: int, tokens: int) -> Callable[[], None]:
+    """`tokens` greedy tokens after a short prompt."""
+    ids_BL = torch.randint(model.config.vocab_size, (batch, PROMPT))
+    mask_BL = torch.ones_like(ids_BL)
+
+    def run() -> None:
+        model.generate(ids_BL, attention_mask=mask_BL, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+
+    return run
+
+
+def measure(runs: dict[str, Callable[[], None]], *, rounds: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds of every run in alternating rounds, the mean of `repeats` in each, after one round of warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for round_number in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                run()
+            if round_number:
+                seconds[name].append((time.perf_counter() - start) / repeats)
+    return seconds
+
+
+def ratio_to_dense(seconds: dict[str, list[float]], name: str) -> float:
+    """Median over rounds of how many times as fast as dense, 1 being equal."""
+    return statistics.median(d / s for d, s in zip(seconds["dense"], seconds[name], strict=True))
+
+
+def rows_of(options: argparse.Namespace, batch: int) -> list[dict[str, object]]:
+    """What was measured with one batch size, a row for each form."""
+    built = models(options)
+    layer = measure({name: step(model, batch) for name, model in built.items()}, rounds=options.rounds, repeats=20)
+    whole = measure(
+        {name: decode(model, batch, options.tokens) for name, model in built.items()}, rounds=options.rounds, repeats=1
+    )
+    return [
+        {
+            "batch": batch,
+            "form": name,
+            "layer_microseconds": 1e6 * statistics.median(layer[name]),
+            "layer_ratio": ratio_to_dense(layer, name),
+            "tokens_per_second": batch * options.tokens / statistics.median(whole[name]),
+            "model_ratio": ratio_to_dense(whole, name),
+            "megabytes": sum(value.nbytes for value in [*model.parameters(), *model.buffers()]) / 1e6,
+        }
+        for name, model in built.items()
+    ]
+
+
+def main() -> None:
+    """Measures, prints and stores the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size, a multiple of 32")
+    parser.add_argument("--layers", type=int, default=4, help="layers, all mixtures")
+    parser.add_argument("--experts", type=int, default=16, help="experts, and tokens of a training group")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64], help="sequences at once")
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens of each sequence")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds that count")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    table = Table(title=f"Decoding, hidden {options.hidden}, {options.layers} layers, {options.experts} experts")
+    columns = ("batch", "form", "layer, us", "layer, x dense", "tokens/s", "model, x dense", "MB of weights")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "form" else "right")
+    rows = [row for batch in options.batch for row in rows_of(options, batch)]
+    for row in rows:
+        us, layer, speed, model, size = (row[key] for key in list(row)[2:])
+        table.add_row(
+            str(row["batch"]),
+            str(row["form"]),
+            f"{us:.0f}",
+            f"{layer:.2f}",
+            f"{speed:.0f}",
+            f"{model:.2f}",
+            f"{size:.1f}",
+        )
+    Console(width=120).print(table)
+    RESULTS.mkdir(exist_ok=True)
+    record = {"created": now(), "environment": environment(), "settings": vars(options), "rows": rows}
+    path = RESULTS / f"decode-{record['environment']['device'].replace(' ', '-').lower()}-{options.hidden}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"Stored in {path}")
+
+
+if __name__ == "__main__":
+    main()

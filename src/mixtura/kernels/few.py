@@ -1,0 +1,92 @@
+"""Sparse routing for the few tokens of a decoding step, where sorting rows costs more than running them.
+
+No order and no counts. On the CPU every chosen expert is multiplied where it lies, without a copy, and scale and weight
+ride along with the products: next to products of a single row, every further call counts. On an accelerator the chosen
+weights are indexed and multiplied in two batched products, with no host synchronisation. Inference only: under autograd
+a view of a stacked weight costs a full zero gradient. Definition: `reference.few_ffn`.
+
+Shapes: T tokens, K choices of a token, R = T*K rows, E experts, D hidden, F expert width, H = 2F when gated else F.
+"""
+
+import torch
+from torch import Tensor
+
+from mixtura.kernels.activation import activate
+from mixtura.kernels.precision import at_autocast_dtype
+
+FEW_ROWS = 16
+"""Rows up to which this is quicker than sorting them: measured, at twice as many it depends on the width."""
+
+
+def are_few(expert_TK: Tensor) -> bool:
+    """Whether `few_ffn` should take these choices; never while gradients are recorded or a graph is compiled."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return expert_TK.numel() <= FEW_ROWS
+
+
+def few_ffn(
+    x_TKD: Tensor,
+    expert_TK: Tensor,
+    scale_TK: Tensor | None,
+    weight_TK: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """(T, K, D) -> (T, D): out[t] = sum over the choices k of weight[t, k] * expert[t, k](scale[t, k] * x[t, k]).
+
+    K of the input may be 1, where all choices of a token have the same; no scale is a scale of 1.
+    """
+    x_TKD, up_EHD, down_EDF = at_autocast_dtype(x_TKD, up_EHD, down_EDF)
+    run = _in_place if x_TKD.device.type == "cpu" else _from_copies
+    return run(x_TKD, expert_TK, scale_TK, weight_TK, up_EHD, down_EDF, activation, gated)
+
+
+def _in_place(
+    x_TKD: Tensor,
+    expert_TK: Tensor,
+    scale_TK: Tensor | None,
+    weight_TK: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    tokens, choices = expert_TK.shape
+    experts, weights = expert_TK.tolist(), weight_TK.tolist()
+    if scale_TK is None:
+        scales = [[1.0] * choices] * tokens
+    else:
+        scales = weights if scale_TK is weight_TK else scale_TK.tolist()
+    blank = x_TKD.new_zeros(1)
+    out = []
+    for t, x_KD in enumerate(x_TKD.unbind()):
+        inputs = x_KD.unbind() if len(x_KD) == choices else [x_KD[0]] * choices
+        y_D = blank
+        for k, (expert, x_D) in enumerate(zip(experts[t], inputs, strict=True)):
+            u_H = torch.addmv(blank, up_EHD[expert], x_D, beta=0, alpha=scales[t][k])
+            h_F = activate(u_H, activation, gated)
+            y_D = torch.addmv(y_D, down_EDF[expert], h_F, beta=min(k, 1), alpha=weights[t][k])
+        out.append(y_D)
+    return out[0].unsqueeze(0) if tokens == 1 else torch.stack(out)
+
+
+def _from_copies(
+    x_TKD: Tensor,
+    expert_TK: Tensor,
+    scale_TK: Tensor | None,
+    weight_TK: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    expert_R = expert_TK.flatten()
+    if scale_TK is not None:
+        x_TKD = x_TKD * scale_TK.to(x_TKD.dtype).unsqueeze(-1)
+    x_RD1 = x_TKD.expand(-1, expert_TK.size(1), -1).reshape(len(expert_R), -1, 1)
+    u_RH = torch.bmm(up_EHD[expert_R], x_RD1).squeeze(-1)
+    h_RF = activate(u_RH, activation, gated) * weight_TK.to(u_RH.dtype).reshape(-1, 1)
+    return torch.bmm(down_EDF[expert_R], h_RF.unsqueeze(-1)).view(*expert_TK.shape, -1).sum(1)

@@ -1,0 +1,93 @@
+"""Averages over a population of groups, for mixture-of-tokens layers that run in `population` mode.
+
+`calibrate` takes them from some text once a model is trained; `observe_population` and `update_population` keep them as
+moving averages while it trains.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mixtura.config import UserError
+from mixtura.layers.population import Observation
+from mixtura.models.modeling_mixture import MixturePreTrainedModel
+
+
+@torch.no_grad()
+def calibrate(model: MixturePreTrainedModel, batches: Iterable[Tensor]) -> int:
+    """Replaces the averages of every mixture-of-tokens layer by those over the groups that the batches form.
+
+    The model runs in groups meanwhile, as it was trained, and is left in the mode it was found in. Its configuration
+    then says that it keeps averages, so that a checkpoint brings them along. Repeat it whenever the weights change.
+
+    Args:
+        model: a trained model.
+        batches: token ids (B, L), B a multiple of the group size; a few thousand groups are plenty.
+
+    Returns:
+        How many batches there were.
+
+    Raises:
+        UserError: no layer is a mixture of tokens, there is no batch, or one does not fill its groups.
+    """
+    layers, config = model.mixture_of_tokens_layers(), cast(Any, model.config)
+    if not layers:
+        raise UserError("The model has no mixture-of-tokens layer, so there is nothing to calibrate.")
+    served, was_training = (config.inference_mode, config.alone_top_k), model.training
+    for layer in layers:
+        layer.keep_population().reset()
+    config.population, count = True, 0
+    model.eval()
+    model.set_inference_mode("group")
+    observe_population(model, True)
+    try:
+        for ids_BL in batches:
+            _check_groups(ids_BL, config.group_over, config.group_size)
+            model.base_model(input_ids=ids_BL.to(model.device), use_cache=False)
+            update_population(model, rate=0.0)
+            count += 1
+    finally:
+        observe_population(model, False)
+        model.set_inference_mode(served[0], top_k=served[1])
+        model.train(was_training)
+    if not count:
+        raise UserError("There is no batch to calibrate with: give text that fills at least one.")
+    return count
+
+
+def observe_population(model: MixturePreTrainedModel, observing: bool) -> None:
+    """Says whether layers take note of the groups they run, which `update_population` then moves the averages by."""
+    for layer in model.mixture_of_tokens_layers():
+        layer.observing, layer.observed = observing, None
+
+
+@torch.no_grad()
+def update_population(
+    model: MixturePreTrainedModel, *, rate: float, average: Callable[[Tensor], Tensor] | None = None
+) -> None:
+    """Moves the averages towards what was seen in the last batch; call it after an optimizer step.
+
+    A layer that is run twice for one batch, as under activation checkpointing, still counts it once.
+
+    Args:
+        model: one whose layers keep averages and observe.
+        rate: weight of the last batch, see `mixtura.layers.Population.update`.
+        average: means a tensor over all ranks, which then hold the same averages; None for one process.
+    """
+    for layer in model.mixture_of_tokens_layers():
+        if layer.population is None or layer.observed is None:
+            continue
+        seen, layer.observed = layer.observed, None
+        if average is not None:
+            seen = Observation(*(average(value) for value in seen))
+        layer.population.update(seen, layer.experts, rate=rate)
+
+
+def _check_groups(ids_BL: Tensor, group_over: str, group_size: int) -> None:
+    axis, name = (0, "sequences of a batch") if group_over == "batch" else (1, "tokens of a sequence")
+    if ids_BL.size(axis) % group_size:
+        raise UserError(
+            f"The {ids_BL.size(axis)} {name} do not fill groups of {group_size}: make them a multiple of that."
+        )

@@ -1,0 +1,96 @@
+"""Few rows without sorting: equal to the definition, and left to the sorted path where it does not suit."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from mixtura import kernels
+from mixtura.kernels import few, reference
+from mixtura.layers import Experts, TokenChoiceMoE
+from mixtura.layers.routing import chosen_experts
+
+SIZES = st.integers(1, 4)
+GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+ACTIVATIONS = pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+
+
+def random_experts(num_experts, hidden, width, activation, gated):
+    sizes = {"intermediate_size": width, "num_experts": num_experts, "activation": activation, "gated": gated}
+    experts = Experts(hidden, **sizes).double()
+    experts.reset_parameters(std=1.0)
+    return experts
+
+
+def random_choices(tokens, choices, num_experts, hidden, *, one_input=False, scaled=True):
+    x_TKD = torch.randn(tokens, 1 if one_input else choices, hidden, dtype=torch.float64)
+    expert_TK = torch.randint(num_experts, (tokens, choices))  # a token may well choose an expert twice
+    scale_TK, weight_TK = torch.randn(2, tokens, choices, dtype=torch.float64)
+    return x_TKD, expert_TK, scale_TK if scaled else None, weight_TK
+
+
+def run_chosen(experts, x_TKD, expert_TK, scale_TK, weight_TK):
+    return chosen_experts(experts, x_TKD, expert_TK, weight_TK, scale_TK)
+
+
+@GATED
+@ACTIVATIONS
+@given(t=SIZES, k=SIZES, e=SIZES, d=SIZES, f=SIZES, one_input=st.booleans(), scaled=st.booleans())
+def test_all_ways_to_run_chosen_experts_equal_their_definition(activation, gated, t, k, e, d, f, one_input, scaled):
+    experts = random_experts(e, d, f, activation, gated)
+    choices = random_choices(t, k, e, d, one_input=one_input, scaled=scaled)
+    arguments = (*choices, *experts.weights, activation, gated)
+    expected_TD = reference.few_ffn(*arguments)
+    with torch.no_grad():
+        assert_close(kernels.few_ffn(*arguments), expected_TD)
+        assert_close(few._from_copies(*arguments), expected_TD)
+        assert_close(run_chosen(experts, *choices), expected_TD)
+    assert_close(run_chosen(experts, *choices), expected_TD)
+
+
+def test_gradients_go_the_sorted_way_and_are_those_of_the_definition():
+    experts = random_experts(3, 4, 2, "silu", True)
+    x_TKD, expert_TK, scale_TK, weight_TK = random_choices(2, 2, 3, 4)
+    grads = []
+    for function in (
+        lambda *inputs: run_chosen(experts, *inputs),
+        lambda *inputs: reference.few_ffn(*inputs, *experts.weights, "silu", True),
+    ):
+        x, scale, weight = (tensor.clone().requires_grad_() for tensor in (x_TKD, scale_TK, weight_TK))
+        experts.zero_grad()
+        function(x, expert_TK, scale, weight).square().sum().backward()
+        grads.append([tensor.grad for tensor in [x, scale, weight, *experts.weights]])
+    for actual, expected in zip(*grads, strict=True):
+        assert_close(actual, expected)
+
+
+def test_only_few_rows_of_inference_are_few():
+    few_TK = torch.zeros(few.FEW_ROWS // 2, 2)
+    with torch.no_grad():
+        assert kernels.are_few(few_TK)
+        assert not kernels.are_few(torch.zeros(few.FEW_ROWS, 2))
+    assert not kernels.are_few(few_TK)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_decoding_step_of_token_choice_does_not_sort(monkeypatch, top_k):
+    layer = TokenChoiceMoE(6, intermediate_size=4, num_experts=5, top_k=top_k, num_shared_experts=1)
+    x_BLD = torch.randn(2, 1, 6)
+    expected_BLD = layer(x_BLD)
+    monkeypatch.setattr("mixtura.layers.token_choice.sort_by_expert", lambda *_: pytest.fail("it sorted"))
+    with torch.no_grad():
+        assert_close(layer(x_BLD), expected_BLD)
+        with pytest.raises(pytest.fail.Exception, match="it sorted"):
+            layer(torch.randn(2, 20, 6))
+
+
+def test_few_rows_run_under_autocast():
+    experts, choices = random_experts(3, 8, 4, "gelu", False).float(), random_choices(2, 2, 3, 8)
+    choices = [value.float() if value.is_floating_point() else value for value in choices]
+    with torch.no_grad():
+        expected_TD = run_chosen(experts, *choices)
+        with torch.autocast("cpu", torch.bfloat16):
+            y_TD = run_chosen(experts, *choices)
+    assert y_TD.dtype == torch.bfloat16
+    assert_close(y_TD.float(), expected_TD, rtol=0.05, atol=0.02 * expected_TD.abs().max().item())
