@@ -93,7 +93,7 @@ class PretrainingArm(Arm):
 def _deployed_mode(config: ArmConfig) -> str | None:
     if config.family == "mixture_of_tokens":
         # Running in groups needs other people's text in the batch: no answer to one request.
-        return "alone" if config.inference_mode == "alone" else None
+        return None if config.inference_mode == "group" else config.inference_mode
     return None if config.family in ("expert_choice", "soft") else "causal"
 
 

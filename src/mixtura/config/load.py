@@ -25,6 +25,7 @@ PRESETS = (
     "translation",
     "classification-quick",
     "classification",
+    "classification-tuned",
     "adapters",
 )
 TASKS = {"translation": TranslationRecipe, "classification": ClassificationRecipe}
