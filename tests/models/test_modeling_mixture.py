@@ -256,7 +256,7 @@ def test_mixture_of_tokens_uses_groups_in_eval_only_when_told(build, monkeypatch
 
 def test_an_unknown_inference_mode_is_refused_and_changes_nothing(build):
     model = build("mixture_of_tokens")
-    with pytest.raises(ValueError, match="inference_mode is 'solo': it must be group or alone"):
+    with pytest.raises(ValueError, match="inference_mode is 'solo': it must be group, alone or population"):
         model.set_inference_mode("solo")
     assert model.config.inference_mode == "alone"
 

@@ -151,6 +151,30 @@ def architecture(config: PreTrainedConfig) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if key not in volatile}
 
 
+def check_architecture(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuses saved weights whose own configuration is another model's.
+
+    Raises:
+        UserError: the configuration is damaged, or differs; names the first key that does.
+    """
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        saved_type = saved.pop("model_type")
+    except (OSError, ValueError, KeyError, AttributeError):
+        raise UserError(
+            f"The checkpoint '{folder}' is damaged: its config.json is not readable; remove the folder to go on from "
+            "the one before it, or from the start."
+        ) from None
+    difference = first_difference({"model_type": saved_type}, {"model_type": config.model_type})
+    difference = difference or first_difference(architecture(type(config).from_dict(saved)), architecture(config))
+    if difference is not None:
+        key, before, now = difference
+        raise UserError(
+            f"The checkpoint '{folder}' is of another model: its {key} is {before!r}, not {now!r}; "
+            "choose another output folder."
+        )
+
+
 def save_model(model: PreTrainedModel, folder: Path) -> None:
     """Writes weights and configuration as `from_pretrained` reads them, without transformers' own progress bar."""
     shown = logging.is_progress_bar_enabled()

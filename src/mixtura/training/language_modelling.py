@@ -96,7 +96,12 @@ class LanguageModelling(TrainingTask):
         checkpoints.save_model(model, folder)
 
     def load(self, model: Any, folder: Path) -> None:
-        """Reads the weights that `save` wrote."""
+        """Reads the weights that `save` wrote.
+
+        Raises:
+            UserError: they are damaged or of another model.
+        """
+        checkpoints.check_architecture(folder, model.config)
         checkpoints.load_weights(model, folder)
 
     def save_for_use(self, model: Any, folder: Path) -> None:
