@@ -11,6 +11,7 @@ import warnings
 import pytest
 
 from mixtura import __version__, cli
+from mixtura.cli import application
 from mixtura.config import recipe_to_toml
 
 VERBS = ("compare", "train", "evaluate", "generate", "doctor")
@@ -94,11 +95,11 @@ def test_opening_the_report_is_left_out_where_there_is_no_screen(monkeypatch):
     for name in ("CI", "SSH_CONNECTION", "DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("sys.platform", "linux")
-    assert not cli._has_display()
+    assert not application._has_display()
     monkeypatch.setenv("DISPLAY", ":0")
-    assert cli._has_display()
+    assert application._has_display()
     monkeypatch.setenv("CI", "true")
-    assert not cli._has_display()
+    assert not application._has_display()
 
 
 def test_ctrl_c_outside_a_run_says_how_to_go_on(run, recipe, tmp_path, monkeypatch, capsys):

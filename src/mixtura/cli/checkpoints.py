@@ -1,0 +1,1 @@
+"""Verbs that turn one checkpoint into another."""
