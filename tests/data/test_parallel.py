@@ -152,6 +152,11 @@ def test_every_bad_row_is_counted_by_its_reason(tmp_path):
     assert len(all_pairs(corpus)) + sum(expected.values()) == len(rows() + bad)
 
 
+def test_a_row_without_a_side_is_missing_once_and_not_for_each_other_pair(tmp_path):
+    corpus = load(tmp_path, rows() + rows(language="fr") + [row(None, "fehlt")], pairs=("en-de", "en-fr"))
+    assert corpus.skipped == {"missing side": 1}
+
+
 def test_white_space_is_tidied(tmp_path):
     corpus = load(tmp_path, [*rows(), row("  a\n b\t", "\N{NO-BREAK SPACE}c  d ")])
     assert ("a b", "c d") in {(pair.source, pair.target) for pair in all_pairs(corpus)}

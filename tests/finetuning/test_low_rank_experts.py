@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixtura.config import AdapterConfig
+from mixtura.diagnostics.choices import record_choices
 from mixtura.finetuning.adapters import apply_adapter, router_losses
 from mixtura.finetuning.low_rank_experts import (
     Gates,
@@ -253,3 +254,14 @@ def test_router_losses_are_means_over_layers_of_what_each_would_have(
         share_E = F.one_hot(probs_TE.topk(2).indices, 4).sum((0, 1)) / (2 * len(probs_TE))
         expected.append(4 * (share_E * probs_TE.mean(0)).sum())
     torch.testing.assert_close(losses[0].double(), torch.stack(expected).mean(), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["linear", "feed_forward"])
+def test_what_an_adapters_router_chose_can_be_read(make_base, batch, scope):
+    config = AdapterConfig(method="mixture_of_lora", num_experts=4, top_k=2, rank=2, scope=scope)
+    model = apply_adapter(make_base("llama"), config, seed=0).eval()
+    with torch.no_grad(), record_choices(model) as recorder:
+        model(**batch)
+        choices = recorder.take(tokens=batch["input_ids"].numel(), real_T=batch["attention_mask"].flatten().bool())
+    assert {layer.num_experts for layer in recorder.layers} == {4}
+    assert all((layer.rows_TK.sum(-1) == 2).all() for layer in choices)

@@ -17,6 +17,7 @@ from mixtura.config import (
     UserError,
 )
 from mixtura.data.tokenizer import train_tokenizer
+from mixtura.finetuning.diagnosis import diagnose_folder
 from mixtura.finetuning.translation import make_translation
 from mixtura.finetuning.translator import translate
 from mixtura.training import train
@@ -129,6 +130,10 @@ def test_a_run_on_a_base_model_trains_resumes_scores_and_translates(experiment, 
     again = experiment.arms[name].build(1)
     task.load(again, tmp_path / "run" / "checkpoint")
     assert task.decode_test(again) == task.decode_test(resumed)
+    diagnosis = diagnose_folder(tmp_path / "run" / "checkpoint", [], out=tmp_path / "diagnosis")
+    assert bool(diagnosis["layers"]) == (name not in ("lora", "full"))
+    if name == "languages":  # its experts are the directions
+        assert diagnosis["layers"][0]["mutual_information"] == pytest.approx(1, abs=0.1)
 
 
 def test_languages_reach_their_own_adapters_alone(experiment):

@@ -117,7 +117,8 @@ def _clean(
     texts = {language: " ".join(text.split()) for language, text in unit.texts.items() if _is_text(text)}
     usable = []
     for pair in pairs:
-        if pair.source in unit.texts or pair.target in unit.texts:
+        known = (pair.source in unit.texts, pair.target in unit.texts)
+        if all(known) if unit.bilingual else any(known):
             fault = _fault(texts, pair, config.max_characters)
             if fault is None:
                 usable.append(pair)

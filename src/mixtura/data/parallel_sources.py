@@ -139,7 +139,7 @@ def _row_units(
         elif not any(set(pair) == set(languages) for pair in pairs):
             skipped["other languages"] += 1
         else:
-            yield Unit(dict(zip(languages, (source, target), strict=True)))
+            yield Unit(dict(zip(languages, (source, target), strict=True)), bilingual=True)
 
 
 def _row_languages(

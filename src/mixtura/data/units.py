@@ -15,6 +15,8 @@ class Unit(NamedTuple):
     """Language code to text; a row of a user's file may hold something else."""
     group: str | None = None
     """What is held out together with it, such as a book; None stands alone."""
+    bilingual: bool = False
+    """Whether it is a row of two languages, in which no third one can be missing."""
 
 
 def anchor_of(languages: Mapping[str, object]) -> str:

@@ -9,13 +9,13 @@ import dataclasses
 import datetime
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixtura.config import DataConfig, UserError
@@ -137,8 +137,12 @@ def diagnose_excerpts(
     group_word: str = "text",
     command: str = "",
     seed: int = 0,
+    tell: Callable[[Tensor], object] | None = None,
 ) -> dict[str, Any]:
     """As `diagnose_model`, for text that is tokens already.
+
+    `tell` is called with the groups (B,) of every batch before it, for a model that routes by them and is not told in
+    its forward; such a model is not probed for leaks.
 
     Raises:
         UserError: the model needs groups that the excerpts are not.
@@ -162,11 +166,11 @@ def diagnose_excerpts(
         "token_types": list(TOKEN_TYPES),
         "layers": [],
         "samples": excerpts.samples(tokenizer, surfaces),
-        "leaks": _probe(model),
+        "leaks": _probe(model, told=tell is not None),
     }
     if routed_layers(model):
         with _deployed(model):
-            observed = observe(model, batches(model, tokenizer, excerpts, batch_size))
+            observed = observe(model, batches(model, tokenizer, excerpts, batch_size, tell))
         results["layers"] = [
             _layer(observed, place, excerpts, types_T, surfaces, seed=seed) for place in range(len(observed.layers))
         ]
@@ -290,13 +294,13 @@ def _add_experts(samples: list[dict[str, Any]], observed: ObservedChoices, excer
             sample["experts"].append([[e for e, rows in zip(*pair, strict=True) if rows > 0] for pair in pairs])
 
 
-def _probe(model: PreTrainedModel) -> dict[str, Any]:
+def _probe(model: PreTrainedModel, *, told: bool) -> dict[str, Any]:
     """Whether a token's logits depend on what it must not see, as deployed; or why that was not tried."""
     if model.num_parameters() > MAX_PROBED_PARAMETERS:
         limit = MAX_PROBED_PARAMETERS // 10**6
         return {"probed": False, "reason": f"The model has more than {limit} million parameters, too many to probe."}
     config: Any = model.config
-    if getattr(config, "route_by", "token") != "token":
+    if told or getattr(config, "route_by", "token") != "token":
         return {"probed": False, "reason": "Its experts are named for whole examples, and the probe has no languages."}
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)

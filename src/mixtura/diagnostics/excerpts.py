@@ -3,7 +3,7 @@
 Shapes: B batch, L length, T tokens of all excerpts in order, G groups.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy
@@ -109,9 +109,15 @@ def text_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], surfaces
 
 
 def batches(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, excerpts: Excerpts, batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    excerpts: Excerpts,
+    batch_size: int,
+    tell: Callable[[Tensor], object] | None = None,
 ) -> Iterator[Batch]:
     """Excerpts in order, filled up on the right; a model with experts that are named for languages gets their indices.
+
+    `tell` is called with the groups (B,) of every batch before the model runs on it.
 
     Raises:
         UserError: the experts are named and a group has another name.
@@ -128,6 +134,8 @@ def batches(
         }
         if expert_G is not None:
             inputs["expert_ids"] = expert_G[group_B]
+        if tell is not None:
+            tell(group_B)
         yield {key: value.to(model.device) for key, value in inputs.items()}, group_B, inputs["attention_mask"]
 
 

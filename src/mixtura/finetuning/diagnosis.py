@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mixtura.config import UserError
 from mixtura.data.parallel import SentencePair
 from mixtura.diagnostics.diagnosis import diagnose, diagnose_excerpts, read_texts, write_diagnosis
@@ -40,10 +43,21 @@ def diagnose_folder(
     if sources or not (model_folder / TRANSLATION_FILE).is_file():
         texts = read_texts(sources, text_column=text_column)
         return diagnose(model_folder, texts, out=out, max_tokens=max_tokens, command=command)
-    model, prompts, directions = load_translator(model_folder)
+    model, prompts, directions, routing = load_translator(model_folder)
     excerpts = _sentences(model_folder, prompts, directions, max_tokens)
+    direction_G = torch.tensor([directions.index(name) for name in excerpts.names])
+
+    def tell(group_B: Tensor) -> None:
+        routing.tell(model, direction_G[group_B])
+
     results = diagnose_excerpts(
-        model, prompts.tokenizer, excerpts, name=str(model_folder), group_word="language pair", command=command
+        model,
+        prompts.tokenizer,
+        excerpts,
+        name=str(model_folder),
+        group_word="language pair",
+        command=command,
+        tell=tell if routing.through == "task_ids" and routing.expert_of_direction is not None else None,
     )
     write_diagnosis(results, out)
     return results

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixtura.layers import RoutingStats
+from mixtura.layers import ChoiceTap, RoutingStats
 from mixtura.layers.losses import router_z_loss
 from mixtura.layers.routing import normalized_entropy, router_logits
 
@@ -118,6 +118,7 @@ class LowRankExperts(nn.Module):
         self.top_k, self.normalize_top_k, self.num_tasks = top_k, normalize_top_k, num_tasks
         self.threshold_max = 1 / num_experts if threshold_max is None else threshold_max
         self.dropout = nn.Dropout(dropout)
+        self.choice_tap = ChoiceTap()
         rows = 1 if share_a else num_experts
         self.A = nn.ParameterDict({n: nn.Parameter(torch.empty(rows, rank, i)) for n, (i, _) in shapes.items()})
         self.B = nn.ParameterDict({n: nn.Parameter(torch.zeros(num_experts, o, rank)) for n, (_, o) in shapes.items()})
@@ -146,10 +147,16 @@ class LowRankExperts(nn.Module):
 
     def gates(self, x_TD: Tensor, task_T: Tensor | None) -> Gates:
         """Weights (T, E) of the experts for each token, in float32 or wider."""
-        if self.router == "task":
-            assert task_T is not None
-            probs_TE = self._task_weights(task_T, torch.promote_types(x_TD.dtype, torch.float32))
-            return Gates(probs_TE, probs_TE, None)
+        gates = self._task_gates(x_TD, task_T) if self.router == "task" else self._token_gates(x_TD)
+        self.choice_tap(gates.weight_TE)
+        return gates
+
+    def _task_gates(self, x_TD: Tensor, task_T: Tensor | None) -> Gates:
+        assert task_T is not None
+        probs_TE = self._task_weights(task_T, torch.promote_types(x_TD.dtype, torch.float32))
+        return Gates(probs_TE, probs_TE, None)
+
+    def _token_gates(self, x_TD: Tensor) -> Gates:
         logits_TE = router_logits(x_TD, self.gate.weight)
         probs_TE = logits_TE.softmax(-1)
         weight_TE = probs_TE

@@ -55,7 +55,7 @@ def translate(model_folder: Path, text: str, *, source_language: str, target_lan
             model,
             encoded,
             directions=[told["directions"].index(direction)] * len(asked),
-            routing=ExampleRouting(told["experts"] and tuple(told["experts"]), told["experts_through"]),
+            routing=_routing(told),
             max_length=told["max_length"],
             pad=prompts.pad,
             eos=prompts.eos,
@@ -66,15 +66,15 @@ def translate(model_folder: Path, text: str, *, source_language: str, target_lan
     return "\n".join(lines)
 
 
-def load_translator(model_folder: Path) -> tuple[Any, Prompts, tuple[str, ...]]:
-    """The model in a translation run's `checkpoint`, ready for inference, its prompts and its directions.
+def load_translator(model_folder: Path) -> tuple[Any, Prompts, tuple[str, ...], ExampleRouting]:
+    """The model in a translation run's `checkpoint`, ready for inference, its prompts, directions and routing.
 
     Raises:
         UserError: the folder is none of a translation run, or is damaged.
     """
     told = _read_told(model_folder)
     prompts = Prompts(told["prompt"], load_tokenizer(str(model_folder)))
-    return _load(model_folder, told), prompts, tuple(told["directions"])
+    return _load(model_folder, told), prompts, tuple(told["directions"]), _routing(told)
 
 
 def _read_told(folder: Path) -> dict[str, Any]:
@@ -85,6 +85,10 @@ def _read_told(folder: Path) -> dict[str, Any]:
             f"'{folder}' is no translation model (it has no readable {TRANSLATION_FILE}): give the checkpoint folder "
             "of a translation run."
         ) from error
+
+
+def _routing(told: dict[str, Any]) -> ExampleRouting:
+    return ExampleRouting(told["experts"] and tuple(told["experts"]), told["experts_through"])
 
 
 def _load(folder: Path, told: dict[str, Any]) -> Any:
