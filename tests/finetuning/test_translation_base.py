@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from mixtura.config import (
     AdapterConfig,
@@ -145,6 +145,26 @@ def test_languages_reach_their_own_adapters_alone(experiment):
     arm.task.losses(model, batch, num_targets=1).task_loss.backward()
     grads = [p.grad.flatten(1).abs().sum(1) for n, p in model.named_parameters() if p.requires_grad and ".B." in n]
     assert grads and all(grad[0] == 0 and grad[1] > 0 for grad in grads)
+
+
+def test_the_experts_that_the_data_uses_are_tuned_translate_and_are_counted(base, recipe, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vocab_size = len(AutoTokenizer.from_pretrained(base))
+    config = MixtralConfig(**sizes, num_key_value_heads=1, vocab_size=vocab_size, num_local_experts=4)
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")
+    adapter = AdapterConfig(method="expert_specialized", expert_share=0.4)
+    arms = {"experts": TranslationArmConfig(adapter=adapter), "full": TranslationArmConfig()}
+    changed = dataclasses.replace(recipe, base=BaseConfig(name=str(tmp_path / "base")), arms=arms, baseline="full")
+    experiment = make_translation(changed, cache_dir=None)
+    model = run(experiment, "experts", tmp_path / "run")
+    described = experiment.arms["experts"].describe(experiment.arms["full"])
+    assert 0 < described["parameters_trainable"] < described["parameters_total"] / 2
+    sample = experiment.arms["experts"].task.details(model, out=tmp_path / "run")["samples"][0]
+    checkpoint = tmp_path / "run" / "checkpoint"
+    line = translate(checkpoint, sample["source"], source_language="en", target_language="de")
+    assert line == sample["output"]
 
 
 def test_base_and_scratch_are_not_confused(recipe):

@@ -79,7 +79,7 @@ def apply_adapter(
         return get_peft_model(model, peft_config)  # pyright: ignore[reportReturnType]
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
+def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> PeftModel:
     """`PeftModel.from_pretrained` for a folder that `save_pretrained` wrote, without the warnings of PEFT's own.
 
     Raises:
@@ -88,7 +88,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
     if not (Path(folder) / "adapter_config.json").is_file():
         raise UserError(f"'{folder}' holds no adapter: name a folder with an adapter_config.json.")
     with _without_deprecations():
-        return PeftModel.from_pretrained(model, str(folder))
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
 
 
 @contextmanager

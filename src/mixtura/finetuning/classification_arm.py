@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from mixtura.finetuning.adapters import apply_adapter
 from mixtura.finetuning.classification_task import Classification, RouterLossWeights, Splits
 from mixtura.finetuning.classifier import TextClassifier, evaluation_modes
 from mixtura.finetuning.costs import count_parameters, measured_flops_per_token
+from mixtura.finetuning.expert_specialized import SAMPLE_SIZE
 from mixtura.finetuning.features import FeatureExamples, hidden_states
 from mixtura.finetuning.heads import head_settings, inactive_parameters
 from mixtura.finetuning.saved_classifier import SavedClassifier
@@ -89,9 +91,20 @@ class ClassificationArm(Arm):
             return TextClassifier(head, base=base.requires_grad_(True))
         frozen_parts = tuple(base.modules())
         adapted = apply_adapter(
-            base, self.config.adapter, baseline_parameters=self.saved.baseline_parameters, seed=seed
+            base,
+            self.config.adapter,
+            baseline_parameters=self.saved.baseline_parameters,
+            sample=self._sample(),
+            seed=seed,
         )
         return TextClassifier(head, base=adapted, frozen_parts=frozen_parts)
+
+    def _sample(self) -> Iterator[dict[str, Any]]:
+        """Some training texts as the model reads them, for adapters that choose experts by them."""
+        examples = self.splits.train
+        for index in range(min(SAMPLE_SIZE, len(examples.label_N))):
+            batch = examples.collate([examples.item(index)])
+            yield {key: value for key, value in batch.items() if key != "labels"}
 
     @functools.cached_property
     def flops_per_token(self) -> float:

@@ -30,6 +30,9 @@ from mixtura.config import UserError
 from mixtura.finetuning.tuner import BatchContext, RoutedTuner, active_modules, add_adapter_module, register_method
 from mixtura.layers import FeedForward, TokenChoiceMoE
 
+SAMPLE_SIZE = 32
+"""Training examples of a run that show which experts its data uses."""
+
 _ATTRIBUTE = "expert_specialized_weights"
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import softmax
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from mixtura.config import AdapterConfig, ArmConfig, HeadConfig, UserError
-from mixtura.finetuning.adapters import apply_adapter
+from mixtura.finetuning.adapters import load_adapter
 from mixtura.finetuning.classifier import TextClassifier, load_encoder, without_pooler
 from mixtura.finetuning.features import encode_texts, weights_digest
 from mixtura.finetuning.heads import ClassifierHead, blends_tokens
@@ -124,8 +124,7 @@ def load_classifier(folder: Path) -> tuple[SavedClassifier, TextClassifier]:
     frozen_parts = tuple(base.modules())
     whole: nn.Module = base
     if saved.tune == "adapter":
-        assert saved.adapter is not None
-        whole = apply_adapter(base, saved.adapter, baseline_parameters=saved.baseline_parameters, seed=0)
+        whole = load_adapter(base, folder / "adapter", trainable=True)  # what trains is read below, with the head
     model = TextClassifier(head, base=whole, frozen_parts=frozen_parts)
     # A head on pooled vectors was trained, and saved, without the model.
     alone = saved.tune == "frozen" and not blends_tokens(saved.head)

@@ -1,7 +1,7 @@
 """The arms of a comparison of translation models: what each builds, costs and leaks."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import torch
@@ -12,6 +12,8 @@ from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.finetuning.adapters import apply_adapter
 from mixtura.finetuning.costs import count_parameters, measured_flops_per_token
 from mixtura.finetuning.decoding import ExampleRouting
+from mixtura.finetuning.expert_specialized import SAMPLE_SIZE
+from mixtura.finetuning.translation_data import PairDataset, collate_rows
 from mixtura.finetuning.translation_task import TranslationData, TranslationTask
 from mixtura.layers import MixtureOfTokens
 from mixtura.models import MixtureConfig, MixtureForCausalLM
@@ -253,6 +255,7 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
             adapter,
             baseline_parameters=_baseline_parameters(recipe, num_layers) if adapter.rank is None else None,
             num_tasks=len(data.directions),
+            sample=_sample(data, recipe.training.batch_size),
             seed=seed,
         )
 
@@ -274,6 +277,15 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
         shape=None,
         grouped=grouped,
     )
+
+
+def _sample(data: TranslationData, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Some training pairs as a model reads them, the same for every seed, for adapters that choose experts by them."""
+    pairs = PairDataset(data.train, names=data.directions, length=SAMPLE_SIZE, batch_size=batch_size, seed=0)
+    for start in range(0, len(pairs), batch_size):
+        items = [pairs[index] for index in range(start, min(start + batch_size, len(pairs)))]
+        batch = collate_rows(items, pad=data.prompts.pad)
+        yield {key: batch[key] for key in ("input_ids", "attention_mask")}
 
 
 def _adapter_settings(arm: TranslationArmConfig) -> dict[str, Any]:
