@@ -97,7 +97,7 @@ def _arm(
         "settings": {} if family == "dense" else {"num_experts": 16, "placement": "later_half",
                                                   **({"group_size": 16, "alone_top_k": 2} if mot else {"top_k": 1})},
         "learning_rate": rates[family],
-        "learning_rate_search": {"trials": trials, "steps": STEPS, "seed": 1000, "best": rates[family], "at_edge": mot,
+        "learning_rate_search": {"trials": trials, "steps": STEPS, "seeds": [1000], "best": rates[family], "at_edge": mot,
                                  "source": "recorded with the recipe"} if search else None,
         "parameters_total": total,
         "parameters_trainable": total,

@@ -18,28 +18,35 @@ def without_report(monkeypatch):
     monkeypatch.setattr(runner, "write_report", lambda results, out: None)
 
 
-def with_search(recipe, rates):
-    table = recipe_to_dict(recipe) | {"search": {"learning_rates": rates, "steps": 2, "seed": 7}}
+def with_search(recipe, rates, seeds=(7,)):
+    table = recipe_to_dict(recipe) | {"search": {"learning_rates": rates, "steps": 2, "seeds": list(seeds)}}
     return recipe_from_dict(table)
 
 
 def test_every_arm_tries_every_rate_and_keeps_the_best(tiny_recipe):
     recipe, tried = with_search(tiny_recipe(), [4e-3, 1e-3, 2e-3]), []
 
-    def run_trial(name, rate):
-        tried.append((name, rate))
+    def run_trial(name, rate, seed):
+        tried.append((name, rate, seed))
         return abs(rate - (1e-3 if name == "dense" else 2e-3))
 
     records = search_learning_rates(recipe, run_trial)
-    assert tried == [(name, rate) for name in recipe.arms for rate in (1e-3, 2e-3, 4e-3)]
+    assert tried == [(name, rate, 7) for name in recipe.arms for rate in (1e-3, 2e-3, 4e-3)]
     assert records["dense"]["best"] == 1e-3 and records["dense"]["at_edge"]
     assert records["mixture_of_tokens"]["best"] == 2e-3 and not records["mixture_of_tokens"]["at_edge"]
-    assert records["dense"]["steps"] == 2 and records["dense"]["seed"] == 7
+    assert records["dense"]["steps"] == 2 and records["dense"]["seeds"] == [7]
+
+
+def test_the_mean_over_the_seeds_of_the_search_decides(tiny_recipe):
+    recipe = with_search(tiny_recipe(), [1e-3, 2e-3], seeds=(7, 8))
+    losses = {(1e-3, 7): 1.0, (1e-3, 8): 4.0, (2e-3, 7): 2.0, (2e-3, 8): 2.5}
+    record = search_learning_rates(recipe, lambda _, rate, seed: losses[rate, seed])["dense"]
+    assert [trial["loss"] for trial in record["trials"]] == [2.5, 2.25] and record["best"] == 2e-3
 
 
 def test_a_rate_that_diverged_counts_as_lost(tiny_recipe):
     recipe = with_search(tiny_recipe(), [1e-3, 2e-3])
-    record = search_learning_rates(recipe, lambda _, rate: float("inf") if rate > 1e-3 else 3.0)["dense"]
+    record = search_learning_rates(recipe, lambda _, rate, __: float("inf") if rate > 1e-3 else 3.0)["dense"]
     assert [trial["loss"] for trial in record["trials"]] == [3.0, None] and record["best"] == 1e-3
 
 
@@ -75,7 +82,7 @@ def test_a_rate_that_blows_up_a_model_at_its_last_step_counts_as_lost(tiny_recip
 @pytest.mark.parametrize(("best", "at_edge"), [(1e-3, True), (2e-3, False), (4e-3, True)])
 def test_the_best_rate_may_lie_at_either_edge(tiny_recipe, best, at_edge):
     recipe = with_search(tiny_recipe(), [4e-3, 1e-3, 2e-3])
-    record = search_learning_rates(recipe, lambda _, rate: abs(rate - best))["dense"]
+    record = search_learning_rates(recipe, lambda _, rate, __: abs(rate - best))["dense"]
     assert record["best"] == best and record["at_edge"] is at_edge
 
 
@@ -87,7 +94,7 @@ def test_a_single_rate_has_no_edge(tiny_recipe):
 def test_a_finished_search_is_not_repeated(tiny_recipe, tmp_path):
     recipe = with_search(tiny_recipe(), [1e-3, 2e-3])
     first = compare(recipe, out=tmp_path / "out")
-    files = sorted((tmp_path / "out").glob("search/*/*/result.json"))
+    files = sorted((tmp_path / "out").glob("search/*/*/*/result.json"))
     before = [path.stat().st_mtime_ns for path in files]
     again = compare(recipe, out=tmp_path / "out")
     assert len(files) == 4 and [path.stat().st_mtime_ns for path in files] == before
@@ -99,7 +106,7 @@ def recorded(tiny_recipe, tmp_path):
     """A recipe whose dense arm runs at the best rate of the record beside it, and its path."""
     recipe = tiny_recipe(arms={"dense": {"family": "dense", "learning_rate": 2e-3}})
     path = tmp_path / "tiny.toml"
-    record = {"trials": [], "steps": 4, "seed": 1000, "best": 2e-3, "at_edge": False, "source": "this run"}
+    record = {"trials": [], "steps": 4, "seeds": [1000], "best": 2e-3, "at_edge": False, "source": "this run"}
     write_json(record_path(path), {"fingerprint": fingerprint(recipe), "arms": {"dense": record}})
     return recipe, path
 
@@ -144,7 +151,7 @@ def test_the_default_recipe_runs_at_searched_rates_inside_their_grid():
     records = load_record(recipe, path)
     assert records.keys() == recipe.arms.keys()
     assert not any(record["at_edge"] for record in records.values())
-    efforts = {(tuple(t["learning_rate"] for t in r["trials"]), r["steps"], r["seed"]) for r in records.values()}
+    efforts = {(tuple(t["learning_rate"] for t in r["trials"]), r["steps"], tuple(r["seeds"])) for r in records.values()}
     assert len(efforts) == 1, "every arm got the same effort"
 
 
@@ -167,7 +174,7 @@ def test_the_fingerprint_sees_the_arms(tiny_recipe, values):
 def test_an_arm_that_diverged_at_every_rate_has_no_best_one(tiny_recipe):
     recipe = with_search(tiny_recipe(), [1.0, 0.5])
     with pytest.raises(UserError, match=r"Every learning rate diverged for 'dense', even 0\.5: add lower ones"):
-        search_learning_rates(recipe, lambda name, _: float("inf") if name == "dense" else 3.0)
+        search_learning_rates(recipe, lambda name, *_: float("inf") if name == "dense" else 3.0)
 
 
 @pytest.mark.parametrize("damage", ["{", "{}", "[]"])

@@ -1,8 +1,8 @@
 """The folder of a comparison: what is in it, and that it belongs to this recipe and this text.
 
 `recipe.toml` (resolved), `environment.json`, `data.json` (which examples), `arms/<arm>/seed<k>/` with metrics,
-checkpoints and `result.json`, `search/<arm>/rate<r>/`, `timing.json`, `results.json`, `report.html`, `report.md`,
-`figures/`.
+checkpoints and `result.json`, `search/<arm>/rate<r>/seed<k>/`, `timing.json`, `results.json`, `report.html`,
+`report.md`, `figures/`.
 """
 
 import json

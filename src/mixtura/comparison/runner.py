@@ -40,7 +40,8 @@ SCHEMA_VERSION = 2
 
 def planned_steps(recipe: AnyRecipe) -> int:
     """Optimizer steps of all the runs that a comparison of this recipe takes, search included."""
-    trials = len(recipe.search.learning_rates) * (recipe.search.steps or recipe.training.steps)
+    search = recipe.search
+    trials = len(search.learning_rates) * len(search.seeds) * (search.steps or recipe.training.steps)
     return len(recipe.arms) * (trials + len(recipe.seeds) * recipe.training.steps)
 
 
@@ -126,16 +127,16 @@ class _Comparison:
         steps = search.steps or self.recipe.training.steps
         training = dataclasses.replace(self.recipe.training, steps=steps, eval_every=steps)
 
-        def run_trial(name: str, rate: float) -> float:
+        def run_trial(name: str, rate: float, seed: int) -> float:
             arm = arms[name]
             try:
                 result = run_arm(
                     arm,
-                    seed=search.seed,
+                    seed=seed,
                     learning_rate=rate,
                     training=training,
-                    out=self.out / "search" / name / f"rate{rate}",
-                    label=f"search {name} {rate:g}",
+                    out=self.out / "search" / name / f"rate{rate}" / f"seed{seed}",
+                    label=f"search {name} {rate:g} seed {seed}",
                     reporter=self.reporter,
                     trial=True,
                 )

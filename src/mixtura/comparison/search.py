@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from mixtura.comparison.experiments import AnyRecipe
@@ -16,23 +17,26 @@ from mixtura.comparison.folder import read_json
 from mixtura.config import UserError
 
 
-def search_learning_rates(recipe: AnyRecipe, run_trial: Callable[[str, float], float]) -> dict[str, dict[str, Any]]:
+def search_learning_rates(
+    recipe: AnyRecipe, run_trial: Callable[[str, float, int], float]
+) -> dict[str, dict[str, Any]]:
     """Tries every rate of the recipe on every arm.
 
     Args:
         recipe: its `search.learning_rates` are tried.
-        run_trial: (arm, rate) -> held-out loss of a trial, as deployed; infinite where it diverged. It is the loss in
-            every task: it needs no decoding and no test examples, while the verdict uses the task's measure.
+        run_trial: (arm, rate, seed) -> held-out loss of a trial, as deployed; infinite where it diverged. It is the
+            loss in every task: it needs no decoding and no test examples, while the verdict uses the task's measure.
 
     Returns:
-        For each arm the trials, the best rate, and whether it lies at an edge of the grid, where a better one may lie
-        beyond.
+        For each arm the trials, the rate of the lowest mean loss over the search's seeds, and whether it lies at an
+        edge of the grid, where a better one may lie beyond.
 
     Raises:
         UserError: an arm diverged at every rate.
     """
     rates = sorted(recipe.search.learning_rates)
-    losses = {name: [run_trial(name, rate) for rate in rates] for name in recipe.arms}
+    seeds = recipe.search.seeds
+    losses = {name: [mean(run_trial(name, rate, seed) for seed in seeds) for rate in rates] for name in recipe.arms}
     for name, tried in losses.items():
         if min(tried) == float("inf"):
             raise UserError(
@@ -48,7 +52,7 @@ def _record(recipe: AnyRecipe, rates: list[float], losses: list[float]) -> dict[
     return {
         "trials": [{"learning_rate": rate, "loss": loss} for rate, loss in zip(rates, finite, strict=True)],
         "steps": recipe.search.steps or recipe.training.steps,
-        "seed": recipe.search.seed,
+        "seeds": list(recipe.search.seeds),
         "best": best,
         "at_edge": len(rates) > 1 and best in (rates[0], rates[-1]),
         "source": "this run",

@@ -58,11 +58,12 @@ def check_frame(recipe: Any) -> None:
         )
     if recipe.baseline not in recipe.arms:
         raise UserError(f"'baseline' is '{recipe.baseline}', which is no arm: choose one of {', '.join(recipe.arms)}.")
-    if not recipe.seeds or len(set(recipe.seeds)) != len(recipe.seeds):
-        raise UserError(f"'seeds' is {list(recipe.seeds)}: give at least one seed, each once.")
-    for key, seed in [("search.seed", recipe.search.seed), *(("seeds", seed) for seed in recipe.seeds)]:
-        if not 0 <= seed < 2**32:
-            raise UserError(f"'{key}' has {seed}: a seed must lie between 0 and {2**32 - 1}.")
+    for key, seeds in (("search.seeds", recipe.search.seeds), ("seeds", recipe.seeds)):
+        if not seeds or len(set(seeds)) != len(seeds):
+            raise UserError(f"'{key}' is {list(seeds)}: give at least one seed, each once.")
+        for seed in seeds:
+            if not 0 <= seed < 2**32:
+                raise UserError(f"'{key}' has {seed}: a seed must lie between 0 and {2**32 - 1}.")
     check_positive("training", recipe.training)
     _check_training(recipe.training, recipe.search)
     for name in recipe.arms:

@@ -153,8 +153,9 @@ class SearchConfig:
     """Rates tried for each arm; empty means no search, the arms' own rates are used."""
     steps: int | None = None
     """Steps of a trial; None means the full run's."""
-    seed: int = 1000
-    """Data order and initialisation of the trials, apart from the comparison's own seeds."""
+    seeds: tuple[int, ...] = (1000,)
+    """Data orders and initialisations that each rate is tried with, apart from the comparison's own seeds; the mean
+    loss counts. One alone may choose a rate by luck."""
 
 
 @dataclass(frozen=True, kw_only=True)
