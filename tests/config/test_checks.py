@@ -35,6 +35,7 @@ def build(section=None, arm=None, **top):
         ({"arm": {"family": "token_choice", "num_experts": 0}}, "num_experts' is 0"),
         ({"arm": MOT | {"alone_top_k": 17}}, "there are only 16 mixtures"),
         ({"arm": MOT | {"temperature": 0.0}}, "temperature' is 0"),
+        ({"arm": MOT | {"zero_fill_unit": "step"}}, r"zero_fill_unit' is 'step' but 'arms\.mixture\.zero_fill' is 0"),
         ({"arm": MOT | {"zero_fill": 1.5}}, r"zero_fill' is 1\.5: it is a share"),
         ({"arm": MOT | {"alone_fraction": 3.0}}, r"alone_fraction' is 3\.0: it is a share"),
         ({"arm": MOT | {"population_rate": -0.1}}, r"population_rate' is -0\.1: it is a share"),

@@ -68,6 +68,7 @@ def test_every_setting_of_an_arm_reaches_the_model():
         inference_mode="group",
         alone_top_k=5,
         zero_fill=0.25,
+        zero_fill_unit="step",
         alone_fraction=0.05,
         population_rate=0.02,
     )

@@ -17,6 +17,8 @@ ARMS = {
     "mixture_of_tokens with empty groups": {
         **{"zero_fill": 0.25, "alone_fraction": 0.3, "population": True, "population_rate": 0.1}
     },
+    "mixture_of_tokens with layers alone": {"zero_fill": 0.5, "zero_fill_unit": "layer"},
+    "mixture_of_tokens with steps alone": {"zero_fill": 0.5, "zero_fill_unit": "step", "alone_fraction": 0.2},
     "token_choice": {"num_experts_per_tok": 2, "router_z_loss_coef": 0.1},
     "token_choice with expert bias and global balance": {"balance_over": "global", "expert_bias_update_rate": 0.01},
     "expert_choice": {},
@@ -262,6 +264,14 @@ def test_the_last_share_of_the_steps_runs_alone(run, make):
     run(model, reporter=Recorder())
     assert shares == [0.25] * 4 + [1.0] * 2  # 0.3 of 6 steps, rounded
     assert model.config.zero_fill == 0.25
+
+
+def test_steps_alone_are_whole_for_all_their_micro_batches(run, make):
+    model, seen = make("mixture_of_tokens with steps alone"), []
+    layer = model.mixture_of_tokens_layers()[0]
+    layer.register_forward_hook(lambda layer, *_: seen.append(layer.zero_fill) if layer.training else None)
+    run(model, gradient_accumulation_steps=2)
+    assert seen == [0, 0, 1, 1] * 2 + [0, 0, 1, 1]  # every other step; the last fifth of six is one more of them
 
 
 def test_every_step_moves_a_populations_averages_once(run, make):

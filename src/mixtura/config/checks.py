@@ -178,6 +178,11 @@ def _check_mixture_of_tokens(where: str, arm: ArmConfig) -> None:
     for key in ("zero_fill", "alone_fraction", "population_rate"):
         if not 0 <= getattr(arm, key) <= 1:
             raise UserError(f"'{where}.{key}' is {getattr(arm, key)}: it is a share and must lie between 0 and 1.")
+    if arm.zero_fill == 0 and arm.zero_fill_unit != "group":
+        raise UserError(
+            f"'{where}.zero_fill_unit' is '{arm.zero_fill_unit}' but '{where}.zero_fill' is 0, so nothing runs alone: "
+            "set it to 0.0625, say, or leave the unit out."
+        )
     if arm.inference_mode == "population" and arm.population_rate == 0:
         raise UserError(
             f"'{where}.inference_mode' is 'population' but '{where}.population_rate' is 0, so no averages are kept: "

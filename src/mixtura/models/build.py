@@ -61,6 +61,7 @@ def build_model_config(
         inference_mode=arm.inference_mode,
         alone_top_k=arm.alone_top_k,
         zero_fill=arm.zero_fill,
+        zero_fill_unit=arm.zero_fill_unit,
         alone_fraction=arm.alone_fraction,
         population=arm.population_rate > 0,
         population_rate=arm.population_rate,

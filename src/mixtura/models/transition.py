@@ -57,7 +57,7 @@ def transition(
         model = to_token_choice(model, batches, top_k=top_k or model.config.alone_top_k or 2)
     else:
         model.set_inference_mode("alone", top_k=model.config.alone_top_k if top_k is None else top_k)
-        model.config.zero_fill = 1.0
+        model.config.zero_fill, model.config.zero_fill_unit = 1.0, "group"
         model.set_zero_fill(1.0)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
