@@ -13,6 +13,7 @@ from mixtura.data.prepare import PreparedData, prepare_data
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.evaluation import evaluation_modes
 from mixtura.models import MixtureConfig, MixtureForCausalLM
+from mixtura.models.alone_schedule import alone_settings
 from mixtura.models.build import build_model_config
 from mixtura.planning import active_parameters, flops_per_token, flops_ratio, model_parameters
 from mixtura.training import LanguageModelling
@@ -61,6 +62,7 @@ class PretrainingArm(Arm):
         shape: Any = self.model_config
         length = self.sequence_length
         settings = {key: getattr(self.config, key) for key in _SETTINGS[self.family]}
+        settings |= alone_settings(self.config)
         if self.family != "dense":
             settings |= {"expert_width": shape.moe_intermediate_size, "placement": self.config.placement}
         total = model_parameters(shape)

@@ -6,7 +6,9 @@ ones follows from the step alone: a resumed run, every micro-batch of a step and
 """
 
 import random
-from typing import Literal
+from typing import Any, Literal
+
+from mixtura.config import ArmConfig
 
 ZeroFillUnit = Literal["group", "layer", "step"]
 
@@ -37,3 +39,11 @@ def shares_alone(
     if unit == "layer":
         return [float(random.Random(f"{step}, {layer}").random() < share) for layer in range(layers)]
     return [float(int((step + 1) * share) > int(step * share))] * layers
+
+
+def alone_settings(arm: ArmConfig) -> dict[str, Any]:
+    """What an arm says of training without groups; nothing where it says nothing."""
+    if arm.family != "mixture_of_tokens":
+        return {}
+    keys = (["zero_fill", "zero_fill_unit"] if arm.zero_fill else []) + ["alone_fraction", "population_rate"]
+    return {key: getattr(arm, key) for key in keys if getattr(arm, key)}
