@@ -29,6 +29,7 @@ class PlainShape:
     alone_top_k: int | None = 2
     zero_fill: float = 0.0
     alone_fraction: float = 0.0
+    transition_fraction: float = 0.0
     layer_mix: bool = False
     tie_word_embeddings: bool = True
 

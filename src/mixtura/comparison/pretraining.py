@@ -47,7 +47,9 @@ class PretrainingArm(Arm):
         self.family = config.family
         self.label = config.family if name == config.family else name
         self.task, self.learning_rate, self.sequence_length = task, learning_rate, sequence_length
-        self.training_mode = evaluation_modes(model_config)[0]
+        self.grouped = evaluation_modes(model_config)[0] == "group"
+        # What the finished model is: token choice where it has become that.
+        self.training_mode = "causal" if config.transition_to or not self.grouped else "group"
         self.deployed_mode = _deployed_mode(config)
 
     def build(self, seed: int) -> MixtureForCausalLM:
@@ -87,12 +89,14 @@ class PretrainingArm(Arm):
 
     def _probe(self, model: MixtureForCausalLM) -> LeakReport:
         config = self.model_config
-        batch = config.group_size if self.training_mode == "group" and config.group_over == "batch" else 4
+        batch = config.group_size if self.grouped and config.group_over == "batch" else 4
         length = config.group_size if config.group_over == "sequence" else 8
         return probe_causal_lm(model, vocab_size=config.vocab_size, batch=batch, length=length)
 
 
 def _deployed_mode(config: ArmConfig) -> str | None:
+    if config.transition_to is not None:
+        return "causal"
     if config.family == "mixture_of_tokens":
         # Running in groups needs other people's text in the batch: no answer to one request.
         return None if config.inference_mode == "group" else config.inference_mode

@@ -45,5 +45,6 @@ def alone_settings(arm: ArmConfig) -> dict[str, Any]:
     """What an arm says of training without groups; nothing where it says nothing."""
     if arm.family != "mixture_of_tokens":
         return {}
-    keys = (["zero_fill", "zero_fill_unit"] if arm.zero_fill else []) + ["alone_fraction", "population_rate"]
+    keys = ["zero_fill", "zero_fill_unit"] if arm.zero_fill else []
+    keys += ["alone_fraction", "transition_to", "transition_fraction", "population_rate"]
     return {key: getattr(arm, key) for key in keys if getattr(arm, key)}

@@ -69,6 +69,8 @@ class MixtureConfig(PreTrainedConfig):
     zero_fill: float | int = 0.0
     zero_fill_unit: str = "group"
     alone_fraction: float | int = 0.0
+    transition_to: str | None = None
+    transition_fraction: float | int = 0.0
     population: bool = False
     population_rate: float | int = 0.0
     layer_mix: bool = False

@@ -121,6 +121,11 @@ class ModelShape(Protocol):
         ...
 
     @property
+    def transition_fraction(self) -> float:
+        """Share of the training steps, the last ones, in which mixture of tokens has become token choice."""
+        ...
+
+    @property
     def layer_mix(self) -> bool:
         """Whether the last hidden state is a blend of all layers'."""
         ...
@@ -152,7 +157,7 @@ class FeedForwardShape:
     alone_top_k: int | None = None
     """Mixtures that run for a token without a group; None is all."""
     alone_share: float = 0.0
-    """Mixture of tokens: share of the training tokens that run without a group."""
+    """Mixture of tokens: share of the training tokens that run without a group, alone or as token choice."""
 
     @property
     def num_projections(self) -> int:
@@ -210,8 +215,12 @@ def feed_forward_shapes(shape: ModelShape, *, sequence_length: int) -> list[Feed
 
 
 def _alone_share(shape: ModelShape) -> float:
-    """Of all training tokens: those of the last steps, and a share of those before."""
-    return shape.alone_fraction + (1 - shape.alone_fraction) * shape.zero_fill
+    """Of all training tokens: those of the last steps, and a share of those before.
+
+    Token choice of as many experts as there are mixtures for a token alone costs what the token costs alone.
+    """
+    last = max(shape.alone_fraction, shape.transition_fraction)
+    return last + (1 - last) * shape.zero_fill
 
 
 def attention_widths(shape: ModelShape) -> tuple[int, int]:
