@@ -46,7 +46,7 @@ def build(section=None, arm=None, **top):
         ),
         ({"arm": MOT | CHANGE | {"alone_fraction": 0.1}}, "both are the last steps, so set one of them to 0"),
         ({"arm": MOT | CHANGE | {"mixtures_per_expert": 2}}, "needs one mixture an expert, one router"),
-        ({"arm": MOT | CHANGE | {"alone_top_k": None}}, "needs one mixture an expert, one router"),
+        ({"arm": MOT | CHANGE | {"alone_top_k": "none"}}, "needs one mixture an expert, one router"),
         ({"arm": MOT | {"population_rate": -0.1}}, r"population_rate' is -0\.1: it is a share"),
         ({"arm": MOT | {"inference_mode": "population"}}, "population_rate' is 0, so no averages are kept"),
         ({"arm": MOT | {"group_size": 1}}, "at least 2 tokens"),

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from mixtura.config import ArmConfig
 from mixtura.models import MixtureConfig, MixtureForCausalLM
-from mixtura.models.alone_schedule import alone_settings, shares_alone
+from mixtura.models.alone_schedule import alone_settings, shares_alone, step_kinds
 
 
 def schedule(share, unit, *, steps=32, layers=3, last_fraction=0.0):
-    more = {"steps": steps, "layers": layers, "share": share, "unit": unit, "last_fraction": last_fraction}
-    return [shares_alone(step, **more) for step in range(steps)]
+    config = MixtureConfig(zero_fill=share, zero_fill_unit=unit, alone_fraction=last_fraction)
+    return [shares_alone(config, step, steps=steps, layers=layers) for step in range(steps)]
 
 
 def test_groups_leave_at_every_step_and_layer():
@@ -71,7 +71,7 @@ def test_a_layer_that_was_drawn_runs_wholly_alone_and_the_others_in_groups():
     seen = set()
     for step in range(12):
         model.train().prepare_step(step, steps=12)
-        shares = shares_alone(step, steps=12, layers=3, share=0.5, unit="layer")
+        shares = shares_alone(model.config, step, steps=12, layers=3)
         for layer, share in zip(model.mixture_of_tokens_layers(), shares, strict=True):
             y_BLD = layer.train()(x_BLD)
             layer.eval().set_inference_mode("alone" if share else "group", top_k=2)
@@ -98,3 +98,18 @@ def test_an_arm_is_described_by_what_it_sets():
     trained = {"zero_fill": 0.25, "alone_fraction": 0.03, "population_rate": 0.01}
     assert alone_settings(ArmConfig(family="mixture_of_tokens", **trained)) == trained | {"zero_fill_unit": "group"}
     assert alone_settings(ArmConfig(family="token_choice", zero_fill=0.25)) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "kinds"),
+    [
+        ({}, [(1.0, 0.0)]),
+        ({"zero_fill": 0.25}, [(1.0, 0.25)]),
+        ({"zero_fill": 0.25, "zero_fill_unit": "step"}, [(0.75, 0.0), (0.25, 1.0)]),
+        ({"zero_fill": 0.25, "alone_fraction": 0.1}, [(0.9, 0.25), (0.1, 1.0)]),
+        ({"transition_to": "token_choice", "transition_fraction": 0.2}, [(0.8, 0.0), (0.2, 1.0)]),
+    ],
+    ids=["in groups", "empty groups", "empty steps", "the last steps alone", "the last steps token choice"],
+)
+def test_a_run_is_made_of_kinds_of_steps(settings, kinds):
+    assert step_kinds(MixtureConfig(**settings), steps=20) == kinds

@@ -159,15 +159,8 @@ class MixturePreTrainedModel(PreTrainedModel):
             step: optimizer steps taken.
             steps: of the whole run.
         """
-        config, layers = self.config, self.mixture_of_tokens_layers()
-        shares = shares_alone(
-            step,
-            steps=steps,
-            layers=len(layers),
-            share=config.zero_fill,
-            unit=config.zero_fill_unit,  # pyright: ignore[reportArgumentType]
-            last_fraction=config.alone_fraction,
-        )
+        layers = self.mixture_of_tokens_layers()
+        shares = shares_alone(self.config, step, steps=steps, layers=len(layers))
         for layer, share in zip(layers, shares, strict=True):
             layer.set_zero_fill(share)
 
