@@ -34,6 +34,9 @@ CASES = {
     "mixture of tokens gated": ("mixture_of_tokens", {"gated": True}),
     "two mixtures an expert": ("mixture_of_tokens", {"mixtures_per_expert": 2}),
     "separate combine": ("mixture_of_tokens", {"combine": "separate"}),
+    "a quarter of the groups alone": ("mixture_of_tokens", {"zero_fill": 0.25}),
+    "all alone": ("mixture_of_tokens", {"zero_fill": 1.0, "alone_top_k": None, "mixtures_per_expert": 2}),
+    "last steps alone": ("mixture_of_tokens", {"alone_fraction": 1.0, "combine": "separate"}),
     "fewer experts than tokens": ("mixture_of_tokens", {"group_size": 8}),
 }
 case = pytest.mark.parametrize(("family", "settings"), CASES.values(), ids=CASES.keys())
@@ -41,7 +44,9 @@ case = pytest.mark.parametrize(("family", "settings"), CASES.values(), ids=CASES
 
 def build(config: MixtureConfig) -> MixtureForCausalLM:
     # Eager attention is made of matrix products; fused attention hides them from the counter.
-    return MixtureForCausalLM._from_config(config, attn_implementation="eager").train()
+    model = MixtureForCausalLM._from_config(config, attn_implementation="eager").train()
+    model.prepare_step(0, steps=1)
+    return model
 
 
 @case

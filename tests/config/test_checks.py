@@ -5,6 +5,7 @@ import pytest
 from mixtura.config import UserError, recipe_from_dict
 
 MOT = {"family": "mixture_of_tokens", "group_size": 4}
+CHANGE = {"transition_to": "token_choice", "transition_fraction": 0.1}
 
 
 def build(section=None, arm=None, **top):
@@ -35,8 +36,17 @@ def build(section=None, arm=None, **top):
         ({"arm": {"family": "token_choice", "num_experts": 0}}, "num_experts' is 0"),
         ({"arm": MOT | {"alone_top_k": 17}}, "there are only 16 mixtures"),
         ({"arm": MOT | {"temperature": 0.0}}, "temperature' is 0"),
+        ({"arm": MOT | {"zero_fill_unit": "step"}}, r"zero_fill_unit' is 'step' but 'arms\.mixture\.zero_fill' is 0"),
         ({"arm": MOT | {"zero_fill": 1.5}}, r"zero_fill' is 1\.5: it is a share"),
         ({"arm": MOT | {"alone_fraction": 3.0}}, r"alone_fraction' is 3\.0: it is a share"),
+        ({"arm": MOT | {"transition_fraction": 0.1}}, r"transition_to' is 'none' and .* is 0\.1: name what"),
+        (
+            {"arm": MOT | CHANGE | {"transition_fraction": 0.0}},
+            r"transition_to' is 'token_choice' and .* is 0\.0: name",
+        ),
+        ({"arm": MOT | CHANGE | {"alone_fraction": 0.1}}, "both are the last steps, so set one of them to 0"),
+        ({"arm": MOT | CHANGE | {"mixtures_per_expert": 2}}, "needs one mixture an expert, one router"),
+        ({"arm": MOT | CHANGE | {"alone_top_k": "none"}}, "needs one mixture an expert, one router"),
         ({"arm": MOT | {"population_rate": -0.1}}, r"population_rate' is -0\.1: it is a share"),
         ({"arm": MOT | {"inference_mode": "population"}}, "population_rate' is 0, so no averages are kept"),
         ({"arm": MOT | {"group_size": 1}}, "at least 2 tokens"),

@@ -68,7 +68,10 @@ def test_every_setting_of_an_arm_reaches_the_model():
         inference_mode="group",
         alone_top_k=5,
         zero_fill=0.25,
+        zero_fill_unit="step",
         alone_fraction=0.05,
+        transition_to="token_choice",
+        transition_fraction=0.1,
         population_rate=0.02,
     )
     config = build(arm)

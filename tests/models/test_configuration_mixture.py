@@ -24,10 +24,11 @@ def test_every_layer_may_have_a_family_of_its_own():
     [
         ({"mlp_layer_types": ["dense"]}, "mlp_layer_types names 1 layers but num_hidden_layers is 4"),
         ({"mlp_layer_types": ["dense"] * 3 + ["moe"]}, "mlp_layer_types has 'moe': it must be one of dense, token_cho"),
+        ({"zero_fill_unit": "token"}, "zero_fill_unit is 'token': it must be one of group, layer, step"),
         ({"num_experts": "many"}, "num_experts"),
         ({"temperature": "hot"}, "temperature"),
     ],
-    ids=["too few families", "unknown family", "text for a number", "text for a fraction"],
+    ids=["too few families", "unknown family", "unknown unit", "text for a number", "text for a fraction"],
 )
 def test_fields_that_make_no_sense_are_named(fields, message):
     with pytest.raises(StrictDataclassError, match=message):

@@ -5,13 +5,17 @@ import copy
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
 
 from mixtura.config import UserError
-from mixtura.data.tokenizer import train_tokenizer
 from mixtura.layers import TokenChoiceMoE
 from mixtura.models import MixtureForCausalLM
-from mixtura.models.transition import to_token_choice, transition
+from mixtura.models.transition import (
+    change_to_token_choice,
+    follow_transition,
+    to_alone,
+    to_token_choice,
+    transition_due,
+)
 
 
 @pytest.fixture
@@ -84,36 +88,66 @@ def test_no_other_scale_brings_outputs_closer(build, activation):
     assert distance(1.0) < y_BLD.square().sum()
 
 
-def test_a_folder_is_converted_and_loads_as_any_other(build, tiny_corpus, tmp_path):
-    tokenizer = train_tokenizer(tiny_corpus, vocab_size=300)
-    model = build(vocab_size=len(tokenizer), mixtures_per_expert=2, population=True)
-    model.save_pretrained(tmp_path / "before")
-    tokenizer.save_pretrained(tmp_path / "before")
+def test_a_model_that_goes_over_to_alone_trains_as_it_answers(build):
+    model, ids_BL = build(zero_fill=0.25, zero_fill_unit="step", inference_mode="group"), tokens(1)[0]
+    to_alone(model, top_k=3)
+    assert (model.config.zero_fill, model.config.inference_mode, model.config.alone_top_k) == (1.0, "alone", 3)
+    assert torch.equal(model.train()(ids_BL).logits, model.eval()(ids_BL).logits)
+
+
+# What saving adds to a configuration.
+SAVED = {"architectures": None, "dtype": None}
+PLAN = {"transition_to": "token_choice", "transition_fraction": 0.25, "alone_top_k": 2}
+
+
+def test_the_last_share_of_the_steps_is_due_for_a_change(build):
+    model = build(**PLAN)
+    assert [transition_due(model, step, steps=8) for step in range(8)] == [False] * 6 + [True] * 2
+    assert not transition_due(build(), 8, steps=8)
+
+
+def test_a_change_where_it_stands_is_the_conversion_with_the_tensors_of_before(build):
+    model, ids = build(temperature=0.5, **PLAN), tokens()
+    before, expected = dict(model.named_parameters()), to_token_choice(model, ids, top_k=2)
+    state = torch.get_rng_state()
+    change_to_token_choice(model.train(), ids)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(dict(model.named_parameters())) == list(before)
+    assert all(value is before[name] for name, value in model.named_parameters())
+    assert_close(model(ids[0]).logits, expected(ids[0]).logits, rtol=0, atol=0)
+    # What is left of the two configurations is the same but for where they came from.
+    assert model.config.to_dict() == expected.config.to_dict()
+    assert (model.config.transition_to, model.config.num_experts_per_tok) == (None, 2)
+
+
+def test_products_of_all_ranks_make_one_factor(build):
     ids = tokens()
-    converted = transition(tmp_path / "before", tmp_path / "after", to="token_choice", batches=ids)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "after")
-    assert loaded.config.mlp_layer_types == ["dense", "token_choice"] and loaded.config.num_experts == 8
-    assert loaded.config.num_experts_per_tok == 2  # as many as it got alone
-    assert_close(loaded(ids[0]).logits, converted(ids[0]).logits)
-    with pytest.raises(UserError, match="is not empty: name a new folder"):
-        transition(tmp_path / "before", tmp_path / "after", to="alone")
-    transition(tmp_path / "before", tmp_path / "alone", to="alone")
-    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "alone").train()
-    model.set_inference_mode("alone", top_k=2)
-    with torch.no_grad():
-        assert_close(alone(ids[0]).logits, model.eval()(ids[0]).logits)
-    assert (alone.config.zero_fill, alone.config.inference_mode) == (1.0, "alone")
+    together = to_token_choice(build(), ids, top_k=2)
+    seen = []
+    to_token_choice(build(), ids[1:], top_k=2, add_up=lambda products: seen.append(products) or products)
+    apart = to_token_choice(build(), ids[:1], top_k=2, add_up=lambda products: products + seen[0])
+    for name, value in together.state_dict().items():
+        assert_close(apart.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_what_cannot_be_converted_is_named(build, tiny_corpus, tmp_path):
+def test_a_model_takes_the_layers_of_what_was_saved_after_its_change(build, tmp_path):
+    model, again, ids = build(**PLAN), build(**PLAN), tokens()
+    follow_transition(again, tmp_path)  # nothing is there
+    model.save_pretrained(tmp_path)
+    follow_transition(again, tmp_path)
+    assert again.mixture_of_tokens_layers()
+    change_to_token_choice(model, ids)
+    model.save_pretrained(tmp_path)
+    follow_transition(again, tmp_path)
+    again.load_state_dict(model.state_dict())
+    assert_close(again(ids[0]).logits, model.eval()(ids[0]).logits)
+    assert again.config.to_diff_dict() | SAVED == model.config.to_diff_dict() | SAVED
+
+
+def test_what_cannot_be_converted_is_named(build):
     with pytest.raises(UserError, match="cannot get 5 experts of the 4 there are"):
         to_token_choice(build(), tokens(), top_k=5)
     with pytest.raises(UserError, match="no batch to compare outputs on"):
         to_token_choice(build(), [], top_k=2)
     with pytest.raises(UserError, match="has token-choice layers already"):
         to_token_choice(build(mlp_layer_types=["token_choice", "mixture_of_tokens"]), tokens(), top_k=2)
-    tokenizer = train_tokenizer(tiny_corpus, vocab_size=300)
-    build("dense", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="has no mixture-of-tokens layer: there is nothing to convert"):
-        transition(tmp_path, tmp_path / "out", to="token_choice", batches=tokens())

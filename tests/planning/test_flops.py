@@ -23,6 +23,17 @@ EXPERTS = {"hidden_size": 8, "intermediate_size": 16, "num_experts": 4, "group_s
         pytest.param({"family": "mixture_of_tokens", "combine": "separate"}, 512 + 4 * 64, id="separate combine"),
         pytest.param({"family": "mixture_of_tokens", "mixtures_per_expert": 2}, 1024 + 6 * 64, id="two mixtures"),
         pytest.param({"family": "mixture_of_tokens", "group_size": 8}, 256 + 3 * 64, id="half an expert"),
+        pytest.param(
+            {"family": "mixture_of_tokens", "alone_share": 1.0, "alone_top_k": 2},
+            1024 + 64,
+            id="alone with two mixtures",
+        ),
+        pytest.param({"family": "mixture_of_tokens", "alone_share": 1.0}, 2048 + 64, id="alone with all"),
+        pytest.param(
+            {"family": "mixture_of_tokens", "alone_share": 0.25, "alone_top_k": 2, "combine": "separate"},
+            0.75 * (512 + 4 * 64) + 0.25 * (1024 + 2 * 64),
+            id="a quarter alone",
+        ),
         pytest.param({"family": "soft", "group_size": 16}, 128 + 3 * 64, id="soft over 16 positions"),
     ],
 )

@@ -26,6 +26,10 @@ class PlainShape:
     group_size: int = 2
     mixtures_per_expert: int = 1
     combine: str = "same"
+    alone_top_k: int | None = 2
+    zero_fill: float = 0.0
+    alone_fraction: float = 0.0
+    transition_fraction: float = 0.0
     layer_mix: bool = False
     tie_word_embeddings: bool = True
 
@@ -75,3 +79,8 @@ def test_only_token_choice_has_shared_experts() -> None:
 def test_layers_may_have_widths_of_their_own() -> None:
     # Instead of 2*4*6 twice: 2*4*6 and 2*4*9.
     assert model_parameters(PlainShape(intermediate_sizes=[6, 9])) == 40 + 20 + 2 * 64 + 48 + 72
+
+
+def test_tokens_alone_are_those_of_the_last_steps_and_a_share_of_those_before() -> None:
+    shape = PlainShape(mlp_layer_types=["token_choice", "mixture_of_tokens"], zero_fill=0.5, alone_fraction=0.2)
+    assert [layer.alone_share for layer in feed_forward_shapes(shape, sequence_length=8)] == [0.0, pytest.approx(0.6)]

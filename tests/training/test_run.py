@@ -17,6 +17,9 @@ ARMS = {
     "mixture_of_tokens with empty groups": {
         **{"zero_fill": 0.25, "alone_fraction": 0.3, "population": True, "population_rate": 0.1}
     },
+    "mixture_of_tokens with layers alone": {"zero_fill": 0.5, "zero_fill_unit": "layer"},
+    "mixture_of_tokens with steps alone": {"zero_fill": 0.5, "zero_fill_unit": "step", "alone_fraction": 0.2},
+    "mixture_of_tokens that becomes token choice": {"transition_to": "token_choice", "transition_fraction": 0.5},
     "token_choice": {"num_experts_per_tok": 2, "router_z_loss_coef": 0.1},
     "token_choice with expert bias and global balance": {"balance_over": "global", "expert_bias_update_rate": 0.01},
     "expert_choice": {},
@@ -262,6 +265,38 @@ def test_the_last_share_of_the_steps_runs_alone(run, make):
     run(model, reporter=Recorder())
     assert shares == [0.25] * 4 + [1.0] * 2  # 0.3 of 6 steps, rounded
     assert model.config.zero_fill == 0.25
+
+
+def test_steps_alone_are_whole_for_all_their_micro_batches(run, make):
+    model, seen = make("mixture_of_tokens with steps alone"), []
+    layer = model.mixture_of_tokens_layers()[0]
+    layer.register_forward_hook(lambda layer, *_: seen.append(layer.zero_fill) if layer.training else None)
+    run(model, gradient_accumulation_steps=2)
+    assert seen == [0, 0, 1, 1] * 2 + [0, 0, 1, 1]  # every other step; the last fifth of six is one more of them
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4], ids=["before it", "right after its first step", "after it"])
+def test_a_run_that_changes_to_token_choice_goes_on_bit_for_bit(run, make, tmp_path, stop):
+    arm = "mixture_of_tokens that becomes token choice"
+    straight, stopped, resumed = make(arm), make(arm), make(arm, seed=1)
+    run(straight, out="straight")
+    assert straight.config.mlp_layer_types == ["dense", "token_choice"]
+    run(stopped, out="stopped", reporter=At(stop, ctrl_c))
+    run(resumed, out="stopped", resume=True)
+    assert_identical(straight, resumed)
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "straight")
+    finished = make(arm, seed=2)
+    run(finished, out="stopped", resume=True)
+    assert_identical(straight, finished)
+
+
+def test_the_curve_of_what_could_be_deployed_goes_through_the_change(run, make, tmp_path):
+    run(make("mixture_of_tokens that becomes token choice"), eval_every=1)
+    modes = [set(record["eval"]) for record in numbers(tmp_path / "run") if "eval" in record]
+    assert modes == [{"group", "causal"}] * 3 + [{"causal"}] * 3
+    assert all(record["aux_loss"] == 0 for record in numbers(tmp_path / "run")[:1])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint")
+    assert loaded.config.mlp_layer_types == ["dense", "token_choice"] and loaded.config.transition_to is None
 
 
 def test_every_step_moves_a_populations_averages_once(run, make):

@@ -139,6 +139,12 @@ def _about_leaks(name: str, arm: dict[str, Any], label: str, stick: Yardstick) -
     if arm["leaks"].get("batch_deployed"):
         text = f"{label} leaks the batch even as deployed: the same text gets another loss beside other examples."
         return [_caution("serious", "leaks_batch_deployed", name, text)]
+    if arm["leaks"]["batch"] and arm["training_mode"] == arm["deployed_mode"]:
+        text = (
+            f"{label} leaks the batch while it trains in groups: a token's output depends on other examples. The "
+            "finished model has no groups, and its numbers are measured without."
+        )
+        return [_caution("note", "leaks_batch", name, text)]
     if arm["leaks"]["batch"]:
         text = (
             f"{label} leaks the batch while it trains: a token's output depends on other examples. Its {stick.short} "

@@ -13,6 +13,7 @@ from mixtura.data.prepare import PreparedData, prepare_data
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.evaluation import evaluation_modes
 from mixtura.models import MixtureConfig, MixtureForCausalLM
+from mixtura.models.alone_schedule import alone_settings
 from mixtura.models.build import build_model_config
 from mixtura.planning import active_parameters, flops_per_token, flops_ratio, model_parameters
 from mixtura.training import LanguageModelling
@@ -46,7 +47,9 @@ class PretrainingArm(Arm):
         self.family = config.family
         self.label = config.family if name == config.family else name
         self.task, self.learning_rate, self.sequence_length = task, learning_rate, sequence_length
-        self.training_mode = evaluation_modes(model_config)[0]
+        self.grouped = evaluation_modes(model_config)[0] == "group"
+        # What the finished model is: token choice where it has become that.
+        self.training_mode = "causal" if config.transition_to or not self.grouped else "group"
         self.deployed_mode = _deployed_mode(config)
 
     def build(self, seed: int) -> MixtureForCausalLM:
@@ -61,6 +64,7 @@ class PretrainingArm(Arm):
         shape: Any = self.model_config
         length = self.sequence_length
         settings = {key: getattr(self.config, key) for key in _SETTINGS[self.family]}
+        settings |= alone_settings(self.config)
         if self.family != "dense":
             settings |= {"expert_width": shape.moe_intermediate_size, "placement": self.config.placement}
         total = model_parameters(shape)
@@ -85,12 +89,14 @@ class PretrainingArm(Arm):
 
     def _probe(self, model: MixtureForCausalLM) -> LeakReport:
         config = self.model_config
-        batch = config.group_size if self.training_mode == "group" and config.group_over == "batch" else 4
+        batch = config.group_size if self.grouped and config.group_over == "batch" else 4
         length = config.group_size if config.group_over == "sequence" else 8
         return probe_causal_lm(model, vocab_size=config.vocab_size, batch=batch, length=length)
 
 
 def _deployed_mode(config: ArmConfig) -> str | None:
+    if config.transition_to is not None:
+        return "causal"
     if config.family == "mixture_of_tokens":
         # Running in groups needs other people's text in the batch: no answer to one request.
         return None if config.inference_mode == "group" else config.inference_mode

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from mixtura.config import TrainingConfig
 from mixtura.diagnostics.memory import live_bytes, measure_peak_memory
+from mixtura.models import MixtureForCausalLM
+from mixtura.models.alone_schedule import step_kinds
 from mixtura.training.experiment import Arm
 from mixtura.training.optimization import build_optimizer
 
@@ -22,6 +24,8 @@ WARM_UP_ROUNDS, ROUNDS = 2, 12
 
 def time_arms(arms: Mapping[str, Arm], training: TrainingConfig, baseline: str) -> dict[str, dict[str, Any]]:
     """Median seconds of a step and peak bytes of each arm.
+
+    Where a run has several kinds of steps, seconds are the mean over them, each as often as it comes.
 
     Returns:
         {arm: {"seconds_per_step", "seconds_ratio", "peak_memory_bytes", "optimizer_state_bytes"}}.
@@ -64,6 +68,9 @@ class _Step:
         self.model.to(device)
         self.optimizer = build_optimizer(self.model, training, learning_rate=1e-4)
         self.batches = _batches(arm, training, device)
+        self.kinds = [(1.0, 0.0)]
+        if isinstance(self.model, MixtureForCausalLM) and self.model.mixture_of_tokens_layers():
+            self.kinds = step_kinds(self.model.config, steps=training.steps)
         self.num_targets = sum(int(self.task.count_targets(batch)) for batch in self.batches)
 
     def run(self) -> None:
@@ -85,12 +92,17 @@ class _Step:
         return losses.task_loss + sum(weighted) / len(self.batches) if weighted else losses.task_loss
 
     def timed(self) -> float:
-        """Seconds of one step."""
-        _synchronize(self.device)
-        start = time.perf_counter()
-        self.run()
-        _synchronize(self.device)
-        return time.perf_counter() - start
+        """Seconds of one step, a mean over the kinds of steps."""
+        total = 0.0
+        for part, share in self.kinds:
+            if isinstance(self.model, MixtureForCausalLM):
+                self.model.set_zero_fill(share)
+            _synchronize(self.device)
+            start = time.perf_counter()
+            self.run()
+            _synchronize(self.device)
+            total += part * (time.perf_counter() - start)
+        return total
 
     def peak_memory(self) -> int:
         """Peak bytes of one step: parameters and optimizer state, and what a step allocates on top."""

@@ -176,13 +176,40 @@ def _check_mixture_of_tokens(where: str, arm: ArmConfig) -> None:
             f"'{where}.alone_top_k' is {arm.alone_top_k} but there are only {mixtures} mixtures, "
             f'{arm.mixtures_per_expert} for each of {arm.num_experts} experts: lower it, or set it to "none" for all.'
         )
-    for key in ("zero_fill", "alone_fraction", "population_rate"):
+    for key in ("zero_fill", "alone_fraction", "transition_fraction", "population_rate"):
         if not 0 <= getattr(arm, key) <= 1:
             raise UserError(f"'{where}.{key}' is {getattr(arm, key)}: it is a share and must lie between 0 and 1.")
+    if arm.zero_fill == 0 and arm.zero_fill_unit != "group":
+        raise UserError(
+            f"'{where}.zero_fill_unit' is '{arm.zero_fill_unit}' but '{where}.zero_fill' is 0, so nothing runs alone: "
+            "set it to 0.0625, say, or leave the unit out."
+        )
+    _check_transition(where, arm)
     if arm.inference_mode == "population" and arm.population_rate == 0:
         raise UserError(
             f"'{where}.inference_mode' is 'population' but '{where}.population_rate' is 0, so no averages are kept: "
             "set it to 0.01, say."
+        )
+
+
+def _check_transition(where: str, arm: ArmConfig) -> None:
+    if (arm.transition_to is None) != (arm.transition_fraction == 0):
+        raise UserError(
+            f"'{where}.transition_to' is '{arm.transition_to or 'none'}' and '{where}.transition_fraction' is "
+            f"{arm.transition_fraction}: name what the layers become and for which share of the steps, or neither."
+        )
+    if arm.transition_to is None:
+        return
+    if arm.alone_fraction > 0:
+        raise UserError(
+            f"'{where}.alone_fraction' is {arm.alone_fraction} and '{where}.transition_fraction' is "
+            f"{arm.transition_fraction}: both are the last steps, so set one of them to 0."
+        )
+    if arm.mixtures_per_expert > 1 or arm.combine == "separate" or arm.alone_top_k is None:
+        raise UserError(
+            f"'{where}.transition_to' is '{arm.transition_to}', which needs one mixture an expert, one router and "
+            f"a number of experts a token: set '{where}.mixtures_per_expert' to 1, '{where}.combine' to \"same\" and "
+            f"'{where}.alone_top_k' to 2, say."
         )
 
 

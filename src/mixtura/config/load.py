@@ -21,6 +21,8 @@ PRESETS = (
     "quick",
     "default",
     "full",
+    "deploy-quick",
+    "deploy",
     "translation-quick",
     "translation",
     "classification-quick",
@@ -215,6 +217,7 @@ def _convert_list(args: tuple[Any, ...], value: Any, where: str) -> Any:
 _CONVERTERS: dict[Any, Callable[[tuple[Any, ...], Any, str], Any]] = {
     dict: _convert_arms,
     types.UnionType: _convert_optional,
+    typing.Union: _convert_optional,  # what Python before 3.14 makes of `Literal[...] | None`
     Literal: _convert_choice,
     tuple: _convert_list,
 }

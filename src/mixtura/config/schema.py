@@ -109,8 +109,15 @@ class ArmConfig:
     """Mixtures that `alone` and `population` inference run for a token; None runs all."""
     zero_fill: float = 0.0
     """Mixture of tokens: share of the groups whose tokens run in training as `alone` runs them."""
+    zero_fill_unit: Literal["group", "layer", "step"] = "group"
+    """What that share is taken of: of each layer's groups at every step; of the steps of each layer, which then runs
+    wholly alone; or of the steps of the whole model. The last two cost less time."""
     alone_fraction: float = 0.0
     """Mixture of tokens: share of the steps, the last ones, in which all groups do so."""
+    transition_to: Literal["token_choice"] | None = None
+    """Mixture of tokens: what the layers become, with their parameters, for the last steps; None is nothing."""
+    transition_fraction: float = 0.0
+    """The share of the steps, the last ones, that the layers train as that; a token gets `alone_top_k` experts."""
     population_rate: float = 0.0
     """Mixture of tokens: weight of a step in the moving averages that `population` inference uses; 0 keeps none."""
 

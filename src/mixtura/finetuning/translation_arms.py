@@ -17,6 +17,7 @@ from mixtura.finetuning.translation_data import PairDataset, collate_rows
 from mixtura.finetuning.translation_task import TranslationData, TranslationTask
 from mixtura.layers import MixtureOfTokens
 from mixtura.models import MixtureConfig, MixtureForCausalLM
+from mixtura.models.alone_schedule import alone_settings
 from mixtura.models.build import build_model_config
 from mixtura.models.pretrained import load_base
 from mixtura.planning import active_parameters, flops_per_token, model_parameters
@@ -178,7 +179,7 @@ def _scratch_arm(
         return MixtureForCausalLM(copy.deepcopy(config))
 
     keys = _NAMED_SETTINGS if expert_names else _SETTINGS[feed_forward.family]
-    settings = {key: getattr(feed_forward, key) for key in keys}
+    settings = {key: getattr(feed_forward, key) for key in keys} | alone_settings(feed_forward)
     if feed_forward.family != "dense":
         settings |= {"expert_width": config.moe_intermediate_size, "placement": feed_forward.placement}
     return TranslationArm(

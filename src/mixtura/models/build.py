@@ -61,7 +61,10 @@ def build_model_config(
         inference_mode=arm.inference_mode,
         alone_top_k=arm.alone_top_k,
         zero_fill=arm.zero_fill,
+        zero_fill_unit=arm.zero_fill_unit,
         alone_fraction=arm.alone_fraction,
+        transition_to=arm.transition_to,
+        transition_fraction=arm.transition_fraction,
         population=arm.population_rate > 0,
         population_rate=arm.population_rate,
     )

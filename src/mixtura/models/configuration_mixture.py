@@ -5,6 +5,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 ROUTE_BY = ("token", "pair", "source", "target")
+ZERO_FILL_UNITS = ("group", "layer", "step")
 FAMILIES = ("dense", "token_choice", "expert_choice", "soft", "mixture_of_tokens")
 
 
@@ -66,7 +67,10 @@ class MixtureConfig(PreTrainedConfig):
     inference_mode: str = "alone"
     alone_top_k: int | None = 2
     zero_fill: float | int = 0.0
+    zero_fill_unit: str = "group"
     alone_fraction: float | int = 0.0
+    transition_to: str | None = None
+    transition_fraction: float | int = 0.0
     population: bool = False
     population_rate: float | int = 0.0
     layer_mix: bool = False
@@ -100,6 +104,13 @@ class MixtureConfig(PreTrainedConfig):
             raise ValueError(
                 f"intermediate_sizes has {len(self.intermediate_sizes)} widths but num_hidden_layers is "
                 f"{self.num_hidden_layers}: give a width for each."
+            )
+
+    def validate_zero_fill_unit(self) -> None:
+        """Raises ValueError for an unknown unit."""
+        if self.zero_fill_unit not in ZERO_FILL_UNITS:
+            raise ValueError(
+                f"zero_fill_unit is {self.zero_fill_unit!r}: it must be one of {', '.join(ZERO_FILL_UNITS)}."
             )
 
     def validate_route_by(self) -> None:

@@ -31,6 +31,7 @@ from mixtura.layers import (
     TokenChoiceMoE,
 )
 from mixtura.layers.losses import load_balancing_loss
+from mixtura.models.alone_schedule import shares_alone
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.models.feed_forward import build_feed_forward
 
@@ -150,14 +151,18 @@ class MixturePreTrainedModel(PreTrainedModel):
             layer.set_zero_fill(share)
 
     def prepare_step(self, step: int, *, steps: int) -> None:
-        """Sets what depends on how far training is: in the last `alone_fraction` of it all groups are left empty.
+        """Sets what depends on how far training is: which layers leave which share of their groups empty.
+
+        Until it is first called, and where a trainer never does, every layer has the share `zero_fill` at every step.
 
         Args:
             step: optimizer steps taken.
             steps: of the whole run.
         """
-        last = round(self.config.alone_fraction * steps)
-        self.set_zero_fill(1.0 if step >= steps - last else self.config.zero_fill)
+        layers = self.mixture_of_tokens_layers()
+        shares = shares_alone(self.config, step, steps=steps, layers=len(layers))
+        for layer, share in zip(layers, shares, strict=True):
+            layer.set_zero_fill(share)
 
 
 class MixtureModel(MixturePreTrainedModel):

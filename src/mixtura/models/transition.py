@@ -9,14 +9,17 @@ tokens.
 
 To `alone`: nothing but the mode of training changes.
 
+`transition_due` and `change_to_token_choice` do it to a model in training, whose optimizer goes on.
+
 Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, C mixtures of an expert.
 """
 
 import copy
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,48 +27,17 @@ from torch import Tensor, nn
 from mixtura.config import UserError
 from mixtura.layers import MixtureOfTokens, TokenChoiceMoE
 from mixtura.models.configuration_mixture import MixtureConfig
-from mixtura.models.generation import load_model
 from mixtura.models.modeling_mixture import MixtureDecoderLayer, MixtureForCausalLM
 
 
-def transition(
-    model_folder: Path,
-    out: Path,
-    *,
-    to: Literal["token_choice", "alone"],
-    batches: Iterable[Tensor] = (),
-    top_k: int | None = None,
-) -> MixtureForCausalLM:
-    """Converts the model in a folder and writes the result, to be trained on or served, with its tokenizer to `out`.
-
-    Args:
-        model_folder: a mixture-of-tokens model.
-        out: a new folder.
-        to: "token_choice", or "alone", which trains in that mode from now on.
-        batches: for token choice, token ids (B, L) that outputs are compared on.
-        top_k: experts a token gets; None takes the mixtures that it gets alone, or 2 where it gets all.
-
-    Raises:
-        UserError: the model cannot be read or converted, or `out` holds something.
-    """
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"'{out}' is not empty: name a new folder.")
-    model, tokenizer = load_model(model_folder)
-    if not isinstance(model, MixtureForCausalLM) or not model.mixture_of_tokens_layers():
-        raise UserError(f"The model in '{model_folder}' has no mixture-of-tokens layer: there is nothing to convert.")
-    if to == "token_choice":
-        model = to_token_choice(model, batches, top_k=top_k or model.config.alone_top_k or 2)
-    else:
-        model.set_inference_mode("alone", top_k=model.config.alone_top_k if top_k is None else top_k)
-        model.config.zero_fill = 1.0
-        model.set_zero_fill(1.0)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return model
-
-
 @torch.no_grad()
-def to_token_choice(model: MixtureForCausalLM, batches: Iterable[Tensor], *, top_k: int) -> MixtureForCausalLM:
+def to_token_choice(
+    model: MixtureForCausalLM,
+    batches: Iterable[Tensor],
+    *,
+    top_k: int,
+    add_up: Callable[[Tensor], Tensor] | None = None,
+) -> MixtureForCausalLM:
     """A new model with token choice in place of mixture of tokens, outputs as near as one factor a layer brings them.
 
     The temperature goes into the router, and two routers become their mean, which orders mixtures nearly as the product
@@ -76,6 +48,7 @@ def to_token_choice(model: MixtureForCausalLM, batches: Iterable[Tensor], *, top
         model: left as it is, but for its inference mode, which becomes `alone` with `top_k`.
         batches: token ids (B, L), one batch at least.
         top_k: experts a token gets, and the mixtures it gets alone in the comparison.
+        add_up: sums a tensor over all ranks, each with batches of its own; None for one process.
 
     Raises:
         UserError: there is no batch, there are fewer experts than asked for, or some layers are token choice already.
@@ -92,21 +65,106 @@ def to_token_choice(model: MixtureForCausalLM, batches: Iterable[Tensor], *, top
     converted.load_state_dict(_weights(model), strict=True)
     converted.eval().to(model.device).to(model.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
     model.eval().set_inference_mode("alone", top_k=top_k)
-    _match_outputs(model, converted, batches)
+    _match_outputs(model, converted, batches, add_up or (lambda products: products))
     return converted
 
 
+def to_alone(model: MixtureForCausalLM, *, top_k: int | None) -> None:
+    """Makes a model train on, and answer, without groups; `top_k` limits the mixtures of a token."""
+    model.set_inference_mode("alone", top_k=top_k)
+    model.config.zero_fill, model.config.zero_fill_unit = 1.0, "group"
+    model.set_zero_fill(1.0)
+
+
+def transition_due(model: MixtureForCausalLM, step: int, *, steps: int) -> bool:
+    """Whether a model whose configuration plans a transition should change before a step.
+
+    Args:
+        model: one in training.
+        step: optimizer steps taken.
+        steps: of the whole run, of which the last `transition_fraction` are token choice.
+    """
+    config = model.config
+    return config.transition_to is not None and step >= steps - round(config.transition_fraction * steps)
+
+
+@torch.no_grad()
+def change_to_token_choice(
+    model: MixtureForCausalLM, batches: Iterable[Tensor], *, add_up: Callable[[Tensor], Tensor] | None = None
+) -> None:
+    """Turns a model into token choice where it stands, as `to_token_choice` does, with the parameters it has.
+
+    Tensors keep their identity, so an optimizer goes on with its state for all of them; what it remembers of a scaled
+    projection is not scaled.
+
+    Args:
+        model: one whose layers have a mixture an expert and one router, with `alone_top_k` experts a token from now on.
+        batches: token ids (B, L), one batch at least.
+        add_up: as in `to_token_choice`.
+
+    Raises:
+        UserError: see `to_token_choice`.
+    """
+    top_k = _planned_top_k(model.config)
+    # The new model's start values are overwritten: drawing them should not show in what training draws.
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        converted = to_token_choice(model, batches, top_k=top_k, add_up=add_up)
+    for kept, value in zip(model.parameters(), converted.parameters(), strict=True):
+        kept.copy_(value)
+    _take_over(model, converted)
+
+
+def follow_transition(model: MixtureForCausalLM, folder: Path) -> None:
+    """Gives a model that plans a transition the layers of a checkpoint that was saved after it; weights stay as is.
+
+    A folder whose configuration cannot be read changes nothing: loading it says what is wrong.
+    """
+    if model.config.transition_to is None:
+        return
+    try:
+        families = json.loads((folder / "config.json").read_text(encoding="utf-8"))["mlp_layer_types"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if "mixture_of_tokens" in families:
+        return
+    top_k = _planned_top_k(model.config)
+    _take_over(model, MixtureForCausalLM(_configuration(model.config, top_k=top_k)).to(model.device))
+
+
+def _planned_top_k(config: MixtureConfig) -> int:
+    assert config.alone_top_k is not None and config.mixtures_per_expert == 1 and config.combine == "same"
+    return config.alone_top_k
+
+
+def _take_over(model: MixtureForCausalLM, converted: MixtureForCausalLM) -> None:
+    """Puts the other model's token-choice layers, with this model's parameters, and its settings in place."""
+    for old, new in zip(_decoder_layers(model), _decoder_layers(converted), strict=True):
+        if isinstance(old.mlp, MixtureOfTokens) and isinstance(new.mlp, TokenChoiceMoE):
+            new.mlp.gate, new.mlp.experts = old.mlp.gate, old.mlp.experts
+            old.mlp = new.mlp.train(model.training)
+    for key, value in _changes(model.config, top_k=converted.config.num_experts_per_tok).items():
+        setattr(model.config, key, value)
+
+
 def _configuration(config: MixtureConfig, *, top_k: int) -> MixtureConfig:
-    changed: Any = copy.deepcopy(config)
-    swap = {"mixture_of_tokens": "token_choice"}
-    changed.mlp_layer_types = [swap.get(family, family) for family in config.mlp_layer_types or []]
-    changed.num_experts, changed.num_experts_per_tok = config.num_experts * config.mixtures_per_expert, top_k
-    changed.scoring_func, changed.norm_topk_prob, changed.capacity_factor = "softmax", False, None
-    changed.routed_scaling_factor, changed.num_shared_experts, changed.expert_bias_update_rate = 1.0, 0, 0.0
-    changed.zero_fill = changed.alone_fraction = changed.population_rate = 0.0
-    changed.mixtures_per_expert, changed.temperature, changed.combine, changed.population = 1, 1.0, "same", False
-    changed.inference_mode = "alone"
+    changed = copy.deepcopy(config)
+    for key, value in _changes(config, top_k=top_k).items():
+        setattr(changed, key, value)
     return changed
+
+
+def _changes(config: MixtureConfig, *, top_k: int) -> dict[str, Any]:
+    """What of a configuration is another after the conversion."""
+    swap = {"mixture_of_tokens": "token_choice"}
+    families = [swap.get(family, family) for family in config.mlp_layer_types or []]
+    experts = config.num_experts * config.mixtures_per_expert
+    routing = {"num_experts": experts, "num_experts_per_tok": top_k, "scoring_func": "softmax", "norm_topk_prob": False}
+    off: dict[str, Any] = {"capacity_factor": None, "num_shared_experts": 0, "expert_bias_update_rate": 0.0}
+    alone = {"zero_fill": 0.0, "zero_fill_unit": "group", "alone_fraction": 0.0, "inference_mode": "alone"}
+    mixing = {"mixtures_per_expert": 1, "temperature": 1.0, "combine": "same"}
+    ended = {"population": False, "population_rate": 0.0, "transition_to": None, "transition_fraction": 0.0}
+    settings = {"mlp_layer_types": families, "routed_scaling_factor": 1.0}
+    return {**settings, **routing, **off, **alone, **mixing, **ended}
 
 
 def _weights(model: MixtureForCausalLM) -> dict[str, Tensor]:
@@ -126,7 +184,12 @@ def _weights(model: MixtureForCausalLM) -> dict[str, Tensor]:
     return state
 
 
-def _match_outputs(before: MixtureForCausalLM, after: MixtureForCausalLM, batches: Iterable[Tensor]) -> None:
+def _match_outputs(
+    before: MixtureForCausalLM,
+    after: MixtureForCausalLM,
+    batches: Iterable[Tensor],
+    add_up: Callable[[Tensor], Tensor],
+) -> None:
     """Scales the second projections of `after`: factor = <y, y_hat> / <y_hat, y_hat> over all tokens of the batches."""
     pairs = [
         (old.mlp, new.mlp)
@@ -150,7 +213,8 @@ def _match_outputs(before: MixtureForCausalLM, after: MixtureForCausalLM, batche
             hook.remove()
     if not count:
         raise UserError("There is no batch to compare outputs on: give text that fills at least one.")
-    for (_, new), (product, square) in zip(pairs, products.tolist(), strict=True):
+    totals = add_up(products.to(before.device, torch.float32)).tolist()
+    for (_, new), (product, square) in zip(pairs, totals, strict=True):
         new.experts.down_proj.mul_(product / square if square > 0 else 1.0)
 
 

@@ -7,7 +7,7 @@ activations, softmaxes, the embedding look-up and the blend of `layer_mix` are n
 Numbers are per token and may be fractions, since a group shares its mixtures.
 """
 
-from mixtura.planning.parameters import attention_parameters, expert_parameters
+from mixtura.planning.parameters import attention_parameters, expert_parameters, router_parameters
 from mixtura.planning.shapes import FeedForwardShape, ModelShape, attention_widths, feed_forward_shapes
 
 BACKWARD = 2
@@ -15,7 +15,7 @@ BACKWARD = 2
 
 
 def routing_flops(layer: FeedForwardShape) -> float:
-    """Forward FLOPs a token pays besides the experts: routers, dispatch and combine.
+    """Forward FLOPs a token in a group pays besides the experts: routers, dispatch and combine.
 
     2 D E for token choice and expert choice, which gather and scatter without products. A mixing layer pays 2 D E C
     three times, to score, to mix and to spread (llm-random's "FLOP-matched" counts none of the three), and once
@@ -31,9 +31,17 @@ def routing_flops(layer: FeedForwardShape) -> float:
 
 
 def layer_flops(layer: FeedForwardShape) -> float:
-    """Forward FLOPs a token pays in one feed-forward layer: expert rows, shared experts, routing and mixing."""
+    """Forward FLOPs a token pays in one feed-forward layer: expert rows, shared experts, routing and mixing.
+
+    A mean over training where mixture of tokens leaves a share of the groups empty: their tokens pay for the mixtures
+    that run for them and for the routers, and nothing is mixed.
+    """
     rows = layer.rows_per_token + layer.shared_experts
-    return 2 * rows * expert_parameters(layer) + routing_flops(layer)
+    grouped = 2 * rows * expert_parameters(layer) + routing_flops(layer)
+    if not layer.alone_share:
+        return grouped
+    alone = 2 * layer.alone_rows_per_token * expert_parameters(layer) + 2 * router_parameters(layer)
+    return (1 - layer.alone_share) * grouped + layer.alone_share * alone
 
 
 def attention_flops(shape: ModelShape, *, sequence_length: int) -> float:

@@ -106,6 +106,26 @@ class ModelShape(Protocol):
         ...
 
     @property
+    def alone_top_k(self) -> int | None:
+        """Mixtures that run for a token without a group (mixture of tokens); None is all."""
+        ...
+
+    @property
+    def zero_fill(self) -> float:
+        """Share of the groups that training leaves otherwise empty (mixture of tokens)."""
+        ...
+
+    @property
+    def alone_fraction(self) -> float:
+        """Share of the training steps, the last ones, in which all groups are left empty."""
+        ...
+
+    @property
+    def transition_fraction(self) -> float:
+        """Share of the training steps, the last ones, in which mixture of tokens has become token choice."""
+        ...
+
+    @property
     def layer_mix(self) -> bool:
         """Whether the last hidden state is a blend of all layers'."""
         ...
@@ -134,6 +154,10 @@ class FeedForwardShape:
     """Tokens that are mixed or compete: the group (mixture of tokens, expert choice), the sequence (soft)."""
     mixtures_per_expert: int = 1
     combine: Literal["same", "separate"] = "same"
+    alone_top_k: int | None = None
+    """Mixtures that run for a token without a group; None is all."""
+    alone_share: float = 0.0
+    """Mixture of tokens: share of the training tokens that run without a group, alone or as token choice."""
 
     @property
     def num_projections(self) -> int:
@@ -149,7 +173,8 @@ class FeedForwardShape:
     def rows_per_token(self) -> float:
         """Routed expert rows one token pays for: each row is one pass through one expert.
 
-        An average where experts choose or mix. Token choice counts rows that a capacity drops as if they were kept.
+        Mixture of tokens runs in groups here; `alone_rows_per_token` has what it costs without them. An average where
+        experts choose or mix. Token choice counts rows that a capacity drops as if they were kept.
         """
         if self.family == "dense":
             return 1.0
@@ -158,6 +183,11 @@ class FeedForwardShape:
         if self.family == "expert_choice":
             return self.num_experts * capacity(self.group_size, self.top_k, self.num_experts) / self.group_size
         return self.num_experts * self.mixtures_per_expert / self.group_size
+
+    @property
+    def alone_rows_per_token(self) -> int:
+        """Expert rows of a mixture-of-tokens layer for a token without a group: a row for each mixture that runs."""
+        return self.num_experts * self.mixtures_per_expert if self.alone_top_k is None else self.alone_top_k
 
 
 def feed_forward_shapes(shape: ModelShape, *, sequence_length: int) -> list[FeedForwardShape]:
@@ -177,9 +207,20 @@ def feed_forward_shapes(shape: ModelShape, *, sequence_length: int) -> list[Feed
             group_size=sequence_length if family == "soft" else shape.group_size,
             mixtures_per_expert=shape.mixtures_per_expert,
             combine=cast(Literal["same", "separate"], shape.combine),
+            alone_top_k=shape.alone_top_k,
+            alone_share=_alone_share(shape) if family == "mixture_of_tokens" else 0.0,
         )
         for family, width in zip(families, widths, strict=True)
     ]
+
+
+def _alone_share(shape: ModelShape) -> float:
+    """Of all training tokens: those of the last steps, and a share of those before.
+
+    Token choice of as many experts as there are mixtures for a token alone costs what the token costs alone.
+    """
+    last = max(shape.alone_fraction, shape.transition_fraction)
+    return last + (1 - last) * shape.zero_fill
 
 
 def attention_widths(shape: ModelShape) -> tuple[int, int]:

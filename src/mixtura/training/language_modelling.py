@@ -9,6 +9,7 @@ from mixtura.config import TrainingConfig, UserError
 from mixtura.data.packing import ScheduledDataset
 from mixtura.data.prepare import PreparedData
 from mixtura.evaluation import check_evaluation, evaluate_loss, evaluation_modes
+from mixtura.models.transition import follow_transition
 from mixtura.training import checkpoints
 from mixtura.training.task import StepLosses, TrainingTask
 
@@ -78,7 +79,11 @@ class LanguageModelling(TrainingTask):
         return StepLosses(outputs.language_loss, outputs.aux_loss, outputs.z_loss, outputs.routing)
 
     def evaluate(self, model: Any, *, final: bool) -> dict[str, dict[str, float]]:
-        """Held-out losses: on the way `curve_modes` on `eval_sequences`, at the end all modes on all that was asked."""
+        """Held-out losses: on the way `curve_modes` on `eval_sequences`, at the end all modes on all that was asked.
+
+        A model that will become token choice has its loss `alone` as `causal` on the way, so that the curve of what
+        could be deployed at each step goes through the change.
+        """
         config = self.config
         measured = evaluate_loss(
             model,
@@ -89,6 +94,8 @@ class LanguageModelling(TrainingTask):
         )
         if final:
             return measured
+        if model.config.transition_to is not None:
+            measured["causal"] = measured.pop("alone")
         return {mode: {key: of[key] for key in _CURVE_MEASURES} for mode, of in measured.items()}
 
     def save(self, model: Any, folder: Path) -> None:
@@ -101,6 +108,7 @@ class LanguageModelling(TrainingTask):
         Raises:
             UserError: they are damaged or of another model.
         """
+        follow_transition(model, folder)
         checkpoints.check_architecture(folder, model.config)
         checkpoints.load_weights(model, folder)
 

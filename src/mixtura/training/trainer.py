@@ -20,6 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from mixtura.config import TrainingConfig, UserError
 from mixtura.models import MixtureForCausalLM
 from mixtura.models.population import observe_population, update_population
+from mixtura.models.transition import change_to_token_choice, transition_due
 from mixtura.training import balance, checkpoints
 from mixtura.training.interrupts import StopRequest
 from mixtura.training.metrics import MetricsFile
@@ -104,11 +105,19 @@ class MixtureTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         """The step's micro-batches on this rank, and the number of targets of the step on all ranks."""
-        if self._mixture is not None:
-            self._mixture.prepare_step(self.state.global_step, steps=self.run.config.steps)
         batches = [next(epoch_iterator) for _ in range(num_batches)]
+        self._prepare_step(batches)
         targets = torch.stack([self.run.task.count_targets(batch) for batch in batches]).sum()
         return batches, self._sum_over_ranks(targets.to(device))
+
+    def _prepare_step(self, batches: list[dict[str, Any]]) -> None:
+        step, steps = self.state.global_step, self.run.config.steps
+        if self._mixture is None:
+            return
+        if transition_due(self._mixture, step, steps=steps):
+            ids = [batch["input_ids"] for batch in batches]
+            change_to_token_choice(self._mixture, ids, add_up=self._sum_over_ranks)
+        self._mixture.prepare_step(step, steps=steps)
 
     def compute_loss(
         self,
