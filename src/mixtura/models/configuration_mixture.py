@@ -109,6 +109,17 @@ class MixtureConfig(PreTrainedConfig):
         kind = "full_attention" if self.sliding_window is None else "sliding_attention"
         return getattr(self, "layer_types", None) or [kind] * self.num_hidden_layers
 
+    def validate_layer_type(self) -> None:
+        """Raises ValueError for an unknown kind of attention layer; transformers' own check knows no families."""
+        kinds = getattr(self, "layer_types", None)
+        if kinds is None:
+            return
+        if len(kinds) != self.num_hidden_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+            raise ValueError(
+                f"layer_types is {kinds}: it must name full_attention or sliding_attention for each of the "
+                f"{self.num_hidden_layers} layers."
+            )
+
     def validate_attention(self) -> None:
         """Raises ValueError for an unknown attention, or a window that it does not have."""
         if self.attention not in ATTENTIONS:
