@@ -13,7 +13,11 @@ __version__ = "0.1.0"
 if find_spec("transformers") is not None:
     import_module("mixtura.models")
 
-_VERBS = {"compare": "mixtura.comparison.runner", "load_recipe": "mixtura.config"}
+_VERBS = {
+    "compare": "mixtura.comparison.runner",
+    "load_recipe": "mixtura.config",
+    "upcycle": "mixtura.conversion.upcycle",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ from transformers.modeling_rope_utils import RopeParameters
 
 ROUTE_BY = ("token", "pair", "source", "target")
 ZERO_FILL_UNITS = ("group", "layer", "step")
+ATTENTIONS = ("llama", "mistral", "qwen2", "qwen3")
 FAMILIES = ("dense", "token_choice", "expert_choice", "soft", "mixture_of_tokens")
 
 
@@ -16,6 +17,10 @@ class MixtureConfig(PreTrainedConfig):
     Fields carry Hugging Face's names where it has one. The mixtures' are described in `mixtura.config.ArmConfig`.
     `intermediate_sizes` has the width of every layer where dense layers differ, and `expert_names` the language or pair
     of every expert where `route_by` is not "token".
+
+    `attention` names the model whose attention the layers have: "qwen2" has biases on queries, keys and values,
+    "qwen3" norms on queries and keys, and all but "llama" may look at the last `sliding_window` tokens only: in every
+    layer, or with Qwen's attention in those that `layer_types` calls "sliding_attention".
     """
 
     model_type = "mixtura"
@@ -45,6 +50,8 @@ class MixtureConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict | None = None
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
+    attention: str = "llama"
+    sliding_window: int | None = None
     mlp_layer_types: list[str] | None = None
     num_experts: int = 16
     num_experts_per_tok: int = 1
@@ -83,6 +90,9 @@ class MixtureConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["dense"] * self.num_hidden_layers
+        # No field of its own: transformers asks whether there is such an attribute, and None would be one.
+        if self.attention in ("qwen2", "qwen3") and kwargs.get("layer_types") is None:
+            kwargs["layer_types"] = self.attention_kinds()
         super().__post_init__(**kwargs)
 
     def validate_mlp_layer_types(self) -> None:
@@ -97,6 +107,29 @@ class MixtureConfig(PreTrainedConfig):
         for family in self.mlp_layer_types:
             if family not in FAMILIES:
                 raise ValueError(f"mlp_layer_types has {family!r}: it must be one of {', '.join(FAMILIES)}.")
+
+    def attention_kinds(self) -> list[str]:
+        """What each layer looks at: "full_attention", or "sliding_attention" for the last `sliding_window` tokens."""
+        kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+        return getattr(self, "layer_types", None) or [kind] * self.num_hidden_layers
+
+    def validate_layer_type(self) -> None:
+        """Raises ValueError for an unknown kind of attention layer; transformers' own check knows no families."""
+        kinds = getattr(self, "layer_types", None)
+        if kinds is None:
+            return
+        if len(kinds) != self.num_hidden_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+            raise ValueError(
+                f"layer_types is {kinds}: it must name full_attention or sliding_attention for each of the "
+                f"{self.num_hidden_layers} layers."
+            )
+
+    def validate_attention(self) -> None:
+        """Raises ValueError for an unknown attention, or a window that it does not have."""
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention is {self.attention!r}: it must be one of {', '.join(ATTENTIONS)}.")
+        if self.attention == "llama" and self.sliding_window is not None:
+            raise ValueError(f"sliding_window is {self.sliding_window}, but llama's attention has none: use mistral's.")
 
     def validate_intermediate_sizes(self) -> None:
         """Raises ValueError unless there is a width for each layer."""

@@ -1,4 +1,4 @@
-"""The decoder: Llama's attention, rotary embedding, norm and cache, and Mixtura's feed-forward layers.
+"""The decoder: attention, rotary embedding, norm and cache of Llama and its kin, and Mixtura's feed-forward layers.
 
 Everything but the feed-forward layers is transformers' own, so generation with a cache, attention implementations,
 gradient checkpointing and adapters work as they do for Llama.
@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from mixtura.layers import (
     Experts,
@@ -32,6 +31,7 @@ from mixtura.layers import (
 )
 from mixtura.layers.losses import load_balancing_loss
 from mixtura.models.alone_schedule import shares_alone
+from mixtura.models.attention import ATTENTION_CLASSES, build_attention, causal_masks
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.models.feed_forward import build_feed_forward
 
@@ -63,7 +63,7 @@ class MixtureDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MixtureConfig, layer_idx: int) -> None:
         """`layer_idx` is the depth, from 0."""
         super().__init__()
-        self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)  # pyright: ignore[reportArgumentType]
+        self.self_attn = build_attention(config, layer_idx)
         self.mlp = build_feed_forward(config, layer_idx)
         # Kept here, since an adapter may stand around the layer later.
         self.routes_by_example = self.mlp.routes_by_example
@@ -102,7 +102,10 @@ class MixturePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": MixtureDecoderLayer, "attentions": LlamaAttention}
+    _can_record_outputs = {
+        "hidden_states": MixtureDecoderLayer,
+        "attentions": [OutputRecorder(attention, index=1) for attention in ATTENTION_CLASSES.values()],
+    }
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -217,14 +220,14 @@ class MixtureModel(MixturePreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
+        masks = causal_masks(
+            self.config,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
         shared = {
-            "attention_mask": create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            ),
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=position_ids),
             "position_ids": position_ids,
             "past_key_values": past_key_values,
@@ -234,22 +237,22 @@ class MixtureModel(MixturePreTrainedModel):
             "expert_ids": expert_ids,
             **kwargs,
         }
-        hidden_states, routing = self._run_layers(inputs_embeds, shared)
+        hidden_states, routing = self._run_layers(inputs_embeds, masks, shared)
         return MixtureModelOutput(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, routing=routing
         )
 
     def _run_layers(
-        self, hidden_states: Tensor, shared: dict[str, Any]
+        self, hidden_states: Tensor, masks: dict[str, Any], shared: dict[str, Any]
     ) -> tuple[Tensor, tuple[RoutingStats | None, ...] | None]:
         routing: list[RoutingStats | None] = []
         states = [hidden_states]
-        for layer in self.layers:
+        for layer, kind in zip(self.layers, self.config.attention_kinds(), strict=True):
             if shared["output_routing"]:
-                hidden_states, stats = layer(hidden_states, **shared)
+                hidden_states, stats = layer(hidden_states, attention_mask=masks[kind], **shared)
                 routing.append(stats)
             else:
-                hidden_states = layer(hidden_states, **shared)
+                hidden_states = layer(hidden_states, attention_mask=masks[kind], **shared)
             states.append(hidden_states)
         if self.layer_mix is not None:
             hidden_states = self.layer_mix(states)
