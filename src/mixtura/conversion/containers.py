@@ -17,9 +17,9 @@ from mixtura.conversion.tensors import PlannedTensor, StoredWeights
 from mixtura.conversion.traits import Traits, check_stock
 from mixtura.models import MixtureConfig
 
-_SOFTMAX = frozenset({"normalized softmax"})
-_ANY_SOFTMAX = frozenset({"softmax", "normalized softmax"})
-_ANY_SIGMOID = frozenset({"sigmoid", "normalized sigmoid"})
+_SOFTMAX = frozenset({"normalised softmax"})
+_ANY_SOFTMAX = frozenset({"softmax", "normalised softmax"})
+_ANY_SIGMOID = frozenset({"sigmoid", "normalised sigmoid"})
 _ALL = frozenset({"all"})
 _MIXED = frozenset({"none", "leading", "any"})
 _BOTH = frozenset({False, True})
@@ -95,6 +95,9 @@ CONTAINERS: dict[str, Container] = {
 }
 """By name, in the order in which they are tried."""
 
+REMOTE_CODE = "remote_code"
+DESTINATIONS = ("auto", *CONTAINERS, "flex_olmo", REMOTE_CODE)
+
 _WORDS: dict[str, Callable[[Any], str]] = {
     "gates": lambda value: f"{value} gates",
     "biases": lambda value: {"none": "attention without biases", "qkv": "biases on queries, keys and values"}.get(
@@ -111,12 +114,10 @@ _WORDS: dict[str, Callable[[Any], str]] = {
 }
 
 
-def missing_trait(name: str, traits: Traits) -> str | None:
-    """The first trait that the container does not have, in words; None when it holds the model exactly."""
-    for trait, value in traits._asdict().items():
-        if value not in getattr(CONTAINERS[name].can, trait):
-            return _WORDS[trait](value)
-    return None
+def missing_traits(name: str, traits: Traits) -> list[str]:
+    """What the container does not have of a model's traits, in words; nothing when it holds the model exactly."""
+    can = CONTAINERS[name].can
+    return [_WORDS[trait](value) for trait, value in traits._asdict().items() if value not in getattr(can, trait)]
 
 
 def choose_container(config: MixtureConfig, traits: Traits, wanted: str = "auto") -> str:
@@ -125,23 +126,27 @@ def choose_container(config: MixtureConfig, traits: Traits, wanted: str = "auto"
     Raises:
         UserError: that one does not, or none does; names what does.
     """
-    if wanted != "auto" and wanted not in (*CONTAINERS, "flex_olmo"):
-        known = ", ".join(["auto", *CONTAINERS, "flex_olmo", "remote_code"])
-        raise UserError(f"There is no container '{wanted}': choose one of {known}.")
+    if wanted not in DESTINATIONS:
+        raise UserError(f"There is no container '{wanted}': choose one of {', '.join(DESTINATIONS)}.")
     check_stock(config)
-    fitting = [name for name in CONTAINERS if missing_trait(name, traits) is None]
-    if wanted in fitting or (wanted == "auto" and fitting):
-        return wanted if wanted in fitting else fitting[0]
-    instead = f"export with --to {' or '.join([*fitting, 'remote_code'])}"
-    if wanted == "auto":
-        nearest = "qwen2_moe" if traits.dense_layers != "all" else "llama"
-        raise UserError(
-            f"No stock architecture holds this model exactly: {nearest} has no "
-            f"{missing_trait(nearest, traits)}, {instead}."
-        )
+    missing = {name: missing_traits(name, traits) for name in CONTAINERS}
+    fitting = [name for name in CONTAINERS if not missing[name]]
+    if wanted == "auto" and fitting:
+        return fitting[0]
+    if wanted in fitting:
+        return wanted
+    instead = f"export with --to {' or '.join([*fitting, REMOTE_CODE])}."
     if wanted == "flex_olmo":
-        raise UserError(f"flex_olmo normalises after its layers, and this model does before: {instead}.")
-    raise UserError(f"{wanted} does not have {missing_trait(wanted, traits)}, as this model does: {instead}.")
+        raise UserError(f"A flex_olmo model normalises after its layers, and this one does before: {instead}")
+    if wanted == "auto":
+        dense = traits.dense_layers == "all"
+        alike = [name for name in CONTAINERS if (CONTAINERS[name].can.dense_layers == _ALL) == dense]
+        nearest = min(alike, key=lambda name: len(missing[name]))
+        raise UserError(
+            f"No stock architecture holds this model exactly; the nearest, {nearest}, cannot have "
+            f"{' and '.join(missing[nearest])}: {instead}"
+        )
+    raise UserError(f"A {wanted} model cannot have {' and '.join(missing[wanted])}, as this one has: {instead}")
 
 
 def plan_tensors(config: MixtureConfig, traits: Traits, weights: StoredWeights, container: str) -> list[PlannedTensor]:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mixtura.config import UserError
 from mixtura.conversion.containers import CONTAINERS, choose_container
 from mixtura.conversion.tensors import PlannedTensor, StoredWeights, write_shards
 from mixtura.conversion.traits import traits_of
 from mixtura.models import MixtureConfig
-from mixtura.config import UserError
 
 _MAX_BYTES = 5 * 10**9
 

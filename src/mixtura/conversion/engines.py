@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +24,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from mixtura.config import UserError
-from mixtura.conversion import modeling_mixtura
 from mixtura.conversion.source_code import remote_code
+from mixtura.models import standalone
 
 NOT_INSTALLED = 3
 """Exit status of a script whose engine cannot be imported."""
@@ -103,10 +104,14 @@ def load_causal(folder: Path) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        auto: Any = modeling_mixtura.MixturaForCausalLM if _brings_code(folder) else AutoModelForCausalLM
-        model, found = auto.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        auto: Any = standalone.MixturaForCausalLM if _brings_code(folder) else AutoModelForCausalLM
+        with warnings.catch_warnings():
+            # An expert of width 0, which some containers need, has nothing to draw.
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
+            settings = {"dtype": torch.float32, "local_files_only": True}
+            model, found = auto.from_pretrained(
+                folder, **settings, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise EngineFailed(_first_line(str(error))) from error
     finally:

@@ -17,15 +17,13 @@ from transformers import GenerationConfig
 
 from mixtura.config import UserError
 from mixtura.conversion.card import write_card
-from mixtura.conversion.containers import CONTAINERS, choose_container, plan_tensors
+from mixtura.conversion.containers import CONTAINERS, REMOTE_CODE, choose_container, plan_tensors
 from mixtura.conversion.receipt import Receipt, verify
 from mixtura.conversion.source_code import CONFIG_MODULE, MODEL_MODULE, remote_code
 from mixtura.conversion.tensors import PlannedTensor, StoredWeights, write_shards
 from mixtura.conversion.traits import Traits, check_deployable, traits_of
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 
-DESTINATIONS = ("auto", *CONTAINERS, "flex_olmo", "remote_code")
-REMOTE_CODE = "remote_code"
 _COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -72,7 +70,7 @@ def export(
     Args:
         source: a folder that Mixtura trained or converted.
         out: a folder that does not exist yet.
-        to: one of `DESTINATIONS`; "auto" takes the first container that holds the model exactly.
+        to: one of `mixtura.conversion.containers.DESTINATIONS`; "auto" takes the first that holds the model exactly.
         base_model: hub name of the model that this one was made from, for the model card.
         max_shard_bytes: size of a weight file.
         check: compare with the checkpoint in transformers before the folder is put in place; it holds both in memory.

@@ -158,7 +158,7 @@ def qwen3_moe(config: MixtureConfig, traits: Traits) -> PreTrainedConfig:
         moe_intermediate_size=config.moe_intermediate_size,
         head_dim=config.head_dim,
         attention_bias=traits.biases == "qkvo",
-        norm_topk_prob=traits.gates == "normalized softmax",
+        norm_topk_prob=traits.gates == "normalised softmax",
         mlp_only_layers=_dense_depths(config),
         decoder_sparse_step=1,
     )
@@ -171,7 +171,7 @@ def qwen2_moe(config: MixtureConfig, traits: Traits) -> PreTrainedConfig:
     weights do not sum to one, an absent shared expert is a narrow one that adds zero, and all engines agree; where they
     do, it is left out, so that llama.cpp refuses the file instead of computing something else.
     """
-    normalized = traits.gates == "normalized softmax"
+    normalized = traits.gates == "normalised softmax"
     shared = config.num_shared_experts * config.moe_intermediate_size if traits.shared else 0
     return Qwen2MoeConfig(
         **_common(config, "Qwen2MoeForCausalLM"),
@@ -201,7 +201,7 @@ def glm4_moe(config: MixtureConfig, traits: Traits) -> PreTrainedConfig:
         head_dim=config.head_dim,
         attention_bias=traits.biases == "qkv",
         use_qk_norm=traits.qk_norm,
-        norm_topk_prob=traits.gates == "normalized sigmoid",
+        norm_topk_prob=traits.gates == "normalised sigmoid",
         routed_scaling_factor=config.routed_scaling_factor,
         first_k_dense_replace=len(_dense_depths(config)),
         n_group=1,

@@ -40,7 +40,7 @@ TEXTS = (
     "The river was high that spring, and nobody crossed it for a week.",
     "Der Zug nach Leipzig hat heute leider eine halbe Stunde Verspätung.",
     "La lumière du matin tombait sur les toits de la vieille ville.",
-    "Вчера вечером мы долго говорили о старых фильмах и новой музыке.",
+    "Вчера вечером мы долго говорили о старых фильмах и новой музыке.",  # noqa: RUF001
     "今日は天気がいいので、公園を散歩しました。",
     "كان الطريق إلى القرية طويلا ولكنه جميل.",
     "def area(radius):\n    return 3.14159 * radius ** 2\n",

@@ -1,4 +1,4 @@
-"""What a checkpoint of ours asks of the architecture that is to hold it, read from its configuration and its tensors."""
+"""What a checkpoint of ours asks of the architecture that is to hold it, from its configuration and its tensors."""
 
 from collections.abc import Collection
 from typing import Literal, NamedTuple
@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 from mixtura.config import UserError
 from mixtura.models import MixtureConfig
 
-Gates = Literal["softmax", "normalized softmax", "sigmoid", "normalized sigmoid"]
+Gates = Literal["softmax", "normalised softmax", "sigmoid", "normalised sigmoid"]
 Biases = Literal["none", "qkv", "qkvo"]
 DenseLayers = Literal["none", "leading", "any", "all"]
 
@@ -42,7 +42,7 @@ def traits_of(config: MixtureConfig, names: Collection[str]) -> Traits:
     sure = config.norm_topk_prob or config.num_experts_per_tok == config.num_experts
     normalized = config.norm_topk_prob if config.scoring_func == "sigmoid" else sure
     return Traits(
-        gates=("normalized " if normalized else "") + config.scoring_func,  # pyright: ignore[reportArgumentType]
+        gates=("normalised " if normalized else "") + config.scoring_func,  # pyright: ignore[reportArgumentType]
         biases="none" if not biased else "qkvo" if "o" in biased else "qkv",
         qk_norm=f"{attention}.q_norm.weight" in names,
         window=_has_window(config),
@@ -75,6 +75,11 @@ def check_deployable(config: MixtureConfig) -> None:
                 f"A model with {family} layers cannot be served: a token's output depends on tokens to come; train "
                 "token_choice or mixture_of_tokens layers instead."
             )
+    if "token_choice" in (config.mlp_layer_types or []) and config.capacity_factor is not None:
+        raise UserError(
+            f"Experts drop tokens over a capacity_factor of {config.capacity_factor:g}, so that an answer would "
+            "depend on other requests: set it to null in config.json, after which none is dropped."
+        )
     if config.route_by != "token":
         raise UserError(
             f"The model routes by {config.route_by}, which needs an expert's name with every request: take one "
@@ -95,11 +100,6 @@ def check_stock(config: MixtureConfig) -> None:
         raise UserError(
             f"No stock architecture has {kind} experts, only gated silu ones: export with --to remote_code, or train "
             "with gated = true and activation = 'silu'."
-        )
-    if "token_choice" in families and config.capacity_factor is not None:
-        raise UserError(
-            f"Experts drop tokens over a capacity_factor of {config.capacity_factor:g}, and no stock architecture "
-            "does: set it to null in config.json, after which none is dropped, or export with --to remote_code."
         )
     if config.layer_mix:
         raise UserError("No stock architecture mixes the outputs of its layers: export with --to remote_code.")
