@@ -64,7 +64,7 @@ def verify(
     Leaves receipt.json and a table in the export's card. Exits with 1 where an engine computes something else.
     """
     from mixtura.conversion.engines import parse_engine
-    from mixtura.conversion.receipt import verify as run_verify
+    from mixtura.conversion.verification import verify as run_verify
 
     hush()
     receipt = run_verify(source, exported, [parse_engine(name, converter) for name in engines or ["transformers"]])

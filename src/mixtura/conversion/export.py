@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from mixtura.config import UserError
-from mixtura.conversion.card import write_card
+from mixtura.conversion.card import UPCYCLED, Origin, origin_of, write_card
 from mixtura.conversion.containers import CONTAINERS, REMOTE_CODE, choose_container, plan_tensors
-from mixtura.conversion.receipt import Receipt, verify
 from mixtura.conversion.source_code import CONFIG_MODULE, MODEL_MODULE, remote_code
 from mixtura.conversion.tensors import PlannedTensor, StoredWeights, write_shards
 from mixtura.conversion.traits import Traits, check_deployable, traits_of
+from mixtura.conversion.verification import Receipt, verify
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 
 _COPIED = (
@@ -37,6 +37,7 @@ _COPIED = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
+    UPCYCLED,
 )
 _SPARE_BYTES = 64 * 2**20
 
@@ -81,6 +82,7 @@ def export(
     """
     if out.exists():
         raise UserError(f"'{out}' exists: name a new folder.")
+    origin = origin_of(source, base_model)
     read = _read(source)
     check_deployable(read.config)
     container = REMOTE_CODE if to == REMOTE_CODE else choose_container(read.config, read.traits, to)
@@ -90,7 +92,7 @@ def export(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", ignore_cleanup_errors=True) as temporary:
         new = Path(temporary, out.name)
         new.mkdir()
-        _write(read, new, container, planned, base_model=base_model, max_shard_bytes=max_shard_bytes)
+        _write(read, new, container, planned, origin=origin, max_shard_bytes=max_shard_bytes)
         receipt = verify(source, new) if check else None
         if receipt is not None and not receipt.passed:
             raise UserError(f"The export does not compute what '{source}' does: {receipt.complaint()} Nothing is kept.")
@@ -154,7 +156,7 @@ def _write(
     container: str,
     planned: list[PlannedTensor],
     *,
-    base_model: str | None,
+    origin: Origin,
     max_shard_bytes: int,
 ) -> None:
     try:
@@ -170,7 +172,7 @@ def _write(
         _write_config(source, folder, container)
     if not (folder / "generation_config.json").is_file():
         GenerationConfig.from_model_config(source.config).save_pretrained(folder)
-    write_card(folder, source.config, container, planned, base_model=base_model)
+    write_card(folder, source.config, container, planned, origin)
 
 
 def _write_config(source: _Source, folder: Path, container: str) -> None:
