@@ -21,6 +21,8 @@ from mixtura.finetuning.costs import count_parameters
 from mixtura.finetuning.expert_specialized import ExpertSpecializedLayer
 
 _PROBE_SHAPE = (2, 16)
+_ROUNDING = 1e-6
+"""A largest gradient so small beside that of all places is what is left where terms cancel in float32."""
 
 
 class TargetReach(NamedTuple):
@@ -142,9 +144,10 @@ def _probe(model: PeftModel) -> dict[str, Any]:
 
 
 def _without_gradient(model: nn.Module, parts: list[_Part], batch: Mapping[str, Any]) -> list[str]:
-    """Places that are trained, but whose adapter gets a gradient of exactly zero beside a little noise.
+    """Places that are trained, but whose adapter gets no more than rounding errors as its gradient.
 
-    Without noise the half of an adapter behind its zeros has no gradient; with much, routers saturate.
+    A little noise is put on, because the half of an adapter behind its zeros has no gradient; with much, routers
+    saturate.
     """
     trained = [p for part in parts for p in part.parameters if p.requires_grad]
     saved = [(p, p.detach().clone(), p.grad) for p in trained]
@@ -159,12 +162,12 @@ def _without_gradient(model: nn.Module, parts: list[_Part], batch: Mapping[str, 
             logits = output.logits if hasattr(output, "logits") else output[0]
             # A plain sum would cancel where outputs are normalised.
             logits.float().square().sum().backward()
-        return [
-            part.name
+        largest = {
+            part.name: max((p.grad.abs().max().item() for p in part.parameters if p.grad is not None), default=0.0)
             for part in parts
             if any(p.requires_grad for p in part.parameters)
-            and not any(p.grad is not None and (p.grad != 0).any() for p in part.parameters)
-        ]
+        }
+        return [name for name, value in largest.items() if value <= _ROUNDING * max(largest.values())]
     finally:
         with torch.no_grad():
             for parameter, value, gradient in saved:
