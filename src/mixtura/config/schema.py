@@ -150,6 +150,8 @@ class TrainingConfig:
     activation_checkpointing: bool = False
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
+    trackers: tuple[Literal["tensorboard", "trackio"], ...] = ()
+    """Where the metrics are shown besides `metrics.jsonl`."""
 
 
 @dataclass(frozen=True, kw_only=True)

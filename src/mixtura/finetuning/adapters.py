@@ -8,7 +8,7 @@ Shapes: B batch, L length.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -276,8 +276,12 @@ def reach(model: nn.Module, batch: Mapping[str, Any]) -> Reach:
     training = model.training
     model.eval()
     try:
-        before = _first_output(model, batch)
-        silent = [name for name, layer in layers.items() if not _is_heard(model, layer, batch, before)]
+        before = first_output(model, batch)
+        silent = [
+            name
+            for name, layer in layers.items()
+            if not change_when_perturbed(model, adapter_parameters(layer), batch, before)
+        ]
     finally:
         model.train(training)
     if silent or not layers:
@@ -290,26 +294,29 @@ def reach(model: nn.Module, batch: Mapping[str, Any]) -> Reach:
 
 
 @torch.no_grad()
-def _is_heard(model: nn.Module, layer: BaseTunerLayer, batch: Mapping[str, Any], before: Tensor) -> bool:
-    parameters = list(_adapter_parameters(layer))
+def change_when_perturbed(
+    model: nn.Module, parameters: Sequence[nn.Parameter], batch: Mapping[str, Any], before: Tensor
+) -> float:
+    """The largest change of the output `before` when standard normal noise is put on parameters, which are restored."""
     saved = [parameter.clone() for parameter in parameters]
     # Noise, not a constant: one sign could silence every ReLU of a layer.
     generator = torch.Generator().manual_seed(0)
     for parameter in parameters:
         parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter))
-    after = _first_output(model, batch)
+    after = first_output(model, batch)
     for parameter, value in zip(parameters, saved, strict=True):
         parameter.copy_(value)
-    return not torch.equal(before, after)
+    return (after.float() - before.float()).abs().max().item()
 
 
-def _adapter_parameters(layer: BaseTunerLayer) -> Iterable[nn.Parameter]:
-    for attribute in layer.adapter_layer_names:
-        yield from getattr(layer, attribute).parameters()
+def adapter_parameters(layer: BaseTunerLayer) -> list[nn.Parameter]:
+    """The parameters that an adapter has in one layer."""
+    names = layer.adapter_layer_names
+    return [parameter for attribute in names for parameter in getattr(layer, attribute).parameters()]
 
 
 @torch.no_grad()
-def _first_output(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def first_output(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Logits, or whatever tensor a model puts first; a loss, which comes before them, is left out."""
     output: Any = model(**batch)
     values = list(output.values()) if isinstance(output, Mapping) else list(output) if _is_many(output) else [output]

@@ -9,16 +9,16 @@ Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, N groups, G toke
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.losses import router_z_loss
 from mixtura.layers.routing import (
+    Router,
     RoutingStats,
     SparseRouting,
     normalized_entropy,
-    router_logits,
     sparse_experts,
     to_groups,
 )
@@ -62,7 +62,7 @@ class ExpertChoiceMoE(FeedForward):
             raise ValueError(f"group_over is {group_over!r}: it must be batch or all.")
         self.num_experts, self.top_k = num_experts, top_k
         self.group_size, self.group_over = group_size, group_over
-        self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+        self.gate = Router(hidden_size, num_experts)
         self.experts = Experts(
             hidden_size,
             intermediate_size=intermediate_size,
@@ -75,7 +75,7 @@ class ExpertChoiceMoE(FeedForward):
         self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, L, D) -> (B, L, D); a token that no expert takes gets zeros, and is counted as dropped."""
-        logits_BLE = router_logits(x_BLD, self.gate.weight)
+        logits_BLE = self.gate(x_BLD)
         probs_BLE = logits_BLE.softmax(-1)
         real_BL1 = torch.ones_like(probs_BLE[..., :1]) if mask_BL is None else mask_BL.unsqueeze(-1).to(probs_BLE)
         routing = self._choose(probs_BLE, real_BL1)

@@ -3,6 +3,7 @@
 Shapes: E experts, D hidden, F expert width, R rows.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,14 +54,21 @@ class Experts(nn.Module):
         for weight in self.weights:
             nn.init.normal_(weight, std=std)
 
+    def forward(self, x: Tensor, kernel: Callable[..., Tensor], *routing: Tensor | None) -> Tensor:
+        """What `kernel` makes of the input, the routing and these experts: kernel(x, *routing, up, down, act, gated).
+
+        Layers compute with the weights in no other way, so an adapter that wraps this module is heard: PEFT puts its
+        update on a parameter while the module is called, and reading `weights` from outside would miss it.
+        """
+        return kernel(x, *routing, *self.weights, self.activation, self.gated)
+
     def batched(self, x_ERD: Tensor) -> Tensor:
         """(E, R, D) -> (E, R, D): expert e on its own R rows."""
-        return kernels.batched_ffn(x_ERD, *self.weights, self.activation, self.gated)
+        return self(x_ERD, kernels.batched_ffn)
 
     def all_on_each(self, x_TD: Tensor, scale_TE: Tensor, weight_TE: Tensor, mean_ED: Tensor | None = None) -> Tensor:
         """(T, D) -> (T, D): sum over all experts of weight_e * f_e(scale_e * x + (1 - scale_e) * mean_e)."""
-        up_EHD, down_EDF = self.weights
-        return kernels.scaled_ffn(x_TD, scale_TE, up_EHD, down_EDF, weight_TE, self.activation, self.gated, mean_ED)
+        return self(x_TD, scaled_experts, scale_TE, weight_TE, mean_ED)
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
@@ -68,3 +76,17 @@ class Experts(nn.Module):
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, activation={self.activation}, gated={self.gated}"
         )
+
+
+def scaled_experts(
+    x_TD: Tensor,
+    scale_TE: Tensor,
+    weight_TE: Tensor,
+    mean_ED: Tensor | None,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """`kernels.scaled_ffn` with its arguments in the order in which `Experts` calls a kernel."""
+    return kernels.scaled_ffn(x_TD, scale_TE, up_EHD, down_EDF, weight_TE, activation, gated, mean_ED)

@@ -14,20 +14,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mixtura.layers.experts import Experts
+from mixtura.layers.experts import Experts, scaled_experts
 from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.losses import router_z_loss
 from mixtura.layers.population import Neighbours, Observation, Population, observe, zero_neighbours
 from mixtura.layers.routing import (
     ChoiceTap,
     DenseRouting,
+    Router,
     RoutingStats,
     chosen_experts,
     dense_experts,
     from_groups,
     normalized_entropy,
     pool_stats,
-    router_logits,
     to_groups,
 )
 
@@ -100,10 +100,10 @@ class MixtureOfTokens(FeedForward):
         self.observed: Observation | None = None
         self.set_inference_mode(inference_mode, top_k=alone_top_k)
         self.set_zero_fill(zero_fill)
-        self.gate = nn.Linear(hidden_size, num_experts * mixtures_per_expert, bias=False)
+        self.gate = Router(hidden_size, num_experts * mixtures_per_expert)
         self.combine_gate = None
         if combine == "separate":
-            self.combine_gate = nn.Linear(hidden_size, num_experts * mixtures_per_expert, bias=False)
+            self.combine_gate = Router(hidden_size, num_experts * mixtures_per_expert)
         self.choice_tap = ChoiceTap()
         self.experts = Experts(
             hidden_size,
@@ -202,13 +202,13 @@ class MixtureOfTokens(FeedForward):
     def _run_groups(
         self, x_NGD: Tensor, real_NG: Tensor | None, want_stats: bool
     ) -> tuple[Tensor, RoutingStats | None]:
-        logits_NGS = combine_logits_NGS = self._logits(x_NGD, self.gate.weight)
+        logits_NGS = combine_logits_NGS = self._logits(x_NGD, self.gate)
         weight_NGS = logits_NGS.softmax(1)
         shape = (self.num_experts, self.mixtures_per_expert)
         dispatch_NGEC = weight_NGS.to(x_NGD.dtype).unflatten(-1, shape)
         combine_NGEC = dispatch_NGEC
         if self.combine_gate is not None:
-            combine_logits_NGS = self._logits(x_NGD, self.combine_gate.weight)
+            combine_logits_NGS = self._logits(x_NGD, self.combine_gate)
             combine_NGEC = combine_logits_NGS.softmax(1).to(x_NGD.dtype).unflatten(-1, shape)
         y_NGD = dense_experts(self.experts, x_NGD, DenseRouting(dispatch_NGEC, combine_NGEC))
         if self.observing:
@@ -264,15 +264,15 @@ class MixtureOfTokens(FeedForward):
         return self._weights_apart(x_TD, zero_neighbours(self.group_size))[1:]
 
     def _weights_apart(self, x_TD: Tensor, rest: Neighbours) -> tuple[Tensor, Tensor, Tensor]:
-        logits_TS = self._logits(x_TD, self.gate.weight)
+        logits_TS = self._logits(x_TD, self.gate)
         scale_TS = weight_TS = torch.sigmoid(logits_TS - rest.log_mass_S).to(x_TD.dtype)
         if self.combine_gate is not None:
-            combine_logits_TS = self._logits(x_TD, self.combine_gate.weight)
+            combine_logits_TS = self._logits(x_TD, self.combine_gate)
             weight_TS = torch.sigmoid(combine_logits_TS - rest.combine_log_mass_S).to(x_TD.dtype)
         return logits_TS, scale_TS, weight_TS
 
-    def _logits(self, x: Tensor, weight_SD: Tensor) -> Tensor:
-        logits = router_logits(x, weight_SD)
+    def _logits(self, x: Tensor, router: nn.Module) -> Tensor:
+        logits = router(x)
         return logits if self.temperature == 1 else logits / self.temperature
 
     def _apart_all(self, x_TD: Tensor, scale_TS: Tensor, weight_TS: Tensor, rest: Neighbours) -> Tensor:
@@ -280,8 +280,12 @@ class MixtureOfTokens(FeedForward):
         scale_TEC, weight_TEC = scale_TS.unflatten(-1, shape), weight_TS.unflatten(-1, shape)
         mean_ECD = None if rest.mean_SD is None else rest.mean_SD.to(x_TD.dtype).unflatten(0, shape)
         parts = [
-            self.experts.all_on_each(
-                x_TD, scale_TEC[..., c], weight_TEC[..., c], None if mean_ECD is None else mean_ECD[:, c]
+            self.experts(
+                x_TD,
+                scaled_experts,
+                scale_TEC[..., c],
+                weight_TEC[..., c],
+                None if mean_ECD is None else mean_ECD[:, c],
             )
             for c in range(self.mixtures_per_expert)
         ]

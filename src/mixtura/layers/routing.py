@@ -91,15 +91,30 @@ def router_logits(x: Tensor, weight_ED: Tensor) -> Tensor:
         return torch.nn.functional.linear(x.to(dtype), weight_ED.to(dtype))
 
 
+class Router(nn.Linear):
+    """A linear map to router logits, (..., D) -> (..., E), by `router_logits`.
+
+    Layers call it and never read its weight, so that an adapter around it is heard.
+    """
+
+    def __init__(self, hidden_size: int, num_logits: int) -> None:
+        """E is `num_logits`."""
+        super().__init__(hidden_size, num_logits, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) -> (..., E)."""
+        return router_logits(input, self.weight)
+
+
 def sparse_experts(experts: Experts, x_TD: Tensor, routing: SparseRouting) -> Tensor:
     """(T, D) -> (T, D): gather, experts, weighted scatter. A token with no row gets zeros."""
-    return kernels.sparse_ffn(x_TD, *routing, *experts.weights, experts.activation, experts.gated)
+    return experts(x_TD, kernels.sparse_ffn, *routing)
 
 
 def dense_experts(experts: Experts, x_NGD: Tensor, routing: DenseRouting) -> Tensor:
     """(N, G, D) -> (N, G, D): mix, experts on the mixtures, spread."""
     z_ERD = kernels.mix(x_NGD, routing.dispatch_NGEC)
-    return kernels.spread(experts.batched(z_ERD), routing.combine_NGEC)
+    return kernels.spread(experts(z_ERD, kernels.batched_ffn), routing.combine_NGEC)
 
 
 def chosen_experts(
@@ -110,8 +125,7 @@ def chosen_experts(
     K of the input may be 1, where all choices of a token have the same; no scale is a scale of 1.
     """
     if kernels.are_few(expert_TK):
-        weights, settings = experts.weights, (experts.activation, experts.gated)
-        return kernels.few_ffn(x_TKD, expert_TK, scale_TK, weight_TK, *weights, *settings)
+        return experts(x_TKD, kernels.few_ffn, expert_TK, scale_TK, weight_TK)
     order_R, rows_E = order_by_expert(expert_TK, experts.num_experts)
     choices = expert_TK.size(1)
     # Every choice has an input of its own, so a row is a token by itself until it is added back.

@@ -10,7 +10,7 @@ Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, K top_k, R route
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixtura.kernels import are_few
 from mixtura.layers.dense import DenseFFN
@@ -19,11 +19,11 @@ from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.losses import router_z_loss
 from mixtura.layers.routing import (
     ChoiceTap,
+    Router,
     RoutingStats,
     SparseRouting,
     chosen_experts,
     normalized_entropy,
-    router_logits,
     sort_by_expert,
     sparse_experts,
 )
@@ -90,7 +90,7 @@ class TokenChoiceMoE(FeedForward):
         self.num_experts, self.top_k, self.score_function = num_experts, top_k, score_function
         self.normalize_top_k, self.routed_scaling_factor = normalize_top_k, routed_scaling_factor
         self.capacity_factor = capacity_factor
-        self.gate = nn.Linear(hidden_size, num_experts, bias=False) if learned_router else None
+        self.gate = Router(hidden_size, num_experts) if learned_router else None
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", torch.zeros(num_experts) if expert_bias else None)
         self.choice_tap = ChoiceTap()
@@ -117,7 +117,7 @@ class TokenChoiceMoE(FeedForward):
             logits_TE = None
         else:
             assert self.gate is not None, "FeedForward.forward asks for the experts of a layer without a router"
-            logits_TE = router_logits(real_TD, self.gate.weight)
+            logits_TE = self.gate(real_TD)
             choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
         self.choice_tap(weight_TK, choice_TK)
         stats = None

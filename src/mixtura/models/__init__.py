@@ -1,7 +1,11 @@
-"""The Hugging Face side: importing this package teaches the Auto classes the model type `mixtura`."""
+"""The Hugging Face side: importing this package teaches the Auto classes the model type `mixtura`.
+
+It also registers `experts_implementation="mixtura"`, which other mixtures may name.
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from mixtura.models import experts_interface
 from mixtura.models.configuration_mixture import MixtureConfig as MixtureConfig
 from mixtura.models.modeling_mixture import MixtureForCausalLM as MixtureForCausalLM
 from mixtura.models.modeling_mixture import MixtureForSequenceClassification as MixtureForSequenceClassification
@@ -11,3 +15,4 @@ AutoConfig.register("mixtura", MixtureConfig)
 AutoModel.register(MixtureConfig, MixtureModel)
 AutoModelForCausalLM.register(MixtureConfig, MixtureForCausalLM)
 AutoModelForSequenceClassification.register(MixtureConfig, MixtureForSequenceClassification)
+experts_interface.register()

@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import numpy as np
+from accelerate.tracking import GeneralTracker
 
 from mixtura.config import UserError
 from mixtura.diagnostics.load import summarize_load
 from mixtura.diagnostics.stability import count_spikes
+from mixtura.training.trackers import scalars
 
 
 class MetricsFile:
     """Appends records to a file that is whole after every line, so that a killed run leaves all it measured."""
 
-    def __init__(self, path: Path) -> None:
-        """Opens the file for appending."""
+    def __init__(self, path: Path, trackers: Sequence[GeneralTracker] = ()) -> None:
+        """Opens the file for appending; `trackers` are shown every record too, and closed with the file."""
         self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._trackers = trackers
 
     def __enter__(self) -> Self:
         """The file itself."""
@@ -34,11 +37,15 @@ class MetricsFile:
     def __exit__(self, *_: object) -> None:
         """Closes the file."""
         self._file.close()
+        for tracker in self._trackers:
+            tracker.finish()
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record and hands it to the operating system."""
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        for tracker in self._trackers:
+            tracker.log(scalars(record), step=record["step"])
 
     def sync(self) -> None:
         """Waits until everything is on disk: a checkpoint must never be ahead of its metrics."""

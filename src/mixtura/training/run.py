@@ -6,6 +6,7 @@ once the run is complete, `checkpoint/`: the trained model as its users load it.
 
 import atexit
 import dataclasses
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,12 @@ from mixtura.training.optimization import build_optimizer, build_schedule
 from mixtura.training.progress import ProgressReporter, SilentProgress
 from mixtura.training.settings import RUN_FILE, check_settings
 from mixtura.training.task import TrainingTask
+from mixtura.training.trackers import check_trackers, start_trackers
 from mixtura.training.trainer import MixtureTrainer, RunContext
 
 METRICS = "metrics.jsonl"
 # What may change between a run and its resumption without changing its numbers.
-_FREE_TO_CHANGE = {"save_every", "threads"}
+_FREE_TO_CHANGE = {"save_every", "threads", "trackers"}
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     task.check(model, batch_size=config.batch_size)
+    check_trackers(config.trackers)
     _check_recomputation(model, config)
     arguments = training_arguments(config, seed=seed, out=out)
     trained = task.settings(model)
@@ -98,7 +101,7 @@ def train(
     step = checkpoints.check_checkpoint(checkpoint, trained) if checkpoint else 0
     seconds = _rewind_metrics(out, step) if arguments.should_save else 0.0
     reporter = reporter if reporter is not None and arguments.should_save else SilentProgress()
-    with StopRequest() as stop, _metrics_file(out, arguments) as metrics:
+    with StopRequest() as stop, _metrics_file(out, arguments, trackers=config.trackers, step=step) as metrics:
         run = RunContext(
             task=task,
             settings=trained,
@@ -224,11 +227,11 @@ def _rewind_metrics(out: Path, step: int) -> float:
     return last["seconds"]
 
 
-def _metrics_file(out: Path, arguments: TrainingArguments) -> Any:
+def _metrics_file(out: Path, arguments: TrainingArguments, *, trackers: Sequence[str], step: int) -> Any:
     if not arguments.should_save:
         return nullcontext()
     with checkpoints.writing(out):
-        return MetricsFile(out / METRICS)
+        return MetricsFile(out / METRICS, start_trackers(trackers, out=out, step=step))
 
 
 def _run_steps(
