@@ -1,13 +1,15 @@
 """Fast torch paths for sparse routing: each expert on its own rows, without padding and without a copy of the weights.
 
-On the CPU one expert is finished before the next begins, so its rows stay in cache, and the gradients of all experts
-are written into one tensor (indexing a stacked weight under autograd would allocate a full zero gradient for every
-expert). Only the first projection is kept for the backward pass. On a GPU torch's grouped GEMM runs, with no host
+On the CPU a few experts are finished before the next begin, so their rows stay in cache; only the products run expert
+by expert, so that many small experts cost no more calls than they must. The gradients of all experts are written into
+one tensor (indexing a stacked weight under autograd would allocate a full zero gradient for every expert). Only the
+first projection is kept for the backward pass. On a GPU torch's grouped GEMM runs, with no host
 synchronisation.
 
 Shapes: T tokens, R routed rows sorted by expert, E experts, D hidden, F expert width, H = 2F when gated else F.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from torch.nn import functional as F
 
 from mixtura.kernels.activation import activate, activate_backward
 from mixtura.kernels.precision import at_autocast_dtype
+
+CHUNK_ROWS = 2048
+"""Rows that are gathered, activated and added back at once on the CPU: few enough for the cache."""
 
 
 def sparse_ffn(
@@ -65,6 +70,17 @@ def _grouped(
     return torch.zeros_like(x_TD).index_add(0, token_R, y_RD * weight_R.unsqueeze(-1))
 
 
+def _chunks(counts: list[int]) -> Iterator[tuple[slice, range]]:
+    """Rows and experts of consecutive chunks of about `CHUNK_ROWS` rows; an expert is never cut in two."""
+    start = end = first = 0
+    for expert, count in enumerate(counts):
+        if end > start and end + count - start > CHUNK_ROWS:
+            yield slice(start, end), range(first, expert)
+            start, first = end, expert
+        end += count
+    yield slice(start, end), range(first, len(counts))
+
+
 def _forward(
     x_TD: Tensor,
     token_R: Tensor,
@@ -78,15 +94,17 @@ def _forward(
     """Output (T, D) and the first projection (R, H), which the backward pass needs."""
     out_TD = torch.zeros_like(x_TD)
     u_RH = x_TD.new_empty(len(token_R), up_EHD.size(1))
-    start = 0
-    for expert, count in enumerate(counts):
-        if count == 0:
-            continue
-        rows = slice(start, start + count)
-        start += count
-        u_rH = torch.mm(x_TD.index_select(0, token_R[rows]), up_EHD[expert].T, out=u_RH[rows])
-        h_rF = activate(u_rH, activation, gated).mul_(weight_R[rows].unsqueeze(-1))
-        out_TD.index_add_(0, token_R[rows], h_rF @ down_EDF[expert].T)
+    up_DH, down_FD = up_EHD.transpose(1, 2).unbind(), down_EDF.transpose(1, 2).unbind()
+    for rows, experts in _chunks(counts):
+        sizes = counts[experts.start : experts.stop]
+        x_rD = x_TD.index_select(0, token_R[rows])
+        for expert, x, u in zip(experts, x_rD.split(sizes), u_RH[rows].split(sizes), strict=True):
+            torch.mm(x, up_DH[expert], out=u)
+        h_rF = activate(u_RH[rows], activation, gated).mul_(weight_R[rows].unsqueeze(-1))
+        y_rD = x_rD  # the inputs are not needed again, and memory in use is in cache
+        for expert, h, y in zip(experts, h_rF.split(sizes), y_rD.split(sizes), strict=True):
+            torch.mm(h, down_FD[expert], out=y)
+        out_TD.index_add_(0, token_R[rows], y_rD)
     return out_TD, u_RH
 
 
@@ -106,24 +124,25 @@ def _backward(
     grad_x_TD = torch.zeros_like(x_TD)
     grad_weight_R = torch.empty_like(weight_R)
     grad_up_EHD, grad_down_EDF = torch.empty_like(up_EHD), torch.empty_like(down_EDF)
-    start = 0
-    for expert, count in enumerate(counts):
-        if count == 0:
-            grad_up_EHD[expert].zero_()
-            grad_down_EDF[expert].zero_()
-            continue
-        rows = slice(start, start + count)
-        start += count
-        weight_r1 = weight_R[rows].unsqueeze(-1)
-        grad_y_rD = grad_TD.index_select(0, token_R[rows])
-        h_rF = activate(u_RH[rows], activation, gated)
+    up, down, grad_up, grad_down = (t.unbind() for t in (up_EHD, down_EDF, grad_up_EHD, grad_down_EDF))
+    for rows, experts in _chunks(counts):
+        sizes = counts[experts.start : experts.stop]
+        weight_r1, u_rH = weight_R[rows].unsqueeze(-1), u_RH[rows]
+        grad_y_rD, x_rD = grad_TD.index_select(0, token_R[rows]), x_TD.index_select(0, token_R[rows])
+        grad_h_rF = x_TD.new_empty(len(x_rD), down_EDF.size(2))
+        for expert, grad_y, grad_h in zip(experts, grad_y_rD.split(sizes), grad_h_rF.split(sizes), strict=True):
+            torch.mm(grad_y, down[expert], out=grad_h)
+        h_rF = activate(u_rH, activation, gated)
         # y = h @ down.T, so <grad_y, y> = <grad_y @ down, h>: the weight's gradient needs no second copy of y.
-        grad_h_rF = grad_y_rD @ down_EDF[expert]
-        grad_weight_R[rows] = (grad_h_rF * h_rF).sum(-1)
-        torch.mm(grad_y_rD.T, h_rF.mul_(weight_r1), out=grad_down_EDF[expert])
-        grad_u_rH = activate_backward(grad_h_rF.mul_(weight_r1), u_RH[rows], activation, gated)
-        torch.mm(grad_u_rH.T, x_TD.index_select(0, token_R[rows]), out=grad_up_EHD[expert])
-        grad_x_TD.index_add_(0, token_R[rows], grad_u_rH @ up_EHD[expert])
+        torch.sum(grad_h_rF * h_rF, -1, out=grad_weight_R[rows])
+        h_rF.mul_(weight_r1)
+        grad_u_rH = activate_backward(grad_h_rF.mul_(weight_r1), u_rH, activation, gated)
+        parts = (t.split(sizes) for t in (grad_y_rD, h_rF, grad_u_rH, x_rD))
+        for expert, grad_y, h, grad_u, x in zip(experts, *parts, strict=True):
+            torch.mm(grad_y.T, h, out=grad_down[expert])
+            torch.mm(grad_u.T, x, out=grad_up[expert])  # zeros for an expert without rows, as above
+            torch.mm(grad_u, up[expert], out=grad_y)
+        grad_x_TD.index_add_(0, token_R[rows], grad_y_rD)
     return grad_x_TD, grad_weight_R, grad_up_EHD, grad_down_EDF
 
 
