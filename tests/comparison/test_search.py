@@ -151,7 +151,9 @@ def test_the_default_recipe_runs_at_searched_rates_inside_their_grid():
     records = load_record(recipe, path)
     assert records.keys() == recipe.arms.keys()
     assert not any(record["at_edge"] for record in records.values())
-    efforts = {(tuple(t["learning_rate"] for t in r["trials"]), r["steps"], tuple(r["seeds"])) for r in records.values()}
+    efforts = {
+        (tuple(t["learning_rate"] for t in r["trials"]), r["steps"], tuple(r["seeds"])) for r in records.values()
+    }
     assert len(efforts) == 1, "every arm got the same effort"
 
 

@@ -33,12 +33,13 @@ def write_pictures(results: dict[str, Any], summary: dict[str, Any], folder: Pat
     for name, function in draw.items():
         figure = function(results, summary)
         if figure is not None:
-            _save(figure, folder / name)
+            save(figure, folder / name)
             written.append(folder / name)
     return written
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG file, whole or not at all."""
     FigureCanvasAgg(figure)
     temporary = path.with_name(f".{path.name}.partial")
     # Without the writer's version the same numbers give the same bytes.
@@ -58,7 +59,7 @@ def draw_loss(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None
     figure = Figure(figsize=(9.6, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
     for axes, shown in ((left, lines), (right, gaps)):
-        _style(axes)
+        style(axes)
         for name, seeds in shown.items():
             index = list(results["arms"]).index(name)
             _draw_arm(axes, seeds, colours[name][0], _MARKERS[index % len(_MARKERS)], summary["arms"][name]["label"])
@@ -91,10 +92,11 @@ def _draw_arm(axes: Any, seeds: dict[int, list[tuple[float, float]]], colour: st
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.8, alpha=0.4)
     mean = mean_line(seeds)
     if mean:
-        axes.plot(*zip(*mean, strict=True), color=colour, linewidth=2, marker=marker, markersize=4, label=_plain(label))
+        axes.plot(*zip(*mean, strict=True), color=colour, linewidth=2, marker=marker, markersize=4, label=plain(label))
 
 
-def _style(axes: Any) -> None:
+def style(axes: Any) -> None:
+    """Two soft sides and a grid."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -113,7 +115,7 @@ def draw_differences(results: dict[str, Any], summary: dict[str, Any]) -> Figure
     measure = yardstick(results).measure
     figure = Figure(figsize=(7.6, 1.5 + 0.62 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    _style(axes)
+    style(axes)
     axes.grid(False, axis="y")
     axes.axvline(0, color=_SOFT, linewidth=1.2)
     for row, name in enumerate(reversed(shown)):
@@ -128,11 +130,11 @@ def draw_differences(results: dict[str, Any], summary: dict[str, Any]) -> Figure
         axes.annotate(
             text, (difference["mean"], row), xytext=(0, 9), textcoords="offset points", ha="center", color=_INK
         )
-    axes.set_yticks(range(len(shown)), [_plain(summary["arms"][name]["label"]) for name in reversed(shown)], color=_INK)
+    axes.set_yticks(range(len(shown)), [plain(summary["arms"][name]["label"]) for name in reversed(shown)], color=_INK)
     axes.set_ylim(-0.6, len(shown) - 0.3)
     reach = max(abs(bound) for bound in axes.get_xlim())
     axes.set_xlim(-reach, reach)
-    title = f"{capital(measure.name)} minus {_plain(base)}'s, as deployed"
+    title = f"{capital(measure.name)} minus {plain(base)}'s, as deployed"
     axes.set_title(title, loc="left", fontsize=10, color=_INK)
     side = f"{'left' if measure.better == 'lower' else 'right'} of the line is better"
     axes.set_xlabel("; ".join(filter(None, (difference_unit(measure), side))), color=_SOFT, fontsize=9)
@@ -157,7 +159,7 @@ def draw_load(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None
             norm=TwoSlopeNorm(1.0, 0.0, _HIGHEST_LOAD),
             extent=(0, entry["steps"][-1], -0.5, entry["experts"] - 0.5),
         )
-        axes.set_title(f"{_plain(entry['label'])}, layer {entry['layer']}", loc="left", fontsize=9, color=_INK)
+        axes.set_title(f"{plain(entry['label'])}, layer {entry['layer']}", loc="left", fontsize=9, color=_INK)
         axes.set_xlabel("steps", color=_SOFT, fontsize=8)
         axes.set_ylabel("expert", color=_SOFT, fontsize=8)
         axes.tick_params(colors=_SOFT, labelsize=8, length=0)
@@ -170,6 +172,6 @@ def draw_load(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None
     return figure
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Matplotlib reads `$...$` as mathematics, and leaves a label out that begins with an underscore."""
     return text.replace("$", r"\$").lstrip("_")

@@ -8,6 +8,8 @@ a view of a stacked weight costs a full zero gradient. Definition: `reference.fe
 Shapes: T tokens, K choices of a token, R = T*K rows, E experts, D hidden, F expert width, H = 2F when gated else F.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,9 +22,12 @@ FEW_ROWS = 16
 
 def are_few(expert_TK: Tensor) -> bool:
     """Whether `few_ffn` should take these choices; never while gradients are recorded or a graph is compiled."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return False
-    return expert_TK.numel() <= FEW_ROWS
+    return is_few(expert_TK.numel())
+
+
+def is_few(rows: int) -> bool:
+    """As `are_few`, by the number of choices."""
+    return 0 < rows <= FEW_ROWS and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def few_ffn(
@@ -55,22 +60,44 @@ def _in_place(
     gated: bool,
 ) -> Tensor:
     tokens, choices = expert_TK.shape
-    experts, weights = expert_TK.tolist(), weight_TK.tolist()
+    weights = weight_TK.tolist()
     if scale_TK is None:
         scales = [[1.0] * choices] * tokens
     else:
         scales = weights if scale_TK is weight_TK else scale_TK.tolist()
-    blank = x_TKD.new_zeros(1)
+    inputs = [list(x_KD.unbind()) if len(x_KD) == choices else [x_KD[0]] * choices for x_KD in x_TKD.unbind()]
+    settings = {"activation": activation, "gated": gated}
+    return few_rows(inputs, expert_TK.tolist(), scales, weights, up_EHD, down_EDF, **settings)
+
+
+def few_rows(
+    inputs: Sequence[Sequence[Tensor]],
+    experts: Sequence[Sequence[int]],
+    scales: Sequence[Sequence[float]],
+    weights: Sequence[Sequence[float]],
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    *,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """`few_ffn` on the CPU with choices that are plain numbers: K inputs (D,) and K numbers for each of T tokens.
+
+    A plain ReLU expert takes a scale s > 0 out in front, f(s x) = s f(x), and it joins the weight.
+    """
+    takes_out = activation == "relu" and not gated
     out = []
-    for t, x_KD in enumerate(x_TKD.unbind()):
-        inputs = x_KD.unbind() if len(x_KD) == choices else [x_KD[0]] * choices
-        y_D = blank
-        for k, (expert, x_D) in enumerate(zip(experts[t], inputs, strict=True)):
-            u_H = torch.addmv(blank, up_EHD[expert], x_D, beta=0, alpha=scales[t][k])
-            h_F = activate(u_H, activation, gated)
-            y_D = torch.addmv(y_D, down_EDF[expert], h_F, beta=min(k, 1), alpha=weights[t][k])
+    for inputs_K, experts_K, scales_K, weights_K in zip(inputs, experts, scales, weights, strict=True):
+        y_D, beta = inputs_K[0], 0  # with a beta of 0 only its size counts
+        for x_D, expert, scale, weight in zip(inputs_K, experts_K, scales_K, weights_K, strict=True):
+            if scale == 1 or (takes_out and scale > 0):
+                u_H, weight = torch.mv(up_EHD[expert], x_D), weight * scale
+            else:
+                u_H = torch.addmv(x_D[:1], up_EHD[expert], x_D, beta=0, alpha=scale)
+            y_D = torch.addmv(y_D, down_EDF[expert], activate(u_H, activation, gated), beta=beta, alpha=weight)
+            beta = 1
         out.append(y_D)
-    return out[0].unsqueeze(0) if tokens == 1 else torch.stack(out)
+    return out[0].unsqueeze(0) if len(out) == 1 else torch.stack(out)
 
 
 def _from_copies(

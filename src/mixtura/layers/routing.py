@@ -78,6 +78,11 @@ class ChoiceTap(nn.Module):
     Tokens come in order; a layer that takes padding out before it routes shows the real ones only.
     """
 
+    @property
+    def watched(self) -> bool:
+        """Whether there is a hook to show anything to."""
+        return bool(self._forward_hooks or self._forward_pre_hooks)
+
     def forward(self, weight_TK: Tensor, expert_TK: Tensor | None = None) -> None:
         """Shows hooks what was chosen."""
 

@@ -1,13 +1,16 @@
 """Language modelling on packed text: the training task of every model that is trained from scratch."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mixtura.config import TrainingConfig, UserError
 from mixtura.data.packing import ScheduledDataset
 from mixtura.data.prepare import PreparedData
+from mixtura.diagnostics.peakedness import measure_peakedness
 from mixtura.evaluation import check_evaluation, evaluate_loss, evaluation_modes
 from mixtura.models.transition import follow_transition
 from mixtura.training import checkpoints
@@ -97,6 +100,14 @@ class LanguageModelling(TrainingTask):
         if model.config.transition_to is not None:
             measured["causal"] = measured.pop("alone")
         return {mode: {key: of[key] for key in _CURVE_MEASURES} for mode, of in measured.items()}
+
+    def details(self, model: Any, *, out: Path) -> dict[str, Any]:
+        """How peaked the weights of mixture-of-tokens layers are, on the first batch held out."""
+        if "mixture_of_tokens" not in (model.config.mlp_layer_types or []):
+            return {}
+        rows = self.data.validation.sequences_NL[: self.config.batch_size]
+        measured = measure_peakedness(model, [torch.from_numpy(rows.astype("int64"))])
+        return {"peakedness": [dataclasses.asdict(layer) for layer in measured]}
 
     def save(self, model: Any, folder: Path) -> None:
         """Writes weights and configuration as `from_pretrained` reads them."""

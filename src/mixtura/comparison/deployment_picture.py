@@ -1,0 +1,74 @@
+"""What mixture of tokens loses without its group, beside how peaked its weights are: one picture."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from mixtura.comparison.colours import arm_colours
+from mixtura.comparison.measures import yardstick
+from mixtura.comparison.pictures import plain, save, style
+
+_MODES = {"group": "group", "alone": "alone, top k", "alone_all": "alone, all", "population": "population"}
+_INK, _SOFT = "#1f2328", "#59636e"
+
+
+def write_deployment_picture(results: dict[str, Any], summary: dict[str, Any], folder: Path) -> Path | None:
+    """Writes `deployment.png` where there is something to show."""
+    figure = draw_deployment(results, summary)
+    if figure is None:
+        return None
+    save(figure, folder / "deployment.png")
+    return folder / "deployment.png"
+
+
+def draw_deployment(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None:
+    """Left, each layer's weights from a token's largest to its smallest; right, the loss in each mode minus in groups.
+
+    Means over seeds, the weights from the held-out sequences of one batch. None where no arm has both.
+    """
+    shown = {name: curves for name, arm in results["arms"].items() if (curves := _peakedness(arm))}
+    shown = {name: curves for name, curves in shown.items() if "group" in summary["arms"][name]["modes"]}
+    if not shown:
+        return None
+    colours = arm_colours(results["arms"])
+    figure = Figure(figsize=(9.6, 3.9), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
+    for axes in (left, right):
+        style(axes)
+    for place, (name, curves) in enumerate(shown.items()):
+        colour, label = colours[name][0], plain(summary["arms"][name]["label"])
+        for number, (_, weights) in enumerate(sorted(curves.items())):
+            fade = 0.35 + 0.65 * (number + 1) / len(curves)
+            ranks = range(1, len(weights) + 1)
+            left.plot(
+                ranks, weights, color=colour, alpha=fade, marker="o", markersize=3, label=None if number else label
+            )
+        gaps = _gaps(summary["arms"][name]["modes"])
+        at = [index + (place - (len(shown) - 1) / 2) * 0.8 / len(shown) for index in range(len(_MODES) - 1)]
+        heights = [gaps.get(mode, float("nan")) for mode in list(_MODES)[1:]]
+        right.bar(at, heights, width=0.8 / len(shown), color=colour)
+    left.set_yscale("log")
+    left.set_xlabel("mixtures of a token, from its largest weight", color=_SOFT, fontsize=9)
+    left.set_title("Mean weight alone, by layer (later layers darker)", loc="left", fontsize=10, color=_INK)
+    left.legend(frameon=False, fontsize=9, labelcolor=_INK)
+    right.axhline(0, color=_SOFT, linewidth=1)
+    right.set_xticks(range(len(_MODES) - 1), list(_MODES.values())[1:])
+    unit = yardstick(results).loss.unit
+    right.set_title(f"Held-out loss minus that in groups ({unit})", loc="left", fontsize=10, color=_INK)
+    return figure
+
+
+def _peakedness(arm: dict[str, Any]) -> dict[int, list[float]]:
+    """Sorted mean weights of every layer, averaged over seeds; nothing where no run measured them."""
+    found: dict[int, list[list[float]]] = {}
+    for run in arm["runs"]:
+        for layer in run.get("details", {}).get("peakedness", []):
+            found.setdefault(layer["layer"], []).append(layer["sorted_weights"])
+    return {layer: [sum(values) / len(values) for values in zip(*seeds, strict=True)] for layer, seeds in found.items()}
+
+
+def _gaps(modes: dict[str, Any]) -> dict[str, float]:
+    """The mean loss of each mode minus that of `group`."""
+    means = {mode: of["loss"]["mean"] for mode, of in modes.items()}
+    return {mode: mean - means["group"] for mode, mean in means.items() if mean is not None}

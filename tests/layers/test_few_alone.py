@@ -1,0 +1,77 @@
+"""The short way through a decoding step gives what the long one gives, and is left where it does not suit."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from mixtura.layers import MixtureOfTokens
+
+
+def random_layer(**changes):
+    torch.manual_seed(0)
+    sizes = {"intermediate_size": 5, "num_experts": 4, "group_size": 4, "alone_top_k": 2}
+    layer = MixtureOfTokens(6, **(sizes | changes)).double().eval()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    return layer
+
+
+def the_long_way(layer, x_BLD):
+    """A layer that somebody watches shows its choices, and only the long way can."""
+    hook = layer.choice_tap.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        y_BLD = layer(x_BLD)
+    hook.remove()
+    return y_BLD
+
+
+@pytest.fixture
+def no_long_way(monkeypatch):
+    monkeypatch.setattr(MixtureOfTokens, "_run_apart", lambda *_: pytest.fail("it went the long way"))
+
+
+@given(
+    batch=st.integers(1, 3),
+    length=st.integers(1, 2),
+    experts=st.integers(2, 5),
+    group=st.integers(2, 40),
+    mixtures=st.integers(1, 2),
+    top_k=st.integers(1, 2),
+    temperature=st.sampled_from([1.0, 0.3]),
+    activation=st.sampled_from(["relu", "gelu", "silu"]),
+    gated=st.booleans(),
+)
+def test_both_ways_give_the_same(batch, length, experts, group, mixtures, top_k, temperature, activation, gated):
+    shape = {"num_experts": experts, "group_size": group, "mixtures_per_expert": mixtures, "alone_top_k": top_k}
+    layer = random_layer(**shape, temperature=temperature, activation=activation, gated=gated)
+    x_BLD = torch.randn(batch, length, 6, dtype=torch.float64)
+    with torch.no_grad():
+        assert_close(layer(x_BLD), the_long_way(layer, x_BLD), rtol=0, atol=1e-10)
+
+
+def test_a_decoding_step_goes_the_short_way(no_long_way):
+    layer = random_layer()
+    with torch.no_grad():
+        layer(torch.randn(8, 1, 6, dtype=torch.float64))
+        for x_BLD in (torch.randn(9, 1, 6, dtype=torch.float64), torch.randn(0, 1, 6, dtype=torch.float64)):
+            with pytest.raises(pytest.fail.Exception, match="the long way"):
+                layer(x_BLD)
+    with pytest.raises(pytest.fail.Exception, match="the long way"):
+        layer(torch.randn(1, 1, 6, dtype=torch.float64))  # gradients are wanted
+
+
+@pytest.mark.parametrize("changes", [{"combine": "separate"}, {"alone_top_k": None}], ids=["two routers", "all"])
+def test_what_the_short_way_cannot_do_goes_the_long_way(no_long_way, changes):
+    with torch.no_grad(), pytest.raises(pytest.fail.Exception, match="the long way"):
+        random_layer(**changes)(torch.randn(1, 1, 6, dtype=torch.float64))
+
+
+def test_a_logit_beyond_all_bounds_weighs_nothing_or_all():
+    layer, x_BLD = random_layer(), torch.ones(1, 1, 6, dtype=torch.float64)
+    torch.nn.init.constant_(layer.gate.weight, -1e6)
+    with torch.no_grad():
+        assert_close(layer(x_BLD), torch.zeros_like(x_BLD))
+        layer.gate.weight.neg_()
+        assert_close(layer(x_BLD), the_long_way(layer, x_BLD))
