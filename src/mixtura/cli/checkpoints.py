@@ -23,7 +23,10 @@ def upcycle(
     normalize: Annotated[bool, typer.Option(help="Make a token's weights sum to one, which is exact.")] = True,
     score_function: Annotated[str, typer.Option(help="softmax or sigmoid.")] = "softmax",
     router: Annotated[str, typer.Option(help="Where it starts: random, clusters or texts.")] = "random",
-    router_spread: Annotated[float, typer.Option(help="Spread of a token's logits over the copies.")] = 0.5,
+    router_spread: Annotated[
+        float | None,
+        typer.Option(help="Spread of a token's logits over the copies.", show_default="0.5, or 0.05 for tokens"),
+    ] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Tokens of a group of mixture of tokens.", show_default="num_experts")
     ] = None,
