@@ -6,6 +6,7 @@ bias to take it out, so no row has a share of the inputs' mean.
 Shapes: T tokens, D hidden, C copies of the layer, a router row each.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,10 +71,21 @@ def calibrated_rows(
 def _centres(x_TD: Tensor, copies: int, generator: torch.Generator) -> Tensor:
     centred_TD = x_TD - x_TD.mean(0)
     directions_TD = centred_TD / centred_TD.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    # Centres to start from are drawn here: kmeans2 warns and leaves a centre behind where a cluster runs empty.
-    first = directions_TD[torch.randperm(len(x_TD), generator=generator)[:copies]]
-    centres, _ = kmeans2(directions_TD.numpy(), first.numpy(), iter=_ITERATIONS, minit="matrix", missing="raise")
+    first = _spread_out(directions_TD, copies, generator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a centre that no token is nearest to stays where it was
+        centres, _ = kmeans2(directions_TD.numpy(), first.numpy(), iter=_ITERATIONS, minit="matrix", missing="warn")
     return torch.from_numpy(centres).float()
+
+
+def _spread_out(x_TD: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Rows to start clusters from: a random one, then always the one that is farthest from those chosen."""
+    chosen = [int(torch.randint(len(x_TD), (), generator=generator))]
+    distance_T = torch.full((len(x_TD),), torch.inf)
+    for _ in range(count - 1):
+        distance_T = torch.minimum(distance_T, (x_TD - x_TD[chosen[-1]]).square().sum(1))
+        chosen.append(int(distance_T.argmax()))
+    return x_TD[chosen]
 
 
 def _brought_to(rows_CD: Tensor, x_TD: Tensor, spread: float) -> RouterStart:

@@ -41,7 +41,7 @@ class UpcycleSettings:
     normalize_top_k: bool
     score_function: Literal["softmax", "sigmoid"]
     router: RouterStartKind
-    router_spread: float
+    spread: float | None
     group_size: int | None
     seed: int
 
@@ -64,6 +64,13 @@ class UpcycleSettings:
     def tokens_of_group(self) -> int:
         """G of a mixture-of-tokens layer: by default as many as experts, at least 2."""
         return max(2, self.num_experts) if self.group_size is None else self.group_size
+
+    @property
+    def router_spread(self) -> float:
+        """Standard deviation of a token's logits over the copies; mixtures of tokens bear little before they drift."""
+        if self.spread is not None:
+            return self.spread
+        return 0.05 if self.family == "mixture_of_tokens" else 0.5
 
     @property
     def undecided_weight(self) -> float:
