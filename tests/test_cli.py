@@ -14,7 +14,22 @@ from mixtura import __version__, cli
 from mixtura.cli import application
 from mixtura.config import recipe_to_toml
 
-VERBS = ("compare", "train", "evaluate", "generate", "doctor")
+VERBS = (
+    "compare",
+    "finetune",
+    "train",
+    "evaluate",
+    "generate",
+    "translate",
+    "classify",
+    "diagnose",
+    "upcycle",
+    "calibrate",
+    "transition",
+    "export",
+    "verify",
+    "doctor",
+)
 
 
 @pytest.fixture
@@ -57,6 +72,15 @@ OPTIONS = {
     "train": ("--preset", "--arm", "--seed", "--out", "--set", "--resume"),
     "evaluate": ("--text", "--text-column", "--batch-size", "--sequence-length"),
     "generate": ("--max-new-tokens", "--temperature", "--seed"),
+    "finetune": ("--preset", "--data", "--columns", "--pairs", "--base", "--out", "--set", "--resume", "--open"),
+    "translate": ("--from", "--to", "--beams"),
+    "classify": (),
+    "diagnose": ("--text", "--text-column", "--max-tokens", "--out", "--open"),
+    "upcycle": ("--family", "--num-experts", "--top-k", "--layers", "--split", "--with", "--text", "--seed"),
+    "calibrate": ("--text", "--text-column", "--max-sequences"),
+    "transition": ("--to", "--text", "--top-k"),
+    "export": ("--to", "--base-model", "--shard-size", "--check"),
+    "verify": ("--with", "--converter"),
     "doctor": (),
 }
 

@@ -94,7 +94,9 @@ def calibrate(
     text_column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
     max_sequences: Annotated[int, typer.Option(min=1, help="Stop after so many sequences.")] = 512,
 ) -> None:
-    """Give a mixture-of-tokens model the averages of the groups in a text, to stand for the neighbours it has not.
+    """Average the groups of a text, to stand for the neighbours of a token.
+
+    For mixture-of-tokens models.
 
     The new model answers in mode "population"; `mixtura evaluate` compares all modes on a held-out text.
     """
@@ -119,7 +121,10 @@ def transition(
         int | None, typer.Option(min=1, help="Experts a token gets.", show_default="as many as the model has alone")
     ] = None,
 ) -> None:
-    """Turn a mixture-of-tokens model into token choice, or one that trains alone from now on, with its parameters."""
+    """Turn mixture of tokens into token choice, or let it train on alone.
+
+    All parameters are kept.
+    """
     from mixtura.conversion.deployment import transition_folder
 
     hush()
@@ -148,7 +153,9 @@ def export(
         bool, typer.Option("--check/--no-check", help="Compare with the source before the folder is put in place.")
     ] = True,
 ) -> None:
-    """Write a checkpoint as transformers, vLLM and llama.cpp know it, or with its own code.
+    """Write a checkpoint in the form that other tools serve.
+
+    That is a stock architecture of transformers, vLLM and llama.cpp, or a folder with its own code.
 
     Nothing is written unless the export computes what the source computes.
     """
@@ -179,7 +186,9 @@ def verify(
         Path | None, typer.Option(help="For llama.cpp: the folder of its convert_hf_to_gguf.py.", show_default=False)
     ] = None,
 ) -> None:
-    """Compare an export's log-probabilities with its source's, in every engine asked for.
+    """Compare the log-probabilities of an export and its source.
+
+    In every engine asked for.
 
     Leaves receipt.json and a table in the export's card. Exits with 1 where an engine computes something else.
     """

@@ -60,7 +60,7 @@ def translate(
     target_language: Annotated[str, typer.Option("--to", help="Language to translate into, such as de.")],
     num_beams: Annotated[int, typer.Option("--beams", min=1, help="1 is greedy.")] = 1,
 ) -> None:
-    """Translate a text with a model that `mixtura finetune translation` made."""
+    """Translate a text with a model that was tuned for it."""
     from mixtura.finetuning.translator import translate as run_translation
 
     hush()
@@ -76,7 +76,7 @@ def classify(
     model: Annotated[Path, typer.Argument(help="A classifier, such as runs/classification/arms/.../checkpoint.")],
     texts: Annotated[list[str], typer.Argument(help="Texts, each judged by itself.")],
 ) -> None:
-    """Label texts with a model that `mixtura finetune classification` made."""
+    """Label texts with a model that was tuned for it."""
     from mixtura.finetuning.saved_classifier import classify as run_classifier
 
     hush()
@@ -96,7 +96,10 @@ def diagnose(
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="diagnosis")] = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Show what a model's experts have learned: load, texts and token types by expert, sentences coloured by expert."""
+    """Show what a model's experts have learned.
+
+    Load, texts and token types by expert, and sentences coloured by expert.
+    """
     from mixtura.finetuning.diagnosis import diagnose_folder
 
     hush()

@@ -29,7 +29,7 @@ def compare(
     resume: ResumeOption = True,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
-    """Train every arm of a recipe on the same data and write a report.
+    """Train the arms of a recipe on the same data, and report.
 
     Parts that are done are not repeated, and a comparison that was stopped goes on where it stopped.
     """
@@ -60,7 +60,7 @@ def finetune(
     resume: ResumeOption = True,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
-    """Fine-tune for translation or classification: every arm of a recipe, compared in a report.
+    """Fine-tune for translation or classification, and report.
 
     The finished models lie in the folder's arms; `mixtura translate` and `mixtura classify` use them.
     """
