@@ -84,8 +84,7 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     task.check(model, batch_size=config.batch_size)
-    check_trackers(config.trackers)
-    _check_recomputation(model, config)
+    _check_installation(model, config)
     arguments = training_arguments(config, seed=seed, out=out)
     trained = task.settings(model)
     settings = _settings(trained, config, learning_rate=learning_rate, seed=seed, world_size=arguments.world_size)
@@ -172,7 +171,9 @@ def sequences_per_step(config: TrainingConfig, world_size: int = 1) -> int:
     return config.batch_size * config.gradient_accumulation_steps * world_size
 
 
-def _check_recomputation(model: nn.Module, config: TrainingConfig) -> None:
+def _check_installation(model: nn.Module, config: TrainingConfig) -> None:
+    """Refuses what the model or the installed packages cannot do."""
+    check_trackers(config.trackers)
     known = any(hasattr(model, f"{name}_checkpointing_enable") for name in ("activation", "gradient"))
     if config.activation_checkpointing and not known:
         raise UserError(
