@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 from mixtura.config import TrainingConfig, UserError
 from mixtura.training import checkpoints
+from mixtura.training.allocation import keep_freed_memory
 from mixtura.training.interrupts import StopRequest
 from mixtura.training.metrics import MetricsFile, evaluation_curve, read_metrics, truncate_metrics
 from mixtura.training.optimization import build_optimizer, build_schedule
@@ -83,6 +84,7 @@ def train(
     """
     if config.threads:
         torch.set_num_threads(config.threads)
+    keep_freed_memory()
     task.check(model, batch_size=config.batch_size)
     _check_installation(model, config)
     arguments = training_arguments(config, seed=seed, out=out)
