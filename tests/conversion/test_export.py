@@ -225,7 +225,11 @@ def test_the_card_counts_what_a_token_uses(saved, tmp_path):
         (DENSE | {"intermediate_sizes": [48, 32, 48]}, "auto", "2 different widths"),
         (PLAIN, "mixtral", "mixtral model cannot have softmax gates.*--to qwen2_moe or remote_code"),
         (SHARED, "mixtral", "shared expert.*--to granite_moe or qwen2_moe"),
-        (SIGMOID | BETWEEN, "auto", "the nearest, (glm4_moe|qwen2_moe), cannot have (dense layers among its mixtures|normalised sigmoid gates)"),
+        (
+            SIGMOID | BETWEEN,
+            "auto",
+            "the nearest, (glm4_moe|qwen2_moe), cannot have (dense layers among its mixtures|normalised sigmoid gates)",
+        ),
         ({}, "flex_olmo", "normalises after its layers"),
         ({}, "gpt9", "no container 'gpt9'.*mixtral"),
     ],

@@ -14,12 +14,9 @@ from torch import Tensor
 
 from mixtura.config import TrainingConfig
 from mixtura.diagnostics.memory import live_bytes, measure_peak_memory
-<<<<<<< HEAD
 from mixtura.models import MixtureForCausalLM
 from mixtura.models.alone_schedule import step_kinds
-=======
 from mixtura.training.allocation import keep_freed_memory
->>>>>>> fast
 from mixtura.training.experiment import Arm
 from mixtura.training.optimization import build_optimizer
 
