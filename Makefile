@@ -62,7 +62,7 @@ docs: $(READY_DEV)  ## build the documentation into site/
 	@echo 'The documentation is at site/index.html'
 
 bench: $(READY)  ## time the layers against each other
-	@$(BIN)/mixtura bench $(ARGS)
+	@$(BIN)/python benchmarks/layers.py $(ARGS)
 
 setup: $(READY_DEV)  ## make .venv with everything that development needs
 	@echo 'The environment is ready: source $(BIN)/activate'
