@@ -127,11 +127,30 @@ def upcycle(
         group_size=group_size,
         seed=seed,
     )
-    paths = [Path(text) for text in texts]
-    check_settings(settings, num_sources=1 + len(others), num_texts=len(paths))
-    out = Path(destination)
+    names = [str(name) for name in (source, *others)]
+    return _run(
+        settings,
+        names,
+        Path(destination),
+        [Path(text) for text in texts],
+        max_text_tokens=max_text_tokens,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def _run(
+    settings: UpcycleSettings,
+    names: list[str],
+    out: Path,
+    paths: list[Path],
+    *,
+    max_text_tokens: int,
+    max_shard_bytes: int,
+) -> Upcycled:
+    """`upcycle`, with its values together; `names` are the sources'."""
+    check_settings(settings, num_sources=len(names), num_texts=len(paths))
     _check_empty(out)
-    sources = [open_source(str(name)) for name in (source, *others)]
+    sources = [open_source(name) for name in names]
     check_alike(sources)
     config = mixture_config(settings, sources[0].config)
     starts = layer_starts(settings, sources, paths, max_tokens=max_text_tokens)
