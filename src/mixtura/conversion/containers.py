@@ -34,6 +34,8 @@ class Container(NamedTuple):
     config: Callable[[MixtureConfig, Traits], PreTrainedConfig]
     mixture: Callable[[MixtureConfig, Traits, StoredWeights, int], Iterator[PlannedTensor]]
     """The feed-forward tensors of a mixture layer, given its depth."""
+    always_biased: bool = False
+    """Whether queries, keys and values have biases in any case, so that absent ones are zeros."""
 
 
 def _can(**values: frozenset[Any]) -> Any:
@@ -78,6 +80,7 @@ CONTAINERS: dict[str, Container] = {
         _can(gates=_ANY_SOFTMAX, biases=_NO_QKV, shared=_BOTH, dense_layers=_MIXED),
         fields.qwen2_moe,
         layouts.qwen_moe,
+        always_biased=True,
     ),
     "glm4_moe": Container(
         _can(
@@ -150,14 +153,12 @@ def choose_container(config: MixtureConfig, traits: Traits, wanted: str = "auto"
 
 
 def plan_tensors(config: MixtureConfig, traits: Traits, weights: StoredWeights, container: str) -> list[PlannedTensor]:
-    """All tensors of the export, in order; none of the checkpoint is left out.
-
-    Raises:
-        UserError: the checkpoint lacks a tensor, or has one that has no place.
-    """
+    """All tensors of the export, in order; the checkpoint must be complete, and none of its tensors is left out."""
     mixtures = {d for d, family in enumerate(config.mlp_layer_types or []) if family == "token_choice"}
     prefixes = tuple(f"model.layers.{depth}.mlp." for depth in mixtures)
     planned = [weights.plan(name) for name in weights.tensors if not name.startswith(prefixes)]
+    if CONTAINERS[container].always_biased and traits.biases == "none":
+        planned += layouts.zero_biases(config, weights)
     for depth in sorted(mixtures):
         planned += CONTAINERS[container].mixture(config, traits, weights, depth)
     return planned

@@ -140,7 +140,7 @@ def _run_transformers(engine: Engine, folder: Path, probes: Sequence[list[int]])
 
 
 def _run_script(engine: Engine, folder: Path, probes: Sequence[list[int]]) -> Ran:
-    script = Path(__file__).with_name(f"{_SCRIPTS[engine.name]}.py")
+    script = _SCRIPTS[engine.name]
     with tempfile.TemporaryDirectory(prefix="mixtura-verify-") as temporary:
         request, answer = Path(temporary, "request.json"), Path(temporary, "answer.safetensors")
         request.write_text(
@@ -161,7 +161,8 @@ def _run_script(engine: Engine, folder: Path, probes: Sequence[list[int]]) -> Ra
         if run.returncode == NOT_INSTALLED:
             raise EngineMissing(_last_line(run.stderr))
         if run.returncode != 0 or not answer.is_file():
-            raise EngineFailed(_last_line(run.stderr) or f"exit status {run.returncode}")
+            reason = _last_line(run.stderr).replace(f"{temporary}{os.sep}", "")
+            raise EngineFailed(reason or f"exit status {run.returncode}")
         found = load_file(answer)
         version = json.loads(Path(temporary, "version.json").read_text(encoding="utf-8"))
     return Ran([found[str(number)].double() for number in range(len(probes))], version)
@@ -178,7 +179,10 @@ def _last_line(text: str) -> str:
     return (errors or lines or [""])[-1][:300]
 
 
-_SCRIPTS = {"vllm": "engine_vllm", "llama.cpp": "engine_llama_cpp"}
+_SCRIPTS = {
+    "vllm": Path(__file__).with_name("engine_vllm.py"),
+    "llama.cpp": Path(__file__).with_name("engine_llama_cpp.py"),
+}
 ENGINES: dict[str, Callable[[Engine, Path, Sequence[list[int]]], Ran]] = {
     "transformers": _run_transformers,
     "vllm": _run_script,

@@ -48,6 +48,11 @@ def _common(config: MixtureConfig, architecture: str) -> dict[str, Any]:
     return {**shared, "rope_parameters": dict(config.rope_parameters or {}), "architectures": [architecture]}
 
 
+def _head_dim(config: MixtureConfig) -> dict[str, Any]:
+    """Not every class declares the field, but all layers read it."""
+    return {"head_dim": config.head_dim}
+
+
 def _dense_width(config: MixtureConfig) -> int:
     """The width of the dense layers; all are equally wide."""
     families = config.mlp_layer_types or []
@@ -86,7 +91,7 @@ def llama(config: MixtureConfig, traits: Traits) -> PreTrainedConfig:
     return LlamaConfig(
         **_common(config, "LlamaForCausalLM"),
         intermediate_size=_dense_width(config),
-        head_dim=config.head_dim,
+        **_head_dim(config),
         attention_bias=traits.biases == "qkvo",
     )
 
@@ -96,7 +101,7 @@ def mistral(config: MixtureConfig, traits: Traits) -> PreTrainedConfig:
     return MistralConfig(
         **_common(config, "MistralForCausalLM"),
         intermediate_size=_dense_width(config),
-        head_dim=config.head_dim,
+        **_head_dim(config),
         sliding_window=_window(config, traits),
     )
 
@@ -114,7 +119,7 @@ def qwen3(config: MixtureConfig, traits: Traits) -> PreTrainedConfig:
         **_common(config, "Qwen3ForCausalLM"),
         **_qwen_window(config, traits),
         intermediate_size=_dense_width(config),
-        head_dim=config.head_dim,
+        **_head_dim(config),
         attention_bias=traits.biases == "qkvo",
     )
 
@@ -125,7 +130,7 @@ def mixtral(config: MixtureConfig, traits: Traits) -> PreTrainedConfig:
         **_common(config, "MixtralForCausalLM"),
         **_experts(config, "num_local_experts"),
         intermediate_size=config.moe_intermediate_size,
-        head_dim=config.head_dim,
+        **_head_dim(config),
         sliding_window=_window(config, traits),
     )
 
@@ -156,7 +161,7 @@ def qwen3_moe(config: MixtureConfig, traits: Traits) -> PreTrainedConfig:
         **_qwen_window(config, traits),
         intermediate_size=_dense_width(config),
         moe_intermediate_size=config.moe_intermediate_size,
-        head_dim=config.head_dim,
+        **_head_dim(config),
         attention_bias=traits.biases == "qkvo",
         norm_topk_prob=traits.gates == "normalised softmax",
         mlp_only_layers=_dense_depths(config),
@@ -165,7 +170,7 @@ def qwen3_moe(config: MixtureConfig, traits: Traits) -> PreTrainedConfig:
 
 
 def qwen2_moe(config: MixtureConfig, traits: Traits) -> PreTrainedConfig:
-    """Biases on queries, keys and values or none, dense layers anywhere, a shared expert or none.
+    """Biases on queries, keys and values, if of zeros, dense layers anywhere, a shared expert or none.
 
     llama.cpp never normalises the weights of this architecture, and loads it only with a shared expert. So where the
     weights do not sum to one, an absent shared expert is a narrow one that adds zero, and all engines agree; where they
@@ -180,7 +185,7 @@ def qwen2_moe(config: MixtureConfig, traits: Traits) -> PreTrainedConfig:
         intermediate_size=_dense_width(config),
         moe_intermediate_size=config.moe_intermediate_size,
         shared_expert_intermediate_size=shared or (0 if normalized else PLACEHOLDER_WIDTH),
-        qkv_bias=traits.biases == "qkv",
+        qkv_bias=True,
         norm_topk_prob=normalized,
         mlp_only_layers=_dense_depths(config),
         decoder_sparse_step=1,
@@ -191,14 +196,13 @@ def glm4_moe(config: MixtureConfig, traits: Traits) -> PreTrainedConfig:
     """Sigmoid gates with a factor and a bias on the choice, leading dense layers, and always a shared expert."""
     rope = {**dict(config.rope_parameters or {}), "partial_rotary_factor": 1.0}
     return Glm4MoeConfig(
-        **{**_common(config, "Glm4MoeForCausalLM"), "rope_parameters": rope},
-        partial_rotary_factor=1.0,
+        **{**_common(config, "Glm4MoeForCausalLM"), "rope_parameters": rope, "partial_rotary_factor": 1.0},
         num_experts_per_tok=config.num_experts_per_tok,
         n_routed_experts=config.num_experts,
         n_shared_experts=config.num_shared_experts if traits.shared else 1,
         intermediate_size=_dense_width(config),
         moe_intermediate_size=config.moe_intermediate_size,
-        head_dim=config.head_dim,
+        **_head_dim(config),
         attention_bias=traits.biases == "qkv",
         use_qk_norm=traits.qk_norm,
         norm_topk_prob=traits.gates == "normalised sigmoid",

@@ -21,11 +21,20 @@ def no_mixture(config: MixtureConfig, traits: Traits, weights: StoredWeights, de
     raise AssertionError("a model with mixture layers fits no dense container")
 
 
+def zero_biases(config: MixtureConfig, weights: StoredWeights) -> Iterator[PlannedTensor]:
+    """Biases on queries, keys and values that add nothing: without them, vLLM's Qwen2 layers run on stray memory."""
+    for depth in range(config.num_hidden_layers):
+        for part in "qkv":
+            name = f"model.layers.{depth}.self_attn.{part}_proj"
+            weight = weights.tensors[f"{name}.weight"]
+            yield _filled(f"{name}.bias", weight.shape[:1], weight.dtype, 0.0)
+
+
 def mixtral(config: MixtureConfig, traits: Traits, weights: StoredWeights, depth: int) -> Iterator[PlannedTensor]:
     """`block_sparse_moe` with w1 (gate), w3 (up) and w2 (down) for every expert."""
     new = f"model.layers.{depth}.block_sparse_moe"
     yield weights.plan(f"model.layers.{depth}.mlp.gate.weight", f"{new}.gate.weight")
-    names = dict(zip(_PARTS, ("w1", "w3", "w2"), strict=True))
+    names: dict[str, str] = dict(zip(_PARTS, ("w1", "w3", "w2"), strict=True))
     yield from _each_expert(config, weights, depth, f"{new}.experts", names)
 
 

@@ -120,6 +120,8 @@ def verify(source: Path, export: Path, engines: Sequence[Engine] = (Engine("tran
         model = load_causal(source)
     except EngineFailed as error:
         raise UserError(f"The model in '{source}' cannot be loaded ({error}): train or export it again.") from error
+    if getattr(model.config, "inference_mode", None) == "group":
+        model.set_inference_mode("alone", top_k=model.config.alone_top_k)  # the mode in which it is exported
     probes = probe_tokens(source, model.config.vocab_size)
     expected = model_log_probs(model, probes)
     repeated = largest_difference(expected, model_log_probs(model, probes, batched=True))
