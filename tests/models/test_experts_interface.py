@@ -130,6 +130,8 @@ def test_transposed_weights_equal_the_eager_experts(tokens: int) -> None:
     """Aria's text model keeps weights as (E, D, 2F) and (E, F, D)."""
     config = AriaTextConfig(hidden_size=32, intermediate_size=24, moe_num_experts=8)
     experts: Any = AriaExperts(config)
+    if not hasattr(experts, "is_transposed"):
+        pytest.skip("Aria's experts are not in the experts interface of this version of transformers")
     for weight in experts.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     x_TD, index_TK, weight_TK = torch.randn(tokens, 32), torch.rand(tokens, 8).topk(2).indices, torch.rand(tokens, 2)
