@@ -149,7 +149,9 @@ def probe_tokens(folder: Path, vocab_size: int) -> list[list[int]]:
 
 
 def largest_difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """The largest absolute difference over all probes; infinite where there is a number that is none."""
+    """The largest absolute difference over all probes; infinite where shapes differ or a number is none."""
+    if any(a.shape != b.shape for a, b in zip(one, other, strict=True)):
+        return float("inf")
     worst = torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max().item()
     return worst if worst == worst else float("inf")
 
