@@ -82,7 +82,6 @@ def train(
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    keep_freed_memory()
     task.check(model, batch_size=config.batch_size)
     _check_recomputation(model, config)
     arguments = training_arguments(config, seed=seed, out=out)
@@ -246,6 +245,7 @@ def _run_steps(
         run.task.load(model, checkpoint)
         return
     length = run.config.steps * sequences_per_step(run.config, arguments.world_size)
+    keep_freed_memory()
     optimizer = build_optimizer(model, run.config, learning_rate=run.learning_rate)
     trainer = MixtureTrainer(
         run,
