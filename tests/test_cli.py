@@ -29,6 +29,7 @@ VERBS = (
     "export",
     "verify",
     "doctor",
+    "bench",
 )
 
 
@@ -82,6 +83,7 @@ OPTIONS = {
     "export": ("--to", "--base-model", "--shard-size", "--check"),
     "verify": ("--with", "--converter"),
     "doctor": (),
+    "bench": ("--sizes", "--only", "--pass", "--rounds", "--threads", "--out"),
 }
 
 

@@ -108,7 +108,7 @@ def _st_moe(size: Size) -> nn.Module:
         expert_hidden_mult=(width + 0.5) * 1.5 / size.hidden,
         gating_top_n=max(2, size.top_k),
         threshold_train=0.0,
-        capacity_factor_train=1.0,
+        capacity_factor_train=float(size.top_k),  # its capacity is a share of the tokens, not of the rows
     )
     return _First(layer)
 

@@ -82,7 +82,8 @@ def train(
             cannot be run as configured; the folder cannot be written.
         TrainingDiverged: the loss became no finite number.
     """
-    _set_up_process(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     task.check(model, batch_size=config.batch_size)
     _check_installation(model, config)
     arguments = training_arguments(config, seed=seed, out=out)
@@ -126,12 +127,6 @@ def train(
             task.save_for_use(model, folder)
     _wait_for_all(arguments)
     return outcome
-
-
-def _set_up_process(config: TrainingConfig) -> None:
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    keep_freed_memory()
 
 
 def training_arguments(config: TrainingConfig, *, seed: int, out: Path) -> TrainingArguments:
@@ -254,6 +249,7 @@ def _run_steps(
         run.task.load(model, checkpoint)
         return
     length = run.config.steps * sequences_per_step(run.config, arguments.world_size)
+    keep_freed_memory()
     optimizer = build_optimizer(model, run.config, learning_rate=run.learning_rate)
     trainer = MixtureTrainer(
         run,
