@@ -151,6 +151,7 @@ def _run_script(engine: Engine, folder: Path, probes: Sequence[list[int]]) -> Ra
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
         run = subprocess.run(
             [engine.python or sys.executable, str(script), str(request), str(answer)],
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",
