@@ -154,10 +154,10 @@ def test_an_engine_that_is_not_installed_was_not_tried_and_fails_nothing(exporte
 
 
 def test_one_that_cannot_load_the_model_fails_with_its_own_words(exported, script):
-    script("import sys\nprint('loading')\nraise ValueError('no such | architecture')")
+    script("import sys\nprint('loading')\nraise ValueError('no such | architecture in /home/me/model.gguf')")
     receipt = verify(*exported, [Engine("vllm")])
     assert receipt.comparisons[0].status == "failed" and not receipt.passed
-    assert receipt.complaint() == "vllm cannot run it (ValueError: no such | architecture)."
+    assert receipt.complaint() == "vllm cannot run it (ValueError: no such | architecture in model.gguf)."
     assert "no such / architecture" in receipt.table()
 
 
