@@ -22,7 +22,7 @@ READY_DEV := $(VENV)/.ready-dev-$(notdir $(PYTHON))
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: assets compare test check fmt lint type docs bench setup test-gpu help clean
+.PHONY: assets compare test check fmt lint type docs bench setup test-clients test-gpu help clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -40,6 +40,9 @@ test: $(READY_DEV)  ## run the tests
 
 test-gpu: $(READY_DEV)  ## run the tests that need an accelerator
 	@$(BIN)/python -m pytest -q -m gpu || { test $$? -eq 5 && echo 'No test asks for an accelerator.'; }
+
+test-clients: $(READY_DEV)  ## run the tests with TRL, lm-eval and trackers; 300 MB more, needs pip install '.[clients]'
+	@$(BIN)/python -m pytest -q -m "slow or not slow" tests/clients tests/training/test_trackers.py
 
 check: lint type test docs  ## everything that CI runs: lint, import direction, types, spelling, tests, docs
 
@@ -62,7 +65,7 @@ docs: $(READY_DEV)  ## build the documentation into site/
 	@echo 'The documentation is at site/index.html'
 
 bench: $(READY)  ## time the layers against each other
-	@$(BIN)/python benchmarks/layers.py
+	@$(BIN)/python benchmarks/layers.py $(ARGS)
 
 setup: $(READY_DEV)  ## make .venv with everything that development needs
 	@echo 'The environment is ready: source $(BIN)/activate'

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mixtura import cli
+from mixtura.cli import runs
 from mixtura.comparison import folder
 from mixtura.config import recipe_to_toml
 from mixtura.models import MixtureForCausalLM
@@ -293,7 +294,7 @@ def interrupted_run(run, recipe, out, monkeypatch):
         yield Stop()
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_progress", stopping)
+        patch.setattr(runs, "progress", stopping)
         assert run("train", recipe, "--arm", "dense", "--out", out)[0] != 0
     return out / "arms" / "dense" / "seed0"
 

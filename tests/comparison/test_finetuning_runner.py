@@ -92,7 +92,9 @@ def test_the_search_looks_at_the_loss_of_validation_and_decodes_nothing(translat
     out, results = translated
     for name, arm in results["arms"].items():
         trials = arm["learning_rate_search"]["trials"]
-        stored = [read_json(out / "search" / name / f"rate{t['learning_rate']}" / "result.json") for t in trials]
+        stored = [
+            read_json(out / "search" / name / f"rate{t['learning_rate']}" / "seed1000" / "result.json") for t in trials
+        ]
         assert [t["loss"] for t in trials] == [run["final"][arm["deployed_mode"]]["loss"] for run in stored]
         assert all("chrf" not in run["final"][arm["deployed_mode"]] and run["details"] == {} for run in stored)
         assert arm["learning_rate"] == min(trials, key=lambda trial: trial["loss"])["learning_rate"]

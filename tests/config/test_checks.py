@@ -122,7 +122,7 @@ def test_an_arms_coefficients_are_zero_or_more(key):
         ({"learning_rates": [0.0]}, r"learning_rates' has 0\.0"),
         ({"learning_rates": [float("nan")]}, "learning_rates' has nan"),
         ({"learning_rates": [1e-3], "steps": 0}, r"'search\.steps' is 0"),
-        ({"seed": -1}, r"'search\.seed' has -1"),
+        ({"seeds": [-1]}, r"'search\.seeds' has -1"),
     ],
 )
 def test_a_search_that_cannot_run_is_refused(section, message):

@@ -117,10 +117,10 @@ def test_rows_of_other_ranks_add_nothing(tokens: int) -> None:
     x_TD, weight_TK = torch.randn(tokens, 32, requires_grad=True), torch.rand(tokens, 2)
     index_TK = torch.rand(tokens, 9).topk(2).indices  # 8 is nobody here
     gradients = []
-    for implementation in ("eager", "mixtura"):
+    for implementation, shown_TK in (("eager", index_TK.clamp_max(7)), ("mixtura", index_TK)):
         experts = stock_experts("mixtral", implementation)
         experts._is_expert_parallel = True
-        y_TD = experts(x_TD, index_TK, weight_TK.masked_fill(index_TK == 8, 0))
+        y_TD = experts(x_TD, shown_TK, weight_TK.masked_fill(index_TK == 8, 0))
         gradients.append((y_TD, *torch.autograd.grad(y_TD.square().sum(), [x_TD, experts.down_proj])))
     assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
 
@@ -130,6 +130,8 @@ def test_transposed_weights_equal_the_eager_experts(tokens: int) -> None:
     """Aria's text model keeps weights as (E, D, 2F) and (E, F, D)."""
     config = AriaTextConfig(hidden_size=32, intermediate_size=24, moe_num_experts=8)
     experts: Any = AriaExperts(config)
+    if not hasattr(experts, "is_transposed"):
+        pytest.skip("Aria's experts are not in the experts interface of this version of transformers")
     for weight in experts.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     x_TD, index_TK, weight_TK = torch.randn(tokens, 32), torch.rand(tokens, 8).topk(2).indices, torch.rand(tokens, 2)

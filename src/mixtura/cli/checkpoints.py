@@ -94,7 +94,7 @@ def calibrate(
     text_column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
     max_sequences: Annotated[int, typer.Option(min=1, help="Stop after so many sequences.")] = 512,
 ) -> None:
-    """Average the groups of a text, to stand for the neighbours of a token.
+    """Take a text's averages, to stand for a token's neighbours.
 
     For mixture-of-tokens models.
 
@@ -121,7 +121,7 @@ def transition(
         int | None, typer.Option(min=1, help="Experts a token gets.", show_default="as many as the model has alone")
     ] = None,
 ) -> None:
-    """Turn mixture of tokens into token choice, or let it train on alone.
+    """Turn mixture of tokens into token choice, or train it alone.
 
     All parameters are kept.
     """

@@ -1,10 +1,13 @@
-"""Verbs about the machine: doctor."""
+"""Verbs about the machine: doctor, bench."""
 
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, cast
 
 import typer
 
 from mixtura.cli.application import app
+from mixtura.config import UserError
 
 
 @app.command()
@@ -23,3 +26,30 @@ def doctor() -> None:
     ):
         state = "installed" if find_spec(module) is not None else f"missing: pip install {package}"
         typer.echo(f"{package:13} {state} ({use})")
+
+
+@app.command()
+def bench(
+    sizes: Annotated[str, typer.Option(help="Which sizes: quick, default or full.")] = "default",
+    only: Annotated[str, typer.Option(help="Contenders whose name contains this text, besides dense.")] = "",
+    passes: Annotated[str, typer.Option("--pass", help="forward, training, step, or all of them.")] = "all",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 7,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the record and the plot.")] = Path("runs/bench"),
+) -> None:
+    """Time the layers against a dense one, against one large matrix product and against other libraries."""
+    import torch
+
+    from mixtura.benchmarks import layers
+    from mixtura.training.allocation import keep_freed_memory
+
+    if sizes not in layers.SETS:
+        raise UserError(f"--sizes is {sizes!r}: it must be one of {', '.join(layers.SETS)}.")
+    if passes != "all" and passes not in layers.PASSES:
+        raise UserError(f"--pass is {passes!r}: it must be all or one of {', '.join(layers.PASSES)}.")
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    what = layers.PASSES if passes == "all" else (cast(layers.Pass, passes),)
+    measured = layers.bench(layers.SETS[sizes], what=what, rounds=rounds, only=only)
+    settings = {"sizes": sizes, "only": only, "passes": what, "rounds": rounds}
+    typer.echo(f"Stored in {layers.store(measured, out, settings=settings)}")

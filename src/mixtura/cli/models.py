@@ -54,7 +54,9 @@ def generate(
 
 @app.command()
 def translate(
-    model: Annotated[Path, typer.Argument(help="A translation model, such as runs/translation/arms/.../checkpoint.")],
+    model: Annotated[
+        Path, typer.Argument(help="A translation model, such as runs/translation/arms/dense/seed0/checkpoint.")
+    ],
     text: Annotated[str, typer.Argument(help="What to translate, a sentence or two a line.")],
     source_language: Annotated[str, typer.Option("--from", help="Language of the text, such as en.")],
     target_language: Annotated[str, typer.Option("--to", help="Language to translate into, such as de.")],
@@ -73,7 +75,9 @@ def translate(
 
 @app.command()
 def classify(
-    model: Annotated[Path, typer.Argument(help="A classifier, such as runs/classification/arms/.../checkpoint.")],
+    model: Annotated[
+        Path, typer.Argument(help="A classifier, such as runs/classification/arms/layer_mix/seed0/checkpoint.")
+    ],
     texts: Annotated[list[str], typer.Argument(help="Texts, each judged by itself.")],
 ) -> None:
     """Label texts with a model that was tuned for it."""

@@ -237,7 +237,8 @@ def _rate_source(arm: dict[str, Any]) -> str:
     if not is_searched(arm):
         return "not searched: the recipe's"
     search = arm["learning_rate_search"]
-    trials = f"{count(len(search['trials']), 'trial')} of {search['steps']} steps with seed {search['seed']}"
+    seeds = " and ".join(map(str, search["seeds"]))
+    trials = f"{count(len(search['trials']), 'trial')} of {search['steps']} steps with seed {seeds}"
     text = f"{trials}, {search['source']}"
     return f"{text}; best at the edge of the grid" if search["at_edge"] else text
 

@@ -16,6 +16,7 @@ from mixtura.config import TrainingConfig
 from mixtura.diagnostics.memory import live_bytes, measure_peak_memory
 from mixtura.models import MixtureForCausalLM
 from mixtura.models.alone_schedule import step_kinds
+from mixtura.training.allocation import keep_freed_memory
 from mixtura.training.experiment import Arm
 from mixtura.training.optimization import build_optimizer
 
@@ -32,6 +33,7 @@ def time_arms(arms: Mapping[str, Arm], training: TrainingConfig, baseline: str) 
     """
     if training.threads:
         torch.set_num_threads(training.threads)
+    keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps = {name: _Step(arm, training, device) for name, arm in arms.items()}
     peaks = {name: step.peak_memory() for name, step in steps.items()}

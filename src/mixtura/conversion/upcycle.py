@@ -127,16 +127,26 @@ def upcycle(
         group_size=group_size,
         seed=seed,
     )
-    paths = [Path(text) for text in texts]
-    check_settings(settings, num_sources=1 + len(others), num_texts=len(paths))
-    out = Path(destination)
-    _check_empty(out)
-    sources = [open_source(str(name)) for name in (source, *others)]
+    names, paths = [str(name) for name in (source, *others)], [Path(text) for text in texts]
+    check_settings(settings, num_sources=len(names), num_texts=len(paths))
+    _check_empty(Path(destination))
+    return _run(settings, names, paths, Path(destination), max_text_tokens, max_shard_bytes)
+
+
+def _run(
+    settings: UpcycleSettings,
+    names: list[str],
+    texts: list[Path],
+    out: Path,
+    max_text_tokens: int,
+    max_shard_bytes: int,
+) -> Upcycled:
+    sources = [open_source(name) for name in names]
     check_alike(sources)
     config = mixture_config(settings, sources[0].config)
-    starts = layer_starts(settings, sources, paths, max_tokens=max_text_tokens)
+    starts = layer_starts(settings, sources, texts, max_tokens=max_text_tokens)
     job = _Job(settings, sources, config, starts)
-    _write(job, out, paths, max_shard_bytes)
+    _write(job, out, texts, max_shard_bytes)
     return Upcycled(
         folder=out,
         config=config,

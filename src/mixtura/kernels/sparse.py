@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from mixtura.kernels.activation import activate, activate_backward
 from mixtura.kernels.precision import at_autocast_dtype
 
-CHUNK_ROWS = 2048
+CHUNK_ROWS = 4096
 """Rows that are gathered, activated and added back at once on the CPU: few enough for the cache."""
 
 

@@ -32,7 +32,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     if experts.is_transposed:
         up_EHD, down_EDF = up_EHD.transpose(1, 2), down_EDF.transpose(1, 2)
     weights = (up_EHD, down_EDF, activation, experts.has_gate)
-    if experts._is_expert_parallel:
+    if _has_rows_of_other_ranks(experts, top_k_index):
         routing = _rows_of_this_rank(top_k_index, top_k_weights, experts.num_experts)
         y_TD = kernels.sparse_ffn(hidden_states, *routing, *weights)
     elif kernels.are_few(top_k_index):
@@ -41,6 +41,13 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
         routing = sort_by_expert(top_k_index, top_k_weights, experts.num_experts)
         y_TD = kernels.sparse_ffn(hidden_states, *routing, *weights)
     return y_TD.to(hidden_states.dtype)
+
+
+def _has_rows_of_other_ranks(experts: Any, top_k_index: Tensor) -> bool:
+    """Whether expert parallelism may have put an index of no expert here; older versions of transformers do not say."""
+    if hasattr(experts, "_is_expert_parallel"):
+        return experts._is_expert_parallel
+    return bool((top_k_index >= experts.num_experts).any())
 
 
 def _rows_of_this_rank(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> SparseRouting:

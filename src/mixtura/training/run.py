@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 from mixtura.config import TrainingConfig, UserError
 from mixtura.training import checkpoints
+from mixtura.training.allocation import keep_freed_memory
 from mixtura.training.interrupts import StopRequest
 from mixtura.training.metrics import MetricsFile, evaluation_curve, read_metrics, truncate_metrics
 from mixtura.training.optimization import build_optimizer, build_schedule
@@ -81,8 +82,7 @@ def train(
             cannot be run as configured; the folder cannot be written.
         TrainingDiverged: the loss became no finite number.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    _set_up_process(config)
     task.check(model, batch_size=config.batch_size)
     _check_installation(model, config)
     arguments = training_arguments(config, seed=seed, out=out)
@@ -126,6 +126,12 @@ def train(
             task.save_for_use(model, folder)
     _wait_for_all(arguments)
     return outcome
+
+
+def _set_up_process(config: TrainingConfig) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    keep_freed_memory()
 
 
 def training_arguments(config: TrainingConfig, *, seed: int, out: Path) -> TrainingArguments:
