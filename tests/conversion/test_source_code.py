@@ -86,9 +86,8 @@ def test_padding_and_a_cache_change_nothing(saved):
         assert_close(rest.logits, whole[:, 12:], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [TOKENS | PLAIN, PLAIN])
-def test_plain_transformers_loads_the_folder_in_a_process_without_mixtura(saved, tmp_path, changes):
-    source = saved(**changes)
+def test_plain_transformers_loads_the_folder_in_a_process_without_mixtura(saved, tmp_path):
+    source = saved(**TOKENS, **PLAIN)
     exported = export(source, tmp_path / "out", to="remote_code")
     assert exported.receipt is not None and exported.receipt.passed
     save_file({"ids": token_ids()}, tmp_path / "ids.safetensors")

@@ -12,26 +12,20 @@ from mixtura.cli import main
 from mixtura.config import UserError
 from mixtura.conversion import engines
 from mixtura.conversion.dense_twin import write_dense_twin
-from mixtura.conversion.engines import Engine, load_causal, model_log_probs, parse_engine
+from mixtura.conversion.engines import Engine, Ran, load_causal, model_log_probs, parse_engine, run_engine
 from mixtura.conversion.export import export
 from mixtura.conversion.verification import PROBE_TOKENS, Comparison, Receipt, largest_difference, probe_tokens, verify
 from mixtura.models.transition import to_token_choice
 
-# A script in an engine's place: it computes with transformers, `FACTOR` times as much as it should.
-ENGINE = """
-import json, sys
+# A script in an engine's place: every token of a vocabulary of SIZE is as likely.
+UNIFORM = """
+import json, math, sys
 from pathlib import Path
-import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+import numpy as np
+from safetensors.numpy import save_file
 request, answer = map(Path, sys.argv[1:])
-asked = json.loads(request.read_text())
-model = AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.float32).eval()
-found = {}
-with torch.no_grad():
-    for number, probe in enumerate(asked["probes"]):
-        found[str(number)] = FACTOR * model(torch.tensor([probe])).logits[0].log_softmax(-1)
-save_file(found, answer)
+probes = json.loads(request.read_text())["probes"]
+save_file({str(i): np.full((len(p), SIZE), -math.log(SIZE), np.float32) for i, p in enumerate(probes)}, answer)
 answer.with_name("version.json").write_text('"0.1"')
 """
 
@@ -53,6 +47,20 @@ def script(tmp_path, monkeypatch):
     return put
 
 
+@pytest.fixture
+def engine(monkeypatch):
+    """Puts transformers in vLLM's place, whose log-probabilities come out multiplied by a function of the folder."""
+
+    def put(factor):
+        def run(_, folder, probes):
+            exact = model_log_probs(load_causal(folder), probes)
+            return Ran([factor(folder) * log_probs for log_probs in exact], "0.1")
+
+        monkeypatch.setitem(engines.ENGINES, "vllm", run)
+
+    return put
+
+
 def change_a_weight(folder):
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.block_sparse_moe.experts.0.w2.weight"] *= 1.5
@@ -63,6 +71,7 @@ def test_the_largest_difference_is_over_all_probes_and_a_number_that_is_none_is_
     one, other = [torch.zeros(2, 2), torch.zeros(1, 2)], [torch.zeros(2, 2), torch.tensor([[0.25, -0.5]])]
     assert largest_difference(one, other) == 0.5
     assert largest_difference(one, [torch.zeros(2, 2), torch.tensor([[float("nan"), 0.0]])]) == float("inf")
+    assert largest_difference(one, [torch.zeros(2, 2), torch.zeros(1, 3)]) == float("inf")
 
 
 def test_log_probabilities_are_those_of_the_next_token_whatever_the_batch(exported):
@@ -104,21 +113,38 @@ def test_a_wrong_one_fails_and_says_by_how_much(exported):
     assert json.loads((exported[1] / "receipt.json").read_text())["passed"] is False
 
 
-def test_an_engine_is_judged_by_its_noise_on_a_dense_model(exported, script):
-    script(ENGINE.replace("FACTOR", "1.0"))
+def test_an_engine_is_judged_by_its_noise_on_a_dense_model(exported, engine):
+    engine(lambda folder: 1.0)
     comparison = verify(*exported, [Engine("vllm")]).comparisons[0]
     assert (comparison.status, comparison.version, comparison.same_choice) == ("same", "0.1", 1.0)
-    assert comparison.noise_floor is not None and comparison.noise_floor < 1e-5
+    assert comparison.noise_floor == 0.0
     # One that is as wrong with a dense model has no better numbers to give, and passes.
-    script(ENGINE.replace("FACTOR", "1.001"))
+    engine(lambda folder: 1.001)
     comparison = verify(*exported, [Engine("vllm")]).comparisons[0]
     assert comparison.status == "same" and comparison.limit == 3 * comparison.noise_floor > 1e-3
 
 
-def test_an_engine_that_is_wrong_with_this_model_alone_fails(exported, script):
-    script(ENGINE.replace("FACTOR", '(1.01 if asked["model"].endswith("out") else 1.0)'))
+def test_an_engine_that_is_wrong_with_this_model_alone_fails(exported, engine):
+    engine(lambda folder: 1.01 if folder.name == "out" else 1.0)
     comparison = verify(*exported, [Engine("vllm")]).comparisons[0]
     assert comparison.status == "differs" and comparison.max_difference > comparison.limit == 1e-4
+
+
+def test_noise_excuses_only_so_much(exported, engine):
+    engine(lambda folder: 1.0 if folder.name == "out" else float("nan"))
+    comparison = verify(*exported, [Engine("vllm")]).comparisons[0]
+    assert comparison.noise_floor == float("inf") and comparison.limit == 0.05
+    engine(lambda folder: 1.1)
+    assert verify(*exported, [Engine("vllm")]).comparisons[0].status == "differs"
+
+
+def test_what_a_script_computes_in_another_process_comes_back(exported, script):
+    script(UNIFORM.replace("SIZE", "64"))
+    ran = run_engine(Engine("vllm", sys.executable), exported[1], [[1, 2, 3], [4, 5]])
+    assert ran.version == "0.1" and [tuple(found.shape) for found in ran.log_probs] == [(3, 64), (2, 64)]
+    assert (
+        largest_difference(ran.log_probs, [torch.full((3, 64), 1 / 64).log(), torch.full((2, 64), 1 / 64).log()]) < 1e-6
+    )
 
 
 def test_an_engine_that_is_not_installed_was_not_tried_and_fails_nothing(exported):
@@ -128,15 +154,15 @@ def test_an_engine_that_is_not_installed_was_not_tried_and_fails_nothing(exporte
 
 
 def test_one_that_cannot_load_the_model_fails_with_its_own_words(exported, script):
-    script("import sys\nprint('loading')\nraise ValueError('no such | architecture')")
+    script("import sys\nprint('loading')\nraise ValueError('no such | architecture in /home/me/model.gguf')")
     receipt = verify(*exported, [Engine("vllm")])
     assert receipt.comparisons[0].status == "failed" and not receipt.passed
-    assert receipt.complaint() == "vllm cannot run it (ValueError: no such | architecture)."
+    assert receipt.complaint() == "vllm cannot run it (ValueError: no such | architecture in model.gguf)."
     assert "no such / architecture" in receipt.table()
 
 
 def test_an_engine_with_another_vocabulary_fails(exported, script):
-    script(ENGINE.replace("FACTOR * ", "").replace(".log_softmax(-1)", ".log_softmax(-1)[:, :60].contiguous()"))
+    script(UNIFORM.replace("SIZE", "60"))
     comparison = verify(*exported, [Engine("vllm")]).comparisons[0]
     assert comparison.status == "failed" and "(24, 60) where the source has (24, 64)" in comparison.reason
 

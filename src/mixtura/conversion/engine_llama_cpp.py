@@ -8,6 +8,7 @@ token ids go in, and the converter would refuse a tokenizer that it has not met.
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,7 @@ from safetensors.numpy import save_file
 def to_gguf(model: str, converter: str, file: Path) -> None:
     """Writes the model as llama.cpp's converter does, but for its vocabulary."""
     sys.path[:0] = [converter, str(Path(converter, "gguf-py"))]
-    import convert_hf_to_gguf  # pyright: ignore[reportMissingImports]
-
+    convert_hf_to_gguf: Any = import_module("convert_hf_to_gguf")
     text_model: Any = sys.modules["conversion.base"].TextModel
 
     def without_vocabulary(self: Any) -> None:

@@ -39,16 +39,22 @@ def log_probs(folder: str, probes: list[list[int]]) -> dict[str, torch.Tensor]:
         enable_prefix_caching=False,
         trust_remote_code=False,
     )
-    sampling = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=-1, detokenize=False)
+    # Flat: a dictionary for every position and token of a large vocabulary would fill the memory.
+    sampling = vllm.SamplingParams(
+        max_tokens=1, temperature=0.0, prompt_logprobs=-1, detokenize=False, flat_logprobs=True
+    )
     prompts: Any = [{"prompt_token_ids": [*probe, probe[-1]]} for probe in probes]
     outputs = model.generate(prompts, sampling, use_tqdm=False)
-    return {str(number): _rows(output.prompt_logprobs[1:]) for number, output in enumerate(outputs)}
+    return {str(number): _rows(output.prompt_logprobs) for number, output in enumerate(outputs)}
 
 
-def _rows(positions: list[dict[int, Any]]) -> torch.Tensor:
-    table = torch.full((len(positions), max(map(max, positions)) + 1), float("-inf"))
-    for row, position in zip(table, positions, strict=True):
-        row[torch.tensor(list(position))] = torch.tensor([entry.logprob for entry in position.values()])
+def _rows(flat: Any) -> torch.Tensor:
+    """The first position has none; the token that was there comes first in every other, and again among all."""
+    ids, values = torch.tensor(flat.token_ids), torch.tensor(flat.logprobs)
+    bounds = list(zip(flat.start_indices, flat.end_indices, strict=True))[1:]
+    table = torch.full((len(bounds), int(ids.max()) + 1), float("-inf"))
+    for row, (start, end) in zip(table, bounds, strict=True):
+        row[ids[start:end]] = values[start:end]
     return table
 
 

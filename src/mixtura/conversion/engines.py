@@ -8,6 +8,7 @@ Shapes: P probes, L tokens of a probe, V vocabulary.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -151,6 +152,7 @@ def _run_script(engine: Engine, folder: Path, probes: Sequence[list[int]]) -> Ra
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
         run = subprocess.run(
             [engine.python or sys.executable, str(script), str(request), str(answer)],
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",
@@ -161,8 +163,7 @@ def _run_script(engine: Engine, folder: Path, probes: Sequence[list[int]]) -> Ra
         if run.returncode == NOT_INSTALLED:
             raise EngineMissing(_last_line(run.stderr))
         if run.returncode != 0 or not answer.is_file():
-            reason = _last_line(run.stderr).replace(f"{temporary}{os.sep}", "")
-            raise EngineFailed(reason or f"exit status {run.returncode}")
+            raise EngineFailed(_last_line(run.stderr) or f"exit status {run.returncode}")
         found = load_file(answer)
         version = json.loads(Path(temporary, "version.json").read_text(encoding="utf-8"))
     return Ran([found[str(number)].double() for number in range(len(probes))], version)
@@ -173,10 +174,11 @@ def _first_line(text: str) -> str:
 
 
 def _last_line(text: str) -> str:
-    """The last line that is an error's, else the last."""
+    """The last line that is an error's, else the last; of paths only the last part."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line.partition(":")[0]]
-    return (errors or lines or [""])[-1][:300]
+    # Where things lie on this machine is nobody's business, and receipts are published.
+    return re.sub(r"(?:/[\w.+-]+)+/", "", (errors or lines or [""])[-1])[:300]
 
 
 _SCRIPTS = {

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from mixtura.config import UserError
-from mixtura.conversion.card import UPCYCLED, Origin, origin_of, write_card
+from mixtura.conversion.card import Origin, origin_of, write_card
 from mixtura.conversion.containers import CONTAINERS, REMOTE_CODE, choose_container, plan_tensors
 from mixtura.conversion.source_code import CONFIG_MODULE, MODEL_MODULE, remote_code
 from mixtura.conversion.tensors import PlannedTensor, StoredWeights, write_shards
@@ -37,7 +37,6 @@ _COPIED = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
-    UPCYCLED,
 )
 _SPARE_BYTES = 64 * 2**20
 

@@ -35,6 +35,8 @@ FLOOR = 1e-4
 """Nats that any float32 engine is allowed."""
 FLOORS = 3
 """Multiples of the engine's own noise that are allowed."""
+CEILING = 0.05
+"""Nats that no noise excuses."""
 PROBE_TOKENS = 24
 TEXTS = (
     "The river was high that spring, and nobody crossed it for a week.",
@@ -149,7 +151,7 @@ def probe_tokens(folder: Path, vocab_size: int) -> list[list[int]]:
 
 
 def largest_difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """The largest absolute difference over all probes; infinite where shapes differ or a number is none."""
+    """The largest absolute difference over all probes; infinite for other shapes, or a number that is none."""
     if any(a.shape != b.shape for a, b in zip(one, other, strict=True)):
         return float("inf")
     worst = torch.stack([(a - b).abs().max() for a, b in zip(one, other, strict=True)]).max().item()
@@ -175,7 +177,7 @@ def _compare(
         shapes = f"{tuple(ran.log_probs[0].shape)} where the source has {tuple(expected[0].shape)}"
         return Comparison(engine.name, ran.version, "failed", reason=f"its log-probabilities have shape {shapes}")
     difference = largest_difference(expected, ran.log_probs)
-    limit = max(FLOOR, FLOORS * (floor or 0.0))
+    limit = min(max(FLOOR, FLOORS * (floor or 0.0)), CEILING)
     pairs = zip(expected, ran.log_probs, strict=True)
     agreement = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in pairs]).double().mean().item()
     status: Status = "same" if difference <= limit else "differs"
