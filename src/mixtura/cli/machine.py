@@ -37,7 +37,10 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the record and the plot.")] = Path("runs/bench"),
 ) -> None:
-    """Time the layers against a dense one, against one large matrix product and against other libraries."""
+    """Time the layers against dense ones and other libraries.
+
+    One large matrix product of the same FLOPs, timed in the same run, is the limit.
+    """
     import torch
 
     from mixtura.benchmarks import layers
