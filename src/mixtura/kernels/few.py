@@ -66,8 +66,7 @@ def _in_place(
     else:
         scales = weights if scale_TK is weight_TK else scale_TK.tolist()
     inputs = [list(x_KD.unbind()) if len(x_KD) == choices else [x_KD[0]] * choices for x_KD in x_TKD.unbind()]
-    settings = {"activation": activation, "gated": gated}
-    return few_rows(inputs, expert_TK.tolist(), scales, weights, up_EHD, down_EDF, **settings)
+    return few_rows(inputs, expert_TK.tolist(), scales, weights, up_EHD, down_EDF, activation, gated)
 
 
 def few_rows(
@@ -77,7 +76,6 @@ def few_rows(
     weights: Sequence[Sequence[float]],
     up_EHD: Tensor,
     down_EDF: Tensor,
-    *,
     activation: str,
     gated: bool,
 ) -> Tensor:

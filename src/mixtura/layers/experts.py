@@ -54,8 +54,10 @@ class Experts(nn.Module):
         for weight in self.weights:
             nn.init.normal_(weight, std=std)
 
-    def forward(self, x: Tensor, kernel: Callable[..., Tensor], *routing: Tensor | None) -> Tensor:
+    def forward(self, x: Any, kernel: Callable[..., Tensor], *routing: Any) -> Tensor:
         """What `kernel` makes of the input, the routing and these experts: kernel(x, *routing, up, down, act, gated).
+
+        The input and the routing are tensors, or whatever else the kernel takes.
 
         Layers compute with the weights in no other way, so an adapter that wraps this module is heard: PEFT puts its
         update on a parameter while the module is called, and reading `weights` from outside would miss it.

@@ -8,11 +8,9 @@ Shapes: T tokens, D hidden, S mixtures.
 
 import math
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixtura import kernels
-from mixtura.layers.experts import Experts
-from mixtura.layers.routing import router_logits
 
 # exp of more than this is no double any more, and the weight is zero long before.
 _LARGEST_EXPONENT = 700.0
@@ -20,8 +18,8 @@ _LARGEST_EXPONENT = 700.0
 
 def run_few_alone(
     x_TD: Tensor,
-    gate_SD: Tensor,
-    experts: Experts,
+    router: nn.Module,
+    experts: nn.Module,
     *,
     temperature: float,
     log_mass: float,
@@ -30,15 +28,14 @@ def run_few_alone(
 ) -> Tensor:
     """(T, D) -> (T, D): sum over a token's `top_k` largest weights m of m * f_e(m * x), m = sigmoid(l - log_mass).
 
-    On the CPU and without autograd only; l are the logits over the temperature.
+    On the CPU and without autograd only; l are the logits over the temperature. `router` and `experts` are a `Router`
+    and `Experts`, or adapters around them.
     """
-    logits_TK, mixture_TK = router_logits(x_TD, gate_SD).topk(top_k, dim=-1)
+    logits_TK, mixture_TK = router(x_TD).topk(top_k, dim=-1)
     weights = [[_sigmoid(logit / temperature - log_mass) for logit in row] for row in logits_TK.tolist()]
     chosen = [[mixture // mixtures_per_expert for mixture in row] for row in mixture_TK.tolist()]
     inputs = [[x_D] * top_k for x_D in x_TD.unbind()]
-    return kernels.few_rows(
-        inputs, chosen, weights, weights, *experts.weights, activation=experts.activation, gated=experts.gated
-    )
+    return experts(inputs, kernels.few_rows, chosen, weights, weights)
 
 
 def _sigmoid(value: float) -> float:

@@ -152,7 +152,7 @@ class MixtureOfTokens(FeedForward):
             assert self.alone_top_k is not None
             y_TD = run_few_alone(
                 x_BLD.flatten(0, 1),
-                self.gate.weight,
+                self.gate,
                 self.experts,
                 temperature=self.temperature,
                 log_mass=math.log(self.group_size - 1),
@@ -182,9 +182,7 @@ class MixtureOfTokens(FeedForward):
         if self.alone_top_k is None or not kernels.is_few(x_BLD.size(0) * x_BLD.size(1) * self.alone_top_k):
             return False
         on_cpu = x_BLD.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        # An adapter around the router or the experts is heard only where they are called.
-        is_bare = type(self.gate) is Router and type(self.experts) is Experts
-        return on_cpu and is_bare and self.combine_gate is None and not self.choice_tap.watched
+        return on_cpu and self.combine_gate is None and not self.choice_tap.watched
 
     def _real_places(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor | None:
         """(N, G), true where a group has a token that is neither padding nor filling; None when all are."""
