@@ -52,8 +52,8 @@ def test_experts_equal_their_definitions(activation, gated, e, rows, d, f):
     assert_same("batched_ffn", leaves((e, rows, d)) + weights, activation, gated)
 
     def reorder(function):
-        return lambda x_TD, scale_TE, weight_TE, up_EHD, down_EDF, *mean_ED: function(
-            x_TD, scale_TE, up_EHD, down_EDF, weight_TE, activation, gated, *mean_ED
+        return lambda x_TD, scale_TE, weight_TE, up_EHD, down_EDF, mean_ED=None: function(
+            x_TD, scale_TE, weight_TE, mean_ED, up_EHD, down_EDF, activation, gated
         )
 
     inputs = leaves((rows, d), (rows, e), (rows, e)) + weights
@@ -79,7 +79,8 @@ def test_experts_pass_gradcheck(activation, gated):
         lambda *inputs: kernels.batched_ffn(*inputs, activation, gated), (x_ERD, up_EHD, down_EDF)
     )
     assert torch.autograd.gradcheck(
-        lambda *inputs: kernels.scaled_ffn(*inputs, activation, gated), (x_TD, scale_TE, up_EHD, down_EDF, weight_TE)
+        lambda x, scale, weight, up, down: kernels.scaled_ffn(x, scale, weight, None, up, down, activation, gated),
+        (x_TD, scale_TE, weight_TE, up_EHD, down_EDF),
     )
 
 

@@ -31,7 +31,7 @@ def test_batched_rows_each_see_their_own_expert():
 
 def test_scaled_experts_see_the_scaled_token():
     scale_TE, weight_TE = torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0, 0.5]])
-    y_TD = reference.scaled_ffn(torch.tensor([[4.0]]), scale_TE, UP_EHD, DOWN_EDF, weight_TE, "relu", False)
+    y_TD = reference.scaled_ffn(torch.tensor([[4.0]]), scale_TE, weight_TE, None, UP_EHD, DOWN_EDF, "relu", False)
     assert_close(y_TD, torch.tensor([[16.0 + 6.0]]))
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from mixtura import kernels
 from mixtura.layers import Experts
 
 
@@ -20,7 +21,7 @@ def test_gate_comes_before_up_in_the_stacked_weight():
     with torch.no_grad():
         experts.gate_up_proj.copy_(torch.tensor([[[1.0], [-3.0]]]))  # relu(x) * -3 x, not relu(-3 x) * x
         experts.down_proj.fill_(1)
-    assert_close(experts.batched(torch.tensor([[[2.0], [-2.0]]])), torch.tensor([[[-12.0], [0.0]]]))
+    assert_close(experts(torch.tensor([[[2.0], [-2.0]]]), kernels.batched_ffn), torch.tensor([[[-12.0], [0.0]]]))
 
 
 def test_all_experts_on_each_token_scale_the_input_and_weigh_the_output():
@@ -30,7 +31,8 @@ def test_all_experts_on_each_token_scale_the_input_and_weigh_the_output():
         experts.down_proj.copy_(torch.tensor([[[1.0]], [[10.0]]]))
     scale_TE, weight_TE = torch.tensor([[3.0, -4.0]]), torch.tensor([[0.5, 0.25]])
     # Expert 0 gets 3 * 2 and gives 6 / 2; expert 1 gets -4 * 2 and gives 80 / 4.
-    assert_close(experts.all_on_each(torch.tensor([[2.0]]), scale_TE, weight_TE), torch.tensor([[23.0]]))
+    y_TD = experts(torch.tensor([[2.0]]), kernels.scaled_ffn, scale_TE, weight_TE, None)
+    assert_close(y_TD, torch.tensor([[23.0]]))
 
 
 def test_weights_start_normal_with_the_given_spread():

@@ -11,6 +11,7 @@ import torch
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from mixtura import kernels
 from mixtura.layers import Experts, MixtureOfTokens, Population
 from mixtura.layers.population import Observation
 
@@ -101,7 +102,7 @@ def test_a_zero_router_gives_every_token_the_experts_of_the_groups_mean():
     torch.nn.init.zeros_(layer.gate.weight)
     x_BLD = random_tokens(4, 3)
     mean_LD = x_BLD.mean(0)
-    outputs_ELD = layer.experts.batched(mean_LD.expand(8, 3, 5))
+    outputs_ELD = layer.experts(mean_LD.expand(8, 3, 5), kernels.batched_ffn)
     assert_close(layer(x_BLD), (outputs_ELD.sum(0) / 4).expand(4, 3, 5))
 
 
@@ -186,7 +187,7 @@ def test_alone_with_relu_experts_is_a_token_wise_soft_mixture():
     layer = random_layer().eval()
     x_TD = random_tokens(7)
     m_TE = torch.sigmoid(layer.gate(x_TD) - math.log(3))
-    outputs_ETD = layer.experts.batched(x_TD.expand(8, 7, 5))
+    outputs_ETD = layer.experts(x_TD.expand(8, 7, 5), kernels.batched_ffn)
     expected_TD = torch.einsum("te,etd->td", m_TE.square(), outputs_ETD)
     assert_close(layer(x_TD[None])[0], expected_TD, rtol=0, atol=1e-10)
 
@@ -417,7 +418,7 @@ def test_averages_are_plain_means_until_the_rate_takes_over():
     assert_close(population.combine_log_mass, torch.tensor([-3.0]))
     population.update(seen._replace(mean_SD=torch.tensor([[5.0]])), experts, rate=0.5)
     assert_close(population.mean, torch.tensor([[4.0]]))
-    assert_close(population.output, experts.batched(torch.tensor([[[4.0]]]))[0])
+    assert_close(population.output, experts(torch.tensor([[[4.0]]]), kernels.batched_ffn)[0])
     population.reset()
     assert_close(population.log_mass, torch.tensor([LN2]))
     assert (population.mean, population.output, population.updates) == (0, 0, 0)

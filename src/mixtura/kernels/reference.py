@@ -52,12 +52,12 @@ def batched_ffn(x_ERD: Tensor, up_EHD: Tensor, down_EDF: Tensor, activation: str
 def scaled_ffn(
     x_TD: Tensor,
     scale_TE: Tensor,
+    weight_TE: Tensor,
+    mean_ED: Tensor | None,
     up_EHD: Tensor,
     down_EDF: Tensor,
-    weight_TE: Tensor,
     activation: str,
     gated: bool,
-    mean_ED: Tensor | None = None,
 ) -> Tensor:
     """(T, D) -> (T, D): every expert on every token, sum_e weight_e * f_e(scale_e * x + (1 - scale_e) * mean_e)."""
     out_TD = torch.zeros_like(x_TD)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixtura import kernels
 from mixtura.kernels.activation import check_activation
 
 
@@ -64,31 +63,9 @@ class Experts(nn.Module):
         """
         return kernel(x, *routing, *self.weights, self.activation, self.gated)
 
-    def batched(self, x_ERD: Tensor) -> Tensor:
-        """(E, R, D) -> (E, R, D): expert e on its own R rows."""
-        return self(x_ERD, kernels.batched_ffn)
-
-    def all_on_each(self, x_TD: Tensor, scale_TE: Tensor, weight_TE: Tensor, mean_ED: Tensor | None = None) -> Tensor:
-        """(T, D) -> (T, D): sum over all experts of weight_e * f_e(scale_e * x + (1 - scale_e) * mean_e)."""
-        return self(x_TD, scaled_experts, scale_TE, weight_TE, mean_ED)
-
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, activation={self.activation}, gated={self.gated}"
         )
-
-
-def scaled_experts(
-    x_TD: Tensor,
-    scale_TE: Tensor,
-    weight_TE: Tensor,
-    mean_ED: Tensor | None,
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-    gated: bool,
-) -> Tensor:
-    """`kernels.scaled_ffn` with its arguments in the order in which `Experts` calls a kernel."""
-    return kernels.scaled_ffn(x_TD, scale_TE, up_EHD, down_EDF, weight_TE, activation, gated, mean_ED)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtura import kernels
-from mixtura.layers.experts import Experts, scaled_experts
+from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.few_alone import run_few_alone
 from mixtura.layers.losses import router_z_loss
@@ -304,7 +304,7 @@ class MixtureOfTokens(FeedForward):
         parts = [
             self.experts(
                 x_TD,
-                scaled_experts,
+                kernels.scaled_ffn,
                 scale_TEC[..., c],
                 weight_TEC[..., c],
                 None if mean_ECD is None else mean_ECD[:, c],
