@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 
 from mixtura import __version__
 from mixtura.config import UserError
+from mixtura.conversion.receipt import RECEIPT_NAME
 from mixtura.conversion.tensors import PlannedTensor
 from mixtura.models import MixtureConfig
-
-UPCYCLED = "upcycle.json"
-"""What `mixtura upcycle` leaves about the model that it made."""
 
 _BEGIN, _END = "<!-- receipt -->", "<!-- /receipt -->"
 _EXPERT = re.compile(r"\.experts\.|\.(input|output)_linear\.|\.experts$")
@@ -37,7 +35,7 @@ def origin_of(folder: Path, base_model: str | None) -> Origin:
         raise UserError(f"The base model's name is {base_model!r}: give a hub name such as org/name.")
     given = () if base_model is None else (base_model,)
     try:
-        record: Any = json.loads((folder / UPCYCLED).read_text(encoding="utf-8"))
+        record: Any = json.loads((folder / RECEIPT_NAME).read_text(encoding="utf-8"))
         names = [str(source["name"]) for source in record["sources"]]
         settings = tuple((str(key), _plain(value)) for key, value in record["settings"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mixtura.config import UserError
 from mixtura.conversion.containers import CONTAINERS, choose_container
-from mixtura.conversion.tensors import PlannedTensor, StoredWeights, write_shards
+from mixtura.conversion.tensors import PlannedTensor, StoredWeights, write_planned
 from mixtura.conversion.traits import traits_of
 from mixtura.models import MixtureConfig
 
@@ -47,7 +47,7 @@ def write_dense_twin(source: Path, folder: Path) -> Path | None:
     except UserError:
         return None
     folder.mkdir(parents=True)
-    write_shards(_plan(weights, families), folder, _MAX_BYTES)
+    write_planned(_plan(weights, families), folder, _MAX_BYTES)
     CONTAINERS[container].config(dense, traits).save_pretrained(folder)
     return folder
 

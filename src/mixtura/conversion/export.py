@@ -11,18 +11,18 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
 from mixtura.config import UserError
 from mixtura.conversion.card import Origin, origin_of, write_card
 from mixtura.conversion.containers import CONTAINERS, REMOTE_CODE, choose_container, plan_tensors
+from mixtura.conversion.source import EMBEDDING, HEAD, expected_shapes
 from mixtura.conversion.source_code import CONFIG_MODULE, MODEL_MODULE, remote_code
-from mixtura.conversion.tensors import PlannedTensor, StoredWeights, write_shards
+from mixtura.conversion.tensors import PlannedTensor, StoredWeights, write_planned
 from mixtura.conversion.traits import Traits, check_deployable, traits_of
 from mixtura.conversion.verification import Receipt, verify
-from mixtura.models import MixtureConfig, MixtureForCausalLM
+from mixtura.models import MixtureConfig
 
 _COPIED = (
     "tokenizer.json",
@@ -118,11 +118,9 @@ def _read(folder: Path) -> _Source:
 
 def _check_complete(folder: Path, config: MixtureConfig, weights: StoredWeights) -> None:
     """Every tensor of the model is there in its shape, and no other."""
-    with torch.device("meta"):
-        model = MixtureForCausalLM(config)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if config.tie_word_embeddings and "lm_head.weight" not in weights.tensors:
-        del expected["lm_head.weight"]
+    expected = expected_shapes(config)
+    if config.tie_word_embeddings and HEAD in weights.tensors:
+        expected[HEAD] = expected[EMBEDDING]
     for name in sorted(expected.keys() | weights.tensors.keys()):
         stored = weights.tensors.get(name)
         if name not in expected or stored is None or stored.shape != expected[name]:
@@ -136,7 +134,7 @@ def _plan(source: _Source, container: str) -> list[PlannedTensor]:
     else:
         planned = plan_tensors(source.config, source.traits, source.weights, container)
     if source.config.tie_word_embeddings:
-        planned = [tensor for tensor in planned if tensor.name != "lm_head.weight"]
+        planned = [tensor for tensor in planned if tensor.name != HEAD]
     return planned
 
 
@@ -159,7 +157,7 @@ def _write(
     max_shard_bytes: int,
 ) -> None:
     try:
-        write_shards(planned, folder, max_shard_bytes)
+        write_planned(planned, folder, max_shard_bytes)
     except SafetensorError as error:
         raise UserError(f"The weights cannot be written to '{folder.parent.parent}' ({error}): make room.") from error
     for name in _COPIED:

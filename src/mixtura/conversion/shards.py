@@ -7,6 +7,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, max_bytes: int) -> int:
     """Writes tensors as they come and keeps no more of them than one shard and the next tensor.
@@ -45,7 +48,7 @@ def _write(folder: Path, number: int, tensors: dict[str, Tensor]) -> tuple[Path,
 def _name(folder: Path, shards: list[tuple[Path, list[str]]], total: int) -> None:
     """Gives the files their names, which say how many there are, and writes the index."""
     if len(shards) == 1:
-        shards[0][0].rename(folder / "model.safetensors")
+        shards[0][0].rename(folder / WHOLE)
         return
     places: dict[str, str] = {}
     for number, (path, names) in enumerate(shards, start=1):
@@ -53,4 +56,4 @@ def _name(folder: Path, shards: list[tuple[Path, list[str]]], total: int) -> Non
         path.rename(folder / final)
         places |= dict.fromkeys(names, final)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from mixtura.config import UserError
+from mixtura.conversion.shards import INDEX, WHOLE
 from mixtura.kernels.activation import check_activation
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.pretrained import resolve_base
@@ -35,7 +36,7 @@ _OWN_FIELDS = {
 SOURCES = ("llama", "mistral", "qwen2", "qwen3", "mixtura")
 """Model types that can be upcycled; "mixtura" where all layers are dense and gated."""
 _FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "LICENSE*"]
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _own_config(config: MixtureConfig, name: str) -> MixtureConfig:
 
 def _tensor_files(folder: Path, name: str) -> dict[str, Path]:
     """The file of every tensor, from the index or from the one file that there is."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single = folder / INDEX, folder / WHOLE
     if index.is_file():
         places = _read_json(index, name).get("weight_map")
         if not isinstance(places, dict):
@@ -182,7 +183,7 @@ def expected_shapes(config: MixtureConfig) -> dict[str, tuple[int, ...]]:
         model = MixtureForCausalLM(config)
     state = model.state_dict()
     if config.tie_word_embeddings:
-        del state[_HEAD]
+        del state[HEAD]
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
@@ -191,11 +192,11 @@ def _check_tensors(files: dict[str, Path], config: MixtureConfig, name: str) -> 
     expected = expected_shapes(config)
     unused = {tensor for tensor in files if tensor.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
-        unused |= {_HEAD} & set(files)
-    for tensor in unused - {_HEAD}:
+        unused |= {HEAD} & set(files)
+    for tensor in unused - {HEAD}:
         del files[tensor]
     if missing := sorted(expected.keys() - files.keys()):
-        tied = " although its embeddings are not tied" if missing == [_HEAD] else ""
+        tied = " although its embeddings are not tied" if missing == [HEAD] else ""
         raise UserError(f"'{name}' has no tensor '{missing[0]}'{tied}: fetch the model again.")
     if foreign := sorted(files.keys() - expected.keys() - unused):
         why = "biases in feed-forward layers" if ".mlp." in foreign[0] and foreign[0].endswith("bias") else "parts"
@@ -224,11 +225,11 @@ def _check_tensor(part: Any, expected: tuple[int, ...] | None, tensor: str, name
 
 def _check_head(source: DenseSource) -> None:
     """A tied model's head, where it is stored, has to be the embedding."""
-    if not source.config.tie_word_embeddings or _HEAD not in source.files:
+    if not source.config.tie_word_embeddings or HEAD not in source.files:
         return
-    if not torch.equal(source.tensor(_HEAD), source.tensor(_EMBEDDING)):
+    if not torch.equal(source.tensor(HEAD), source.tensor(EMBEDDING)):
         raise UserError(
-            f"'{source.name}' says that its embeddings are tied, but '{_HEAD}' differs from '{_EMBEDDING}': set "
+            f"'{source.name}' says that its embeddings are tied, but '{HEAD}' differs from '{EMBEDDING}': set "
             "tie_word_embeddings in its config.json to false."
         )
 

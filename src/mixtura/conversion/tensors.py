@@ -1,20 +1,17 @@
 """Checkpoint files, tensor by tensor: read without loading a model, and written in shards of bounded size."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mixtura.config import UserError
-
-INDEX = "model.safetensors.index.json"
-WHOLE = "model.safetensors"
+from mixtura.conversion.shards import INDEX, WHOLE, write_shards
 
 _DTYPES = {
     "F64": torch.float64,
@@ -98,37 +95,12 @@ def _opened(file: Path) -> Iterator[Any]:
         raise UserError(f"'{file}' is damaged ({error}): copy or train the model again.") from error
 
 
-def split_into_shards(tensors: Iterable[PlannedTensor], max_bytes: int) -> list[list[PlannedTensor]]:
-    """Tensors in order, in shards of at most `max_bytes`; a tensor larger than that has one to itself."""
-    shards: list[list[PlannedTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.bytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.bytes
-    return shards
-
-
-def write_shards(tensors: list[PlannedTensor], folder: Path, max_bytes: int) -> None:
-    """Writes safetensors files as the hub has them, with an index where there are several; holds one at a time."""
-    shards = split_into_shards(tensors, max_bytes)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = WHOLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({tensor.name: _made(tensor) for tensor in shard}, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors makes files that only their owner reads
-        weight_map |= dict.fromkeys((tensor.name for tensor in shard), file)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(tensor.bytes for tensor in tensors)},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def write_planned(tensors: list[PlannedTensor], folder: Path, max_bytes: int) -> None:
+    """Writes tensors in order with `mixtura.conversion.shards.write_shards`, each made when it is its turn."""
+    write_shards(folder, ((tensor.name, _made(tensor)) for tensor in tensors), max_bytes=max_bytes)
 
 
 def _made(tensor: PlannedTensor) -> Tensor:
     value = tensor.make()
     assert (tuple(value.shape), value.dtype) == (tensor.shape, tensor.dtype), f"{tensor.name} is not as planned"
-    return value.contiguous()
+    return value
