@@ -3,8 +3,6 @@
 The folder that is read stays as it is, and the one that is written appears whole or not at all.
 """
 
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mixtura.config import DataConfig, UserError
+from mixtura.conversion.folders import check_empty, new_folder
 from mixtura.data.packing import pack
 from mixtura.data.sources import read_documents
 from mixtura.models import MixtureForCausalLM
@@ -102,8 +101,7 @@ def transition_folder(
 
 
 def _load(folder: Path, out: Path) -> tuple[MixtureForCausalLM, PreTrainedTokenizerBase]:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"'{out}' is not empty: name a new folder.")
+    check_empty(out)
     model, tokenizer = load_model(folder)
     if not isinstance(model, MixtureForCausalLM) or not model.mixture_of_tokens_layers():
         raise UserError(f"The model in '{folder}' has no mixture-of-tokens layer: there is nothing to convert.")
@@ -145,10 +143,6 @@ def _batches(
 
 def _write(model: MixtureForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".new-", ignore_cleanup_errors=True) as temporary:
-        new = Path(temporary, "model")
+    with new_folder(out) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
-        if out.exists():  # empty, as `_load` has made sure
-            out.rmdir()
-        os.rename(new, out)

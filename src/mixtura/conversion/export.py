@@ -5,9 +5,7 @@ complete and, in transformers, computes what the checkpoint computes.
 """
 
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ from transformers import GenerationConfig
 from mixtura.config import UserError
 from mixtura.conversion.card import Origin, origin_of, write_card
 from mixtura.conversion.containers import CONTAINERS, REMOTE_CODE, choose_container, plan_tensors
+from mixtura.conversion.folders import new_folder
 from mixtura.conversion.source import EMBEDDING, HEAD, expected_shapes
 from mixtura.conversion.source_code import CONFIG_MODULE, MODEL_MODULE, remote_code
 from mixtura.conversion.tensors import PlannedTensor, StoredWeights, write_planned
@@ -88,14 +87,11 @@ def export(
     planned = _plan(read, container)
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_room(out.parent, sum(tensor.bytes for tensor in planned))
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-", ignore_cleanup_errors=True) as temporary:
-        new = Path(temporary, out.name)
-        new.mkdir()
+    with new_folder(out) as new:
         _write(read, new, container, planned, origin=origin, max_shard_bytes=max_shard_bytes)
         receipt = verify(source, new) if check else None
         if receipt is not None and not receipt.passed:
             raise UserError(f"The export does not compute what '{source}' does: {receipt.complaint()} Nothing is kept.")
-        os.rename(new, out)
     return Exported(container, receipt)
 
 

@@ -8,7 +8,6 @@ Shapes: E experts, D hidden, F width of an expert, C copies of the dense layer.
 
 import errno
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from mixtura.config import UserError
 from mixtura.conversion.feed_forward import GatedWeights, add_noise, generator_for, mean_of, redraw_channels
+from mixtura.conversion.folders import check_empty, new_folder
 from mixtura.conversion.layer_starts import LayerStart, layer_starts
 from mixtura.conversion.receipt import write_receipt
 from mixtura.conversion.settings import (
@@ -129,7 +129,7 @@ def upcycle(
     )
     names, paths = [str(name) for name in (source, *others)], [Path(text) for text in texts]
     check_settings(settings, num_sources=len(names), num_texts=len(paths))
-    _check_empty(Path(destination))
+    check_empty(Path(destination))
     return _run(settings, names, paths, Path(destination), max_text_tokens, max_shard_bytes)
 
 
@@ -169,11 +169,6 @@ class _Job:
         return mean_of([source.tensor(name) for source in self.sources])
 
 
-def _check_empty(out: Path) -> None:
-    if out.is_file() or (out.exists() and any(out.iterdir())):
-        raise UserError(f"'{out}' is not empty: name a new folder.")
-
-
 def _num_bytes(job: _Job) -> int:
     """Bytes of the result, every tensor in the dtype that the first source has there."""
     total = 0
@@ -194,16 +189,11 @@ def _write(job: _Job, out: Path, texts: list[Path], max_shard_bytes: int) -> Non
             "name a folder on another disk."
         )
     try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".new-", ignore_cleanup_errors=True) as temporary:
-            new = Path(temporary, "model")
-            new.mkdir()
+        with new_folder(out) as new:
             write_shards(new, _tensors(job), max_bytes=max_shard_bytes)
             job.config.save_pretrained(new)
             _copy_files(job.sources[0].folder, new)
             write_receipt(new, job.settings, job.sources, job.starts, texts)
-            if out.is_dir():
-                out.rmdir()
-            new.rename(out)
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise UserError(f"The disk of '{out.parent}' is full: make room, or name a folder elsewhere.") from error
