@@ -24,9 +24,9 @@ class Peakedness:
 
     layer: int
     """Depth, from 0."""
-    sorted_weights: tuple[float, ...]
+    sorted_weights: list[float]
     """S means: of the largest weight of a token, of the second largest, and so on."""
-    gate_shares: tuple[float, ...]
+    gate_shares: list[float]
     """S means: the part of a token's summed output weights (with ReLU experts, m^2) that lies in its largest one, two,
     three, ...; the last is 1."""
 
@@ -63,8 +63,8 @@ def measure_peakedness(model: MixturePreTrainedModel, batches: Iterable[Tensor])
     return [
         Peakedness(
             layer=depth,
-            sorted_weights=tuple((total.weights_S / tokens).tolist()),
-            gate_shares=tuple((total.shares_S / tokens).tolist()),
+            sorted_weights=(total.weights_S / tokens).tolist(),
+            gate_shares=(total.shares_S / tokens).tolist(),
         )
         for depth, total in sums.items()
     ]

@@ -1,5 +1,6 @@
 """Language modelling on packed text: the training task of every model that is trained from scratch."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,7 @@ class LanguageModelling(TrainingTask):
             return {}
         rows = self.data.validation.sequences_NL[: self.config.batch_size]
         measured = measure_peakedness(model, [torch.from_numpy(rows.astype("int64"))])
-        return {
-            "peakedness": [
-                {key: list(value) if isinstance(value, tuple) else value for key, value in vars(layer).items()}
-                for layer in measured
-            ]
-        }
+        return {"peakedness": [dataclasses.asdict(layer) for layer in measured]}
 
     def save(self, model: Any, folder: Path) -> None:
         """Writes weights and configuration as `from_pretrained` reads them."""
