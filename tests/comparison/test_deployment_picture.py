@@ -4,7 +4,8 @@ import copy
 
 import pytest
 
-from mixtura.comparison.deployment_picture import draw_deployment, write_deployment_picture
+from mixtura.comparison.deployment_picture import draw_deployment
+from mixtura.comparison.pictures import write_pictures
 from mixtura.comparison.summary import summarize
 
 
@@ -29,6 +30,8 @@ def test_weights_are_means_over_seeds_and_bars_are_gaps_to_the_group(results):
 
 
 def test_a_picture_is_written_only_where_weights_were_measured(results, make_results, tmp_path):
-    assert write_deployment_picture(results, summarize(results), tmp_path).read_bytes().startswith(b"\x89PNG")
+    written = write_pictures(results, summarize(results), tmp_path)
+    assert tmp_path / "deployment.png" in written
+    assert (tmp_path / "deployment.png").read_bytes().startswith(b"\x89PNG")
     bare = make_results()
-    assert write_deployment_picture(bare, summarize(bare), tmp_path / "none") is None
+    assert tmp_path / "none" / "deployment.png" not in write_pictures(bare, summarize(bare), tmp_path / "none")

@@ -1,25 +1,14 @@
 """What mixture of tokens loses without its group, beside how peaked its weights are: one picture."""
 
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from mixtura.comparison.colours import arm_colours
 from mixtura.comparison.measures import yardstick
-from mixtura.comparison.pictures import plain, save, style
+from mixtura.comparison.picture_style import INK, SOFT, plain, style
 
 _MODES = {"group": "group", "alone": "alone, top k", "alone_all": "alone, all", "population": "population"}
-_INK, _SOFT = "#1f2328", "#59636e"
-
-
-def write_deployment_picture(results: dict[str, Any], summary: dict[str, Any], folder: Path) -> Path | None:
-    """Writes `deployment.png` where there is something to show."""
-    figure = draw_deployment(results, summary)
-    if figure is None:
-        return None
-    save(figure, folder / "deployment.png")
-    return folder / "deployment.png"
 
 
 def draw_deployment(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None:
@@ -49,13 +38,13 @@ def draw_deployment(results: dict[str, Any], summary: dict[str, Any]) -> Figure 
         heights = [gaps.get(mode, float("nan")) for mode in list(_MODES)[1:]]
         right.bar(at, heights, width=0.8 / len(shown), color=colour)
     left.set_yscale("log")
-    left.set_xlabel("mixtures of a token, from its largest weight", color=_SOFT, fontsize=9)
-    left.set_title("Mean weight alone, by layer (later layers darker)", loc="left", fontsize=10, color=_INK)
-    left.legend(frameon=False, fontsize=9, labelcolor=_INK)
-    right.axhline(0, color=_SOFT, linewidth=1)
+    left.set_xlabel("mixtures of a token, from its largest weight", color=SOFT, fontsize=9)
+    left.set_title("Mean weight alone, by layer (later layers darker)", loc="left", fontsize=10, color=INK)
+    left.legend(frameon=False, fontsize=9, labelcolor=INK)
+    right.axhline(0, color=SOFT, linewidth=1)
     right.set_xticks(range(len(_MODES) - 1), list(_MODES.values())[1:])
     unit = yardstick(results).loss.unit
-    right.set_title(f"Held-out loss minus that in groups ({unit})", loc="left", fontsize=10, color=_INK)
+    right.set_title(f"Held-out loss minus that in groups ({unit})", loc="left", fontsize=10, color=INK)
     return figure
 
 

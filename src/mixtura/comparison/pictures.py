@@ -1,33 +1,33 @@
 """The report's pictures as PNG files, for READMEs and messages: loss, differences and expert load, in a light theme."""
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from mixtura.comparison.colours import arm_colours
+from mixtura.comparison.deployment_picture import draw_deployment
 from mixtura.comparison.figures import gap_lines, held_out_lines, load_maps, mean_line
 from mixtura.comparison.measures import difference_unit, yardstick
+from mixtura.comparison.picture_style import INK, SOFT, plain, save, style
 from mixtura.comparison.wording import capital, digits_for, signed
 
-_INK, _SOFT, _GRID = "#1f2328", "#59636e", "#e3e6ea"
 _MARKERS = ("o", "s", "D", "^", "P", "*", "p", "h")
 _LOAD_COLOURS = LinearSegmentedColormap.from_list("load", ["#5b3794", "#b9a6dc", "#f4f2ee", "#f4b26a", "#b35806"])
 _HIGHEST_LOAD = 2.0
 
 
 def write_pictures(results: dict[str, Any], summary: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes `loss.png`, `differences.png` and `load.png`; those without data are left out."""
+    """Writes `loss.png`, `differences.png`, `load.png` and `deployment.png`; those without data are left out."""
     folder.mkdir(parents=True, exist_ok=True)
     draw: dict[str, Callable[[dict[str, Any], dict[str, Any]], Figure | None]] = {
         "loss.png": draw_loss,
         "differences.png": draw_differences,
         "load.png": draw_load,
+        "deployment.png": draw_deployment,
     }
     written = []
     for name, function in draw.items():
@@ -36,15 +36,6 @@ def write_pictures(results: dict[str, Any], summary: dict[str, Any], folder: Pat
             save(figure, folder / name)
             written.append(folder / name)
     return written
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG file, whole or not at all."""
-    FigureCanvasAgg(figure)
-    temporary = path.with_name(f".{path.name}.partial")
-    # Without the writer's version the same numbers give the same bytes.
-    figure.savefig(temporary, format="png", dpi=160, facecolor="white", metadata={"Software": None})
-    os.replace(temporary, path)
 
 
 def draw_loss(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None:
@@ -69,13 +60,13 @@ def draw_loss(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None
     pad = 0.08 * (max(late_gaps) - min(late_gaps)) or 0.05
     right.set_ylim(min(late_gaps) - pad, max(late_gaps) + pad)
     unit = yardstick(results).loss.unit
-    left.set_title(f"Held-out loss as deployed ({unit})", loc="left", fontsize=10, color=_INK)
-    left.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="upper right")
+    left.set_title(f"Held-out loss as deployed ({unit})", loc="left", fontsize=10, color=INK)
+    left.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
     base_label = summary["arms"][results["baseline"]]["label"]
     right.axhline(0, color=colours[results["baseline"]][0], linewidth=1.6)
-    right.set_title(f"Loss minus {base_label}'s: below the line is better", loc="left", fontsize=10, color=_INK)
+    right.set_title(f"Loss minus {base_label}'s: below the line is better", loc="left", fontsize=10, color=INK)
     for axes in (left, right):
-        axes.set_xlabel("training steps", color=_SOFT, fontsize=9)
+        axes.set_xlabel("training steps", color=SOFT, fontsize=9)
         axes.set_xlim(left=0, right=end * 1.02)
     return figure
 
@@ -95,17 +86,6 @@ def _draw_arm(axes: Any, seeds: dict[int, list[tuple[float, float]]], colour: st
         axes.plot(*zip(*mean, strict=True), color=colour, linewidth=2, marker=marker, markersize=4, label=plain(label))
 
 
-def style(axes: Any) -> None:
-    """Two soft sides and a grid."""
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(_GRID)
-    axes.grid(True, color=_GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_SOFT, labelsize=9, length=0)
-
-
 def draw_differences(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None:
     """Each arm's final loss minus the baseline's: mean, 95 % interval over seeds, and every seed."""
     shown = [name for name, arm in summary["arms"].items() if arm["difference"]["deployed"]]
@@ -117,7 +97,7 @@ def draw_differences(results: dict[str, Any], summary: dict[str, Any]) -> Figure
     axes = figure.subplots()
     style(axes)
     axes.grid(False, axis="y")
-    axes.axvline(0, color=_SOFT, linewidth=1.2)
+    axes.axvline(0, color=SOFT, linewidth=1.2)
     for row, name in enumerate(reversed(shown)):
         difference, colour = summary["arms"][name]["difference"]["deployed"], colours[name][0]
         half = 0.0 if difference["high"] is None else difference["high"] - difference["mean"]
@@ -128,16 +108,16 @@ def draw_differences(results: dict[str, Any], summary: dict[str, Any]) -> Figure
         axes.plot(values, [row - 0.22] * len(values), "o", color=colour, fillstyle="none", markersize=5)
         text = signed(difference["mean"], digits_for(difference["mean"], least=measure.digits))
         axes.annotate(
-            text, (difference["mean"], row), xytext=(0, 9), textcoords="offset points", ha="center", color=_INK
+            text, (difference["mean"], row), xytext=(0, 9), textcoords="offset points", ha="center", color=INK
         )
-    axes.set_yticks(range(len(shown)), [plain(summary["arms"][name]["label"]) for name in reversed(shown)], color=_INK)
+    axes.set_yticks(range(len(shown)), [plain(summary["arms"][name]["label"]) for name in reversed(shown)], color=INK)
     axes.set_ylim(-0.6, len(shown) - 0.3)
     reach = max(abs(bound) for bound in axes.get_xlim())
     axes.set_xlim(-reach, reach)
     title = f"{capital(measure.name)} minus {plain(base)}'s, as deployed"
-    axes.set_title(title, loc="left", fontsize=10, color=_INK)
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
     side = f"{'left' if measure.better == 'lower' else 'right'} of the line is better"
-    axes.set_xlabel("; ".join(filter(None, (difference_unit(measure), side))), color=_SOFT, fontsize=9)
+    axes.set_xlabel("; ".join(filter(None, (difference_unit(measure), side))), color=SOFT, fontsize=9)
     return figure
 
 
@@ -159,19 +139,14 @@ def draw_load(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None
             norm=TwoSlopeNorm(1.0, 0.0, _HIGHEST_LOAD),
             extent=(0, entry["steps"][-1], -0.5, entry["experts"] - 0.5),
         )
-        axes.set_title(f"{plain(entry['label'])}, layer {entry['layer']}", loc="left", fontsize=9, color=_INK)
-        axes.set_xlabel("steps", color=_SOFT, fontsize=8)
-        axes.set_ylabel("expert", color=_SOFT, fontsize=8)
-        axes.tick_params(colors=_SOFT, labelsize=8, length=0)
+        axes.set_title(f"{plain(entry['label'])}, layer {entry['layer']}", loc="left", fontsize=9, color=INK)
+        axes.set_xlabel("steps", color=SOFT, fontsize=8)
+        axes.set_ylabel("expert", color=SOFT, fontsize=8)
+        axes.tick_params(colors=SOFT, labelsize=8, length=0)
     for axes in panels[len(maps) :]:
         axes.set_axis_off()
     if image is not None:
         bar = figure.colorbar(image, ax=panels, extend="max", shrink=0.8)
-        bar.set_label(f"load, seed {next(iter(maps[0]['seeds']))}: 1 is even", color=_SOFT, fontsize=8)
-        bar.ax.tick_params(colors=_SOFT, labelsize=8)
+        bar.set_label(f"load, seed {next(iter(maps[0]['seeds']))}: 1 is even", color=SOFT, fontsize=8)
+        bar.ax.tick_params(colors=SOFT, labelsize=8)
     return figure
-
-
-def plain(text: str) -> str:
-    """Matplotlib reads `$...$` as mathematics, and leaves a label out that begins with an underscore."""
-    return text.replace("$", r"\$").lstrip("_")

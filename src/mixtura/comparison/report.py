@@ -17,7 +17,6 @@ from plotly.offline import get_plotlyjs
 from mixtura.comparison import facts, tables
 from mixtura.comparison.cautions import is_searched
 from mixtura.comparison.colours import arm_colours
-from mixtura.comparison.deployment_picture import write_deployment_picture
 from mixtura.comparison.figures import AXES, SYMBOLS, build_figures, is_even, load_maps
 from mixtura.comparison.markdown import render_markdown
 from mixtura.comparison.measures import Yardstick, difference_unit, value_note, yardstick
@@ -56,7 +55,6 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
         summary = summarize(results)
     out.mkdir(parents=True, exist_ok=True)
     write_pictures(results, summary, out / "figures")
-    write_deployment_picture(results, summary, out / "figures")
     _write(out / "report.md", render_markdown(results, summary))
     _write(out / "report.html", render_html(results, summary))
     return out / "report.html"
