@@ -10,9 +10,7 @@ hardware.
 """
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +18,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mixtura.comparison.folder import environment, now
+from mixtura.benchmarks.measure import alternating
+from mixtura.benchmarks.records import store_record
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 
 RESULTS = Path(__file__).parent / "results"
@@ -81,19 +80,6 @@ def decode(model: MixtureForCausalLM, batch: int, tokens: int) -> Callable[[], N
     return run
 
 
-def measure(runs: dict[str, Callable[[], None]], *, rounds: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every run in alternating rounds, the mean of `repeats` in each, after one round of warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round_number in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            for _ in range(repeats):
-                run()
-            if round_number:
-                seconds[name].append((time.perf_counter() - start) / repeats)
-    return seconds
-
-
 def ratio_to_dense(seconds: dict[str, list[float]], name: str) -> float:
     """Median over rounds of how many times as fast as dense, 1 being equal."""
     return statistics.median(d / s for d, s in zip(seconds["dense"], seconds[name], strict=True))
@@ -102,8 +88,8 @@ def ratio_to_dense(seconds: dict[str, list[float]], name: str) -> float:
 def rows_of(options: argparse.Namespace, batch: int) -> list[dict[str, object]]:
     """What was measured with one batch size, a row for each form."""
     built = models(options)
-    layer = measure({name: step(model, batch) for name, model in built.items()}, rounds=options.rounds, repeats=20)
-    whole = measure(
+    layer = alternating({name: step(model, batch) for name, model in built.items()}, rounds=options.rounds, repeats=20)
+    whole = alternating(
         {name: decode(model, batch, options.tokens) for name, model in built.items()}, rounds=options.rounds, repeats=1
     )
     return [
@@ -149,10 +135,7 @@ def main() -> None:
             f"{size:.1f}",
         )
     Console(width=120).print(table)
-    RESULTS.mkdir(exist_ok=True)
-    record = {"created": now(), "environment": environment(), "settings": vars(options), "rows": rows}
-    path = RESULTS / f"decode-{record['environment']['device'].replace(' ', '-').lower()}-{options.hidden}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path = store_record(RESULTS, "decode", settings=vars(options), suffix=f"-{options.hidden}", rows=rows)
     print(f"Stored in {path}")
 
 

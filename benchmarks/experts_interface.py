@@ -10,10 +10,9 @@ versions and hardware.
 """
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import mixtura.models  # noqa: F401 -- registers the implementation
-from mixtura.comparison.folder import environment, now
+from mixtura.benchmarks.measure import alternating
+from mixtura.benchmarks.records import store_record
 
 RESULTS = Path(__file__).parent / "results"
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", "mixtura")
@@ -64,19 +64,6 @@ def passes(module: Any, tokens: int, top_k: int) -> dict[str, Callable[[str], No
     return {"forward": forward, "train": train}
 
 
-def measure(run: Callable[[str], None], names: list[str], *, rounds: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every implementation in alternating rounds, after one round of warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for round_number in range(rounds + 1):
-        for name in names:
-            start = time.perf_counter()
-            for _ in range(repeats):
-                run(name)
-            if round_number:
-                seconds[name].append((time.perf_counter() - start) / repeats)
-    return seconds
-
-
 def rows_of(options: argparse.Namespace, num_experts: int, tokens: int) -> list[dict[str, object]]:
     """What was measured with one number of experts and tokens, a row for each implementation and pass."""
     module = experts(options, num_experts)
@@ -85,7 +72,7 @@ def rows_of(options: argparse.Namespace, num_experts: int, tokens: int) -> list[
     for what, run in passes(module, tokens, options.top_k).items():
         # A backward writes a gradient of all weights, however few the tokens are, and is long enough by itself.
         repeats = max(1, 32 // tokens) if what == "forward" else 1
-        seconds = measure(run, names, rounds=options.rounds, repeats=repeats)
+        seconds = alternating({name: partial(run, name) for name in names}, rounds=options.rounds, repeats=repeats)
         for name in names:
             rows.append(
                 {
@@ -121,10 +108,7 @@ def main() -> None:
     for row in rows:
         table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=120).print(table)
-    RESULTS.mkdir(exist_ok=True)
-    record = {"created": now(), "environment": environment(), "settings": vars(options), "rows": rows}
-    path = RESULTS / f"experts-{record['environment']['device'].replace(' ', '-').lower()}-{options.hidden}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path = store_record(RESULTS, "experts", settings=vars(options), suffix=f"-{options.hidden}", rows=rows)
     print(f"Stored in {path}")
 
 

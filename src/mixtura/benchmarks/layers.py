@@ -1,6 +1,5 @@
 """The table of the layers' speed, its record and its plot: `mixtura bench`."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from torch import nn
 from mixtura.benchmarks.contenders import Size, limit, own_layers, parameters
 from mixtura.benchmarks.measure import Pass, calls, interleaved, kept_bytes, passes, ratios
 from mixtura.benchmarks.peers import peers
-from mixtura.comparison.folder import environment, now, write_text
+from mixtura.benchmarks.records import store_record
 
 LIMIT = "one large product"
 PASSES: tuple[Pass, ...] = ("forward", "training", "step")
@@ -92,9 +91,7 @@ def bench(
 
 def store(measured: list[dict[str, Any]], folder: Path, *, settings: dict[str, Any]) -> Path:
     """Writes the record, with versions, hardware and date, and the plot beside it; returns the record's path."""
-    record = {"created": now(), "environment": environment(), "settings": settings, "sizes": measured}
-    path = folder / f"layers-{record['environment']['device'].replace(' ', '-').lower()}.json"
-    write_text(path, json.dumps(record, indent=1) + "\n")
+    path = store_record(folder, "layers", settings=settings, sizes=measured)
     plot(measured).savefig(path.with_suffix(".png"), dpi=110, bbox_inches="tight", metadata={"Software": None})
     return path
 

@@ -58,6 +58,19 @@ def interleaved(runs: Mapping[str, Callable[[], None]], *, baseline: str, rounds
     return seconds
 
 
+def alternating(runs: Mapping[str, Callable[[], object]], *, rounds: int, repeats: int) -> dict[str, list[float]]:
+    """Wall-clock seconds of short runs: in each round the mean of `repeats`, after one round of warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for round_number in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                run()
+            if round_number:
+                seconds[name].append((time.perf_counter() - start) / repeats)
+    return seconds
+
+
 def ratios(seconds: Mapping[str, list[float]], *, baseline: str) -> dict[str, tuple[float, float, float]]:
     """Median, lowest and highest ratio of each run's seconds to the baseline's, taken within rounds."""
     result = {}
