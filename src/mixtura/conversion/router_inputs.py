@@ -4,10 +4,11 @@ Shapes: N sequences, L tokens of each, T = N*L, D hidden.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mixtura.config import DataConfig, UserError
@@ -69,12 +70,16 @@ def feed_forward_inputs(
     for depth, kind in enumerate(config.attention_kinds()):
         layer = _layer(config, depth, tensor)
         seen: list[Tensor] = []
-        layer.mlp.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].flatten(0, 1)))
+        layer.mlp.register_forward_pre_hook(partial(_note, seen))
         for start in range(0, len(states_NLD), _BATCH):
             part = states_NLD[start : start + _BATCH]
             masks = causal_masks(config, None, inputs_embeds=part, past_key_values=None, position_ids=position_ids)
             states_NLD[start : start + _BATCH] = layer(part, attention_mask=masks[kind], **positions)
         yield depth, torch.cat(seen), layer.mlp
+
+
+def _note(seen: list[Tensor], _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    seen.append(inputs[0].flatten(0, 1))
 
 
 def _layer(config: MixtureConfig, depth: int, tensor: Callable[[str], Tensor]) -> MixtureDecoderLayer:

@@ -139,7 +139,8 @@ def _parts(model: nn.Module) -> Iterator[_Part]:
 def _probe(model: PeftModel) -> dict[str, Any]:
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    ids_BL = torch.randint(model.get_base_model().config.vocab_size, _PROBE_SHAPE, generator=generator)
+    base: Any = model.get_base_model()
+    ids_BL = torch.randint(base.config.vocab_size, _PROBE_SHAPE, generator=generator)
     return {"input_ids": ids_BL.to(device)}
 
 

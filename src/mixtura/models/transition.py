@@ -128,7 +128,8 @@ def follow_transition(model: MixtureForCausalLM, folder: Path) -> None:
     if "mixture_of_tokens" in families:
         return
     top_k = _planned_top_k(model.config)
-    _take_over(model, MixtureForCausalLM(_configuration(model.config, top_k=top_k)).to(model.device))
+    converted: Any = MixtureForCausalLM(_configuration(model.config, top_k=top_k))
+    _take_over(model, converted.to(model.device))
 
 
 def _planned_top_k(config: MixtureConfig) -> int:
