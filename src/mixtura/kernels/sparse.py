@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from mixtura.kernels import native
 from mixtura.kernels.activation import activate, activate_backward
 from mixtura.kernels.precision import at_autocast_dtype
 
@@ -92,6 +93,8 @@ def _forward(
     gated: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output (T, D) and the first projection (R, H), which the backward pass needs."""
+    if native.takes(activation, x_TD, weight_R, up_EHD, down_EDF):
+        return native.forward(x_TD, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated)
     out_TD = torch.zeros_like(x_TD)
     u_RH = x_TD.new_empty(len(token_R), up_EHD.size(1))
     up_DH, down_FD = up_EHD.transpose(1, 2).unbind(), down_EDF.transpose(1, 2).unbind()
@@ -121,6 +124,10 @@ def _backward(
     gated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (T, D), weight (R,), up (E, H, D) and down (E, D, F)."""
+    if native.takes(activation, grad_TD, x_TD, weight_R, up_EHD, down_EDF):
+        return native.backward(
+            grad_TD, x_TD, token_R, weight_R, counts, up_EHD, down_EDF, u_RH, activation, gated
+        )
     grad_x_TD = torch.zeros_like(x_TD)
     grad_weight_R = torch.empty_like(weight_R)
     grad_up_EHD, grad_down_EDF = torch.empty_like(up_EHD), torch.empty_like(down_EDF)

@@ -1,0 +1,190 @@
+/* Experts on the CPU, a block of rows at a time: gathered, multiplied, activated and added back while in cache.
+
+   Matrix products are torch's own (BLAS's sgemm, handed in as a pointer); this file fuses what lies between them.
+   native.py compiles and calls it. All arrays are float32 and contiguous.
+
+   Letters: E experts, D hidden, F expert width, H = 2F when gated (gate columns first) else F, R rows sorted by expert.
+   token[r] is the row of x and out that row r reads and adds to. Without `token`, rows are where they are and weights
+   are 1. An expert has a token at most once, so the rows of a block never add to the same place. */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { RELU = 0, SILU = 1 };
+
+/* Fortran's: matrices by columns, everything by address. */
+typedef void (*sgemm_t)(
+    const char *, const char *, const int *, const int *, const int *, const float *, const float *, const int *,
+    const float *, const int *, const float *, float *, const int *);
+
+typedef struct {
+    sgemm_t sgemm;
+    int64_t threads, block, experts, hidden, width, gated, activation;
+    const int64_t *counts, *token; /* (E,); (R,) or NULL */
+    const float *weight;           /* (R,), or NULL where token is */
+    const float *x, *up, *down;    /* (T, D), (E, H, D), (E, D, F) */
+    float *scratch;                /* block * (3D + 2F + H) */
+} experts_t;
+
+/* out (m, n) = a (m, k) @ b (k, n) + beta * out, all by rows; with 'T' the operand lies in memory as its transpose.
+   By columns that is the transposed product, out.T = b.T @ a.T, with nothing to move. */
+static void product(
+    const experts_t *e, char a_is, char b_is, int m, int n, int k, const float *a, const float *b, float beta, float *out) {
+    const float one = 1.0f;
+    const int a_columns = a_is == 'T' ? m : k, b_columns = b_is == 'T' ? k : n;
+    e->sgemm(&b_is, &a_is, &n, &m, &k, &one, b, &b_columns, a, &a_columns, &beta, out, &n);
+}
+
+/* exp(x) to about one unit in the last place: 2^n times a polynomial on [-ln2/2, ln2/2]. NaN stays NaN. */
+static inline float exp_f(float x) {
+    x = x > 88.0f ? 88.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    union { float f; uint32_t i; } shifted, scale;
+    shifted.f = x * 1.44269504f + 12582912.0f; /* adding 1.5 * 2^23 rounds to a whole number */
+    const float n = shifted.f - 12582912.0f;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    scale.i = (shifted.i << 23) + 0x3f800000u; /* the low bits of `shifted` are n */
+    return p * scale.f;
+}
+
+static inline float sigmoid_f(float x) { return 1.0f / (1.0f + exp_f(-x)); }
+
+/* One row: h = act(gate) * up * weight. Called with constants for `silu` and `gated`, so that each case is its own loop. */
+static inline void activate_row(int silu, int gated, int64_t F, const float *u, float weight, float *h) {
+#pragma omp simd
+    for (int64_t i = 0; i < F; i++) {
+        const float act = silu ? u[i] * sigmoid_f(u[i]) : (u[i] < 0.0f ? 0.0f : u[i]);
+        h[i] = act * (gated ? u[F + i] : 1.0f) * weight;
+    }
+}
+
+/* One row, given grad = grad_y @ down: h as above in `h`, the gradient of u in `grad_u`; returns that of the weight,
+   <grad_y, y> = <grad, h / weight>. */
+static inline float activate_row_backward(
+    int silu, int gated, int64_t F, const float *u, float weight, const float *grad, float *h, float *grad_u) {
+    float grad_weight = 0.0f;
+#pragma omp simd reduction(+ : grad_weight)
+    for (int64_t i = 0; i < F; i++) {
+        const float s = silu ? sigmoid_f(u[i]) : (u[i] > 0.0f ? 1.0f : 0.0f);
+        const float act = silu ? u[i] * s : (u[i] < 0.0f ? 0.0f : u[i]);
+        const float slope = silu ? s * (1.0f + u[i] * (1.0f - s)) : s;
+        const float up = gated ? u[F + i] : 1.0f;
+        const float weighted = grad[i] * weight;
+        grad_weight += grad[i] * act * up;
+        h[i] = act * up * weight;
+        grad_u[i] = weighted * up * slope;
+        if (gated) grad_u[F + i] = weighted * act;
+    }
+    return grad_weight;
+}
+
+static void activate(const experts_t *e, int64_t rows, const float *u, const float *weight, float *h) {
+    const int64_t F = e->width, H = e->gated ? 2 * F : F;
+    const int kind = 2 * (e->activation == SILU) + (e->gated != 0);
+#pragma omp parallel for num_threads(e->threads) if (e->threads > 1)
+    for (int64_t r = 0; r < rows; r++) {
+        const float w = weight ? weight[r] : 1.0f;
+        if (kind == 3) activate_row(1, 1, F, u + r * H, w, h + r * F);
+        else if (kind == 2) activate_row(1, 0, F, u + r * H, w, h + r * F);
+        else if (kind == 1) activate_row(0, 1, F, u + r * H, w, h + r * F);
+        else activate_row(0, 0, F, u + r * H, w, h + r * F);
+    }
+}
+
+static void activate_backward(
+    const experts_t *e, int64_t rows, const float *u, const float *weight, const float *grad, float *h, float *grad_u,
+    float *grad_weight) {
+    const int64_t F = e->width, H = e->gated ? 2 * F : F;
+    const int kind = 2 * (e->activation == SILU) + (e->gated != 0);
+#pragma omp parallel for num_threads(e->threads) if (e->threads > 1)
+    for (int64_t r = 0; r < rows; r++) {
+        const float w = weight ? weight[r] : 1.0f;
+        const float *ur = u + r * H, *gr = grad + r * F;
+        float *hr = h + r * F, *gur = grad_u + r * H, g;
+        if (kind == 3) g = activate_row_backward(1, 1, F, ur, w, gr, hr, gur);
+        else if (kind == 2) g = activate_row_backward(1, 0, F, ur, w, gr, hr, gur);
+        else if (kind == 1) g = activate_row_backward(0, 1, F, ur, w, gr, hr, gur);
+        else g = activate_row_backward(0, 0, F, ur, w, gr, hr, gur);
+        if (grad_weight) grad_weight[r] = g;
+    }
+}
+
+/* Rows of a block side by side: copies of the tokens' rows, or the rows where they are. */
+static const float *rows_of(const experts_t *e, const float *from, int64_t start, int64_t rows, float *copy) {
+    const int64_t D = e->hidden;
+    if (!e->token) return from + start * D;
+#pragma omp parallel for num_threads(e->threads) if (e->threads > 1)
+    for (int64_t r = 0; r < rows; r++) memcpy(copy + r * D, from + e->token[start + r] * D, D * sizeof(float));
+    return copy;
+}
+
+static void add_back(const experts_t *e, const float *from, int64_t start, int64_t rows, float *to) {
+    const int64_t D = e->hidden;
+#pragma omp parallel for num_threads(e->threads) if (e->threads > 1)
+    for (int64_t r = 0; r < rows; r++) {
+        float *o = to + e->token[start + r] * D;
+        const float *y = from + r * D;
+#pragma omp simd
+        for (int64_t i = 0; i < D; i++) o[i] += y[i];
+    }
+}
+
+/* out: (T, D) of zeros with `token`, else (R, D); u: (R, H), kept for the backward pass. */
+void mixtura_experts_forward(const experts_t *e, float *u, float *out) {
+    const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F;
+    float *x_copy = e->scratch, *y = x_copy + e->block * D, *h = y + e->block * D;
+    int64_t start = 0;
+    for (int64_t n = 0; n < e->experts; n++) {
+        const float *up = e->up + n * H * D, *down = e->down + n * D * F;
+        const int64_t end = start + e->counts[n];
+        for (int64_t rows; start < end; start += rows) {
+            rows = end - start < e->block ? end - start : e->block;
+            const float *x = rows_of(e, e->x, start, rows, x_copy);
+            float *block_u = u + start * H, *block_y = e->token ? y : out + start * D;
+            product(e, 'N', 'T', rows, H, D, x, up, 0.0f, block_u);
+            activate(e, rows, block_u, e->weight ? e->weight + start : NULL, h);
+            product(e, 'N', 'T', rows, D, F, h, down, 0.0f, block_y);
+            if (e->token) add_back(e, y, start, rows, out);
+        }
+    }
+}
+
+/* grad_x: (T, D) of zeros with `token`, else (R, D); grad_up and grad_down of zeros; grad_weight: (R,) or NULL. */
+void mixtura_experts_backward(
+    const experts_t *e, const float *u, const float *grad, float *grad_x, float *grad_weight, float *grad_up,
+    float *grad_down) {
+    const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F;
+    float *x_copy = e->scratch, *grad_copy = x_copy + e->block * D, *grad_rows = grad_copy + e->block * D;
+    float *grad_h = grad_rows + e->block * D, *h = grad_h + e->block * F, *grad_u = h + e->block * F;
+    int64_t start = 0;
+    for (int64_t n = 0; n < e->experts; n++) {
+        const float *up = e->up + n * H * D, *down = e->down + n * D * F;
+        const int64_t end = start + e->counts[n];
+        float beta = 0.0f; /* the first block of an expert writes its weights' gradients, the others add to them */
+        if (start == end) {
+            memset(grad_up + n * H * D, 0, H * D * sizeof(float));
+            memset(grad_down + n * D * F, 0, D * F * sizeof(float));
+        }
+        for (int64_t rows; start < end; start += rows, beta = 1.0f) {
+            rows = end - start < e->block ? end - start : e->block;
+            const float *gy = rows_of(e, grad, start, rows, grad_copy);
+            float *gx = e->token ? grad_rows : grad_x + start * D;
+            product(e, 'N', 'N', rows, F, D, gy, down, 0.0f, grad_h);
+            activate_backward(e, rows, u + start * H, e->weight ? e->weight + start : NULL, grad_h, h, grad_u,
+                              grad_weight ? grad_weight + start : NULL);
+            product(e, 'T', 'N', D, F, rows, gy, h, beta, grad_down + n * D * F);
+            const float *x = rows_of(e, e->x, start, rows, x_copy);
+            product(e, 'T', 'N', H, D, rows, grad_u, x, beta, grad_up + n * H * D);
+            product(e, 'N', 'N', rows, D, H, grad_u, up, 0.0f, gx);
+            if (e->token) add_back(e, grad_rows, start, rows, grad_x);
+        }
+    }
+}

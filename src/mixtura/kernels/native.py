@@ -1,0 +1,180 @@
+"""The experts in C, for float32 on the CPU: `native.c`, compiled on first use by the machine's own compiler.
+
+Between the products torch makes a pass over memory for every operation; `native.c` makes one, over a block of rows that
+is in cache, and calls the products as torch does, through BLAS's `sgemm` in torch's own library. Where there is no
+compiler or no such function, or with MIXTURA_NATIVE=0, `sparse` and `dense` run their torch paths.
+
+Shapes: R rows sorted by expert, T tokens, E experts, D hidden, F expert width, H = 2F when gated else F.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixtura.config.assets import cache_folder
+
+_SOURCE = Path(__file__).with_name("native.c")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_ACTIVATIONS = {"relu": 0, "silu": 1}
+_BLOCK_FLOATS = 1 << 18
+"""Floats of one block's buffers: 1 MiB, which a core's second cache and its share of the third hold."""
+_BLOCK_ROWS = (64, 1024)
+"""Fewer rows than the first make slow products, and more than the second do not make faster ones."""
+
+
+def takes(activation: str, *tensors: Tensor) -> bool:
+    """Whether the C code can run these: contiguous float32 on the CPU, and an activation that it knows."""
+    # Tensors that stand for others, as those of a graph being compiled do, have no memory to point at.
+    known = activation in _ACTIVATIONS and all(
+        type(t) in (Tensor, torch.nn.Parameter) and t.dtype == torch.float32 and t.device.type == "cpu"
+        and t.is_contiguous()
+        for t in tensors
+    )
+    return known and not torch.compiler.is_compiling() and library() is not None
+
+
+def forward(
+    x: Tensor,
+    token_R: Tensor | None,
+    weight_R: Tensor | None,
+    counts: Sequence[int],
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output, of the shape of x, and the first projection (R, H): as `sparse._forward`.
+
+    Without `token_R` row r of x is expert row r, all weights are 1, and x may have any leading axes.
+    """
+    native = library()
+    assert native is not None, "ask `takes` first"
+    call = _Call(native, x, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated)
+    u_RH = x.new_empty(sum(counts), up_EHD.size(1))
+    out = torch.empty_like(x) if token_R is None else torch.zeros_like(x)
+    native.mixtura_experts_forward(call.pointer, *_pointers(u_RH, out))
+    return out, u_RH
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    token_R: Tensor | None,
+    weight_R: Tensor | None,
+    counts: Sequence[int],
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    u_RH: Tensor,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients of x, of the weights (R,) if there are any, of up (E, H, D) and of down (E, D, F)."""
+    native = library()
+    assert native is not None, "ask `takes` first"
+    call = _Call(native, x, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated)
+    grad_x = torch.empty_like(x) if token_R is None else torch.zeros_like(x)
+    grad_weight_R = None if weight_R is None else torch.empty_like(weight_R)
+    grad_up_EHD, grad_down_EDF = torch.empty_like(up_EHD), torch.empty_like(down_EDF)
+    outputs = _pointers(u_RH, grad, grad_x, grad_weight_R, grad_up_EHD, grad_down_EDF)
+    native.mixtura_experts_backward(call.pointer, *outputs)
+    return grad_x, grad_weight_R, grad_up_EHD, grad_down_EDF
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled code, or None where it cannot be had."""
+    if os.environ.get("MIXTURA_NATIVE") == "0" or _sgemm() is None:
+        return None
+    compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    if compiler is None:
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(compiler, cache_folder() / "native")))
+    except (OSError, subprocess.SubprocessError):
+        return None  # an unwritable cache, or a compiler that does not know the flags: torch does it
+
+
+@functools.cache
+def _sgemm() -> int | None:
+    """Address of BLAS's `sgemm` in torch's own library, which builds with MKL or OpenBLAS inside export."""
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).parent / "lib" / name
+        if path.exists():
+            function = getattr(ctypes.CDLL(str(path)), "sgemm_", None)
+            return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
+    return None
+
+
+def _compiled(compiler: str, folder: Path) -> Path:
+    """The shared library for this source, compiler and processor; compiled unless it is there."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
+    digest = hashlib.blake2b(_SOURCE.read_bytes() + version + _processor() + " ".join(_FLAGS).encode(), digest_size=12)
+    path = folder / f"{digest.hexdigest()}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch, path.name)
+            command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE)]
+            subprocess.run(command, capture_output=True, check=True, timeout=120)
+            made.replace(path)  # whole or not at all: other processes may be compiling it too
+    return path
+
+
+def _processor() -> bytes:
+    """What -march=native depends on: a folder may be shared by machines of different kinds."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="ascii", errors="replace").splitlines() if info.exists() else []
+    named = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    return "\n".join([platform.machine(), platform.processor(), *sorted(named)]).encode()
+
+
+class _Experts(ctypes.Structure):
+    """`experts_t` of native.c, field by field."""
+
+    _fields_ = (
+        ("sgemm", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("threads", "block", "experts", "hidden", "width", "gated", "activation")),
+        *((name, ctypes.c_void_p) for name in ("counts", "token", "weight", "x", "up", "down", "scratch")),
+    )
+
+
+class _Call:
+    """The arguments of one call, and what must stay alive while it runs."""
+
+    def __init__(
+        self,
+        native: ctypes.CDLL,
+        x: Tensor,
+        token_R: Tensor | None,
+        weight_R: Tensor | None,
+        counts: Sequence[int],
+        up_EHD: Tensor,
+        down_EDF: Tensor,
+        activation: str,
+        gated: bool,
+    ) -> None:
+        experts, hidden, width = down_EDF.shape
+        floats = 3 * hidden + 2 * width + up_EHD.size(1)
+        block = max(_BLOCK_ROWS[0], min(_BLOCK_ROWS[1], _BLOCK_FLOATS // floats))
+        scratch = x.new_empty(block * floats)
+        counts_E = (ctypes.c_int64 * experts)(*counts)
+        self._alive: tuple[Any, ...] = (scratch, counts_E, token_R, weight_R, x, up_EHD, down_EDF)
+        addresses = (ctypes.addressof(counts_E), *_pointers(token_R, weight_R, x, up_EHD, down_EDF, scratch))
+        numbers = (torch.get_num_threads(), block, experts, hidden, width, gated, _ACTIVATIONS[activation])
+        self._struct = _Experts(_sgemm(), *numbers, *addresses)
+        self.pointer = ctypes.byref(self._struct)
+
+
+def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
