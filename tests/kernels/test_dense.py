@@ -45,6 +45,15 @@ def test_mixing_and_spreading_equal_their_definitions(n, g, e, c, d):
 
 @GATED
 @ACTIVATIONS
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(n=SIZES, g=SIZES, e=SIZES, c=SIZES, d=SIZES, f=SIZES)
+def test_mixed_experts_equal_their_definition(activation, gated, n, g, e, c, d, f):
+    weights = leaves((e, 2 * f if gated else f, d), (e, d, f))
+    assert_same("mixed_ffn", [*leaves((n, g, d), (n, g, e, c), (n, g, e, c)), *weights], activation, gated)
+
+
+@GATED
+@ACTIVATIONS
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(e=SIZES, rows=SIZES, d=SIZES, f=SIZES)
 def test_experts_equal_their_definitions(activation, gated, e, rows, d, f):

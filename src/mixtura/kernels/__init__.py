@@ -5,6 +5,7 @@
 
 from mixtura.kernels.dense import batched_ffn as batched_ffn
 from mixtura.kernels.dense import mix as mix
+from mixtura.kernels.dense import mixed_ffn as mixed_ffn
 from mixtura.kernels.dense import scaled_ffn as scaled_ffn
 from mixtura.kernels.dense import spread as spread
 from mixtura.kernels.few import are_few as are_few

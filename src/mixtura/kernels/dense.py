@@ -14,6 +14,50 @@ from mixtura.kernels.activation import activate, activate_backward
 from mixtura.kernels.precision import at_autocast_dtype
 
 
+def mixed_ffn(
+    x_NGD: Tensor,
+    dispatch_NGEC: Tensor,
+    combine_NGEC: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """(N, G, D) -> (N, G, D): mix, experts on the mixtures, spread."""
+    tensors = at_autocast_dtype(x_NGD.contiguous(), dispatch_NGEC, combine_NGEC, up_EHD, down_EDF)
+    if native.takes(activation, *tensors):
+        return _MixedFFN.apply(*tensors, activation, gated)
+    x_NGD, dispatch_NGEC, combine_NGEC, up_EHD, down_EDF = tensors
+    y_ERD = batched_ffn(mix(x_NGD, dispatch_NGEC), up_EHD, down_EDF, activation, gated)
+    return spread(y_ERD, combine_NGEC)
+
+
+class _MixedFFN(torch.autograd.Function):
+    """All three steps in C: mixtures are written where their expert reads them, with no pass to turn them around."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        x_NGD, dispatch_NGEC, combine_NGEC, up_EHD, down_EDF, activation, gated = arguments
+        z_ERD, _ = native.mix(dispatch_NGEC, x_NGD)
+        counts = [z_ERD.size(1)] * len(z_ERD)
+        y_ERD, u_RH = native.forward(z_ERD, None, None, counts, up_EHD, down_EDF, activation, gated)
+        ctx.save_for_backward(x_NGD, dispatch_NGEC, combine_NGEC, up_EHD, down_EDF, z_ERD, y_ERD, u_RH)
+        ctx.settings = (counts, activation, gated)
+        return native.spread(combine_NGEC, y_ERD)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_NGD, dispatch_NGEC, combine_NGEC, up_EHD, down_EDF, z_ERD, y_ERD, u_RH = ctx.saved_tensors
+        counts, activation, gated = ctx.settings
+        grad_y_ERD, grad_combine_NGEC = native.mix(combine_NGEC, grad_outputs[0].contiguous(), y_ERD)
+        grad_z_ERD, _, grad_up_EHD, grad_down_EDF = native.backward(
+            grad_y_ERD, z_ERD, None, None, counts, up_EHD, down_EDF, u_RH, activation, gated
+        )
+        grad_x_NGD, grad_dispatch_NGEC = native.spread(dispatch_NGEC, grad_z_ERD, x_NGD)
+        return grad_x_NGD, grad_dispatch_NGEC, grad_combine_NGEC, grad_up_EHD, grad_down_EDF, None, None
+
+
 def batched_ffn(x_ERD: Tensor, up_EHD: Tensor, down_EDF: Tensor, activation: str, gated: bool) -> Tensor:
     """(E, R, D) -> (E, R, D): expert e on its own R rows."""
     return _BatchedFFN.apply(*at_autocast_dtype(x_ERD, up_EHD, down_EDF), activation, gated)

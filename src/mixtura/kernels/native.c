@@ -11,6 +11,13 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef _OPENMP
+#include <omp.h>
+static int thread_number(void) { return omp_get_thread_num(); }
+#else
+static int thread_number(void) { return 0; }
+#endif
+
 enum { RELU = 0, SILU = 1 };
 
 /* Fortran's: matrices by columns, everything by address. */
@@ -18,22 +25,13 @@ typedef void (*sgemm_t)(
     const char *, const char *, const int *, const int *, const int *, const float *, const float *, const int *,
     const float *, const int *, const float *, float *, const int *);
 
-typedef struct {
-    sgemm_t sgemm;
-    int64_t threads, block, experts, hidden, width, gated, activation;
-    const int64_t *counts, *token; /* (E,); (R,) or NULL */
-    const float *weight;           /* (R,), or NULL where token is */
-    const float *x, *up, *down;    /* (T, D), (E, H, D), (E, D, F) */
-    float *scratch;                /* block * (3D + 2F + H) */
-} experts_t;
-
 /* out (m, n) = a (m, k) @ b (k, n) + beta * out, all by rows; with 'T' the operand lies in memory as its transpose.
    By columns that is the transposed product, out.T = b.T @ a.T, with nothing to move. */
 static void product(
-    const experts_t *e, char a_is, char b_is, int m, int n, int k, const float *a, const float *b, float beta, float *out) {
+    sgemm_t sgemm, char a_is, char b_is, int m, int n, int k, const float *a, const float *b, float beta, float *out) {
     const float one = 1.0f;
     const int a_columns = a_is == 'T' ? m : k, b_columns = b_is == 'T' ? k : n;
-    e->sgemm(&b_is, &a_is, &n, &m, &k, &one, b, &b_columns, a, &a_columns, &beta, out, &n);
+    sgemm(&b_is, &a_is, &n, &m, &k, &one, b, &b_columns, a, &a_columns, &beta, out, &n);
 }
 
 /* exp(x) to about one unit in the last place: 2^n times a polynomial on [-ln2/2, ln2/2]. NaN stays NaN. */
@@ -85,6 +83,15 @@ static inline float activate_row_backward(
     }
     return grad_weight;
 }
+
+typedef struct {
+    sgemm_t sgemm;
+    int64_t threads, block, experts, hidden, width, gated, activation;
+    const int64_t *counts, *token; /* (E,); (R,) or NULL */
+    const float *weight;           /* (R,), or NULL where token is */
+    const float *x, *up, *down;    /* (T, D), (E, H, D), (E, D, F) */
+    float *scratch;                /* block * (3D + 2F + H) */
+} experts_t;
 
 static void activate(const experts_t *e, int64_t rows, const float *u, const float *weight, float *h) {
     const int64_t F = e->width, H = e->gated ? 2 * F : F;
@@ -149,9 +156,9 @@ void mixtura_experts_forward(const experts_t *e, float *u, float *out) {
             rows = end - start < e->block ? end - start : e->block;
             const float *x = rows_of(e, e->x, start, rows, x_copy);
             float *block_u = u + start * H, *block_y = e->token ? y : out + start * D;
-            product(e, 'N', 'T', rows, H, D, x, up, 0.0f, block_u);
+            product(e->sgemm, 'N', 'T', rows, H, D, x, up, 0.0f, block_u);
             activate(e, rows, block_u, e->weight ? e->weight + start : NULL, h);
-            product(e, 'N', 'T', rows, D, F, h, down, 0.0f, block_y);
+            product(e->sgemm, 'N', 'T', rows, D, F, h, down, 0.0f, block_y);
             if (e->token) add_back(e, y, start, rows, out);
         }
     }
@@ -177,14 +184,66 @@ void mixtura_experts_backward(
             rows = end - start < e->block ? end - start : e->block;
             const float *gy = rows_of(e, grad, start, rows, grad_copy);
             float *gx = e->token ? grad_rows : grad_x + start * D;
-            product(e, 'N', 'N', rows, F, D, gy, down, 0.0f, grad_h);
+            product(e->sgemm, 'N', 'N', rows, F, D, gy, down, 0.0f, grad_h);
             activate_backward(e, rows, u + start * H, e->weight ? e->weight + start : NULL, grad_h, h, grad_u,
                               grad_weight ? grad_weight + start : NULL);
-            product(e, 'T', 'N', D, F, rows, gy, h, beta, grad_down + n * D * F);
+            product(e->sgemm, 'T', 'N', D, F, rows, gy, h, beta, grad_down + n * D * F);
             const float *x = rows_of(e, e->x, start, rows, x_copy);
-            product(e, 'T', 'N', H, D, rows, grad_u, x, beta, grad_up + n * H * D);
-            product(e, 'N', 'N', rows, D, H, grad_u, up, 0.0f, gx);
+            product(e->sgemm, 'T', 'N', H, D, rows, grad_u, x, beta, grad_up + n * H * D);
+            product(e->sgemm, 'N', 'N', rows, D, H, grad_u, up, 0.0f, gx);
             if (e->token) add_back(e, grad_rows, start, rows, grad_x);
         }
+    }
+}
+
+/* Tokens lie by group, (N, G, D), and mixtures by expert, (E, N*C, D): slot s = e*C + c of group n is row n*C + c of
+   expert e. Weights are (N, G, S) with S = E*C. */
+typedef struct {
+    sgemm_t sgemm;
+    int64_t threads, groups, group_size, experts, mixtures, hidden;
+    float *scratch; /* threads * S * D */
+} mixing_t;
+
+static float *mixture_row(const mixing_t *m, const float *z, int64_t n, int64_t s) {
+    const int64_t e = s / m->mixtures, c = s % m->mixtures;
+    return (float *)z + ((e * m->groups + n) * m->mixtures + c) * m->hidden;
+}
+
+/* Copies a group's mixtures between their places and one block, (S, D). */
+static void move(const mixing_t *m, float *z, int64_t n, float *block, int into_block) {
+    const int64_t D = m->hidden, S = m->experts * m->mixtures;
+    for (int64_t s = 0; s < S; s++) {
+        float *row = mixture_row(m, z, n, s);
+        if (into_block) memcpy(block + s * D, row, D * sizeof(float));
+        else memcpy(row, block + s * D, D * sizeof(float));
+    }
+}
+
+/* z = weight.T @ tokens, for every group; with `inner` also inner = tokens @ other.T, (N, G, S), `other` lying as z. */
+void mixtura_mix(
+    const mixing_t *m, const float *weight, const float *tokens, float *z, const float *other, float *inner) {
+    const int64_t G = m->group_size, D = m->hidden, S = m->experts * m->mixtures;
+#pragma omp parallel for num_threads(m->threads) if (m->threads > 1)
+    for (int64_t n = 0; n < m->groups; n++) {
+        float *block = m->scratch + thread_number() * S * D;
+        if (inner) {
+            move(m, (float *)other, n, block, 1);
+            product(m->sgemm, 'N', 'T', G, S, D, tokens + n * G * D, block, 0.0f, inner + n * G * S);
+        }
+        product(m->sgemm, 'T', 'N', S, D, G, weight + n * G * S, tokens + n * G * D, 0.0f, block);
+        move(m, z, n, block, 0);
+    }
+}
+
+/* tokens = weight @ z, for every group; with `inner` also inner = other @ z.T, (N, G, S), `other` lying as tokens. */
+void mixtura_spread(
+    const mixing_t *m, const float *weight, const float *z, float *tokens, const float *other, float *inner) {
+    const int64_t G = m->group_size, D = m->hidden, S = m->experts * m->mixtures;
+#pragma omp parallel for num_threads(m->threads) if (m->threads > 1)
+    for (int64_t n = 0; n < m->groups; n++) {
+        float *block = m->scratch + thread_number() * S * D;
+        move(m, (float *)z, n, block, 1);
+        product(m->sgemm, 'N', 'N', G, D, S, weight + n * G * S, block, 0.0f, tokens + n * G * D);
+        if (inner) product(m->sgemm, 'N', 'T', G, S, D, other + n * G * D, block, 0.0f, inner + n * G * S);
     }
 }

@@ -91,6 +91,46 @@ def backward(
     return grad_x, grad_weight_R, grad_up_EHD, grad_down_EDF
 
 
+def mix(
+    weight_NGEC: Tensor, x_NGD: Tensor, other_ERD: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Mixtures (E, N*C, D) of the groups' tokens, as `dense.mix`.
+
+    With `other_ERD` also the gradient of `dense.spread`'s weights (N, G, E, C), if x is that of its output and `other`
+    was its input: both read the same tokens.
+    """
+    _, _, experts, mixtures = weight_NGEC.shape
+    z_ERD = x_NGD.new_empty(experts, len(x_NGD) * mixtures, x_NGD.size(-1))
+    inner = None if other_ERD is None else torch.empty_like(weight_NGEC)
+    _mix_or_spread("mixtura_mix", weight_NGEC, x_NGD, z_ERD, other_ERD, inner)
+    return z_ERD, inner
+
+
+def spread(
+    weight_NGEC: Tensor, y_ERD: Tensor, other_NGD: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens (N, G, D), the experts' outputs weighted, as `dense.spread`.
+
+    With `other_NGD` also the gradient of `dense.mix`'s weights (N, G, E, C), if y is that of its output and `other` was
+    its input.
+    """
+    out_NGD = y_ERD.new_empty(*weight_NGEC.shape[:2], y_ERD.size(-1))
+    inner = None if other_NGD is None else torch.empty_like(weight_NGEC)
+    _mix_or_spread("mixtura_spread", weight_NGEC, y_ERD, out_NGD, other_NGD, inner)
+    return out_NGD, inner
+
+
+def _mix_or_spread(name: str, weight_NGEC: Tensor, x: Tensor, out: Tensor, other: Tensor | None, inner: Any) -> None:
+    native = library()
+    assert native is not None, "ask `takes` first"
+    groups, group_size, experts, mixtures = weight_NGEC.shape
+    hidden, threads = x.size(-1), torch.get_num_threads()
+    scratch = x.new_empty(threads * experts * mixtures * hidden)
+    sizes = (threads, groups, group_size, experts, mixtures, hidden)
+    struct = _Mixing(_sgemm(), *sizes, scratch.data_ptr())
+    getattr(native, name)(ctypes.byref(struct), *_pointers(weight_NGEC, x, out, other, inner))
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled code, or None where it cannot be had."""
@@ -146,6 +186,16 @@ class _Experts(ctypes.Structure):
         ("sgemm", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("threads", "block", "experts", "hidden", "width", "gated", "activation")),
         *((name, ctypes.c_void_p) for name in ("counts", "token", "weight", "x", "up", "down", "scratch")),
+    )
+
+
+class _Mixing(ctypes.Structure):
+    """`mixing_t` of native.c, field by field."""
+
+    _fields_ = (
+        ("sgemm", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("threads", "groups", "group_size", "experts", "mixtures", "hidden")),
+        ("scratch", ctypes.c_void_p),
     )
 
 

@@ -84,6 +84,19 @@ def spread(y_ERD: Tensor, combine_NGEC: Tensor) -> Tensor:
     return torch.einsum("ngec,encd->ngd", combine_NGEC, y_ENCD)
 
 
+def mixed_ffn(
+    x_NGD: Tensor,
+    dispatch_NGEC: Tensor,
+    combine_NGEC: Tensor,
+    up_EHD: Tensor,
+    down_EDF: Tensor,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """(N, G, D) -> (N, G, D): mix, experts on the mixtures, spread."""
+    return spread(batched_ffn(mix(x_NGD, dispatch_NGEC), up_EHD, down_EDF, activation, gated), combine_NGEC)
+
+
 def few_ffn(
     x_TKD: Tensor,
     expert_TK: Tensor,

@@ -118,8 +118,7 @@ def sparse_experts(experts: Experts, x_TD: Tensor, routing: SparseRouting) -> Te
 
 def dense_experts(experts: Experts, x_NGD: Tensor, routing: DenseRouting) -> Tensor:
     """(N, G, D) -> (N, G, D): mix, experts on the mixtures, spread."""
-    z_ERD = kernels.mix(x_NGD, routing.dispatch_NGEC)
-    return kernels.spread(experts(z_ERD, kernels.batched_ffn), routing.combine_NGEC)
+    return experts(x_NGD, kernels.mixed_ffn, *routing)
 
 
 def chosen_experts(
