@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mixtura.config import FinetuneRecipe, Recipe, UserError, recipe_to_dict, recipe_to_toml
+from mixtura.kernels import native
 from mixtura.training.experiment import Experiment
 
 
@@ -130,6 +131,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "cpu_experts": "compiled C" if native.library() is not None else "torch (no C compiler, or no BLAS to call)",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
 

@@ -1,6 +1,7 @@
-"""Fast torch paths for dense routing: mixing and spreading as batched matrix products, experts as one batched product.
+"""Fast paths for dense routing: mixing and spreading as batched matrix products, experts as one batched product.
 
-Definitions: `reference.py`, whose shape letters hold here too.
+On the CPU in float32 all of it runs in C where that can be compiled: see `native`. Definitions: `reference.py`, whose
+shape letters hold here too.
 """
 
 from typing import Any
@@ -72,14 +73,9 @@ class _BatchedFFN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_ERD: Tensor, up_EHD: Tensor, down_EDF: Tensor, activation: str, gated: bool) -> Tensor:
-        ctx.settings = (activation, gated)
-        if native.takes(activation, x_ERD, up_EHD, down_EDF):
-            counts = [x_ERD.size(1)] * len(x_ERD)
-            y_ERD, u_RH = native.forward(x_ERD, None, None, counts, up_EHD, down_EDF, activation, gated)
-            ctx.save_for_backward(x_ERD, up_EHD, down_EDF, u_RH.view(*x_ERD.shape[:2], -1))
-            return y_ERD
         u_ERH = torch.bmm(x_ERD, up_EHD.transpose(1, 2))
         ctx.save_for_backward(x_ERD, up_EHD, down_EDF, u_ERH)
+        ctx.settings = (activation, gated)
         return torch.bmm(activate(u_ERH, activation, gated), down_EDF.transpose(1, 2))
 
     @staticmethod
@@ -87,14 +83,6 @@ class _BatchedFFN(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_ERD,) = grad_outputs
         x_ERD, up_EHD, down_EDF, u_ERH = ctx.saved_tensors
-        activation, gated = ctx.settings
-        grad_ERD = grad_ERD.contiguous()
-        if native.takes(activation, grad_ERD, x_ERD, up_EHD, down_EDF):
-            counts = [x_ERD.size(1)] * len(x_ERD)
-            grad_x_ERD, _, grad_up_EHD, grad_down_EDF = native.backward(
-                grad_ERD, x_ERD, None, None, counts, up_EHD, down_EDF, u_ERH, activation, gated
-            )
-            return grad_x_ERD, grad_up_EHD, grad_down_EDF, None, None
         grad_down_EDF = torch.bmm(grad_ERD.transpose(1, 2), activate(u_ERH, *ctx.settings))
         grad_u_ERH = activate_backward(torch.bmm(grad_ERD, down_EDF), u_ERH, *ctx.settings)
         grad_up_EHD = torch.bmm(grad_u_ERH.transpose(1, 2), x_ERD)

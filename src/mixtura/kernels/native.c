@@ -53,7 +53,10 @@ static inline float exp_f(float x) {
     return p * scale.f;
 }
 
-static inline float sigmoid_f(float x) { return 1.0f / (1.0f + exp_f(-x)); }
+static inline float sigmoid_f(float x) {
+    const float s = 1.0f / (1.0f + exp_f(-x));
+    return x < -88.0f ? 0.0f : s; /* exp_f ends there, and x times what it ends with need not be small */
+}
 
 /* One row: h = act(gate) * up * weight. Called with constants for `silu` and `gated`, so that each case is its own loop. */
 static inline void activate_row(int silu, int gated, int64_t F, const float *u, float weight, float *h) {

@@ -1,10 +1,10 @@
-"""Fast torch paths for sparse routing: each expert on its own rows, without padding and without a copy of the weights.
+"""Fast paths for sparse routing: each expert on its own rows, without padding and without a copy of the weights.
 
 On the CPU a few experts are finished before the next begin, so their rows stay in cache; only the products run expert
-by expert, so that many small experts cost no more calls than they must. The gradients of all experts are written into
-one tensor (indexing a stacked weight under autograd would allocate a full zero gradient for every expert). Only the
-first projection is kept for the backward pass. On a GPU torch's grouped GEMM runs, with no host
-synchronisation.
+by expert, so that many small experts cost no more calls than they must. In float32 `native` does the same in C where
+that can be compiled. The gradients of all experts are written into one tensor (indexing a stacked weight under autograd
+would allocate a full zero gradient for every expert). Only the first projection is kept for the backward pass. On a
+GPU torch's grouped GEMM runs, with no host synchronisation.
 
 Shapes: T tokens, R routed rows sorted by expert, E experts, D hidden, F expert width, H = 2F when gated else F.
 """
@@ -125,9 +125,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (T, D), weight (R,), up (E, H, D) and down (E, D, F)."""
     if native.takes(activation, grad_TD, x_TD, weight_R, up_EHD, down_EDF):
-        return native.backward(
-            grad_TD, x_TD, token_R, weight_R, counts, up_EHD, down_EDF, u_RH, activation, gated
-        )
+        arguments = (x_TD, token_R, weight_R, counts, up_EHD, down_EDF, u_RH, activation, gated)
+        grads = native.backward(grad_TD, *arguments)
+        assert grads[1] is not None, "there are weights"
+        return grads[0], grads[1], *grads[2:]
     grad_x_TD = torch.zeros_like(x_TD)
     grad_weight_R = torch.empty_like(weight_R)
     grad_up_EHD, grad_down_EDF = torch.empty_like(up_EHD), torch.empty_like(down_EDF)

@@ -1,0 +1,160 @@
+"""Experts in C against their definition: blocks, activations at their ends, what is left to torch, how it is built."""
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from mixtura.kernels import mixed_ffn, native, reference, sparse_ffn
+
+compiled = pytest.mark.skipif(native.library() is None, reason="no C compiler, or torch's library has no sgemm to call")
+
+
+def sparse_inputs(counts, *, tokens, hidden_size=20, width=12, gated=True):
+    token_R = torch.cat([torch.randperm(tokens)[:count].sort().values for count in counts])
+    weights = (torch.randn(len(counts), 2 * width if gated else width, hidden_size) / 4,)
+    weights += (torch.randn(len(counts), hidden_size, width) / 4,)
+    return torch.randn(tokens, hidden_size), token_R, torch.rand(len(token_R)), torch.tensor(counts), *weights
+
+
+def mixed_inputs(groups, group_size, experts, mixtures, *, hidden_size=20, width=12, gated=True):
+    weight_NGEC = torch.rand(2, groups, group_size, experts, mixtures)
+    up_EHD = torch.randn(experts, 2 * width if gated else width, hidden_size) / 4
+    down_EDF = torch.randn(experts, hidden_size, width) / 4
+    return torch.randn(groups, group_size, hidden_size), *weight_NGEC, up_EHD, down_EDF
+
+
+def output_and_gradients(function, inputs, activation, gated, dtype):
+    copies = [t.to(dtype).requires_grad_() if t.is_floating_point() else t for t in inputs]
+    y = function(*copies, activation, gated)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(dtype))
+    return [y.detach().double()] + [t.grad.double() for t in copies if t.is_floating_point()]
+
+
+def assert_equals_definition(name, function, inputs, activation, gated):
+    expected = output_and_gradients(getattr(reference, name), inputs, activation, gated, torch.float64)
+    for actual, value in zip(
+        output_and_gradients(function, inputs, activation, gated, torch.float32), expected, strict=True
+    ):
+        assert_close(actual, value, rtol=0, atol=2e-6 * max(1.0, value.abs().max().item()))
+
+
+@compiled
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_of_several_blocks_equal_the_definition(activation, gated, threads):
+    # Blocks end within an expert, at its end and beyond it, and experts without rows lie between.
+    counts = [2 * native.BLOCK_ROWS + 1, 0, native.BLOCK_ROWS, 3, 0]
+    inputs = sparse_inputs(counts, tokens=600, gated=gated)
+    torch.set_num_threads(threads)
+    try:
+        assert_equals_definition("sparse_ffn", sparse_ffn, inputs, activation, gated)
+        inputs = mixed_inputs(2 * native.BLOCK_ROWS // 3, 2, 3, 2, gated=gated)
+        assert_equals_definition("mixed_ffn", mixed_ffn, inputs, activation, gated)
+    finally:
+        torch.set_num_threads(1)
+
+
+@compiled
+def test_the_c_code_is_what_runs(monkeypatch):
+    seen = []
+    run = native.forward
+    monkeypatch.setattr(native, "forward", lambda *arguments: seen.append(len(arguments)) or run(*arguments))
+    mixed_ffn(*mixed_inputs(3, 4, 2, 1), "silu", True)
+    sparse_ffn(*sparse_inputs([3, 2], tokens=4), "silu", True)
+    assert len(seen) == 2
+
+
+@compiled
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_activations_are_right_from_end_to_end(activation, gated):
+    values_T = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([-1e30, -120.0, -88.5, -0.0, 88.5, 120.0, 1e30])])
+    x_TD = torch.stack([values_T, torch.ones_like(values_T)], -1)
+    up_EHD = torch.eye(2)[None] if gated else torch.eye(2)[None, :1]
+    tokens = torch.arange(len(values_T))
+    inputs = (
+        x_TD,
+        tokens,
+        torch.ones(len(tokens)),
+        torch.tensor([len(tokens)]),
+        up_EHD,
+        torch.tensor([[[1.0], [0.0]]]),
+    )
+    assert native.takes(activation, x_TD, up_EHD)
+    copies = [tensor.clone().requires_grad_() if tensor.is_floating_point() else tensor for tensor in inputs]
+    y_TD = sparse_ffn(*copies, activation, gated)
+    y_TD[:, 0].sum().backward()
+    wide_T = values_T.double().requires_grad_()
+    expected_T = getattr(nn.functional, activation)(wide_T)
+    expected_T.sum().backward()
+    assert_close(y_TD[:, 0].double(), expected_T.detach(), rtol=4e-7, atol=1e-36)
+    # The slope of SiLU is a difference of two sums that nearly cancel where it crosses zero.
+    assert_close(copies[0].grad[:, 0].double(), wide_T.grad, rtol=1e-6, atol=2e-7)
+
+
+@compiled
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_what_is_no_number_stays_none(activation):
+    x_TD, *rest = sparse_inputs([3, 4], tokens=5)
+    x_TD[1, 0] = float("nan")
+    y_TD = sparse_ffn(x_TD, *rest, activation, True)
+    touched_T = torch.zeros(5, dtype=torch.bool)
+    touched_T[1] = (rest[0] == 1).any()
+    assert (y_TD.isnan().all(1) == touched_T).all() and touched_T.any()
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("activation", "tensor"),
+    [
+        pytest.param("gelu", torch.zeros(2, 2), id="another activation"),
+        pytest.param("silu", torch.zeros(2, 2, dtype=torch.float64), id="float64"),
+        pytest.param("silu", torch.zeros(2, 2, dtype=torch.bfloat16), id="bfloat16"),
+        pytest.param("silu", torch.zeros(2, 3).T, id="not contiguous"),
+        pytest.param("silu", torch.zeros(2, 2, device="meta"), id="without memory"),
+    ],
+)
+def test_the_rest_is_left_to_torch(activation, tensor):
+    assert native.takes("silu", torch.zeros(2, 2), nn.Parameter(torch.zeros(2, 2)))
+    assert not native.takes(activation, torch.zeros(2, 2), tensor)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        pytest.param("MIXTURA_NATIVE", "0", id="switched off"),
+        pytest.param("CC", "false", id="a compiler that fails"),
+        pytest.param("CC", "/no/such/compiler", id="no compiler"),
+        pytest.param("MIXTURA_CACHE", "/dev/null/nowhere", id="nowhere to write"),
+    ],
+)
+def test_without_the_c_code_torch_gives_the_same(name, value, monkeypatch, tmp_path):
+    monkeypatch.setenv("MIXTURA_CACHE", str(tmp_path))
+    monkeypatch.setenv(name, value)
+    native.library.cache_clear()
+    try:
+        assert native.library() is None
+        assert not list(tmp_path.rglob("*.so"))
+        assert_equals_definition("sparse_ffn", sparse_ffn, sparse_inputs([5, 0, 300], tokens=400), "silu", True)
+        assert_equals_definition("mixed_ffn", mixed_ffn, mixed_inputs(3, 4, 2, 2), "silu", True)
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
+
+
+@compiled
+def test_it_is_compiled_once_and_whole(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIXTURA_CACHE", str(tmp_path))
+    native.library.cache_clear()
+    try:
+        assert native.library() is not None
+        (made,) = (tmp_path / "native").iterdir()
+        before = made.stat().st_mtime_ns
+        native.library.cache_clear()
+        assert native.library() is not None and made.stat().st_mtime_ns == before
+        assert list((tmp_path / "native").iterdir()) == [made]
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
