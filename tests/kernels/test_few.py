@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from mixtura import kernels
-from mixtura.kernels import few, reference
+from mixtura.kernels import few, native, reference
 from mixtura.layers import Experts, TokenChoiceMoE
 from mixtura.layers.routing import chosen_experts
 
@@ -32,6 +32,23 @@ def random_choices(tokens, choices, num_experts, hidden, *, one_input=False, sca
 
 def run_chosen(experts, x_TKD, expert_TK, scale_TK, weight_TK):
     return chosen_experts(experts, x_TKD, expert_TK, weight_TK, scale_TK)
+
+
+@GATED
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@given(t=st.integers(1, 200), k=SIZES, e=SIZES, d=SIZES, f=SIZES, one_input=st.booleans(), scaled=st.booleans())
+def test_chosen_experts_in_c_equal_their_definition(activation, gated, t, k, e, d, f, one_input, scaled):
+    experts = random_experts(e, d, f, activation, gated)
+    choices = random_choices(t, k, e, d, one_input=one_input, scaled=scaled)
+    arguments = (*choices, *experts.weights)
+    single = [
+        value.detach().float() if value is not None and value.is_floating_point() else value for value in arguments
+    ]
+    with torch.no_grad():
+        expected_TD = reference.few_ffn(*arguments, activation, gated)
+        y_TD = kernels.few_ffn(*single, activation, gated)
+    assert y_TD.dtype == torch.float32
+    assert_close(y_TD.double(), expected_TD, rtol=0, atol=2e-6 * max(1.0, expected_TD.abs().max().item()))
 
 
 @GATED
@@ -65,12 +82,17 @@ def test_gradients_go_the_sorted_way_and_are_those_of_the_definition():
         assert_close(actual, expected)
 
 
-def test_only_few_rows_of_inference_are_few():
-    few_TK = torch.zeros(few.FEW_ROWS // 2, 2)
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, few.FEW_ROWS), (torch.float32, few.NATIVE_ROWS)], ids=["torch", "C"]
+)
+def test_only_few_rows_of_inference_are_few(dtype, limit):
+    x = torch.zeros(2, 3, dtype=dtype)
+    limit = limit if native.takes("silu", x) or dtype == torch.float64 else few.FEW_ROWS
     with torch.no_grad():
-        assert kernels.are_few(few_TK)
-        assert not kernels.are_few(torch.zeros(few.FEW_ROWS, 2))
-    assert not kernels.are_few(few_TK)
+        assert kernels.are_few(limit, "silu", x)
+        assert not kernels.are_few(limit + 1, "silu", x)
+        assert not kernels.are_few(0, "silu", x)
+    assert not kernels.are_few(limit, "silu", x)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -82,7 +104,7 @@ def test_a_decoding_step_of_token_choice_does_not_sort(monkeypatch, top_k):
     with torch.no_grad():
         assert_close(layer(x_BLD), expected_BLD)
         with pytest.raises(pytest.fail.Exception, match="it sorted"):
-            layer(torch.randn(2, 20, 6))
+            layer(torch.randn(2, few.NATIVE_ROWS, 6))
 
 
 def test_few_rows_run_under_autocast():

@@ -8,8 +8,8 @@ from mixtura.kernels.dense import mix as mix
 from mixtura.kernels.dense import mixed_ffn as mixed_ffn
 from mixtura.kernels.dense import scaled_ffn as scaled_ffn
 from mixtura.kernels.dense import spread as spread
+from mixtura.kernels.few import apart_ffn as apart_ffn
 from mixtura.kernels.few import are_few as are_few
 from mixtura.kernels.few import few_ffn as few_ffn
-from mixtura.kernels.few import few_rows as few_rows
-from mixtura.kernels.few import is_few as is_few
+from mixtura.kernels.native import takes as takes
 from mixtura.kernels.sparse import sparse_ffn as sparse_ffn

@@ -10,40 +10,30 @@ tokens of a group, C mixtures an expert has in a group.
 """
 
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixtura.config.assets import cache_folder
+from mixtura.kernels.compiled import library, sgemm
 
-_SOURCE = Path(__file__).with_name("native.c")
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-_ACTIVATIONS = {"relu": 0, "silu": 1}
+ACTIVATIONS = {"relu": 0, "silu": 1}
 BLOCK_ROWS = 256
 """Rows of a block: fewer make slow products, and more leave the cache (measured from 128 to 2,048)."""
 
 
 def takes(activation: str, *tensors: Tensor) -> bool:
     """Whether the C code can run these: contiguous float32 on the CPU, and an activation that it knows."""
-    # Tensors that stand for others, as those of a graph being compiled do, have no memory to point at.
-    known = activation in _ACTIVATIONS and all(
-        type(t) in (Tensor, torch.nn.Parameter)
-        and t.dtype == torch.float32
-        and t.device.type == "cpu"
-        and t.is_contiguous()
-        for t in tensors
-    )
-    return known and not torch.compiler.is_compiling() and library() is not None
+    if activation not in ACTIVATIONS or torch.compiler.is_compiling() or library() is None:
+        return False
+    for t in tensors:  # written out, as a decoding step asks often
+        # Tensors that stand for others, as those of a graph being traced do, have no memory to point at.
+        if t.dtype is not torch.float32 or type(t) not in (Tensor, torch.nn.Parameter):
+            return False
+        if not (t.is_cpu and t.is_contiguous()):
+            return False
+    return True
 
 
 def forward(
@@ -125,59 +115,11 @@ def _mix_or_spread(name: str, weight_NGEC: Tensor, x: Tensor, out: Tensor, other
     hidden, threads = x.size(-1), torch.get_num_threads()
     scratch = x.new_empty(threads * experts * mixtures * hidden)
     sizes = (threads, groups, group_size, experts, mixtures, hidden)
-    struct = _Mixing(_sgemm(), *sizes, scratch.data_ptr())
+    struct = _Mixing(sgemm(), *sizes, scratch.data_ptr())
     getattr(native, name)(ctypes.byref(struct), *_pointers(weight_NGEC, x, out, other, inner))
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled code, or None where it cannot be had."""
-    if os.environ.get("MIXTURA_NATIVE") == "0" or _sgemm() is None:
-        return None
-    compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
-    if compiler is None:
-        return None
-    try:
-        return ctypes.CDLL(str(_compiled(compiler, cache_folder() / "native")))
-    except (OSError, subprocess.SubprocessError):
-        return None  # an unwritable cache, or a compiler that does not know the flags: torch does it
-
-
-@functools.cache
-def _sgemm() -> int | None:
-    """Address of BLAS's `sgemm` in torch's own library, which builds with MKL or OpenBLAS inside export."""
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        path = Path(torch.__file__).parent / "lib" / name
-        if path.exists():
-            function = getattr(ctypes.CDLL(str(path)), "sgemm_", None)
-            return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
-    return None
-
-
-def _compiled(compiler: str, folder: Path) -> Path:
-    """The shared library for this source, compiler and processor; compiled unless it is there."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    digest = hashlib.blake2b(_SOURCE.read_bytes() + version + _processor() + " ".join(_FLAGS).encode(), digest_size=12)
-    path = folder / f"{digest.hexdigest()}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch, path.name)
-            command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE)]
-            subprocess.run(command, capture_output=True, check=True, timeout=120)
-            made.replace(path)  # whole or not at all: other processes may be compiling it too
-    return path
-
-
-def _processor() -> bytes:
-    """What -march=native depends on: a folder may be shared by machines of different kinds."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="ascii", errors="replace").splitlines() if info.exists() else []
-    named = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
-    return "\n".join([platform.machine(), platform.processor(), *sorted(named)]).encode()
-
-
-class _Experts(ctypes.Structure):
+class ExpertsStruct(ctypes.Structure):
     """`experts_t` of native.c, field by field."""
 
     _fields_ = (
@@ -217,11 +159,15 @@ class _Call:
         scratch = x.new_empty(BLOCK_ROWS * floats)
         counts_E = (ctypes.c_int64 * experts)(*counts)
         self._alive: tuple[Any, ...] = (scratch, counts_E, token_R, weight_R, x, up_EHD, down_EDF)
-        addresses = (ctypes.addressof(counts_E), *_pointers(token_R, weight_R, x, up_EHD, down_EDF, scratch))
-        numbers = (torch.get_num_threads(), BLOCK_ROWS, experts, hidden, width, gated, _ACTIVATIONS[activation])
-        self._struct = _Experts(_sgemm(), *numbers, *addresses)
+        addresses = (ctypes.addressof(counts_E), *_addresses(token_R, weight_R, x, up_EHD, down_EDF, scratch))
+        numbers = (torch.get_num_threads(), BLOCK_ROWS, experts, hidden, width, gated, ACTIVATIONS[activation])
+        self._struct = ExpertsStruct(sgemm(), *numbers, *addresses)
         self.pointer = ctypes.byref(self._struct)
 
 
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
 def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+    return [ctypes.c_void_p(address) for address in _addresses(*tensors)]

@@ -8,7 +8,6 @@ Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, C mixtures an ex
 N groups, G tokens of a group.
 """
 
-import math
 import warnings
 from typing import Literal
 
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from mixtura import kernels
 from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
-from mixtura.layers.few_alone import run_few_alone
 from mixtura.layers.losses import router_z_loss
 from mixtura.layers.population import Neighbours, Observation, Population, observe, zero_neighbours
 from mixtura.layers.routing import (
@@ -148,20 +146,10 @@ class MixtureOfTokens(FeedForward):
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, L, D) -> (B, L, D) in groups or token by token; padding counts as zeros, as if it were not there."""
         mode = ("alone" if self.zero_fill == 1 else "group") if self.training else self.inference_mode
-        if mode == "alone" and not want_stats and self._is_decoding_step(x_BLD):
-            assert self.alone_top_k is not None
-            y_TD = run_few_alone(
-                x_BLD.flatten(0, 1),
-                self.gate,
-                self.experts,
-                temperature=self.temperature,
-                log_mass=math.log(self.group_size - 1),
-                top_k=self.alone_top_k,
-                mixtures_per_expert=self.mixtures_per_expert,
-            )
-            return y_TD.view(x_BLD.shape), None
         if mode != "group":
             rest = zero_neighbours(self.group_size) if mode == "alone" else self.keep_population().neighbours
+            if not want_stats and self._is_decoding_step(x_BLD, rest):
+                return self._run_few_apart(x_BLD.flatten(0, 1), rest).view(x_BLD.shape), None
             real_T = mask_BL.flatten().bool() if mask_BL is not None and want_stats else None
             y_TD, stats = self._run_apart(x_BLD.flatten(0, 1), real_T, want_stats, rest)
             return y_TD.view(x_BLD.shape), stats
@@ -177,12 +165,22 @@ class MixtureOfTokens(FeedForward):
             y_NGD, stats = self._run_groups(x_NGD, real_NG, want_stats)
         return from_groups(y_NGD, batch, length, self.group_over), stats
 
-    def _is_decoding_step(self, x_BLD: Tensor) -> bool:
-        """Whether `run_few_alone` can take the place of `_run_apart`: same numbers, fewer calls, nobody watching."""
-        if self.alone_top_k is None or not kernels.is_few(x_BLD.size(0) * x_BLD.size(1) * self.alone_top_k):
+    def _is_decoding_step(self, x_BLD: Tensor, rest: Neighbours) -> bool:
+        """Whether `_run_few_apart` can take the place of `_run_apart`: same numbers, fewer calls, nobody watching."""
+        if self.alone_top_k is None or self.combine_gate is not None or self.choice_tap.watched:
             return False
-        on_cpu = x_BLD.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        return on_cpu and self.combine_gate is None and not self.choice_tap.watched
+        if x_BLD.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return False
+        activation, rows = self.experts.activation, x_BLD.size(0) * x_BLD.size(1) * self.alone_top_k
+        averages = [each for each in rest if isinstance(each, Tensor)]
+        return kernels.are_few(rows, activation, x_BLD) and (
+            not averages or kernels.takes(activation, x_BLD, *averages)
+        )
+
+    def _run_few_apart(self, x_TD: Tensor, rest: Neighbours) -> Tensor:
+        means = (rest.mean_SD, rest.output_SD)
+        settings = (self.temperature, rest.log_mass_S, *means, self.alone_top_k, self.mixtures_per_expert)
+        return self.experts(x_TD, kernels.apart_ffn, self.gate(x_TD), *settings)
 
     def _real_places(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor | None:
         """(N, G), true where a group has a token that is neither padding nor filling; None when all are."""

@@ -89,6 +89,8 @@ class ChoiceTap(nn.Module):
 
 def router_logits(x: Tensor, weight_ED: Tensor) -> Tensor:
     """(..., D) -> (..., E) in float32 or wider, whatever autocast says: in bfloat16 near-ties change the choice."""
+    if x.dtype == weight_ED.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
+        return torch.nn.functional.linear(x, weight_ED)  # on its own: next to one token every call counts
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not torch.is_autocast_enabled(x.device.type):  # entering a context costs as much as the product of one token
         return torch.nn.functional.linear(x.to(dtype), weight_ED.to(dtype))
@@ -128,7 +130,7 @@ def chosen_experts(
 
     K of the input may be 1, where all choices of a token have the same; no scale is a scale of 1.
     """
-    if kernels.are_few(expert_TK):
+    if kernels.are_few(expert_TK.numel(), experts.activation, x_TKD):
         return experts(x_TKD, kernels.few_ffn, expert_TK, scale_TK, weight_TK)
     order_R, rows_E = order_by_expert(expert_TK, experts.num_experts)
     choices = expert_TK.size(1)

@@ -121,7 +121,7 @@ class TokenChoiceMoE(FeedForward):
             choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
         self.choice_tap(weight_TK, choice_TK)
         stats = None
-        if not apart and are_few(choice_TK):
+        if not apart and are_few(choice_TK.numel(), self.experts.activation, real_TD):
             y_TD = chosen_experts(self.experts, real_TD.unsqueeze(1), choice_TK, weight_TK)
         else:
             routing = sort_by_expert(choice_TK, weight_TK, self.num_experts)

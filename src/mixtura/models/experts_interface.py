@@ -35,7 +35,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     if _has_rows_of_other_ranks(experts, top_k_index):
         routing = _rows_of_this_rank(top_k_index, top_k_weights, experts.num_experts)
         y_TD = kernels.sparse_ffn(hidden_states, *routing, *weights)
-    elif kernels.are_few(top_k_index):
+    elif kernels.are_few(top_k_index.numel(), activation, hidden_states, up_EHD, down_EDF):
         y_TD = kernels.few_ffn(hidden_states.unsqueeze(1), top_k_index, None, top_k_weights, *weights)
     else:
         routing = sort_by_expert(top_k_index, top_k_weights, experts.num_experts)

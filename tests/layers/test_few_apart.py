@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from mixtura.kernels import native
 from mixtura.layers import MixtureOfTokens
 
 
@@ -49,6 +50,44 @@ def test_both_ways_give_the_same(batch, length, experts, group, mixtures, top_k,
     x_BLD = torch.randn(batch, length, 6, dtype=torch.float64)
     with torch.no_grad():
         assert_close(layer(x_BLD), the_long_way(layer, x_BLD), rtol=0, atol=1e-10)
+
+
+@given(
+    batch=st.integers(1, 40),
+    experts=st.integers(2, 5),
+    group=st.integers(2, 40),
+    mixtures=st.integers(1, 2),
+    top_k=st.integers(1, 3),
+    temperature=st.sampled_from([1.0, 0.3]),
+    activation=st.sampled_from(["relu", "silu"]),
+    gated=st.booleans(),
+    mode=st.sampled_from(["alone", "population"]),
+)
+def test_both_ways_give_the_same_in_c(batch, experts, group, mixtures, top_k, temperature, activation, gated, mode):
+    shape = {
+        "num_experts": experts,
+        "group_size": group,
+        "mixtures_per_expert": mixtures,
+        "alone_top_k": min(top_k, experts),
+    }
+    settings = {"temperature": temperature, "activation": activation, "gated": gated, "population": True}
+    layer = random_layer(**shape, **settings, inference_mode=mode)
+    for name, buffer in layer.population.named_buffers():
+        if name != "updates":
+            torch.nn.init.normal_(buffer)
+    x_BLD = torch.randn(batch, 1, 6, dtype=torch.float64)
+    with torch.no_grad():
+        expected_BLD = the_long_way(layer, x_BLD)
+        y_BLD = layer.float()(x_BLD.float())
+    assert_close(y_BLD.double(), expected_BLD, rtol=0, atol=5e-6 * max(1.0, expected_BLD.abs().max().item()))
+
+
+@pytest.mark.skipif(not native.takes("relu"), reason="no C compiler, or torch's library has no sgemm to call")
+@pytest.mark.parametrize("mode", ["alone", "population"])
+def test_in_c_a_larger_step_of_either_mode_goes_the_short_way(no_long_way, mode):
+    layer = random_layer(population=True, inference_mode=mode).float()
+    with torch.no_grad():
+        layer(torch.randn(64, 1, 6))
 
 
 def test_a_decoding_step_goes_the_short_way(no_long_way):
