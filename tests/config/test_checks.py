@@ -1,5 +1,7 @@
 """Values that are well-typed and cannot work together."""
 
+from importlib.util import find_spec
+
 import pytest
 
 from mixtura.config import UserError, recipe_from_dict
@@ -31,6 +33,11 @@ def build(section=None, arm=None, **top):
         ({"section": {"model": {"hidden_size": 100, "num_attention_heads": 4}}}, "even, whole width"),
         ({"section": {"model": {"num_key_value_heads": 3}}}, "must divide the 4 attention heads"),
         ({"section": {"training": {"learning_rate": -1.0}}}, "greater than zero"),
+        pytest.param(
+            {"section": {"training": {"optimizer": "adamw_8bit"}}},
+            "pip install torchao",
+            marks=pytest.mark.skipif(find_spec("torchao") is not None, reason="torchao is installed"),
+        ),
         ({"arm": {"family": "token_choice", "top_k": 17}}, "lower top_k or raise num_experts"),
         ({"arm": {"family": "token_choice", "capacity_factor": 0.0}}, r"capacity_factor' is 0\.0"),
         ({"arm": {"family": "token_choice", "num_experts": 0}}, "num_experts' is 0"),

@@ -1,9 +1,11 @@
 import itertools
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from mixtura.config import TrainingConfig
+from mixtura.diagnostics.memory import live_bytes
 from mixtura.training.optimization import build_optimizer, build_schedule, learning_rate_factor, warmup_steps
 
 
@@ -32,6 +34,44 @@ def test_only_matrices_decay(tiny_model):
     for name, parameter in model.named_parameters():
         assert decay[id(parameter)] == (0.0 if "norm" in name else 0.3), name
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.9)
+
+
+def step_with(tiny_model, name):
+    torch.manual_seed(0)
+    model = tiny_model("mixture_of_tokens", hidden_size=64, moe_intermediate_size=128)
+    optimizer = build_optimizer(model, TrainingConfig(optimizer=name), learning_rate=1e-3)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return model, optimizer, before
+
+
+@pytest.mark.parametrize(
+    ("name", "most_bytes_a_parameter"),
+    [
+        pytest.param("adamw", 8.1, id="adamw"),
+        pytest.param(
+            "adamw_8bit",
+            3.0,
+            id="adamw_8bit",
+            marks=pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed"),
+        ),
+        pytest.param("adafactor", 0.2, id="adafactor"),
+    ],
+)
+def test_every_optimizer_moves_all_parameters_and_keeps_no_more_than_it_says(tiny_model, name, most_bytes_a_parameter):
+    model, optimizer, before = step_with(tiny_model, name)
+    assert all((new != old).any() for new, old in zip(model.parameters(), before, strict=True))
+    kept = live_bytes(model, optimizer) - live_bytes(model)
+    assert 0 < kept <= most_bytes_a_parameter * sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_adafactor_factors_every_expert_by_itself(tiny_model):
+    model, optimizer, _ = step_with(tiny_model, "adafactor")
+    experts = model.mixture_layers()[0].experts.down_proj
+    state = optimizer.state[experts]
+    assert state["row_var"].shape == (*experts.shape[:2], 1) and state["col_var"].shape[0] == len(experts)
 
 
 def test_the_schedule_scales_the_optimizers_rate(tiny_model):

@@ -18,6 +18,7 @@ from mixtura.models.build import build_model_config
 from mixtura.planning import active_parameters, flops_per_token, flops_ratio, model_parameters
 from mixtura.training import LanguageModelling
 from mixtura.training.experiment import Arm, Experiment
+from mixtura.training.optimization import OPTIMIZER_NAMES
 
 _SETTINGS: dict[str, tuple[str, ...]] = {
     "dense": (),
@@ -142,7 +143,8 @@ class Pretraining(Experiment):
             else "FLOPs a token, routing and mixing counted",
             f"steps ({training.steps:,}) and tokens a step ({tokens:,})",
             f"the initialisation rule (normal, standard deviation {recipe.model.initializer_range:g}, seeded)",
-            "optimizer (AdamW), warm-up, cosine schedule, weight decay and gradient clipping",
+            f"optimizer ({OPTIMIZER_NAMES[training.optimizer]}), warm-up, cosine schedule, weight decay and gradient "
+            "clipping",
             "the held-out sequences",
         ]
 

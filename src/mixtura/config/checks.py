@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from mixtura.config.schema import (
@@ -97,6 +98,11 @@ def _check_training(training: TrainingConfig, search: SearchConfig) -> None:
     for key in ("adam_beta1", "adam_beta2"):
         if getattr(training, key) >= 1:
             raise UserError(f"'training.{key}' is {getattr(training, key)}: it must be less than 1.")
+    if training.optimizer == "adamw_8bit" and find_spec("torchao") is None:
+        raise UserError(
+            "'training.optimizer' is 'adamw_8bit' but torchao is not installed: pip install torchao, or choose "
+            "adamw or adafactor."
+        )
     rates = search.learning_rates
     if len(set(rates)) != len(rates):
         raise UserError(f"'search.learning_rates' is {list(rates)}: give each rate once.")

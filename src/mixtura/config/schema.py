@@ -135,6 +135,9 @@ class TrainingConfig:
     warmup_fraction: float = 0.05
     min_learning_rate_fraction: float = 0.1
     """The cosine ends at this share of the peak."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    """AdamW, fused; AdamW whose two moments are stored in 8 bits (torchao must be installed); or Adafactor, which keeps
+    a row and a column for each matrix. Mixtures have many parameters, and the last two save most of their state."""
     weight_decay: float = 0.1
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95

@@ -94,5 +94,15 @@ class _StorageLedger(TorchDispatchMode):
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    """The tensors in nested containers that have one storage of their own, which sparse ones lack."""
-    return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
+    """The tensors in nested containers that have one storage of their own, which sparse ones lack.
+
+    A tensor made of others, such as 8-bit codes and their scales, stands for these.
+    """
+    found: list[Tensor] = []
+    for leaf in tree_iter(tree):
+        if isinstance(leaf, Tensor) and hasattr(leaf, "__tensor_flatten__"):
+            parts, _ = leaf.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+            found += _tensors([getattr(leaf, part) for part in parts])
+        elif isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+            found.append(leaf)
+    return found

@@ -2,17 +2,24 @@
 
 import math
 from functools import partial
+from importlib import import_module
 
-import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mixtura.config import TrainingConfig
 
+OPTIMIZER_NAMES = {"adamw": "AdamW", "adamw_8bit": "AdamW with 8-bit moments", "adafactor": "Adafactor"}
+"""What reports call them."""
 
-def build_optimizer(model: nn.Module, config: TrainingConfig, *, learning_rate: float) -> AdamW:
-    """AdamW; weight decay falls on matrices only, not on norms, biases and other vectors."""
+
+def build_optimizer(model: nn.Module, config: TrainingConfig, *, learning_rate: float) -> Optimizer:
+    """The recipe's optimizer; weight decay falls on matrices only, not on norms, biases and other vectors.
+
+    Adafactor (arXiv 1804.04235) is torch's: its second moments are factored for each expert by itself, it keeps no
+    first moment, and its rate is relative to a parameter's size, so the betas do not apply and rates differ.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.dim() >= 2]
     vectors = [parameter for parameter in trained if parameter.dim() < 2]
@@ -21,11 +28,16 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, *, learning_rate: 
         for parameters, decay in ((matrices, config.weight_decay), (vectors, 0.0))
         if parameters
     ]
+    betas = (config.adam_beta1, config.adam_beta2)
+    if config.optimizer == "adafactor":
+        return Adafactor(groups, lr=learning_rate)
+    if config.optimizer == "adamw_8bit":
+        return import_module("torchao.optim").AdamW8bit(groups, lr=learning_rate, betas=betas)
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
-    return AdamW(groups, lr=learning_rate, betas=(config.adam_beta1, config.adam_beta2), fused=fused)
+    return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, config: TrainingConfig) -> LambdaLR:
+def build_schedule(optimizer: Optimizer, config: TrainingConfig) -> LambdaLR:
     """Linear warm-up, then a cosine; see `learning_rate_factor`."""
     factor = partial(
         learning_rate_factor,
