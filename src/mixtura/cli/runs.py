@@ -1,5 +1,6 @@
 """Verbs that train: compare, finetune, train."""
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -81,14 +82,27 @@ def train(
     preset: PresetOption = None,
     arm: Annotated[str | None, typer.Option(help="Which arm of the recipe to train.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Data order and initialisation.")] = 0,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="Train a checkpoint on: a folder, or a dense model by name. Alone, as in preset continue."
+        ),
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="Your own text: a file or folder.", show_default=False)] = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="runs/NAME-ARM")] = None,
     overrides: SetOption = None,
     resume: ResumeOption = True,
 ) -> None:
-    """Train one model: an arm of a recipe, with one seed."""
+    """Train one model: an arm of a recipe, with one seed, or a checkpoint on.
+
+    The finished model lies in the folder's arms, where `mixtura evaluate`, `generate` and `export` find it.
+    """
     from mixtura.comparison.runner import train_arm
 
-    loaded = load_recipe(recipe_path(recipe, preset), overrides or [])
+    if start is not None and recipe is None and preset is None:
+        preset = "continue"
+    path = recipe_path(recipe, preset)
+    loaded = load_recipe(path, [*_start_overrides(path, arm, start, text), *(overrides or [])])
     if arm is None and len(loaded.arms) > 1:
         raise UserError(f"The recipe has {len(loaded.arms)} arms: choose one with --arm {'|'.join(loaded.arms)}.")
     name = arm or next(iter(loaded.arms))
@@ -102,6 +116,21 @@ def train(
             f"held-out loss, {mode}: {losses['loss']:.4f} nats a token, {losses['bits_per_byte']:.4f} bits a byte"
         )
     typer.echo(f"Model: {folder / 'arms' / name / f'seed{seed}' / 'checkpoint'}")
+
+
+def _start_overrides(path: Path, arm: str | None, start: str | None, text: Path | None) -> list[str]:
+    """The changes of a recipe that --from and --text ask for, in the form of --set; JSON's strings are TOML's."""
+    changes = []
+    if start is not None:
+        arms = list(load_recipe(path).arms)
+        if arm is None and len(arms) > 1:
+            raise UserError(
+                f"The recipe has {len(arms)} arms: choose which to start from there, --arm {'|'.join(arms)}."
+            )
+        changes.append(f"arms.{arm or arms[0]}.init_from={json.dumps(start)}")
+    if text is not None:
+        changes += ['data.source="local"', f"data.path={json.dumps(str(text))}"]
+    return changes
 
 
 def _compare(path: Path, out: Path | None, overrides: list[str], *, resume: bool, open_report: bool) -> None:

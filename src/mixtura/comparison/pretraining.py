@@ -8,7 +8,10 @@ from typing import Any, final
 
 import torch
 
-from mixtura.config import ArmConfig, Recipe
+from mixtura.comparison.cautions import FLOPS_TOLERANCE
+from mixtura.comparison.continuing import continued_arm, with_checkpoints_tokenizer
+from mixtura.config import ArmConfig, Recipe, starts_from_checkpoints
+from mixtura.conversion.starting import load_decoder
 from mixtura.data.prepare import PreparedData, prepare_data
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.evaluation import evaluation_modes
@@ -31,7 +34,7 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
 
 @final
 class PretrainingArm(Arm):
-    """One family of feed-forward layers, in a model that is trained from scratch."""
+    """One family of feed-forward layers, in a model that is trained from scratch or from a checkpoint on."""
 
     def __init__(
         self,
@@ -54,8 +57,10 @@ class PretrainingArm(Arm):
         self.deployed_mode = _deployed_mode(config)
 
     def build(self, seed: int) -> MixtureForCausalLM:
-        """A freshly initialised model; the same rule and seed for every arm."""
+        """A freshly initialised model, the same rule and seed for every arm; or the checkpoint's, whatever the seed."""
         torch.manual_seed(seed)
+        if self.config.init_from is not None:
+            return load_decoder(self.config.init_from, self.model_config)
         # A copy: a model writes its inference mode into its configuration.
         return MixtureForCausalLM(copy.deepcopy(self.model_config))
 
@@ -68,6 +73,8 @@ class PretrainingArm(Arm):
         settings |= alone_settings(self.config)
         if self.family != "dense":
             settings |= {"expert_width": shape.moe_intermediate_size, "placement": self.config.placement}
+        if self.config.init_from is not None:
+            settings["init_from"] = self.config.init_from
         total = model_parameters(shape)
         return {
             "settings": {key: value for key, value in settings.items() if value is not None},
@@ -117,7 +124,8 @@ def make_pretraining(
     Raises:
         UserError: the text cannot be used.
     """
-    return Pretraining(recipe, prepare_data(recipe.data, cache_dir=cache_dir, on_progress=on_progress))
+    data = with_checkpoints_tokenizer(recipe) if starts_from_checkpoints(recipe) else recipe.data
+    return Pretraining(recipe, prepare_data(data, cache_dir=cache_dir, on_progress=on_progress))
 
 
 @final
@@ -136,13 +144,17 @@ class Pretraining(Experiment):
         recipe, training = self.recipe, self.recipe.training
         apart = max(abs(arm["flops_ratio"] - 1) for arm in described.values())
         tokens = training.batch_size * training.gradient_accumulation_steps * recipe.data.sequence_length
+        flops = f"FLOPs a token within {100 * apart:.2g} %" if apart else "FLOPs a token"
+        std = recipe.model.initializer_range
+        start = f"the initialisation rule (normal, standard deviation {std:g}, seeded)"
+        if starts_from_checkpoints(recipe):
+            start = "the tokenizer, and that every arm starts from its checkpoint, the same for all seeds"
         return [
             "the training tokens and their order, paired by seed",
-            f"FLOPs a token within {100 * apart:.2g} %, routing and mixing counted"
-            if apart
-            else "FLOPs a token, routing and mixing counted",
+            # What differs by more is said among the cautions, and is not held equal.
+            *([f"{flops}, routing and mixing counted"] if apart <= FLOPS_TOLERANCE else []),
             f"steps ({training.steps:,}) and tokens a step ({tokens:,})",
-            f"the initialisation rule (normal, standard deviation {recipe.model.initializer_range:g}, seeded)",
+            start,
             f"optimizer ({OPTIMIZER_NAMES[training.optimizer]}), warm-up, cosine schedule, weight decay and gradient "
             "clipping",
             "the held-out sequences",
@@ -150,20 +162,24 @@ class Pretraining(Experiment):
 
 
 def _make_arm(recipe: Recipe, data: PreparedData, name: str) -> PretrainingArm:
-    config = recipe.arms[name]
+    config, vocab_size = recipe.arms[name], data.summary["vocab_size"]
     tokenizer: Any = data.tokenizer
-    return PretrainingArm(
-        name,
-        config,
-        build_model_config(
+    if config.init_from is not None:
+        config, model_config = continued_arm(recipe, name, vocab_size=vocab_size)
+    else:
+        model_config = build_model_config(
             recipe.model,
             config,
-            vocab_size=data.summary["vocab_size"],
+            vocab_size=vocab_size,
             max_position_embeddings=recipe.data.sequence_length,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-        ),
+        )
+    return PretrainingArm(
+        name,
+        config,
+        model_config,
         task=LanguageModelling(data, recipe.training),
         learning_rate=config.learning_rate or recipe.training.learning_rate,
         sequence_length=recipe.data.sequence_length,

@@ -37,3 +37,4 @@ from mixtura.config.schema import Recipe as Recipe
 from mixtura.config.schema import SearchConfig as SearchConfig
 from mixtura.config.schema import TrainingConfig as TrainingConfig
 from mixtura.config.schema import UserError as UserError
+from mixtura.config.starting import starts_from_checkpoints as starts_from_checkpoints

@@ -16,6 +16,7 @@ from mixtura.config.schema import (
     TrainingConfig,
     UserError,
 )
+from mixtura.config.starting import check_starts, starts_from_checkpoints
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -37,7 +38,9 @@ def check_recipe(recipe: Recipe) -> None:
         "training.batch_size": recipe.training.batch_size,
         "training.eval_sequences": recipe.training.eval_sequences,
     }
-    for name, arm in recipe.arms.items():
+    check_starts(recipe)
+    # Groups of an arm that starts from a checkpoint are checked when that is read.
+    for name, arm in ({} if starts_from_checkpoints(recipe) else recipe.arms).items():
         check_feed_forward(f"arms.{name}", arm, batch_sizes=sizes, sequence_length=recipe.data.sequence_length)
         if arm.route_by != "token":
             raise UserError(

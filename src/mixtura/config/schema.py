@@ -69,6 +69,9 @@ class ArmConfig:
     """One side of the comparison: the family of its feed-forward layers and that family's settings."""
 
     family: Family
+    init_from: str | None = None
+    """A checkpoint to start from: a folder that Mixtura wrote, or a dense model as `mixtura upcycle` takes it. It
+    decides the architecture, and the family may be left out; None starts from random weights."""
     learning_rate: float | None = None
     """Peak learning rate; None takes `training.learning_rate`."""
     placement: Placement = "later_half"

@@ -1,0 +1,169 @@
+"""Arms that start from checkpoints: models and costs are the checkpoints', and training goes on from there."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mixtura import cli, upcycle
+from mixtura.comparison.pretraining import make_pretraining
+from mixtura.comparison.runner import compare, train_arm
+from mixtura.config import UserError, recipe_from_dict
+from mixtura.data.tokenizer import train_tokenizer
+from mixtura.models import MixtureForCausalLM
+from mixtura.planning import flops_per_token
+
+SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_corpus, tmp_path_factory):
+    """A dense Llama, its token-choice mixture at equal FLOPs, its mixture of tokens, and one with another tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, vocab_size in (("dense", 300), ("other", 290)):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=300, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, **SHAPE
+        )
+        LlamaForCausalLM(config).save_pretrained(folder / name)
+        train_tokenizer(tiny_corpus, vocab_size=vocab_size).save_pretrained(folder / name)
+    upcycle(folder / "dense", folder / "sparse", num_experts=4, split=2, top_k=2)
+    upcycle(folder / "dense", folder / "mot", family="mixture_of_tokens", num_experts=4, top_k=2)
+    return folder
+
+
+@pytest.fixture
+def build(checkpoints, tiny_text):
+    """A factory: the recipe that trains these checkpoints on, the first as the baseline."""
+
+    def build(*names, steps=2, data=None, arm=None, **training):
+        arms = {name: {"init_from": str(checkpoints / name), **(arm or {})} for name in names}
+        settings = {"steps": steps, "batch_size": 4, "eval_every": 2, "eval_sequences": 8, "final_eval_sequences": 8}
+        text = {"source": "local", "path": str(tiny_text), "sequence_length": 16, "validation_fraction": 0.2}
+        return recipe_from_dict(
+            {
+                "name": "on",
+                "baseline": names[0],
+                "data": text | (data or {}),
+                "training": settings | {"save_every": 2} | training,
+                "arms": arms,
+            }
+        )
+
+    return build
+
+
+def test_an_arm_is_its_checkpoint_whatever_the_seed(build, checkpoints):
+    arms = make_pretraining(build("dense", "sparse", "mot"), cache_dir=None).arms
+    ids_BL = torch.randint(300, (4, 9))
+    expected = LlamaForCausalLM.from_pretrained(checkpoints / "dense").eval()(ids_BL).logits
+    for name, seed in (("dense", 0), ("dense", 1), ("sparse", 0)):
+        model = arms[name].build(seed).eval()
+        assert_close(model(ids_BL).logits, expected, rtol=1e-4, atol=1e-5)
+    assert isinstance(arms["mot"].build(0), MixtureForCausalLM)
+    assert [arms[name].family for name in arms] == ["dense", "token_choice", "mixture_of_tokens"]
+
+
+def test_what_an_arm_costs_and_is_comes_from_its_checkpoint(build):
+    experiment = make_pretraining(build("dense", "sparse", "mot"), cache_dir=None)
+    described = {name: arm.describe(experiment.arms["dense"]) for name, arm in experiment.arms.items()}
+    for name, arm in experiment.arms.items():
+        assert described[name]["parameters_total"] == sum(p.numel() for p in arm.build(0).parameters())
+        assert described[name]["flops_per_token"] == flops_per_token(arm.model_config, sequence_length=16)
+    assert described["sparse"]["settings"]["top_k"] == 2 and described["sparse"]["settings"]["num_experts"] == 4
+    assert described["sparse"]["settings"]["expert_width"] == 12
+    assert described["mot"]["settings"]["alone_top_k"] == 2
+    held = " ".join(experiment.held_equal(described))
+    assert "every arm starts from its checkpoint" in held and "initialisation rule" not in held
+
+
+def test_flops_that_differ_are_not_said_to_be_equal(build, checkpoints, tmp_path):
+    upcycle(checkpoints / "dense", checkpoints / "dear", num_experts=4, top_k=2)
+    recipe = build("dense", "dear")
+    experiment = make_pretraining(recipe, cache_dir=None)
+    described = {name: arm.describe(experiment.arms["dense"]) for name, arm in experiment.arms.items()}
+    assert described["dear"]["flops_ratio"] > 1.2
+    assert "FLOPs" not in " ".join(experiment.held_equal(described))
+
+
+def test_training_settings_are_the_recipes(build):
+    settings = {"router_z_loss_coef": 0.5, "population_rate": 0.1, "zero_fill": 0.5}
+    config = make_pretraining(build("mot", arm=settings), cache_dir=None).arms["mot"].model_config
+    assert (config.router_z_loss_coef, config.population_rate, config.zero_fill) == (0.5, 0.1, 0.5)
+    assert config.population
+
+
+def test_a_comparison_trains_all_checkpoints_on_and_resumes_to_the_same(build, tmp_path):
+    recipe = build("dense", "sparse", "mot", steps=4)
+    results = compare(recipe, out=tmp_path / "whole")
+    assert results["arms"]["sparse"]["flops_ratio"] == pytest.approx(1, abs=0.02)  # the router
+    kept = tmp_path / "whole" / "arms" / "sparse" / "seed0" / "checkpoint"
+    # Trained on: no longer the checkpoint that it was, and loadable with its tokenizer.
+    before = make_pretraining(recipe, cache_dir=None).arms["sparse"].build(0).state_dict()
+    after = MixtureForCausalLM.from_pretrained(kept).state_dict()
+    assert any((before[name] != after[name]).any() for name in before)
+    assert (kept / "tokenizer.json").is_file()
+    again = compare(recipe, out=tmp_path / "again")
+    for name in results["arms"]:
+        assert results["runs"][name][0]["final"] == again["runs"][name][0]["final"]
+
+
+@pytest.mark.parametrize(
+    ("names", "data", "message"),
+    [
+        (("dense", "other"), {}, r"'arms\.other\.init_from' has another tokenizer than 'arms\.dense\.init_from'"),
+        (("dense",), {"sequence_length": 128}, r"'data\.sequence_length' is 128, but .* has 64 positions"),
+    ],
+)
+def test_checkpoints_that_do_not_fit_are_refused(build, names, data, message):
+    with pytest.raises(UserError, match=message):
+        make_pretraining(build(*names, data=data), cache_dir=None)
+
+
+def test_a_batch_that_does_not_fill_the_checkpoints_groups_is_refused(build):
+    with pytest.raises(
+        UserError, match=r"'training\.batch_size' is 6, which is no multiple of 'arms\.mot\.group_size' 4"
+    ):
+        make_pretraining(build("mot", batch_size=6), cache_dir=None)
+
+
+def test_a_damaged_checkpoint_is_refused(build, checkpoints, tmp_path):
+    broken = checkpoints / "broken"
+    broken.mkdir()
+    for file in (checkpoints / "sparse").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = next(broken.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    arm = make_pretraining(build("broken"), cache_dir=None).arms["broken"]
+    with pytest.raises(UserError, match="cannot be loaded"):
+        arm.build(0)
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse"])
+def test_one_command_trains_a_checkpoint_on_with_ones_own_text(
+    checkpoints, tiny_text, tmp_path, monkeypatch, capsys, name
+):
+    changes = ["training.steps=2", "training.batch_size=4", "training.eval_sequences=4", "data.sequence_length=16"]
+    changes += ["training.final_eval_sequences=4", "training.eval_every=2", "data.validation_fraction=0.2"]
+    sets = [part for change in changes for part in ("--set", change)]
+    start = ["train", "--from", str(checkpoints / name), "--text", str(tiny_text), "--out", str(tmp_path / "on"), *sets]
+    monkeypatch.setattr("sys.argv", ["mixtura", *start])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    assert f"Model: {tmp_path / 'on' / 'arms' / 'model' / 'seed0' / 'checkpoint'}" in capsys.readouterr().out
+
+
+def test_a_recipe_of_several_arms_is_asked_which(checkpoints, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["mixtura", "train", "--preset", "quick", "--from", str(checkpoints / "dense")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "choose which to start from there" in capsys.readouterr().err
+
+
+def test_one_arm_is_trained_alone_as_in_the_comparison(build, tmp_path):
+    recipe = build("sparse", steps=2)
+    alone = train_arm(recipe, "sparse", seed=0, out=tmp_path / "alone")
+    whole = compare(recipe, out=tmp_path / "whole")
+    assert alone["final"] == whole["runs"]["sparse"][0]["final"]
