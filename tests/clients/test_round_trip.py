@@ -1,4 +1,4 @@
-"""The real checkpoint goes through all of it, each step by its command, and is served where Mixtura is not installed."""
+"""The real checkpoint goes through all of it, a command a step, and is served where Mixtura is not installed."""
 
 import json
 import os

@@ -105,7 +105,7 @@ def test_a_comparison_trains_all_checkpoints_on_and_resumes_to_the_same(build, t
     assert (kept / "tokenizer.json").is_file()
     again = compare(recipe, out=tmp_path / "again")
     for name in results["arms"]:
-        assert results["runs"][name][0]["final"] == again["runs"][name][0]["final"]
+        assert results["arms"][name]["runs"][0]["final"] == again["arms"][name]["runs"][0]["final"]
 
 
 @pytest.mark.parametrize(
@@ -166,4 +166,4 @@ def test_one_arm_is_trained_alone_as_in_the_comparison(build, tmp_path):
     recipe = build("sparse", steps=2)
     alone = train_arm(recipe, "sparse", seed=0, out=tmp_path / "alone")
     whole = compare(recipe, out=tmp_path / "whole")
-    assert alone["final"] == whole["runs"]["sparse"][0]["final"]
+    assert alone["final"] == whole["arms"]["sparse"]["runs"][0]["final"]
