@@ -19,14 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_GROUP_TOKENS = 256
-"""A group lies in one program whole; a larger one would not fit beside its mixtures."""
+MOST_GROUP_BYTES = 512
+"""Bytes of one column of a group, 256 tokens of 16 bits: a program holds a group whole, in 99 KiB of shared memory."""
 
 
 def takes_group(x_OPGD: Tensor) -> bool:
     """Whether the kernels run these groups: their size, their dtype, and a hidden axis without gaps."""
     known = x_OPGD.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return known and x_OPGD.size(2) <= MOST_GROUP_TOKENS and x_OPGD.stride(3) == 1
+    return known and x_OPGD.size(2) * x_OPGD.element_size() <= MOST_GROUP_BYTES and x_OPGD.stride(3) == 1
 
 
 def mix_groups(x_OPGD: Tensor, logits_OPGS: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
