@@ -289,7 +289,9 @@ def test_operators_meet_the_rules_of_torch_library(on):
     x_OPGD, logits_OPGS, slots = group_inputs(GROUPS["several mixtures"], on)
     torch.library.opcheck(torch.ops.mixtura.mix_groups, (x_OPGD, logits_OPGS, slots))
     z_ERD, lse_NS = torch.ops.mixtura.mix_groups(x_OPGD, logits_OPGS, slots)
-    torch.library.opcheck(torch.ops.mixtura.spread_groups, (z_ERD.detach().requires_grad_(), logits_OPGS, lse_NS, slots))
+    torch.library.opcheck(
+        torch.ops.mixtura.spread_groups, (z_ERD.detach().requires_grad_(), logits_OPGS, lse_NS, slots)
+    )
     torch.library.opcheck(torch.ops.mixtura.sort_choices, (torch.randint(4, (5, 2), device=on), 4))
 
 

@@ -34,7 +34,8 @@ for types, group, columns in ((narrow, 32, 64), (narrow, 256, 64), (narrow | {"r
     build(mixing._grad_logits_kernel, types, **blocks)
 build(routing._count_kernel, {"rest": "*i64"}, BLOCK=routing.BLOCK_ROWS, BLOCK_E=routing.BLOCK_EXPERTS)
 build(routing._place_kernel, {"rest": "*i64"}, BLOCK=routing.BLOCK_ROWS)
-rows = dict(rest="*bf16", weight_ptr="*fp32", grad_weight_ptr="*fp32", row_ptr="*i64", start_ptr="*i32", rows_ptr="*i64")
+rows = dict(rest="*bf16", weight_ptr="*fp32", grad_weight_ptr="*fp32", row_ptr="*i64", rows_ptr="*i64")
+rows["start_ptr"] = "*i32"
 for kind in ("relu", "gelu", "silu"):
     constants = dict(KIND=kind, GATED=True, ROWS=sparse.BLOCK_R, COLUMNS=256)
     build(sparse._activate_kernel, rows, **constants)

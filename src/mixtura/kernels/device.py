@@ -1,14 +1,15 @@
 """What runs on an accelerator: Triton's kernels where Triton is installed, for tensors on CUDA devices, else nothing.
 
-Callers ask first, and take a torch path where the answer is no. Under Triton's interpreter the same functions run on the
-CPU when they are called directly, which is how they are tested without an accelerator.
+Callers ask first, and take a torch path where the answer is no. Under Triton's interpreter the same functions run on
+the CPU when they are called directly, which is how they are tested without an accelerator.
 
-Shapes: T tokens, K choices of a token, R routed rows, E experts, D hidden, F expert width, H = 2F when gated else F,
-O outer and P inner places of a group, N = O*P groups, G tokens of a group, C mixtures an expert has in a group, S = E*C.
+Shapes: T tokens, K choices of a token, R routed rows, E experts, D hidden, F expert width, H = 2F when gated else F, O
+outer and P inner places of a group, N = O*P groups, G tokens of a group, C mixtures an expert has in a group, S = E*C.
 """
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from mixtura.kernels.precision import at_autocast_dtype
 
 TRITON = find_spec("triton") is not None
 """Whether Triton is installed: torch brings it along with its builds for CUDA."""
-if TRITON:
+if TRITON or TYPE_CHECKING:
     from mixtura.kernels import triton_mixing, triton_routing, triton_sparse
 
 

@@ -1,16 +1,19 @@
 """Mixture of tokens in Triton: the softmax over a group is taken where the tokens are summed up, and never stored.
 
-Dispatch and combine weights are exp(logit - the group's log-sum-exp), so what mixing and spreading read is the logits and
-one number a mixture. Groups are found by strides: tokens of different examples form a group without being copied
-together. Both directions and both gradients are made of three kernels: sums over a group, sums over the mixtures, and the
-gradient of the logits. Products accumulate in float32, and those of float32 are not rounded to TF32.
+Dispatch and combine weights are exp(logit - the group's log-sum-exp), so what mixing and spreading read is the logits
+and one number a mixture. Groups are found by strides: tokens of different examples form a group without being copied
+together. Both directions and both gradients are made of three kernels: sums over a group, sums over the mixtures, and
+the gradient of the logits. Products accumulate in float32, and those of float32 are not rounded to TF32.
 
-Imported where Triton is installed only; `device.py` says what runs. Definitions: `reference.mix` and `reference.spread` of
-a softmax over the group.
+Imported where Triton is installed only; `device.py` says what runs. Definitions: `reference.mix` and `reference.spread`
+of a softmax over the group.
 
-Shapes: O outer and P inner places of a group, N = O*P groups, G tokens of a group, E experts, C mixtures an expert has in
-a group, S = E*C, D hidden.
+Shapes: O outer and P inner places of a group, N = O*P groups, G tokens of a group, E experts, C mixtures an expert has
+in a group, S = E*C, D hidden.
 """
+
+# Triton may be absent, and a kernel is more than the function it is written as.
+# pyright: reportMissingImports=false, reportIndexIssue=false
 
 from typing import Any
 
@@ -216,9 +219,7 @@ def _mix_backward_op(
 
 
 @_mix_backward_op.register_fake
-def _(
-    grad_ERD: Tensor, x_OPGD: Tensor, logits_OPGS: Tensor, lse_NS: Tensor, num_slots: int
-) -> tuple[Tensor, Tensor]:
+def _(grad_ERD: Tensor, x_OPGD: Tensor, logits_OPGS: Tensor, lse_NS: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     logits_OPGS = _unit_last(logits_OPGS)
     grad_x_OPGD = _empty_places(logits_OPGS, x_OPGD.size(3), x_OPGD.dtype)
     return grad_x_OPGD, _empty_places(logits_OPGS, logits_OPGS.size(3), torch.float32)
@@ -244,9 +245,7 @@ def _spread_backward_op(
 
 
 @_spread_backward_op.register_fake
-def _(
-    grad_OPGD: Tensor, y_ERD: Tensor, logits_OPGS: Tensor, lse_NS: Tensor, num_slots: int
-) -> tuple[Tensor, Tensor]:
+def _(grad_OPGD: Tensor, y_ERD: Tensor, logits_OPGS: Tensor, lse_NS: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     logits_OPGS = _unit_last(logits_OPGS)
     return torch.empty_like(y_ERD), _empty_places(logits_OPGS, logits_OPGS.size(3), torch.float32)
 

@@ -8,6 +8,9 @@ Imported where Triton is installed only; `device.py` says what runs.
 Shapes: T tokens, K choices of a token, R = T*K rows, E experts.
 """
 
+# Triton may be absent, and a kernel is more than the function it is written as.
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
 import torch
 import triton
 import triton.language as tl
