@@ -284,6 +284,27 @@ def test_a_gradient_left_as_it_was_found_is_cleared_for_experts_without_rows(on)
 
 
 @ON
+def test_counts_that_are_one_number_expanded_are_read_as_such(on):
+    rows_E = torch.tensor([2, 0, 0], device=on)[:1].expand(3)
+    grad_EHD = torch.ones(3, 5, 7, device=on)
+    assert (triton_sparse._clear_unused(grad_EHD, rows_E) == 1).all()
+
+
+@ON
+def test_outputs_and_logits_of_any_strides_are_spread(on):
+    logits_OPGS = torch.randn(1, 2, 5, 3, device=on).transpose(0, 1).requires_grad_()
+    y_ERD = torch.randn(2, 3, 8, device=on).transpose(0, 1).requires_grad_()
+    lse_NS = logits_OPGS.detach().double().logsumexp(2).flatten(0, 1).float().t().contiguous().t()
+    out_OPGD = triton_mixing.spread_groups(y_ERD, logits_OPGS, lse_NS, 1)
+    grads = torch.autograd.grad(out_OPGD.square().sum(), [y_ERD, logits_OPGS])
+    copies = [grown(y_ERD), grown(logits_OPGS)]
+    expected_OPGD = defined_spread(*copies, 1)
+    expected = torch.autograd.grad(expected_OPGD.square().sum(), copies)
+    for actual, wanted in zip([out_OPGD, *grads], [expected_OPGD, *expected], strict=True):
+        assert_near(actual, wanted)
+
+
+@ON
 def test_operators_meet_the_rules_of_torch_library(on):
     """Schemas, fake outputs, autograd and dynamic shapes, so that torch.compile may rely on them."""
     x_OPGD, logits_OPGS, slots = group_inputs(GROUPS["several mixtures"], on)

@@ -45,7 +45,7 @@ def spread_groups(y_ERD: Tensor, logits_OPGS: Tensor, lse_NS: Tensor, num_slots:
 
     The output lies in memory as the logits do, so that groups of different examples are put back without a copy.
     """
-    return torch.ops.mixtura.spread_groups(y_ERD.contiguous(), logits_OPGS, lse_NS, num_slots)
+    return torch.ops.mixtura.spread_groups(y_ERD, logits_OPGS, lse_NS, num_slots)
 
 
 @triton.jit
@@ -227,7 +227,7 @@ def _(grad_ERD: Tensor, x_OPGD: Tensor, logits_OPGS: Tensor, lse_NS: Tensor, num
 
 @torch.library.custom_op("mixtura::spread_groups", mutates_args=())
 def _spread_op(y_ERD: Tensor, logits_OPGS: Tensor, lse_NS: Tensor, num_slots: int) -> Tensor:
-    return _sum_mixtures(y_ERD, _unit_last(logits_OPGS), lse_NS, num_slots)
+    return _sum_mixtures(y_ERD.contiguous(), _unit_last(logits_OPGS), lse_NS.contiguous(), num_slots)
 
 
 @_spread_op.register_fake
@@ -239,15 +239,15 @@ def _(y_ERD: Tensor, logits_OPGS: Tensor, lse_NS: Tensor, num_slots: int) -> Ten
 def _spread_backward_op(
     grad_OPGD: Tensor, y_ERD: Tensor, logits_OPGS: Tensor, lse_NS: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor]:
-    grad_OPGD, logits_OPGS = _unit_last(grad_OPGD), _unit_last(logits_OPGS)
-    grad_logits_OPGS = _grad_logits(grad_OPGD, y_ERD, logits_OPGS, lse_NS, num_slots)
+    grad_OPGD, logits_OPGS, lse_NS = _unit_last(grad_OPGD), _unit_last(logits_OPGS), lse_NS.contiguous()
+    grad_logits_OPGS = _grad_logits(grad_OPGD, y_ERD.contiguous(), logits_OPGS, lse_NS, num_slots)
     return _sum_groups(grad_OPGD, logits_OPGS, lse_NS, num_slots)[0], grad_logits_OPGS
 
 
 @_spread_backward_op.register_fake
 def _(grad_OPGD: Tensor, y_ERD: Tensor, logits_OPGS: Tensor, lse_NS: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     logits_OPGS = _unit_last(logits_OPGS)
-    return torch.empty_like(y_ERD), _empty_places(logits_OPGS, logits_OPGS.size(3), torch.float32)
+    return y_ERD.new_empty(y_ERD.shape), _empty_places(logits_OPGS, logits_OPGS.size(3), torch.float32)
 
 
 def _save_for_mix(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -197,6 +197,7 @@ def _sum_rows(y_RD: Tensor, row_R: Tensor, start_T: Tensor) -> Tensor:
 def _clear_unused(grad_E: Tensor, rows_E: Tensor) -> Tensor:
     """The gradient (E, ...), with zeros for experts without rows: a grouped GEMM may leave theirs as it found it."""
     size = grad_E[0].numel()
+    rows_E = rows_E.contiguous()  # equal counts may be one number, expanded
     _clear_unused_kernel[len(grad_E), triton.cdiv(size, CLEARED)](grad_E, rows_E, size, SPAN=CLEARED, BLOCK=1024)
     return grad_E
 
@@ -218,7 +219,7 @@ def _grouped_ffn_op(
     u_RH = F.grouped_mm(x_TD.index_select(0, token_R), up_EHD.transpose(1, 2), offs=ends_E)
     h_RF = _activate(u_RH, weight_R.contiguous(), activation, gated)
     y_RD = F.grouped_mm(h_RF, down_EDF.transpose(1, 2), offs=ends_E)
-    return _sum_rows(y_RD, row_R, start_T), u_RH
+    return _sum_rows(y_RD, row_R.contiguous(), start_T.contiguous()), u_RH
 
 
 @_grouped_ffn_op.register_fake
@@ -259,7 +260,8 @@ def _grouped_ffn_backward_op(
     grad_down_EDF = _clear_unused(F.grouped_mm(grad_y_RD.T, h_RF, offs=ends_E), tokens_per_expert_E)
     x_RD = x_TD.index_select(0, token_R)
     grad_up_EHD = _clear_unused(F.grouped_mm(grad_u_RH.T, x_RD, offs=ends_E), tokens_per_expert_E)
-    grad_x_TD = _sum_rows(F.grouped_mm(grad_u_RH, up_EHD, offs=ends_E), row_R, start_T)
+    grad_x_RD = F.grouped_mm(grad_u_RH, up_EHD, offs=ends_E)
+    grad_x_TD = _sum_rows(grad_x_RD, row_R.contiguous(), start_T.contiguous())
     return grad_x_TD, grad_weight_R, grad_up_EHD, grad_down_EDF
 
 
