@@ -18,6 +18,8 @@ EXTRAS = [
 
 # Run as files by the interpreter of a serving engine, whose packages are not ours; they import nothing of Mixtura.
 ENGINE_SCRIPTS = {"engine_vllm.py", "engine_llama_cpp.py"}
+# Torch's builds for CUDA require it, others lack it; modules named after it are imported where it is installed only.
+BROUGHT_BY_TORCH = {"triton"}
 
 IMPORT_HIDING = """
 import importlib, pkgutil, sys, warnings
@@ -39,7 +41,7 @@ warnings.simplefilter("ignore")
 for name in WANTED:
     module = importlib.import_module(name)
     for child in pkgutil.walk_packages(getattr(module, "__path__", []), name + "."):
-        if not child.name.endswith("__main__") and ".engine_" not in child.name:
+        if not child.name.endswith("__main__") and ".engine_" not in child.name and ".triton_" not in child.name:
             importlib.import_module(child.name)
 loaded = HIDDEN & {name.partition(".")[0] for name in sys.modules}
 assert not loaded, loaded
@@ -90,7 +92,7 @@ def _imported_packages() -> set[str]:
                 names |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 names.add(node.module.partition(".")[0])
-    return names - set(sys.stdlib_module_names) - {"mixtura"}
+    return names - set(sys.stdlib_module_names) - BROUGHT_BY_TORCH - {"mixtura"}
 
 
 def _normal(name: str) -> str:

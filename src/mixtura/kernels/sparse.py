@@ -4,7 +4,8 @@ On the CPU a few experts are finished before the next begin, so their rows stay 
 by expert, so that many small experts cost no more calls than they must. In float32 `native` does the same in C where
 that can be compiled. The gradients of all experts are written into one tensor (indexing a stacked weight under autograd
 would allocate a full zero gradient for every expert). Only the first projection is kept for the backward pass. On a
-GPU torch's grouped GEMM runs, with no host synchronisation.
+GPU torch's grouped GEMM runs, with no host synchronisation, between Triton's kernels where Triton is installed: see
+`device`.
 
 Shapes: T tokens, R routed rows sorted by expert, E experts, D hidden, F expert width, H = 2F when gated else F.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mixtura.kernels import native
+from mixtura.kernels import device, native
 from mixtura.kernels.activation import activate, activate_backward
 from mixtura.kernels.precision import at_autocast_dtype
 
@@ -34,11 +35,17 @@ def sparse_ffn(
     down_EDF: Tensor,
     activation: str,
     gated: bool,
+    row_TK: Tensor | None = None,
 ) -> Tensor:
     """(T, D) -> (T, D): out[t] = sum over the rows r with token_R[r] = t of weight_R[r] * expert(r)(x[t]).
 
-    Rows are sorted by expert, and an expert has a token at most once. Definition: `reference.sparse_ffn`.
+    Rows are sorted by expert, and an expert has a token at most once. Definition: `reference.sparse_ffn`. `row_TK`, the
+    rows of every token, saves an accelerator from finding them.
     """
+    if device.takes_rows(x_TD, up_EHD, down_EDF):
+        return device.grouped_ffn(
+            x_TD, token_R, weight_R, tokens_per_expert_E, row_TK, up_EHD, down_EDF, activation, gated
+        )
     x_TD, up_EHD, down_EDF = at_autocast_dtype(x_TD, up_EHD, down_EDF)
     weight_R = weight_R.to(x_TD.dtype)
     arguments = (x_TD, token_R, weight_R, tokens_per_expert_E, up_EHD, down_EDF, activation, gated)

@@ -223,17 +223,34 @@ class MixtureOfTokens(FeedForward):
         self, x_NGD: Tensor, real_NG: Tensor | None, want_stats: bool
     ) -> tuple[Tensor, RoutingStats | None]:
         logits_NGS = combine_logits_NGS = self._logits(x_NGD, self.gate)
-        weight_NGS = logits_NGS.softmax(1)
-        shape = (self.num_experts, self.mixtures_per_expert)
-        dispatch_NGEC = weight_NGS.to(x_NGD.dtype).unflatten(-1, shape)
-        combine_NGEC = dispatch_NGEC
         if self.combine_gate is not None:
             combine_logits_NGS = self._logits(x_NGD, self.combine_gate)
-            combine_NGEC = combine_logits_NGS.softmax(1).to(x_NGD.dtype).unflatten(-1, shape)
-        y_NGD = dense_experts(self.experts, x_NGD, DenseRouting(dispatch_NGEC, combine_NGEC))
+        weight_NGS = None
+        if kernels.takes_groups(x_NGD.unsqueeze(1)):
+            y_NGD = self._run_mixed(x_NGD, logits_NGS, combine_logits_NGS)
+        else:
+            shape = (self.num_experts, self.mixtures_per_expert)
+            weight_NGS = logits_NGS.softmax(1)
+            dispatch_NGEC = combine_NGEC = weight_NGS.to(x_NGD.dtype).unflatten(-1, shape)
+            if self.combine_gate is not None:
+                combine_NGEC = combine_logits_NGS.softmax(1).to(x_NGD.dtype).unflatten(-1, shape)
+            y_NGD = dense_experts(self.experts, x_NGD, DenseRouting(dispatch_NGEC, combine_NGEC))
         if self.observing:
             self.observed = observe(x_NGD, logits_NGS, combine_logits_NGS)
-        return y_NGD, self._stats(logits_NGS, weight_NGS, real_NG) if want_stats else None
+        if not want_stats:
+            return y_NGD, None
+        return y_NGD, self._stats(logits_NGS, logits_NGS.softmax(1) if weight_NGS is None else weight_NGS, real_NG)
+
+    def _run_mixed(self, x_NGD: Tensor, logits_NGS: Tensor, combine_logits_NGS: Tensor) -> Tensor:
+        """As `dense_experts`, on an accelerator that never stores the weights."""
+        y_N1GD = kernels.logits_mixed_ffn(
+            x_NGD.unsqueeze(1),
+            logits_NGS.unsqueeze(1),
+            None if self.combine_gate is None else combine_logits_NGS.unsqueeze(1),
+            self.mixtures_per_expert,
+            lambda z_ERD: self.experts(z_ERD, kernels.batched_ffn),
+        )
+        return y_N1GD.squeeze(1)
 
     def _warn_partial_group(self, tokens: int) -> None:
         if tokens % self.group_size:

@@ -8,6 +8,7 @@ C mixtures (slots) an expert has in a group.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ class SparseRouting(NamedTuple):
     token_R: Tensor
     weight_R: Tensor
     tokens_per_expert_E: Tensor
+    row_TK: Tensor | None = None
+    """Where each token's K rows are, if that is known and every token has K."""
 
 
 class DenseRouting(NamedTuple):
@@ -115,7 +118,8 @@ class Router(nn.Linear):
 
 def sparse_experts(experts: Experts, x_TD: Tensor, routing: SparseRouting) -> Tensor:
     """(T, D) -> (T, D): gather, experts, weighted scatter. A token with no row gets zeros."""
-    return experts(x_TD, kernels.sparse_ffn, *routing)
+    *rows, row_TK = routing
+    return experts(x_TD, partial(kernels.sparse_ffn, row_TK=row_TK), *rows)
 
 
 def dense_experts(experts: Experts, x_NGD: Tensor, routing: DenseRouting) -> Tensor:
@@ -154,8 +158,12 @@ def order_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor
 
 def sort_by_expert(expert_TK: Tensor, weight_TK: Tensor, num_experts: int) -> SparseRouting:
     """Turns each token's chosen experts (T, K) into rows sorted by expert, tokens in order within an expert."""
-    order_R, tokens_per_expert_E = order_by_expert(expert_TK, num_experts)
-    return SparseRouting(order_R // expert_TK.size(1), weight_TK.flatten()[order_R], tokens_per_expert_E)
+    row_TK = None
+    if kernels.sorts_choices(expert_TK):
+        order_R, row_TK, tokens_per_expert_E = kernels.sort_choices(expert_TK, num_experts)
+    else:
+        order_R, tokens_per_expert_E = order_by_expert(expert_TK, num_experts)
+    return SparseRouting(order_R // expert_TK.size(1), weight_TK.flatten()[order_R], tokens_per_expert_E, row_TK)
 
 
 def to_groups(x_BLD: Tensor, group_size: int, group_over: str) -> Tensor:

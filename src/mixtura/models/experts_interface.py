@@ -34,12 +34,12 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     weights = (up_EHD, down_EDF, activation, experts.has_gate)
     if _has_rows_of_other_ranks(experts, top_k_index):
         routing = _rows_of_this_rank(top_k_index, top_k_weights, experts.num_experts)
-        y_TD = kernels.sparse_ffn(hidden_states, *routing, *weights)
+        y_TD = kernels.sparse_ffn(hidden_states, *routing[:3], *weights, row_TK=routing.row_TK)
     elif kernels.are_few(top_k_index.numel(), activation, hidden_states, up_EHD, down_EDF):
         y_TD = kernels.few_ffn(hidden_states.unsqueeze(1), top_k_index, None, top_k_weights, *weights)
     else:
         routing = sort_by_expert(top_k_index, top_k_weights, experts.num_experts)
-        y_TD = kernels.sparse_ffn(hidden_states, *routing, *weights)
+        y_TD = kernels.sparse_ffn(hidden_states, *routing[:3], *weights, row_TK=routing.row_TK)
     return y_TD.to(hidden_states.dtype)
 
 
@@ -52,7 +52,7 @@ def _has_rows_of_other_ranks(experts: Any, top_k_index: Tensor) -> bool:
 
 def _rows_of_this_rank(top_k_index: Tensor, top_k_weights: Tensor, num_experts: int) -> SparseRouting:
     """The routing without the rows that expert parallelism computes on other ranks, whose index is `num_experts`."""
-    token_R, weight_R, rows_E = sort_by_expert(top_k_index, top_k_weights, num_experts + 1)
+    token_R, weight_R, rows_E, _ = sort_by_expert(top_k_index, top_k_weights, num_experts + 1)
     own = int(rows_E[:-1].sum())
     return SparseRouting(token_R[:own], weight_R[:own], rows_E[:-1])
 
