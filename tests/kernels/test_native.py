@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from mixtura.kernels import mixed_ffn, native, reference, sparse_ffn
 
@@ -119,6 +120,13 @@ def test_what_is_no_number_stays_none(activation):
 def test_the_rest_is_left_to_torch(activation, tensor):
     assert native.takes("silu", torch.zeros(2, 2), nn.Parameter(torch.zeros(2, 2)))
     assert not native.takes(activation, torch.zeros(2, 2), tensor)
+
+
+def test_flops_are_counted_as_without_the_c_code():
+    inputs = sparse_inputs([5, 0, 300], tokens=400)
+    with FlopCounterMode(display=False) as counter:
+        sparse_ffn(*inputs, "silu", True)
+    assert counter.get_total_flops() == 2 * 305 * 3 * 20 * 12
 
 
 @pytest.mark.parametrize(
