@@ -5,10 +5,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mixtura.comparison.colours import arm_colours
+from mixtura.comparison.deployment_figures import MODES, deployed_arms, gaps
 from mixtura.comparison.measures import yardstick
 from mixtura.comparison.picture_style import INK, SOFT, plain, style
-
-_MODES = {"group": "group", "alone": "alone, top k", "alone_all": "alone, all", "population": "population"}
 
 
 def draw_deployment(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None:
@@ -16,8 +15,7 @@ def draw_deployment(results: dict[str, Any], summary: dict[str, Any]) -> Figure 
 
     Means over seeds, the weights from the held-out sequences of one batch. None where no arm has both.
     """
-    shown = {name: curves for name, arm in results["arms"].items() if (curves := _peakedness(arm))}
-    shown = {name: curves for name, curves in shown.items() if "group" in summary["arms"][name]["modes"]}
+    shown = deployed_arms(results, summary)
     if not shown:
         return None
     colours = arm_colours(results["arms"])
@@ -33,31 +31,16 @@ def draw_deployment(results: dict[str, Any], summary: dict[str, Any]) -> Figure 
             left.plot(
                 ranks, weights, color=colour, alpha=fade, marker="o", markersize=3, label=None if number else label
             )
-        gaps = _gaps(summary["arms"][name]["modes"])
-        at = [index + (place - (len(shown) - 1) / 2) * 0.8 / len(shown) for index in range(len(_MODES) - 1)]
-        heights = [gaps.get(mode, float("nan")) for mode in list(_MODES)[1:]]
+        found = gaps(summary["arms"][name]["modes"])
+        at = [index + (place - (len(shown) - 1) / 2) * 0.8 / len(shown) for index in range(len(MODES) - 1)]
+        heights = [found.get(mode, float("nan")) for mode in list(MODES)[1:]]
         right.bar(at, heights, width=0.8 / len(shown), color=colour)
     left.set_yscale("log")
     left.set_xlabel("mixtures of a token, from its largest weight", color=SOFT, fontsize=9)
     left.set_title("Mean weight alone, by layer (later layers darker)", loc="left", fontsize=10, color=INK)
     left.legend(frameon=False, fontsize=9, labelcolor=INK)
     right.axhline(0, color=SOFT, linewidth=1)
-    right.set_xticks(range(len(_MODES) - 1), list(_MODES.values())[1:])
+    right.set_xticks(range(len(MODES) - 1), list(MODES.values())[1:])
     unit = yardstick(results).loss.unit
     right.set_title(f"Held-out loss minus that in groups ({unit})", loc="left", fontsize=10, color=INK)
     return figure
-
-
-def _peakedness(arm: dict[str, Any]) -> dict[int, list[float]]:
-    """Sorted mean weights of every layer, averaged over seeds; nothing where no run measured them."""
-    found: dict[int, list[list[float]]] = {}
-    for run in arm["runs"]:
-        for layer in run.get("details", {}).get("peakedness", []):
-            found.setdefault(layer["layer"], []).append(layer["sorted_weights"])
-    return {layer: [sum(values) / len(values) for values in zip(*seeds, strict=True)] for layer, seeds in found.items()}
-
-
-def _gaps(modes: dict[str, Any]) -> dict[str, float]:
-    """The mean loss of each mode minus that of `group`."""
-    means = {mode: of["loss"]["mean"] for mode, of in modes.items()}
-    return {mode: mean - means["group"] for mode, mean in means.items() if mean is not None}

@@ -17,6 +17,7 @@ from plotly.offline import get_plotlyjs
 from mixtura.comparison import facts, tables
 from mixtura.comparison.cautions import is_searched
 from mixtura.comparison.colours import arm_colours
+from mixtura.comparison.deployment_figures import deployment_figures
 from mixtura.comparison.figures import AXES, SYMBOLS, build_figures, is_even, load_maps
 from mixtura.comparison.markdown import render_markdown
 from mixtura.comparison.measures import Yardstick, difference_unit, value_note, yardstick
@@ -76,7 +77,7 @@ def render_html(results: dict[str, Any], summary: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    figures = build_figures(results, summary) | task_figures(results, summary)
+    figures = build_figures(results, summary) | task_figures(results, summary) | deployment_figures(results, summary)
     maps, shares = load_maps(results, summary), specialization_maps(results, summary)
     stick = yardstick(results)
     arms = _arms(results, summary, stick)
