@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtura import kernels
-from mixtura.layers.experts import Experts
+from mixtura.layers.experts import Experts, unwrapped
 from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.losses import router_z_loss
 from mixtura.layers.population import Neighbours, Observation, Population, observe, zero_neighbours
@@ -171,7 +171,7 @@ class MixtureOfTokens(FeedForward):
             return False
         if x_BLD.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return False
-        activation, rows = self.experts.activation, x_BLD.size(0) * x_BLD.size(1) * self.alone_top_k
+        activation, rows = unwrapped(self.experts).activation, x_BLD.size(0) * x_BLD.size(1) * self.alone_top_k
         averages = [each for each in rest if isinstance(each, Tensor)]
         return kernels.are_few(rows, activation, x_BLD) and (
             not averages or kernels.takes(activation, x_BLD, *averages)

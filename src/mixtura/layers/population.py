@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtura import kernels
-from mixtura.layers.experts import Experts
+from mixtura.layers.experts import Experts, unwrapped
 
 
 class Neighbours(NamedTuple):
@@ -108,7 +108,7 @@ class Population(nn.Module):
     @torch.no_grad()
     def refresh(self, experts: Experts) -> None:
         """Computes the experts' outputs for the means again, as they change with the weights."""
-        mean_ECD = self.mean.to(next(experts.parameters()).dtype).unflatten(0, (experts.num_experts, -1))
+        mean_ECD = self.mean.to(next(experts.parameters()).dtype).unflatten(0, (unwrapped(experts).num_experts, -1))
         self.output.copy_(experts(mean_ECD, kernels.batched_ffn).flatten(0, 1))
 
     @property

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtura import kernels
-from mixtura.layers.experts import Experts
+from mixtura.layers.experts import Experts, unwrapped
 
 
 class SparseRouting(NamedTuple):
@@ -134,9 +134,9 @@ def chosen_experts(
 
     K of the input may be 1, where all choices of a token have the same; no scale is a scale of 1.
     """
-    if kernels.are_few(expert_TK.numel(), experts.activation, x_TKD):
+    if kernels.are_few(expert_TK.numel(), unwrapped(experts).activation, x_TKD):
         return experts(x_TKD, kernels.few_ffn, expert_TK, scale_TK, weight_TK)
-    order_R, rows_E = order_by_expert(expert_TK, experts.num_experts)
+    order_R, rows_E = order_by_expert(expert_TK, unwrapped(experts).num_experts)
     choices = expert_TK.size(1)
     # Every choice has an input of its own, so a row is a token by itself until it is added back.
     own_R = torch.arange(len(order_R), device=x_TKD.device)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixtura.kernels import are_few
 from mixtura.layers.dense import DenseFFN
-from mixtura.layers.experts import Experts
+from mixtura.layers.experts import Experts, unwrapped
 from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.losses import router_z_loss
 from mixtura.layers.routing import (
@@ -121,7 +121,7 @@ class TokenChoiceMoE(FeedForward):
             choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
         self.choice_tap(weight_TK, choice_TK)
         stats = None
-        if not apart and are_few(choice_TK.numel(), self.experts.activation, real_TD):
+        if not apart and are_few(choice_TK.numel(), unwrapped(self.experts).activation, real_TD):
             y_TD = chosen_experts(self.experts, real_TD.unsqueeze(1), choice_TK, weight_TK)
         else:
             routing = sort_by_expert(choice_TK, weight_TK, self.num_experts)
