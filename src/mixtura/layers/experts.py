@@ -72,7 +72,7 @@ class Experts(nn.Module):
 
 
 def unwrapped(experts: Any) -> Experts:
-    """The experts under adapters around them, which keep what they wrap as `base_layer`: for sizes and settings only."""
+    """The experts under adapters around them, which keep what they wrap as `base_layer`: for their settings only."""
     while not isinstance(experts, Experts):
         experts = experts.base_layer
     return experts
