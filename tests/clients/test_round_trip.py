@@ -50,10 +50,9 @@ def test_smollm2_goes_upcycled_trained_and_exported_to_plain_transformers(tmp_pa
     mixtura("train", "--from", mixture, "--out", trained, *(part for key in small for part in ("--set", key)))
     checkpoint = trained / "arms" / "model" / "seed0" / "checkpoint"
     mixtura("export", checkpoint, exported, "--to", container)
-    receipt = json.loads(next(exported.glob("*receipt*.json")).read_text())
-    assert "passed" in json.dumps(receipt)
+    assert "transformers" in mixtura("verify", checkpoint, exported)
 
-    kind, text = json.loads(run(sys.executable, "-c", SERVE, exported, PROMPT).splitlines()[-1])
+    kind, text = json.loads(run(sys.executable, "-I", "-c", SERVE, exported, PROMPT).splitlines()[-1])
     assert kind in ("MixtralForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM")
     assert text.startswith(PROMPT) and "Paris" in text
-    assert text.removeprefix(PROMPT).strip() in mixtura("generate", checkpoint, PROMPT, "--max-new-tokens", 12)
+    assert text.rstrip() == mixtura("generate", checkpoint, PROMPT, "--max-new-tokens", 12).rstrip()

@@ -1,16 +1,22 @@
 """Arms that start from checkpoints: models and costs are the checkpoints', and training goes on from there."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config
 
 from mixtura import cli, upcycle
 from mixtura.comparison.pretraining import make_pretraining
 from mixtura.comparison.runner import compare, train_arm
 from mixtura.config import UserError, recipe_from_dict
+from mixtura.conversion.export import export
 from mixtura.data.tokenizer import train_tokenizer
-from mixtura.models import MixtureForCausalLM
+from mixtura.evaluation import evaluate_folder
+from mixtura.models import MixtureConfig, MixtureForCausalLM
+from mixtura.models.generation import generate_text
 from mixtura.planning import flops_per_token
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -167,3 +173,116 @@ def test_one_arm_is_trained_alone_as_in_the_comparison(build, tmp_path):
     alone = train_arm(recipe, "sparse", seed=0, out=tmp_path / "alone")
     whole = compare(recipe, out=tmp_path / "whole")
     assert alone["final"] == whole["arms"]["sparse"]["runs"][0]["final"]
+
+
+def test_a_mixture_of_tokens_trains_as_its_checkpoint_was_made_to(build):
+    arm = make_pretraining(build("mot"), cache_dir=None).arms["mot"]
+    assert arm.model_config.zero_fill == 1.0
+    assert arm.training_mode == arm.deployed_mode == "alone"
+    assert arm.leaks() == {"future": False, "batch": False, "batch_deployed": False}
+    grouped = make_pretraining(build("mot", arm={"zero_fill": 0.0}), cache_dir=None).arms["mot"]
+    assert grouped.model_config.zero_fill == 0.0 and grouped.training_mode == "group"
+    assert grouped.leaks() == {"future": False, "batch": True, "batch_deployed": False}
+
+
+@pytest.fixture
+def biased(checkpoints):
+    """A token-choice model whose experts are chosen with a bias that decides."""
+    torch.manual_seed(0)
+    mixture = {"mlp_layer_types": ["dense", "token_choice"], "num_experts": 4, "expert_bias_update_rate": 0.01}
+    config = MixtureConfig(vocab_size=300, max_position_embeddings=64, initializer_range=0.3, **SHAPE, **mixture)
+    model = MixtureForCausalLM(config).eval()
+    model.mixture_layers()[0].expert_bias.copy_(torch.tensor([0.0, 5.0, 0.0, 0.0]))
+    model.save_pretrained(checkpoints / "biased")
+    for file in (checkpoints / "dense").glob("tokenizer*"):
+        (checkpoints / "biased" / file.name).write_bytes(file.read_bytes())
+    return model
+
+
+def test_the_bias_of_the_choice_is_kept(build, biased):
+    ids_BL = torch.randint(300, (2, 9))
+    model = make_pretraining(build("biased"), cache_dir=None).arms["biased"].build(0).eval()
+    assert torch.equal(model(ids_BL).logits, biased(ids_BL).logits)
+    with pytest.raises(UserError, match=r"expert_bias_update_rate' is 0, but .* a bias, which would be lost"):
+        make_pretraining(build("biased", arm={"expert_bias_update_rate": 0.0}), cache_dir=None)
+
+
+def test_a_missing_tensor_is_not_filled_with_random_numbers(build, biased, checkpoints):
+    weights = checkpoints / "biased" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.0.mlp.down_proj.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    arm = make_pretraining(build("biased"), cache_dir=None).arms["biased"]
+    with pytest.raises(UserError, match=r"is damaged: model\.layers\.0\.mlp\.down_proj\.weight is missing"):
+        arm.build(0)
+
+
+@pytest.mark.parametrize("kind", [Qwen2Config, Qwen3Config])
+def test_biases_and_norms_of_attention_are_counted(build, checkpoints, kind):
+    folder = checkpoints / kind.model_type
+    # The tokenizer of this kind adds a token.
+    config = kind(vocab_size=310, max_position_embeddings=64, num_key_value_heads=2, **SHAPE)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for file in (checkpoints / "dense").glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    arm = make_pretraining(build(kind.model_type), cache_dir=None).arms[kind.model_type]
+    total = sum(parameter.numel() for parameter in arm.build(0).parameters())
+    assert total == arm.describe(arm)["parameters_total"] == arm.describe(arm)["parameters_active"]
+
+
+def test_layers_that_no_recipe_could_name_are_told(build, checkpoints):
+    upcycle(checkpoints / "dense", checkpoints / "first", num_experts=4, layers="0")
+    arm = make_pretraining(build("first"), cache_dir=None).arms["first"]
+    assert arm.describe(arm)["settings"]["placement"] == "layers 0"
+
+
+def test_a_comparison_at_unequal_flops_says_so_first(build, checkpoints, tmp_path):
+    upcycle(checkpoints / "dense", checkpoints / "twice", num_experts=4, top_k=2)
+    results = compare(build("dense", "twice", steps=4), out=tmp_path / "out")
+    ratio = results["arms"]["twice"]["flops_ratio"]
+    verdict, said = results["summary"]["verdict"], results["summary"]["arms"]["twice"]
+    assert verdict["headline"].startswith(
+        f"Equal steps, not equal FLOPs: a token of twice costs {ratio:.2f} times one of dense. "
+    )
+    assert results["summary"]["cautions"][0]["kind"] == "flops"
+    assert said["equal_flops"]["arm_step"] * ratio == pytest.approx(said["equal_flops"]["baseline_step"])
+    assert "Loss difference at equal FLOPs" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert results["summary"]["anchor"] is None
+    limits = {limit["title"]: limit["text"] for limit in results["summary"]["limits"]}
+    assert "The intervals cover data order, not" in limits["Other text"]
+
+
+def test_another_checkpoint_under_the_same_name_is_refused(build, checkpoints, tmp_path):
+    upcycle(checkpoints / "dense", checkpoints / "changing", num_experts=4, split=2, noise=0.01)
+    recipe = build("changing")
+    train_arm(recipe, "changing", seed=0, out=tmp_path / "out")
+    shutil.rmtree(checkpoints / "changing")
+    upcycle(checkpoints / "dense", checkpoints / "changing", num_experts=4, split=2, noise=0.01, seed=1)
+    with pytest.raises(UserError, match="The checkpoint to start from has changed since"):
+        train_arm(recipe, "changing", seed=0, out=tmp_path / "out")
+
+
+def test_an_interrupted_run_ends_at_the_same_weights(build, tmp_path):
+    recipe = build("sparse", steps=4)
+    whole = train_arm(recipe, "sparse", seed=0, out=tmp_path / "whole")
+    run = tmp_path / "cut" / "arms" / "sparse" / "seed0"
+    train_arm(recipe, "sparse", seed=0, out=tmp_path / "cut")
+    shutil.rmtree(run / "checkpoint")
+    shutil.rmtree(run / "checkpoint-4")
+    (run / "result.json").unlink()
+    assert train_arm(recipe, "sparse", seed=0, out=tmp_path / "cut")["final"] == whole["final"]
+    one, other = (
+        load_file(tmp_path / name / "arms/sparse/seed0/checkpoint/model.safetensors") for name in ("whole", "cut")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("name", "container"), [("dense", "llama"), ("sparse", "mixtral")])
+def test_what_was_trained_on_is_evaluated_writes_and_is_exported(build, tiny_text, tmp_path, name, container):
+    train_arm(build(name), name, seed=0, out=tmp_path / "out")
+    trained = tmp_path / "out" / "arms" / name / "seed0" / "checkpoint"
+    assert evaluate_folder(trained, tiny_text, sequence_length=16)["causal"]["loss"] > 0
+    text = generate_text(trained, "the film", max_new_tokens=4, temperature=0, seed=0)
+    exported = export(trained, tmp_path / "exported", to=container)
+    assert exported.receipt is not None and exported.receipt.passed
+    assert generate_text(tmp_path / "exported", "the film", max_new_tokens=4, temperature=0, seed=0) == text

@@ -10,7 +10,7 @@ from scipy import stats
 from mixtura.comparison.significance import (
     MOT_ANCHOR,
     crossing,
-    equal_time_difference,
+    equal_cost_difference,
     first_reach,
     loss_at,
     mean_interval,
@@ -95,21 +95,21 @@ def test_speed_up_is_none_unless_every_seed_reaches() -> None:
 def test_equal_time_compares_where_the_faster_arm_ends() -> None:
     base = {0: [(100, 5.0), (200, 4.0)]}
     arm = {0: [(100, 4.8), (200, 3.8)]}
-    slower = equal_time_difference(arm, base, seconds_ratio=2.0)
+    slower = equal_cost_difference(arm, base, cost_ratio=2.0)
     assert slower is not None
     assert (slower["arm_step"], slower["baseline_step"]) == (100, 200)
     assert slower["mean"] == pytest.approx(0.8)
-    faster = equal_time_difference(arm, base, seconds_ratio=0.5)
+    faster = equal_cost_difference(arm, base, cost_ratio=0.5)
     assert faster is not None
     assert (faster["arm_step"], faster["baseline_step"]) == (200, 100)
     assert faster["mean"] == pytest.approx(-1.2)
-    assert equal_time_difference(arm, base, seconds_ratio=3.0) is None
+    assert equal_cost_difference(arm, base, cost_ratio=3.0) is None
 
 
 @pytest.mark.parametrize("ratio", [0.7, 0.9, 1.0, 1.1, 1.3])
 def test_equal_time_covers_the_last_step_in_spite_of_rounding(ratio: float) -> None:
     curve = {0: [(50, 5.0), (500, 4.0)]}
-    assert equal_time_difference(curve, curve, seconds_ratio=ratio) is not None
+    assert equal_cost_difference(curve, curve, cost_ratio=ratio) is not None
 
 
 def test_a_closing_gap_names_the_budget_where_it_is_zero() -> None:

@@ -232,3 +232,25 @@ def test_fewer_steps_that_take_longer_are_called_so(make_results: MakeResults) -
     sentence = next(text for text in summarize(results)["verdict"]["speed"] if "oken-choice" in text)
     assert "times fewer steps, but in" in sentence
     assert "times more time" in sentence
+
+
+def test_an_answer_at_unequal_flops_has_their_price_and_the_difference_at_equal_ones(make_results: MakeResults) -> None:
+    results = make_results()
+    results["arms"]["token_choice"]["flops_ratio"] = 1.6
+    summary = summarize(results)
+    assert summary["verdict"]["headline"].startswith(
+        "Equal steps, not equal FLOPs: a token of token-choice MoE costs 1.60 times one of dense. MoT loses"
+    )
+    assert "1.60 times the FLOPs a token" in summary["verdict"]["answer"]
+    assert ". At equal training FLOPs it " in summary["verdict"]["answer"]
+    arm = summary["arms"]["token_choice"]
+    assert arm["equal_flops"]["mean"] > arm["difference"]["deployed"]["mean"]
+    assert summary["arms"]["mixture_of_tokens"]["equal_flops"] is None
+
+
+def test_curves_from_scratch_say_nothing_of_checkpoints_trained_on(make_results: MakeResults) -> None:
+    results = make_results()
+    results["recipe"]["arms"] = {name: {"init_from": "somewhere"} for name in results["arms"]}
+    summary = summarize(results)
+    assert summary["anchor"] is None
+    assert not any("its authors' own" in sentence for sentence in summary["verdict"]["longer"])

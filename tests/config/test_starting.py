@@ -72,3 +72,12 @@ def test_a_folder_of_several_families_or_of_no_model_is_refused(folder, tmp_path
         build({"a": {"init_from": folder("both", "soft", "token_choice")}})
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
         build({"a": {"init_from": str(tmp_path)}})
+
+
+def test_training_goes_on_as_the_checkpoint_says_where_the_recipe_is_silent(tmp_path):
+    settings = {"model_type": "mixtura", "mlp_layer_types": ["mixture_of_tokens"], "zero_fill": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"router_z_loss_coef": 0.25, "transition_to": None}))
+    arm = {"init_from": str(tmp_path), "router_z_loss_coef": 0.0}
+    recipe = build({"a": arm}, training={"batch_size": 16})
+    assert (recipe.arms["a"].zero_fill, recipe.arms["a"].router_z_loss_coef) == (1.0, 0.0)
+    assert recipe_from_dict(recipe_to_dict(recipe)) == recipe

@@ -6,12 +6,11 @@ says; "warning", that the comparison may be unfair or its winner dear; "note", a
 
 from typing import Any
 
-from mixtura.comparison.measures import Yardstick, yardstick
+from mixtura.comparison.measures import FLOPS_TOLERANCE, Yardstick, yardstick
 from mixtura.comparison.wording import NBSP, TIMES, capital, count, listing, number, percent, quantity, rate, times
 
 SLOW_STEP = 1.25
 """Seconds a step over the baseline's, from which a reader is warned."""
-FLOPS_TOLERANCE = 0.01
 TIMING_TOLERANCE = 0.1
 """How far two ways of comparing seconds a step may lie apart before the timing is called noisy."""
 DROPPED_TOLERANCE = 0.01
@@ -41,7 +40,8 @@ def find_cautions(results: dict[str, Any], arms: dict[str, Any]) -> list[dict[st
         if (arms[name]["averages"]["dropped_share"] or 0) > DROPPED_TOLERANCE:
             text = f"{label} drops {percent(arms[name]['averages']['dropped_share'])} of its routed rows."
             found.append(_caution("note", "dropped", name, text))
-    return sorted(found, key=lambda caution: _LEVELS.index(caution["level"]))
+    # Unequal FLOPs come first among their like: every other number rests on them.
+    return sorted(found, key=lambda caution: (_LEVELS.index(caution["level"]), caution["kind"] != "flops"))
 
 
 def _caution(level: str, kind: str, arm: str | None, text: str) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _about_cost(name: str, arm: dict[str, Any], label: str, baseline: str, stick
         found.append(_caution("warning", "slow_step", name, text))
     if abs(arm["flops_ratio"] - 1) > FLOPS_TOLERANCE:
         text = f"{label} uses {number(arm['flops_ratio'], 3)}{TIMES} the FLOPs a token of {baseline}: not held equal."
-        # Arms of pretraining are matched in FLOPs; those of fine-tuning differ in what they train.
+        # Arms of pretraining are to be matched in FLOPs; those of fine-tuning differ in what they train.
         found.append(_caution("warning" if stick.task == "pretraining" else "note", "flops", name, text))
     return found
 
@@ -229,14 +229,15 @@ def list_limits(results: dict[str, Any], budget: dict[str, Any]) -> list[dict[st
     """What the comparison cannot tell, whatever its numbers: {"title", "text"} each."""
     environment, others, task = results["environment"], len(results["arms"]) - 1, results["task"]
     processor = environment.get("processor") or "unnamed processor"
+    varied = "data order" if yardstick(results).continued else "initialisation and data order"
     largest = quantity(max(arm["parameters_total"] for arm in results["arms"].values()))
     limits = {
         "Longer training": f"Each run saw {quantity(budget['tokens'])} tokens. The order of the arms can change with "
         "more, and a cosine schedule is tied to its length: a point on the way of a run is no finished shorter run.",
         "Larger models": f"The largest arm has {largest} parameters. Nothing here says that the order holds at another "
         f"{_LARGER[task]}.",
-        "Other text": f"One source ({results['data']['description']}), one split. The intervals cover initialisation "
-        "and data order, not the choice of the held-out text, which is the same for all arms.",
+        "Other text": f"One source ({results['data']['description']}), one split. The intervals cover {varied}, "
+        "not the choice of the held-out text, which is the same for all arms.",
         "Other settings": "At most the learning rate was searched for each arm. Weight decay, warm-up, "
         f"{_SETTINGS[task]} are those of the recipe.",
         "Other hardware": f"Seconds and memory hold for this machine ({processor}, {environment['device']}) and these "

@@ -6,15 +6,11 @@ from typing import Any
 
 from mixtura.config import ArmConfig, DataConfig, Recipe, UserError
 from mixtura.config.checks import check_feed_forward
+from mixtura.config.starting import TRAINED_KEYS
 from mixtura.conversion.starting import checkpoint_folder, decoder_config
 from mixtura.data.tokenizer import load_tokenizer
 from mixtura.models import MixtureConfig
 
-_TRAINED = (
-    *("router_aux_loss_coef", "router_z_loss_coef", "balance_over", "expert_bias_update_rate", "zero_fill"),
-    *("zero_fill_unit", "alone_fraction", "transition_to", "transition_fraction", "population_rate"),
-)
-"""What a recipe says of an arm that starts from a checkpoint, in the words of `MixtureConfig`."""
 _COMPUTED = {
     "num_experts": "num_experts",
     "moe_intermediate_size": "moe_intermediate_size",
@@ -66,7 +62,12 @@ def continued_arm(recipe: Recipe, name: str, *, vocab_size: int) -> tuple[ArmCon
     """
     arm = recipe.arms[name]
     config: Any = copy.deepcopy(decoder_config(str(arm.init_from)))
-    for key in _TRAINED:
+    if config.expert_bias_update_rate > 0 and arm.expert_bias_update_rate == 0 and arm.family == "token_choice":
+        raise UserError(
+            f"'arms.{name}.expert_bias_update_rate' is 0, but the experts of 'arms.{name}.init_from' are chosen with a "
+            "bias, which would be lost: leave it out, or make it very small."
+        )
+    for key in TRAINED_KEYS:
         setattr(config, key, getattr(arm, key))
     config.population = config.population or arm.population_rate > 0
     depths = [kind != "dense" for kind in config.mlp_layer_types or []]

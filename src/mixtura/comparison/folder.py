@@ -92,7 +92,7 @@ def check_same_data(out: Path, experiment: Experiment) -> None:
     Finished runs are not repeated, so a text that changed under its name would be compared with its old self.
 
     Raises:
-        UserError: the text has changed, or the note is damaged.
+        UserError: the text, or a checkpoint to start from, has changed, or the note is damaged.
     """
     path = out / "data.json"
     # As JSON gives it back.
@@ -102,9 +102,10 @@ def check_same_data(out: Path, experiment: Experiment) -> None:
         write_json(path, seen)
     elif difference := _first_difference(before, seen, ""):
         key, old, new = difference
+        what = "checkpoint to start from" if key.startswith("summary.checkpoints") else "text"
         raise UserError(
-            f"The text has changed since '{out}' was begun ({key} was {old!r}, now it is {new!r}): put it back, choose "
-            "another folder with --out, or --no-resume to start over."
+            f"The {what} has changed since '{out}' was begun ({key} was {old!r}, now it is {new!r}): put it back, "
+            "choose another folder with --out, or --no-resume to start over."
         )
 
 

@@ -28,6 +28,9 @@ FURTHER = {
 }
 """Names of what a task may measure besides the verdict's number."""
 
+FLOPS_TOLERANCE = 0.01
+"""Farther than this from the baseline's, an arm's FLOPs a token are not called equal to them."""
+
 _LOSS_UNITS = {"classification": "nats an example"}
 
 
@@ -41,6 +44,8 @@ class Yardstick:
     """The verdict's number."""
     loss: Measure
     """What curves, speed-ups and crossings are about."""
+    continued: bool = False
+    """Whether the arms start from checkpoints: what is known of training from scratch says nothing of them."""
 
     @property
     def on_loss(self) -> bool:
@@ -57,6 +62,10 @@ class Yardstick:
         """The measure in running text: "loss", "chrF"."""
         return "loss" if self.on_loss else self.measure.name
 
+    def unmatched(self, flops_ratio: float) -> bool:
+        """Whether an arm with this ratio of FLOPs breaks what is to be held equal; only pretraining matches them."""
+        return self.task == "pretraining" and abs(flops_ratio - 1) > FLOPS_TOLERANCE
+
     def behind(self, difference: float) -> bool:
         """Whether an arm with this difference to another is the worse of the two."""
         return difference > 0 if self.measure.better == "lower" else difference < 0
@@ -66,7 +75,9 @@ def yardstick(results: dict[str, Any]) -> Yardstick:
     """What the results are judged by."""
     task, measure = results["task"], Measure(**results["measure"])
     loss = dataclasses.replace(LOSS, unit=_LOSS_UNITS.get(task, LOSS.unit))
-    return Yardstick(task, measure, measure if measure.key == LOSS.key else loss)
+    arms = results["recipe"].get("arms", {}).values()
+    continued = any(arm.get("init_from") is not None for arm in arms)
+    return Yardstick(task, measure, measure if measure.key == LOSS.key else loss, continued)
 
 
 def further_measure(key: str, stick: Yardstick) -> Measure:

@@ -8,10 +8,10 @@ from typing import Any, final
 
 import torch
 
-from mixtura.comparison.cautions import FLOPS_TOLERANCE
 from mixtura.comparison.continuing import continued_arm, with_checkpoints_tokenizer
+from mixtura.comparison.measures import FLOPS_TOLERANCE
 from mixtura.config import ArmConfig, Recipe, starts_from_checkpoints
-from mixtura.conversion.starting import load_decoder
+from mixtura.conversion.starting import count_parameters, load_decoder, probe_config, weights_digest
 from mixtura.data.prepare import PreparedData, prepare_data
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.evaluation import evaluation_modes
@@ -54,7 +54,14 @@ class PretrainingArm(Arm):
         self.grouped = evaluation_modes(model_config)[0] == "group"
         # What the finished model is: token choice where it has become that.
         self.training_mode = "causal" if config.transition_to or not self.grouped else "group"
+        if self.training_mode == "group" and self._always_alone:
+            self.training_mode = "alone"
         self.deployed_mode = _deployed_mode(config)
+
+    @property
+    def _always_alone(self) -> bool:
+        """Whether no step of the training has groups, as in a mixture of tokens that was a dense model."""
+        return self.family == "mixture_of_tokens" and self.model_config.zero_fill == 1
 
     def build(self, seed: int) -> MixtureForCausalLM:
         """A freshly initialised model, the same rule and seed for every arm; or the checkpoint's, whatever the seed."""
@@ -72,14 +79,15 @@ class PretrainingArm(Arm):
         settings = {key: getattr(self.config, key) for key in _SETTINGS[self.family]}
         settings |= alone_settings(self.config)
         if self.family != "dense":
-            settings |= {"expert_width": shape.moe_intermediate_size, "placement": self.config.placement}
+            settings |= {"expert_width": shape.moe_intermediate_size, "placement": _placement(shape)}
+        total = planned = model_parameters(shape)
         if self.config.init_from is not None:
             settings["init_from"] = self.config.init_from
-        total = model_parameters(shape)
+            total = count_parameters(shape)
         return {
             "settings": {key: value for key, value in settings.items() if value is not None},
             "parameters_total": total,
-            "parameters_active": active_parameters(shape, sequence_length=length),
+            "parameters_active": active_parameters(shape, sequence_length=length) + total - planned,
             "parameters_trainable": total,
             "flops_per_token": flops_per_token(shape, sequence_length=length),
             "flops_ratio": flops_ratio(shape, baseline=baseline.model_config, sequence_length=length),
@@ -87,19 +95,36 @@ class PretrainingArm(Arm):
 
     def leaks(self) -> dict[str, bool]:
         """Whether information leaks from the future or from other examples, measured on the arm's untrained model."""
-        model = self.build(seed=0).eval()
+        model = self._untrained().eval()
         deployed = self._probe(model) if self.deployed_mode else None
         if self.family == "mixture_of_tokens":
-            model.set_inference_mode("group")
+            model.set_inference_mode("alone" if self._always_alone else "group")
         trained = self._probe(model)
         leaks = {"future": trained.future, "batch": trained.batch}
         return leaks if deployed is None else {**leaks, "batch_deployed": deployed.batch}
+
+    def _untrained(self) -> MixtureForCausalLM:
+        """A model with the arm's layers and random weights; probes in float64 would take a checkpoint's minutes."""
+        if self.config.init_from is None:
+            return self.build(seed=0)
+        torch.manual_seed(0)
+        return MixtureForCausalLM(probe_config(self.model_config))
 
     def _probe(self, model: MixtureForCausalLM) -> LeakReport:
         config = self.model_config
         batch = config.group_size if self.grouped and config.group_over == "batch" else 4
         length = config.group_size if config.group_over == "sequence" else 8
         return probe_causal_lm(model, vocab_size=config.vocab_size, batch=batch, length=length)
+
+
+def _placement(config: MixtureConfig) -> str:
+    """Which layers are mixtures, in a recipe's words where they are a recipe's."""
+    families = config.mlp_layer_types or []
+    depths = [depth for depth, family in enumerate(families) if family != "dense"]
+    for first, word in ((0, "all"), (len(families) // 2, "later_half")):
+        if depths == list(range(first, len(families))):
+            return word
+    return f"layers {', '.join(map(str, depths))}"
 
 
 def _deployed_mode(config: ArmConfig) -> str | None:
@@ -135,7 +160,10 @@ class Pretraining(Experiment):
     def __init__(self, recipe: Recipe, data: PreparedData) -> None:
         """Makes the recipe's arms, with the vocabulary of the data."""
         self.recipe = recipe
-        self.data = data.summary
+        self.data = dict(data.summary)
+        if starts_from_checkpoints(recipe):
+            starts = {name: str(arm.init_from) for name, arm in recipe.arms.items()}
+            self.data["checkpoints"] = {name: weights_digest(start) for name, start in starts.items()}
         self.data_digest = _digest(data)
         self.arms: dict[str, Arm] = {name: _make_arm(recipe, data, name) for name in recipe.arms}
 

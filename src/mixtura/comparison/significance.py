@@ -129,10 +129,15 @@ def _exponential(logs: dict[str, Any], divisor: float) -> dict[str, Any]:
     return {**ends, "n": logs["n"]}
 
 
-def equal_time_difference(
-    arm: Mapping[int, Curve], baseline: Mapping[int, Curve], *, seconds_ratio: float
+def equal_cost_difference(
+    arm: Mapping[int, Curve], baseline: Mapping[int, Curve], *, cost_ratio: float
 ) -> dict[str, Any] | None:
-    """Arm minus baseline where the faster of the two ends: the same training time instead of the same tokens.
+    """Arm minus baseline where the cheaper of the two ends: the same time, or FLOPs, instead of the same tokens.
+
+    Args:
+        arm: held-out curve by seed.
+        baseline: held-out curve by seed.
+        cost_ratio: seconds a step, or FLOPs a token, of the arm over the baseline's.
 
     Returns:
         A paired difference with `arm_step` and `baseline_step`; None where a curve does not cover the moment.
@@ -140,8 +145,8 @@ def equal_time_difference(
     seeds = [seed for seed in sorted(set(arm) & set(baseline)) if arm[seed] and baseline[seed]]
     if not seeds:
         return None
-    baseline_step = min(baseline[seeds[0]][-1][0], arm[seeds[0]][-1][0] * seconds_ratio)
-    arm_step = min(arm[seeds[0]][-1][0], baseline_step / seconds_ratio)  # the division may round past the last step
+    baseline_step = min(baseline[seeds[0]][-1][0], arm[seeds[0]][-1][0] * cost_ratio)
+    arm_step = min(arm[seeds[0]][-1][0], baseline_step / cost_ratio)  # the division may round past the last step
     sides = [
         {seed: loss_at(curves[seed], step) for seed in seeds}
         for curves, step in ((arm, arm_step), (baseline, baseline_step))

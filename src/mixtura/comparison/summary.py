@@ -15,7 +15,7 @@ from mixtura.comparison.significance import (
     MOT_ANCHOR,
     Curve,
     crossing,
-    equal_time_difference,
+    equal_cost_difference,
     paired_difference,
     speed_up,
 )
@@ -65,9 +65,9 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _anchor(arms: dict[str, Any], stick: Yardstick) -> dict[str, Any] | None:
-    """The published curve is one of pretraining."""
+    """The published curve is one of pretraining from scratch."""
     mixes = any(arm["family"] == "mixture_of_tokens" for arm in arms.values())
-    return MOT_ANCHOR if mixes and stick.task == "pretraining" else None
+    return MOT_ANCHOR if mixes and stick.task == "pretraining" and not stick.continued else None
 
 
 def _rate_settled(arm: dict[str, Any]) -> bool:
@@ -119,7 +119,7 @@ def _describe(arm: dict[str, Any], stick: Yardstick) -> dict[str, Any]:
     }
 
 
-_COPIED = ("parameters_total", "parameters_trainable", "seconds_ratio", "peak_memory_bytes")
+_COPIED = ("parameters_total", "parameters_trainable", "flops_ratio", "seconds_ratio", "peak_memory_bytes")
 
 
 def _score(modes: dict[str, Any], mode: str | None, key: str) -> float | None:
@@ -132,6 +132,7 @@ def _compare(results: dict[str, Any], arms: dict[str, Any], name: str, stick: Ya
         "difference": {"deployed": None, "trained": None},
         "speed_up": None,
         "equal_time": None,
+        "equal_flops": None,
         "crossing": None,
     }
     arm, baseline = results["arms"][name], results["arms"][results["baseline"]]
@@ -143,14 +144,17 @@ def _compare(results: dict[str, Any], arms: dict[str, Any], name: str, stick: Ya
     if arms[name]["excluded"] or arms[results["baseline"]]["excluded"]:
         return {**nothing, "difference": {"deployed": None, "trained": trained}}
     curves, base_curves = (_curves(side, side["deployed_mode"]) for side in (arm, baseline))
-    ratio = arm["seconds_ratio"]
+    ratio, flops_ratio = arm["seconds_ratio"], arm["flops_ratio"]
+    # Where FLOPs are matched, the difference at equal steps is the one at equal FLOPs.
+    unmatched = stick.unmatched(flops_ratio)
     return {
         "difference": {
             "deployed": paired_difference(_by_seed(arm, arm["deployed_mode"], key), base_scores),
             "trained": trained,
         },
         "speed_up": speed_up(curves, base_curves, seconds_ratio=ratio),
-        "equal_time": equal_time_difference(curves, base_curves, seconds_ratio=ratio) if ratio else None,
+        "equal_time": equal_cost_difference(curves, base_curves, cost_ratio=ratio) if ratio else None,
+        "equal_flops": equal_cost_difference(curves, base_curves, cost_ratio=flops_ratio) if unmatched else None,
         "crossing": crossing(curves, base_curves, tokens_per_step=results["data"]["tokens_per_step"]),
     }
 

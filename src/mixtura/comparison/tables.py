@@ -66,11 +66,19 @@ def _pretraining_rows(results: dict[str, Any], summary: dict[str, Any], stick: Y
             ("Parameters, total", "", _parameters),
             ("Parameters, active", "used for one token", _active),
             ("FLOPs a token", "forward and backward, routing and mixing counted", _flops),
+            *_equal_flops_rows(summary),
             ("Peak memory", "while training", _memory),
         ],
         "Experts": [*_expert_rows(), *_leak_rows(stick)],
         "Stability": _stability_rows(),
     }
+
+
+def _equal_flops_rows(summary: dict[str, Any]) -> list[Row]:
+    """Only where arms are not matched in FLOPs."""
+    if not any(arm["equal_flops"] for arm in summary["arms"].values()):
+        return []
+    return [("Loss difference at equal FLOPs", "where the cheaper of the two ends", _equal_flops)]
 
 
 def _finetuning_rows(results: dict[str, Any], summary: dict[str, Any], stick: Yardstick) -> dict[str, list[Row]]:
@@ -251,6 +259,10 @@ def _time_to(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
 
 def _equal_time(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
     return _difference_cell(said["equal_time"], "baseline" if said["baseline"] else "")
+
+
+def _equal_flops(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
+    return _difference_cell(said["equal_flops"], "baseline" if said["baseline"] else "")
 
 
 def _train_time(arm: dict[str, Any], said: dict[str, Any]) -> Cell:

@@ -103,8 +103,8 @@ def write_verdict(
         stick: what the arms are judged by.
 
     Returns:
-        `headline`, one sentence; `answer`, which arm this data and budget ask for; `speed` and `longer`, a sentence
-        or two an arm on training time and on longer training.
+        `headline`, one sentence, after another where FLOPs are not equal; `answer`, which arm this data and budget ask
+        for; `speed` and `longer`, a sentence or two an arm on training time and on longer training.
     """
     others = [name for name in arms if name != baseline and judged["outcomes"][name] != "excluded"]
     # Our own favourite is told first when it loses: nobody should have to look for that.
@@ -115,11 +115,20 @@ def write_verdict(
         *_published(arms, budget, stick),
     ]
     return {
-        "headline": _headline(arms, judged, others, baseline, budget, stick),
+        "headline": _unequal(arms, others, baseline, stick) + _headline(arms, judged, others, baseline, budget, stick),
         "answer": _answer(arms, judged, baseline, stick),
         "speed": [_speed(arms[name], arms[baseline]) for name in others if arms[name]["speed_up"]],
         "longer": [*_about_loss(stick), *longer] if longer else [],
     }
+
+
+def _unequal(arms: dict[str, Any], others: list[str], baseline: str, stick: Yardstick) -> str:
+    """Says which arms cost another number of FLOPs than the baseline; nothing where all are matched."""
+    dearer = [arms[name] for name in others if stick.unmatched(arms[name]["flops_ratio"])]
+    if not dearer:
+        return ""
+    costs = listing([f"{arm['label']} costs {number(arm['flops_ratio'], 2)}" for arm in dearer])
+    return f"Equal steps, not equal FLOPs: a token of {costs} times one of {arms[baseline]['label']}. "
 
 
 def _about_loss(stick: Yardstick) -> list[str]:
@@ -210,7 +219,7 @@ def _answer(arms: dict[str, Any], judged: dict[str, Any], baseline: str, stick: 
     against = number(base["score"]["deployed"], measure.digits)
     return (
         f"For this data and budget the answer is {leader['label']}: {value} as deployed, against "
-        f"{against} for {base['label']}. Its price: {_price(leader, base, stick)}{_equal_time(leader, base, stick)}."
+        f"{against} for {base['label']}. Its price: {_price(leader, base, stick)}{_at_equal_cost(leader, base, stick)}."
     )
 
 
@@ -247,7 +256,10 @@ def _price(arm: dict[str, Any], base: dict[str, Any], stick: Yardstick) -> str:
     time = f"{number(arm['seconds_ratio'], 2)} times the time a step"
     if stick.task == "pretraining":
         sizes = [compact(side["parameters_total"]) for side in (arm, base)]
-        return f"{sizes[0]} parameters in memory instead of {sizes[1]}, and {time}"
+        flops = (
+            f", {number(arm['flops_ratio'], 2)} times the FLOPs a token" if stick.unmatched(arm["flops_ratio"]) else ""
+        )
+        return f"{sizes[0]} parameters in memory instead of {sizes[1]}{flops}, and {time}"
     trained = [compact(side["parameters_trainable"]) for side in (arm, base)]
     peaks = [memory(side["peak_memory_bytes"]) for side in (arm, base)]
     return (
@@ -256,17 +268,20 @@ def _price(arm: dict[str, Any], base: dict[str, Any], stick: Yardstick) -> str:
     )
 
 
-def _equal_time(arm: dict[str, Any], base: dict[str, Any], stick: Yardstick) -> str:
-    difference = arm["equal_time"]
-    if difference is None:
-        return ""
-    said = {"beats": "still beats", "loses": "loses to", "draw": "draws with"}.get(judge_difference(difference))
-    if said is None:
-        return ""
-    about = f". At equal training time it {said}"
-    if not stick.on_loss:
-        about = f". In held-out loss at equal training time it {said.removeprefix('still ')}"
-    return f"{about} {base['label']} ({difference_words(difference)})"
+def _at_equal_cost(arm: dict[str, Any], base: dict[str, Any], stick: Yardstick) -> str:
+    text = ""
+    for difference, cost in ((arm["equal_flops"], "equal training FLOPs"), (arm["equal_time"], "equal training time")):
+        said = _EQUAL_COST.get(judge_difference(difference))
+        if said is None:
+            continue
+        about = f". At {cost} it {said}"
+        if not stick.on_loss:
+            about = f". In held-out loss at {cost} it {said.removeprefix('still ')}"
+        text += f"{about} {base['label']} ({difference_words(difference)})"
+    return text
+
+
+_EQUAL_COST = {"beats": "still beats", "loses": "loses to", "draw": "draws with"}
 
 
 def _speed(arm: dict[str, Any], base: dict[str, Any]) -> str:
@@ -343,7 +358,11 @@ def _guess(arms: list[dict[str, Any]]) -> list[str]:
 
 def _published(arms: dict[str, Any], budget: dict[str, Any], stick: Yardstick) -> list[str]:
     """The published curve that says when MoT overtook dense, beside this run's budget."""
-    if stick.task != "pretraining" or not any(arm["family"] == "mixture_of_tokens" for arm in arms.values()):
+    if (
+        stick.task != "pretraining"
+        or stick.continued
+        or not any(arm["family"] == "mixture_of_tokens" for arm in arms.values())
+    ):
         return []
     anchor = MOT_ANCHOR
     first, last = anchor["behind_until_tokens"]

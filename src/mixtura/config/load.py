@@ -16,7 +16,7 @@ from mixtura.config.checks import check_recipe
 from mixtura.config.finetune_checks import check_finetune_recipe
 from mixtura.config.finetuning import AnyRecipe, ClassificationRecipe, TranslationRecipe
 from mixtura.config.schema import Recipe, UserError
-from mixtura.config.starting import name_families
+from mixtura.config.starting import fill_from_checkpoints
 
 PRESETS = (
     "quick",
@@ -80,7 +80,7 @@ def recipe_from_dict(table: dict[str, Any]) -> AnyRecipe:
         UserError: see `load_recipe`.
     """
     if "task" not in table:
-        name_families(table)
+        fill_from_checkpoints(table)
         recipe = _build(Recipe, table, "")
         check_recipe(recipe)
         return recipe

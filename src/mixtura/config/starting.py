@@ -1,4 +1,4 @@
-"""Arms that start from a checkpoint in place of random weights: what a recipe may say of them, and their family."""
+"""Arms that start from a checkpoint in place of random weights: what a recipe may say of them, and what they bring."""
 
 import dataclasses
 import json
@@ -13,10 +13,17 @@ SHAPE_KEYS = (
     *("combine", "inference_mode", "alone_top_k"),
 )
 """Settings of an arm that a checkpoint decides; the others say how it is trained."""
+TRAINED_KEYS = (
+    *("router_aux_loss_coef", "router_z_loss_coef", "balance_over", "expert_bias_update_rate", "zero_fill"),
+    *("zero_fill_unit", "alone_fraction", "transition_to", "transition_fraction", "population_rate"),
+)
+"""How an arm is trained, in the words of a recipe and of a checkpoint's config.json alike."""
 
 
-def name_families(table: dict[str, Any]) -> None:
-    """Writes into a recipe's table the family of every arm that starts from a checkpoint and names none.
+def fill_from_checkpoints(table: dict[str, Any]) -> None:
+    """Writes into a recipe's table what it leaves open of the arms that start from checkpoints.
+
+    That is the family, and how the checkpoint was trained or made to be trained: what the recipe says itself counts.
 
     Raises:
         UserError: a checkpoint's config.json cannot be read, or names another family than the recipe.
@@ -25,27 +32,35 @@ def name_families(table: dict[str, Any]) -> None:
     for name, arm in arms.items() if isinstance(arms, dict) else ():
         if not isinstance(arm, dict) or not isinstance(arm.get("init_from"), str):
             continue
-        found = _family(arm["init_from"], f"arms.{name}.init_from")
+        key = f"arms.{name}.init_from"
+        settings = _own_settings(arm["init_from"], key)
+        found = None if settings is None else _family(settings, arm["init_from"], key)
         if arm.setdefault("family", found or "dense") != found and found is not None:
             raise UserError(
                 f"'arms.{name}.family' is {arm['family']!r}, but the checkpoint '{arm['init_from']}' is {found}: leave "
                 "the family out."
             )
+        for trained in TRAINED_KEYS if found not in (None, "dense") else ():
+            if settings and settings.get(trained) is not None:
+                arm.setdefault(trained, settings[trained])
 
 
-def _family(place: str, key: str) -> str | None:
-    """The family that a folder has; None for a name, whose model is looked for when it is loaded."""
+def _own_settings(place: str, key: str) -> dict[str, Any] | None:
+    """The config.json of a folder, empty for a stock model; None for a name, whose model is looked for when loaded."""
     path = Path(place) / "config.json"
     if not Path(place).is_dir():
         return None
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        families = settings.get("mlp_layer_types") if settings.get("model_type") == "mixtura" else None
+        return settings if settings.get("model_type") == "mixtura" else {}
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
             f"'{key}' is '{place}', whose config.json cannot be read ({error}): give a model folder."
         ) from error
-    mixtures = sorted(set(families or []) - {"dense"})
+
+
+def _family(settings: dict[str, Any], place: str, key: str) -> str:
+    mixtures = sorted(set(settings.get("mlp_layer_types") or []) - {"dense"})
     if len(mixtures) > 1:
         raise UserError(f"'{key}' is '{place}', which mixes {' and '.join(mixtures)}: an arm has one family.")
     return mixtures[0] if mixtures else "dense"
