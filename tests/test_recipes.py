@@ -31,7 +31,8 @@ def test_resolved_recipe_reads_back_equal(path: Path, tmp_path: Path) -> None:
 
 @each_recipe
 def test_recipe_compares_several_arms(path: Path) -> None:
-    assert len(load_recipe(path).arms) > 1
+    # `continue` is what `mixtura train --from` does with one checkpoint.
+    assert (len(load_recipe(path).arms) > 1) == (path.stem != "continue")
 
 
 def test_every_preset_has_a_recipe() -> None:

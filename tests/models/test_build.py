@@ -76,7 +76,7 @@ def test_every_setting_of_an_arm_reaches_the_model():
     )
     config = build(arm)
     renamed = {"top_k": "num_experts_per_tok", "score_function": "scoring_func", "normalize_top_k": "norm_topk_prob"}
-    elsewhere = {"family", "learning_rate", "placement", "moe_intermediate_size"}
+    elsewhere = {"family", "init_from", "learning_rate", "placement", "moe_intermediate_size"}
     for name in set(ArmConfig.__dataclass_fields__) - elsewhere:
         assert getattr(arm, name) != ArmConfig.__dataclass_fields__[name].default, f"{name} is not tried here"
         assert getattr(config, renamed.get(name, name)) == getattr(arm, name), name

@@ -93,7 +93,7 @@ def train(
     overrides: SetOption = None,
     resume: ResumeOption = True,
 ) -> None:
-    """Train one model: an arm of a recipe, with one seed, or a checkpoint on.
+    """Train one arm of a recipe, or a checkpoint on, with one seed.
 
     The finished model lies in the folder's arms, where `mixtura evaluate`, `generate` and `export` find it.
     """
