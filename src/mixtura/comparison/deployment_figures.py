@@ -64,11 +64,12 @@ def _peaked_figure(arms: dict[str, dict[int, list[float]]], summary: dict[str, A
 
 
 def _gap_figure(arms: dict[str, dict[int, list[float]]], results: dict[str, Any], summary: dict[str, Any]) -> Figure:
-    traces, names, words = [], list(summary["arms"]), list(MODES.values())[1:]
-    for name in arms:
+    traces, names = [], list(summary["arms"])
+    found = {name: gaps(summary["arms"][name]["modes"]) for name in arms}
+    modes = [mode for mode in MODES if mode != "group" and any(mode in own for own in found.values())]
+    for name, own in found.items():
         label, index = summary["arms"][name]["label"], names.index(name)
-        found = gaps(summary["arms"][name]["modes"])
-        points = [(place, found[mode]) for place, mode in enumerate(list(MODES)[1:]) if mode in found]
+        points = [(place, own[mode]) for place, mode in enumerate(modes) if mode in own]
         traces.append(
             make_trace(
                 points,
@@ -80,10 +81,14 @@ def _gap_figure(arms: dict[str, dict[int, list[float]]], results: dict[str, Any]
                 hovertemplate=f"{safe_text(label)}: %{{y:+.4f}}<extra></extra>",
             )
         )
-    unit = yardstick(results).loss.unit
+    unit, words = yardstick(results).loss.unit, [MODES[mode] for mode in modes]
     layout = {
         "height": 340,
         "xaxis": {"tickvals": list(range(len(words))), "ticktext": words, "range": [-0.5, len(words) - 0.5]},
-        "yaxis": {"title": {"text": titled_unit("loss minus that in groups", unit)}, "zeroline": True},
+        "yaxis": {
+            "title": {"text": titled_unit("loss minus that in groups", unit)},
+            "zeroline": True,
+            "rangemode": "tozero",
+        },
     }
     return {"data": traces, "layout": layout}
