@@ -74,6 +74,27 @@ def test_a_container_computes_what_the_checkpoint_computes(saved, tmp_path, cont
     assert_close(logits(tmp_path / "out"), logits(source), rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize(
+    ("container", "changes"),
+    [(container, changes) for container, changes in CELLS if changes.items() >= DENSE.items()]
+    + [("mixtral", {"num_experts_per_tok": 1} | UNTIED | WIDE_HEADS)],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_in_bfloat16_dense_models_and_one_expert_a_token_are_the_checkpoint_bit_for_bit(
+    saved, tmp_path, container, changes
+):
+    source = saved(dtype=torch.bfloat16, **changes)
+    export(source, tmp_path / "out", to=container, check=False)
+    assert torch.equal(logits(tmp_path / "out", torch.bfloat16), logits(source, torch.bfloat16))
+
+
+def test_a_factor_that_bfloat16_rounds_is_refused(saved, tmp_path):
+    export(saved("half", dtype=torch.bfloat16, routed_scaling_factor=0.5), tmp_path / "exact", to="mixtral")
+    with pytest.raises(UserError, match="The export does not compute what"):
+        export(saved(dtype=torch.bfloat16, routed_scaling_factor=2.5), tmp_path / "out", to="mixtral")
+    assert not (tmp_path / "out").exists()
+
+
 @torch.no_grad()
 def copies_of(dense):
     """Our mixture whose experts are all the dense model's layer: whatever its router says, it computes the same."""
