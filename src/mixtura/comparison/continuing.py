@@ -5,11 +5,12 @@ import dataclasses
 from typing import Any
 
 from mixtura.config import ArmConfig, DataConfig, Recipe, UserError
-from mixtura.config.checks import check_feed_forward
+from mixtura.config.checks import batch_sizes, check_feed_forward
 from mixtura.config.starting import TRAINED_KEYS
-from mixtura.conversion.starting import checkpoint_folder, decoder_config
+from mixtura.conversion.starting import decoder_config
 from mixtura.data.tokenizer import load_tokenizer
 from mixtura.models import MixtureConfig
+from mixtura.models.pretrained import resolve_base
 
 _COMPUTED = {
     "num_experts": "num_experts",
@@ -38,10 +39,10 @@ def with_checkpoints_tokenizer(recipe: Recipe) -> DataConfig:
     """
     for arm in recipe.arms.values():
         decoder_config(str(arm.init_from))  # says best what is wrong with a checkpoint
-    folders = {name: checkpoint_folder(str(arm.init_from)) for name, arm in recipe.arms.items()}
+    folders = {name: resolve_base(str(arm.init_from)) for name, arm in recipe.arms.items()}
     own = load_tokenizer(folders[recipe.baseline])
     for name, folder in folders.items():
-        if load_tokenizer(folder).get_vocab() != own.get_vocab():
+        if name != recipe.baseline and load_tokenizer(folder).get_vocab() != own.get_vocab():
             raise UserError(
                 f"'arms.{name}.init_from' has another tokenizer than 'arms.{recipe.baseline}.init_from': losses a "
                 "token could not be compared; start both from one model."
@@ -70,12 +71,7 @@ def continued_arm(recipe: Recipe, name: str, *, vocab_size: int) -> tuple[ArmCon
     for key in TRAINED_KEYS:
         setattr(config, key, getattr(arm, key))
     config.population = config.population or arm.population_rate > 0
-    depths = [kind != "dense" for kind in config.mlp_layer_types or []]
-    filled = dataclasses.replace(
-        arm,
-        placement="all" if all(depths) else "later_half",
-        **{key: getattr(config, own) for key, own in _COMPUTED.items()},
-    )
+    filled = dataclasses.replace(arm, **{key: getattr(config, own) for key, own in _COMPUTED.items()})
     if vocab_size > config.vocab_size:
         raise UserError(
             f"'arms.{name}.init_from' has {config.vocab_size} embeddings for {vocab_size} tokens: give a whole model."
@@ -86,10 +82,6 @@ def continued_arm(recipe: Recipe, name: str, *, vocab_size: int) -> tuple[ArmCon
             f"'data.sequence_length' is {length}, but 'arms.{name}.init_from' has {config.max_position_embeddings} "
             "positions: lower it."
         )
-    sizes = {
-        "training.batch_size": recipe.training.batch_size,
-        "training.eval_sequences": recipe.training.eval_sequences,
-    }
     kept = filled if filled.inference_mode != "population" else dataclasses.replace(filled, population_rate=1.0)
-    check_feed_forward(f"arms.{name}", kept, batch_sizes=sizes, sequence_length=length)
+    check_feed_forward(f"arms.{name}", kept, batch_sizes=batch_sizes(recipe), sequence_length=length)
     return filled, config

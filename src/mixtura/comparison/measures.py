@@ -62,6 +62,11 @@ class Yardstick:
         """The measure in running text: "loss", "chrF"."""
         return "loss" if self.on_loss else self.measure.name
 
+    @property
+    def from_scratch(self) -> bool:
+        """Whether models are pretrained from random weights, of which something is published."""
+        return self.task == "pretraining" and not self.continued
+
     def unmatched(self, flops_ratio: float) -> bool:
         """Whether an arm with this ratio of FLOPs breaks what is to be held equal; only pretraining matches them."""
         return self.task == "pretraining" and abs(flops_ratio - 1) > FLOPS_TOLERANCE

@@ -67,7 +67,7 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
 def _anchor(arms: dict[str, Any], stick: Yardstick) -> dict[str, Any] | None:
     """The published curve is one of pretraining from scratch."""
     mixes = any(arm["family"] == "mixture_of_tokens" for arm in arms.values())
-    return MOT_ANCHOR if mixes and stick.task == "pretraining" and not stick.continued else None
+    return MOT_ANCHOR if mixes and stick.from_scratch else None
 
 
 def _rate_settled(arm: dict[str, Any]) -> bool:

@@ -358,11 +358,7 @@ def _guess(arms: list[dict[str, Any]]) -> list[str]:
 
 def _published(arms: dict[str, Any], budget: dict[str, Any], stick: Yardstick) -> list[str]:
     """The published curve that says when MoT overtook dense, beside this run's budget."""
-    if (
-        stick.task != "pretraining"
-        or stick.continued
-        or not any(arm["family"] == "mixture_of_tokens" for arm in arms.values())
-    ):
+    if not stick.from_scratch or not any(arm["family"] == "mixture_of_tokens" for arm in arms.values()):
         return []
     anchor = MOT_ANCHOR
     first, last = anchor["behind_until_tokens"]

@@ -34,19 +34,23 @@ def check_recipe(recipe: Recipe) -> None:
         )
     _check_data(recipe.data)
     check_attention_heads(recipe.model)
-    sizes = {
-        "training.batch_size": recipe.training.batch_size,
-        "training.eval_sequences": recipe.training.eval_sequences,
-    }
     check_starts(recipe)
-    # Groups of an arm that starts from a checkpoint are checked when that is read.
-    for name, arm in ({} if starts_from_checkpoints(recipe) else recipe.arms).items():
-        check_feed_forward(f"arms.{name}", arm, batch_sizes=sizes, sequence_length=recipe.data.sequence_length)
+    if starts_from_checkpoints(recipe):
+        return  # what the checkpoints decide is checked when they are read
+    sizes, length = batch_sizes(recipe), recipe.data.sequence_length
+    for name, arm in recipe.arms.items():
+        check_feed_forward(f"arms.{name}", arm, batch_sizes=sizes, sequence_length=length)
         if arm.route_by != "token":
             raise UserError(
                 f"'arms.{name}.route_by' is '{arm.route_by}', but plain text has no language pairs: "
                 'use "token", or a recipe with task = "translation".'
             )
+
+
+def batch_sizes(recipe: Recipe) -> dict[str, int]:
+    """Sequences that come together, in training and in evaluation, by the key that sets them."""
+    training = recipe.training
+    return {"training.batch_size": training.batch_size, "training.eval_sequences": training.eval_sequences}
 
 
 def check_frame(recipe: Any) -> None:

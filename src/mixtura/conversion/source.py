@@ -72,7 +72,7 @@ def open_source(name: str) -> DenseSource:
         UserError: there is none, its architecture is another, it is quantised, or its files do not fit its config.json.
     """
     folder = _folder(name)
-    raw = _read_json(folder / "config.json", name)
+    raw = read_json(folder / "config.json", name)
     config = dense_config(folder, raw, name)
     files = _tensor_files(folder, name)
     _check_tensors(files, config, name)
@@ -100,7 +100,8 @@ def _folder(name: str) -> Path:
         ) from error
 
 
-def _read_json(path: Path, name: str) -> dict[str, Any]:
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """A file of the checkpoint called `name`; raises UserError where it cannot be read or is no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -155,7 +156,7 @@ def _tensor_files(folder: Path, name: str) -> dict[str, Path]:
     """The file of every tensor, from the index or from the one file that there is."""
     index, single = folder / INDEX, folder / WHOLE
     if index.is_file():
-        places = _read_json(index, name).get("weight_map")
+        places = read_json(index, name).get("weight_map")
         if not isinstance(places, dict):
             raise UserError(f"'{index.name}' of '{name}' has no weight_map: fetch the model again.")
         for place in sorted(set(places.values())):

@@ -8,18 +8,9 @@ from typing import Any
 import torch
 
 from mixtura.config import UserError
-from mixtura.conversion.source import open_source
+from mixtura.conversion.source import open_source, read_json
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.pretrained import resolve_base
-
-
-def checkpoint_folder(name: str) -> str:
-    """Where the checkpoint of that name lies, or the name that the hub knows it by.
-
-    Raises:
-        UserError: it comes with a package that is not installed.
-    """
-    return resolve_base(name)
 
 
 def decoder_config(name: str) -> MixtureConfig:
@@ -91,10 +82,10 @@ def probe_config(config: MixtureConfig) -> MixtureConfig:
 
 def _own_folder(name: str) -> Path | None:
     """The folder, if it is one that Mixtura wrote."""
-    folder = Path(checkpoint_folder(name))
+    folder = Path(resolve_base(name))
     if not (folder / "config.json").is_file():
         return None
-    return folder if '"model_type": "mixtura"' in (folder / "config.json").read_text(encoding="utf-8") else None
+    return folder if read_json(folder / "config.json", name).get("model_type") == "mixtura" else None
 
 
 def _read(kind: Any, folder: Path, name: str, **settings: Any) -> Any:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +35,13 @@ def library() -> ctypes.CDLL | None:
         return ctypes.CDLL(str(_compiled(compiler, cache_folder() / "native")))
     except (OSError, subprocess.SubprocessError):
         return None  # an unwritable cache, or a compiler that does not know the flags: torch does it
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Calls a function of the library; `native.takes` says before whether there is one."""
+    native = library()
+    assert native is not None, "ask `takes` first"
+    getattr(native, name)(*arguments)
 
 
 @functools.cache

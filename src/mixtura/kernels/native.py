@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from mixtura.kernels.compiled import library, sgemm
+from mixtura.kernels.compiled import call, library, sgemm
 
 ACTIVATIONS = {"relu": 0, "silu": 1}
 BLOCK_ROWS = 256
@@ -58,12 +58,10 @@ def forward(
 
     Without `token_R` row r of x is expert row r, all weights are 1, and x may have any leading axes.
     """
-    native = library()
-    assert native is not None, "ask `takes` first"
-    call = _Call(native, x, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated)
+    experts = _Experts(x, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated)
     u_RH = x.new_empty(sum(counts), up_EHD.size(1))
     out = torch.empty_like(x) if token_R is None else torch.zeros_like(x)
-    native.mixtura_experts_forward(call.pointer, *_pointers(u_RH, out))
+    call("mixtura_experts_forward", experts.pointer, *_pointers(u_RH, out))
     return out, u_RH
 
 
@@ -80,14 +78,12 @@ def backward(
     gated: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients of x, of the weights (R,) if there are any, of up (E, H, D) and of down (E, D, F)."""
-    native = library()
-    assert native is not None, "ask `takes` first"
-    call = _Call(native, x, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated)
+    experts = _Experts(x, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated)
     grad_x = torch.empty_like(x) if token_R is None else torch.zeros_like(x)
     grad_weight_R = None if weight_R is None else torch.empty_like(weight_R)
     grad_up_EHD, grad_down_EDF = torch.empty_like(up_EHD), torch.empty_like(down_EDF)
     outputs = _pointers(u_RH, grad, grad_x, grad_weight_R, grad_up_EHD, grad_down_EDF)
-    native.mixtura_experts_backward(call.pointer, *outputs)
+    call("mixtura_experts_backward", experts.pointer, *outputs)
     return grad_x, grad_weight_R, grad_up_EHD, grad_down_EDF
 
 
@@ -117,14 +113,12 @@ def spread(weight_NGEC: Tensor, y_ERD: Tensor, other_NGD: Tensor | None = None) 
 
 
 def _mix_or_spread(name: str, weight_NGEC: Tensor, x: Tensor, out: Tensor, other: Tensor | None, inner: Any) -> None:
-    native = library()
-    assert native is not None, "ask `takes` first"
     groups, group_size, experts, mixtures = weight_NGEC.shape
     hidden, threads = x.size(-1), torch.get_num_threads()
     scratch = x.new_empty(threads * experts * mixtures * hidden)
     sizes = (threads, groups, group_size, experts, mixtures, hidden)
     struct = _Mixing(sgemm(), *sizes, scratch.data_ptr())
-    getattr(native, name)(ctypes.byref(struct), *_pointers(weight_NGEC, x, out, other, inner))
+    call(name, ctypes.byref(struct), *_pointers(weight_NGEC, x, out, other, inner))
 
 
 class ExpertsStruct(ctypes.Structure):
@@ -147,12 +141,11 @@ class _Mixing(ctypes.Structure):
     )
 
 
-class _Call:
-    """The arguments of one call, and what must stay alive while it runs."""
+class _Experts:
+    """The experts and rows of one call, and what must stay alive while it runs."""
 
     def __init__(
         self,
-        native: ctypes.CDLL,
         x: Tensor,
         token_R: Tensor | None,
         weight_R: Tensor | None,

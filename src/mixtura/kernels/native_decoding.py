@@ -12,7 +12,7 @@ import threading
 import torch
 from torch import Tensor
 
-from mixtura.kernels.compiled import library, sgemm
+from mixtura.kernels.compiled import call, sgemm
 from mixtura.kernels.native import ACTIVATIONS, BLOCK_ROWS, ExpertsStruct
 
 _KEPT = 8
@@ -113,7 +113,7 @@ class _Workspace:
         out_TD = x.new_zeros(self._out_shape)
         self._experts.x, self._experts.up, self._experts.down = x.data_ptr(), up_EHD.data_ptr(), down_EDF.data_ptr()
         self.choices.out = out_TD.data_ptr()
-        getattr(library(), name)(*self._pointers)
+        call(name, *self._pointers)
         return out_TD
 
 
