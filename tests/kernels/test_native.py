@@ -44,17 +44,44 @@ def assert_equals_definition(name, function, inputs, activation, gated):
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_rows_of_several_blocks_equal_the_definition(activation, gated, threads):
+@pytest.mark.parametrize("width", [5, 13, 140], ids=["below a vector", "narrow", "wide"])
+def test_rows_of_several_blocks_equal_the_definition(activation, gated, threads, width):
     # Blocks end within an expert, at its end and beyond it, and experts without rows lie between.
     counts = [2 * native.BLOCK_ROWS + 1, 0, native.BLOCK_ROWS, 3, 0]
-    inputs = sparse_inputs(counts, tokens=600, gated=gated)
+    inputs = sparse_inputs(counts, tokens=600, gated=gated, width=width)
     torch.set_num_threads(threads)
     try:
         assert_equals_definition("sparse_ffn", sparse_ffn, inputs, activation, gated)
-        inputs = mixed_inputs(2 * native.BLOCK_ROWS // 3, 2, 3, 2, gated=gated)
+        inputs = mixed_inputs(2 * native.BLOCK_ROWS // 3, 2, 3, 2, gated=gated, width=width)
         assert_equals_definition("mixed_ffn", mixed_ffn, inputs, activation, gated)
     finally:
         torch.set_num_threads(1)
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 23, 32, 100, 127, 128, 129])
+def test_experts_of_few_rows_equal_the_definition(rows, threads):
+    # Widths leave every remainder of a strip of six rows, and vectors that end beyond the last column.
+    torch.set_num_threads(threads)
+    try:
+        for hidden_size, width in ((8, 133), (23, 136), (33, 134), (64, 144)):
+            sizes = {"hidden_size": hidden_size, "width": width}
+            inputs = sparse_inputs([rows, 0, 1, rows], tokens=140, **sizes)
+            assert_equals_definition("sparse_ffn", sparse_ffn, inputs, "silu", True)
+            assert_equals_definition("mixed_ffn", mixed_ffn, mixed_inputs(rows, 2, 3, 1, **sizes), "relu", True)
+    finally:
+        torch.set_num_threads(1)
+
+
+@compiled
+def test_rows_of_one_expert_do_not_see_each_other():
+    inputs = sparse_inputs([13, 5], tokens=20, width=140)
+    y_TD = sparse_ffn(*inputs, "silu", True)
+    changed_TD = inputs[0].clone()
+    changed_TD[3] = float("inf")
+    others_T = torch.arange(20) != 3
+    assert torch.equal(sparse_ffn(changed_TD, *inputs[1:], "silu", True)[others_T], y_TD[others_T])
 
 
 @compiled

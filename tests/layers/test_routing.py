@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from mixtura import kernels
 from mixtura.layers import Experts, SparseRouting
 from mixtura.layers.routing import (
     from_groups,
     normalized_entropy,
-    order_by_expert,
     router_logits,
     sort_by_expert,
     sparse_experts,
@@ -58,7 +58,7 @@ def test_rows_are_sorted_by_expert_and_tokens_stay_in_order():
 
 def test_counts_equal_bincount():
     expert_TK = torch.randint(5, (20, 3))
-    order_R, rows_E = order_by_expert(expert_TK, 6)
+    order_R, rows_E = kernels.order_by_expert(expert_TK, 6)
     assert rows_E.tolist() == torch.bincount(expert_TK.flatten(), minlength=6).tolist()
     assert (expert_TK.flatten()[order_R].diff() >= 0).all()
 

@@ -3,6 +3,8 @@
 `layers` calls the functions named here and nothing else; the kernels decide what runs, by device and dtype.
 """
 
+from mixtura.kernels.choosing import order_by_expert as order_by_expert
+from mixtura.kernels.choosing import top_k as top_k
 from mixtura.kernels.dense import batched_ffn as batched_ffn
 from mixtura.kernels.dense import mix as mix
 from mixtura.kernels.dense import mixed_ffn as mixed_ffn

@@ -1,4 +1,4 @@
-"""The C code of `native`, compiled on first use by the machine's own compiler and kept in the cache folder.
+"""The C code beside this file, compiled on first use by the machine's own compiler and kept in the cache folder.
 
 It is named by a hash of its source, the compiler and the processor, so that a home shared by several machines holds one
 for each.
@@ -19,7 +19,8 @@ import torch
 
 from mixtura.config.assets import cache_folder
 
-_SOURCE = Path(__file__).with_name("native.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("native.c", "native_mixing.c", "native_routing.c")]
+_INCLUDED = [Path(__file__).with_name(name) for name in ("native_common.h", "native_tiles.h")]
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
 
@@ -58,13 +59,14 @@ def sgemm() -> int | None:
 def _compiled(compiler: str, folder: Path) -> Path:
     """The shared library for this source, compiler and processor; compiled unless it is there."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    digest = hashlib.blake2b(_SOURCE.read_bytes() + version + _processor() + " ".join(_FLAGS).encode(), digest_size=12)
+    source = b"".join(path.read_bytes() for path in [*_SOURCES, *_INCLUDED])
+    digest = hashlib.blake2b(source + version + _processor() + " ".join(_FLAGS).encode(), digest_size=12)
     path = folder / f"{digest.hexdigest()}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch, path.name)
-            command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE)]
+            command = [compiler, *_FLAGS, "-o", str(made), *map(str, _SOURCES)]
             subprocess.run(command, capture_output=True, check=True, timeout=120)
             made.replace(path)  # whole or not at all: other processes may be compiling it too
     return path

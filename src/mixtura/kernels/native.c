@@ -1,39 +1,19 @@
 /* Experts on the CPU, a block of rows at a time: gathered, multiplied, activated and added back while in cache.
 
-   Matrix products are torch's own (BLAS's sgemm, handed in as a pointer); this file fuses what lies between them.
-   native.py compiles and calls it. All arrays are float32 and contiguous.
+   Matrix products are torch's own (BLAS's sgemm, handed in as a pointer), those of experts of few rows native_tiles.h's;
+   this file fuses what lies between them. native.py calls it. All arrays are float32 and contiguous.
 
    Letters: E experts, D hidden, F expert width, H = 2F when gated (gate columns first) else F, R rows sorted by expert.
    token[r] is the row of x and out that row r reads and adds to. Without `token`, rows are where they are and weights
    are 1. An expert has a token at most once, so the rows of a block never add to the same place. */
 
 #include <math.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <string.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-static int thread_number(void) { return omp_get_thread_num(); }
-#else
-static int thread_number(void) { return 0; }
-#endif
+#include "native_common.h"
+#include "native_tiles.h"
 
 enum { RELU = 0, SILU = 1 };
-
-/* Fortran's: matrices by columns, everything by address. */
-typedef void (*sgemm_t)(
-    const char *, const char *, const int *, const int *, const int *, const float *, const float *, const int *,
-    const float *, const int *, const float *, float *, const int *);
-
-/* out (m, n) = a (m, k) @ b (k, n) + beta * out, all by rows; with 'T' the operand lies in memory as its transpose.
-   By columns that is the transposed product, out.T = b.T @ a.T, with nothing to move. */
-static void product(
-    sgemm_t sgemm, char a_is, char b_is, int m, int n, int k, const float *a, const float *b, float beta, float *out) {
-    const float one = 1.0f;
-    const int a_columns = a_is == 'T' ? m : k, b_columns = b_is == 'T' ? k : n;
-    sgemm(&b_is, &a_is, &n, &m, &k, &one, b, &b_columns, a, &a_columns, &beta, out, &n);
-}
 
 /* exp(x) to about one unit in the last place: 2^n times a polynomial on [-ln2/2, ln2/2]. NaN stays NaN. */
 static inline float exp_f(float x) {
@@ -59,34 +39,47 @@ static inline float sigmoid_f(float x) {
     return x < -88.0f ? 0.0f : s; /* exp_f ends there, and x times what it ends with need not be small */
 }
 
-/* One row: h = act(gate) * up * weight. Called with constants for `silu` and `gated`, so that each case is its own loop. */
-static inline void activate_row(int silu, int gated, int64_t F, const float *u, float weight, float *h) {
+/* h = act(gate) * up * weight, for n numbers of one row, which share a weight, or, with `apart`, of n rows. Called with
+   constants for `silu`, `gated` and `apart`, so that each case is its own loop. */
+static inline void activate_run(
+    int silu, int gated, int apart, int64_t n, const float *gate, const float *up, const float *weight, float *h) {
 #pragma omp simd
-    for (int64_t i = 0; i < F; i++) {
-        const float act = silu ? u[i] * sigmoid_f(u[i]) : (u[i] < 0.0f ? 0.0f : u[i]);
-        h[i] = act * (gated ? u[F + i] : 1.0f) * weight;
+    for (int64_t i = 0; i < n; i++) {
+        const float act = silu ? gate[i] * sigmoid_f(gate[i]) : (gate[i] < 0.0f ? 0.0f : gate[i]);
+        h[i] = act * (gated ? up[i] : 1.0f) * weight[apart ? i : 0];
     }
 }
 
-/* One row, given grad = grad_y @ down: h as above in `h`, the gradient of u in `grad_u`; returns that of the weight,
-   <grad_y, y> = <grad, h / weight>. */
-static inline float activate_row_backward(
-    int silu, int gated, int64_t F, const float *u, float weight, const float *grad, float *h, float *grad_u) {
-    float grad_weight = 0.0f;
-#pragma omp simd reduction(+ : grad_weight)
-    for (int64_t i = 0; i < F; i++) {
-        const float s = silu ? sigmoid_f(u[i]) : (u[i] > 0.0f ? 1.0f : 0.0f);
-        const float act = silu ? u[i] * s : (u[i] < 0.0f ? 0.0f : u[i]);
-        const float slope = silu ? s * (1.0f + u[i] * (1.0f - s)) : s;
-        const float up = gated ? u[F + i] : 1.0f;
-        const float weighted = grad[i] * weight;
-        grad_weight += grad[i] * act * up;
-        h[i] = act * up * weight;
-        grad_u[i] = weighted * up * slope;
-        if (gated) grad_u[F + i] = weighted * act;
+/* Given grad = grad_y @ down: h as above in `h` and the gradients of gate and up; that of a weight, <grad_y, y> =
+   <grad, h / weight>, is added to. */
+static inline void activate_run_backward(
+    int silu, int gated, int apart, int64_t n, const float *gate, const float *up, const float *weight,
+    const float *grad, float *h, float *grad_gate, float *grad_up, float *grad_weight) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) {
+        const float s = silu ? sigmoid_f(gate[i]) : (gate[i] > 0.0f ? 1.0f : 0.0f);
+        const float act = silu ? gate[i] * s : (gate[i] < 0.0f ? 0.0f : gate[i]);
+        const float slope = silu ? s * (1.0f + gate[i] * (1.0f - s)) : s;
+        const float other = gated ? up[i] : 1.0f, w = weight[apart ? i : 0], weighted = grad[i] * w;
+        const float inner = grad[i] * act * other;
+        if (apart) grad_weight[i] += inner;
+        else sum += inner;
+        h[i] = act * other * w;
+        grad_gate[i] = weighted * other * slope;
+        if (gated) grad_up[i] = weighted * act;
     }
-    return grad_weight;
+    if (!apart) *grad_weight += sum;
 }
+
+/* One loop for each kind of expert. */
+#define EACH_KIND(e, RUN, APART, ...)                                  \
+    switch (2 * ((e)->activation == SILU) + ((e)->gated != 0)) {       \
+        case 3: RUN(1, 1, APART, __VA_ARGS__); break;                  \
+        case 2: RUN(1, 0, APART, __VA_ARGS__); break;                  \
+        case 1: RUN(0, 1, APART, __VA_ARGS__); break;                  \
+        default: RUN(0, 0, APART, __VA_ARGS__);                        \
+    }
 
 typedef struct {
     sgemm_t sgemm;
@@ -97,16 +90,14 @@ typedef struct {
     float *scratch;                /* block * (3D + 2F + H) */
 } experts_t;
 
+static const float ONE = 1.0f;
+
 static void activate(const experts_t *e, int64_t rows, const float *u, const float *weight, float *h) {
     const int64_t F = e->width, H = e->gated ? 2 * F : F;
-    const int kind = 2 * (e->activation == SILU) + (e->gated != 0);
 #pragma omp parallel for num_threads(e->threads) if (e->threads > 1)
     for (int64_t r = 0; r < rows; r++) {
-        const float w = weight ? weight[r] : 1.0f;
-        if (kind == 3) activate_row(1, 1, F, u + r * H, w, h + r * F);
-        else if (kind == 2) activate_row(1, 0, F, u + r * H, w, h + r * F);
-        else if (kind == 1) activate_row(0, 1, F, u + r * H, w, h + r * F);
-        else activate_row(0, 0, F, u + r * H, w, h + r * F);
+        const float *w = weight ? weight + r : &ONE, *gate = u + r * H;
+        EACH_KIND(e, activate_run, 0, F, gate, gate + F, w, h + r * F)
     }
 }
 
@@ -114,17 +105,13 @@ static void activate_backward(
     const experts_t *e, int64_t rows, const float *u, const float *weight, const float *grad, float *h, float *grad_u,
     float *grad_weight) {
     const int64_t F = e->width, H = e->gated ? 2 * F : F;
-    const int kind = 2 * (e->activation == SILU) + (e->gated != 0);
 #pragma omp parallel for num_threads(e->threads) if (e->threads > 1)
     for (int64_t r = 0; r < rows; r++) {
-        const float w = weight ? weight[r] : 1.0f;
-        const float *ur = u + r * H, *gr = grad + r * F;
-        float *hr = h + r * F, *gur = grad_u + r * H, g;
-        if (kind == 3) g = activate_row_backward(1, 1, F, ur, w, gr, hr, gur);
-        else if (kind == 2) g = activate_row_backward(1, 0, F, ur, w, gr, hr, gur);
-        else if (kind == 1) g = activate_row_backward(0, 1, F, ur, w, gr, hr, gur);
-        else g = activate_row_backward(0, 0, F, ur, w, gr, hr, gur);
-        if (grad_weight) grad_weight[r] = g;
+        const float *w = weight ? weight + r : &ONE, *gate = u + r * H;
+        float *grad_gate = grad_u + r * H, inner = 0.0f;
+        EACH_KIND(e, activate_run_backward, 0, F, gate, gate + F, w, grad + r * F, h + r * F, grad_gate, grad_gate + F,
+                  &inner)
+        if (grad_weight) grad_weight[r] = inner;
     }
 }
 
@@ -148,7 +135,135 @@ static void add_back(const experts_t *e, const float *from, int64_t start, int64
     }
 }
 
-/* out: (T, D) of zeros with `token`, else (R, D); u: (R, H), kept for the backward pass. */
+/* Experts of few rows, or narrow ones, whose products are those of native_tiles.h. The rows of a block are the columns of
+   panels, P of them: filled up to whole vectors with numbers that nothing reads. */
+enum { FEW_ROWS = 128, NARROW = 128 }; /* rows and width up to which they are faster than sgemm: measured */
+
+static int64_t whole_vectors(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+/* Rows of a block of such an expert, or 0 if it is not one. */
+static int64_t panel_rows(const experts_t *e, int64_t rows) {
+    const int64_t fit = e->block / 2 < FEW_ROWS ? e->block / 2 / LANES * LANES : FEW_ROWS; /* in the scratch */
+    if (fit == 0 || e->hidden < LANES || e->width < LANES || (rows > fit && e->width > NARROW)) return 0;
+    return rows < fit ? rows : fit;
+}
+
+static const float *row_of(const experts_t *e, const float *from, int64_t r) {
+    return from + (e->token ? e->token[r] : r) * e->hidden;
+}
+
+/* to (D, P) = rows of a block, turned: the tokens' rows, or the rows where they are. */
+static void into_panel(const experts_t *e, const float *from, int64_t start, int64_t rows, float *to) {
+    const int64_t D = e->hidden, P = whole_vectors(rows);
+#pragma omp parallel for num_threads(e->threads) if (e->threads > 1)
+    for (int64_t r = 0; r < P; r += TURNED) {
+        const float *lines[TURNED]; /* a row again for the columns past the last, which nothing reads */
+        for (int i = 0; i < TURNED; i++) lines[i] = row_of(e, from, start + (r + i < rows ? r + i : rows - 1));
+        int64_t d = 0;
+        for (; d + TURNED <= D; d += TURNED) turn(lines, d, to + d * P + r, P);
+        for (; d < D; d++)
+            for (int i = 0; i < TURNED; i++) to[d * P + r + i] = lines[i][d];
+    }
+}
+
+/* Rows (rows, n) with `to_row` between them = panel (n, P).T; with `token` added to the tokens' rows. */
+static void from_panel(
+    const int64_t *token, int64_t threads, int64_t n, int64_t rows, const float *panel, float *to, int64_t to_row) {
+    const int64_t P = whole_vectors(rows);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t r = 0; r < rows; r += TURNED) {
+        const int64_t count = rows - r < TURNED ? rows - r : TURNED;
+        for (int64_t d = 0; d < n; d += TURNED) {
+            const int64_t width = n - d < TURNED ? n - d : TURNED;
+            float square[TURNED * TURNED];
+            const float *lines[TURNED];
+            for (int i = 0; i < TURNED; i++) lines[i] = panel + (d + (i < width ? i : 0)) * P;
+            turn(lines, r, square, TURNED);
+            for (int64_t i = 0; i < count; i++) {
+                float *row = to + (token ? token[r + i] : r + i) * to_row + d;
+                const float *own = square + i * TURNED;
+                if (width == TURNED) {
+                    oct_t sum = *(const oct_t *)own;
+                    if (token) sum += *(const oct_t *)row;
+                    *(oct_t *)row = sum;
+                } else
+                    for (int64_t j = 0; j < width; j++) row[j] = token ? row[j] + own[j] : own[j];
+            }
+        }
+    }
+}
+
+/* Copies n rows between a panel (n, P) and memory without its zeros (n, rows). */
+static void pack(int64_t n, int64_t rows, float *panel, float *packed, int into_panel) {
+    const int64_t P = whole_vectors(rows);
+    for (int64_t i = 0; i < n; i++) {
+        if (into_panel) {
+            memcpy(panel + i * P, packed + i * rows, rows * sizeof(float));
+            memset(panel + i * P + rows, 0, (P - rows) * sizeof(float));
+        } else memcpy(packed + i * rows, panel + i * P, rows * sizeof(float));
+    }
+}
+
+/* The weights of a block's rows, and zeros up to whole vectors. */
+static void weights_of(const experts_t *e, int64_t start, int64_t rows, float *weight) {
+    for (int64_t r = 0; r < rows; r++) weight[r] = e->weight ? e->weight[start + r] : 1.0f;
+    for (int64_t r = rows; r < whole_vectors(rows); r++) weight[r] = 0.0f;
+}
+
+/* As a block of mixtura_experts_forward; u (rows * H) is kept as a panel. */
+static void few_forward(
+    const experts_t *e, const float *up, const float *down, int64_t start, int64_t rows, float *u, float *out) {
+    const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F, P = whole_vectors(rows);
+    float *x = e->scratch, *y = x + D * P, *h = y + D * P, *own_u = h + F * P;
+    float weight[FEW_ROWS];
+    if (P == rows) own_u = u;
+    into_panel(e, e->x, start, rows, x);
+    weight_by_panel(e->threads, H, P, D, up, x, own_u);
+    weights_of(e, start, rows, weight);
+#pragma omp parallel for num_threads(e->threads) if (e->threads > 1)
+    for (int64_t f = 0; f < F; f++) {
+        EACH_KIND(e, activate_run, 1, P, own_u + f * P, own_u + (F + f) * P, weight, h + f * P)
+    }
+    weight_by_panel(e->threads, D, P, F, down, h, y);
+    if (e->token) from_panel(e->token + start, e->threads, D, rows, y, out, D);
+    else from_panel(NULL, e->threads, D, rows, y, out + start * D, D);
+    if (P != rows) pack(H, rows, own_u, u, 0);
+}
+
+/* As a block of mixtura_experts_backward; `add` to the weights' gradients. */
+static void few_backward(
+    const experts_t *e, const float *up, const float *down, int64_t start, int64_t rows, const float *u,
+    const float *grad, float *grad_x, float *grad_weight, int add, float *grad_up, float *grad_down) {
+    const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F, P = whole_vectors(rows);
+    const int64_t h_row = whole_vectors(F); /* rows that begin where vectors do are read faster */
+    float *x = e->scratch, *grad_y = x + D * P, *grad_h = grad_y + D * P;
+    float *h = grad_h + F * P, *grad_u = h + F * P, *h_rows = grad_u + H * P, *own_u = h_rows + rows * h_row;
+    float weight[FEW_ROWS], inner[FEW_ROWS] = {0};
+    if (P != rows) pack(H, rows, own_u, (float *)u, 1);
+    else own_u = (float *)u;
+    into_panel(e, grad, start, rows, grad_y);
+    turned_weight_by_panel(e->threads, F, P, D, down, grad_y, grad_h);
+    weights_of(e, start, rows, weight);
+    const int64_t columns = whole_vectors((P + e->threads - 1) / e->threads);
+#pragma omp parallel for num_threads(e->threads) if (e->threads > 1)
+    for (int64_t r = 0; r < P; r += columns) {
+        const int64_t run = P - r < columns ? P - r : columns;
+        for (int64_t f = r; f < F * P; f += P) {
+            EACH_KIND(e, activate_run_backward, 1, run, own_u + f, own_u + F * P + f, weight + r, grad_h + f, h + f,
+                      grad_u + f, grad_u + F * P + f, inner + r)
+        }
+    }
+    if (grad_weight) memcpy(grad_weight + start, inner, rows * sizeof(float));
+    from_panel(NULL, e->threads, F, rows, h, h_rows, h_row);
+    gradient_of_weight(e->threads, D, F, rows, grad_y, P, h_rows, h_row, add, grad_down);
+    gradient_of_weight(e->threads, H, D, rows, grad_u, P, rows_of(e, e->x, start, rows, x), D, add, grad_up);
+    turned_weight_by_panel(e->threads, D, P, H, up, grad_u, grad_y); /* grad_y's place: the gradient of x */
+    if (e->token) from_panel(e->token + start, e->threads, D, rows, grad_y, grad_x, D);
+    else from_panel(NULL, e->threads, D, rows, grad_y, grad_x + start * D, D);
+}
+
+/* out: (T, D) of zeros with `token`, else (R, D); u: (R, H), kept for the backward pass, an expert of
+   few rows as (H, rows). */
 void mixtura_experts_forward(const experts_t *e, float *u, float *out) {
     const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F;
     float *x_copy = e->scratch, *y = x_copy + e->block * D, *h = y + e->block * D;
@@ -156,6 +271,11 @@ void mixtura_experts_forward(const experts_t *e, float *u, float *out) {
     for (int64_t n = 0; n < e->experts; n++) {
         const float *up = e->up + n * H * D, *down = e->down + n * D * F;
         const int64_t end = start + e->counts[n];
+        const int64_t few = panel_rows(e, end - start);
+        for (int64_t rows; few && start < end; start += rows) {
+            rows = end - start < few ? end - start : few;
+            few_forward(e, up, down, start, rows, u + start * H, out);
+        }
         for (int64_t rows; start < end; start += rows) {
             rows = end - start < e->block ? end - start : e->block;
             const float *x = rows_of(e, e->x, start, rows, x_copy);
@@ -183,6 +303,12 @@ void mixtura_experts_backward(
         if (start == end) {
             memset(grad_up + n * H * D, 0, H * D * sizeof(float));
             memset(grad_down + n * D * F, 0, D * F * sizeof(float));
+        }
+        const int64_t few = panel_rows(e, end - start);
+        for (int64_t rows, add = 0; few && start < end; start += rows, add = 1) {
+            rows = end - start < few ? end - start : few;
+            few_backward(e, up, down, start, rows, u + start * H, grad, grad_x, grad_weight, add, grad_up + n * H * D,
+                         grad_down + n * D * F);
         }
         for (int64_t rows; start < end; start += rows, beta = 1.0f) {
             rows = end - start < e->block ? end - start : e->block;
@@ -279,56 +405,4 @@ void mixtura_apart(const experts_t *e, const choices_t *c) {
         }
     }
     mixtura_chosen(e, c);
-}
-
-/* Tokens lie by group, (N, G, D), and mixtures by expert, (E, N*C, D): slot s = e*C + c of group n is row n*C + c of
-   expert e. Weights are (N, G, S) with S = E*C. */
-typedef struct {
-    sgemm_t sgemm;
-    int64_t threads, groups, group_size, experts, mixtures, hidden;
-    float *scratch; /* threads * S * D */
-} mixing_t;
-
-static float *mixture_row(const mixing_t *m, const float *z, int64_t n, int64_t s) {
-    const int64_t e = s / m->mixtures, c = s % m->mixtures;
-    return (float *)z + ((e * m->groups + n) * m->mixtures + c) * m->hidden;
-}
-
-/* Copies a group's mixtures between their places and one block, (S, D). */
-static void move(const mixing_t *m, float *z, int64_t n, float *block, int into_block) {
-    const int64_t D = m->hidden, S = m->experts * m->mixtures;
-    for (int64_t s = 0; s < S; s++) {
-        float *row = mixture_row(m, z, n, s);
-        if (into_block) memcpy(block + s * D, row, D * sizeof(float));
-        else memcpy(row, block + s * D, D * sizeof(float));
-    }
-}
-
-/* z = weight.T @ tokens, for every group; with `inner` also inner = tokens @ other.T, (N, G, S), `other` lying as z. */
-void mixtura_mix(
-    const mixing_t *m, const float *weight, const float *tokens, float *z, const float *other, float *inner) {
-    const int64_t G = m->group_size, D = m->hidden, S = m->experts * m->mixtures;
-#pragma omp parallel for num_threads(m->threads) if (m->threads > 1)
-    for (int64_t n = 0; n < m->groups; n++) {
-        float *block = m->scratch + thread_number() * S * D;
-        if (inner) {
-            move(m, (float *)other, n, block, 1);
-            product(m->sgemm, 'N', 'T', G, S, D, tokens + n * G * D, block, 0.0f, inner + n * G * S);
-        }
-        product(m->sgemm, 'T', 'N', S, D, G, weight + n * G * S, tokens + n * G * D, 0.0f, block);
-        move(m, z, n, block, 0);
-    }
-}
-
-/* tokens = weight @ z, for every group; with `inner` also inner = other @ z.T, (N, G, S), `other` lying as tokens. */
-void mixtura_spread(
-    const mixing_t *m, const float *weight, const float *z, float *tokens, const float *other, float *inner) {
-    const int64_t G = m->group_size, D = m->hidden, S = m->experts * m->mixtures;
-#pragma omp parallel for num_threads(m->threads) if (m->threads > 1)
-    for (int64_t n = 0; n < m->groups; n++) {
-        float *block = m->scratch + thread_number() * S * D;
-        move(m, (float *)z, n, block, 1);
-        product(m->sgemm, 'N', 'N', G, D, S, weight + n * G * S, block, 0.0f, tokens + n * G * D);
-        if (inner) product(m->sgemm, 'N', 'T', G, S, D, other + n * G * D, block, 0.0f, inner + n * G * S);
-    }
 }

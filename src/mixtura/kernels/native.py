@@ -1,9 +1,10 @@
 """The experts in C, for float32 on the CPU: `native.c`, compiled on first use by the machine's own compiler.
 
 Between the products torch makes a pass over memory for every operation; `native.c` makes one, over a block of rows that
-is in cache, and calls the products as torch does, through BLAS's `sgemm` in torch's own library. Where there is no
-compiler or no such function, or with MIXTURA_NATIVE=0, `sparse` and `dense` run their torch paths. Results differ from
-theirs by rounding: sums are in another order, and the exponential of SiLU is a polynomial.
+is in cache, and calls the products as torch does, through BLAS's `sgemm` in torch's own library. For experts of few
+rows, at which `sgemm` is slow, it has products of its own (`native_tiles.h`). Where there is no compiler or no such
+function, or with MIXTURA_NATIVE=0, `sparse` and `dense` run their torch paths. Results differ from theirs by rounding:
+sums are in another order, and the exponential of SiLU is a polynomial.
 
 Shapes: R rows sorted by expert, T tokens, E experts, D hidden, F expert width, H = 2F when gated else F, N groups, G
 tokens of a group, C mixtures an expert has in a group.
@@ -26,15 +27,20 @@ BLOCK_ROWS = 256
 
 def takes(activation: str, *tensors: Tensor) -> bool:
     """Whether the C code can run these: contiguous float32 on the CPU, and an activation that it knows."""
-    if activation not in ACTIVATIONS or torch.compiler.is_compiling() or library() is None:
+    return activation in ACTIVATIONS and reads(*tensors) and not _counts_flops()
+
+
+def reads(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether there is C code and it can read these: contiguous, of that type and on the CPU."""
+    if torch.compiler.is_compiling() or library() is None:
         return False
     for t in tensors:  # written out, as a decoding step asks often
         # Tensors that stand for others, as those of a graph being traced do, have no memory to point at.
-        if t.dtype is not torch.float32 or type(t) not in (Tensor, torch.nn.Parameter):
+        if t.dtype is not dtype or type(t) not in (Tensor, torch.nn.Parameter):
             return False
         if not (t.is_cpu and t.is_contiguous()):
             return False
-    return not _counts_flops()
+    return True
 
 
 def _counts_flops() -> bool:
@@ -61,7 +67,7 @@ def forward(
     experts = _Experts(x, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated)
     u_RH = x.new_empty(sum(counts), up_EHD.size(1))
     out = torch.empty_like(x) if token_R is None else torch.zeros_like(x)
-    call("mixtura_experts_forward", experts.pointer, *_pointers(u_RH, out))
+    call("mixtura_experts_forward", experts.pointer, *pointers(u_RH, out))
     return out, u_RH
 
 
@@ -82,7 +88,7 @@ def backward(
     grad_x = torch.empty_like(x) if token_R is None else torch.zeros_like(x)
     grad_weight_R = None if weight_R is None else torch.empty_like(weight_R)
     grad_up_EHD, grad_down_EDF = torch.empty_like(up_EHD), torch.empty_like(down_EDF)
-    outputs = _pointers(u_RH, grad, grad_x, grad_weight_R, grad_up_EHD, grad_down_EDF)
+    outputs = pointers(u_RH, grad, grad_x, grad_weight_R, grad_up_EHD, grad_down_EDF)
     call("mixtura_experts_backward", experts.pointer, *outputs)
     return grad_x, grad_weight_R, grad_up_EHD, grad_down_EDF
 
@@ -118,7 +124,7 @@ def _mix_or_spread(name: str, weight_NGEC: Tensor, x: Tensor, out: Tensor, other
     scratch = x.new_empty(threads * experts * mixtures * hidden)
     sizes = (threads, groups, group_size, experts, mixtures, hidden)
     struct = _Mixing(sgemm(), *sizes, scratch.data_ptr())
-    call(name, ctypes.byref(struct), *_pointers(weight_NGEC, x, out, other, inner))
+    call(name, ctypes.byref(struct), *pointers(weight_NGEC, x, out, other, inner))
 
 
 class ExpertsStruct(ctypes.Structure):
@@ -170,5 +176,6 @@ def _addresses(*tensors: Tensor | None) -> list[int | None]:
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    """Addresses as C functions take them; the tensors must outlive the call."""
     return [ctypes.c_void_p(address) for address in _addresses(*tensors)]

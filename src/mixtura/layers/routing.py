@@ -136,7 +136,7 @@ def chosen_experts(
     """
     if kernels.are_few(expert_TK.numel(), unwrapped(experts).activation, x_TKD):
         return experts(x_TKD, kernels.few_ffn, expert_TK, scale_TK, weight_TK)
-    order_R, rows_E = order_by_expert(expert_TK, unwrapped(experts).num_experts)
+    order_R, rows_E = kernels.order_by_expert(expert_TK, unwrapped(experts).num_experts)
     choices = expert_TK.size(1)
     # Every choice has an input of its own, so a row is a token by itself until it is added back.
     own_R = torch.arange(len(order_R), device=x_TKD.device)
@@ -148,21 +148,13 @@ def chosen_experts(
     return y_TD.index_add(0, order_R // choices, y_RD)
 
 
-def order_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The order (R,) that sorts each token's K choices, flattened, by expert, and the rows of every expert (E,)."""
-    expert_R = expert_TK.flatten()
-    # Not bincount: its output size depends on the data, which torch.compile cannot follow.
-    rows_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_R.device)
-    return expert_R.argsort(stable=True), rows_E.scatter_add(0, expert_R, torch.ones_like(expert_R))
-
-
 def sort_by_expert(expert_TK: Tensor, weight_TK: Tensor, num_experts: int) -> SparseRouting:
     """Turns each token's chosen experts (T, K) into rows sorted by expert, tokens in order within an expert."""
     row_TK = None
     if kernels.sorts_choices(expert_TK):
         order_R, row_TK, tokens_per_expert_E = kernels.sort_choices(expert_TK, num_experts)
     else:
-        order_R, tokens_per_expert_E = order_by_expert(expert_TK, num_experts)
+        order_R, tokens_per_expert_E = kernels.order_by_expert(expert_TK, num_experts)
     return SparseRouting(order_R // expert_TK.size(1), weight_TK.flatten()[order_R], tokens_per_expert_E, row_TK)
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mixtura.kernels import are_few
+from mixtura.kernels import are_few, top_k
 from mixtura.layers.dense import DenseFFN
 from mixtura.layers.experts import Experts, unwrapped
 from mixtura.layers.feed_forward import FeedForward
@@ -139,7 +139,7 @@ class TokenChoiceMoE(FeedForward):
         softmax = self.score_function == "softmax"
         scores_TE = logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()
         biased_TE = scores_TE if self.expert_bias is None else scores_TE + self.expert_bias
-        choice_TK = biased_TE.topk(self.top_k, dim=-1).indices
+        choice_TK = top_k(biased_TE, self.top_k)
         weight_TK = scores_TE.gather(-1, choice_TK)
         if self.normalize_top_k:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(1e-20)

@@ -1,0 +1,40 @@
+"""Choosing experts and sorting choices by expert: torch's operators, and on the CPU C, where torch's top-k takes a
+twentieth of a layer with many experts.
+
+Shapes: T tokens, K choices of a token, R = T*K rows, E experts.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from mixtura.kernels import native
+from mixtura.kernels.compiled import call
+
+
+def top_k(scores_TE: Tensor, choices: int) -> Tensor:
+    """The experts (T, K) of each token's largest scores, the largest first; no gradient.
+
+    Of equal scores C takes the expert that is named first, torch any.
+    """
+    if not native.reads(scores_TE):
+        return scores_TE.topk(choices, dim=-1).indices
+    tokens, experts = scores_TE.shape
+    expert_TK = torch.empty(tokens, choices, dtype=torch.int64)
+    numbers = (torch.get_num_threads(), tokens, experts, choices)
+    call("mixtura_top_k", *map(ctypes.c_int64, numbers), *native.pointers(scores_TE, expert_TK))
+    return expert_TK
+
+
+def order_by_expert(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The order (R,) that sorts each token's K choices, flattened, by expert, and the rows of every expert (E,)."""
+    expert_R = expert_TK.flatten()
+    if native.reads(expert_R, dtype=torch.int64):
+        order_R, rows_E, next_E = torch.empty_like(expert_R), *expert_R.new_empty(2, num_experts).unbind()
+        numbers = (ctypes.c_int64(len(expert_R)), ctypes.c_int64(num_experts))
+        call("mixtura_sort_by_expert", *numbers, *native.pointers(expert_R, order_R, rows_E, next_E))
+        return order_R, rows_E
+    # Not bincount: its output size depends on the data, which torch.compile cannot follow.
+    rows_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_R.device)
+    return expert_R.argsort(stable=True), rows_E.scatter_add(0, expert_R, torch.ones_like(expert_R))
