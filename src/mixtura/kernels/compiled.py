@@ -19,8 +19,8 @@ import torch
 
 from mixtura.config.assets import cache_folder
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("native.c", "native_mixing.c", "native_routing.c")]
-_INCLUDED = [Path(__file__).with_name(name) for name in ("native_common.h", "native_threads.h", "native_tiles.h")]
+_SOURCES = sorted(Path(__file__).parent.glob("native*.c"))
+_HEADERS = sorted(Path(__file__).parent.glob("native*.h"))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
 
@@ -59,7 +59,7 @@ def sgemm() -> int | None:
 def _compiled(compiler: str, folder: Path) -> Path:
     """The shared library for this source, compiler and processor; compiled unless it is there."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    source = b"".join(path.read_bytes() for path in [*_SOURCES, *_INCLUDED])
+    source = b"".join(path.read_bytes() for path in [*_SOURCES, *_HEADERS])
     digest = hashlib.blake2b(source + version + _processor() + " ".join(_FLAGS).encode(), digest_size=12)
     path = folder / f"{digest.hexdigest()}.so"
     if not path.exists():

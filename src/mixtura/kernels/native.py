@@ -1,4 +1,4 @@
-"""The experts in C, for float32 on the CPU: `native.c`, compiled on first use by the machine's own compiler.
+"""The experts in C, for float32 on the CPU: `native*.c`, compiled on first use by the machine's own compiler.
 
 Between the products torch makes a pass over memory for every operation; `native.c` makes one, over a block of rows that
 is in cache, and calls the products as torch does, through BLAS's `sgemm` in torch's own library. For experts of few
@@ -128,7 +128,7 @@ def _mix_or_spread(name: str, weight_NGEC: Tensor, x: Tensor, out: Tensor, other
 
 
 class ExpertsStruct(ctypes.Structure):
-    """`experts_t` of native.c, field by field."""
+    """`experts_t` of native_experts.h, field by field."""
 
     _fields_ = (
         ("sgemm", ctypes.c_void_p),
@@ -138,7 +138,7 @@ class ExpertsStruct(ctypes.Structure):
 
 
 class _Mixing(ctypes.Structure):
-    """`mixing_t` of native.c, field by field."""
+    """`mixing_t` of native_mixing.c, field by field."""
 
     _fields_ = (
         ("sgemm", ctypes.c_void_p),

@@ -1,4 +1,4 @@
-"""The few tokens of a decoding step in C: `mixtura_chosen` and `mixtura_apart` of native.c.
+"""The few tokens of a decoding step in C: `mixtura_chosen` and `mixtura_apart` of native_decoding.c.
 
 Next to the products of a single token every Python statement counts, so each thread keeps the memory that a step works
 in and the structures that describe it, one for each kind of step. Inference only.
@@ -75,7 +75,7 @@ def apart(
 
 
 class _ChoicesStruct(ctypes.Structure):
-    """`choices_t` of native.c, field by field."""
+    """`choices_t` of native_decoding.c, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tokens", "choices", "mixtures", "per_expert", "shared")),
