@@ -98,9 +98,10 @@ def _forward(
     down_EDF: Tensor,
     activation: str,
     gated: bool,
+    in_c: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output (T, D) and the first projection (R, H), which the backward pass needs."""
-    if native.takes(activation, x_TD, weight_R, up_EHD, down_EDF):
+    """Output (T, D) and the first projection (R, H), which the backward pass needs, laid out as it likes in C."""
+    if in_c:
         return native.forward(x_TD, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated)
     out_TD = torch.zeros_like(x_TD)
     u_RH = x_TD.new_empty(len(token_R), up_EHD.size(1))
@@ -129,9 +130,10 @@ def _backward(
     u_RH: Tensor,
     activation: str,
     gated: bool,
+    in_c: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (T, D), weight (R,), up (E, H, D) and down (E, D, F)."""
-    if native.takes(activation, grad_TD, x_TD, weight_R, up_EHD, down_EDF):
+    """Gradients of x (T, D), weight (R,), up (E, H, D) and down (E, D, F); in C if the forward pass was."""
+    if in_c:
         arguments = (x_TD, token_R, weight_R, counts, up_EHD, down_EDF, u_RH, activation, gated)
         grads = native.backward(grad_TD, *arguments)
         assert grads[1] is not None, "there are weights"
@@ -167,20 +169,19 @@ class _ExpertLoop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         x_TD, token_R, weight_R, tokens_per_expert_E, up_EHD, down_EDF, activation, gated = arguments
-        counts = tokens_per_expert_E.tolist()
-        out_TD, u_RH = _forward(x_TD, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated)
+        counts, in_c = tokens_per_expert_E.tolist(), native.takes(activation, x_TD, weight_R, up_EHD, down_EDF)
+        out_TD, u_RH = _forward(x_TD, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated, in_c)
         ctx.save_for_backward(x_TD, token_R, weight_R, up_EHD, down_EDF, u_RH)
-        ctx.settings = (counts, activation, gated)
+        ctx.settings = (counts, (activation, gated, in_c))
         return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_TD, token_R, weight_R, up_EHD, down_EDF, u_RH = ctx.saved_tensors
-        counts, activation, gated = ctx.settings
-        grads = _backward(
-            grad_outputs[0].contiguous(), x_TD, token_R, weight_R, counts, up_EHD, down_EDF, u_RH, activation, gated
-        )
+        counts, settings = ctx.settings
+        grad_TD = grad_outputs[0].contiguous()
+        grads = _backward(grad_TD, x_TD, token_R, weight_R, counts, up_EHD, down_EDF, u_RH, *settings)
         return grads[0], None, grads[1], None, grads[2], grads[3], None, None
 
 
@@ -196,7 +197,13 @@ def _sparse_ffn_op(
     activation: str,
     gated: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _forward(x_TD, token_R, weight_R, tokens_per_expert_E.tolist(), up_EHD, down_EDF, activation, gated)
+    counts, in_c = tokens_per_expert_E.tolist(), _op_is_in_c(x_TD, weight_R, up_EHD, down_EDF, activation)
+    return _forward(x_TD, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated, in_c)
+
+
+def _op_is_in_c(x_TD: Tensor, weight_R: Tensor, up_EHD: Tensor, down_EDF: Tensor, activation: str) -> bool:
+    """As `native.takes`, but nothing that may change between the two passes counts."""
+    return activation in native.ACTIVATIONS and native.reads(x_TD, weight_R, up_EHD, down_EDF)
 
 
 @_sparse_ffn_op.register_fake
@@ -226,8 +233,8 @@ def _sparse_ffn_backward_op(
     activation: str,
     gated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    counts = tokens_per_expert_E.tolist()
-    return _backward(grad_TD, x_TD, token_R, weight_R, counts, up_EHD, down_EDF, u_RH, activation, gated)
+    counts, in_c = tokens_per_expert_E.tolist(), _op_is_in_c(x_TD, weight_R, up_EHD, down_EDF, activation)
+    return _backward(grad_TD, x_TD, token_R, weight_R, counts, up_EHD, down_EDF, u_RH, activation, gated, in_c)
 
 
 @_sparse_ffn_backward_op.register_fake
