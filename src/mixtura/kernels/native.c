@@ -1,7 +1,7 @@
 /* Experts on the CPU, a block of rows at a time: gathered, multiplied, activated and added back while in cache.
 
-   Matrix products are torch's own (BLAS's sgemm, handed in as a pointer), those of experts of few rows native_tiles.h's;
-   this file fuses what lies between them. native.py calls it. All arrays are float32 and contiguous.
+   Matrix products are torch's own (BLAS's sgemm, handed in as a pointer); experts of few rows have those of
+   native_tiles.h. This file fuses what lies between them, and native.py calls it. All arrays are float32 and contiguous.
 
    Letters: E experts, D hidden, F expert width, H = 2F when gated (gate columns first) else F, R rows sorted by expert.
    token[r] is the row of x and out that row r reads and adds to. Without `token`, rows are where they are and weights
@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "native_experts.h"
+#include "native_threads.h"
 #include "native_tiles.h"
 
 static void activate_backward(
@@ -46,17 +47,31 @@ static void add_back(const experts_t *e, const float *from, int64_t start, int64
     }
 }
 
-/* Experts of few rows, or narrow ones, whose products are those of native_tiles.h. The rows of a block are the columns of
-   panels, P of them: filled up to whole vectors with numbers that nothing reads. */
-enum { FEW_ROWS = 128, NARROW = 128 }; /* rows and width up to which they are faster than sgemm: measured */
+/* Experts of few rows, with the products of native_tiles.h. Their rows are the columns of panels, P of them: filled up to
+   whole vectors with numbers that nothing reads. */
+enum { FEW_ROWS = 128 }; /* up to which that is faster: measured */
 
 static int64_t whole_vectors(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-/* Rows of a block of such an expert, or 0 if it is not one. */
-static int64_t panel_rows(const experts_t *e, int64_t rows) {
-    const int64_t fit = e->block / 2 < FEW_ROWS ? e->block / 2 / LANES * LANES : FEW_ROWS; /* in the scratch */
-    if (fit == 0 || e->hidden < LANES || e->width < LANES || (rows > fit && e->width > NARROW)) return 0;
-    return rows < fit ? rows : fit;
+static int are_few(const experts_t *e, int64_t rows) {
+    const int64_t fit = e->block / 2 < FEW_ROWS ? e->block / 2 : FEW_ROWS; /* in the scratch */
+    return rows > 0 && whole_vectors(rows) <= fit && e->hidden >= LANES && e->width >= LANES;
+}
+
+/* Whether threads share out the experts rather than the work on each: all get few rows, and none adds to another's. */
+static int are_shared_out(const experts_t *e) {
+    int few = e->threads > 1 && !e->token;
+    for (int64_t n = 0; n < e->experts; n++) few = few && are_few(e, e->counts[n]);
+    return few;
+}
+
+/* The experts as one thread sees them, which has a scratch of its own. */
+static experts_t for_thread(const experts_t *e) {
+    const int64_t H = e->gated ? 2 * e->width : e->width;
+    experts_t own = *e;
+    own.threads = 1;
+    own.scratch += thread_number() * e->block * (3 * e->hidden + 2 * e->width + H);
+    return own;
 }
 
 static const float *row_of(const experts_t *e, const float *from, int64_t r) {
@@ -141,10 +156,10 @@ static void few_forward(
     if (P != rows) pack(H, rows, own_u, u, 0);
 }
 
-/* As a block of mixtura_experts_backward; `add` to the weights' gradients. */
+/* As a block of mixtura_experts_backward; an expert has no other. */
 static void few_backward(
     const experts_t *e, const float *up, const float *down, int64_t start, int64_t rows, const float *u,
-    const float *grad, float *grad_x, float *grad_weight, int add, float *grad_up, float *grad_down) {
+    const float *grad, float *grad_x, float *grad_weight, float *grad_up, float *grad_down) {
     const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F, P = whole_vectors(rows);
     const int64_t h_row = whole_vectors(F); /* rows that begin where vectors do are read faster */
     float *x = e->scratch, *grad_y = x + D * P, *grad_h = grad_y + D * P;
@@ -166,8 +181,8 @@ static void few_backward(
     }
     if (grad_weight) memcpy(grad_weight + start, inner, rows * sizeof(float));
     from_panel(NULL, e->threads, F, rows, h, h_rows, h_row);
-    gradient_of_weight(e->threads, D, F, rows, grad_y, P, h_rows, h_row, add, grad_down);
-    gradient_of_weight(e->threads, H, D, rows, grad_u, P, rows_of(e, e->x, start, rows, x), D, add, grad_up);
+    gradient_of_weight(e->threads, D, F, rows, grad_y, P, h_rows, h_row, grad_down);
+    gradient_of_weight(e->threads, H, D, rows, grad_u, P, rows_of(e, e->x, start, rows, x), D, grad_up);
     turned_weight_by_panel(e->threads, D, P, H, up, grad_u, grad_y); /* grad_y's place: the gradient of x */
     if (e->token) from_panel(e->token + start, e->threads, D, rows, grad_y, grad_x, D);
     else from_panel(NULL, e->threads, D, rows, grad_y, grad_x + start * D, D);
@@ -178,14 +193,23 @@ static void few_backward(
 void mixtura_experts_forward(const experts_t *e, float *u, float *out) {
     const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F;
     float *x_copy = e->scratch, *y = x_copy + e->block * D, *h = y + e->block * D;
+    if (are_shared_out(e)) {
+#pragma omp parallel for num_threads(e->threads) schedule(dynamic)
+        for (int64_t n = 0; n < e->experts; n++) {
+            const experts_t own = for_thread(e);
+            int64_t first = 0;
+            for (int64_t before = 0; before < n; before++) first += e->counts[before];
+            few_forward(&own, e->up + n * H * D, e->down + n * D * F, first, e->counts[n], u + first * H, out);
+        }
+        return;
+    }
     int64_t start = 0;
     for (int64_t n = 0; n < e->experts; n++) {
         const float *up = e->up + n * H * D, *down = e->down + n * D * F;
         const int64_t end = start + e->counts[n];
-        const int64_t few = panel_rows(e, end - start);
-        for (int64_t rows; few && start < end; start += rows) {
-            rows = end - start < few ? end - start : few;
-            few_forward(e, up, down, start, rows, u + start * H, out);
+        if (are_few(e, end - start)) {
+            few_forward(e, up, down, start, end - start, u + start * H, out);
+            start = end;
         }
         for (int64_t rows; start < end; start += rows) {
             rows = end - start < e->block ? end - start : e->block;
@@ -206,6 +230,17 @@ void mixtura_experts_backward(
     const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F;
     float *x_copy = e->scratch, *grad_copy = x_copy + e->block * D, *grad_rows = grad_copy + e->block * D;
     float *grad_h = grad_rows + e->block * D, *h = grad_h + e->block * F, *grad_u = h + e->block * F;
+    if (are_shared_out(e)) {
+#pragma omp parallel for num_threads(e->threads) schedule(dynamic)
+        for (int64_t n = 0; n < e->experts; n++) {
+            const experts_t own = for_thread(e);
+            int64_t first = 0;
+            for (int64_t before = 0; before < n; before++) first += e->counts[before];
+            few_backward(&own, e->up + n * H * D, e->down + n * D * F, first, e->counts[n], u + first * H, grad, grad_x,
+                         grad_weight, grad_up + n * H * D, grad_down + n * D * F);
+        }
+        return;
+    }
     int64_t start = 0;
     for (int64_t n = 0; n < e->experts; n++) {
         const float *up = e->up + n * H * D, *down = e->down + n * D * F;
@@ -215,11 +250,10 @@ void mixtura_experts_backward(
             memset(grad_up + n * H * D, 0, H * D * sizeof(float));
             memset(grad_down + n * D * F, 0, D * F * sizeof(float));
         }
-        const int64_t few = panel_rows(e, end - start);
-        for (int64_t rows, add = 0; few && start < end; start += rows, add = 1) {
-            rows = end - start < few ? end - start : few;
-            few_backward(e, up, down, start, rows, u + start * H, grad, grad_x, grad_weight, add, grad_up + n * H * D,
-                         grad_down + n * D * F);
+        if (are_few(e, end - start)) {
+            few_backward(e, up, down, start, end - start, u + start * H, grad, grad_x, grad_weight,
+                         grad_up + n * H * D, grad_down + n * D * F);
+            start = end;
         }
         for (int64_t rows; start < end; start += rows, beta = 1.0f) {
             rows = end - start < e->block ? end - start : e->block;

@@ -163,7 +163,7 @@ class _Experts:
     ) -> None:
         experts, hidden, width = down_EDF.shape
         floats = 3 * hidden + 2 * width + up_EHD.size(1)
-        scratch = x.new_empty(BLOCK_ROWS * floats)
+        scratch = x.new_empty(torch.get_num_threads() * BLOCK_ROWS * floats)
         counts_E = (ctypes.c_int64 * experts)(*counts)
         self._alive: tuple[Any, ...] = (scratch, counts_E, token_R, weight_R, x, up_EHD, down_EDF)
         addresses = (ctypes.addressof(counts_E), *_addresses(token_R, weight_R, x, up_EHD, down_EDF, scratch))

@@ -80,7 +80,7 @@ typedef struct {
     const int64_t *counts, *token; /* (E,); (R,) or NULL */
     const float *weight;           /* (R,), or NULL where token is */
     const float *x, *up, *down;    /* (T, D), (E, H, D), (E, D, F) */
-    float *scratch;                /* block * (3D + 2F + H) */
+    float *scratch;                /* block * (3D + 2F + H), for every thread */
 } experts_t;
 
 static const float ONE = 1.0f;

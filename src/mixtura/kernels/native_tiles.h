@@ -113,11 +113,11 @@ static void turned_weight_by_panel(
     }
 }
 
-/* grad (m, n) = panel (m, columns) @ rows (columns, n) [+ grad], over the first k columns. */
+/* grad (m, n) = panel (m, columns) @ rows (columns, n), over the first k columns. */
 static void gradient_of_weight(
     int64_t threads, int64_t m, int64_t n, int64_t k, const float *panel, int64_t columns, const float *rows,
-    int64_t row, int add, float *grad) {
-    const tiles_t t = {m, n, k, columns, 1, row, n, panel, rows, grad, add, grad + STRIP_ROWS * n, fetch_bytes(k)};
+    int64_t row, float *grad) {
+    const tiles_t t = {m, n, k, columns, 1, row, n, panel, rows, grad, 0, grad + STRIP_ROWS * n, fetch_bytes(k)};
     tiles(&t, threads);
 }
 
