@@ -75,6 +75,23 @@ def test_experts_of_few_rows_equal_the_definition(rows, threads):
 
 
 @compiled
+@pytest.mark.parametrize("threads", [2, 3, 9])
+@pytest.mark.parametrize("width", [13, 140])
+def test_threads_share_out_experts(threads, width):
+    # Even and uneven rows, experts without any at every place, more threads than experts.
+    torch.set_num_threads(threads)
+    try:
+        for counts in ([0, 300, 0, 290, 10, 0], [5, 6, 5, 0, 5], [40] * 9, [70, 1]):
+            inputs = sparse_inputs(counts, tokens=300, width=width)
+            assert_equals_definition("sparse_ffn", sparse_ffn, inputs, "silu", True)
+        for experts in (1, 4, 9):
+            inputs = mixed_inputs(7, 2, experts, 1, width=width)
+            assert_equals_definition("mixed_ffn", mixed_ffn, inputs, "silu", True)
+    finally:
+        torch.set_num_threads(1)
+
+
+@compiled
 def test_rows_of_one_expert_do_not_see_each_other():
     inputs = sparse_inputs([13, 5], tokens=20, width=140)
     y_TD = sparse_ffn(*inputs, "silu", True)

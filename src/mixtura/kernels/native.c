@@ -10,7 +10,6 @@
 #include <string.h>
 
 #include "native_experts.h"
-#include "native_threads.h"
 #include "native_tiles.h"
 
 static void activate_backward(
@@ -56,22 +55,6 @@ static int64_t whole_vectors(int64_t n) { return (n + LANES - 1) / LANES * LANES
 static int are_few(const experts_t *e, int64_t rows) {
     const int64_t fit = e->block / 2 < FEW_ROWS ? e->block / 2 : FEW_ROWS; /* in the scratch */
     return rows > 0 && whole_vectors(rows) <= fit && e->hidden >= LANES && e->width >= LANES;
-}
-
-/* Whether threads share out the experts rather than the work on each: all get few rows, and none adds to another's. */
-static int are_shared_out(const experts_t *e) {
-    int few = e->threads > 1 && !e->token;
-    for (int64_t n = 0; n < e->experts; n++) few = few && are_few(e, e->counts[n]);
-    return few;
-}
-
-/* The experts as one thread sees them, which has a scratch of its own. */
-static experts_t for_thread(const experts_t *e) {
-    const int64_t H = e->gated ? 2 * e->width : e->width;
-    experts_t own = *e;
-    own.threads = 1;
-    own.scratch += thread_number() * e->block * (3 * e->hidden + 2 * e->width + H);
-    return own;
 }
 
 static const float *row_of(const experts_t *e, const float *from, int64_t r) {
@@ -188,21 +171,9 @@ static void few_backward(
     else from_panel(NULL, e->threads, D, rows, grad_y, grad_x + start * D, D);
 }
 
-/* out: (T, D) of zeros with `token`, else (R, D); u: (R, H), kept for the backward pass, an expert of
-   few rows as (H, rows). */
-void mixtura_experts_forward(const experts_t *e, float *u, float *out) {
+static void forward(const experts_t *e, float *u, float *out) {
     const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F;
     float *x_copy = e->scratch, *y = x_copy + e->block * D, *h = y + e->block * D;
-    if (are_shared_out(e)) {
-#pragma omp parallel for num_threads(e->threads) schedule(dynamic)
-        for (int64_t n = 0; n < e->experts; n++) {
-            const experts_t own = for_thread(e);
-            int64_t first = 0;
-            for (int64_t before = 0; before < n; before++) first += e->counts[before];
-            few_forward(&own, e->up + n * H * D, e->down + n * D * F, first, e->counts[n], u + first * H, out);
-        }
-        return;
-    }
     int64_t start = 0;
     for (int64_t n = 0; n < e->experts; n++) {
         const float *up = e->up + n * H * D, *down = e->down + n * D * F;
@@ -223,24 +194,12 @@ void mixtura_experts_forward(const experts_t *e, float *u, float *out) {
     }
 }
 
-/* grad_x: (T, D) of zeros with `token`, else (R, D); grad_up and grad_down of zeros; grad_weight: (R,) or NULL. */
-void mixtura_experts_backward(
+static void backward(
     const experts_t *e, const float *u, const float *grad, float *grad_x, float *grad_weight, float *grad_up,
     float *grad_down) {
     const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F;
     float *x_copy = e->scratch, *grad_copy = x_copy + e->block * D, *grad_rows = grad_copy + e->block * D;
     float *grad_h = grad_rows + e->block * D, *h = grad_h + e->block * F, *grad_u = h + e->block * F;
-    if (are_shared_out(e)) {
-#pragma omp parallel for num_threads(e->threads) schedule(dynamic)
-        for (int64_t n = 0; n < e->experts; n++) {
-            const experts_t own = for_thread(e);
-            int64_t first = 0;
-            for (int64_t before = 0; before < n; before++) first += e->counts[before];
-            few_backward(&own, e->up + n * H * D, e->down + n * D * F, first, e->counts[n], u + first * H, grad, grad_x,
-                         grad_weight, grad_up + n * H * D, grad_down + n * D * F);
-        }
-        return;
-    }
     int64_t start = 0;
     for (int64_t n = 0; n < e->experts; n++) {
         const float *up = e->up + n * H * D, *down = e->down + n * D * F;
@@ -269,4 +228,102 @@ void mixtura_experts_backward(
             if (e->token) add_back(e, grad_rows, start, rows, grad_x);
         }
     }
+}
+
+/* Threads share out the experts where that gives them about as many rows each; else they share the work on each expert.
+   Whose an expert is follows from where the middle of its rows lies. */
+static int64_t thread_of(const experts_t *e, int64_t before, int64_t count, int64_t total) {
+    return (2 * before + count) * e->threads / (2 * total);
+}
+
+static int are_shared_out(const experts_t *e) {
+    if (e->threads == 1 || (e->token && !e->others)) return 0;
+    int64_t total = 0, before = 0, most = 0, own = 0, thread = 0;
+    for (int64_t n = 0; n < e->experts; n++) total += e->counts[n];
+    for (int64_t n = 0; n < e->experts; before += e->counts[n++]) {
+        if (e->counts[n] == 0) continue;
+        if (thread_of(e, before, e->counts[n], total) != thread) own = 0;
+        thread = thread_of(e, before, e->counts[n], total);
+        own += e->counts[n];
+        most = own > most ? own : most;
+    }
+    return 4 * most * e->threads <= 5 * total; /* a quarter more than an even share */
+}
+
+/* The experts of one thread, from expert `first` and row `start` on, with a scratch of its own. An expert without rows
+   is the thread's whose rows come before it. */
+static experts_t share_of(const experts_t *e, int64_t thread, int64_t *first, int64_t *start) {
+    const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F;
+    int64_t total = 0, before = 0, experts = 0, owner = 0;
+    for (int64_t n = 0; n < e->experts; n++) total += e->counts[n];
+    *first = *start = 0;
+    for (int64_t n = 0; n < e->experts; before += e->counts[n++]) {
+        if (e->counts[n] > 0) owner = thread_of(e, before, e->counts[n], total);
+        if (owner < thread) *first = n + 1, *start = before + e->counts[n];
+        experts += owner == thread;
+    }
+    experts_t own = *e;
+    own.threads = 1, own.experts = experts, own.counts += *first, own.up += *first * H * D, own.down += *first * D * F;
+    own.scratch += thread * e->block * (3 * D + 2 * F + H);
+    if (own.weight) own.weight += *start;
+    if (own.token) own.token += *start;
+    else own.x += *start * D;
+    return own;
+}
+
+/* Where a thread adds to, for tokens that other threads add to as well; `sum_up` when all are done. */
+static float *sum_of(const experts_t *e, int64_t thread, float *out) {
+    if (thread == 0) return out;
+    float *own = e->others + (thread - 1) * e->tokens * e->hidden;
+    memset(own, 0, e->tokens * e->hidden * sizeof(float));
+    return own;
+}
+
+static void sum_up(const experts_t *e, float *out) {
+    const int64_t D = e->hidden;
+#pragma omp parallel for num_threads(e->threads)
+    for (int64_t t = 0; t < e->tokens; t++)
+        for (int64_t thread = 1; thread < e->threads; thread++) {
+            const float *other = e->others + ((thread - 1) * e->tokens + t) * D;
+#pragma omp simd
+            for (int64_t i = 0; i < D; i++) out[t * D + i] += other[i];
+        }
+}
+
+/* out: (T, D) of zeros with `token`, else (R, D); u: (R, H), kept for the backward pass, an expert of few rows as
+   (H, rows). */
+void mixtura_experts_forward(const experts_t *e, float *u, float *out) {
+    const int64_t H = e->gated ? 2 * e->width : e->width;
+    if (!are_shared_out(e)) {
+        forward(e, u, out);
+        return;
+    }
+#pragma omp parallel for num_threads(e->threads) schedule(static, 1)
+    for (int64_t thread = 0; thread < e->threads; thread++) {
+        int64_t first, start;
+        const experts_t own = share_of(e, thread, &first, &start);
+        forward(&own, u + start * H, e->token ? sum_of(e, thread, out) : out + start * e->hidden);
+    }
+    if (e->token) sum_up(e, out);
+}
+
+/* grad_x: (T, D) of zeros with `token`, else (R, D); grad_weight: (R,) or NULL; all of grad_up and grad_down
+   is written. */
+void mixtura_experts_backward(
+    const experts_t *e, const float *u, const float *grad, float *grad_x, float *grad_weight, float *grad_up,
+    float *grad_down) {
+    const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F;
+    if (!are_shared_out(e)) {
+        backward(e, u, grad, grad_x, grad_weight, grad_up, grad_down);
+        return;
+    }
+#pragma omp parallel for num_threads(e->threads) schedule(static, 1)
+    for (int64_t thread = 0; thread < e->threads; thread++) {
+        int64_t first, start;
+        const experts_t own = share_of(e, thread, &first, &start);
+        backward(&own, u + start * H, e->token ? grad : grad + start * D,
+                 e->token ? sum_of(e, thread, grad_x) : grad_x + start * D, grad_weight ? grad_weight + start : NULL,
+                 grad_up + first * H * D, grad_down + first * D * F);
+    }
+    if (e->token) sum_up(e, grad_x);
 }

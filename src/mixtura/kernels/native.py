@@ -23,6 +23,9 @@ from mixtura.kernels.compiled import call, library, sgemm
 ACTIVATIONS = {"relu": 0, "silu": 1}
 BLOCK_ROWS = 256
 """Rows of a block: fewer make slow products, and more leave the cache (measured from 128 to 2,048)."""
+SUMMING_THREADS = 8
+"""Threads that each add to an output of their own, which takes that many times the memory; with more, they share the
+work on one expert after the other."""
 
 
 def takes(activation: str, *tensors: Tensor) -> bool:
@@ -133,7 +136,8 @@ class ExpertsStruct(ctypes.Structure):
     _fields_ = (
         ("sgemm", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("threads", "block", "experts", "hidden", "width", "gated", "activation")),
-        *((name, ctypes.c_void_p) for name in ("counts", "token", "weight", "x", "up", "down", "scratch")),
+        ("tokens", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("counts", "token", "weight", "x", "up", "down", "scratch", "others")),
     )
 
 
@@ -163,11 +167,15 @@ class _Experts:
     ) -> None:
         experts, hidden, width = down_EDF.shape
         floats = 3 * hidden + 2 * width + up_EHD.size(1)
-        scratch = x.new_empty(torch.get_num_threads() * BLOCK_ROWS * floats)
+        threads, tokens = torch.get_num_threads(), x.numel() // hidden
+        scratch = x.new_empty(threads * BLOCK_ROWS * floats)
+        others = None
+        if token_R is not None and 1 < threads <= SUMMING_THREADS:
+            others = x.new_empty(threads - 1, tokens, hidden)
         counts_E = (ctypes.c_int64 * experts)(*counts)
-        self._alive: tuple[Any, ...] = (scratch, counts_E, token_R, weight_R, x, up_EHD, down_EDF)
-        addresses = (ctypes.addressof(counts_E), *_addresses(token_R, weight_R, x, up_EHD, down_EDF, scratch))
-        numbers = (torch.get_num_threads(), BLOCK_ROWS, experts, hidden, width, gated, ACTIVATIONS[activation])
+        self._alive: tuple[Any, ...] = (scratch, others, counts_E, token_R, weight_R, x, up_EHD, down_EDF)
+        addresses = (ctypes.addressof(counts_E), *_addresses(token_R, weight_R, x, up_EHD, down_EDF, scratch, others))
+        numbers = (threads, BLOCK_ROWS, experts, hidden, width, gated, ACTIVATIONS[activation], tokens)
         self._struct = ExpertsStruct(sgemm(), *numbers, *addresses)
         self.pointer = ctypes.byref(self._struct)
 

@@ -1,6 +1,7 @@
 /* The experts of a call, and their activations.
 
-   Letters: E experts, D hidden, F expert width, H = 2F when gated (gate columns first) else F, R rows sorted by expert. */
+   Letters: E experts, D hidden, F expert width, H = 2F when gated (gate columns first) else F, R rows sorted by expert,
+   T tokens. */
 
 #include <math.h>
 
@@ -76,11 +77,12 @@ static inline void activate_run_backward(
 
 typedef struct {
     sgemm_t sgemm;
-    int64_t threads, block, experts, hidden, width, gated, activation;
+    int64_t threads, block, experts, hidden, width, gated, activation, tokens;
     const int64_t *counts, *token; /* (E,); (R,) or NULL */
     const float *weight;           /* (R,), or NULL where token is */
     const float *x, *up, *down;    /* (T, D), (E, H, D), (E, D, F) */
     float *scratch;                /* block * (3D + 2F + H), for every thread */
+    float *others;                 /* (threads - 1, T, D) where threads may add to the same tokens, or NULL */
 } experts_t;
 
 static const float ONE = 1.0f;
