@@ -2,8 +2,8 @@
 
 A step is forward, backward, clipping and fused AdamW, with attention, embeddings and head as they are in a model; the
 steps of all models alternate, and ratios are taken within a round. Run `python benchmarks/steps.py`; it needs a
-checkout, `PYTHONPATH=src` where Mixtura is not installed, and six minutes. The table is printed and stored under
-benchmarks/results/ with versions and hardware.
+checkout, `PYTHONPATH=src` where Mixtura is not installed, and ten minutes, or two with `--rounds 3 --layers 1`. The
+table is printed and stored under benchmarks/results/ with versions and hardware.
 """
 
 import argparse
