@@ -2,8 +2,9 @@
 
 A step is forward, backward, clipping and fused AdamW, with attention, embeddings and head as they are in a model; the
 steps of all models alternate, and ratios are taken within a round. Run `python benchmarks/steps.py`; it needs a
-checkout, `PYTHONPATH=src` where Mixtura is not installed, and ten minutes, or two with `--rounds 3 --layers 1`. The
-table is printed and stored under benchmarks/results/ with versions and hardware.
+checkout, `PYTHONPATH=src` where Mixtura is not installed, and a quarter of an hour at the
+sizes it starts with; `--tokens 512 --rounds 2 --layers 1` is a minute. The table is printed and stored under
+benchmarks/results/ with versions and hardware.
 """
 
 import argparse
