@@ -31,9 +31,10 @@ from mixtura.benchmarks.layers import LIMIT
 from mixtura.benchmarks.measure import Pass, calls, interleaved, passes, ratios
 from mixtura.benchmarks.peers import peers
 from mixtura.benchmarks.records import store_record
+from mixtura.benchmarks.steps import model_of, training_step
+from mixtura.config import Family
 from mixtura.kernels import device as kernel_device
 from mixtura.kernels import reference
-from mixtura.models import MixtureConfig, MixtureForCausalLM
 
 RESULTS = Path(__file__).parent / "results"
 PASSES: tuple[Pass, ...] = ("forward", "training")
@@ -49,7 +50,7 @@ SIZES = (
     Size(tokens=8192, hidden=1024, experts=256, top_k=8, skew=2.0),
 )
 TINY = (Size(tokens=64, hidden=32, experts=4, top_k=2),)
-FAMILIES = ("token_choice", "expert_choice", "mixture_of_tokens")
+FAMILIES: tuple[Family, ...] = ("token_choice", "expert_choice", "mixture_of_tokens")
 
 
 class Budget:
@@ -302,31 +303,10 @@ def model_rows(options: argparse.Namespace, device: torch.device, budget: Budget
     size = Size(tokens=batch * length, hidden=hidden, experts=experts, top_k=2)
     ids_BL = torch.randint(512, (batch, length))
 
-    def step(family: str) -> Callable[[], None]:
-        width = size.dense_width if family == "dense" else size.expert_width(family, top_k=2)  # pyright: ignore
-        config = MixtureConfig(
-            vocab_size=512 if options.smoke else 32768,
-            hidden_size=hidden,
-            intermediate_size=size.dense_width,
-            moe_intermediate_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden // 32 if options.smoke else hidden // 64,
-            mlp_layer_types=[family] * layers,
-            num_experts=experts,
-            num_experts_per_tok=2,
-            group_size=experts,
-            hidden_act=size.activation,
-            gated=size.gated,
-        )
-        model = MixtureForCausalLM(config).to(device, torch.get_default_dtype()).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-        def run() -> None:
-            optimizer.zero_grad()
-            model(input_ids=ids_BL, labels=ids_BL).loss.backward()
-            optimizer.step()
-
-        return run
+    def step(family: Family) -> Callable[[], None]:
+        heads, vocab_size = (hidden // 32, 512) if options.smoke else (hidden // 64, 32768)
+        model = model_of(family, size, layers=layers, heads=heads, vocab_size=vocab_size)
+        return training_step(model.to(device, torch.get_default_dtype()), ids_BL)
 
     dense = step("dense")
     with FlopCounterMode(display=False) as counter:

@@ -9,7 +9,6 @@ benchmarks/results/ with versions and hardware.
 
 import argparse
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,49 +18,14 @@ from rich.table import Table
 from mixtura.benchmarks.contenders import Size, parameters
 from mixtura.benchmarks.measure import interleaved, ratios
 from mixtura.benchmarks.records import store_record
+from mixtura.benchmarks.steps import model_of, training_step
 from mixtura.config import Family
-from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.training.allocation import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 CHOICES = ((8, 2), (32, 2), (64, 8), (256, 8))
 """Experts, and how many of them token choice runs for a token."""
 FAMILIES: tuple[Family, ...] = ("dense", "token_choice", "mixture_of_tokens")
-
-
-def model_of(family: Family, size: Size, layers: int, vocabulary: int) -> MixtureForCausalLM:
-    """A model with that family in every layer, of the FLOPs of the dense one."""
-    return MixtureForCausalLM(
-        MixtureConfig(
-            vocab_size=vocabulary,
-            hidden_size=size.hidden,
-            intermediate_size=size.dense_width,
-            moe_intermediate_size=size.dense_width
-            if family == "dense"
-            else size.expert_width(family, top_k=size.top_k),
-            num_hidden_layers=layers,
-            num_attention_heads=size.hidden // 32,
-            mlp_layer_types=[family] * layers,
-            num_experts=size.experts,
-            num_experts_per_tok=size.top_k,
-            group_size=size.group_size,
-            hidden_act=size.activation,
-            gated=size.gated,
-        )
-    ).train()
-
-
-def step_of(model: MixtureForCausalLM, ids_BL: torch.Tensor) -> Callable[[], None]:
-    """One training step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        model(input_ids=ids_BL, labels=ids_BL).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    return step
 
 
 def main() -> None:
@@ -83,8 +47,9 @@ def main() -> None:
     for experts, top_k in CHOICES:
         size = Size(tokens=options.tokens, hidden=options.hidden, experts=experts, top_k=top_k)
         ids_BL = torch.randint(options.vocabulary, (size.batch, size.length))
-        models = {family: model_of(family, size, options.layers, options.vocabulary) for family in FAMILIES}
-        runs = {family: step_of(model, ids_BL) for family, model in models.items()}
+        sizes = {"layers": options.layers, "heads": options.hidden // 32, "vocab_size": options.vocabulary}
+        models = {family: model_of(family, size, **sizes) for family in FAMILIES}
+        runs = {family: training_step(model, ids_BL, max_grad_norm=1.0) for family, model in models.items()}
         seconds = interleaved(runs, baseline="dense", rounds=options.rounds)
         for family, (median, lowest, highest) in ratios(seconds, baseline="dense").items():
             row = {"experts": experts, "top_k": top_k, "family": family}

@@ -11,6 +11,14 @@ from mixtura.kernels import mixed_ffn, native, reference, sparse_ffn
 compiled = pytest.mark.skipif(native.library() is None, reason="no C compiler, or torch's library has no sgemm to call")
 
 
+@pytest.fixture
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 def sparse_inputs(counts, *, tokens, hidden_size=20, width=12, gated=True):
     token_R = torch.cat([torch.randperm(tokens)[:count].sort().values for count in counts])
     weights = (torch.randn(len(counts), 2 * width if gated else width, hidden_size) / 4,)
@@ -43,52 +51,40 @@ def assert_equals_definition(name, function, inputs, activation, gated):
 @compiled
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("activation", ["relu", "silu"])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize("width", [5, 13, 140], ids=["below a vector", "narrow", "wide"])
 def test_rows_of_several_blocks_equal_the_definition(activation, gated, threads, width):
     # Blocks end within an expert, at its end and beyond it, and experts without rows lie between.
     counts = [2 * native.BLOCK_ROWS + 1, 0, native.BLOCK_ROWS, 3, 0]
     inputs = sparse_inputs(counts, tokens=600, gated=gated, width=width)
-    torch.set_num_threads(threads)
-    try:
-        assert_equals_definition("sparse_ffn", sparse_ffn, inputs, activation, gated)
-        inputs = mixed_inputs(2 * native.BLOCK_ROWS // 3, 2, 3, 2, gated=gated, width=width)
-        assert_equals_definition("mixed_ffn", mixed_ffn, inputs, activation, gated)
-    finally:
-        torch.set_num_threads(1)
+    assert_equals_definition("sparse_ffn", sparse_ffn, inputs, activation, gated)
+    inputs = mixed_inputs(2 * native.BLOCK_ROWS // 3, 2, 3, 2, gated=gated, width=width)
+    assert_equals_definition("mixed_ffn", mixed_ffn, inputs, activation, gated)
 
 
 @compiled
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 23, 32, 100, 127, 128, 129])
 def test_experts_of_few_rows_equal_the_definition(rows, threads):
     # Widths leave every remainder of a strip of six rows, and vectors that end beyond the last column.
-    torch.set_num_threads(threads)
-    try:
-        for hidden_size, width in ((8, 133), (23, 136), (33, 134), (64, 144)):
-            sizes = {"hidden_size": hidden_size, "width": width}
-            inputs = sparse_inputs([rows, 0, 1, rows], tokens=140, **sizes)
-            assert_equals_definition("sparse_ffn", sparse_ffn, inputs, "silu", True)
-            assert_equals_definition("mixed_ffn", mixed_ffn, mixed_inputs(rows, 2, 3, 1, **sizes), "relu", True)
-    finally:
-        torch.set_num_threads(1)
+    for hidden_size, width in ((8, 133), (23, 136), (33, 134), (64, 144)):
+        sizes = {"hidden_size": hidden_size, "width": width}
+        inputs = sparse_inputs([rows, 0, 1, rows], tokens=140, **sizes)
+        assert_equals_definition("sparse_ffn", sparse_ffn, inputs, "silu", True)
+        assert_equals_definition("mixed_ffn", mixed_ffn, mixed_inputs(rows, 2, 3, 1, **sizes), "relu", True)
 
 
 @compiled
-@pytest.mark.parametrize("threads", [2, 3, 9])
+@pytest.mark.parametrize("threads", [2, 3, 9], indirect=True)
 @pytest.mark.parametrize("width", [13, 140])
 def test_threads_share_out_experts(threads, width):
     # Even and uneven rows, experts without any at every place, more threads than experts.
-    torch.set_num_threads(threads)
-    try:
-        for counts in ([0, 300, 0, 290, 10, 0], [5, 6, 5, 0, 5], [40] * 9, [70, 1]):
-            inputs = sparse_inputs(counts, tokens=300, width=width)
-            assert_equals_definition("sparse_ffn", sparse_ffn, inputs, "silu", True)
-        for experts in (1, 4, 9):
-            inputs = mixed_inputs(7, 2, experts, 1, width=width)
-            assert_equals_definition("mixed_ffn", mixed_ffn, inputs, "silu", True)
-    finally:
-        torch.set_num_threads(1)
+    for counts in ([0, 300, 0, 290, 10, 0], [5, 6, 5, 0, 5], [40] * 9, [70, 1]):
+        inputs = sparse_inputs(counts, tokens=300, width=width)
+        assert_equals_definition("sparse_ffn", sparse_ffn, inputs, "silu", True)
+    for experts in (1, 4, 9):
+        inputs = mixed_inputs(7, 2, experts, 1, width=width)
+        assert_equals_definition("mixed_ffn", mixed_ffn, inputs, "silu", True)
 
 
 @compiled

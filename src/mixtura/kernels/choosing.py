@@ -12,13 +12,16 @@ from torch import Tensor
 from mixtura.kernels import native
 from mixtura.kernels.compiled import call
 
+FEWEST_SCORES = 16384
+"""Scores from which C is quicker than torch, which is called with less ado: a decoding step has fewer."""
+
 
 def top_k(scores_TE: Tensor, choices: int) -> Tensor:
     """The experts (T, K) of each token's largest scores, the largest first; no gradient.
 
     Of equal scores C takes the expert that is named first, torch any.
     """
-    if not native.reads(scores_TE):
+    if scores_TE.numel() < FEWEST_SCORES or not native.reads(scores_TE):
         return scores_TE.topk(choices, dim=-1).indices
     tokens, experts = scores_TE.shape
     expert_TK = torch.empty(tokens, choices, dtype=torch.int64)

@@ -102,6 +102,13 @@ static void from_panel(
     }
 }
 
+/* The rows of a block (D, P), back: added to the tokens' rows, or written where they are. */
+static void rows_from_panel(const experts_t *e, int64_t start, int64_t rows, const float *panel, float *to) {
+    const int64_t D = e->hidden;
+    if (e->token) from_panel(e->token + start, e->threads, D, rows, panel, to, D);
+    else from_panel(NULL, e->threads, D, rows, panel, to + start * D, D);
+}
+
 /* Copies n rows between a panel (n, P) and memory without its zeros (n, rows). */
 static void pack(int64_t n, int64_t rows, float *panel, float *packed, int into_panel) {
     const int64_t P = whole_vectors(rows);
@@ -134,8 +141,7 @@ static void few_forward(
         EACH_KIND(e, activate_run, 1, P, own_u + f * P, own_u + (F + f) * P, weight, h + f * P)
     }
     weight_by_panel(e->threads, D, P, F, down, h, y);
-    if (e->token) from_panel(e->token + start, e->threads, D, rows, y, out, D);
-    else from_panel(NULL, e->threads, D, rows, y, out + start * D, D);
+    rows_from_panel(e, start, rows, y, out);
     if (P != rows) pack(H, rows, own_u, u, 0);
 }
 
@@ -167,8 +173,7 @@ static void few_backward(
     gradient_of_weight(e->threads, D, F, rows, grad_y, P, h_rows, h_row, grad_down);
     gradient_of_weight(e->threads, H, D, rows, grad_u, P, rows_of(e, e->x, start, rows, x), D, grad_up);
     turned_weight_by_panel(e->threads, D, P, H, up, grad_u, grad_y); /* grad_y's place: the gradient of x */
-    if (e->token) from_panel(e->token + start, e->threads, D, rows, grad_y, grad_x, D);
-    else from_panel(NULL, e->threads, D, rows, grad_y, grad_x + start * D, D);
+    rows_from_panel(e, start, rows, grad_y, grad_x);
 }
 
 static void forward(const experts_t *e, float *u, float *out) {

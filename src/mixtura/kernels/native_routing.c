@@ -1,5 +1,6 @@
 /* Choosing and sorting by expert. All arrays are contiguous, T tokens, E experts, K choices of a token. */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -7,18 +8,6 @@
 #include "native_threads.h"
 
 enum { BLOCK = 16 };
-
-/* The K largest of E scores, one put in its place after the other. */
-static void insert_all(int64_t experts, int64_t choices, const float *score, int64_t *best) {
-    int64_t found = 0;
-    for (int64_t e = 0; e < experts; e++) {
-        const float own = score[e];
-        if (found == choices && !(own > score[best[found - 1]])) continue;
-        int64_t place = found < choices ? found++ : choices - 1;
-        for (; place > 0 && own > score[best[place - 1]]; place--) best[place] = best[place - 1];
-        best[place] = e;
-    }
-}
 
 static float largest(const float *score) {
     float most = -INFINITY;
@@ -29,7 +18,7 @@ static float largest(const float *score) {
 
 /* choice (T, K): the K largest of each row of scores (T, E), the largest first and of equals the one named first.
    `scratch` has room for 17 / 16 of E numbers, rounded up to 17, for every thread. Blocks of scores and their largest are
-   looked through in turn, which has no branches to guess wrong. */
+   looked through in turn, which has no branches to guess wrong. What is no number counts as the least that is. */
 void mixtura_top_k(
     int64_t threads, int64_t tokens, int64_t experts, int64_t choices, const float *scores, int64_t *choice,
     float *scratch) {
@@ -38,19 +27,15 @@ void mixtura_top_k(
     for (int64_t t = 0; t < tokens; t++) {
         const float *score = scores + t * experts;
         float *own = scratch + thread_number() * blocks * (BLOCK + 1), *most = own + blocks * BLOCK;
-        memcpy(own, score, experts * sizeof(float));
+        for (int64_t e = 0; e < experts; e++) own[e] = score[e] > -FLT_MAX ? score[e] : -FLT_MAX;
         for (int64_t e = experts; e < blocks * BLOCK; e++) own[e] = -INFINITY;
         for (int64_t b = 0; b < blocks; b++) most[b] = largest(own + b * BLOCK);
         for (int64_t k = 0; k < choices; k++) {
             int64_t b = 0, i = 0;
             for (int64_t other = 1; other < blocks; other++) b = most[other] > most[b] ? other : b;
-            if (most[b] == -INFINITY) { /* what is left has no order */
-                insert_all(experts, choices, score, choice + t * choices);
-                break;
-            }
             while (own[b * BLOCK + i] != most[b]) i++;
             choice[t * choices + k] = b * BLOCK + i;
-            own[b * BLOCK + i] = -INFINITY; /* taken */
+            own[b * BLOCK + i] = -INFINITY; /* taken, below all that are left */
             most[b] = largest(own + b * BLOCK);
         }
     }
