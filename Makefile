@@ -24,7 +24,7 @@ TRITON := $(VENV)/triton
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: assets compare test test-triton check fmt lint type docs bench setup test-clients test-gpu help clean
+.PHONY: assets compare test test-triton coverage check fmt lint type docs bench setup test-clients test-gpu help clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -38,7 +38,10 @@ assets: $(READY)  ## fetch the data and models of the fine-tuning recipes: 250 M
 	@$(BIN)/python -m mixtura.data.help_download $(LANGUAGES)
 
 test: $(READY_DEV)  ## run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --cov=src/mixtura/layers --cov-report=term
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+coverage: $(READY_DEV)  ## run the tests of the layers and kernels, and name their lines that none runs
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/layers tests/kernels --cov=src/mixtura/layers --cov=src/mixtura/kernels --cov-report=term-missing
 
 test-gpu: $(READY_DEV)  ## run the tests that need an accelerator
 	@$(BIN)/python -m pytest -q -m gpu || { test $$? -eq 5 && echo 'No test asks for an accelerator.'; }

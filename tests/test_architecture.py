@@ -1,6 +1,7 @@
 """The shape of the code: import direction, sizes, docstrings, names, and what no module may do."""
 
 import ast
+import functools
 import io
 import re
 import subprocess
@@ -38,6 +39,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 each_module = pytest.mark.parametrize("path", MODULES, ids=IDS)
 
 
+@functools.cache
 def _parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
