@@ -6,7 +6,13 @@ import torch
 
 from mixtura.config import TrainingConfig
 from mixtura.diagnostics.memory import live_bytes
-from mixtura.training.optimization import build_optimizer, build_schedule, learning_rate_factor, warmup_steps
+from mixtura.training.optimization import (
+    build_optimizer,
+    build_schedule,
+    clip_gradients,
+    learning_rate_factor,
+    warmup_steps,
+)
 
 
 def test_the_rate_rises_linearly_to_the_peak_and_ends_at_the_minimum():
@@ -89,3 +95,30 @@ def test_the_schedules_state_is_loadable_without_pickle(tiny_model, tmp_path):
     schedule = build_schedule(build_optimizer(tiny_model(), config, learning_rate=1.0), config)
     torch.save(schedule.state_dict(), tmp_path / "scheduler.pt")
     assert torch.load(tmp_path / "scheduler.pt", weights_only=True)["last_epoch"] == 0
+
+
+@pytest.mark.parametrize("size", [0.0, 0.05, 0.5, 2.0, float("nan"), float("inf")])
+def test_clipping_is_torchs_to_the_bit(size):
+    torch.manual_seed(0)
+    gradients = [size * torch.randn(3, 4), size * torch.randn(5)]
+
+    def clipped(clip):
+        parameters = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        norm = clip([*parameters, torch.nn.Parameter(torch.zeros(2))], 1.0)
+        return [norm, *(parameter.grad for parameter in parameters)]
+
+    for ours, theirs in zip(clipped(clip_gradients), clipped(torch.nn.utils.clip_grad_norm_), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_gradients_within_the_bound_are_not_touched():
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.full((3,), 0.1)
+    before = parameter.grad._version
+    clip_gradients([parameter], 1.0)
+    assert parameter.grad._version == before
+    clip_gradients([parameter], 0.1)
+    assert parameter.grad._version > before
+    assert parameter.grad.norm() == pytest.approx(0.1, rel=1e-4)

@@ -18,7 +18,7 @@ from mixtura.models import MixtureForCausalLM
 from mixtura.models.alone_schedule import step_kinds
 from mixtura.training.allocation import keep_freed_memory
 from mixtura.training.experiment import Arm
-from mixtura.training.optimization import build_optimizer
+from mixtura.training.optimization import build_optimizer, clip_gradients
 
 WARM_UP_ROUNDS, ROUNDS = 2, 12
 
@@ -82,7 +82,7 @@ class _Step:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bfloat16):
                 loss = self._loss(batch)
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.max_grad_norm)
+        clip_gradients(self.model.parameters(), self.training.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

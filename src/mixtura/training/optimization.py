@@ -1,10 +1,12 @@
 """Optimizer and learning rate schedule, the same for every arm."""
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from importlib import import_module
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -12,6 +14,8 @@ from mixtura.config import TrainingConfig
 
 OPTIMIZER_NAMES = {"adamw": "AdamW", "adamw_8bit": "AdamW with 8-bit moments", "adafactor": "Adafactor"}
 """What reports call them."""
+_CLIPPING_EPSILON = 1e-6
+"""Added by torch to the norm it divides by."""
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig, *, learning_rate: float) -> Optimizer:
@@ -35,6 +39,20 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, *, learning_rate: 
         return import_module("torchao.optim").AdamW8bit(groups, lr=learning_rate, betas=betas)
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
     return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """As `torch.nn.utils.clip_grad_norm_`, to the bit: scales gradients down to a norm of `max_norm`, returns theirs.
+
+    Where none is above the bound, torch multiplies all of them by 1; on the CPU, where asking costs nothing, that pass
+    over the gradients of every expert is left out.
+    """
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    within = norm.device.type == "cpu" and bool(norm + _CLIPPING_EPSILON <= max_norm)
+    if not within:
+        clip_grads_with_norm_(trained, max_norm, norm)
+    return norm
 
 
 def build_schedule(optimizer: Optimizer, config: TrainingConfig) -> LambdaLR:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -24,6 +25,7 @@ from mixtura.models.transition import change_to_token_choice, transition_due
 from mixtura.training import balance, checkpoints
 from mixtura.training.interrupts import StopRequest
 from mixtura.training.metrics import MetricsFile
+from mixtura.training.optimization import clip_gradients
 from mixtura.training.progress import ProgressReporter
 from mixtura.training.task import StepLosses, TrainingTask
 
@@ -163,6 +165,11 @@ class MixtureTrainer(Trainer):
         control.should_save = step % config.save_every == 0
         if self._stop_requested():
             control.should_save = control.should_training_stop = True
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
+        if self.args.device.type != "cpu" or self.accelerator.distributed_type != DistributedType.NO:
+            return super()._clip_grad_norm(model)
+        return clip_gradients(model.parameters(), self.args.max_grad_norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Records a step; the base class calls this after each, and once more with a summary that is not kept.

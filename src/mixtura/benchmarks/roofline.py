@@ -1,0 +1,152 @@
+"""The least time that a machine allows a layer: the larger of its arithmetic and of its traffic with memory.
+
+The roofline of Williams, Waterman and Patterson (2009, doi 10.1145/1498765.1498785): work that does few operations for
+a byte waits for memory, and all other work for the arithmetic units. Traffic is the least there can be: every weight
+and every token is read or written once in a pass, and what lies between the products of an expert stays in cache, but
+for the first projection, which is kept for the backward pass.
+
+Letters: T tokens, D hidden, R expert rows, H first projection of an expert, P parameters.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mixtura.benchmarks.contenders import Size
+from mixtura.benchmarks.measure import Pass
+from mixtura.config import Family
+from mixtura.planning.parameters import layer_parameters
+from mixtura.planning.shapes import FeedForwardShape
+
+FAMILIES: tuple[Family, ...] = ("dense", "token_choice", "expert_choice", "mixture_of_tokens")
+ADAMW_BYTES = 28
+"""Of a parameter in an update: weight, gradient and two float32 moments read, all but the gradient written."""
+_COLOURS = {8: "#4c72b0", 32: "#55a868", 64: "#dd8452", 128: "#8172b3", 256: "#c44e52"}
+_MARKERS = {"dense": "s", "token_choice": "o", "expert_choice": "v", "mixture_of_tokens": "D"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a machine can do at most."""
+
+    name: str
+    flops: float
+    """A second, in matrix products."""
+    bandwidth: float
+    """Bytes a second, between memory and the arithmetic units."""
+    element: int
+    """Bytes of a weight or activation."""
+
+    @property
+    def ridge(self) -> float:
+        """Operations a byte from which on memory is not what work waits for."""
+        return self.flops / self.bandwidth
+
+
+H200 = Machine(name="H200, bfloat16", flops=989e12, bandwidth=4.8e12, element=2)
+"""As its maker states it, for dense products."""
+
+
+def traffic(size: Size, family: Family, *, what: Pass, element: int) -> float:
+    """The fewest bytes that a pass moves; in a step, the optimizer's not counted."""
+    shape = _shape(size, family)
+    tokens = size.tokens * size.hidden * element
+    rows = size.tokens * shape.rows_per_token
+    projected = rows * (shape.num_projections - 1) * shape.intermediate_size * element
+    weights = layer_parameters(shape) * element
+    if what == "forward":
+        return weights + 2 * tokens
+    # Backward: weights, tokens, the output's gradient and the first projection read, two gradients written.
+    return 3 * weights + 5 * tokens + 2 * projected
+
+
+def least_seconds(size: Size, family: Family, machine: Machine, *, what: Pass) -> float:
+    """The least time that the roofline allows; the optimizer's pass over memory comes after the others."""
+    moved = traffic(size, family, what=what, element=machine.element) / machine.bandwidth
+    seconds = max(size.flops(backward=what != "forward") / machine.flops, moved)
+    if what == "step":
+        seconds += ADAMW_BYTES * layer_parameters(_shape(size, family)) / machine.bandwidth
+    return seconds
+
+
+def measure_bandwidth(*, parameters: int = 1 << 26, rounds: int = 5) -> float:
+    """Bytes a second that AdamW's update of so many parameters moves on this CPU: the most that a pass was seen to."""
+    weight = torch.nn.Parameter(torch.zeros(parameters))
+    weight.grad = torch.ones(parameters)
+    optimizer = torch.optim.AdamW([weight], lr=1e-4, fused=True)
+    seconds = []
+    for _ in range(rounds + 1):  # the first makes the moments
+        start = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+        optimizer.step()
+        seconds.append((time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()) - start)
+    return ADAMW_BYTES * parameters / min(seconds[1:])
+
+
+def machine_of(record: Mapping[str, Any], *, bandwidth: float) -> Machine:
+    """The CPU that a record of the layers was measured on: its best large product is the most it can do."""
+    rows = [row for entry in record["sizes"] for row in entry["rows"]]
+    flops = max(row["gigaflops"] for row in rows if row["contender"] == "one large product") * 1e9
+    return Machine(name="this CPU, one thread, float32", flops=flops, bandwidth=bandwidth, element=4)
+
+
+def plot(record: Mapping[str, Any], cpu: Machine, device: Machine, device_sizes: Sequence[Size]) -> Figure:
+    """Training passes under two roofs: as measured on the CPU, and as the roof allows on the device."""
+    figure = Figure(figsize=(10, 4.2))
+    left, right = figure.subplots(1, 2)
+    for entry in record["sizes"]:
+        size = Size(**entry["size"])
+        rates = {row["contender"]: row["gigaflops"] for row in entry["rows"] if row["what"] == "training"}
+        for family in FAMILIES:
+            if (name := family.replace("_", " ")) in rates:
+                _point(left, size, family, cpu, rates[name] * 1e9)
+    for size in device_sizes:
+        for family in FAMILIES:
+            most = size.flops(backward=True) / least_seconds(size, family, device, what="training")
+            _point(right, size, family, device, most)
+    for axes, machine, title in ((left, cpu, "as measured"), (right, device, "what the roof allows; not measured")):
+        _roof(axes, machine)
+        axes.set_title(f"{machine.name}: {title}", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def _point(axes: Axes, size: Size, family: Family, machine: Machine, rate: float) -> None:
+    intensity = size.flops(backward=True) / traffic(size, family, what="training", element=machine.element)
+    colour = "#333333" if family == "dense" else _COLOURS.get(size.experts, "#937860")
+    axes.plot(intensity, rate / 1e9, _MARKERS[family], color=colour, markersize=5, alpha=0.8)
+
+
+def _roof(axes: Axes, machine: Machine) -> None:
+    low, high = axes.get_xlim()
+    bounds = (min(low, machine.ridge) / 2, max(high, machine.ridge) * 2)
+    corners = (bounds[0], machine.ridge, bounds[1])
+    heights = [min(machine.flops, machine.bandwidth * corner) / 1e9 for corner in corners]
+    axes.plot(corners, heights, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations a byte", fontsize=8)
+    axes.set_ylabel("GFLOP/s", fontsize=8)
+    axes.tick_params(labelsize=8)
+    for family, marker in _MARKERS.items():
+        axes.plot([], [], marker, color="#333333", label=family.replace("_", " "), markersize=5)
+    for experts, colour in _COLOURS.items():
+        axes.plot([], [], "s", color=colour, label=f"{experts} experts", markersize=5)
+    axes.legend(fontsize=7, loc="lower right", frameon=False)
+
+
+def _shape(size: Size, family: Family) -> FeedForwardShape:
+    width = size.dense_width if family == "dense" else size.expert_width(family, top_k=size.top_k)
+    return FeedForwardShape(
+        family=family,
+        hidden_size=size.hidden,
+        intermediate_size=width,
+        gated=size.gated,
+        num_experts=1 if family == "dense" else size.experts,
+        top_k=size.top_k,
+        group_size=size.group_size,
+    )
