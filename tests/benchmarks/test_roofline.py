@@ -48,7 +48,7 @@ def test_the_plot_has_a_point_for_every_family_and_size():
     drawn = [sum(len(line.get_xdata()) == 1 for line in axes.lines) for axes in (left, right)]
     assert drawn == [4, 8]
     heights = [line.get_ydata()[0] for line in left.lines if len(line.get_xdata()) == 1]
-    assert heights == [50.0, 51.0, 52.0, 53.0]
+    assert heights == [50e9, 51e9, 52e9, 53e9]
 
 
 def test_nothing_is_drawn_above_the_roof_of_the_device():
@@ -57,5 +57,5 @@ def test_nothing_is_drawn_above_the_roof_of_the_device():
         for line in axes.lines:
             if len(line.get_xdata()) == 1:
                 x, y = line.get_xdata()[0], line.get_ydata()[0]
-                assert y <= 1.0001 * min(roof.get_ydata()[1], x * H200.bandwidth / 1e9)
+                assert y <= 1.0001 * min(roof.get_ydata()[1], x * H200.bandwidth)
     assert H200.ridge == pytest.approx(206, abs=1)

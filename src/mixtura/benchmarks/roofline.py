@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 
 from mixtura.benchmarks.contenders import Size
 from mixtura.benchmarks.measure import Pass
@@ -96,47 +98,56 @@ def machine_of(record: Mapping[str, Any], *, bandwidth: float) -> Machine:
 
 def plot(record: Mapping[str, Any], cpu: Machine, device: Machine, device_sizes: Sequence[Size]) -> Figure:
     """Training passes under two roofs: as measured on the CPU, and as the roof allows on the device."""
-    figure = Figure(figsize=(10, 4.2))
+    figure = Figure(figsize=(9, 4.2))
     left, right = figure.subplots(1, 2)
     for entry in record["sizes"]:
         size = Size(**entry["size"])
         rates = {row["contender"]: row["gigaflops"] for row in entry["rows"] if row["what"] == "training"}
         for family in FAMILIES:
             if (name := family.replace("_", " ")) in rates:
-                _point(left, size, family, cpu, rates[name] * 1e9)
+                _point(left, size, family, cpu, rates[name] * 1e9, filled=True)
     for size in device_sizes:
         for family in FAMILIES:
             most = size.flops(backward=True) / least_seconds(size, family, device, what="training")
-            _point(right, size, family, device, most)
-    for axes, machine, title in ((left, cpu, "as measured"), (right, device, "what the roof allows; not measured")):
+            _point(right, size, family, device, most, filled=False)
+    for axes, machine, title in ((left, cpu, "as measured"), (right, device, "the most there can be, not measured")):
         _roof(axes, machine)
         axes.set_title(f"{machine.name}: {title}", fontsize=9)
-    figure.tight_layout()
+    keys = [Line2D([], [], linestyle="", marker=marker, color="#333333") for marker in _MARKERS.values()]
+    keys += [Line2D([], [], linewidth=4, color=colour) for colour in _COLOURS.values()]
+    names = [*(family.replace("_", " ") for family in FAMILIES), *(f"{experts} experts" for experts in _COLOURS)]
+    figure.legend(keys, names, fontsize=8, loc="lower center", ncols=5, frameon=False)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
     return figure
 
 
-def _point(axes: Axes, size: Size, family: Family, machine: Machine, rate: float) -> None:
+def _point(axes: Axes, size: Size, family: Family, machine: Machine, rate: float, *, filled: bool) -> None:
     intensity = size.flops(backward=True) / traffic(size, family, what="training", element=machine.element)
     colour = "#333333" if family == "dense" else _COLOURS.get(size.experts, "#937860")
-    axes.plot(intensity, rate / 1e9, _MARKERS[family], color=colour, markersize=5, alpha=0.8)
+    axes.plot(
+        intensity, rate, _MARKERS[family], color=colour, markersize=6, markerfacecolor=colour if filled else "none"
+    )
 
 
 def _roof(axes: Axes, machine: Machine) -> None:
-    low, high = axes.get_xlim()
-    bounds = (min(low, machine.ridge) / 2, max(high, machine.ridge) * 2)
-    corners = (bounds[0], machine.ridge, bounds[1])
-    heights = [min(machine.flops, machine.bandwidth * corner) / 1e9 for corner in corners]
-    axes.plot(corners, heights, color="black", linewidth=1)
+    """From a quarter of the ridge on, and a decade and a half of speeds."""
+    low, high = machine.ridge / 4, max(1.5 * axes.get_xlim()[1], 4 * machine.ridge)
+    corners = (low, machine.ridge, high)
+    axes.plot(
+        corners, [min(machine.flops, machine.bandwidth * corner) for corner in corners], color="black", linewidth=1
+    )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_xlim(low, high)
+    axes.set_ylim(machine.flops / 8, machine.flops * 1.5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        axis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(EngFormatter(unit="FLOP/s"))
     axes.set_xlabel("operations a byte", fontsize=8)
-    axes.set_ylabel("GFLOP/s", fontsize=8)
     axes.tick_params(labelsize=8)
-    for family, marker in _MARKERS.items():
-        axes.plot([], [], marker, color="#333333", label=family.replace("_", " "), markersize=5)
-    for experts, colour in _COLOURS.items():
-        axes.plot([], [], "s", color=colour, label=f"{experts} experts", markersize=5)
-    axes.legend(fontsize=7, loc="lower right", frameon=False)
+    axes.grid(visible=True, color="#dddddd", linewidth=0.6)
 
 
 def _shape(size: Size, family: Family) -> FeedForwardShape:
