@@ -39,17 +39,19 @@ from mixtura.kernels import reference
 RESULTS = Path(__file__).parent / "results"
 PASSES: tuple[Pass, ...] = ("forward", "training")
 SIZES = (
-    Size(tokens=16384, hidden=2048, experts=64, top_k=8),
-    Size(tokens=16384, hidden=2048, experts=8, top_k=2),
-    Size(tokens=16384, hidden=2048, experts=64, top_k=8, skew=2.0),
-    Size(tokens=8192, hidden=1024, experts=32, top_k=2),
-    Size(tokens=32768, hidden=1024, experts=256, top_k=8),
-    Size(tokens=32768, hidden=4096, experts=8, top_k=1),
-    Size(tokens=32768, hidden=2048, experts=128, top_k=8),
-    Size(tokens=8192, hidden=4096, experts=16, top_k=2),
-    Size(tokens=8192, hidden=1024, experts=256, top_k=8, skew=2.0),
+    Size(tokens=16384, hidden=2048, experts=64, top_k=8, multiple_of=8),
+    Size(tokens=16384, hidden=2048, experts=8, top_k=2, multiple_of=8),
+    Size(tokens=16384, hidden=2048, experts=64, top_k=8, skew=2.0, multiple_of=8),
+    Size(tokens=8192, hidden=1024, experts=32, top_k=2, multiple_of=8),
+    Size(tokens=32768, hidden=1024, experts=256, top_k=8, multiple_of=8),
+    Size(tokens=32768, hidden=4096, experts=8, top_k=1, multiple_of=8),
+    Size(tokens=32768, hidden=2048, experts=128, top_k=8, multiple_of=8),
+    Size(tokens=8192, hidden=4096, experts=16, top_k=2, multiple_of=8),
+    Size(tokens=8192, hidden=1024, experts=256, top_k=8, skew=2.0, multiple_of=8),
 )
 TINY = (Size(tokens=64, hidden=32, experts=4, top_k=2),)
+PEERS = ("grouped_mm", "plain", "ScatterMoE")
+"""What of the other libraries is timed: names that contain one of these."""
 FAMILIES: tuple[Family, ...] = ("token_choice", "expert_choice", "mixture_of_tokens")
 
 
@@ -139,13 +141,13 @@ def built(layer: nn.Module, device: torch.device) -> nn.Module:
 
 
 def contenders(size: Size) -> dict[str, nn.Module]:
-    """Layers without memory: our families, and the grouped products of transformers."""
+    """Layers without memory: our families, and of the other libraries those that `PEERS` names."""
     with torch.device("meta"):
         found: dict[str, nn.Module] = {**own_layers(size)}
         for name in ("token choice", "mixture of tokens"):
             found[f"{name}, without Triton"] = WithoutTriton(own_layers(size)[name])
         others, _ = peers(size)
-    found |= {name: layer for name, layer in others.items() if "grouped_mm" in name or "plain" in name}
+    found |= {name: layer for name, layer in others.items() if any(each in name for each in PEERS)}
     return found
 
 
@@ -300,7 +302,7 @@ def model_rows(options: argparse.Namespace, device: torch.device, budget: Budget
     """Whole training steps, AdamW included, of a small model of each family beside the dense one."""
     batch, length, hidden, layers = (4, 8, 32, 1) if options.smoke else (32, 512, 1024, 8)
     experts = 4 if options.smoke else 32
-    size = Size(tokens=batch * length, hidden=hidden, experts=experts, top_k=2)
+    size = Size(tokens=batch * length, hidden=hidden, experts=experts, top_k=2, multiple_of=8)
     ids_BL = torch.randint(512, (batch, length))
 
     def step(family: Family) -> Callable[[], None]:

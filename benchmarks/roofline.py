@@ -18,7 +18,7 @@ from mixtura.benchmarks.roofline import FAMILIES, H200, Machine, least_seconds, 
 
 ROOT = Path(__file__).parents[1]
 DEVICE_SIZES = tuple(
-    Size(tokens=32768, hidden=hidden, experts=experts, top_k=top_k)
+    Size(tokens=32768, hidden=hidden, experts=experts, top_k=top_k, multiple_of=8)
     for hidden, experts, top_k in ((4096, 8, 2), (2048, 64, 8), (2048, 128, 8), (1024, 256, 8))
 )
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mixtura.config import ArmConfig, ModelConfig, UserError
+from mixtura.config import ArmConfig, ModelConfig, TrainingConfig, UserError
 from mixtura.models.build import build_model_config, layer_families
 from mixtura.planning import flops_ratio
 
@@ -23,6 +23,15 @@ def test_an_arm_costs_what_the_dense_arm_costs(family, gated, placement):
     dense = build(ArmConfig(family="dense"), model)
     assert abs(flops_ratio(arm, baseline=dense, sequence_length=64) - 1) < 0.01
     assert arm.moe_intermediate_size % 4 == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_of_16_bit_numbers_have_rows_of_16_bytes(family):
+    assert (TrainingConfig().width_multiple, TrainingConfig(dtype="bfloat16").width_multiple) == (4, 8)
+    model = ModelConfig(hidden_size=96, intermediate_size=380)
+    arm, dense = (build(ArmConfig(family=each), model, width_multiple=8) for each in (family, "dense"))
+    assert arm.moe_intermediate_size % 8 == 0
+    assert abs(flops_ratio(arm, baseline=dense, sequence_length=64) - 1) < 0.03
 
 
 def test_a_width_that_is_named_is_kept():

@@ -30,6 +30,8 @@ class Size:
     top_k: int
     skew: float = 0.0
     """Strength of a vector added to every token: 0 is even routing, at 2 a few experts get most tokens."""
+    multiple_of: int = 4
+    """What expert widths are rounded to: tensor cores want 16 bytes, which is 8 numbers of 16 bits."""
     gated: bool = True
     """SiLU-gated layers, which every other library has; else plain ReLU, as in the papers on mixture of tokens."""
 
@@ -72,6 +74,7 @@ class Size:
             mixtures_per_expert=self.num_slots if family == "soft" else 1,
             combine="same",
             sequence_length=self.length,
+            multiple_of=self.multiple_of,
         )
 
     @property

@@ -1,4 +1,4 @@
-"""What others have: the blocks of transformers, and lucidrains' layers where they are installed.
+"""What others have: the blocks of transformers, and lucidrains' layers and ScatterMoE where they are installed.
 
 Everybody gets experts of the width that our layer of the same family has, so FLOPs are equal, but for the capacity of
 st-moe-pytorch, which pads every expert to an even share.
@@ -6,6 +6,7 @@ st-moe-pytorch, which pads every expert to an even share.
 Shapes: N groups, G tokens of a group, D hidden, E experts, F expert width.
 """
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -45,6 +46,12 @@ def peers(size: Size) -> tuple[dict[str, nn.Module], dict[str, str]]:
             left_out["soft-moe-pytorch"] = "a sequence has fewer tokens than there are experts"
         else:
             found[name.replace("_", "-")] = build(size)
+    if find_spec("scattermoe") is None:
+        left_out["ScatterMoE"] = "not installed"
+    elif not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"):
+        left_out["ScatterMoE"] = "it needs a GPU"
+    else:
+        found["ScatterMoE"] = ScatterMoE(size)
     for module in found.values():
         _draw(module)
     return found, left_out
@@ -76,6 +83,25 @@ class PlainMixtureOfTokens(nn.Module):
         y_END = torch.bmm(h_ENF, self.down)
         y_NGD = torch.einsum("nge,end->ngd", weight_NGE, y_END)
         return from_groups(y_NGD, x_BLD.size(0), x_BLD.size(1), "batch")
+
+
+class ScatterMoE(nn.Module):
+    """Token choice on the Triton kernels of github.com/shawntan/scattermoe (arXiv 2403.08245), gated with SiLU."""
+
+    def __init__(self, size: Size) -> None:
+        """Takes its sizes from the row of the table."""
+        super().__init__()
+        width = size.expert_width("token_choice", top_k=size.top_k)
+        self.top_k = size.top_k
+        self.router = nn.Linear(size.hidden, size.experts, bias=False)
+        self.experts = import_module("scattermoe.mlp").GLUMLP(size.hidden, width, size.experts, size.top_k)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D), with the weights of the chosen experts scaled to a sum of 1."""
+        x_TD = x_BLD.flatten(0, 1)
+        weight_TK, expert_TK = self.router(x_TD).float().softmax(-1).topk(self.top_k, dim=-1)
+        weight_TK = (weight_TK / weight_TK.sum(-1, keepdim=True)).to(x_TD.dtype)
+        return self.experts(x_TD, weight_TK, expert_TK).view(x_BLD.shape)
 
 
 def _mixtral(size: Size, width: int, implementation: str) -> nn.Module:

@@ -203,6 +203,7 @@ def _make_arm(recipe: Recipe, data: PreparedData, name: str) -> PretrainingArm:
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            width_multiple=recipe.training.width_multiple,
         )
     return PretrainingArm(
         name,

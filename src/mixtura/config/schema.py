@@ -159,6 +159,11 @@ class TrainingConfig:
     trackers: tuple[Literal["tensorboard", "trackio"], ...] = ()
     """Where the metrics are shown besides `metrics.jsonl`."""
 
+    @property
+    def width_multiple(self) -> int:
+        """What expert widths are multiples of: 16 bytes in the dtype of the products, which GPU kernels want."""
+        return 8 if self.dtype == "bfloat16" else 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:

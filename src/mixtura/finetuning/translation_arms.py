@@ -171,6 +171,7 @@ def _scratch_arm(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         expert_names=expert_names,
+        width_multiple=recipe.training.width_multiple,
     )
 
     def build(seed: int) -> nn.Module:

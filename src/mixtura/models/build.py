@@ -15,11 +15,13 @@ def build_model_config(
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
     expert_names: list[str] | None = None,
+    width_multiple: int = 4,
 ) -> MixtureConfig:
     """The configuration of one arm: the recipe's decoder with the arm's feed-forward layers.
 
     An arm that names no expert width gets the one at which it costs the dense arm's FLOPs a token, routing and mixing
-    counted. `expert_names` are the languages or pairs of the experts that they name.
+    counted, rounded to a multiple of `width_multiple`. `expert_names` are the languages or pairs of the experts that
+    they name.
 
     Raises:
         UserError: routing alone costs more than the dense layer.
@@ -32,7 +34,7 @@ def build_model_config(
         eos_token_id=eos_token_id,
         hidden_size=recipe_model.hidden_size,
         intermediate_size=recipe_model.intermediate_size,
-        moe_intermediate_size=_expert_width(recipe_model, arm, max_position_embeddings),
+        moe_intermediate_size=_expert_width(recipe_model, arm, max_position_embeddings, width_multiple),
         num_hidden_layers=recipe_model.num_hidden_layers,
         num_attention_heads=recipe_model.num_attention_heads,
         num_key_value_heads=recipe_model.num_key_value_heads,
@@ -76,7 +78,7 @@ def layer_families(num_layers: int, arm: ArmConfig) -> list[str]:
     return ["dense"] * first + [arm.family] * (num_layers - first)
 
 
-def _expert_width(model: ModelConfig, arm: ArmConfig, sequence_length: int) -> int:
+def _expert_width(model: ModelConfig, arm: ArmConfig, sequence_length: int, multiple_of: int) -> int:
     if arm.moe_intermediate_size is not None:
         return arm.moe_intermediate_size
     if arm.family == "dense":
@@ -94,4 +96,5 @@ def _expert_width(model: ModelConfig, arm: ArmConfig, sequence_length: int) -> i
         combine=arm.combine,
         sequence_length=sequence_length,
         learned_router=arm.route_by == "token",
+        multiple_of=multiple_of,
     )

@@ -26,7 +26,8 @@ def match_intermediate_size(
     """The width of one expert at which a token costs the FLOPs of the dense layer.
 
     Solves layer_flops(width) = layer_flops(dense) and rounds to the nearest multiple of `multiple_of` (16 bytes of
-    float32, which GPU kernels want), at least one such multiple. `flops_ratio` says what the rounding left over.
+    float32, which GPU kernels want; of 16-bit numbers that is 8), at least one such multiple. `flops_ratio` says what
+    the rounding left over.
 
     Raises:
         UserError: routing and mixing alone cost as much as the dense layer.
