@@ -62,6 +62,20 @@ def test_tokens_over_capacity_are_dropped_in_order_of_arrival():
     assert (stats.dropped_tokens, stats.routed_rows) == (1, 4)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own doing
+def test_rows_that_stay_with_no_weight_are_as_good_as_dropped():
+    """In a compiled graph, as on an accelerator, no shape depends on how many rows are over the capacity."""
+    torch.compiler.reset()  # compilations of the same code are counted, over all tests, and end at a limit
+    layer = TokenChoiceMoE(8, intermediate_size=4, num_experts=4, top_k=2, capacity_factor=0.5).double()
+    x_BLD = (torch.randn(3, 7, 8, dtype=torch.float64) + 1).requires_grad_()
+    results = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        y_BLD, stats = run(x_BLD, return_stats=True)
+        assert stats.dropped_tokens > 0
+        results.append([y_BLD, *stats, *torch.autograd.grad(y_BLD.square().sum(), [x_BLD, *layer.parameters()])])
+    assert_close(results[1], results[0])
+
+
 def test_a_dropped_token_still_gets_the_shared_expert():
     layer = TokenChoiceMoE(4, intermediate_size=4, num_experts=2, top_k=1, capacity_factor=0.5, num_shared_experts=2)
     x_BLD = torch.randn(1, 1, 4).expand(1, 8, 4)  # one expert, with room for two of the eight

@@ -125,9 +125,9 @@ class TokenChoiceMoE(FeedForward):
             y_TD = chosen_experts(self.experts, real_TD.unsqueeze(1), choice_TK, weight_TK)
         else:
             routing = sort_by_expert(choice_TK, weight_TK, self.num_experts)
-            kept = self._drop(routing, tokens=len(real_TD))
-            y_TD = sparse_experts(self.experts, real_TD, kept)
-            stats = self._stats(logits_TE, probs_TE, routing, kept) if want_stats else None
+            limit = self._limit(len(real_TD))
+            y_TD = sparse_experts(self.experts, real_TD, routing if limit is None else _first_rows(routing, limit))
+            stats = self._stats(logits_TE, probs_TE, routing, limit) if want_stats else None
         if real_T is not None:
             y_TD = torch.zeros_like(x_TD, dtype=y_TD.dtype).masked_scatter(real_T.unsqueeze(-1), y_TD)
         if self.shared_expert is not None:
@@ -152,26 +152,39 @@ class TokenChoiceMoE(FeedForward):
         probs_TE = torch.nn.functional.one_hot(expert_T, self.num_experts).to(dtype)
         return expert_T.unsqueeze(-1), torch.ones_like(expert_T, dtype=dtype).unsqueeze(-1), probs_TE
 
-    def _drop(self, routing: SparseRouting, *, tokens: int) -> SparseRouting:
-        """Keeps the first `capacity` rows of every expert."""
+    def _limit(self, tokens: int) -> int | None:
+        """Most rows that an expert keeps; None keeps all."""
         if self.capacity_factor is None:
-            return routing
-        limit = capacity(tokens, self.top_k, self.num_experts, self.capacity_factor)
-        counts_E = routing.tokens_per_expert_E
-        starts_E = counts_E.cumsum(0) - counts_E
-        rank_R = torch.arange(len(routing.token_R), device=counts_E.device) - starts_E.repeat_interleave(counts_E)
-        kept_R = rank_R < limit
-        return SparseRouting(routing.token_R[kept_R], routing.weight_R[kept_R], counts_E.clamp_max(limit))
+            return None
+        return capacity(tokens, self.top_k, self.num_experts, self.capacity_factor)
 
     def _stats(
-        self, logits_TE: Tensor | None, probs_TE: Tensor, routing: SparseRouting, kept: SparseRouting
+        self, logits_TE: Tensor | None, probs_TE: Tensor, routing: SparseRouting, limit: int | None
     ) -> RoutingStats:
         rows = routing.tokens_per_expert_E.sum()
+        over = torch.zeros_like(rows)
+        if limit is not None:
+            over = (routing.tokens_per_expert_E - limit).clamp_min(0).sum()
         return RoutingStats(
             tokens_per_expert_E=routing.tokens_per_expert_E.float(),
             importance_E=probs_TE.float().mean(0),
             router_z_loss=probs_TE.new_zeros(()) if logits_TE is None else router_z_loss(logits_TE),
-            dropped_tokens=(rows - kept.tokens_per_expert_E.sum()).float(),
+            dropped_tokens=over.float(),
             routed_rows=rows.float(),
             entropy=normalized_entropy(probs_TE, dim=-1),
         )
+
+
+def _first_rows(routing: SparseRouting, limit: int) -> SparseRouting:
+    """Keeps the first `limit` rows of every expert.
+
+    How many rows that leaves is known to the device alone, so on an accelerator, and where a graph is compiled, the
+    others stay, with a weight of zero: nothing waits, at the cost of the layer without a capacity.
+    """
+    counts_E, rows = routing.tokens_per_expert_E, len(routing.token_R)
+    starts_E = counts_E.cumsum(0) - counts_E
+    first_R = starts_E.repeat_interleave(counts_E, output_size=rows)
+    kept_R = torch.arange(rows, device=counts_E.device) - first_R < limit
+    if counts_E.is_cuda or torch.compiler.is_compiling():
+        return routing._replace(weight_R=torch.where(kept_R, routing.weight_R, 0.0))
+    return SparseRouting(routing.token_R[kept_R], routing.weight_R[kept_R], counts_E.clamp_max(limit))
