@@ -62,6 +62,24 @@ def test_rows_of_several_blocks_equal_the_definition(activation, gated, threads,
     assert_equals_definition("mixed_ffn", mixed_ffn, inputs, activation, gated)
 
 
+def test_blocks_of_large_experts_have_more_rows():
+    small, large = native.LARGE_WEIGHTS, native.LARGE_WEIGHTS + 1
+    assert native.block_rows(small, 1000) == native.BLOCK_ROWS
+    assert native.block_rows(large, 1000) == native.MOST_ROWS
+    assert native.block_rows(large, native.SCRATCH_BYTES // 1000) == 1000
+    assert native.block_rows(large, native.SCRATCH_BYTES) == native.BLOCK_ROWS
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+def test_large_experts_equal_the_definition(threads, monkeypatch):
+    monkeypatch.setattr(native, "LARGE_WEIGHTS", 0)
+    monkeypatch.setattr(native, "MOST_ROWS", 300)
+    monkeypatch.setattr(native, "SCRATCH_BYTES", 1 << 40)
+    inputs = sparse_inputs([601, 0, 300, 299], tokens=700, gated=True, width=140)
+    assert_equals_definition("sparse_ffn", sparse_ffn, inputs, "silu", True)
+
+
 @compiled
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 23, 32, 100, 127, 128, 129])

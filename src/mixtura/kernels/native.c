@@ -176,6 +176,12 @@ static void few_backward(
     rows_from_panel(e, start, rows, grad_y, grad_x);
 }
 
+/* An expert's blocks are of about one size: a last one of few rows would cost as much as a whole one. */
+static int64_t block_of(const experts_t *e, int64_t rows) {
+    const int64_t blocks = (rows + e->block - 1) / e->block;
+    return blocks > 1 ? (rows + blocks - 1) / blocks : e->block;
+}
+
 static void forward(const experts_t *e, float *u, float *out) {
     const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F;
     float *x_copy = e->scratch, *y = x_copy + e->block * D, *h = y + e->block * D;
@@ -187,8 +193,9 @@ static void forward(const experts_t *e, float *u, float *out) {
             few_forward(e, up, down, start, end - start, u + start * H, out);
             start = end;
         }
+        const int64_t block = block_of(e, end - start);
         for (int64_t rows; start < end; start += rows) {
-            rows = end - start < e->block ? end - start : e->block;
+            rows = end - start < block ? end - start : block;
             const float *x = rows_of(e, e->x, start, rows, x_copy);
             float *block_u = u + start * H, *block_y = e->token ? y : out + start * D;
             product(e->sgemm, 'N', 'T', rows, H, D, x, up, 0.0f, block_u);
@@ -219,8 +226,9 @@ static void backward(
                          grad_up + n * H * D, grad_down + n * D * F);
             start = end;
         }
+        const int64_t block = block_of(e, end - start);
         for (int64_t rows; start < end; start += rows, beta = 1.0f) {
-            rows = end - start < e->block ? end - start : e->block;
+            rows = end - start < block ? end - start : block;
             const float *gy = rows_of(e, grad, start, rows, grad_copy);
             float *gx = e->token ? grad_rows : grad_x + start * D;
             product(e->sgemm, 'N', 'N', rows, F, D, gy, down, 0.0f, grad_h);

@@ -23,6 +23,9 @@ from mixtura.kernels.compiled import call, library, sgemm
 ACTIVATIONS = {"relu": 0, "silu": 1}
 BLOCK_ROWS = 256
 """Rows of a block: fewer make slow products, and more leave the cache (measured from 128 to 2,048)."""
+LARGE_WEIGHTS, MOST_ROWS, SCRATCH_BYTES = 2 << 20, 2048, 64 << 20
+"""Weights of an expert, in bytes, that leave the cache themselves: every block reads them, and adds to their gradients,
+in memory. Blocks then have as many rows as a thread's scratch holds, up to `MOST_ROWS`."""
 SUMMING_THREADS = 8
 """Threads that each add to an output of their own, which takes that many times the memory; with more, they share the
 work on one expert after the other."""
@@ -130,6 +133,13 @@ def _mix_or_spread(name: str, weight_NGEC: Tensor, x: Tensor, out: Tensor, other
     call(name, ctypes.byref(struct), *pointers(weight_NGEC, x, out, other, inner))
 
 
+def block_rows(weight_bytes: int, scratch_bytes: int) -> int:
+    """Rows of a block, given the bytes of an expert's weights and those of scratch for a row."""
+    if weight_bytes <= LARGE_WEIGHTS:
+        return BLOCK_ROWS
+    return max(BLOCK_ROWS, min(MOST_ROWS, SCRATCH_BYTES // scratch_bytes))
+
+
 class ExpertsStruct(ctypes.Structure):
     """`experts_t` of native_experts.h, field by field."""
 
@@ -168,14 +178,15 @@ class _Experts:
         experts, hidden, width = down_EDF.shape
         floats = 3 * hidden + 2 * width + up_EHD.size(1)
         threads, tokens = torch.get_num_threads(), x.numel() // hidden
-        scratch = x.new_empty(threads * BLOCK_ROWS * floats)
+        block = block_rows(4 * width * hidden * (3 if gated else 2), 4 * floats)
+        scratch = x.new_empty(threads * block * floats)
         others = None
         if token_R is not None and 1 < threads <= SUMMING_THREADS:
             others = x.new_empty(threads - 1, tokens, hidden)
         counts_E = (ctypes.c_int64 * experts)(*counts)
         self._alive: tuple[Any, ...] = (scratch, others, counts_E, token_R, weight_R, x, up_EHD, down_EDF)
         addresses = (ctypes.addressof(counts_E), *_addresses(token_R, weight_R, x, up_EHD, down_EDF, scratch, others))
-        numbers = (threads, BLOCK_ROWS, experts, hidden, width, gated, ACTIVATIONS[activation], tokens)
+        numbers = (threads, block, experts, hidden, width, gated, ACTIVATIONS[activation], tokens)
         self._struct = ExpertsStruct(sgemm(), *numbers, *addresses)
         self.pointer = ctypes.byref(self._struct)
 
