@@ -8,7 +8,6 @@ for the first projection, which is kept for the backward pass.
 Letters: T tokens, D hidden, R expert rows, H first projection of an expert, P parameters.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFormatter
 
 from mixtura.benchmarks.contenders import Size
-from mixtura.benchmarks.measure import Pass
+from mixtura.benchmarks.measure import Pass, interleaved
 from mixtura.config import Family
 from mixtura.planning.parameters import layer_parameters
 from mixtura.planning.shapes import FeedForwardShape
@@ -81,12 +80,8 @@ def measure_bandwidth(*, parameters: int = 1 << 26, rounds: int = 5) -> float:
     weight = torch.nn.Parameter(torch.zeros(parameters))
     weight.grad = torch.ones(parameters)
     optimizer = torch.optim.AdamW([weight], lr=1e-4, fused=True)
-    seconds = []
-    for _ in range(rounds + 1):  # the first makes the moments
-        start = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-        optimizer.step()
-        seconds.append((time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()) - start)
-    return ADAMW_BYTES * parameters / min(seconds[1:])
+    seconds = interleaved({"adamw": optimizer.step}, baseline="adamw", rounds=rounds)["adamw"]
+    return ADAMW_BYTES * parameters / min(seconds)
 
 
 def machine_of(record: Mapping[str, Any], *, bandwidth: float) -> Machine:
@@ -151,11 +146,10 @@ def _roof(axes: Axes, machine: Machine) -> None:
 
 
 def _shape(size: Size, family: Family) -> FeedForwardShape:
-    width = size.dense_width if family == "dense" else size.expert_width(family, top_k=size.top_k)
     return FeedForwardShape(
         family=family,
         hidden_size=size.hidden,
-        intermediate_size=width,
+        intermediate_size=size.expert_width(family, top_k=size.top_k),
         gated=size.gated,
         num_experts=1 if family == "dense" else size.experts,
         top_k=size.top_k,

@@ -22,12 +22,11 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 def model_of(family: Family, size: Size, *, layers: int, heads: int, vocab_size: int) -> MixtureForCausalLM:
     """A model in training with that family in every layer, at the FLOPs of the dense one."""
-    width = size.dense_width if family == "dense" else size.expert_width(family, top_k=size.top_k)
     config = MixtureConfig(
         vocab_size=vocab_size,
         hidden_size=size.hidden,
         intermediate_size=size.dense_width,
-        moe_intermediate_size=width,
+        moe_intermediate_size=size.expert_width(family, top_k=size.top_k),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         mlp_layer_types=[family] * layers,
