@@ -82,10 +82,10 @@ def test_large_experts_equal_the_definition(threads, monkeypatch):
 
 @compiled
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
-@pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 23, 32, 100, 127, 128, 129])
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 16, 23, 32, 95, 96, 97, 127, 128, 129])
 def test_experts_of_few_rows_equal_the_definition(rows, threads):
     # Widths leave every remainder of a strip of six rows, and vectors that end beyond the last column.
-    for hidden_size, width in ((8, 133), (23, 136), (33, 134), (64, 144)):
+    for hidden_size, width in ((8, 133), (23, 136), (33, 134), (64, 144), (140, 9)):
         sizes = {"hidden_size": hidden_size, "width": width}
         inputs = sparse_inputs([rows, 0, 1, rows], tokens=140, **sizes)
         assert_equals_definition("sparse_ffn", sparse_ffn, inputs, "silu", True)

@@ -48,12 +48,12 @@ static void add_back(const experts_t *e, const float *from, int64_t start, int64
 
 /* Experts of few rows, with the products of native_tiles.h. Their rows are the columns of panels, P of them: filled up to
    whole vectors with numbers that nothing reads. */
-enum { FEW_ROWS = 128 }; /* up to which that is faster: measured */
+enum { FEW_ROWS = 96, UP_ROWS = 128 }; /* up to which that is faster, and the first projection alone: measured */
 
 static int64_t whole_vectors(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-static int are_few(const experts_t *e, int64_t rows) {
-    const int64_t fit = e->block / 2 < FEW_ROWS ? e->block / 2 : FEW_ROWS; /* in the scratch */
+static int are_few(const experts_t *e, int64_t rows, int64_t most) {
+    const int64_t fit = e->block / 2 < most ? e->block / 2 : most; /* in the scratch */
     return rows > 0 && whole_vectors(rows) <= fit && e->hidden >= LANES && e->width >= LANES;
 }
 
@@ -182,23 +182,33 @@ static int64_t block_of(const experts_t *e, int64_t rows) {
     return blocks > 1 ? (rows + blocks - 1) / blocks : e->block;
 }
 
+/* u (rows, H) = rows of a block @ up.T; sgemm is slow at that as long as it has to turn more weights than it multiplies. */
+static void first_projection(const experts_t *e, const float *up, int64_t start, int64_t rows, float *u) {
+    const int64_t D = e->hidden, H = e->gated ? 2 * e->width : e->width, P = whole_vectors(rows);
+    float *x = e->scratch, *panel = x + D * P;
+    if (are_few(e, rows, UP_ROWS)) {
+        into_panel(e, e->x, start, rows, x);
+        weight_by_panel(e->threads, H, P, D, up, x, panel);
+        from_panel(NULL, e->threads, H, rows, panel, u, H);
+    } else product(e->sgemm, 'N', 'T', rows, H, D, rows_of(e, e->x, start, rows, x), up, 0.0f, u);
+}
+
 static void forward(const experts_t *e, float *u, float *out) {
     const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F;
-    float *x_copy = e->scratch, *y = x_copy + e->block * D, *h = y + e->block * D;
+    float *y = e->scratch + e->block * D, *h = y + e->block * D;
     int64_t start = 0;
     for (int64_t n = 0; n < e->experts; n++) {
         const float *up = e->up + n * H * D, *down = e->down + n * D * F;
         const int64_t end = start + e->counts[n];
-        if (are_few(e, end - start)) {
+        if (are_few(e, end - start, FEW_ROWS)) {
             few_forward(e, up, down, start, end - start, u + start * H, out);
             start = end;
         }
         const int64_t block = block_of(e, end - start);
         for (int64_t rows; start < end; start += rows) {
             rows = end - start < block ? end - start : block;
-            const float *x = rows_of(e, e->x, start, rows, x_copy);
             float *block_u = u + start * H, *block_y = e->token ? y : out + start * D;
-            product(e->sgemm, 'N', 'T', rows, H, D, x, up, 0.0f, block_u);
+            first_projection(e, up, start, rows, block_u);
             activate(e, rows, block_u, e->weight ? e->weight + start : NULL, h);
             product(e->sgemm, 'N', 'T', rows, D, F, h, down, 0.0f, block_y);
             if (e->token) add_back(e, y, start, rows, out);
@@ -221,7 +231,7 @@ static void backward(
             memset(grad_up + n * H * D, 0, H * D * sizeof(float));
             memset(grad_down + n * D * F, 0, D * F * sizeof(float));
         }
-        if (are_few(e, end - start)) {
+        if (are_few(e, end - start, FEW_ROWS)) {
             few_backward(e, up, down, start, end - start, u + start * H, grad, grad_x, grad_weight,
                          grad_up + n * H * D, grad_down + n * D * F);
             start = end;

@@ -104,7 +104,7 @@ static void weight_by_panel(
 /* out (m, columns) = weight (k, m).T @ panel (k, columns), so many rows of the weight at a time as stay in cache. */
 static void turned_weight_by_panel(
     int64_t threads, int64_t m, int64_t columns, int64_t k, const float *weight, const float *panel, float *out) {
-    const int64_t step = 64;
+    const int64_t step = 128;
     for (int64_t p = 0; p < k; p += step) {
         const int64_t rows = k - p < step ? k - p : step;
         const tiles_t t = {m, columns, rows, 1, m, columns, columns, weight + p * m, panel + p * columns, out, p > 0,
