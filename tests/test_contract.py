@@ -205,15 +205,20 @@ def test_autocast_stays_close_and_keeps_float32_gradients(family):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own doing
+@pytest.mark.parametrize("masked", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiling_in_one_graph_changes_nothing(family, backend):
+def test_compiling_in_one_graph_changes_nothing(family, backend, masked):
     torch.compiler.reset()  # compilations of the same code are counted, over all tests, and end at a limit
     layer, x_BLD = build(family), tokens().requires_grad_()
+    mask_BL = None
+    if masked:
+        mask_BL = torch.ones(B, L, dtype=torch.long)
+        mask_BL[1, :2] = mask_BL[0, -1] = 0
     results = []
     for function in (layer, torch.compile(layer, fullgraph=True, backend=backend)):
         layer.zero_grad()
         x_BLD.grad = None
-        y_BLD, stats = function(x_BLD, return_stats=True)
+        y_BLD, stats = function(x_BLD, mask_BL, return_stats=True)
         loss = y_BLD.square().sum() + (0 if stats is None else stats.router_z_loss + stats.importance_E[0])
         loss.backward()
         results.append([y_BLD.detach(), x_BLD.grad] + [parameter.grad.clone() for parameter in layer.parameters()])

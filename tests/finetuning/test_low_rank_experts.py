@@ -262,6 +262,6 @@ def test_what_an_adapters_router_chose_can_be_read(make_base, batch, scope):
     model = apply_adapter(make_base("llama"), config, seed=0).eval()
     with torch.no_grad(), record_choices(model) as recorder:
         model(**batch)
-        choices = recorder.take(tokens=batch["input_ids"].numel(), real_T=batch["attention_mask"].flatten().bool())
+        choices = recorder.take(tokens=batch["input_ids"].numel())
     assert {layer.num_experts for layer in recorder.layers} == {4}
     assert all((layer.rows_TK.sum(-1) == 2).all() for layer in choices)

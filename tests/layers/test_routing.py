@@ -1,8 +1,5 @@
-"""Groups, sorted rows, router logits and entropy."""
+"""Groups, sorted rows and router logits."""
 
-import math
-
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +9,6 @@ from mixtura import kernels
 from mixtura.layers import Experts, SparseRouting
 from mixtura.layers.routing import (
     from_groups,
-    normalized_entropy,
     router_logits,
     sort_by_expert,
     sparse_experts,
@@ -68,22 +64,6 @@ def test_a_token_without_a_row_gets_zeros():
     routing = SparseRouting(torch.tensor([1]), torch.tensor([1.0]), torch.tensor([0, 1]))
     y_TD = sparse_experts(experts, torch.randn(3, 2), routing)
     assert (y_TD[[0, 2]] == 0).all() and (y_TD[1] != 0).any()
-
-
-@pytest.mark.parametrize(
-    ("probs", "entropy"),
-    [([0.25] * 4, 1.0), ([1.0, 0, 0, 0], 0.0), ([0.5, 0.5, 0, 0], 0.5), ([1.0], 0.0)],
-    ids=["uniform", "one-hot", "half of them", "a single choice"],
-)
-def test_entropy_is_a_share_of_its_maximum(probs, entropy):
-    assert_close(normalized_entropy(torch.tensor([probs, probs]), dim=-1).item(), entropy)
-
-
-def test_entropy_is_taken_along_the_given_dimension():
-    probs_TE = torch.tensor([[0.5, 1.0], [0.5, 0.0]])
-    assert_close(normalized_entropy(probs_TE, dim=0).item(), 0.5)
-    rows = [-(1 / 3 * math.log(1 / 3) + 2 / 3 * math.log(2 / 3)) / math.log(2), 0.0]
-    assert_close(normalized_entropy(torch.tensor([[1 / 3, 2 / 3], [1.0, 0.0]]), dim=1).item(), sum(rows) / 2)
 
 
 def test_router_logits_are_never_below_float32():

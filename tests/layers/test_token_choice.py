@@ -63,15 +63,18 @@ def test_tokens_over_capacity_are_dropped_in_order_of_arrival():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own doing
-def test_rows_that_stay_with_no_weight_are_as_good_as_dropped():
-    """In a compiled graph, as on an accelerator, no shape depends on how many rows are over the capacity."""
+@pytest.mark.parametrize("capacity_factor", [None, 0.5])
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_that_stay_with_no_weight_are_as_good_as_dropped(padded, capacity_factor):
+    """In a compiled graph, as on an accelerator, no shape depends on how many rows are padding or over the capacity."""
     torch.compiler.reset()  # compilations of the same code are counted, over all tests, and end at a limit
-    layer = TokenChoiceMoE(8, intermediate_size=4, num_experts=4, top_k=2, capacity_factor=0.5).double()
+    layer = TokenChoiceMoE(8, intermediate_size=4, num_experts=4, top_k=2, capacity_factor=capacity_factor).double()
+    mask_BL = torch.randn(3, 7) > 0 if padded else None
     x_BLD = (torch.randn(3, 7, 8, dtype=torch.float64) + 1).requires_grad_()
     results = []
     for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
-        y_BLD, stats = run(x_BLD, return_stats=True)
-        assert stats.dropped_tokens > 0
+        y_BLD, stats = run(x_BLD, mask_BL, return_stats=True)
+        assert (stats.dropped_tokens > 0) == (capacity_factor is not None)
         results.append([y_BLD, *stats, *torch.autograd.grad(y_BLD.square().sum(), [x_BLD, *layer.parameters()])])
     assert_close(results[1], results[0])
 

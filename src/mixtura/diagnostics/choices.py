@@ -46,18 +46,17 @@ class ChoiceRecorder:
         self.layers = layers
         self._latest: dict[str, Choices] = {}
 
-    def take(self, *, tokens: int, real_T: Tensor | None = None) -> list[Choices]:
+    def take(self, *, tokens: int) -> list[Choices]:
         """The choices of every layer for all `tokens` of the latest pass, in the order of `layers`; then forgets them.
 
         Args:
             tokens: B*L.
-            real_T: where tokens are real; a layer that took padding out gives it expert 0 with no rows.
 
         Raises:
             UserError: a layer was not run, or not on these tokens.
         """
         latest, self._latest = self._latest, {}
-        return [_spread(layer, latest.get(layer.name), tokens, real_T) for layer in self.layers]
+        return [_checked(layer, latest.get(layer.name), tokens) for layer in self.layers]
 
     def note(self, name: str, choices: Choices) -> None:
         """Keeps a layer's choices until they are taken."""
@@ -179,16 +178,13 @@ def _strongest_first(weight_TK: Tensor, expert_TK: Tensor) -> Choices:
     return Choices(expert_TK.gather(-1, order_TK), torch.ones_like(weight_TK))
 
 
-def _spread(layer: RoutedLayer, choices: Choices | None, tokens: int, real_T: Tensor | None) -> Choices:
-    """Puts the choices of real tokens at their places among all tokens."""
+def _checked(layer: RoutedLayer, choices: Choices | None, tokens: int) -> Choices:
     if choices is None:
         raise UserError(
             f"'{layer.name}' showed no choices of experts: run the model in eval() mode and, if it is a mixture of "
             "tokens, alone and not in groups."
         )
     found = len(choices.expert_TK)
-    if found == tokens:
-        return choices
-    if real_T is None or found != int(real_T.sum()):
+    if found != tokens:
         raise UserError(f"'{layer.name}' routed {found} tokens where {tokens} went in, so they cannot be matched.")
-    return Choices(*(part.new_zeros(tokens, part.size(1)).masked_scatter(real_T[:, None], part) for part in choices))
+    return choices

@@ -107,9 +107,7 @@ def _observe_batch(model: nn.Module, recorder: ChoiceRecorder, batch: Batch) -> 
     inputs, group, mask_BL = batch
     model(**inputs)
     counted_T = mask_BL.flatten().bool().cpu()
-    real = inputs.get("attention_mask")
-    real_T = real.flatten().bool() if isinstance(real, Tensor) and real.numel() == len(counted_T) else None
-    chosen = recorder.take(tokens=len(counted_T), real_T=real_T)
+    chosen = recorder.take(tokens=len(counted_T))
     if group.dim() == 1:
         group_U = group.cpu().numpy()
         unit_T = torch.arange(len(group)).repeat_interleave(mask_BL.size(1))[counted_T].numpy()

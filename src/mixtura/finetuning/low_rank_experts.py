@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from mixtura.layers import ChoiceTap, RoutingStats
 from mixtura.layers.losses import router_z_loss
-from mixtura.layers.routing import normalized_entropy, router_logits
+from mixtura.layers.routing import router_logits
+from mixtura.layers.statistics import mean_of_real, normalized_entropy, sum_of_real
 
 RouterKind = Literal["top_k", "dense", "threshold", "task"]
 
@@ -60,20 +61,17 @@ def low_rank_update(x_TI: Tensor, a_ERI: Tensor, b_EOR: Tensor, weight_TE: Tenso
 def routing_statistics(gates: Gates, real_T: Tensor | None) -> RoutingStats:
     """Statistics of the real tokens: rows an expert is given where the router chooses, else the sum of its weights."""
     weight_TE, probs_TE, logits_TE = gates
-    if real_T is not None:
-        weight_TE, probs_TE = weight_TE[real_T], probs_TE[real_T]
-        logits_TE = None if logits_TE is None else logits_TE[real_T]
     chosen_TE = weight_TE.detach().float()
-    if (weight_TE == 0).any():
-        chosen_TE = (chosen_TE > 0).float()
-    rows = chosen_TE.sum()
+    chosen_TE = torch.where((chosen_TE == 0).any(), (chosen_TE > 0).float(), chosen_TE)
+    chosen_E = sum_of_real(chosen_TE, real_T)
+    rows = chosen_E.sum()
     return RoutingStats(
-        tokens_per_expert_E=chosen_TE.sum(0),
-        importance_E=probs_TE.float().mean(0),
-        router_z_loss=rows.new_zeros(()) if logits_TE is None else router_z_loss(logits_TE),
+        tokens_per_expert_E=chosen_E,
+        importance_E=mean_of_real(probs_TE.float(), real_T),
+        router_z_loss=rows.new_zeros(()) if logits_TE is None else router_z_loss(logits_TE, real_T),
         dropped_tokens=torch.zeros_like(rows),
         routed_rows=rows,
-        entropy=normalized_entropy(weight_TE, dim=-1),
+        entropy=normalized_entropy(weight_TE, -1, real_T),
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mixtura.kernels.activation import activate, check_activation
 from mixtura.layers.feed_forward import FeedForward
-from mixtura.layers.routing import RoutingStats
+from mixtura.layers.statistics import RoutingStats
 
 
 class DenseFFN(FeedForward):

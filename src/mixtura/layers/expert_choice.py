@@ -16,12 +16,11 @@ from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.losses import router_z_loss
 from mixtura.layers.routing import (
     Router,
-    RoutingStats,
     SparseRouting,
-    normalized_entropy,
     sparse_experts,
     to_groups,
 )
+from mixtura.layers.statistics import RoutingStats, count_real, mean_of_real, normalized_entropy, sum_of_real
 from mixtura.planning.capacity import capacity
 
 
@@ -110,14 +109,12 @@ class ExpertChoiceMoE(FeedForward):
         logits_TE, probs_TE = logits_BLE.flatten(0, 1), probs_BLE.flatten(0, 1)
         taken_R = (routing.weight_R > 0).float()  # the others are padding, taken for want of real tokens
         taken_T = taken_R.new_zeros(len(logits_TE)).index_add(0, routing.token_R, taken_R)
-        if mask_BL is not None:
-            real_T = mask_BL.flatten().bool()
-            logits_TE, probs_TE, taken_T = logits_TE[real_T], probs_TE[real_T], taken_T[real_T]
+        real_T = None if mask_BL is None else mask_BL.flatten().bool()
         return RoutingStats(
             tokens_per_expert_E=taken_R.unflatten(0, (self.num_experts, -1)).sum(1),
-            importance_E=probs_TE.float().mean(0),
-            router_z_loss=router_z_loss(logits_TE),
-            dropped_tokens=(taken_T == 0).sum().float(),
-            routed_rows=taken_T.new_tensor(float(len(taken_T))),
-            entropy=normalized_entropy(probs_TE, dim=-1),
+            importance_E=mean_of_real(probs_TE.float(), real_T),
+            router_z_loss=router_z_loss(logits_TE, real_T),
+            dropped_tokens=sum_of_real((taken_T == 0).float(), real_T),
+            routed_rows=count_real(taken_T, real_T),
+            entropy=normalized_entropy(probs_TE, -1, real_T),
         )

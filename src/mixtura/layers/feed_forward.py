@@ -8,7 +8,7 @@ from typing import Literal, overload
 
 from torch import Tensor, nn
 
-from mixtura.layers.routing import RoutingStats
+from mixtura.layers.statistics import RoutingStats
 
 
 class FeedForward(nn.Module):

@@ -8,6 +8,8 @@ Shapes: T tokens, E experts.
 import torch
 from torch import Tensor
 
+from mixtura.layers.statistics import mean_of_real
+
 
 def load_balancing_loss(tokens_per_expert_E: Tensor, importance_E: Tensor) -> Tensor:
     """Switch Transformer's loss (arXiv 2101.03961, eq. 4): E * sum_e share_e * importance_e.
@@ -20,6 +22,6 @@ def load_balancing_loss(tokens_per_expert_E: Tensor, importance_E: Tensor) -> Te
     return len(rows_E) * (share_E * importance_E).sum()
 
 
-def router_z_loss(logits_TE: Tensor) -> Tensor:
-    """Mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5): keeps them small."""
-    return torch.logsumexp(logits_TE.float(), dim=-1).square().mean()
+def router_z_loss(logits_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
+    """Mean squared log-sum-exp of the real tokens' logits (ST-MoE, arXiv 2202.08906, eq. 5): keeps them small."""
+    return mean_of_real(torch.logsumexp(logits_TE.float(), dim=-1).square(), real_T)

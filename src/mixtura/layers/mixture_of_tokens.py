@@ -23,14 +23,12 @@ from mixtura.layers.routing import (
     ChoiceTap,
     DenseRouting,
     Router,
-    RoutingStats,
     chosen_experts,
     dense_experts,
     from_groups,
-    normalized_entropy,
-    pool_stats,
     to_groups,
 )
+from mixtura.layers.statistics import RoutingStats, count_real, normalized_entropy, pool_stats, sum_of_real
 
 
 class MixtureOfTokens(FeedForward):
@@ -291,9 +289,7 @@ class MixtureOfTokens(FeedForward):
                 y_TD = y_TD + rest_TS @ rest.output_SD.to(y_TD.dtype)
         stats = None
         if want_stats:
-            index = slice(None) if real_T is None else real_T
-            used_TS = scale_TS * weight_TS if ran_TS is None else ran_TS
-            stats = self._apart_stats(logits_TS[index], used_TS[index])
+            stats = self._apart_stats(logits_TS, scale_TS * weight_TS if ran_TS is None else ran_TS, real_T)
         return y_TD, stats
 
     def weights_alone(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
@@ -346,29 +342,29 @@ class MixtureOfTokens(FeedForward):
     def _stats(self, logits_NGS: Tensor, weight_NGS: Tensor, real_NG: Tensor | None) -> RoutingStats:
         """Statistics of a batch in groups: every expert gets the same load, up to what went to padding."""
         logits_TS, weight_TS = logits_NGS.flatten(0, 1), weight_NGS.flatten(0, 1)
-        if real_NG is not None:
-            logits_TS, weight_TS, weight_NGS = logits_NGS[real_NG], weight_NGS[real_NG], weight_NGS[real_NG.any(1)]
-        load_E = weight_TS.detach().float().sum(0).unflatten(-1, (self.num_experts, -1)).sum(-1)
-        tokens = load_E.new_tensor(float(len(logits_TS)))
+        real_T = None if real_NG is None else real_NG.flatten()
+        load_S = sum_of_real(weight_TS.detach().float(), real_T)
+        load_E = load_S.unflatten(-1, (self.num_experts, -1)).sum(-1)
+        tokens = count_real(logits_TS, real_T)
         return RoutingStats(
             tokens_per_expert_E=load_E,
             importance_E=load_E / load_E.sum(),
-            router_z_loss=router_z_loss(logits_TS),
+            router_z_loss=router_z_loss(logits_TS, real_T),
             dropped_tokens=torch.zeros_like(tokens),
             routed_rows=tokens,
-            entropy=normalized_entropy(weight_NGS, dim=1),
+            entropy=normalized_entropy(weight_NGS, 1, None if real_NG is None else real_NG.any(1)),
         )
 
-    def _apart_stats(self, logits_TS: Tensor, used_TS: Tensor) -> RoutingStats:
+    def _apart_stats(self, logits_TS: Tensor, used_TS: Tensor, real_T: Tensor | None) -> RoutingStats:
         """Statistics of tokens without a group: rows an expert ran with top_k, or the sum of its weights without."""
         used_TE = used_TS.detach().float().unflatten(-1, (self.num_experts, -1)).sum(-1)
-        load_E = used_TE.sum(0)
-        tokens = load_E.new_tensor(float(len(logits_TS)))
+        load_E = sum_of_real(used_TE, real_T)
+        tokens = count_real(used_TE, real_T)
         return RoutingStats(
             tokens_per_expert_E=load_E,
             importance_E=load_E / load_E.sum().clamp_min(1e-30),
-            router_z_loss=router_z_loss(logits_TS),
+            router_z_loss=router_z_loss(logits_TS, real_T),
             dropped_tokens=torch.zeros_like(tokens),
             routed_rows=tokens,
-            entropy=normalized_entropy(used_TE / used_TE.sum(-1, keepdim=True).clamp_min(1e-30), dim=-1),
+            entropy=normalized_entropy(used_TE / used_TE.sum(-1, keepdim=True).clamp_min(1e-30), -1, real_T),
         )

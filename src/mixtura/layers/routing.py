@@ -1,4 +1,4 @@
-"""The routing contract: what every family's router hands to the experts, and what it reports about itself.
+"""The routing contract: what every family's router hands to the experts.
 
 A family is route -> dispatch -> experts -> combine and differs only in route. Sparse routings gather rows, dense
 routings take weighted sums; `sparse_experts` and `dense_experts` are the rest of the layer for each kind.
@@ -7,7 +7,6 @@ Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, K top_k, R route
 C mixtures (slots) an expert has in a group.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -35,50 +34,12 @@ class DenseRouting(NamedTuple):
     combine_NGEC: Tensor
 
 
-class RoutingStats(NamedTuple):
-    """What a router did with one batch. Only `importance_E` and `router_z_loss` carry gradients."""
-
-    tokens_per_expert_E: Tensor
-    """(E,) float32: rows an expert was given, before any is dropped; for dense routings, the sum of its weights."""
-    importance_E: Tensor
-    """(E,) float32: mean router probability of each expert."""
-    router_z_loss: Tensor
-    """Mean squared log-sum-exp of the router logits (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    dropped_tokens: Tensor
-    """Rows thrown away for capacity, or tokens that no expert took."""
-    routed_rows: Tensor
-    """Rows that were to be routed: tokens * top_k for token choice, tokens otherwise."""
-    entropy: Tensor
-    """Entropy of the router's weights as a share of its maximum: 1 is undecided, 0 is one-hot."""
-
-
-def pool_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
-    """The statistics of several sets of tokens as those of one: counts add up, means are weighted by the rows."""
-    rows_P = torch.stack([part.routed_rows for part in parts])
-    share_P = rows_P / rows_P.sum()
-
-    def mean(values: list[Tensor]) -> Tensor:
-        value_P = torch.stack(values)
-        weight_P = share_P.view(-1, *[1] * (value_P.dim() - 1))
-        # A set without a row has means that are no numbers.
-        return torch.where(weight_P > 0, weight_P * value_P, 0.0).sum(0)
-
-    return RoutingStats(
-        tokens_per_expert_E=torch.stack([part.tokens_per_expert_E for part in parts]).sum(0),
-        importance_E=mean([part.importance_E for part in parts]),
-        router_z_loss=mean([part.router_z_loss for part in parts]),
-        dropped_tokens=torch.stack([part.dropped_tokens for part in parts]).sum(0),
-        routed_rows=rows_P.sum(),
-        entropy=mean([part.entropy for part in parts]),
-    )
-
-
 class ChoiceTap(nn.Module):
     """Where forward hooks see which experts each token was given; by itself it does nothing.
 
     A layer calls it with the weights and indices of a token's experts, (T, K) each, or, where every expert takes part,
     with the weights (T, E*C) alone, the columns of one expert side by side; a zero there is an expert not chosen.
-    Tokens come in order; a layer that takes padding out before it routes shows the real ones only.
+    Tokens come in order, padding among them.
     """
 
     @property
@@ -177,13 +138,3 @@ def from_groups(y_NGD: Tensor, batch_size: int, length: int, group_over: str) ->
     outer, inner = (length, batch_size) if group_over == "batch" else (batch_size, length)
     y_OID = y_NGD.reshape(outer, -1, y_NGD.size(-1))[:, :inner]
     return y_OID.transpose(0, 1) if group_over == "batch" else y_OID
-
-
-def normalized_entropy(probs: Tensor, dim: int) -> Tensor:
-    """Mean entropy of the distributions along `dim`, as a share of the uniform distribution's; no gradient."""
-    probs = probs.detach().float()
-    size = probs.size(dim)
-    if size == 1:
-        return probs.new_zeros(())
-    entropy = -(probs * probs.clamp_min(1e-30).log()).sum(dim).mean()
-    return entropy / torch.log(torch.tensor(float(size), device=probs.device))

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
-from mixtura.layers.routing import DenseRouting, RoutingStats, dense_experts, normalized_entropy, router_logits
+from mixtura.layers.routing import DenseRouting, dense_experts, router_logits
+from mixtura.layers.statistics import RoutingStats, count_real, mean_of_real, normalized_entropy, sum_of_real
 
 
 class SoftMoE(FeedForward):
@@ -62,15 +63,14 @@ class SoftMoE(FeedForward):
         stats = None
         if want_stats:
             combine_TE = routing.combine_NGEC.sum(-1).flatten(0, 1).float()
-            if mask_BL is not None:
-                combine_TE = combine_TE[mask_BL.flatten().bool()]
-            tokens = combine_TE.new_tensor(float(len(combine_TE)))
+            real_T = None if mask_BL is None else mask_BL.flatten().bool()
+            tokens = count_real(combine_TE, real_T)
             stats = RoutingStats(
-                tokens_per_expert_E=combine_TE.detach().sum(0),
-                importance_E=combine_TE.mean(0),
+                tokens_per_expert_E=sum_of_real(combine_TE.detach(), real_T),
+                importance_E=mean_of_real(combine_TE, real_T),
                 router_z_loss=torch.zeros_like(tokens),
                 dropped_tokens=torch.zeros_like(tokens),
                 routed_rows=tokens,
-                entropy=normalized_entropy(combine_TE, dim=-1),
+                entropy=normalized_entropy(combine_TE, -1, real_T),
             )
         return y_BLD, stats

@@ -20,14 +20,13 @@ from mixtura.layers.losses import router_z_loss
 from mixtura.layers.routing import (
     ChoiceTap,
     Router,
-    RoutingStats,
     SparseRouting,
     chosen_experts,
-    normalized_entropy,
     sort_by_expert,
     sparse_experts,
 )
-from mixtura.planning.capacity import capacity
+from mixtura.layers.statistics import RoutingStats, mean_of_real, normalized_entropy
+from mixtura.planning.capacity import capacity, even_rows
 
 
 class TokenChoiceMoE(FeedForward):
@@ -110,26 +109,24 @@ class TokenChoiceMoE(FeedForward):
         # Padding only matters where tokens compete or are counted; otherwise it may pass through the experts unseen.
         apart = want_stats or self.capacity_factor is not None
         real_T = mask_BL.flatten().bool() if mask_BL is not None and apart else None
-        real_TD = x_TD if real_T is None else x_TD[real_T]
         if expert_B is not None:
-            expert_T = expert_B.repeat_interleave(x_BLD.size(1))
-            choice_TK, weight_TK, probs_TE = self._named(expert_T if real_T is None else expert_T[real_T], real_TD)
+            choice_TK, weight_TK, probs_TE = self._named(expert_B.repeat_interleave(x_BLD.size(1)), x_TD)
             logits_TE = None
         else:
             assert self.gate is not None, "FeedForward.forward asks for the experts of a layer without a router"
-            logits_TE = self.gate(real_TD)
+            logits_TE = self.gate(x_TD)
             choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
         self.choice_tap(weight_TK, choice_TK)
         stats = None
-        if not apart and are_few(choice_TK.numel(), unwrapped(self.experts).activation, real_TD):
-            y_TD = chosen_experts(self.experts, real_TD.unsqueeze(1), choice_TK, weight_TK)
+        if not apart and are_few(choice_TK.numel(), unwrapped(self.experts).activation, x_TD):
+            y_TD = chosen_experts(self.experts, x_TD.unsqueeze(1), choice_TK, weight_TK)
         else:
             routing = sort_by_expert(choice_TK, weight_TK, self.num_experts)
-            limit = self._limit(len(real_TD))
-            y_TD = sparse_experts(self.experts, real_TD, routing if limit is None else _first_rows(routing, limit))
-            stats = self._stats(logits_TE, probs_TE, routing, limit) if want_stats else None
-        if real_T is not None:
-            y_TD = torch.zeros_like(x_TD, dtype=y_TD.dtype).masked_scatter(real_T.unsqueeze(-1), y_TD)
+            rows_E, limit = routing.tokens_per_expert_E, self._limit(x_TD, real_T)
+            if real_T is not None or limit is not None:
+                routing, rows_E = _kept_rows(routing, real_T, limit)
+            y_TD = sparse_experts(self.experts, x_TD, routing)
+            stats = self._stats(logits_TE, probs_TE, real_T, rows_E, limit) if want_stats else None
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_BLD).flatten(0, 1)
         return y_TD.view(x_BLD.shape), stats
@@ -152,39 +149,63 @@ class TokenChoiceMoE(FeedForward):
         probs_TE = torch.nn.functional.one_hot(expert_T, self.num_experts).to(dtype)
         return expert_T.unsqueeze(-1), torch.ones_like(expert_T, dtype=dtype).unsqueeze(-1), probs_TE
 
-    def _limit(self, tokens: int) -> int | None:
-        """Most rows that an expert keeps; None keeps all."""
+    def _limit(self, x_TD: Tensor, real_T: Tensor | None) -> int | Tensor | None:
+        """Most rows that an expert keeps, a tensor where only the device knows the real tokens; None keeps all."""
         if self.capacity_factor is None:
             return None
-        return capacity(tokens, self.top_k, self.num_experts, self.capacity_factor)
+        sizes = (self.top_k, self.num_experts, self.capacity_factor)
+        if real_T is None:
+            return capacity(len(x_TD), *sizes)
+        if _nothing_may_wait(x_TD):
+            tokens = real_T.sum()
+            return even_rows(tokens.double(), *sizes).ceil().long().minimum(tokens).clamp_min(1)
+        return capacity(int(real_T.sum()), *sizes)
 
     def _stats(
-        self, logits_TE: Tensor | None, probs_TE: Tensor, routing: SparseRouting, limit: int | None
+        self,
+        logits_TE: Tensor | None,
+        probs_TE: Tensor,
+        real_T: Tensor | None,
+        rows_E: Tensor,
+        limit: int | Tensor | None,
     ) -> RoutingStats:
-        rows = routing.tokens_per_expert_E.sum()
-        over = torch.zeros_like(rows)
-        if limit is not None:
-            over = (routing.tokens_per_expert_E - limit).clamp_min(0).sum()
+        """`rows_E` are those of real tokens, before any is dropped."""
+        rows = rows_E.sum()
+        over = torch.zeros_like(rows) if limit is None else (rows_E - limit).clamp_min(0).sum()
         return RoutingStats(
-            tokens_per_expert_E=routing.tokens_per_expert_E.float(),
-            importance_E=probs_TE.float().mean(0),
-            router_z_loss=probs_TE.new_zeros(()) if logits_TE is None else router_z_loss(logits_TE),
+            tokens_per_expert_E=rows_E.float(),
+            importance_E=mean_of_real(probs_TE.float(), real_T),
+            router_z_loss=probs_TE.new_zeros(()) if logits_TE is None else router_z_loss(logits_TE, real_T),
             dropped_tokens=over.float(),
             routed_rows=rows.float(),
-            entropy=normalized_entropy(probs_TE, dim=-1),
+            entropy=normalized_entropy(probs_TE, -1, real_T),
         )
 
 
-def _first_rows(routing: SparseRouting, limit: int) -> SparseRouting:
-    """Keeps the first `limit` rows of every expert.
+def _nothing_may_wait(tensor: Tensor) -> bool:
+    """Whether a number of rows that depends on the data is known to the device alone, or to nobody in a graph."""
+    return tensor.is_cuda or torch.compiler.is_compiling()
 
-    How many rows that leaves is known to the device alone, so on an accelerator, and where a graph is compiled, the
-    others stay, with a weight of zero: nothing waits, at the cost of the layer without a capacity.
+
+def _kept_rows(
+    routing: SparseRouting, real_T: Tensor | None, limit: int | Tensor | None
+) -> tuple[SparseRouting, Tensor]:
+    """The first `limit` rows of every expert that are not padding, and how many there would be without a limit (E,).
+
+    Where nothing may wait the other rows stay, with a weight of zero, at the cost of the layer without padding or
+    capacity.
     """
     counts_E, rows = routing.tokens_per_expert_E, len(routing.token_R)
-    starts_E = counts_E.cumsum(0) - counts_E
-    first_R = starts_E.repeat_interleave(counts_E, output_size=rows)
-    kept_R = torch.arange(rows, device=counts_E.device) - first_R < limit
-    if counts_E.is_cuda or torch.compiler.is_compiling():
-        return routing._replace(weight_R=torch.where(kept_R, routing.weight_R, 0.0))
-    return SparseRouting(routing.token_R[kept_R], routing.weight_R[kept_R], counts_E.clamp_max(limit))
+    real_R = torch.ones_like(routing.token_R) if real_T is None else real_T[routing.token_R].long()
+    before_R = torch.nn.functional.pad(real_R.cumsum(0), (1, 0))  # one more than R: the last is their number
+    ends_E = counts_E.cumsum(0)
+    starts_E = ends_E - counts_E
+    real_E = before_R[ends_E] - before_R[starts_E]
+    kept_R = real_R.bool()
+    if limit is not None:
+        first_R = before_R[starts_E].repeat_interleave(counts_E, output_size=rows)
+        kept_R = kept_R & (before_R[:-1] - first_R < limit)
+    if _nothing_may_wait(counts_E):
+        return routing._replace(weight_R=torch.where(kept_R, routing.weight_R, 0.0)), real_E
+    kept_E = real_E if limit is None else real_E.clamp_max(limit)
+    return SparseRouting(routing.token_R[kept_R], routing.weight_R[kept_R], kept_E), real_E

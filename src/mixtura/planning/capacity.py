@@ -5,6 +5,7 @@ Expert Choice (Zhou et al., 2022, section 3.2) uses the same number as the rows 
 """
 
 import math
+from typing import Any
 
 
 def capacity(tokens: int, top_k: int, num_experts: int, capacity_factor: float = 1.0) -> int:
@@ -20,7 +21,12 @@ def capacity(tokens: int, top_k: int, num_experts: int, capacity_factor: float =
         num_experts: Experts that share the rows.
         capacity_factor: Rows as a multiple of an even share.
     """
+    rows = math.ceil(even_rows(tokens, top_k, num_experts, capacity_factor))
+    return max(1, min(rows, tokens))
+
+
+def even_rows(tokens: Any, top_k: int, num_experts: int, capacity_factor: float) -> Any:
+    """As `capacity`, before it is rounded up and bounded: of a number, or of a tensor of float64."""
     even_share = capacity_factor * tokens * top_k / num_experts
     # 1.1 * 10 is 11.000000000000002 in binary: without the guard that would be a capacity of 12.
-    rows = math.ceil(even_share - 1e-9 * even_share)
-    return max(1, min(rows, tokens))
+    return even_share - 1e-9 * even_share
