@@ -1,8 +1,9 @@
 """How far the layers are from what a machine allows: this CPU as measured, an H200 as its maker states it.
 
-Reads the record of the layers under benchmarks/results/, measures this CPU's bandwidth, prints the least time that an
-H200 could take relative to a dense layer, and writes the plot. Run `python benchmarks/roofline.py`, on the machine that
-made the record; it needs a checkout, `PYTHONPATH=src` where Mixtura is not installed, and half a minute.
+Reads the record of the layers under benchmarks/results/, measures this CPU's bandwidth, prints the least time that this
+CPU and an H200 could take, relative to the least of a dense layer, and writes the plot. Run `python
+benchmarks/roofline.py` on the machine that made the record; it needs a checkout, `PYTHONPATH=src` where Mixtura is not
+installed, and half a minute.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def _table(sizes: tuple[Size, ...], machine: Machine) -> Table:
-    table = Table(title=f"Least time relative to dense, training pass / step with AdamW: {machine.name}")
+    table = Table(title=f"Training pass / step with AdamW, least time in units of a dense layer's: {machine.name}")
     table.add_column("size")
     for family in FAMILIES[1:]:
         table.add_column(family.replace("_", " "), justify="right")
