@@ -122,6 +122,7 @@ def test_tokens_keep_their_places_where_there_is_padding() -> None:
         layer(x_BLD, mask_BL)
         (chosen,) = recorder.take(tokens=4)
     assert chosen.expert_TK.flatten().tolist() == [0, 1, 2, 3]
+    assert chosen.rows_TK.flatten().tolist() == [1, 1, 1, 1]
 
 
 def test_mixture_of_tokens_alone_gives_shares_or_its_top_k() -> None:

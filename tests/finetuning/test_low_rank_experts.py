@@ -59,6 +59,12 @@ def test_statistics_leave_padding_out() -> None:
     assert stats.routed_rows == 2 and stats.router_z_loss < 1e-10
 
 
+def test_padding_does_not_say_whether_a_router_chooses() -> None:
+    weight_TE = torch.tensor([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]])
+    stats = routing_statistics(Gates(weight_TE, weight_TE, None), torch.tensor([True, True, False]))
+    assert stats.tokens_per_expert_E.tolist() == [1.25, 0.75]
+
+
 @pytest.mark.parametrize("num_tasks", [None, 3])
 def test_a_task_is_its_expert_or_has_learned_weights(num_tasks: int | None) -> None:
     experts = LowRankExperts(

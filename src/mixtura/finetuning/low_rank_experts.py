@@ -62,7 +62,8 @@ def routing_statistics(gates: Gates, real_T: Tensor | None) -> RoutingStats:
     """Statistics of the real tokens: rows an expert is given where the router chooses, else the sum of its weights."""
     weight_TE, probs_TE, logits_TE = gates
     chosen_TE = weight_TE.detach().float()
-    chosen_TE = torch.where((chosen_TE == 0).any(), (chosen_TE > 0).float(), chosen_TE)
+    chooses = sum_of_real((chosen_TE == 0).any(-1), real_T) > 0
+    chosen_TE = torch.where(chooses, (chosen_TE > 0).float(), chosen_TE)
     chosen_E = sum_of_real(chosen_TE, real_T)
     rows = chosen_E.sum()
     return RoutingStats(

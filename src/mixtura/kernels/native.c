@@ -182,7 +182,7 @@ static int64_t block_of(const experts_t *e, int64_t rows) {
     return blocks > 1 ? (rows + blocks - 1) / blocks : e->block;
 }
 
-/* u (rows, H) = rows of a block @ up.T; sgemm is slow at that as long as it has to turn more weights than it multiplies. */
+/* u (rows, H) = rows of a block @ up.T; sgemm turns the weights first, which takes long beside few rows. */
 static void first_projection(const experts_t *e, const float *up, int64_t start, int64_t rows, float *u) {
     const int64_t D = e->hidden, H = e->gated ? 2 * e->width : e->width, P = whole_vectors(rows);
     float *x = e->scratch, *panel = x + D * P;
