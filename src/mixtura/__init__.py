@@ -16,7 +16,7 @@ if find_spec("transformers") is not None:
 _VERBS = {
     "compare": "mixtura.comparison.runner",
     "load_recipe": "mixtura.config",
-    "upcycle": "mixtura.conversion.upcycle",
+    "upcycle": "mixtura.upcycling.writer",
 }
 
 

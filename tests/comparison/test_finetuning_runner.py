@@ -28,7 +28,7 @@ from mixtura.config import (
     TranslationRecipe,
     UserError,
 )
-from mixtura.finetuning.translation_task import TranslationTask
+from mixtura.tasks.translation.task import TranslationTask
 
 WORDS = ("ban", "den", "fin", "gat", "lit", "mon", "nab", "pol", "rud", "sef")
 TRAINING = {"steps": 2, "batch_size": 4, "eval_every": 1, "save_every": 2, "eval_sequences": 8}

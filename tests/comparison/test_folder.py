@@ -15,9 +15,9 @@ from mixtura.comparison.folder import (
     write_json,
     write_text,
 )
-from mixtura.comparison.pretraining import Pretraining
 from mixtura.config import UserError, recipe_from_dict
 from mixtura.data.prepare import prepare_data
+from mixtura.tasks.language_modelling.experiment import Pretraining
 
 
 @pytest.fixture

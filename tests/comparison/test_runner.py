@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from mixtura.comparison import runner
-from mixtura.comparison.experiments import leak_warning
+from mixtura.comparison.arms import leak_warning
 from mixtura.comparison.folder import read_json, write_json
-from mixtura.comparison.pretraining import Pretraining
 from mixtura.comparison.runner import compare, planned_steps, train_arm
 from mixtura.config import Interrupted, UserError, load_recipe, recipe_from_dict, recipe_to_toml
 from mixtura.data.packing import ScheduledDataset
 from mixtura.data.prepare import prepare_data
+from mixtura.tasks.language_modelling.experiment import Pretraining
 from mixtura.training import SilentProgress
 
 ARMS = {

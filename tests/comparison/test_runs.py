@@ -6,13 +6,15 @@ import math
 import pytest
 
 from mixtura.comparison import runs
-from mixtura.comparison.experiments import check_arms, tokens_per_step
+from mixtura.comparison.arms import check_arms, tokens_per_step
 from mixtura.comparison.folder import read_json
-from mixtura.comparison.pretraining import Pretraining
 from mixtura.comparison.runs import run_arm, trial_loss
 from mixtura.config import UserError
 from mixtura.data.prepare import prepare_data
-from mixtura.training import LanguageModelling, SilentProgress, TrainingDiverged, language_modelling
+from mixtura.tasks.language_modelling import task as language_modelling
+from mixtura.tasks.language_modelling.experiment import Pretraining
+from mixtura.tasks.language_modelling.task import LanguageModelling
+from mixtura.training import SilentProgress, TrainingDiverged
 from mixtura.training.task import Measure
 
 

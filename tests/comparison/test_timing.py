@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from mixtura.comparison.pretraining import Pretraining
 from mixtura.comparison.timing import time_arms
 from mixtura.data.prepare import prepare_data
 from mixtura.models import MixtureForCausalLM
+from mixtura.tasks.language_modelling.experiment import Pretraining
 
 ARMS = {
     "dense": {"family": "dense"},

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from mixtura.models import MixtureConfig, MixtureForCausalLM
-from mixtura.models.population import calibrate
+from mixtura.models.calibration import calibrate
 
 MODES = [
     pytest.param(mode, top_k, id=f"{mode}, {'all' if top_k is None else f'top {top_k}'}")

@@ -7,7 +7,8 @@ import torch
 from mixtura.config import TrainingConfig
 from mixtura.data import PackedTokens, PreparedData, train_tokenizer
 from mixtura.models import MixtureConfig, MixtureForCausalLM
-from mixtura.training import LanguageModelling, train
+from mixtura.tasks.language_modelling.task import LanguageModelling
+from mixtura.training import train
 
 VOCAB, LENGTH = 300, 16
 

@@ -19,7 +19,8 @@ import torch
 from mixtura.config import TrainingConfig
 from mixtura.data import PackedTokens, PreparedData, train_tokenizer
 from mixtura.models import MixtureForCausalLM
-from mixtura.training import LanguageModelling, train
+from mixtura.tasks.language_modelling.task import LanguageModelling
+from mixtura.training import train
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])

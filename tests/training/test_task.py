@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 
 from mixtura.config import UserError
 from mixtura.layers import RoutingStats
-from mixtura.training import SilentProgress, StepLosses, TrainingTask, checkpoints, read_metrics
+from mixtura.training import SilentProgress, StepLosses, TrainingTask, read_metrics
+from mixtura.training import saving as checkpoints
 
 WORDS, WIDTH, CLASSES = 20, 8, 3
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mixtura.data import PackedTokens, ScheduledDataset
-from mixtura.training import LanguageModelling, TrainingDiverged, read_metrics
+from mixtura.tasks.language_modelling.task import LanguageModelling
+from mixtura.training import TrainingDiverged, read_metrics
 from mixtura.training import trainer as trainer_module
 
 BALANCED = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1, "num_experts_per_tok": 2}
@@ -81,7 +82,7 @@ def test_every_predicted_token_weighs_the_same_when_micro_batches_have_different
                 item["labels"][:-4] = -100
             return item
 
-    monkeypatch.setattr("mixtura.training.language_modelling.ScheduledDataset", HalfMasked)
+    monkeypatch.setattr("mixtura.tasks.language_modelling.task.ScheduledDataset", HalfMasked)
     whole, parts = tiny_model(), tiny_model()
     run(whole, out="whole", batch_size=4)
     run(parts, out="parts", batch_size=2, gradient_accumulation_steps=2)

@@ -13,7 +13,7 @@ import typer
 from mixtura.cli.application import app as app
 from mixtura.config import Interrupted, UserError
 
-from mixtura.cli import runs, models, checkpoints, machine  # isort: skip  # noqa: F401
+from mixtura.cli import train, use, convert, machine  # isort: skip  # noqa: F401
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",

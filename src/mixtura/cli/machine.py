@@ -43,7 +43,7 @@ def bench(
     """
     import torch
 
-    from mixtura.benchmarks import layers
+    from mixtura.benchmarks import speed_table as layers
     from mixtura.training.allocation import keep_freed_memory
 
     if sizes not in layers.SETS:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mixtura.comparison.experiments import (
+from mixtura.comparison.arms import (
     AnyRecipe,
     check_arms,
     leak_warning,
@@ -18,10 +18,8 @@ from mixtura.comparison.experiments import (
     tokens_per_step,
 )
 from mixtura.comparison.folder import check_same_data, environment, now, open_folder, read_json, write_json
-from mixtura.comparison.report import write_report
 from mixtura.comparison.runs import run_arm, trial_loss
 from mixtura.comparison.search import fingerprint, load_record, search_learning_rates
-from mixtura.comparison.summary import summarize
 from mixtura.comparison.timing import time_arms
 from mixtura.config import (
     FinetuneRecipe,
@@ -32,6 +30,8 @@ from mixtura.config import (
     recipe_to_dict,
     recipe_to_toml,
 )
+from mixtura.report.html import write_report
+from mixtura.report.summary import summarize
 from mixtura.training import ProgressReporter, SilentProgress, TrainingDiverged
 from mixtura.training.experiment import Arm, Experiment
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from mixtura.comparison.experiments import AnyRecipe
+from mixtura.comparison.arms import AnyRecipe
 from mixtura.comparison.folder import read_json
 from mixtura.config import UserError
 

@@ -17,6 +17,7 @@ from mixtura.config.finetuning import HeadConfig as HeadConfig
 from mixtura.config.finetuning import TranslationArmConfig as TranslationArmConfig
 from mixtura.config.finetuning import TranslationDataConfig as TranslationDataConfig
 from mixtura.config.finetuning import TranslationRecipe as TranslationRecipe
+from mixtura.config.from_checkpoint import starts_from_checkpoints as starts_from_checkpoints
 from mixtura.config.load import PRESETS as PRESETS
 from mixtura.config.load import TASKS as TASKS
 from mixtura.config.load import data_overrides as data_overrides
@@ -37,4 +38,3 @@ from mixtura.config.schema import Recipe as Recipe
 from mixtura.config.schema import SearchConfig as SearchConfig
 from mixtura.config.schema import TrainingConfig as TrainingConfig
 from mixtura.config.schema import UserError as UserError
-from mixtura.config.starting import starts_from_checkpoints as starts_from_checkpoints

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from mixtura.config.from_checkpoint import check_starts, starts_from_checkpoints
 from mixtura.config.schema import (
     ArmConfig,
     DataConfig,
@@ -16,7 +17,6 @@ from mixtura.config.schema import (
     TrainingConfig,
     UserError,
 )
-from mixtura.config.starting import check_starts, starts_from_checkpoints
 
 
 def check_recipe(recipe: Recipe) -> None:

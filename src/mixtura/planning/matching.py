@@ -6,6 +6,9 @@ from mixtura.config import Family, UserError
 from mixtura.planning.flops import flops_per_token, layer_flops
 from mixtura.planning.shapes import FeedForwardShape, ModelShape
 
+FLOPS_TOLERANCE = 0.01
+"""Farther than this from the baseline's, an arm's FLOPs a token are not called equal to them."""
+
 
 def match_intermediate_size(
     family: Family,

@@ -20,9 +20,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from mixtura.config import TrainingConfig, UserError
 from mixtura.models import MixtureForCausalLM
-from mixtura.models.population import observe_population, update_population
+from mixtura.models.calibration import observe_population, update_population
 from mixtura.models.transition import change_to_token_choice, transition_due
-from mixtura.training import balance, checkpoints
+from mixtura.training import balance
+from mixtura.training import saving as checkpoints
 from mixtura.training.interrupts import StopRequest
 from mixtura.training.metrics import MetricsFile
 from mixtura.training.optimization import clip_gradients

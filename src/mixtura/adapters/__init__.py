@@ -1,0 +1,1 @@
+"""Adapters, all of them PEFT methods: mixtures of LoRA, Mixture of Tokens, expert-specialised tuning."""

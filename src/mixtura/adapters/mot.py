@@ -1,0 +1,225 @@
+"""Mixture of tokens as a PEFT method: low-rank experts beside a frozen feed-forward layer.
+
+Every feed-forward layer gets a small `mixtura.layers.MixtureOfTokens` (arXiv 2310.15961, section 3) that reads the same
+input and adds to the frozen output, in the manner of a parallel adapter (He et al., arXiv 2110.04366):
+
+    y = FFN(x) + alpha / rank * MoT(x)        z_e = sum_g m_ge x_g,   MoT(x)_g = sum_e m_ge B_e relu(A_e z_e)
+
+An expert has the width `rank`. The ReLU between A and B makes it the expert of `layers/mixture_of_tokens.py`: since
+relu(m z) = m relu(z), a token deployed alone passes through a mixture of such experts with gate m^2, and an expert can
+be off for a token, which a linear one never is. B starts at zero, so the adapter starts as nothing. Training mixes the
+tokens of `group_size` examples at one position; deployed (`eval()`), a token is computed alone, which depends on
+nothing but the token (docs/layers.md).
+
+Shapes: B batch, L length, D hidden.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.peft_types import PeftType
+from torch import Tensor, nn
+
+from mixtura.adapters.targets import SPLIT
+from mixtura.adapters.tuner import BatchContext, RoutedTuner, active_modules, add_adapter_module, register_method
+from mixtura.config import UserError
+from mixtura.layers import MixtureOfTokens
+
+_ATTRIBUTE = "mixture_of_tokens_layer"
+
+
+@dataclass
+class MotAdapterConfig(PeftConfig):
+    """What `adapter_config.json` says of a mixture-of-tokens adapter."""
+
+    r: int = 8
+    """Width of one expert."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / r."""
+    dropout: float = 0.0
+    num_experts: int = 4
+    group_size: int = 16
+    eval_mode: Literal["group", "alone"] = "alone"
+    """How eval() runs; `inference_mode` is PEFT's word for a frozen adapter."""
+    alone_top_k: int | None = None
+    target_modules: list[str] | str | None = None
+    """Whole feed-forward layers; of a BERT layer, its `intermediate`."""
+
+    def __post_init__(self) -> None:
+        """Refuses settings that cannot work."""
+        super().__post_init__()
+        self.peft_type = PeftType("MIXTURE_OF_TOKENS")
+        if self.r < 1 or self.num_experts < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise UserError(
+                f"Rank {self.r}, {self.num_experts} experts, alpha {self.alpha} and dropout {self.dropout} cannot "
+                "work: rank and experts must be at least 1, alpha greater than zero and dropout from 0 to below 1."
+            )
+        if self.group_size < 2:
+            raise UserError(f"'group_size' is {self.group_size}: a group needs at least 2 examples.")
+        if self.alone_top_k is not None and not 1 <= self.alone_top_k <= self.num_experts:
+            raise UserError(
+                f"'alone_top_k' is {self.alone_top_k}: it must lie between 1 and num_experts, which is "
+                f"{self.num_experts}, or be left out for all."
+            )
+
+
+class MotExperts(nn.Module):
+    """The adapter of one layer: dropout, a small mixture of tokens, and a scale."""
+
+    def __init__(self, hidden_size: int, config: MotAdapterConfig) -> None:
+        """`hidden_size` is D."""
+        super().__init__()
+        self.scale = config.alpha / config.r
+        self.dropout = nn.Dropout(config.dropout)
+        self.mixture = MixtureOfTokens(
+            hidden_size,
+            intermediate_size=config.r,
+            num_experts=config.num_experts,
+            group_size=config.group_size,
+            inference_mode=config.eval_mode,
+            alone_top_k=config.alone_top_k,
+        )
+        nn.init.normal_(self.mixture.gate.weight, std=0.02)
+        up_ERD, down_EDR = self.mixture.experts.weights
+        for up_RD in up_ERD:
+            nn.init.kaiming_uniform_(up_RD, a=math.sqrt(5))
+        nn.init.zeros_(down_EDR)
+
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool) -> tuple[Tensor, Any]:
+        """(B, L, D) -> (B, L, D) in the type of the input, and the statistics or None."""
+        x_cast_BLD = self.dropout(x_BLD.to(self.mixture.gate.weight.dtype))
+        y_BLD, stats = self.mixture.route_and_run(x_cast_BLD, mask_BL, want_stats)
+        return (y_BLD * self.scale).to(x_BLD.dtype), stats
+
+
+class MotAdapterLayer(nn.Module, BaseTunerLayer):
+    """A frozen feed-forward layer and mixtures of tokens beside it.
+
+    Of a split layer (BERT), this replaces the first half, and a forward hook on the linear layer that ends the second
+    adds the update there, before dropout, residual and norm.
+    """
+
+    adapter_layer_names = (_ATTRIBUTE,)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, *, key: str, context: BatchContext, down: nn.Module | None) -> None:
+        """`key` is the layer's name in the model; `down` ends a split layer."""
+        super().__init__()
+        self.base_layer, self.key, self.context = base_layer, key, context
+        self.mixture_of_tokens_layer = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._outside = (down,)  # in a tuple, so that its parameters are not registered twice
+        self._pending: Tensor | None = None
+        if down is not None:
+            down.register_forward_hook(self.leave)
+
+    def add(self, name: str, hidden_size: int, config: MotAdapterConfig) -> None:
+        """Adds an adapter for inputs of width `hidden_size`."""
+        add_adapter_module(self, name, MotExperts(hidden_size, config), _ATTRIBUTE)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """(B, L, D) -> the frozen layer's output, with the update added."""
+        output = self.base_layer(x, *args, **kwargs)
+        self._pending = None
+        active = active_modules(self, _ATTRIBUTE)
+        if not active:
+            return output
+        if x.dim() != 3:
+            raise UserError(
+                f"'{self.key}' was given a tensor of shape {tuple(x.shape)}: mixture of tokens needs (batch, length, "
+                "hidden_size); use another adapter for this model."
+            )
+        update = torch.stack([self._update(experts, x) for experts in active]).sum(0)
+        if self._outside[0] is not None:
+            self._pending = update
+            return output
+        if isinstance(output, tuple):
+            return (output[0] + update.to(output[0].dtype), *output[1:])
+        return output + update.to(output.dtype)
+
+    def _update(self, experts: MotExperts, x_BLD: Tensor) -> Tensor:
+        want_stats = self.training or self.context.observe
+        y_BLD, stats = experts(x_BLD, self.context.mask_for(x_BLD), want_stats)
+        if want_stats:
+            self.context.stats[self.key] = stats
+        return y_BLD
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Forward hook of a split layer's last linear layer."""
+        pending, self._pending = self._pending, None
+        return output if pending is None else output + pending.to(output.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuses: experts with an activation are no matrix that could be merged."""
+        raise UserError("A mixture-of-tokens adapter cannot be merged into its base: keep it as an adapter.")
+
+    def unmerge(self) -> None:
+        """Nothing to do: nothing is ever merged."""
+
+
+class MotAdapterModel(RoutedTuner):
+    """PEFT's tuner for `MotAdapterConfig`."""
+
+    prefix = "mixture_of_tokens_"
+    tuner_layer_cls = MotAdapterLayer
+    attribute = _ATTRIBUTE
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, MotAdapterConfig)
+        if isinstance(target, MotAdapterLayer):
+            target.add(adapter_name, input_width(target.get_base_layer()), peft_config)
+            return
+        split = target_name == "intermediate" and isinstance(getattr(target, "dense", None), nn.Linear)
+        down = parent.get_submodule(SPLIT.down) if split else None
+        layer = MotAdapterLayer(target, key=current_key, context=self.context, down=down)
+        layer._active_adapter = adapter_name
+        layer.add(adapter_name, input_width(target), peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+def input_width(block: nn.Module) -> int:
+    """D of a feed-forward layer, dense or a mixture: the width of its router's input or of its first linear layer."""
+    gate = getattr(getattr(block, "gate", None), "weight", None)
+    if isinstance(gate, Tensor) and gate.dim() == 2:
+        return gate.size(1)
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            return module.in_features
+    raise UserError(f"{type(block).__name__} has no linear layer and no router: name other target_modules.")
+
+
+def set_inference_mode(model: nn.Module, mode: Literal["group", "alone"], *, top_k: int | None = None) -> None:
+    """Sets how the mixture-of-tokens adapters of a model run in eval(), here and in the configuration that is saved.
+
+    Raises:
+        UserError: the model has none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MotAdapterLayer)]
+    if not layers:
+        raise UserError("The model has no mixture-of-tokens adapter, so there is no inference mode to set.")
+    for layer in layers:
+        for experts in layer.mixture_of_tokens_layer.values():
+            assert isinstance(experts, MotExperts)
+            experts.mixture.set_inference_mode(mode, top_k=top_k)
+    for config in getattr(model, "peft_config", {}).values():
+        if isinstance(config, MotAdapterConfig):
+            config.eval_mode, config.alone_top_k = mode, top_k
+
+
+register_method("mixture_of_tokens", MotAdapterConfig, MotAdapterModel)

@@ -1,0 +1,255 @@
+"""A dense checkpoint, read tensor by tensor: which model it is, and whether its files hold what that model has.
+
+Nothing is loaded but what is asked for, and no model is ever built.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig
+
+from mixtura.checkpoints.pretrained import resolve_base
+from mixtura.checkpoints.shards import INDEX, WHOLE
+from mixtura.config import UserError
+from mixtura.kernels.activation import check_activation
+from mixtura.models import MixtureConfig, MixtureForCausalLM
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_SHARED_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_parameters", "attention_dropout"),
+)
+_OWN_FIELDS = {
+    "llama": ("head_dim", "attention_bias"),
+    "mistral": ("head_dim", "sliding_window"),
+    "qwen2": ("sliding_window", "layer_types"),
+    "qwen3": ("head_dim", "attention_bias", "sliding_window", "layer_types"),
+}
+SOURCES = ("llama", "mistral", "qwen2", "qwen3", "mixtura")
+"""Model types that can be upcycled; "mixtura" where all layers are dense and gated."""
+UPCYCLE_RECEIPT = "upcycle.json"
+"""What an upcycled checkpoint says of itself: from which files, with which settings."""
+_FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "LICENSE*"]
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class DenseSource:
+    """A dense checkpoint whose files have been checked."""
+
+    name: str
+    """As the user gave it."""
+    folder: Path
+    config: MixtureConfig
+    """Our decoder with the source's attention and dense layers: it computes what the source does, with its names."""
+    files: Mapping[str, Path]
+    """The file of every tensor."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, as it is stored."""
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is stored."""
+        with safe_open(self.files[name], framework="pt") as file:
+            return _DTYPES[file.get_slice(name).get_dtype()]
+
+
+def open_source(name: str) -> DenseSource:
+    """Finds a checkpoint and checks that it is one that can be upcycled, and whole.
+
+    Args:
+        name: a folder, a hub name, or a name of `mixtura.checkpoints.pretrained.resolve_base`.
+
+    Raises:
+        UserError: there is none, its architecture is another, it is quantised, or its files do not fit its config.json.
+    """
+    folder = _folder(name)
+    raw = read_json(folder / "config.json", name)
+    config = dense_config(folder, raw, name)
+    files = _tensor_files(folder, name)
+    _check_tensors(files, config, name)
+    source = DenseSource(name, folder, config, files)
+    _check_head(source)
+    return source
+
+
+def _folder(name: str) -> Path:
+    folder = Path(resolve_base(name))
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return folder
+        kind = "is a GGUF file's" if any(folder.glob("*.gguf")) else "has no config.json and is no model's"
+        raise UserError(f"The folder '{name}' {kind}: give a folder in Hugging Face format.")
+    if folder.exists() or folder.suffix == ".gguf":
+        raise UserError(f"'{name}' is a file: give a folder in Hugging Face format, with config.json and safetensors.")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FETCHED))
+    except Exception as error:  # the hub client has many unrelated classes, for names, networks and permissions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+        raise UserError(
+            f"There is no folder '{name}', and the hub does not give it ({reason}): give a folder, a hub name or "
+            "smollm2."
+        ) from error
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """A file of the checkpoint called `name`; raises UserError where it cannot be read or is no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path.name}' of '{name}' cannot be read ({error}): fetch the model again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"'{path.name}' of '{name}' is no JSON object: fetch the model again.")
+    return value
+
+
+def dense_config(folder: Path, raw: dict[str, Any], name: str) -> MixtureConfig:
+    """The configuration of our decoder that computes what the checkpoint's model does.
+
+    Args:
+        folder: has config.json.
+        raw: the same file, read.
+        name: what to call the model in errors.
+
+    Raises:
+        UserError: the model is another one, is quantised, or its feed-forward layers are not gated or have biases.
+    """
+    kind = raw.get("model_type")
+    if kind not in SOURCES:
+        raise UserError(f"'{name}' is a {kind!r} model: only dense {', '.join(SOURCES)} models can be upcycled.")
+    if raw.get("quantization_config"):
+        raise UserError(f"'{name}' is quantised: give the checkpoint in float32, bfloat16 or float16.")
+    try:
+        config: Any = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers and the strict dataclasses raise many unrelated classes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+        raise UserError(f"The config.json of '{name}' cannot be used ({reason}): fetch the model again.") from error
+    if getattr(config, "mlp_bias", False):
+        raise UserError(f"'{name}' has biases in its feed-forward layers, which experts have not: give another model.")
+    try:
+        check_activation(config.hidden_act)
+    except ValueError as error:
+        raise UserError(f"'{name}' cannot be upcycled, as its {error}") from error
+    if kind == "mixtura":
+        return _own_config(config, name)
+    fields = {key: getattr(config, key) for key in (*_SHARED_FIELDS, *_OWN_FIELDS[kind])}
+    return MixtureConfig(**fields, attention=kind, gated=True, dtype=config.dtype)
+
+
+def _own_config(config: MixtureConfig, name: str) -> MixtureConfig:
+    if set(config.mlp_layer_types or []) != {"dense"} or config.intermediate_sizes or config.layer_mix:
+        raise UserError(f"'{name}' is no plain dense model: only one can be upcycled.")
+    if not config.gated:
+        raise UserError(f"'{name}' has feed-forward layers without a gate: train it with model.gated = true.")
+    return config
+
+
+def _tensor_files(folder: Path, name: str) -> dict[str, Path]:
+    """The file of every tensor, from the index or from the one file that there is."""
+    index, single = folder / INDEX, folder / WHOLE
+    if index.is_file():
+        places = read_json(index, name).get("weight_map")
+        if not isinstance(places, dict):
+            raise UserError(f"'{index.name}' of '{name}' has no weight_map: fetch the model again.")
+        for place in sorted(set(places.values())):
+            if Path(place).name != place or not (folder / place).is_file():
+                raise UserError(f"The file '{place}' of '{name}' is missing: fetch the model again.")
+        return {tensor: folder / place for tensor, place in places.items()}
+    if not single.is_file():
+        other = next((file.name for pattern in ("*.gguf", "*.bin") for file in sorted(folder.glob(pattern))), None)
+        found = f"only '{other}'" if other else "no weights"
+        raise UserError(f"'{name}' has {found}: give a checkpoint with model.safetensors.")
+    with _opened(single, name) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def _opened(path: Path, name: str) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"'{path.name}' of '{name}' is damaged ({error}): fetch the model again.") from error
+
+
+def expected_shapes(config: MixtureConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a model with this configuration stores, found without memory for it."""
+    with torch.device("meta"):
+        model = MixtureForCausalLM(config)
+    state = model.state_dict()
+    if config.tie_word_embeddings:
+        del state[HEAD]
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def _check_tensors(files: dict[str, Path], config: MixtureConfig, name: str) -> None:
+    """Refuses what is missing, of another shape, stored as integers, or of no place in a dense decoder."""
+    expected = expected_shapes(config)
+    unused = {tensor for tensor in files if tensor.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings:
+        unused |= {HEAD} & set(files)
+    for tensor in unused - {HEAD}:
+        del files[tensor]
+    if missing := sorted(expected.keys() - files.keys()):
+        tied = " although its embeddings are not tied" if missing == [HEAD] else ""
+        raise UserError(f"'{name}' has no tensor '{missing[0]}'{tied}: fetch the model again.")
+    if foreign := sorted(files.keys() - expected.keys() - unused):
+        why = "biases in feed-forward layers" if ".mlp." in foreign[0] and foreign[0].endswith("bias") else "parts"
+        raise UserError(f"'{name}' has {why} that cannot be upcycled, such as '{foreign[0]}': give another model.")
+    for path in sorted(set(files.values())):
+        with _opened(path, name) as file:
+            held = set(file.keys())
+            for tensor in sorted(tensor for tensor, place in files.items() if place == path):
+                if tensor not in held:
+                    raise UserError(f"'{path.name}' of '{name}' lacks '{tensor}': fetch the model again.")
+                _check_tensor(file.get_slice(tensor), expected.get(tensor), tensor, name)
+
+
+def _check_tensor(part: Any, expected: tuple[int, ...] | None, tensor: str, name: str) -> None:
+    shape = tuple(part.get_shape())
+    if expected is not None and shape != expected:
+        raise UserError(
+            f"'{tensor}' of '{name}' has shape {shape} where its config.json asks for {expected}: fetch it again."
+        )
+    if part.get_dtype() not in _DTYPES:
+        raise UserError(
+            f"'{tensor}' of '{name}' is stored as {part.get_dtype()}: give the checkpoint in float32, bfloat16 or "
+            "float16, not quantised."
+        )
+
+
+def _check_head(source: DenseSource) -> None:
+    """A tied model's head, where it is stored, has to be the embedding."""
+    if not source.config.tie_word_embeddings or HEAD not in source.files:
+        return
+    if not torch.equal(source.tensor(HEAD), source.tensor(EMBEDDING)):
+        raise UserError(
+            f"'{source.name}' says that its embeddings are tied, but '{HEAD}' differs from '{EMBEDDING}': set "
+            "tie_word_embeddings in its config.json to false."
+        )
+
+
+def check_alike(sources: Sequence[DenseSource]) -> None:
+    """Refuses checkpoints that cannot be averaged: another shape, attention or way to count positions.
+
+    Raises:
+        UserError: names the checkpoint and the difference.
+    """
+    first = sources[0]
+    fields = ["attention", "sliding_window", "head_dim", "attention_bias", *_SHARED_FIELDS]
+    for other in sources[1:]:
+        for field in fields:
+            mine, its = getattr(first.config, field), getattr(other.config, field)
+            if mine != its and not field.endswith("token_id"):
+                raise UserError(
+                    f"'{other.name}' has {field} {its} where '{first.name}' has {mine}: only checkpoints of one shape "
+                    "can become one mixture."
+                )

@@ -1,0 +1,106 @@
+"""Checkpoint files, tensor by tensor: read without loading a model, and written in shards of bounded size."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mixtura.checkpoints.shards import INDEX, WHOLE, write_shards
+from mixtura.config import UserError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies, and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class PlannedTensor(NamedTuple):
+    """A tensor to be written: it is made only when its shard is."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Its size in a file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class StoredWeights:
+    """The tensors of a checkpoint folder by name; each is read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError where weights are missing or damaged."""
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in _weight_files(folder):
+            with _opened(file) as opened:
+                for name in opened.keys():  # noqa: SIM118 - the handle is no mapping
+                    part = opened.get_slice(name)
+                    self.tensors[name] = StoredTensor(file, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """The tensor of that name, or its part `index` along the first axis."""
+        with _opened(self.tensors[name].file) as opened:
+            return opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
+
+    def plan(self, name: str, new_name: str | None = None) -> PlannedTensor:
+        """The tensor unchanged, under the same or another name."""
+        stored = self.tensors[name]
+        return PlannedTensor(new_name or name, stored.shape, stored.dtype, lambda: self.read(name))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if not index.is_file():
+        if not (folder / WHOLE).is_file():
+            raise UserError(f"'{folder}' has no {WHOLE}: its weights are missing, copy or train the model again.")
+        return [folder / WHOLE]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"'{index}' is damaged ({error}): copy or train the model again.") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"'{folder}' lacks its shard {name}: copy it there, or train the model again.")
+    return [folder / name for name in names]
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise UserError(f"'{file}' is damaged ({error}): copy or train the model again.") from error
+
+
+def write_planned(tensors: list[PlannedTensor], folder: Path, max_bytes: int) -> None:
+    """Writes tensors in order with `mixtura.checkpoints.shards.write_shards`, each made when it is its turn."""
+    write_shards(folder, ((tensor.name, _made(tensor)) for tensor in tensors), max_bytes=max_bytes)
+
+
+def _made(tensor: PlannedTensor) -> Tensor:
+    value = tensor.make()
+    assert (tuple(value.shape), value.dtype) == (tensor.shape, tensor.dtype), f"{tensor.name} is not as planned"
+    return value

@@ -1,1 +1,0 @@
-"""Fine-tuning with mixtures: adapters, translation and classification, each run like any other training."""

@@ -1,0 +1,1 @@
+"""Text classification: a pretrained model, as much of it as is trained, and a head."""

@@ -1,0 +1,227 @@
+"""Comparing text classifiers: which head, and how much of the pretrained model is tuned.
+
+All arms share the texts, their order, the pretrained model and the classifier's first weights. Arms on a frozen model
+read its pooled hidden states, computed once (`features.py`).
+"""
+
+import copy
+import functools
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mixtura.adapters.attach import apply_adapter
+from mixtura.adapters.costs import count_parameters
+from mixtura.config import ClassificationRecipe, HeadConfig, UserError
+from mixtura.data.labelled import LabelledCorpus, LabelledText, load_labelled
+from mixtura.tasks.classification.accuracy import paired_bootstrap
+from mixtura.tasks.classification.arms import ClassificationArm, Pretrained
+from mixtura.tasks.classification.classifier import load_encoder
+from mixtura.tasks.classification.features import (
+    Examples,
+    FeatureExamples,
+    TokenExamples,
+    encode_texts,
+    hidden_states,
+    pooled_features,
+    weights_digest,
+)
+from mixtura.tasks.classification.heads import blends_tokens
+from mixtura.tasks.classification.saved import SavedClassifier
+from mixtura.tasks.classification.task import PREDICTIONS, Splits
+from mixtura.training.experiment import Arm, Experiment
+
+_PARTS = ("train", "validation", "test")
+
+
+class ClassificationExperiment(Experiment):
+    """A comparison of classifiers on one corpus and one pretrained model."""
+
+    def __init__(self, recipe: ClassificationRecipe, arms: dict[str, Arm], data: dict[str, Any], digest: str) -> None:
+        """Puts together what `make_classification` prepared."""
+        self.recipe, self.arms, self.data, self.data_digest = recipe, arms, data, digest
+
+    def held_equal(self, described: dict[str, dict[str, Any]]) -> list[str]:
+        """What all classifiers share."""
+        recipe = self.recipe
+        phrases = [
+            f"the pretrained model {recipe.base.name}",
+            "the training texts, their order and their length of at most "
+            f"{recipe.data.max_length} tokens ({self.data['truncated_percent']:.1f} % are cut)",
+            "the first weights of the linear classifier",
+            "optimizer, schedule and number of steps",
+        ]
+        if len({of["parameters_trainable"] for of in described.values()}) == 1:
+            phrases.append("the number of trained parameters")
+        normalizations = {arm.head.normalization for arm in recipe.arms.values()}
+        if len(normalizations) == 1:
+            phrases.append(f"how hidden states are normalised ({normalizations.pop()})")
+        return phrases
+
+    def across_arms(self, out: Path) -> dict[str, Any]:
+        """Paired bootstrap over the test texts, each arm against the baseline, over the seeds that both have."""
+        baseline = _correct(out / "arms" / self.recipe.baseline)
+        compared = {}
+        for name in self.arms:
+            arm = {} if name == self.recipe.baseline else _correct(out / "arms" / name)
+            seeds = sorted(arm.keys() & baseline.keys())
+            if seeds:
+                compared[name] = paired_bootstrap(
+                    np.mean([arm[seed] for seed in seeds], axis=0), np.mean([baseline[seed] for seed in seeds], axis=0)
+                )
+        return {"paired_bootstrap": compared}
+
+
+def make_classification(
+    recipe: ClassificationRecipe, *, cache_dir: Path | None, on_progress: Callable[[str], None]
+) -> ClassificationExperiment:
+    """Loads the pretrained model and the texts, and prepares every arm of a recipe.
+
+    Args:
+        recipe: the comparison.
+        cache_dir: where the pooled features of frozen arms are kept; None keeps them in memory alone.
+        on_progress: called with a phrase when a slow part begins.
+
+    Raises:
+        UserError: model, texts or an arm cannot be used.
+    """
+    _check(recipe)
+    on_progress("reading")
+    corpus = load_labelled(recipe.data)
+    on_progress("loading the pretrained model")
+    pretrained = _load_pretrained(recipe)
+    on_progress("encoding")
+    tokens = encode_texts(
+        [example.text for part in _PARTS for example in getattr(corpus, part)],
+        [example.label for part in _PARTS for example in getattr(corpus, part)],
+        pretrained.tokenizer,
+        max_length=recipe.data.max_length,
+    )
+    data, digest = _facts(corpus, tokens), _digest(corpus)
+    baseline_parameters = _adapter_parameters(recipe, pretrained)
+    prepare = functools.cache(functools.partial(_examples, pretrained, tokens, cache_dir, on_progress))
+    arms: dict[str, Arm] = {}
+    for name, config in recipe.arms.items():
+        features = config.tune == "frozen" and not blends_tokens(config.head)
+        # Only these two keys decide the features, so that arms that share them share one array.
+        pooled = HeadConfig(pooling=config.head.pooling, normalization=config.head.normalization)
+        whole = prepare(pooled if features else None)
+        arms[name] = ClassificationArm(
+            name,
+            config,
+            recipe,
+            pretrained=pretrained,
+            splits=_split(whole, corpus, last_only=features and config.head.kind == "last_layer"),
+            saved=SavedClassifier(
+                base=recipe.base.name or "",
+                num_layers=recipe.base.num_layers,
+                base_digest=pretrained.digest,
+                tune=config.tune,
+                head=config.head,
+                adapter=config.adapter,
+                baseline_parameters=baseline_parameters,
+                num_states=pretrained.num_states,
+                hidden_size=pretrained.hidden_size,
+                labels=tuple(corpus.labels),
+                max_length=recipe.data.max_length,
+                tokenizer=pretrained.tokenizer,
+            ),
+            data_digest=digest,
+        )
+    return ClassificationExperiment(recipe, arms, data, digest)
+
+
+def _check(recipe: ClassificationRecipe) -> None:
+    if recipe.base.name is None:
+        raise UserError("'base.name' is missing: name a model folder, a hub model, or 'minilm', which is a package.")
+    for name, arm in recipe.arms.items():
+        if (arm.tune == "adapter") != (arm.adapter is not None):
+            fix = "add its 'adapter'" if arm.adapter is None else "set 'tune' to 'adapter', or remove its 'adapter'"
+            raise UserError(f"Arm '{name}' has tune = '{arm.tune}': {fix}.")
+        if arm.head.per_token and arm.head.kind != "layer_mix":
+            raise UserError(f"Arm '{name}' has per_token but no layer mix: set its 'head.kind' to 'layer_mix'.")
+
+
+def _load_pretrained(recipe: ClassificationRecipe) -> Pretrained:
+    assert recipe.base.name is not None
+    model, tokenizer = load_encoder(recipe.base.name, num_layers=recipe.base.num_layers)
+    config: Any = model.config
+    longest = getattr(config, "max_position_embeddings", None) or recipe.data.max_length
+    if recipe.data.max_length > longest:
+        raise UserError(
+            f"'data.max_length' is {recipe.data.max_length} but '{recipe.base.name}' reads at most {longest} tokens: "
+            "lower it."
+        )
+    one = torch.ones(1, 1, dtype=torch.int64)
+    with torch.no_grad():
+        states = hidden_states(model, one, one)
+    return Pretrained(model, tokenizer, weights_digest(model), len(states), states[-1].size(-1))
+
+
+def _examples(
+    pretrained: Pretrained,
+    tokens: TokenExamples,
+    cache_dir: Path | None,
+    on_progress: Callable[[str], None],
+    head: HeadConfig | None,
+) -> Examples:
+    """All texts as tokens, or as features of the kind that a head asks for."""
+    if head is None:
+        return tokens
+    features_NMD = pooled_features(pretrained.model, tokens, head, cache_dir=cache_dir, on_progress=on_progress)
+    return FeatureExamples(features_NMD, tokens.label_N, tokens.length_N)
+
+
+def _split(whole: Examples, corpus: LabelledCorpus, *, last_only: bool) -> Splits:
+    ends = np.cumsum([0, *(len(getattr(corpus, part)) for part in _PARTS)])
+    parts = [whole.part(slice(start, end)) for start, end in itertools.pairwise(ends)]
+    return Splits(*(part.last_state() if last_only and isinstance(part, FeatureExamples) else part for part in parts))
+
+
+def _adapter_parameters(recipe: ClassificationRecipe, pretrained: Pretrained) -> int | None:
+    """Trained parameters of the baseline's adapter, which adapters without a rank are matched to."""
+    adapter = recipe.arms[recipe.baseline].adapter
+    if adapter is None or adapter.rank is None:
+        return None
+    return count_parameters(apply_adapter(copy.deepcopy(pretrained.model), adapter, seed=0))[1]
+
+
+def _facts(corpus: LabelledCorpus, tokens: TokenExamples) -> dict[str, Any]:
+    majority = Counter(example.label for example in corpus.train).most_common(1)[0][0]
+    majority_share = sum(example.label == majority for example in corpus.test) / len(corpus.test)
+    return {
+        "description": corpus.description,
+        "labels": list(corpus.labels),
+        **{f"examples_{part}": len(getattr(corpus, part)) for part in _PARTS},
+        "rows_skipped": corpus.skipped,
+        "texts_truncated": tokens.truncated,
+        "truncated_percent": 100 * tokens.truncated / len(tokens.label_N),
+        "tokens_per_example": float(tokens.length_N.mean()),
+        "majority_accuracy": 100 * majority_share,
+    }
+
+
+def _digest(corpus: LabelledCorpus) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _PARTS:
+        rows: list[LabelledText] = getattr(corpus, part)
+        digest.update(json.dumps([part, [[row.text, row.label] for row in rows]]).encode())
+    return digest.hexdigest()
+
+
+def _correct(arm: Path) -> dict[str, np.ndarray]:
+    """For each finished seed of an arm, whether each test text was answered correctly."""
+    answers = {path.parent.name: path.read_text(encoding="utf-8") for path in sorted(arm.glob(f"seed*/{PREDICTIONS}"))}
+    return {
+        seed: np.array(
+            [answer["truth"] == answer["label"] for answer in map(json.loads, text.splitlines())], dtype=float
+        )
+        for seed, text in answers.items()
+    }

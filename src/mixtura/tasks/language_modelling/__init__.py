@@ -1,0 +1,1 @@
+"""Language modelling on packed text: from random weights, or on from checkpoints."""

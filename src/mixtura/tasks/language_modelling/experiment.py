@@ -1,0 +1,222 @@
+"""Pretraining as an experiment: language models that differ in their feed-forward layers, each at the same cost."""
+
+import copy
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from mixtura.checkpoints.decoder import count_parameters, load_decoder, probe_config, weights_digest
+from mixtura.config import ArmConfig, Recipe, starts_from_checkpoints
+from mixtura.data.prepare import PreparedData, prepare_data
+from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
+from mixtura.evaluation import evaluation_modes
+from mixtura.models import MixtureConfig, MixtureForCausalLM
+from mixtura.models.alone_schedule import alone_settings
+from mixtura.models.build import build_model_config
+from mixtura.planning import active_parameters, flops_per_token, flops_ratio, model_parameters
+from mixtura.planning.matching import FLOPS_TOLERANCE
+from mixtura.tasks.language_modelling.continuing import continued_arm, with_checkpoints_tokenizer
+from mixtura.tasks.language_modelling.task import LanguageModelling
+from mixtura.training.experiment import Arm, Experiment
+from mixtura.training.optimization import OPTIMIZER_NAMES
+
+_SETTINGS: dict[str, tuple[str, ...]] = {
+    "dense": (),
+    "token_choice": ("num_experts", "top_k", "score_function", "capacity_factor", "router_aux_loss_coef"),
+    "expert_choice": ("num_experts", "top_k", "group_size", "group_over"),
+    "soft": ("num_experts", "mixtures_per_expert"),
+    "mixture_of_tokens": ("num_experts", "group_size", "mixtures_per_expert", "temperature", "combine", "alone_top_k"),
+}
+
+
+@final
+class PretrainingArm(Arm):
+    """One family of feed-forward layers, in a model that is trained from scratch or from a checkpoint on."""
+
+    def __init__(
+        self,
+        name: str,
+        config: ArmConfig,
+        model_config: MixtureConfig,
+        *,
+        task: LanguageModelling,
+        learning_rate: float,
+        sequence_length: int,
+    ) -> None:
+        """Puts together what `Pretraining` prepared."""
+        self.name, self.config, self.model_config = name, config, model_config
+        self.family = config.family
+        self.label = config.family if name == config.family else name
+        self.task, self.learning_rate, self.sequence_length = task, learning_rate, sequence_length
+        self.grouped = evaluation_modes(model_config)[0] == "group"
+        # What the finished model is: token choice where it has become that.
+        self.training_mode = "causal" if config.transition_to or not self.grouped else "group"
+        if self.training_mode == "group" and self._always_alone:
+            self.training_mode = "alone"
+        self.deployed_mode = _deployed_mode(config)
+
+    @property
+    def _always_alone(self) -> bool:
+        """Whether no step of the training has groups, as in a mixture of tokens that was a dense model."""
+        return self.family == "mixture_of_tokens" and self.model_config.zero_fill == 1
+
+    def build(self, seed: int) -> MixtureForCausalLM:
+        """A freshly initialised model, the same rule and seed for every arm; or the checkpoint's, whatever the seed."""
+        torch.manual_seed(seed)
+        if self.config.init_from is not None:
+            return load_decoder(self.config.init_from, self.model_config)
+        # A copy: a model writes its inference mode into its configuration.
+        return MixtureForCausalLM(copy.deepcopy(self.model_config))
+
+    def describe(self, baseline: Arm) -> dict[str, Any]:
+        """What it is and costs, by the formulas of `planning`."""
+        assert isinstance(baseline, PretrainingArm)
+        shape: Any = self.model_config
+        length = self.sequence_length
+        settings = {key: getattr(self.config, key) for key in _SETTINGS[self.family]}
+        settings |= alone_settings(self.config)
+        if self.family != "dense":
+            settings |= {"expert_width": shape.moe_intermediate_size, "placement": _placement(shape)}
+        total = planned = model_parameters(shape)
+        if self.config.init_from is not None:
+            settings["init_from"] = self.config.init_from
+            total = count_parameters(shape)
+        return {
+            "settings": {key: value for key, value in settings.items() if value is not None},
+            "parameters_total": total,
+            "parameters_active": active_parameters(shape, sequence_length=length) + total - planned,
+            "parameters_trainable": total,
+            "flops_per_token": flops_per_token(shape, sequence_length=length),
+            "flops_ratio": flops_ratio(shape, baseline=baseline.model_config, sequence_length=length),
+        }
+
+    def leaks(self) -> dict[str, bool]:
+        """Whether information leaks from the future or from other examples, measured on the arm's untrained model."""
+        model = self._untrained().eval()
+        deployed = self._probe(model) if self.deployed_mode else None
+        if self.family == "mixture_of_tokens":
+            model.set_inference_mode("alone" if self._always_alone else "group")
+        trained = self._probe(model)
+        leaks = {"future": trained.future, "batch": trained.batch}
+        return leaks if deployed is None else {**leaks, "batch_deployed": deployed.batch}
+
+    def _untrained(self) -> MixtureForCausalLM:
+        """A model with the arm's layers and random weights; probes in float64 would take a checkpoint's minutes."""
+        if self.config.init_from is None:
+            return self.build(seed=0)
+        torch.manual_seed(0)
+        return MixtureForCausalLM(probe_config(self.model_config))
+
+    def _probe(self, model: MixtureForCausalLM) -> LeakReport:
+        config = self.model_config
+        batch = config.group_size if self.grouped and config.group_over == "batch" else 4
+        length = config.group_size if config.group_over == "sequence" else 8
+        return probe_causal_lm(model, vocab_size=config.vocab_size, batch=batch, length=length)
+
+
+def _placement(config: MixtureConfig) -> str:
+    """Which layers are mixtures, in a recipe's words where they are a recipe's."""
+    families = config.mlp_layer_types or []
+    depths = [depth for depth, family in enumerate(families) if family != "dense"]
+    for first, word in ((0, "all"), (len(families) // 2, "later_half")):
+        if depths == list(range(first, len(families))):
+            return word
+    return f"layers {', '.join(map(str, depths))}"
+
+
+def _deployed_mode(config: ArmConfig) -> str | None:
+    if config.transition_to is not None:
+        return "causal"
+    if config.family == "mixture_of_tokens":
+        # Running in groups needs other people's text in the batch: no answer to one request.
+        return None if config.inference_mode == "group" else config.inference_mode
+    return None if config.family in ("expert_choice", "soft") else "causal"
+
+
+def make_pretraining(
+    recipe: Recipe, *, cache_dir: Path | None, on_progress: Callable[[str], None] | None = None
+) -> "Pretraining":
+    """Prepares the recipe's text and makes its arms.
+
+    Args:
+        recipe: the comparison.
+        cache_dir: where the prepared text is kept; None keeps none.
+        on_progress: called with a phrase when a slow part begins, such as "reading".
+
+    Raises:
+        UserError: the text cannot be used.
+    """
+    data = with_checkpoints_tokenizer(recipe) if starts_from_checkpoints(recipe) else recipe.data
+    return Pretraining(recipe, prepare_data(data, cache_dir=cache_dir, on_progress=on_progress))
+
+
+@final
+class Pretraining(Experiment):
+    """Everything a comparison of pretraining runs."""
+
+    def __init__(self, recipe: Recipe, data: PreparedData) -> None:
+        """Makes the recipe's arms, with the vocabulary of the data."""
+        self.recipe = recipe
+        self.data = dict(data.summary)
+        if starts_from_checkpoints(recipe):
+            starts = {name: str(arm.init_from) for name, arm in recipe.arms.items()}
+            self.data["checkpoints"] = {name: weights_digest(start) for name, start in starts.items()}
+        self.data_digest = _digest(data)
+        self.arms: dict[str, Arm] = {name: _make_arm(recipe, data, name) for name in recipe.arms}
+
+    def held_equal(self, described: dict[str, dict[str, Any]]) -> list[str]:
+        """Tokens and their order, FLOPs with the largest difference, initialisation, and how all are trained."""
+        recipe, training = self.recipe, self.recipe.training
+        apart = max(abs(arm["flops_ratio"] - 1) for arm in described.values())
+        tokens = training.batch_size * training.gradient_accumulation_steps * recipe.data.sequence_length
+        flops = f"FLOPs a token within {100 * apart:.2g} %" if apart else "FLOPs a token"
+        std = recipe.model.initializer_range
+        start = f"the initialisation rule (normal, standard deviation {std:g}, seeded)"
+        if starts_from_checkpoints(recipe):
+            start = "the tokenizer, and that every arm starts from its checkpoint, the same for all seeds"
+        return [
+            "the training tokens and their order, paired by seed",
+            # What differs by more is said among the cautions, and is not held equal.
+            *([f"{flops}, routing and mixing counted"] if apart <= FLOPS_TOLERANCE else []),
+            f"steps ({training.steps:,}) and tokens a step ({tokens:,})",
+            start,
+            f"optimizer ({OPTIMIZER_NAMES[training.optimizer]}), warm-up, cosine schedule, weight decay and gradient "
+            "clipping",
+            "the held-out sequences",
+        ]
+
+
+def _make_arm(recipe: Recipe, data: PreparedData, name: str) -> PretrainingArm:
+    config, vocab_size = recipe.arms[name], data.summary["vocab_size"]
+    tokenizer: Any = data.tokenizer
+    if config.init_from is not None:
+        config, model_config = continued_arm(recipe, name, vocab_size=vocab_size)
+    else:
+        model_config = build_model_config(
+            recipe.model,
+            config,
+            vocab_size=vocab_size,
+            max_position_embeddings=recipe.data.sequence_length,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            width_multiple=recipe.training.width_multiple,
+        )
+    return PretrainingArm(
+        name,
+        config,
+        model_config,
+        task=LanguageModelling(data, recipe.training),
+        learning_rate=config.learning_rate or recipe.training.learning_rate,
+        sequence_length=recipe.data.sequence_length,
+    )
+
+
+def _digest(data: PreparedData) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for packed in (data.train, data.validation):
+        digest.update(packed.sequences_NL.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,317 @@
+"""The arms of a comparison of translation models: what each builds, costs and leaks."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from mixtura.adapters.attach import apply_adapter
+from mixtura.adapters.costs import count_parameters, measured_flops_per_token
+from mixtura.adapters.expert_specialized import SAMPLE_SIZE
+from mixtura.checkpoints.pretrained import load_base
+from mixtura.config import ArmConfig, TranslationArmConfig, TranslationRecipe, UserError
+from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
+from mixtura.layers import MixtureOfTokens
+from mixtura.models import MixtureConfig, MixtureForCausalLM
+from mixtura.models.alone_schedule import alone_settings
+from mixtura.models.build import build_model_config
+from mixtura.planning import active_parameters, flops_per_token, model_parameters
+from mixtura.tasks.translation.batches import PairDataset, collate_rows
+from mixtura.tasks.translation.decoding import ExampleRouting
+from mixtura.tasks.translation.task import TranslationData, TranslationTask
+from mixtura.training.experiment import Arm
+
+_SETTINGS: dict[str, tuple[str, ...]] = {
+    "dense": (),
+    "token_choice": ("num_experts", "top_k", "num_shared_experts", "capacity_factor", "router_aux_loss_coef"),
+    "mixture_of_tokens": ("num_experts", "group_size", "mixtures_per_expert", "temperature", "combine", "alone_top_k"),
+}
+_NAMED_SETTINGS = ("route_by", "num_experts", "num_shared_experts")
+_PROBED_LAYERS = 2
+"""Layers of a base model that a leak probe keeps: a leak shows in any layer, and float64 is slow."""
+
+
+def make_arm(recipe: TranslationRecipe, name: str, data: TranslationData) -> "TranslationArm":
+    """Arm `name` of a recipe, for encoded data.
+
+    Raises:
+        UserError: its settings cannot work, or not on this data.
+    """
+    make = _scratch_arm if recipe.base.name is None else _base_arm
+    return make(recipe, name, recipe.arms[name], data)
+
+
+@final
+class TranslationArm(Arm):
+    """One side of a comparison of translation models."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        family: str,
+        settings: dict[str, Any],
+        task: TranslationTask,
+        learning_rate: float,
+        build: Callable[[int], nn.Module],
+        probe: Callable[[], nn.Module],
+        shape: MixtureConfig | None,
+        grouped: int | None,
+    ) -> None:
+        """`build` makes the model of a seed, `probe` one to look for leaks in.
+
+        `shape` is that of a model from scratch, `grouped` the examples that a mixture of tokens mixes, if there is one.
+        """
+        self.name, self.family, self.task, self.learning_rate = name, family, task, learning_rate
+        self._translation = task
+        self.label = family if name == family else name.replace("_", " ")
+        self.training_mode, self.deployed_mode = ("group", "alone") if grouped else ("causal", "causal")
+        self._settings, self._build, self._probe = settings, build, probe
+        self._shape, self._grouped = shape, grouped
+
+    def build(self, seed: int) -> nn.Module:
+        """A freshly initialised model, or the base model with a fresh adapter."""
+        return self._build(seed)
+
+    def describe(self, baseline: Arm) -> dict[str, Any]:
+        """What it is and costs; of a base model with an adapter, FLOPs are measured."""
+        assert isinstance(baseline, TranslationArm)
+        own, other = self._costs(), baseline._costs()
+        return {
+            "family": self.family,
+            "label": self.label,
+            "settings": self._settings,
+            **own,
+            "flops_ratio": own["flops_per_token"] / other["flops_per_token"],
+            "training_mode": self.training_mode,
+            "deployed_mode": self.deployed_mode,
+        }
+
+    def leaks(self) -> dict[str, bool]:
+        """Whether information leaks from the future or the batch, in training and deployed, found by trying."""
+        model = self._probe().eval()
+        deployed = self._leak(model)
+        for module in model.modules():
+            if isinstance(module, MixtureOfTokens):
+                module.set_inference_mode("group", top_k=module.alone_top_k)
+        trained = self._leak(model)
+        return {"future": trained.future, "batch": trained.batch, "batch_deployed": deployed.batch}
+
+    def _leak(self, model: nn.Module) -> LeakReport:
+        told: Any = _ToldModel(model, self._translation)
+        size = told.model.get_input_embeddings().num_embeddings
+        return probe_causal_lm(told, vocab_size=size, batch=self._grouped or 4, length=8, num_probes=12)
+
+    def _costs(self) -> dict[str, Any]:
+        if not hasattr(self, "_found_costs"):
+            self._found_costs = self._planned() if self._shape is not None else self._measured()
+        return self._found_costs
+
+    def _planned(self) -> dict[str, Any]:
+        shape: Any = self._shape
+        length = round(self.task.tokens_per_example)
+        return {
+            "parameters_total": model_parameters(shape),
+            "parameters_active": active_parameters(shape, sequence_length=length),
+            "parameters_trainable": model_parameters(shape),
+            "flops_per_token": flops_per_token(shape, sequence_length=length),
+        }
+
+    def _measured(self) -> dict[str, Any]:
+        """A mixture of adapters runs all its experts, so that all its parameters are active."""
+        model = self.build(0).train()
+        total, trained = count_parameters(model)
+        # Rows of one length, so that all arms are measured on the same share of padding and of targets: none, and half.
+        tokens = torch.full((min(32, round(self.task.tokens_per_example)),), self._translation.data.prompts.eos)
+        row = {"tokens": tokens, "prompt": len(tokens) // 2, "direction": 0}
+        batch = self.task.collate([row] * (self._grouped or 2))
+        flops = measured_flops_per_token(
+            model, lambda: self.task.losses(model, batch, num_targets=1).task_loss, tokens=batch["input_ids"].numel()
+        )
+        return {
+            "parameters_total": total,
+            "parameters_active": total,
+            "parameters_trainable": trained,
+            "flops_per_token": flops,
+        }
+
+
+@final
+class _ToldModel(nn.Module):
+    """A model whose examples are all in the first direction: token ids in, output out."""
+
+    def __init__(self, model: nn.Module, task: TranslationTask) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, ids_BL: Tensor) -> Any:
+        told = self.task.routing.tell(self.model, ids_BL.new_zeros(len(ids_BL)))
+        return self.model(input_ids=ids_BL, use_cache=False, **told)
+
+
+def _scratch_arm(
+    recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, data: TranslationData
+) -> TranslationArm:
+    feed_forward = arm.feed_forward
+    if arm.adapter is not None:
+        raise UserError(
+            f"'arms.{name}.adapter' needs a base model: set 'base.name', or give the arm a 'feed_forward' instead."
+        )
+    _check_family(f"arms.{name}.feed_forward", feed_forward, batch_size=recipe.training.batch_size)
+    routing, expert_names = _route(f"arms.{name}.feed_forward", feed_forward, data)
+    tokenizer: Any = data.prompts.tokenizer
+    config = build_model_config(
+        recipe.model,
+        feed_forward,
+        vocab_size=data.facts["vocab_size"],
+        max_position_embeddings=data.max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        expert_names=expert_names,
+        width_multiple=recipe.training.width_multiple,
+    )
+
+    def build(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        # A copy: a model writes its inference mode into its configuration.
+        return MixtureForCausalLM(copy.deepcopy(config))
+
+    keys = _NAMED_SETTINGS if expert_names else _SETTINGS[feed_forward.family]
+    settings = {key: getattr(feed_forward, key) for key in keys} | alone_settings(feed_forward)
+    if feed_forward.family != "dense":
+        settings |= {"expert_width": config.moe_intermediate_size, "placement": feed_forward.placement}
+    return TranslationArm(
+        name,
+        family=feed_forward.family,
+        settings={key: value for key, value in settings.items() if value is not None},
+        task=TranslationTask(data, recipe.training, routing=routing, num_beams=recipe.num_beams),
+        learning_rate=arm.learning_rate or feed_forward.learning_rate or recipe.training.learning_rate,
+        build=build,
+        probe=lambda: build(0),
+        shape=config,
+        grouped=feed_forward.group_size if feed_forward.family == "mixture_of_tokens" else None,
+    )
+
+
+def _check_family(where: str, arm: ArmConfig, *, batch_size: int) -> None:
+    """Refuses what cannot translate one sentence alone, and groups that a batch does not fill."""
+    if arm.family not in _SETTINGS:
+        raise UserError(
+            f"'{where}.family' is '{arm.family}', whose tokens depend on tokens to come, so that it cannot translate: "
+            f"choose one of {', '.join(_SETTINGS)}."
+        )
+    if arm.family != "mixture_of_tokens":
+        return
+    if arm.inference_mode != "alone" or arm.group_over != "batch":
+        raise UserError(
+            f"'{where}' mixes tokens in mode '{arm.inference_mode}' over '{arm.group_over}': a translation has no "
+            'group, so set inference_mode to "alone" and group_over to "batch".'
+        )
+    _check_groups(where, arm.group_size, batch_size)
+
+
+def _check_groups(where: str, group_size: int, batch_size: int) -> None:
+    if batch_size % group_size:
+        raise UserError(
+            f"'training.batch_size' is {batch_size}, which is no multiple of '{where}.group_size' {group_size}: change "
+            "one of them."
+        )
+
+
+def _route(where: str, arm: ArmConfig, data: TranslationData) -> tuple[ExampleRouting, list[str] | None]:
+    """The expert of every direction, and the experts' names; nothing where tokens choose."""
+    if arm.route_by == "token":
+        return ExampleRouting(), None
+    if arm.family != "token_choice":
+        raise UserError(f"'{where}.route_by' is '{arm.route_by}' but the family is {arm.family}: use token_choice.")
+    position = {"source": 0, "target": 1}.get(arm.route_by)
+    keys = [name if position is None else name.split("-")[position] for name in data.directions]
+    names = list(dict.fromkeys(keys))
+    if arm.num_experts != len(names) or arm.top_k != 1 or arm.capacity_factor or arm.expert_bias_update_rate:
+        raise UserError(
+            f"'{where}.route_by' is '{arm.route_by}' and the data has {len(names)} of those ({', '.join(names)}): set "
+            f"num_experts to {len(names)} and top_k to 1, without capacity_factor and expert_bias_update_rate."
+        )
+    return ExampleRouting(tuple(names.index(key) for key in keys)), names
+
+
+def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, data: TranslationData) -> TranslationArm:
+    adapter, base = arm.adapter, recipe.base
+    assert base.name is not None
+    routed = adapter is not None and adapter.method == "mixture_of_lora" and adapter.router == "task"
+    grouped = adapter.group_size if adapter is not None and adapter.method == "mixture_of_tokens" else None
+    if grouped is not None:
+        _check_groups(f"arms.{name}.adapter", grouped, recipe.training.batch_size)
+    experts = tuple(range(len(data.directions)))
+
+    def build(seed: int, num_layers: int | None = base.num_layers) -> nn.Module:
+        torch.manual_seed(seed)
+        model, _ = load_base(str(base.name), num_layers=num_layers)
+        if adapter is None:
+            return model
+        return apply_adapter(
+            model,
+            adapter,
+            baseline_parameters=_baseline_parameters(recipe, num_layers) if adapter.rank is None else None,
+            num_tasks=len(data.directions),
+            sample=_sample(data, recipe.training.batch_size),
+            seed=seed,
+        )
+
+    return TranslationArm(
+        name,
+        family="full" if adapter is None else adapter.method,
+        settings=_adapter_settings(arm),
+        task=TranslationTask(
+            data,
+            recipe.training,
+            routing=ExampleRouting(experts, "task_ids") if routed else ExampleRouting(),
+            adapter=adapter,
+            base={"name": base.name, "num_layers": base.num_layers},
+            num_beams=recipe.num_beams,
+        ),
+        learning_rate=arm.learning_rate or recipe.training.learning_rate,
+        build=build,
+        probe=lambda: _stirred(build(0, num_layers=min(base.num_layers or _PROBED_LAYERS, _PROBED_LAYERS))),
+        shape=None,
+        grouped=grouped,
+    )
+
+
+def _sample(data: TranslationData, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Some training pairs as a model reads them, the same for every seed, for adapters that choose experts by them."""
+    pairs = PairDataset(data.train, names=data.directions, length=SAMPLE_SIZE, batch_size=batch_size, seed=0)
+    for start in range(0, len(pairs), batch_size):
+        items = [pairs[index] for index in range(start, min(start + batch_size, len(pairs)))]
+        batch = collate_rows(items, pad=data.prompts.pad)
+        yield {key: batch[key] for key in ("input_ids", "attention_mask")}
+
+
+def _adapter_settings(arm: TranslationArmConfig) -> dict[str, Any]:
+    """What tells an adapter from others: what differs from the defaults, and its method."""
+    if arm.adapter is None:
+        return {"tuned": "all weights"}
+    default = type(arm.adapter)(method=arm.adapter.method)
+    changed = {key: value for key, value in vars(arm.adapter).items() if value != getattr(default, key)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in changed.items()}
+
+
+def _baseline_parameters(recipe: TranslationRecipe, num_layers: int | None) -> int | None:
+    """Trained parameters of the baseline arm, for those that ask for as many; None where it has no rank itself."""
+    baseline = recipe.arms[recipe.baseline].adapter
+    if baseline is None or baseline.rank is None:
+        return None
+    model, _ = load_base(str(recipe.base.name), num_layers=num_layers)
+    return count_parameters(apply_adapter(model, baseline, num_tasks=len(recipe.data.pairs), seed=0))[1]
+
+
+@torch.no_grad()
+def _stirred(model: nn.Module) -> nn.Module:
+    """The model with noise in its adapter, which starts as nothing and would show no leak."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model

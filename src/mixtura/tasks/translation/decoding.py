@@ -1,0 +1,131 @@
+"""Translations from a model: greedy or by beams, a batch at a time, the same for a sentence whatever its batch.
+
+Shapes: B batch, L length.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from mixtura.adapters.tuner import set_task_ids
+from mixtura.layers import MixtureOfTokens
+
+BATCH_TOKENS = 4096
+"""Prompt tokens decoded at once, padding counted."""
+
+
+@dataclass(frozen=True)
+class ExampleRouting:
+    """How a model is told which experts an example's languages name."""
+
+    expert_of_direction: tuple[int, ...] | None = None
+    """For each direction; None where nothing but tokens routes."""
+    through: Literal["expert_ids", "task_ids"] = "expert_ids"
+    """A keyword of the model's forward, or the context of an adapter."""
+
+    def tell(self, model: nn.Module, directions_B: Tensor) -> dict[str, Tensor]:
+        """Keyword arguments for a forward over these examples; an adapter is told until it is told others."""
+        if self.expert_of_direction is None:
+            return {}
+        experts_B = torch.tensor(self.expert_of_direction, device=directions_B.device)[directions_B]
+        if self.through == "expert_ids":
+            return {"expert_ids": experts_B}
+        set_task_ids(model, experts_B)
+        return {}
+
+
+def inference_modes(model: nn.Module) -> tuple[str, ...]:
+    """The modes in which a model can run, the one that trains first: see `mixtura.evaluation.evaluation_modes`."""
+    return ("group", "alone") if any(isinstance(m, MixtureOfTokens) for m in model.modules()) else ("causal",)
+
+
+@contextmanager
+def running(model: nn.Module, mode: str) -> Iterator[None]:
+    """eval() in a mode of `inference_modes`, for the length of a block and without gradients."""
+    layers = [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
+    before: list[tuple[Any, int | None]] = [(layer.inference_mode, layer.alone_top_k) for layer in layers]
+    was_training = model.training
+    model.eval()
+    try:
+        for layer in layers:
+            layer.set_inference_mode("group" if mode == "group" else "alone", top_k=layer.alone_top_k)
+        with torch.no_grad():
+            yield
+    finally:
+        for layer, (inference_mode, top_k) in zip(layers, before, strict=True):
+            layer.set_inference_mode(inference_mode, top_k=top_k)
+        model.train(was_training)
+
+
+def decode(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    directions: Sequence[int],
+    routing: ExampleRouting,
+    max_length: int,
+    pad: int,
+    eos: int,
+    num_beams: int = 1,
+) -> list[list[int]]:
+    """New tokens of every prompt, up to eos and without it, in the order of the prompts.
+
+    A translation ends at eos, after twice as many tokens as its prompt has and 16 more, or where both together reach
+    `max_length`. Prompts are sorted by length, so that a batch has little padding.
+
+    Args:
+        model: a causal language model in the mode in which it is to decode, see `running`.
+        prompts: token ids.
+        directions: the direction of each prompt, for `routing`.
+        routing: how the model is told its experts.
+        max_length: tokens of prompt and translation together.
+        pad: token for padding, which is masked.
+        eos: token that ends a translation.
+        num_beams: 1 is greedy; otherwise beam search, scores divided by length.
+    """
+    outputs: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    limits = [min(max_length - len(prompt), 2 * len(prompt) + 16) for prompt in prompts]
+    for batch in _batches(order, [len(prompt) for prompt in prompts], num_beams=num_beams):
+        longest = max(len(prompts[i]) for i in batch)
+        ids_BL = torch.tensor([[pad] * (longest - len(prompts[i])) + list(prompts[i]) for i in batch])
+        mask_BL = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+        told = routing.tell(model, torch.tensor([directions[i] for i in batch], device=model.device))
+        how = GenerationConfig(
+            max_new_tokens=max(limits[i] for i in batch),
+            do_sample=False,
+            num_beams=num_beams,
+            pad_token_id=pad,
+            eos_token_id=eos,
+        )
+        generated = model.generate(
+            input_ids=ids_BL.to(model.device),
+            attention_mask=mask_BL.to(model.device),
+            generation_config=how,
+            **told,
+        )
+        for i, row in zip(batch, generated[:, longest:].tolist(), strict=True):
+            end = row.index(eos) if eos in row else len(row)
+            outputs[i] = row[: min(end, limits[i])]
+    return outputs
+
+
+def _batches(order: list[int], lengths: list[int], *, num_beams: int) -> Iterator[list[int]]:
+    """Cuts an order by length so that the longest of a batch times its rows and beams stays within `BATCH_TOKENS`.
+
+    Which beam wins depends on where the search has to end, so that beams need batches of one length.
+    """
+    batch: list[int] = []
+    for i in order:
+        full = lengths[i] * num_beams * (len(batch) + 1) > BATCH_TOKENS
+        if batch and (full or (num_beams > 1 and lengths[i] != lengths[batch[0]])):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

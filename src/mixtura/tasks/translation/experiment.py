@@ -1,0 +1,153 @@
+"""Comparisons of translation models: from scratch with mixtures as feed-forward layers, or adapters on a base model.
+
+All arms see the same sentence pairs in the same order, and are scored on the same test sentences by the same decoding.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, final
+
+from mixtura.checkpoints.pretrained import load_base
+from mixtura.config import TranslationRecipe, UserError
+from mixtura.data.parallel import ParallelCorpus, load_parallel
+from mixtura.data.tokenizer import load_tokenizer
+from mixtura.tasks.translation.arms import make_arm
+from mixtura.tasks.translation.batches import encode_pairs
+from mixtura.tasks.translation.chrf import paired_bootstrap
+from mixtura.tasks.translation.prompts import Prompts, add_prompt_tokens
+from mixtura.tasks.translation.task import OUTPUTS_FILE, TranslationData, read_outputs
+from mixtura.tasks.translation.vocabulary import train_translation_tokenizer
+from mixtura.training.experiment import Arm, Experiment
+
+
+def make_translation(
+    recipe: TranslationRecipe,
+    *,
+    cache_dir: Path | None,
+    on_progress: Callable[[str], None] | None = None,
+) -> "TranslationExperiment":
+    """Reads the sentence pairs of a recipe, and makes its arms.
+
+    Args:
+        recipe: the comparison.
+        cache_dir: where a trained tokenizer is kept; None keeps none.
+        on_progress: called with a phrase when a slow part begins, such as "reading".
+
+    Raises:
+        UserError: the data, the base model or an arm's settings cannot be used.
+    """
+    report = on_progress or (lambda _: None)
+    report("reading")
+    corpus = load_parallel(recipe.data)
+    prompts = _prompts(recipe, corpus, cache_dir, report)
+    report("encoding")
+    return TranslationExperiment(recipe, _encode(recipe, corpus, prompts))
+
+
+@final
+class TranslationExperiment(Experiment):
+    """Everything a comparison of translation models runs."""
+
+    def __init__(self, recipe: TranslationRecipe, translation: TranslationData) -> None:
+        """Makes the recipe's arms for encoded data."""
+        self.recipe, self.translation = recipe, translation
+        self.data = translation.facts
+        self.data_digest = translation.digest
+        self.arms: dict[str, Arm] = {name: make_arm(recipe, name, translation) for name in recipe.arms}
+
+    def held_equal(self, described: dict[str, dict[str, Any]]) -> list[str]:
+        """Data and its order, steps, decoding, and what every arm costs or trains, with the largest difference."""
+        training = self.recipe.training
+        rows = training.steps * training.batch_size * training.gradient_accumulation_steps
+        tokens = rows * float(self.translation.train.length_N.mean())
+        phrases = [
+            f"{rows:,} sentence pairs ({tokens:,.0f} tokens) in the same order",
+            "the same prompt, tokenizer, test sentences and decoding",
+        ]
+        if self.recipe.base.name is None:
+            spread = max(abs(arm["flops_ratio"] - 1) for arm in described.values())
+            return [*phrases, f"FLOPs a token, routing and mixing counted (within {100 * spread:.1f} %)"]
+        trained = sorted({arm["parameters_trainable"] for arm in described.values()})
+        sizes = f"{trained[0]:,}" if len(trained) == 1 else f"from {trained[0]:,} to {trained[-1]:,}"
+        return [*phrases, f"the base model {self.recipe.base.name}; trained parameters: {sizes}"]
+
+    def across_arms(self, out: Path) -> dict[str, Any]:
+        """Paired bootstrap of every arm against the baseline, for each direction.
+
+        `chrf_difference` is the mean over seeds, `p_value` the largest: a difference is sure where every seed shows it.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for name in self.arms:
+            if name != self.recipe.baseline:
+                tests = [self._bootstrap(out, name, seed) for seed in self.recipe.seeds]
+                found[name] = {
+                    direction: {
+                        "chrf_difference": sum(test[direction][0] for test in tests) / len(tests),
+                        "p_value": max(test[direction][1] for test in tests),
+                    }
+                    for direction in tests[0]
+                }
+        return {"paired_bootstrap": found}
+
+    def _bootstrap(self, out: Path, name: str, seed: int) -> dict[str, tuple[float, float]]:
+        arms = (self.recipe.baseline, name)
+        before, after = (read_outputs(out / "arms" / arm / f"seed{seed}" / OUTPUTS_FILE) for arm in arms)
+        result = {}
+        for direction in dict.fromkeys(record["pair"] for record in before):
+            pairs = [(b, a) for b, a in zip(before, after, strict=True) if b["pair"] == direction]
+            result[direction] = paired_bootstrap(
+                [b["output"] for b, _ in pairs], [a["output"] for _, a in pairs], [b["reference"] for b, _ in pairs]
+            )
+        return result
+
+
+def _prompts(
+    recipe: TranslationRecipe, corpus: ParallelCorpus, cache_dir: Path | None, report: Callable[[str], None]
+) -> Prompts:
+    """The base model's tokenizer and words, or our own tokens."""
+    data = recipe.data
+    if recipe.base.name is not None:
+        return Prompts("instruction", load_base(recipe.base.name, num_layers=1)[1])
+    languages = sorted({pair.target_language for pair in corpus.train})
+    if data.tokenizer == "train":
+        report("training tokenizer")
+        texts = [text for pair in corpus.train for text in (pair.source, pair.target)]
+        return Prompts(
+            "tokens",
+            train_translation_tokenizer(texts, languages, vocab_size=data.vocab_size, cache_dir=cache_dir),
+        )
+    tokenizer = load_tokenizer(data.tokenizer)
+    add_prompt_tokens(tokenizer, languages)
+    return Prompts("tokens", tokenizer)
+
+
+def _encode(recipe: TranslationRecipe, corpus: ParallelCorpus, prompts: Prompts) -> TranslationData:
+    splits = {
+        name: encode_pairs(pairs, prompts, max_length=recipe.data.max_length)
+        for name, pairs in (("train", corpus.train), ("validation", corpus.validation), ("test", corpus.test))
+    }
+    for name, split in splits.items():
+        if not split.sentences:
+            raise UserError(
+                f"No sentence pair is left for {name} ({split.too_long} have more than {recipe.data.max_length} "
+                "tokens): raise 'data.max_length', or hold out more source sentences."
+            )
+    train = splits["train"]
+    facts = {
+        "description": corpus.description,
+        "pairs": corpus.counts,
+        "rows_skipped": corpus.skipped,
+        "tokens_train": len(train.tokens_T),
+        "targets_train": train.num_targets,
+        "vocab_size": max(prompts.tokenizer.get_vocab().values()) + 1,
+        "prompt": prompts.kind,
+        **{f"sentences_{name}": len(split.sentences) for name, split in splits.items()},
+        **{f"too_long_{name}": split.too_long for name, split in splits.items()},
+    }
+    # In the recipe's order, as far as there are pairs.
+    known = {pair.pair for split in splits.values() for pair in split.sentences}
+    named = [direction.lower() for direction in recipe.data.pairs]
+    directions = tuple([name for name in named if name in known] + sorted(known - set(named)))
+    return TranslationData(
+        prompts=prompts, directions=directions, max_length=recipe.data.max_length, facts=facts, **splits
+    )

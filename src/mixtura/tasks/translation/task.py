@@ -1,0 +1,376 @@
+"""Translation as a training task: loss on the translation alone, scores by decoding at the end.
+
+Shapes: B batch, L length, V vocabulary.
+"""
+
+import dataclasses
+import json
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from mixtura.adapters.attach import restore_adapter, router_losses, routing_stats
+from mixtura.config import AdapterConfig, TrainingConfig, UserError
+from mixtura.diagnostics.choices import routed_layers
+from mixtura.diagnostics.specialization import measure_specialization
+from mixtura.models import MixtureConfig
+from mixtura.tasks.translation.batches import EncodedPairs, PairDataset, collate_rows
+from mixtura.tasks.translation.chrf import Scores, score
+from mixtura.tasks.translation.decoding import ExampleRouting, decode, inference_modes, running
+from mixtura.tasks.translation.prompts import Prompts
+from mixtura.training import saving as checkpoints
+from mixtura.training.task import Measure, StepLosses, TrainingTask
+
+TRANSLATION_FILE = "translation.json"
+OUTPUTS_FILE = "outputs.jsonl"
+SAMPLES = 2
+"""Outputs of each direction that a report shows."""
+
+
+@dataclass(frozen=True)
+class TranslationData:
+    """What all arms train on and are judged by."""
+
+    prompts: Prompts
+    directions: tuple[str, ...]
+    """Such as "en-de"."""
+    train: EncodedPairs
+    validation: EncodedPairs
+    test: EncodedPairs
+    max_length: int
+    facts: dict[str, Any]
+    """Description and counts, JSON-able."""
+
+    @property
+    def digest(self) -> str:
+        """A hash over all examples."""
+        return "-".join(split.digest[:16] for split in (self.train, self.validation, self.test))
+
+
+@dataclass(frozen=True)
+class DecodedTest:
+    """Outputs for the test sentences, in their order."""
+
+    greedy: list[str]
+    beam: list[str] | None
+
+
+@final
+class TranslationTask(TrainingTask):
+    """Trains a causal language model, with or without an adapter, to translate."""
+
+    measure = Measure("chrf", "chrF", "points", "higher", 2)
+
+    def __init__(
+        self,
+        data: TranslationData,
+        config: TrainingConfig,
+        *,
+        routing: ExampleRouting,
+        adapter: AdapterConfig | None = None,
+        base: dict[str, Any] | None = None,
+        num_beams: int = 1,
+    ) -> None:
+        """Trains and evaluates as `config` says.
+
+        Args:
+            data: sentence pairs.
+            config: how all arms are trained.
+            routing: how the model is told an example's experts.
+            adapter: what is on the base model.
+            base: name and number of layers of the base model, None from scratch.
+            num_beams: also decode with so many beams, if more than one.
+        """
+        self.data, self.config, self.routing = data, config, routing
+        self.adapter, self.base, self.num_beams = adapter, base, num_beams
+        self._decoded: tuple[weakref.ref[nn.Module], DecodedTest] | None = None
+
+    @property
+    def tokens_per_example(self) -> float:
+        """Mean tokens of prompt and translation."""
+        return float(self.data.train.length_N.mean())
+
+    def settings(self, model: Any) -> dict[str, Any]:
+        """The model's architecture, the adapter, and the facts on the data."""
+        adapter = None if self.adapter is None else dataclasses.asdict(self.adapter)
+        routing = self.routing.expert_of_direction
+        return {
+            "model": checkpoints.architecture(model.config),
+            "adapter": adapter,
+            "base": self.base,
+            "routing": None if routing is None else list(routing),
+            "data": {**self.data.facts, "digest": self.data.digest},
+        }
+
+    def check(self, model: Any, *, batch_size: int) -> None:
+        """Refuses a model for a smaller vocabulary, and too few sentences to train on or to evaluate.
+
+        Raises:
+            UserError: as said.
+        """
+        for name, split in (
+            ("train on", self.data.train),
+            ("hold out", self.data.validation),
+            ("test", self.data.test),
+        ):
+            if len(split.sentences) < batch_size:
+                raise UserError(
+                    f"There are {len(split.sentences)} sentence pairs to {name}, fewer than one batch of {batch_size}: "
+                    "lower 'training.batch_size', or raise 'data.validation_sources' or 'data.test_sources'."
+                )
+        vocabulary = max(self.data.prompts.tokenizer.get_vocab().values()) + 1
+        if vocabulary > model.get_input_embeddings().num_embeddings:
+            raise UserError(f"The tokenizer has {vocabulary} tokens, more than the model: build the model for it.")
+
+    def dataset(self, *, length: int, seed: int) -> PairDataset:
+        """The run's pairs in order, epochs as needed."""
+        return PairDataset(
+            self.data.train, names=self.data.directions, length=length, batch_size=self.config.batch_size, seed=seed
+        )
+
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """One micro-batch, padded on the right."""
+        return collate_rows(items, pad=self.data.prompts.pad)
+
+    def count_targets(self, batch: dict[str, Any]) -> Tensor:
+        """Tokens of the translations, eos included."""
+        return batch["labels"].ne(-100).sum()
+
+    def losses(self, model: Any, batch: dict[str, Any], *, num_targets: Tensor | int) -> StepLosses:
+        """The cross-entropy of the translations, and what a router adds."""
+        outputs, summed = self._forward(model, batch, want_routing=True)
+        if self.adapter is not None:
+            losses = router_losses(model) or (None, None)
+            routing = routing_stats(model) if self.adapter.method != "lora" else None
+            return StepLosses(summed / num_targets, *losses, routing or None)
+        routing = getattr(outputs, "routing", None)
+        aux_loss, z_loss = getattr(outputs, "aux_loss", None), getattr(outputs, "z_loss", None)
+        return StepLosses(summed / num_targets, aux_loss, z_loss, routing)
+
+    def router_loss_weights(self, model: nn.Module) -> tuple[float, float]:
+        """Those of the adapter, where there is one; a frozen base model is not balanced."""
+        if self.adapter is not None:
+            return self.adapter.router_aux_loss_coef, 0.0
+        return super().router_loss_weights(model)
+
+    def evaluate(self, model: Any, *, final: bool) -> dict[str, dict[str, float]]:
+        """Loss of the translations in each mode: on the way over validation pairs, at the end over test pairs.
+
+        At the end the deployed mode, the last one, decodes the test sentences too: `chrf`, `chrf_pp` and `bleu`, means
+        over directions.
+        """
+        split, most = (
+            (self.data.test, self.config.final_eval_sequences)
+            if final
+            else (self.data.validation, self.config.eval_sequences)
+        )
+        measured: dict[str, dict[str, float]] = {}
+        for mode in inference_modes(model):
+            with running(model, mode):
+                loss = self._mean_loss(model, split, most)
+            measured[mode] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        self._decoded = None
+        if final:
+            decoded = self.decode_test(model)
+            self._decoded = (weakref.ref(model), decoded)
+            measured[inference_modes(model)[-1]] |= _macro(self._scores(decoded.greedy)[0])
+        return measured
+
+    def decode_test(self, model: nn.Module) -> DecodedTest:
+        """Translations of the test sentences by the deployed model."""
+        with running(model, inference_modes(model)[-1]):
+            greedy = self._decode(model, num_beams=1)
+            beam = self._decode(model, num_beams=self.num_beams) if self.num_beams > 1 else None
+        return DecodedTest(greedy, beam)
+
+    def details(self, model: nn.Module, *, out: Path) -> dict[str, Any]:
+        """Scores by direction, signatures and samples; writes all outputs to `outputs.jsonl`."""
+        last, self._decoded = self._decoded, None
+        decoded = last[1] if last is not None and last[0]() is model else self.decode_test(model)
+        sentences = self.data.test.sentences
+        scores, signatures = self._scores(decoded.greedy)
+        copied, _ = self._scores([pair.source for pair in sentences])
+        beams = self._scores(decoded.beam)[0] if decoded.beam is not None else {}
+        pairs = {
+            name: {
+                **found._asdict(),
+                "copy_chrf": copied[name].chrf,
+                "copy_bleu": copied[name].bleu,
+                "sentences": len(self._rows_of(name)),
+                **({"beam_chrf": beams[name].chrf, "beam_bleu": beams[name].bleu} if beams else {}),
+            }
+            for name, found in scores.items()
+        }
+        records = [
+            {
+                "pair": pair.pair,
+                "source": pair.source,
+                "reference": pair.target,
+                "output": output,
+                **({"beam": decoded.beam[i]} if decoded.beam is not None else {}),
+            }
+            for i, (pair, output) in enumerate(zip(sentences, decoded.greedy, strict=True))
+        ]
+        with checkpoints.writing(out):
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+            (out / OUTPUTS_FILE).write_text("".join(lines), encoding="utf-8")
+        specialization = self._specialization(model)
+        samples = [
+            {key: records[i][key] for key in ("pair", "source", "reference", "output")}
+            for name in scores
+            for i in self._rows_of(name)[:SAMPLES]
+        ]
+        found = {"pairs": pairs, "signatures": signatures, "samples": samples}
+        return found if specialization is None else {**found, "specialization": specialization}
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Writes the adapter, or all weights where all are trained."""
+        if self.adapter is None:
+            checkpoints.save_model(model, folder)
+        else:
+            model.save_pretrained(folder, save_embedding_layers=False)
+
+    def load(self, model: Any, folder: Path) -> None:
+        """Reads what `save` wrote.
+
+        Raises:
+            UserError: the files are damaged or of another model.
+        """
+        if self.adapter is None:
+            checkpoints.load_weights(model, folder)
+        else:
+            restore_adapter(model, folder)
+
+    def save_for_use(self, model: Any, folder: Path) -> None:
+        """Adds the tokenizer, and what `translate` needs to know."""
+        self.save(model, folder)
+        self.data.prompts.tokenizer.save_pretrained(folder)
+        experts = self.routing.expert_of_direction
+        told = {
+            "prompt": self.data.prompts.kind,
+            "directions": list(self.data.directions),
+            "max_length": self.data.max_length,
+            "experts": None if experts is None else list(experts),
+            "experts_through": self.routing.through,
+            "base": self.base,
+        }
+        (folder / TRANSLATION_FILE).write_text(json.dumps(told, indent=1), encoding="utf-8")
+
+    def batches(self, model: nn.Module, split: EncodedPairs, most: int) -> Iterator[dict[str, Any]]:
+        """The first `most` pairs of a split in whole batches of similar lengths, on the model's device."""
+        size = self.config.batch_size
+        rows = PairDataset(split, names=self.data.directions, length=0, batch_size=size, seed=0)
+        number = max(1, min(most, len(split.sentences)) // size) * size
+        order = sorted(range(min(number, len(split.sentences))), key=lambda i: (int(split.length_N[i]), i))
+        device = next(model.parameters()).device
+        for start in range(0, len(order), size):
+            batch = self.collate([rows.item(i) for i in order[start : start + size]])
+            yield {name: value.to(device) for name, value in batch.items()}
+
+    def _specialization(self, model: nn.Module) -> dict[str, Any] | None:
+        """How far experts divide the directions among them, over the tokens of test translations; None without any."""
+        if not routed_layers(model):
+            return None
+
+        def batches() -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
+            for batch in self.batches(model, self.data.test, self.config.final_eval_sequences):
+                told = self.routing.tell(model, batch["directions"])
+                inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **told}
+                yield {**inputs, "use_cache": False}, batch["directions"], batch["labels"].ne(-100)
+
+        with running(model, inference_modes(model)[-1]):
+            return measure_specialization(model, batches(), groups=self.data.directions)
+
+    def _forward(self, model: Any, batch: dict[str, Any], *, want_routing: bool) -> tuple[Any, Tensor]:
+        """The model's output, and the summed cross-entropy of the translations."""
+        labels_BL = batch["labels"]
+        # Logits only from the first token that predicts a target on: the head is a third of a small model.
+        first = max(0, int(labels_BL.ne(-100).any(0).int().argmax()) - 1)
+        positions = torch.arange(first, labels_BL.size(1) - 1, device=labels_BL.device)
+        told: dict[str, Any] = self.routing.tell(model, batch["directions"])
+        if want_routing and self.adapter is None and isinstance(_config(model), MixtureConfig):
+            told["output_routing"] = True
+        outputs = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            use_cache=False,
+            logits_to_keep=positions,
+            **told,
+        )
+        targets_BK = labels_BL[:, first + 1 :]
+        real_BK = targets_BK.ne(-100)
+        summed = cross_entropy(outputs.logits[real_BK].float(), targets_BK[real_BK], reduction="sum")
+        return outputs, summed
+
+    def _mean_loss(self, model: nn.Module, split: EncodedPairs, most: int) -> float:
+        """Nats a target token."""
+        total, targets = 0.0, 0
+        for batch in self.batches(model, split, most):
+            total += self._forward(model, batch, want_routing=False)[1].double().item()
+            targets += int(self.count_targets(batch))
+        return total / targets
+
+    def _decode(self, model: Any, *, num_beams: int) -> list[str]:
+        test, prompts = self.data.test, self.data.prompts
+        place = {name: index for index, name in enumerate(self.data.directions)}
+        ids = decode(
+            model,
+            [test.prompt(i) for i in range(len(test.sentences))],
+            directions=[place[pair.pair] for pair in test.sentences],
+            routing=self.routing,
+            max_length=self.data.max_length,
+            pad=prompts.pad,
+            eos=prompts.eos,
+            num_beams=num_beams,
+        )
+        return prompts.decode(ids)
+
+    def _rows_of(self, name: str) -> list[int]:
+        return [i for i, pair in enumerate(self.data.test.sentences) if pair.pair == name]
+
+    def _scores(self, outputs: Sequence[str]) -> tuple[dict[str, Scores], dict[str, str]]:
+        """Scores of every direction that has test sentences, and the signatures; BLEU's may differ by language."""
+        sentences = self.data.test.sentences
+        scores: dict[str, Scores] = {}
+        signatures: dict[str, str] = {}
+        for name in self.data.directions:
+            rows = self._rows_of(name)
+            if not rows:
+                continue
+            references = [sentences[i].target for i in rows]
+            language = sentences[rows[0]].target_language
+            scores[name], used = score([outputs[i] for i in rows], references, target_language=language)
+            for metric, signature in used.items():
+                known = signatures.setdefault(metric, signature)
+                if known != signature:
+                    signatures[f"{metric} ({language})"] = signature
+        return scores, signatures
+
+
+def _macro(scores: dict[str, Scores]) -> dict[str, float]:
+    """Means over directions, each counting the same however many sentences it has."""
+    return {key: sum(getattr(s, key) for s in scores.values()) / len(scores) for key in Scores._fields}
+
+
+def _config(model: Any) -> Any:
+    """The configuration of a model that data parallelism may have wrapped."""
+    return getattr(model, "module", model).config
+
+
+def read_outputs(path: Path) -> list[dict[str, Any]]:
+    """The test sentences of a finished run with its outputs: `pair`, `source`, `reference`, `output`.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}): run this arm and seed again.") from error

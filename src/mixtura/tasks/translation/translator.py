@@ -1,0 +1,98 @@
+"""Translations from the folder of a finished run: a model from scratch, a tuned base model, or an adapter on one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mixtura.adapters.attach import load_adapter
+from mixtura.checkpoints.pretrained import load_base
+from mixtura.config import UserError
+from mixtura.data.parallel import SentencePair
+from mixtura.data.tokenizer import load_tokenizer
+from mixtura.models.generation import load_model
+from mixtura.tasks.translation.decoding import ExampleRouting, decode, inference_modes, running
+from mixtura.tasks.translation.prompts import Prompts
+from mixtura.tasks.translation.task import TRANSLATION_FILE
+
+
+def translate(model_folder: Path, text: str, *, source_language: str, target_language: str, num_beams: int = 1) -> str:
+    """Translates every line of a text by itself; empty lines stay.
+
+    Args:
+        model_folder: the `checkpoint` of a translation run.
+        text: lines of a sentence or two, as long as those that the model was trained on.
+        source_language: code of the text's language, such as "en".
+        target_language: code of the language to translate into.
+        num_beams: 1 is greedy.
+
+    Raises:
+        UserError: the folder is none of a translation run, the model does not know the direction, or a line is too
+            long.
+    """
+    told = _read_told(model_folder)
+    direction = f"{source_language}-{target_language}"
+    if direction not in told["directions"]:
+        raise UserError(
+            f"The model does not translate {direction}: choose one of {', '.join(told['directions'])}, or train it so."
+        )
+    if num_beams < 1:
+        raise UserError(f"num_beams is {num_beams}: give 1 for greedy decoding, or more.")
+    lines = text.splitlines()
+    asked = [i for i, line in enumerate(lines) if line.strip()]
+    if not asked:
+        raise UserError("The text is empty: give a sentence to translate.")
+    prompts = Prompts(told["prompt"], load_tokenizer(str(model_folder)))
+    encoded = prompts.encode([SentencePair(lines[i], "", source_language, target_language) for i in asked])
+    for i, ids in zip(asked, encoded, strict=True):
+        if len(ids) + 1 >= told["max_length"]:
+            raise UserError(
+                f"Line {i + 1} has {len(ids)} tokens, but prompt and translation together may have "
+                f"{told['max_length']}: split it into sentences."
+            )
+    model = _load(model_folder, told)
+    with running(model, inference_modes(model)[-1]):
+        generated = decode(
+            model,
+            encoded,
+            directions=[told["directions"].index(direction)] * len(asked),
+            routing=_routing(told),
+            max_length=told["max_length"],
+            pad=prompts.pad,
+            eos=prompts.eos,
+            num_beams=num_beams,
+        )
+    for i, translation in zip(asked, prompts.decode(generated), strict=True):
+        lines[i] = translation
+    return "\n".join(lines)
+
+
+def load_translator(model_folder: Path) -> tuple[Any, Prompts, tuple[str, ...], ExampleRouting]:
+    """The model in a translation run's `checkpoint`, ready for inference, its prompts, directions and routing.
+
+    Raises:
+        UserError: the folder is none of a translation run, or is damaged.
+    """
+    told = _read_told(model_folder)
+    prompts = Prompts(told["prompt"], load_tokenizer(str(model_folder)))
+    return _load(model_folder, told), prompts, tuple(told["directions"]), _routing(told)
+
+
+def _read_told(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / TRANSLATION_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"'{folder}' is no translation model (it has no readable {TRANSLATION_FILE}): give the checkpoint folder "
+            "of a translation run."
+        ) from error
+
+
+def _routing(told: dict[str, Any]) -> ExampleRouting:
+    return ExampleRouting(told["experts"] and tuple(told["experts"]), told["experts_through"])
+
+
+def _load(folder: Path, told: dict[str, Any]) -> Any:
+    if not (folder / "adapter_config.json").is_file():
+        return load_model(folder)[0]
+    base, _ = load_base(told["base"]["name"], num_layers=told["base"]["num_layers"])
+    return load_adapter(base, folder).eval()

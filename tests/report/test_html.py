@@ -1,0 +1,340 @@
+"""The written report: complete, escaped, self-contained, and the same numbers everywhere."""
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import pytest
+
+from mixtura.config import UserError
+from mixtura.report import tables
+from mixtura.report.colours import arm_colours
+from mixtura.report.figures import build_figures, load_maps, smooth
+from mixtura.report.html import render_html, write_report
+from mixtura.report.markdown import escape, fence, render_markdown
+from mixtura.report.summary import summarize
+
+MakeResults = Callable[..., dict[str, Any]]
+HOSTILE = '</script><img src=x onerror=alert(1)>{{ 7 * 7 }}|`"'
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags with their attributes, and the text outside scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.scripts, self._inside = "", [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.text += data
+
+
+def build_page(results: dict[str, Any]) -> tuple[str, Page]:
+    text = render_html(results, summarize(results))
+    return text, Page(text)
+
+
+def test_folder_holds_page_markdown_and_pictures(make_results: MakeResults, tmp_path: Path) -> None:
+    results = make_results()
+    path = write_report(results, tmp_path / "run")
+    assert path == tmp_path / "run" / "report.html"
+    names = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    pictures = {f"figures/{name}.png" for name in ("loss", "differences", "load")}
+    assert names == {"report.html", "report.md", *pictures}
+    for name in pictures:
+        assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_writing_again_replaces_and_repeats_every_byte(make_results: MakeResults, tmp_path: Path) -> None:
+    results = make_results()
+    write_report(results, tmp_path)
+    first = {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    write_report(results, tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == first
+
+
+def test_interrupted_write_leaves_the_old_report(
+    make_results: MakeResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_report(make_results(), tmp_path)
+    before = path.read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("mixtura.report.html.os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_report(make_results(seeds=(0,)), tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_other_schema_version_is_refused(make_results: MakeResults, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="schema version 1"):
+        write_report({**make_results(), "schema_version": 1}, tmp_path)
+
+
+def test_stored_summary_is_what_the_page_shows(make_results: MakeResults, tmp_path: Path) -> None:
+    results = make_results()
+    results["summary"] = summarize(results)
+    results["summary"]["verdict"]["headline"] = "A stored sentence."
+    assert "A stored sentence." in write_report(results, tmp_path).read_text(encoding="utf-8")
+    results["summary"]["version"] = 0
+    assert "A stored sentence." not in write_report(results, tmp_path).read_text(encoding="utf-8")
+
+
+def test_page_shows_every_final_loss_and_the_verdict_first(make_results: MakeResults) -> None:
+    results = make_results()
+    summary = summarize(results)
+    _, page = build_page(results)
+    for arm in results["arms"].values():
+        for run in arm["runs"]:
+            for mode in run["final"].values():
+                assert f"{mode['loss']:.4f}" in page.text
+    headline = page.text.index(summary["verdict"]["headline"])
+    assert page.text.index("The rule, fixed before the runs") < headline < page.text.index("The arms side by side")
+    for caution in summary["cautions"]:
+        assert caution["text"] in page.text
+
+
+def test_page_has_the_sections_a_reader_needs(make_results: MakeResults) -> None:
+    _, page = build_page(make_results())
+    for heading in ("What is held equal", "What this cannot tell you", "Reproduce this", "Every run", "Learning rates"):
+        assert heading in page.text
+    assert "mixtura compare --preset default --out runs/default" in page.text
+    assert "[arms.mixture_of_tokens]" in page.text
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h\d", tag)]
+    assert levels.count(1) == 1
+    ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    links = {attrs["href"] for tag, attrs in page.tags if tag == "a"}
+    assert {link.removeprefix("#") for link in links if link} <= set(ids)
+
+
+def test_page_refers_to_nothing_outside_itself(make_results: MakeResults) -> None:
+    _, page = build_page(make_results())
+    for tag, attrs in page.tags:
+        assert tag not in ("link", "iframe", "img", "base")
+        assert "src" not in attrs
+        assert (attrs.get("href") or "#").startswith("#")
+    policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert "default-src 'none'" in policy
+
+
+def test_names_and_descriptions_cannot_become_markup(make_results: MakeResults) -> None:
+    results = make_results()
+    _, clean = build_page(results)
+    results["arms"]["token_choice"]["label"] = HOSTILE
+    results["data"]["description"] = HOSTILE
+    results["command"] = HOSTILE
+    results["recipe_toml"] = HOSTILE
+    results["recipe"]["name"] = HOSTILE
+    results["held_equal"] = [HOSTILE]
+    results["environment"]["processor"] = HOSTILE
+    text, page = build_page(results)
+    assert "<img" not in text.replace(clean.scripts[1], "")
+    assert len(page.scripts) == len(clean.scripts) == 3
+    assert HOSTILE in page.text
+    assert "49" not in re.findall(r"alert\(1\)>(\S+)", page.text)
+    data = json.loads(page.scripts[0])
+    assert "&lt;/script&gt;" in json.dumps(data["figures"]["curves"])
+    assert page.scripts[1] == clean.scripts[1]
+
+
+def test_markdown_shows_hostile_names_as_written(make_results: MakeResults) -> None:
+    results = make_results()
+    results["arms"]["token_choice"]["label"] = "a|b <b>*c*</b>"
+    results["recipe_toml"] = "````\nx = 1"
+    text = render_markdown(results, summarize(results))
+    table = [line for line in text.splitlines() if line.startswith("| As deployed")]
+    header = next(line for line in text.splitlines() if line.startswith("|  |"))
+    assert len(re.findall(r"(?<!\\)\|", header)) == len(re.findall(r"(?<!\\)\|", table[0])) == 5
+    assert r"a\|b \<b\>\*c\*\</b\>" in header
+    assert "`````toml\n````\nx = 1\n`````" in text
+    assert escape("_a_\n# b") == r"\_a\_ \# b"
+    assert fence("x") == "```\nx\n```"
+
+
+def test_markdown_holds_verdict_table_and_command(make_results: MakeResults) -> None:
+    results = make_results()
+    summary = summarize(results)
+    text = render_markdown(results, summary)
+    assert f"**{summary['verdict']['headline']}**".replace("\N{NO-BREAK SPACE}", " ") in text
+    assert "| Seconds a step |" in text
+    assert results["command"] in text
+    assert "![Held-out loss over training](figures/loss.png)" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("three_seeds", {}),
+        ("one_seed", {"seeds": (0,)}),
+        ("draws", {"offsets": (-0.002, 0.003), "noise": 0.02}),
+        ("mot_wins", {"offsets": (0.05, -0.1)}),
+    ],
+)
+def test_pretraining_is_told_in_the_words_and_numbers_stored(
+    make_results: MakeResults, name: str, settings: dict[str, Any]
+) -> None:
+    """What other tasks add to the report must not change a word of pretraining's."""
+    stored = (Path(__file__).parent / "stored" / f"{name}.md").read_text(encoding="utf-8")
+    results = make_results(**settings)
+    assert render_markdown(results, summarize(results)) == stored
+
+
+def test_figures_are_valid_plotly(make_results: MakeResults) -> None:
+    results = make_results()
+    figures = build_figures(results, summarize(results))
+    assert set(figures) == {"differences", "curves", "gap", "training", "search"}
+    for figure in figures.values():
+        assert go.Figure(figure).data
+        json.dumps(figure, allow_nan=False)
+
+
+def test_curves_keep_deployed_and_trained_apart(make_results: MakeResults) -> None:
+    results = make_results()
+    figure = build_figures(results, summarize(results))["curves"]
+    means = {trace["name"]: trace for trace in figure["data"] if trace["meta"]["role"] == "mean"}
+    assert set(means) == {"dense", "token-choice MoE", "MoT, as deployed", "MoT, as trained"}
+    assert means["MoT, as deployed"]["line"]["dash"] == "solid"
+    assert means["MoT, as trained"]["line"]["dash"] == "dot"
+    scale = means["token-choice MoE"]["meta"]["scale"]
+    assert scale["tokens"] == 2048
+    assert scale["seconds"] == results["arms"]["token_choice"]["seconds_per_step"]
+    last = [run["curve"][-1]["loss"]["causal"] for run in results["arms"]["dense"]["runs"]]
+    assert means["dense"]["y"][-1] == pytest.approx(sum(last) / 3)
+
+
+def test_load_maps_are_relative_to_an_even_share(make_results: MakeResults) -> None:
+    results = make_results()
+    maps = load_maps(results, summarize(results))
+    assert [(entry["arm"], entry["layer"]) for entry in maps] == [
+        ("token_choice", 2), ("token_choice", 3), ("mixture_of_tokens", 2), ("mixture_of_tokens", 3),
+    ]  # fmt: skip
+    for entry in maps:
+        assert list(entry["seeds"]) == ["0", "1", "2"]
+        for matrix in entry["seeds"].values():
+            assert len(matrix) == entry["experts"] == 16
+            for column in zip(*matrix, strict=True):
+                assert sum(column) == pytest.approx(16, abs=1e-2)
+
+
+def test_even_load_is_said_and_not_mapped(make_results: MakeResults) -> None:
+    results = make_results()
+    for run in results["arms"]["mixture_of_tokens"]["runs"]:
+        run["load"]["share"] = [[[1 / 16] * 16] * 2 for _ in run["load"]["steps"]]
+    assert {entry["arm"] for entry in load_maps(results, summarize(results))} == {"token_choice"}
+    _, page = build_page(results)
+    assert "MoT: every expert had an even share at every evaluation" in page.text
+
+
+def test_arms_keep_their_family_colours_and_never_share_one() -> None:
+    arms = {"a": {"family": "token_choice"}, "dense": {"family": "dense"}, "b": {"family": "token_choice"}}
+    colours = arm_colours(arms)
+    assert colours["a"] == arm_colours({"x": {"family": "token_choice"}})["x"]
+    assert len(set(colours.values())) == 3
+
+
+def test_smoothing_keeps_constants_and_length() -> None:
+    points = [(step, 4.0) for step in range(100)]
+    assert smooth(points) == points
+    assert smooth([]) == []
+    assert [step for step, _ in smooth([(1, 5.0), (2, 4.0)])] == [1, 2]
+
+
+def test_mean_of_the_surviving_seeds_is_shown_nowhere(make_results: MakeResults) -> None:
+    results = make_results()
+    results["arms"]["token_choice"]["runs"][1]["final"]["causal"]["loss"] = None
+    table = tables.main_table(results, summarize(results))
+    rows = {row["label"]: row["cells"] for group in table for row in group["rows"]}
+    for label in ("As deployed", "As trained", "Bits per byte", "Minus dense's"):
+        assert rows[label][1]["text"] == "\N{EN DASH}"
+    seeds = tables.seed_table(results, summarize(results))
+    assert seeds["mean"][1] == "\N{EN DASH}"
+    assert seeds["rows"][1]["cells"][1] == "diverged"
+
+
+NAMED = ("arms", "modes", "final", "pairs")
+"""Tables whose keys are names."""
+
+
+def keys_of(value: Any, *, skip: tuple[str, ...]) -> set[str]:
+    """All keys of nested dictionaries, without those inside tables whose keys are names or values."""
+    if isinstance(value, list):
+        return set().union(*(keys_of(item, skip=skip) for item in value))
+    if not isinstance(value, dict):
+        return set()
+    found = set()
+    for key, item in value.items():
+        inside = item.values() if key in NAMED and isinstance(item, dict) else [item]
+        found |= {key}.union(*(keys_of(part, skip=skip) for part in inside if key not in skip))
+    return found
+
+
+def _one_test(results: dict[str, Any]) -> dict[str, Any]:
+    test = next(iter(results["across_arms"]["paired_bootstrap"].values()))
+    return test.get("en-de", test)
+
+
+@pytest.mark.parametrize("make", ["make_results", "make_translation", "make_classification"])
+def test_schema_page_documents_every_field(make: str, request: pytest.FixtureRequest) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+    results = request.getfixturevalue(make)()
+    summary = summarize(results)
+    if results["task"] != "pretraining":
+        # Facts on its data are a task's own, and a bootstrap is keyed by arms and language pairs.
+        results |= {"data": None, "across_arms": _one_test(results)}
+    # A curve's losses are keyed by mode, and recipes and settings are documented with the recipes.
+    for run in (run for arm in results["arms"].values() for run in arm["runs"]):
+        run["curve"] = [{**point, "loss": None} for point in run["curve"]]
+    keys = keys_of({**results, "summary": summary}, skip=("recipe", "settings", "signatures"))
+    assert {"schema_version", "spikes_loss", "token_range", "at_edge"} <= keys
+    named = set(re.findall(r"`([a-z_0-9]+)[`\[]", page))
+    assert keys - named == set()
+
+
+@pytest.mark.parametrize("case", ["one_seed", "no_search", "no_curves", "not_deployable", "diverged", "no_memory"])
+def test_incomplete_results_still_make_a_report(make_results: MakeResults, tmp_path: Path, case: str) -> None:
+    results = make_results(seeds=(0,) if case == "one_seed" else (0, 1, 2), search=case != "no_search")
+    mot = results["arms"]["mixture_of_tokens"]
+    for arm in results["arms"].values():
+        for run in arm["runs"]:
+            if case == "no_curves":
+                run.update(curve=[], train_curve=[], load=None)
+        if case == "no_memory":
+            arm.update(peak_memory_bytes=None, seconds_per_step=None, seconds_ratio=None)
+    if case == "not_deployable":
+        mot["deployed_mode"] = None
+    if case == "diverged":
+        mot["runs"][0]["final"]["alone"]["loss"] = None
+    page = Page(write_report(results, tmp_path).read_text(encoding="utf-8"))
+    said = {
+        "one_seed": "One seed cannot decide",
+        "no_search": "not searched",
+        "no_curves": "No evaluations were made",
+        "not_deployable": "cannot be deployed",
+        "diverged": "diverged in 1 of 3",
+        "no_memory": "Peak memory",
+    }
+    assert said[case] in page.text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "None" not in page.text
+    assert "nan" not in re.findall(r"\w+", page.text.lower())

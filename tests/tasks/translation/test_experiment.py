@@ -1,0 +1,256 @@
+"""Comparisons of translation models from scratch, from the data to the bootstrap."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from mixtura.config import (
+    ArmConfig,
+    ModelConfig,
+    TrainingConfig,
+    TranslationArmConfig,
+    TranslationDataConfig,
+    TranslationRecipe,
+    UserError,
+)
+from mixtura.tasks.translation.experiment import make_translation
+from mixtura.tasks.translation.translator import translate
+from mixtura.training import train
+
+WORDS = ["ban", "den", "fin", "gat", "lit", "mon", "nab", "pol", "rud", "sef"]
+
+
+def translated(sentence, language):
+    """Every word backwards ("xx"), or with "u" before it ("yy")."""
+    return " ".join(word[::-1] if language == "xx" else f"u{word}" for word in sentence.split())
+
+
+def write_toy(path, *, sentences=300):
+    """A file of pairs, each sentence in both languages; the same on every machine."""
+    draw = random.Random(0)
+    lines = []
+    for _ in range(sentences):
+        source = " ".join(draw.choices(WORDS, k=draw.randint(2, 4)))
+        for language in ("xx", "yy"):
+            row = {"source": source, "target": translated(source, language)}
+            lines.append(json.dumps({**row, "source_language": "en", "target_language": language}))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def toy_recipe(path, *, arms=None, **changes):
+    """A comparison on the toy languages that takes seconds."""
+    training = {"steps": 4, "batch_size": 8, "eval_every": 2, "save_every": 2, "eval_sequences": 16}
+    model = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    data = {"pairs": ("en-xx", "en-yy"), "vocab_size": 320, "max_length": 40, "test_sources": 20}
+    return TranslationRecipe(
+        name="toy",
+        data=TranslationDataConfig(
+            source="local", path=str(path), validation_sources=16, **(data | changes.pop("data", {}))
+        ),
+        model=ModelConfig(**(model | changes.pop("model", {}))),
+        training=TrainingConfig(**(training | {"final_eval_sequences": 16} | changes.pop("training", {}))),
+        arms=arms or {"dense": TranslationArmConfig()},
+        **changes,
+    )
+
+
+NAMED = ArmConfig(family="token_choice", route_by="target", num_experts=2, num_shared_experts=1)
+ARMS = {
+    "dense": TranslationArmConfig(),
+    "token_choice": TranslationArmConfig(feed_forward=ArmConfig(family="token_choice", num_experts=4)),
+    "languages": TranslationArmConfig(feed_forward=NAMED),
+    "mixture_of_tokens": TranslationArmConfig(
+        feed_forward=ArmConfig(family="mixture_of_tokens", num_experts=4, group_size=4)
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("toy") / "toy.jsonl")
+
+
+@pytest.fixture(scope="module")
+def experiment(toy):
+    return make_translation(toy_recipe(toy, arms=ARMS), cache_dir=None)
+
+
+def run(experiment, name, out, *, seed=0, resume=False, learning_rate=3e-3):
+    arm, training = experiment.arms[name], experiment.recipe.training
+    model = arm.build(seed)
+    how = {"learning_rate": learning_rate, "seed": seed, "label": name, "resume": resume}
+    return model, train(model, task=arm.task, config=training, out=out, **how)
+
+
+def test_every_arm_costs_what_dense_costs_and_only_groups_leak(experiment):
+    baseline = experiment.arms["dense"]
+    described = {name: arm.describe(baseline) for name, arm in experiment.arms.items()}
+    for name, found in described.items():
+        assert abs(found["flops_ratio"] - 1) < 0.02, name
+        model = experiment.arms[name].build(0)
+        assert found["parameters_total"] == found["parameters_trainable"] == sum(p.numel() for p in model.parameters())
+        leaks = experiment.arms[name].leaks()
+        assert leaks == {"future": False, "batch": name == "mixture_of_tokens", "batch_deployed": False}
+    assert described["languages"]["settings"]["route_by"] == "target"
+    assert [experiment.arms["mixture_of_tokens"].training_mode, baseline.training_mode] == ["group", "causal"]
+    assert "32 sentence pairs" in experiment.held_equal(described)[0]
+
+
+def test_all_arms_see_the_same_pairs_in_the_same_order(experiment):
+    batches = [
+        [arm.task.collate([arm.task.dataset(length=16, seed=3)[i] for i in range(16)])["input_ids"]]
+        for arm in experiment.arms.values()
+    ]
+    assert all(torch.equal(batch[0], batches[0][0]) for batch in batches)
+    assert len({arm.task.tokens_per_example for arm in experiment.arms.values()}) == 1
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_the_loss_is_the_mean_over_the_tokens_of_the_translations(experiment, name):
+    arm = experiment.arms[name]
+    model, task = arm.build(0).eval(), arm.task
+    dataset = task.dataset(length=8, seed=0)
+    batch = task.collate([dataset[i] for i in range(8)])
+    targets = task.count_targets(batch)
+    found = task.losses(model, batch, num_targets=targets).task_loss
+    told = task.routing.tell(model, batch["directions"])
+    whole = model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"], **told)
+    torch.testing.assert_close(found, whole.loss)
+    assert targets == (batch["labels"] != -100).sum()
+
+
+@pytest.mark.parametrize("name", ["dense", "languages"])
+def test_padding_changes_no_loss(experiment, name):
+    arm = experiment.arms[name]
+    model, task = arm.build(0).eval(), arm.task
+    dataset = task.dataset(length=8, seed=0)
+    items = [dataset[i] for i in range(8)]
+    together = task.losses(model, task.collate(items), num_targets=1).task_loss
+    alone = sum(task.losses(model, task.collate([item]), num_targets=1).task_loss for item in items)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_a_run_is_trained_scored_saved_and_told_of(experiment, name, tmp_path):
+    task = experiment.arms[name].task
+    model, outcome = run(experiment, name, tmp_path / "run")
+    assert outcome.steps == 4 and len(outcome.curve) == 2
+    measured = task.evaluate(model, final=True)
+    deployed = experiment.arms[name].deployed_mode
+    assert set(measured) == ({"group", "alone"} if name == "mixture_of_tokens" else {"causal"})
+    assert 0 <= measured[deployed]["chrf"] <= 100 and measured[deployed]["loss"] > 0
+    details = task.details(model, out=tmp_path / "run")
+    json.dumps(details)
+    assert list(details["pairs"]) == ["en-xx", "en-yy"]
+    assert sum(found["chrf"] for found in details["pairs"].values()) / 2 == measured[deployed]["chrf"]
+    assert details["pairs"]["en-xx"]["sentences"] == 20 and len(details["samples"]) == 4
+    assert 0 < details["pairs"]["en-yy"]["copy_chrf"] < 100
+    assert ("specialization" in details) == (name != "dense")
+    if name == "languages":
+        assert details["specialization"]["layers"][0]["share"] == [[1.0, 0.0], [0.0, 1.0]]
+    outputs = [json.loads(line) for line in (tmp_path / "run" / "outputs.jsonl").read_text("utf-8").splitlines()]
+    assert len(outputs) == 40
+    line = translate(tmp_path / "run" / "checkpoint", outputs[0]["source"], source_language="en", target_language="xx")
+    assert outputs[0]["pair"] == "en-xx" and line == outputs[0]["output"]
+
+
+@pytest.mark.parametrize("name", ["mixture_of_tokens", "languages"])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(experiment, name, tmp_path):
+    whole, _ = run(experiment, name, tmp_path / "whole")
+    run(experiment, name, tmp_path / "run")
+    for part in ("checkpoint", "checkpoint-4"):
+        (tmp_path / "run" / part).rename(tmp_path / part)
+    resumed, outcome = run(experiment, name, tmp_path / "run", resume=True)
+    assert outcome.steps == 4
+    for (key, expected), found in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(expected, found), key
+
+
+def test_the_bootstrap_compares_outputs_of_the_same_seed(experiment, tmp_path):
+    sentences = experiment.translation.test.sentences
+    for name in experiment.arms:
+        folder = tmp_path / "arms" / name / "seed0"
+        folder.mkdir(parents=True)
+        good = name == "languages"
+        records = [
+            {
+                "pair": pair.pair,
+                "reference": pair.target,
+                "output": pair.target if good and pair.pair == "en-xx" else pair.source,
+            }
+            for pair in sentences
+        ]
+        (folder / "outputs.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    found = experiment.across_arms(tmp_path)["paired_bootstrap"]
+    assert set(found) == {"token_choice", "languages", "mixture_of_tokens"}
+    assert found["languages"]["en-xx"]["chrf_difference"] > 50 and found["languages"]["en-xx"]["p_value"] < 0.01
+    assert found["languages"]["en-yy"] == {"chrf_difference": 0.0, "p_value": 1.0}
+
+
+def test_two_toy_languages_are_learnt(tmp_path):
+    path = write_toy(tmp_path / "toy.jsonl", sentences=800)
+    training = {"steps": 200, "batch_size": 32, "eval_every": 100, "save_every": 200, "weight_decay": 0.01}
+    model = {"hidden_size": 64, "intermediate_size": 128}
+    experiment = make_translation(toy_recipe(path, training=training, model=model), cache_dir=None)
+    model, outcome = run(experiment, "dense", tmp_path / "run", learning_rate=5e-3)
+    curve = [point["loss"]["causal"] if isinstance(point["loss"], dict) else point["loss"] for point in outcome.curve]
+    assert curve[1] < curve[0]
+    assert experiment.arms["dense"].task.evaluate(model, final=True)["causal"]["chrf"] > 80
+    source = experiment.translation.test.sentences[0].source
+    text = translate(
+        tmp_path / "run" / "checkpoint", f"{source}\n\n{source}", source_language="en", target_language="yy"
+    )
+    first, empty, second = text.split("\n")
+    assert first == second == translated(source, "yy") and empty == ""
+
+
+@pytest.mark.parametrize(
+    ("arm", "complaint"),
+    [
+        pytest.param(ArmConfig(family="soft"), "cannot translate: choose one of dense", id="sees the future"),
+        pytest.param(ArmConfig(family="dense", route_by="pair"), "use token_choice", id="no experts"),
+        pytest.param(
+            ArmConfig(family="token_choice", route_by="pair"),
+            r"has 2 of those \(en-xx, en-yy\): set num_experts to 2",
+            id="count",
+        ),
+        pytest.param(ArmConfig(family="mixture_of_tokens", group_size=3), "no multiple of", id="groups do not fill"),
+        pytest.param(
+            ArmConfig(family="mixture_of_tokens", inference_mode="group", group_size=4),
+            "has no group",
+            id="never alone",
+        ),
+    ],
+)
+def test_arms_that_cannot_work_are_refused(toy, arm, complaint):
+    with pytest.raises(UserError, match=complaint):
+        make_translation(toy_recipe(toy, arms={"dense": TranslationArmConfig(feed_forward=arm)}), cache_dir=None)
+
+
+def test_settings_that_leave_too_little_are_refused(toy):
+    with pytest.raises(UserError, match="No sentence pair is left for train"):
+        make_translation(toy_recipe(toy, data={"max_length": 3}), cache_dir=None)
+    recipe = toy_recipe(toy, training={"batch_size": 64})
+    arm = make_translation(recipe, cache_dir=None).arms["dense"]
+    with pytest.raises(UserError, match="32 sentence pairs to hold out, fewer than one batch of 64"):
+        arm.task.check(arm.build(0), batch_size=64)
+
+
+def test_what_a_model_cannot_translate_is_refused(experiment, tmp_path):
+    run(experiment, "dense", tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoint"
+    languages = {"source_language": "en", "target_language": "xx"}
+    for text, target, complaint in (
+        ("", "xx", "empty"),
+        ("ban", "zz", "does not translate en-zz"),
+        ("ban " * 60, "xx", "split"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            translate(folder, text, source_language="en", target_language=target)
+    with pytest.raises(UserError, match="no translation model"):
+        translate(tmp_path, "ban", **languages)
+    with pytest.raises(UserError, match="num_beams is 0"):
+        translate(folder, "ban", num_beams=0, **languages)
