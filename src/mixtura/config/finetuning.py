@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mixtura.config.languages import split_pair
 from mixtura.config.schema import ArmConfig, ModelConfig, Recipe, SearchConfig, TrainingConfig
 
 Task = Literal["translation", "classification"]
@@ -85,7 +86,7 @@ class TranslationDataConfig:
     """Column with the language code of the source; where it is missing, `pairs` must name a single pair."""
     target_language_column: str = "target_language"
     pairs: tuple[str, ...] = ("en-de", "en-es", "en-fr", "en-it", "en-nl", "en-pl", "en-pt", "en-ru")
-    """Directions as "source-target"; name both "en-de" and "de-en" for both."""
+    """Directions as "source-target"; name both "en-de" and "de-en" for both. Codes may have a script or a region."""
     max_pairs: int | None = None
     """Stop after so many sentence pairs of each direction."""
     max_characters: int = 200
@@ -98,6 +99,11 @@ class TranslationDataConfig:
     """Source sentences held out for the loss on the way, each in every direction it has."""
     test_sources: int = 200
     """Source sentences held out for the scores."""
+
+    def __post_init__(self) -> None:
+        """Spells the codes in `pairs` in the one way that data and models know; what is no pair is refused later."""
+        spelled = tuple(str(split_pair(pair) or pair) for pair in self.pairs)
+        object.__setattr__(self, "pairs", spelled)
 
 
 @dataclass(frozen=True, kw_only=True)

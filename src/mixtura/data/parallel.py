@@ -10,8 +10,9 @@ from itertools import groupby
 from typing import NamedTuple, TypeGuard
 
 from mixtura.config import TranslationDataConfig, UserError
+from mixtura.config.languages import Pair, parse_pairs
 from mixtura.data.held_out import Candidate, Sides, hold_out
-from mixtura.data.parallel_sources import Pair, Source, open_source, parse_pairs
+from mixtura.data.parallel_sources import Source, open_source
 from mixtura.data.units import Unit, anchor_of, normalise, text_hash
 
 # A hub dataset may have many millions of rows: with `max_pairs` it is read until there are so many times as many usable

@@ -1,27 +1,15 @@
 """Where parallel text comes from: each source gives units, the same sentence in two or more languages."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from mixtura.config import TranslationDataConfig, UserError
+from mixtura.config.languages import Pair, find_language
 from mixtura.data.bible import HELD_OUT_BOOKS, VERSIONS, bible_file, bible_units
 from mixtura.data.libreoffice import help_languages, help_units, help_version
 from mixtura.data.rows import TABLES, Row, cell, file_rows, find_cell, hub_rows, local_files
 from mixtura.data.units import Unit
-
-_CODE = re.compile(r"[a-z]{2,3}(_[a-z0-9]+)*")
-
-
-class Pair(NamedTuple):
-    """A direction of translation."""
-
-    source: str
-    target: str
-
-    def __str__(self) -> str:
-        return f"{self.source}-{self.target}"
 
 
 class Source(NamedTuple):
@@ -32,25 +20,6 @@ class Source(NamedTuple):
     description: str
     groups: tuple[str, ...] | None = None
     """The groups that may be held out; None allows all."""
-
-
-def parse_pairs(pairs: tuple[str, ...]) -> tuple[Pair, ...]:
-    """Directions from "en-de" or "pt_br-en".
-
-    Raises:
-        UserError: one is malformed, has the same language twice, or is named twice.
-    """
-    if not pairs:
-        raise UserError("'data.pairs' is empty: name at least one direction, such as \"en-de\".")
-    parsed = []
-    for text in pairs:
-        source, _, target = text.lower().partition("-")
-        if not _CODE.fullmatch(source) or not _CODE.fullmatch(target) or source == target:
-            raise UserError(f"'data.pairs' has '{text}': write two language codes, such as \"en-de\" or \"en-pt_br\".")
-        parsed.append(Pair(source, target))
-    if len(set(parsed)) < len(parsed):
-        raise UserError(f"'data.pairs' is {list(pairs)}: name each direction once.")
-    return tuple(parsed)
 
 
 def open_source(config: TranslationDataConfig, pairs: tuple[Pair, ...], skipped: Counter[str]) -> Source:
@@ -159,15 +128,5 @@ def _row_languages(
     for (present, _), column, key in zip(found, columns, ("source", "target"), strict=True):
         if not present:
             cell(row, column, key=f"data.{key}_language_column")  # refuses
-    codes = [_language_code(value, asked) for _, value in found]
+    codes = [find_language(value, asked) if isinstance(value, str) else None for _, value in found]
     return None if None in codes else (str(codes[0]), str(codes[1]))
-
-
-def _language_code(value: object, asked: set[str]) -> str | None:
-    """The code as `pairs` writes it: "en-US" and "EN" are "en", unless "en_us" is asked for."""
-    if not isinstance(value, str):
-        return None
-    code = value.strip().lower().replace("-", "_")
-    if not _CODE.fullmatch(code):
-        return None
-    return code if code in asked else code.partition("_")[0]
