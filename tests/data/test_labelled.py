@@ -47,8 +47,8 @@ def test_labels_keep_their_texts(path):
 
 
 def test_whole_numbers_and_their_text_are_the_same_class_sorted_by_value(path):
-    corpus = load(path, rows(labels=(10, "2", 2.0, "10", True, 1)))
-    assert corpus.labels == ("1", "2", "10")
+    corpus = load(path, rows(labels=(10, "2", 2.0, "10", -1, "-1.0", 0.5)))
+    assert corpus.labels == ("-1", "0.5", "2", "10")
 
 
 def test_the_split_does_not_depend_on_the_order_of_the_rows(path):
@@ -60,15 +60,18 @@ def test_every_bad_row_is_counted_by_its_reason(path):
         {"text": None, "label": "bad"},
         {"text": " ", "label": "bad"},
         {"text": "no label", "label": None},
-        {"text": "half a label", "label": 0.5},
+        {"text": "no number", "label": float("nan")},
+        {"label": "bad"},
+        {"text": "no key"},
         {"text": "EXAMPLE 0, of 60!", "label": "bad"},
         {"text": "example 1 of 60", "label": "bad"},
     ]
     corpus = load(path, rows() + bad)
     expected = {"contradictory labels": 2, "duplicate": 1, "empty": 1, "no label": 2, "not text": 1}
+    expected |= {"without 'label'": 1, "without 'text'": 1}
     assert corpus.skipped == expected
     assert all(f"{count} {reason}" in corpus.description for reason, count in expected.items())
-    assert sum(map(len, sides(corpus))) + sum(expected.values()) == 66
+    assert sum(map(len, sides(corpus))) + sum(expected.values()) == 68
 
 
 def test_max_examples_is_a_fixed_choice_for_training_alone(path):
@@ -83,7 +86,7 @@ MISTAKES = {
     "no label column": (
         rows(),
         {"label_column": "stars"},
-        r"no 'stars' in .*set 'data.label_column' to one of text, lab",
+        r"No row of the file a.jsonl has 'stars': set 'data.label_column' to one of text, lab",
     ),
     "no text column": (rows(), {"text_column": "review"}, r"set 'data.text_column' to one of text, label"),
     "no text": ([{"text": "", "label": 1}], {}, r"No example is left of the file a.jsonl .1 empty"),

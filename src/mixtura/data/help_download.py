@@ -17,8 +17,8 @@ from lxml.html import HtmlElement
 from mixtura.config import TranslationDataConfig, UserError
 from mixtura.config.assets import package_path
 from mixtura.config.languages import code_advice, language_code
+from mixtura.data.files import reason_of
 from mixtura.data.libreoffice import help_table, write_help_table
-from mixtura.data.rows import reason_of
 
 _DEFAULT = sorted({language for pair in TranslationDataConfig().pairs for language in pair.split("-")})
 

@@ -1,16 +1,23 @@
 """Labelled text: examples with a class, cleaned, counted, and held out by a hash of their text."""
 
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
 from mixtura.config import ClassificationDataConfig, UserError
+from mixtura.data.files import local_files
 from mixtura.data.movie_reviews import read_movie_reviews
-from mixtura.data.rows import TABLES, Row, cell, file_rows, hub_rows, local_files
-from mixtura.data.units import normalise, text_hash
+from mixtura.data.rows import Row, hub_rows, select
+from mixtura.data.tables import TABLES, file_rows
+from mixtura.data.units import is_utf8, normalise, text_hash
 
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
+_WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")
 _REVIEW_LABELS = {0: "negative", 1: "positive"}
 
 
@@ -48,7 +55,7 @@ def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
         UserError: the source is missing or unreadable, lacks a column, has one class or too few examples.
     """
     skipped: Counter[str] = Counter()
-    rows, description = _open(config)
+    rows, description = _open(config, skipped)
     examples = _shuffled(_clean(rows, skipped))
     if not examples:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common()) or "it has no rows"
@@ -74,8 +81,8 @@ def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
     )
 
 
-def _open(config: ClassificationDataConfig) -> tuple[Iterator[tuple[object, object]], str]:
-    """Text and label of every row, and what to call the source."""
+def _open(config: ClassificationDataConfig, skipped: Counter[str]) -> tuple[Iterator[tuple[object, object]], str]:
+    """Text and label of every row that has both, and what to call the source; reading them adds to `skipped`."""
     if config.source == "movie-reviews":
         frame = read_movie_reviews()
         if config.part != "all":
@@ -88,18 +95,20 @@ def _open(config: ClassificationDataConfig) -> tuple[Iterator[tuple[object, obje
             raise UserError("'data.source' is 'hub' but 'data.name' is missing: name the dataset, such as \"imdb\".")
         subset = f", {config.subset}" if config.subset else ""
         rows = hub_rows(config.name, config.subset, config.split)
-        return _cells(rows, config), f"the hub dataset {config.name}{subset}, split {config.split}"
+        name = f"the hub dataset {config.name}{subset}, split {config.split}"
+        return _cells(rows, config, skipped, source=name), name
     files, others = local_files(config.path, TABLES)
     rows = (row for file in files for row in file_rows(file, [config.text_column, config.label_column]))
     single = files == [Path(str(config.path)).expanduser()]
     name = f"the file {files[0].name}" if single else f"{len(files)} files in {config.path}"
-    return _cells(rows, config), name + (f" ({others} of other kinds not read)" if others else "")
+    return _cells(rows, config, skipped, source=name), name + (f" ({others} of other kinds not read)" if others else "")
 
 
-def _cells(rows: Iterator[Row], config: ClassificationDataConfig) -> Iterator[tuple[object, object]]:
-    for row in rows:
-        text = cell(row, config.text_column, key="data.text_column")
-        yield text, cell(row, config.label_column, key="data.label_column")
+def _cells(
+    rows: Iterator[Row], config: ClassificationDataConfig, skipped: Counter[str], *, source: str
+) -> Iterator[tuple[object, object]]:
+    columns = {"data.text_column": config.text_column, "data.label_column": config.label_column}
+    return ((text, label) for _, (text, label) in select(rows, columns, skipped, source=source))
 
 
 def _clean(rows: Iterator[tuple[object, object]], skipped: Counter[str]) -> dict[str, tuple[str, str]]:
@@ -108,8 +117,8 @@ def _clean(rows: Iterator[tuple[object, object]], skipped: Counter[str]) -> dict
     times: Counter[str] = Counter()
     contradictory: set[str] = set()
     for text, value in rows:
-        label = _label(value)
-        if not isinstance(text, str) or not _is_utf8(text):
+        label = label_name(value)
+        if not isinstance(text, str) or not is_utf8(text):
             skipped["not text"] += 1
         elif not text.strip():
             skipped["empty"] += 1
@@ -130,23 +139,28 @@ def _clean(rows: Iterator[tuple[object, object]], skipped: Counter[str]) -> dict
     return kept
 
 
-def _label(value: object) -> str | None:
-    """The name of a class: text, or a whole number, as text; None for what is neither."""
-    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
-        value = int(value)
-    if isinstance(value, int):
-        return str(value)
-    if not isinstance(value, str) or not value.strip():
+def label_name(value: object) -> str | None:
+    """The name of a class from what stands in a table: one rule for every format, so that it depends on none.
+
+    A label is text, in Unicode's composed form (NFC) and with single spaces; "None", "nan" and "NA" are as good as any.
+    A number is the text of its digits: 1, "1" and, since tables with gaps write whole numbers so, 1.0 are the label
+    "1"; "01" and "1.50" are labels of their own. True, TRUE and true are the label "true", as formats write it in all
+    three ways.
+
+    Returns:
+        None for what is no label: null, not a number, empty or nested values, and text that UTF-8 cannot hold.
+    """
+    if isinstance(value, int | float | Decimal):  # truth values among them
+        value = str(value)
+        if value == "nan":
+            return None
+    if not isinstance(value, str) or not is_utf8(value):
         return None
-    return value.strip()
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-    return True
+    name = " ".join(unicodedata.normalize("NFC", value).split())
+    if name.lower() in ("true", "false"):
+        return name.lower()
+    whole = _WHOLE.fullmatch(name)
+    return whole[1] if whole else name or None
 
 
 def _shuffled(kept: dict[str, tuple[str, str]]) -> list[tuple[str, str]]:
@@ -154,8 +168,9 @@ def _shuffled(kept: dict[str, tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
-    if all(label.lstrip("-").isdecimal() for label in labels):
-        return tuple(sorted(labels, key=int))
+    """By value where all are numbers, else by their characters."""
+    if all(_NUMBER.fullmatch(label) for label in labels):
+        return tuple(sorted(labels, key=lambda label: (Decimal(label), label)))
     return tuple(sorted(labels))
 
 
