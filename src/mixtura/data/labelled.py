@@ -16,6 +16,8 @@ from mixtura.data.rows import Row, hub_rows, select
 from mixtura.data.tables import TABLES, file_rows
 from mixtura.data.units import is_utf8, normalise, text_hash
 
+MOST_LISTED = 20
+"""Classes whose shares are told."""
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 _WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")
 _REVIEW_LABELS = {0: "negative", 1: "positive"}
@@ -38,18 +40,21 @@ class LabelledCorpus:
     validation: list[LabelledText]
     test: list[LabelledText]
     labels: tuple[str, ...]
-    """Names of the classes, sorted; numbers by value."""
+    """Names of the classes that are in training, sorted; numbers by value."""
     description: str
     """One phrase for reports: source, classes and their shares, what was skipped."""
     skipped: dict[str, int]
     """Rows left out, by reason."""
+    unlearnt: tuple[str, ...] = ()
+    """Classes that came to have no training example; their rows are left out."""
 
 
 def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
     """Reads the examples of a recipe, cleans them, and holds some out.
 
     A text that comes twice is kept once; one that comes with different labels is left out. `max_examples` bounds
-    training examples and is a fixed shuffled choice.
+    training examples and is a fixed shuffled choice. A class that has no training example after that is left out, since
+    nobody could learn it.
 
     Raises:
         UserError: the source is missing or unreadable, lacks a column, has one class or too few examples.
@@ -57,28 +62,24 @@ def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
     skipped: Counter[str] = Counter()
     rows, description = _open(config, skipped)
     examples = _shuffled(_clean(rows, skipped))
-    if not examples:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common()) or "it has no rows"
-        raise UserError(
-            f"No example is left of {description} ({reasons}): check 'data.text_column' and 'data.label_column'."
-        )
-    labels = _sorted_labels({label for _, label in examples})
-    if len(labels) < 2:
-        raise UserError(
-            f"All {len(examples):,} examples of {description} have the label '{''.join(labels)}': give examples of two "
-            "classes or more, or name another 'data.label_column'."
-        )
-    index = {label: i for i, label in enumerate(labels)}
-    test, validation, train = _split(
-        [LabelledText(text, index[label]) for text, label in examples], config, description
-    )
+    found = {label for _, label in examples}
+    _check_labels(found, len(examples), skipped, config, description)
+    test, validation, train = _split(examples, config, description)
     if config.max_examples is not None and len(train) > config.max_examples:
         skipped["beyond max_examples"] = len(train) - config.max_examples
         train = train[: config.max_examples]
-    _check_train(train, labels, config, description)
-    return LabelledCorpus(
-        train, validation, test, labels, _describe(description, train, labels, skipped), dict(sorted(skipped.items()))
-    )
+    labels = _sorted_labels({label for _, label in train})
+    index = {label: i for i, label in enumerate(labels)}
+    sides = [
+        [LabelledText(text, index[label]) for text, label in side if label in index]
+        for side in (train, validation, test)
+    ]
+    unlearnt = _sorted_labels(found - index.keys())
+    if unlearnt:
+        skipped["label without training examples"] = len(train + validation + test) - sum(map(len, sides))
+    _check_learnt(sides, unlearnt, config, description)
+    told = _describe(description, sides[0], labels, skipped)
+    return LabelledCorpus(*sides, labels, told, dict(sorted(skipped.items())), unlearnt)
 
 
 def _open(config: ClassificationDataConfig, skipped: Counter[str]) -> tuple[Iterator[tuple[object, object]], str]:
@@ -175,8 +176,8 @@ def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
 
 
 def _split(
-    examples: list[LabelledText], config: ClassificationDataConfig, description: str
-) -> tuple[list[LabelledText], list[LabelledText], list[LabelledText]]:
+    examples: list[tuple[str, str]], config: ClassificationDataConfig, description: str
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[tuple[str, str]]]:
     """Test, validation and training examples, in this order from the shuffled whole."""
     num_test, num_held_out = config.test_examples, config.test_examples + config.validation_examples
     if len(examples) <= num_held_out:
@@ -188,14 +189,35 @@ def _split(
     return examples[:num_test], examples[num_test:num_held_out], examples[num_held_out:]
 
 
-def _check_train(
-    train: list[LabelledText], labels: tuple[str, ...], config: ClassificationDataConfig, description: str
+def _check_labels(
+    labels: set[str], number: int, skipped: Counter[str], config: ClassificationDataConfig, description: str
 ) -> None:
-    present = {example.label for example in train}
-    missing = [label for i, label in enumerate(labels) if i not in present]
-    if missing:
+    """Refuses examples that no classifier can be made of."""
+    if not number:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common() if count)
         raise UserError(
-            f"No training example of {description} has the label '{missing[0]}' after {config.test_examples} test and "
+            f"No example is left of {description} ({reasons or 'it has no rows'}): check 'data.text_column' and "
+            "'data.label_column'."
+        )
+    if len(labels) < 2:
+        raise UserError(
+            f"All {number:,} examples of {description} have the label '{''.join(labels)}': give examples of two "
+            "classes or more, or name another 'data.label_column'."
+        )
+    if len(labels) > max(MOST_LISTED, number // 2):
+        raise UserError(
+            f"'{config.label_column}' of {description} has {len(labels):,} different labels in {number:,} examples, "
+            "fewer than two examples for each: set 'data.label_column' to a column of classes."
+        )
+
+
+def _check_learnt(
+    sides: list[list[LabelledText]], unlearnt: tuple[str, ...], config: ClassificationDataConfig, description: str
+) -> None:
+    """Refuses a split in which the classes that training lacks take everything else with them."""
+    if unlearnt and (len({example.label for example in sides[0]}) < 2 or not all(sides)):
+        raise UserError(
+            f"No training example of {description} has the label '{unlearnt[0]}' after {config.test_examples} test and "
             f"{config.validation_examples} validation examples were held out: give more examples of it, or lower "
             "'data.validation_examples' and 'data.test_examples'."
         )
@@ -203,7 +225,8 @@ def _check_train(
 
 def _describe(description: str, train: list[LabelledText], labels: tuple[str, ...], skipped: Counter[str]) -> str:
     counts = Counter(example.label for example in train)
-    shares = ", ".join(f"{label} {100 * counts[i] / len(train):.1f} %" for i, label in enumerate(labels))
+    listed = [f"{label} {100 * counts[i] / len(train):.1f} %" for i, label in enumerate(labels)]
+    shares = ", ".join(listed[:MOST_LISTED]) + (f" and {len(listed) - MOST_LISTED} more" * (len(listed) > MOST_LISTED))
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()) if count)
     return f"{description}, {len(labels)} classes (training: {shares})" + (
         f"; rows skipped: {reasons}" if reasons else ""

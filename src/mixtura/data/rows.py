@@ -72,6 +72,9 @@ def select(
     Raises:
         UserError: see above.
     """
+    if len(set(columns.values())) < len(columns):
+        listed, column = " and ".join(f"'{key}'" for key in columns), next(iter(columns.values()))
+        raise UserError(f"{listed} are both '{column}': name two columns.")
     missing, nested, names = Counter[str](), Counter[str](), dict[str, None]()
     number = 0
     for number, row in enumerate(rows, start=1):
