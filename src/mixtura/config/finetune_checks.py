@@ -38,7 +38,9 @@ def _check_source(data: TranslationDataConfig | ClassificationDataConfig) -> Non
     if data.source == "hub" and not data.name:
         raise UserError("'data.source' is 'hub' but 'data.name' is missing: name the dataset, such as \"imdb\".")
     if data.source == "local" and not data.path:
-        raise UserError("'data.source' is 'local' but 'data.path' is missing: name a .jsonl, .csv, .tsv or .parquet.")
+        raise UserError(
+            "'data.source' is 'local' but 'data.path' is missing: name a .jsonl, .json, .csv, .tsv or .parquet."
+        )
 
 
 def _check_translation(recipe: TranslationRecipe) -> None:

@@ -79,7 +79,7 @@ class TranslationDataConfig:
     subset: str | None = None
     split: str = "train"
     path: str | None = None
-    """File of .jsonl, .csv, .tsv or .parquet (source "local" only)."""
+    """File of .jsonl, .json, .csv, .tsv or .parquet (source "local" only)."""
     source_column: str = "source"
     target_column: str = "target"
     source_language_column: str = "source_language"
@@ -117,7 +117,7 @@ class ClassificationDataConfig:
     subset: str | None = None
     split: str = "train"
     path: str | None = None
-    """File of .jsonl, .csv, .tsv or .parquet (source "local" only)."""
+    """File of .jsonl, .json, .csv, .tsv or .parquet (source "local" only)."""
     text_column: str = "text"
     label_column: str = "label"
     max_examples: int | None = None

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -70,10 +70,7 @@ def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
         train = train[: config.max_examples]
     labels = _sorted_labels({label for _, label in train})
     index = {label: i for i, label in enumerate(labels)}
-    sides = [
-        [LabelledText(text, index[label]) for text, label in side if label in index]
-        for side in (train, validation, test)
-    ]
+    sides = _known(train, index), _known(validation, index), _known(test, index)
     unlearnt = _sorted_labels(found - index.keys())
     if unlearnt:
         skipped["label without training examples"] = len(train + validation + test) - sum(map(len, sides))
@@ -189,6 +186,10 @@ def _split(
     return examples[:num_test], examples[num_test:num_held_out], examples[num_held_out:]
 
 
+def _known(side: list[tuple[str, str]], index: dict[str, int]) -> list[LabelledText]:
+    return [LabelledText(text, index[label]) for text, label in side if label in index]
+
+
 def _check_labels(
     labels: set[str], number: int, skipped: Counter[str], config: ClassificationDataConfig, description: str
 ) -> None:
@@ -212,7 +213,7 @@ def _check_labels(
 
 
 def _check_learnt(
-    sides: list[list[LabelledText]], unlearnt: tuple[str, ...], config: ClassificationDataConfig, description: str
+    sides: Sequence[list[LabelledText]], unlearnt: tuple[str, ...], config: ClassificationDataConfig, description: str
 ) -> None:
     """Refuses a split in which the classes that training lacks take everything else with them."""
     if unlearnt and (len({example.label for example in sides[0]}) < 2 or not all(sides)):
