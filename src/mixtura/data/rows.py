@@ -52,6 +52,8 @@ def hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
 
 def find_cell(row: Row, column: str) -> tuple[bool, object]:
     """Whether a row has a column, and what it holds there; `column` is an expression, see above."""
+    if column in row.values:
+        return True, row.values[column]
     return _look(row.values, column)
 
 
@@ -76,21 +78,22 @@ def select(
         listed, column = " and ".join(f"'{key}'" for key in columns), next(iter(columns.values()))
         raise UserError(f"{listed} are both '{column}': name two columns.")
     missing, nested, names = Counter[str](), Counter[str](), dict[str, None]()
-    number = 0
+    wanted, number = list(columns.values()), 0
     for number, row in enumerate(rows, start=1):
-        found = {column: find_cell(row, column) for column in columns.values()}
-        lacking = [column for column, (present, _) in found.items() if not present]
-        deeper = [column for column, (_, value) in found.items() if _is_nested(value)]
-        missing.update(lacking)
-        nested.update(deeper)
-        if (lacking or deeper) and len(names) < _LISTED:
-            names.update(dict.fromkeys(_columns(row.values)))
+        cells = [find_cell(row, column) for column in wanted]
+        lacking: list[str] = []
+        if any(not present or isinstance(value, dict | list) for present, value in cells):
+            lacking = [column for column, (present, _) in zip(wanted, cells, strict=True) if not present]
+            missing.update(lacking)
+            nested.update(column for column, (_, value) in zip(wanted, cells, strict=True) if _is_nested(value))
+            if len(names) < _LISTED:
+                names.update(dict.fromkeys(_columns(row.values)))
         if number == JUDGED_ROWS:
             _judge(number, columns, missing, nested, list(names), source)
         if lacking:
             skipped[f"without '{lacking[0]}'"] += 1
         else:
-            yield row, [value for _, value in found.values()]
+            yield row, [value for _, value in cells]
     if number < JUDGED_ROWS:
         _judge(number, columns, missing, nested, list(names), source)
 

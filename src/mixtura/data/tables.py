@@ -183,7 +183,9 @@ def _table_row(path: Path, number: int, header: list[str], cells: list[str], *, 
             f"'{path}' line {number} has {len(cells)} cells but the first line names {len(header)} columns: {advice}."
         )
     filled: list[str | None] = [*cells[: len(header)], *[None] * (len(header) - len(cells))]
-    return Row({name: cell for name, cell in zip(header, filled, strict=True) if name}, f"'{path}' line {number}")
+    values = dict(zip(header, filled, strict=True))
+    values.pop("", None)
+    return Row(values, f"'{path}' line {number}")
 
 
 def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
