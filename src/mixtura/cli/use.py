@@ -13,8 +13,10 @@ from mixtura.cli.application import ModelArgument, app, hush, open_page
 @app.command()
 def evaluate(
     model: ModelArgument,
-    text: Annotated[Path, typer.Option(help="Held-out text: a file or folder of .txt, .jsonl or .parquet.")],
-    text_column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
+    text: Annotated[Path, typer.Option(help="Held-out text: a file or folder of .txt or tables.")],
+    text_column: Annotated[
+        str, typer.Option(help="Column or key that holds the text; messages.content for chats.")
+    ] = "text",
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once; a multiple of the group size.")] = 16,
     sequence_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens in a sequence.", show_default="the model's")
@@ -95,7 +97,9 @@ def diagnose(
         list[str] | None,
         typer.Option(help="NAME=FILE, such as de=german.txt; repeatable. A translation run has its own sentences."),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
+    text_column: Annotated[
+        str, typer.Option(help="Column or key that holds the text; messages.content for chats.")
+    ] = "text",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens read of each text.")] = 20_000,
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="diagnosis")] = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,

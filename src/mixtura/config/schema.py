@@ -30,7 +30,7 @@ class DataConfig:
     split: str = "train"
     """Hub split to read; the held-out documents are split off from it."""
     path: str | None = None
-    """File or folder of .txt, .jsonl or .parquet (source "local" only)."""
+    """File or folder of .txt, .jsonl, .json, .csv, .tsv or .parquet (source "local" only)."""
     text_column: str = "text"
     """Column or JSON key that holds the text."""
     max_bytes: int = 16_000_000

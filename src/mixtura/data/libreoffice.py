@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from mixtura.config import UserError
 from mixtura.config.assets import cache_folder
-from mixtura.data.rows import reason_of
+from mixtura.data.files import reason_of
 from mixtura.data.units import Unit
 
 _COLUMNS = ("file", "element", "text")

@@ -22,8 +22,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mixtura.config import DataConfig, UserError
+from mixtura.data.files import reason_of
 from mixtura.data.packing import PackedTokens, epoch_order, pack
-from mixtura.data.rows import reason_of
 from mixtura.data.sources import load_corpus, source_files
 from mixtura.data.tokenizer import load_tokenizer, train_tokenizer
 

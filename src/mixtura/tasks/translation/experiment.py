@@ -145,7 +145,7 @@ def _encode(recipe: TranslationRecipe, corpus: ParallelCorpus, prompts: Prompts)
     }
     # In the recipe's order, as far as there are pairs.
     known = {pair.pair for split in splits.values() for pair in split.sentences}
-    named = [direction.lower() for direction in recipe.data.pairs]
+    named = recipe.data.pairs
     directions = tuple([name for name in named if name in known] + sorted(known - set(named)))
     return TranslationData(
         prompts=prompts, directions=directions, max_length=recipe.data.max_length, facts=facts, **splits

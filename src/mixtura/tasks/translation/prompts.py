@@ -21,47 +21,12 @@ from typing import Any, Literal
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from mixtura.config import UserError
+from mixtura.config.languages import language_name
 from mixtura.data.parallel import SentencePair
 from mixtura.data.tokenizer import load_tokenizer, train_tokenizer
 
 PromptKind = Literal["tokens", "instruction"]
 SEPARATOR = "<sep>"
-
-# ISO 639-1; a language that is missing here goes by its code.
-LANGUAGE_NAMES = {
-    **{"af": "Afrikaans", "am": "Amharic", "ar": "Arabic", "be": "Belarusian", "bg": "Bulgarian", "bn": "Bengali"},
-    **{"ca": "Catalan", "cs": "Czech", "cy": "Welsh", "da": "Danish", "de": "German", "el": "Greek", "en": "English"},
-    **{"es": "Spanish", "et": "Estonian", "eu": "Basque", "fa": "Persian", "fi": "Finnish", "fr": "French"},
-    **{"ga": "Irish", "gl": "Galician", "gu": "Gujarati", "he": "Hebrew", "hi": "Hindi", "hr": "Croatian"},
-    **{"hu": "Hungarian", "hy": "Armenian", "id": "Indonesian", "is": "Icelandic", "it": "Italian", "ja": "Japanese"},
-    **{"ka": "Georgian", "kk": "Kazakh", "km": "Khmer", "kn": "Kannada", "ko": "Korean", "lt": "Lithuanian"},
-    **{"lv": "Latvian", "mk": "Macedonian", "ml": "Malayalam", "mn": "Mongolian", "mr": "Marathi", "ms": "Malay"},
-    **{"my": "Burmese", "nb": "Norwegian", "ne": "Nepali", "nl": "Dutch", "no": "Norwegian", "pa": "Punjabi"},
-    **{
-        "pl": "Polish",
-        "pt": "Portuguese",
-        "pt_br": "Brazilian Portuguese",
-        "ro": "Romanian",
-        "ru": "Russian",
-        "si": "Sinhala",
-        "sk": "Slovak",
-    },
-    **{"sl": "Slovenian", "sq": "Albanian", "sr": "Serbian", "sv": "Swedish", "sw": "Swahili", "ta": "Tamil"},
-    **{"te": "Telugu", "th": "Thai", "tl": "Tagalog", "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu"},
-    **{
-        "uz": "Uzbek",
-        "vi": "Vietnamese",
-        "zh": "Chinese",
-        "zh_cn": "Chinese",
-        "zh_tw": "Traditional Chinese",
-        "zu": "Zulu",
-    },
-}
-
-
-def language_name(language: str) -> str:
-    """The English name of a language; that of "zh" for a "zh_hk" that is not listed."""
-    return LANGUAGE_NAMES.get(language, LANGUAGE_NAMES.get(language.split("_")[0], language))
 
 
 def language_token(language: str) -> str:
