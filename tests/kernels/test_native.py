@@ -116,6 +116,47 @@ def test_rows_of_one_expert_do_not_see_each_other():
 
 
 @compiled
+@pytest.mark.parametrize("threads", [2, 4], indirect=True)
+@pytest.mark.parametrize("rows", [90, 600])
+def test_rows_of_one_token_within_an_expert_add_up_in_one_order(rows, threads):
+    # A single expert, so that threads share the work on its rows; most of these belong to one token.
+    x_TD, _, weight_R, counts_E, *experts = sparse_inputs([rows], tokens=rows, hidden_size=40, width=24)
+    token_R = torch.where(torch.rand(rows) < 0.9, 0, torch.arange(rows))
+    inputs = (x_TD, token_R, weight_R, counts_E, *experts)
+
+    def run():
+        return output_and_gradients(sparse_ffn, [t.clone() for t in inputs], "silu", True, torch.float32)
+
+    expected = run()
+    for _ in range(40):
+        for actual, value in zip(run(), expected, strict=True):
+            assert torch.equal(actual, value)
+    assert_equals_definition("sparse_ffn", sparse_ffn, inputs, "silu", True)
+
+
+@compiled
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("which", ["x", "weight", "up", "down", "gradient"])
+@pytest.mark.parametrize(("activation", "gated"), [("relu", False), ("relu", True), ("silu", True)])
+def test_what_is_not_finite_stays_where_torch_has_it(activation, gated, which, value, monkeypatch):
+    # 20 and 21 columns end with a vector that overlaps the one before it; rows do not fill their vectors either.
+    x_TD, token_R, weight_R, counts_E, up_EHD, down_EDF = sparse_inputs([9, 0, 5], tokens=12, width=21, gated=gated)
+    grad_TD = torch.randn(12, 20)
+    {"x": x_TD, "weight": weight_R.view(-1, 1), "up": up_EHD[0], "down": down_EDF[0], "gradient": grad_TD}[which][
+        int(token_R[2]) if which in ("x", "gradient") else 0, 0
+    ] = value
+    results = []
+    for in_c in (True, False):
+        if not in_c:
+            monkeypatch.setattr(native, "takes", lambda *_: False)
+        leaves = [t.clone().requires_grad_() for t in (x_TD, weight_R, up_EHD, down_EDF)]
+        y_TD = sparse_ffn(leaves[0], token_R, leaves[1], counts_E, *leaves[2:], activation, gated)
+        results.append([y_TD, *torch.autograd.grad(y_TD, leaves, grad_TD)])
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual.isnan(), expected.isnan()) and torch.equal(actual.isinf(), expected.isinf())
+
+
+@compiled
 def test_the_c_code_is_what_runs(monkeypatch):
     seen = []
     run = native.forward

@@ -5,7 +5,7 @@
 
    Letters: E experts, D hidden, F expert width, H = 2F when gated (gate columns first) else F, R rows sorted by expert.
    token[r] is the row of x and out that row r reads and adds to. Without `token`, rows are where they are and weights
-   are 1. An expert has a token at most once, so the rows of a block never add to the same place. */
+   are 1. Rows of one token may share an expert. */
 
 #include <string.h>
 
@@ -35,14 +35,20 @@ static const float *rows_of(const experts_t *e, const float *from, int64_t start
     return copy;
 }
 
+/* Adds the rows of a block to their tokens. Threads share out the columns, not the rows: rows of one token may then lie
+   in one block, and no two threads ever add to the same number, so the sums have one order. */
 static void add_back(const experts_t *e, const float *from, int64_t start, int64_t rows, float *to) {
-    const int64_t D = e->hidden;
+    const int64_t D = e->hidden, line = 16; /* floats of a cache line, which two threads should not both write */
+    const int64_t columns = ((D + e->threads - 1) / e->threads + line - 1) / line * line;
 #pragma omp parallel for num_threads(e->threads) if (e->threads > 1)
-    for (int64_t r = 0; r < rows; r++) {
-        float *o = to + e->token[start + r] * D;
-        const float *y = from + r * D;
+    for (int64_t first = 0; first < D; first += columns) {
+        const int64_t count = D - first < columns ? D - first : columns;
+        for (int64_t r = 0; r < rows; r++) {
+            float *o = to + e->token[start + r] * D + first;
+            const float *y = from + r * D + first;
 #pragma omp simd
-        for (int64_t i = 0; i < D; i++) o[i] += y[i];
+            for (int64_t i = 0; i < count; i++) o[i] += y[i];
+        }
     }
 }
 
@@ -75,18 +81,19 @@ static void into_panel(const experts_t *e, const float *from, int64_t start, int
     }
 }
 
-/* Rows (rows, n) with `to_row` between them = panel (n, P).T; with `token` added to the tokens' rows. */
+/* Rows (rows, n) with `to_row` between them = panel (n, P).T; with `token` added to the tokens' rows. Threads share out
+   the columns n, for the reason that `add_back` gives. */
 static void from_panel(
     const int64_t *token, int64_t threads, int64_t n, int64_t rows, const float *panel, float *to, int64_t to_row) {
     const int64_t P = whole_vectors(rows);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t r = 0; r < rows; r += TURNED) {
-        const int64_t count = rows - r < TURNED ? rows - r : TURNED;
-        for (int64_t d = 0; d < n; d += TURNED) {
-            const int64_t width = n - d < TURNED ? n - d : TURNED;
+    for (int64_t d = 0; d < n; d += TURNED) {
+        const int64_t width = n - d < TURNED ? n - d : TURNED;
+        const float *lines[TURNED]; /* the first line again for those past the last, which nothing reads */
+        for (int i = 0; i < TURNED; i++) lines[i] = panel + (d + (i < width ? i : 0)) * P;
+        for (int64_t r = 0; r < rows; r += TURNED) {
+            const int64_t count = rows - r < TURNED ? rows - r : TURNED;
             float square[TURNED * TURNED];
-            const float *lines[TURNED];
-            for (int i = 0; i < TURNED; i++) lines[i] = panel + (d + (i < width ? i : 0)) * P;
             turn(lines, r, square, TURNED);
             for (int64_t i = 0; i < count; i++) {
                 float *row = to + (token ? token[r + i] : r + i) * to_row + d;

@@ -52,15 +52,16 @@ static inline void activate_run_backward(
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; i++) {
-        const float s = silu ? sigmoid_f(gate[i]) : (gate[i] > 0.0f ? 1.0f : 0.0f);
+        const float s = silu ? sigmoid_f(gate[i]) : 1.0f;
         const float act = silu ? gate[i] * s : (gate[i] < 0.0f ? 0.0f : gate[i]);
-        const float slope = silu ? s * (1.0f + gate[i] * (1.0f - s)) : s;
+        const float slope = silu ? s * (1.0f + gate[i] * (1.0f - s)) : 1.0f;
         const float other = gated ? up[i] : 1.0f, w = weight[apart ? i : 0], weighted = grad[i] * w;
         const float inner = grad[i] * act * other;
         if (apart) grad_weight[i] += inner;
         else sum += inner;
         h[i] = act * other * w;
-        grad_gate[i] = weighted * other * slope;
+        /* ReLU stops a gradient by selecting zero, as torch does: times a slope of zero an infinite one would be NaN. */
+        grad_gate[i] = !silu && gate[i] <= 0.0f ? 0.0f : weighted * other * slope;
         if (gated) grad_up[i] = weighted * act;
     }
     if (!apart) *grad_weight += sum;

@@ -26,7 +26,9 @@ typedef struct {
 } tiles_t;
 
 /* I rows and J vectors of out, from (i, j) on, kept in registers over all k steps. LAST: one vector that ends with the
-   last column; `valid` are the lanes that no other tile computes. */
+   last column, so it overlaps the vector before it; `valid` are the lanes that no other tile computes. The other lanes
+   keep what is in out: they are left out by selecting bits when the sums are stored. Multiplying their operand by zero
+   would not do, since zero times an infinite number is NaN and would spread to columns that never met that number. */
 #define TILE(I, J, LAST)                                                                                             \
     static void tile_##I##_##J##_##LAST(                                                                             \
         const tiles_t *t, int64_t i0, int64_t j0, const char *next, mask_t valid) {                                  \
@@ -37,15 +39,11 @@ typedef struct {
         vec_t sum[I][J];                                                                                             \
         for (int i = 0; i < I; i++)                                                                                  \
             for (int j = 0; j < J; j++) {                                                                            \
-                sum[i][j] = t->add || LAST ? *(const vec_t *)(out + i * out_row + j * LANES) : (vec_t){0};           \
-                if (LAST && !t->add) sum[i][j] = (vec_t)((mask_t)sum[i][j] & ~valid);                                \
+                sum[i][j] = t->add ? *(const vec_t *)(out + i * out_row + j * LANES) : (vec_t){0};                   \
             }                                                                                                        \
         for (int64_t p = 0; p < k; p++, next += fetch) {                                                             \
             vec_t right[J];                                                                                          \
-            for (int j = 0; j < J; j++) {                                                                            \
-                right[j] = *(const vec_t *)(b + p * b_row + j * LANES);                                              \
-                if (LAST) right[j] = (vec_t)((mask_t)right[j] & valid);                                              \
-            }                                                                                                        \
+            for (int j = 0; j < J; j++) right[j] = *(const vec_t *)(b + p * b_row + j * LANES);                      \
             __builtin_prefetch(next);                                                                                \
             for (int i = 0; i < I; i++) {                                                                            \
                 const float left = a[i * a_row + p * a_step];                                                        \
@@ -53,7 +51,10 @@ typedef struct {
             }                                                                                                        \
         }                                                                                                            \
         for (int i = 0; i < I; i++)                                                                                  \
-            for (int j = 0; j < J; j++) *(vec_t *)(out + i * out_row + j * LANES) = sum[i][j];                       \
+            for (int j = 0; j < J; j++) {                                                                            \
+                vec_t *to = (vec_t *)(out + i * out_row + j * LANES);                                                \
+                *to = LAST ? (vec_t)(((mask_t)sum[i][j] & valid) | ((mask_t)*to & ~valid)) : sum[i][j];              \
+            }                                                                                                        \
     }
 /* I rows and all columns. */
 #define STRIP(I)                                                                                                     \

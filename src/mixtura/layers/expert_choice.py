@@ -18,7 +18,6 @@ from mixtura.layers.routing import (
     Router,
     SparseRouting,
     sparse_experts,
-    to_groups,
 )
 from mixtura.layers.statistics import RoutingStats, count_real, mean_of_real, normalized_entropy, sum_of_real
 from mixtura.planning.capacity import capacity
@@ -83,25 +82,37 @@ class ExpertChoiceMoE(FeedForward):
         return y_TD.view(x_BLD.shape), stats
 
     def _choose(self, probs_BLE: Tensor, real_BL1: Tensor) -> SparseRouting:
+        """Every expert's best tokens, by descending score within a group.
+
+        A last group that is not full hands out only the tokens it has. Filling it up would need rows that belong to no
+        token, and wherever such rows point, several would add to one place.
+        """
         batch, length, num_experts = probs_BLE.shape
-        index_BL1 = torch.arange(batch * length, device=probs_BLE.device).view(batch, length, 1)
+        index_BL = torch.arange(batch * length, device=probs_BLE.device).view(batch, length)
         # Padding scores -1, so it is taken only when nothing real is left, and then with weight 0.
-        score_NGE = torch.where(self._groups(real_BL1).bool(), self._groups(probs_BLE), -1.0)
-        index_NG = self._groups(index_BL1).squeeze(-1)
-        limit = min(capacity(score_NGE.size(1), self.top_k, num_experts, 1.0), score_NGE.size(1))
-        weight_NCE, chosen_NCE = score_NGE.topk(limit, dim=1)
-        token_NCE = index_NG.unsqueeze(-1).expand_as(score_NGE).gather(1, chosen_NCE)
+        score_OIE = self._competing(torch.where(real_BL1.bool(), probs_BLE, -1.0))
+        index_OI = self._competing(index_BL)
+        group_size = score_OIE.size(1) if self.group_over == "all" else self.group_size or batch
+        limit = min(capacity(group_size, self.top_k, num_experts, 1.0), group_size)
+        full = score_OIE.size(1) // group_size * group_size
+        token_RE, weight_RE = [], []
+        for places, size in ((slice(0, full), group_size), (slice(full, None), score_OIE.size(1) - full)):
+            if size:
+                score_NGE = score_OIE[:, places].reshape(-1, size, num_experts)
+                weight_NCE, chosen_NCE = score_NGE.topk(min(limit, size), dim=1)
+                index_NGE = index_OI[:, places].reshape(-1, size, 1).expand_as(score_NGE)
+                token_RE.append(index_NGE.gather(1, chosen_NCE).flatten(0, 1))
+                weight_RE.append(weight_NCE.clamp_min(0).flatten(0, 1))
+        token_RE, weight_RE = torch.cat(token_RE), torch.cat(weight_RE)
         return SparseRouting(
-            token_R=token_NCE.permute(2, 0, 1).flatten(),
-            weight_R=weight_NCE.clamp_min(0).permute(2, 0, 1).flatten(),
-            tokens_per_expert_E=torch.full_like(index_NG[0, :1], limit * len(score_NGE)).expand(num_experts),
+            token_R=token_RE.T.flatten(),
+            weight_R=weight_RE.T.flatten(),
+            tokens_per_expert_E=torch.full_like(index_BL[0, :1], len(token_RE)).expand(num_experts),
         )
 
-    def _groups(self, x_BLD: Tensor) -> Tensor:
-        """(B, L, D) -> (N, G, D), the tokens that compete; a last group that is not full is filled with zeros."""
-        if self.group_over == "all":
-            return x_BLD.reshape(1, -1, x_BLD.size(-1))
-        return to_groups(x_BLD, self.group_size or x_BLD.size(0), "batch")
+    def _competing(self, x: Tensor) -> Tensor:
+        """(B, L, ...) -> (O, I, ...): the tokens of which each run of G along I competes, for each of O places."""
+        return x.transpose(0, 1) if self.group_over == "batch" else x.flatten(0, 1).unsqueeze(0)
 
     def _stats(
         self, logits_BLE: Tensor, probs_BLE: Tensor, mask_BL: Tensor | None, routing: SparseRouting
