@@ -58,7 +58,7 @@ enum { FEW_ROWS = 96, UP_ROWS = 128 }; /* up to which that is faster, and the fi
 
 static int64_t whole_vectors(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-static int are_few(const experts_t *e, int64_t rows, int64_t most) {
+static int is_small_batch(const experts_t *e, int64_t rows, int64_t most) {
     const int64_t fit = e->block / 2 < most ? e->block / 2 : most; /* in the scratch */
     return rows > 0 && whole_vectors(rows) <= fit && e->hidden >= LANES && e->width >= LANES;
 }
@@ -193,7 +193,7 @@ static int64_t block_of(const experts_t *e, int64_t rows) {
 static void first_projection(const experts_t *e, const float *up, int64_t start, int64_t rows, float *u) {
     const int64_t D = e->hidden, H = e->gated ? 2 * e->width : e->width, P = whole_vectors(rows);
     float *x = e->scratch, *panel = x + D * P;
-    if (are_few(e, rows, UP_ROWS)) {
+    if (is_small_batch(e, rows, UP_ROWS)) {
         into_panel(e, e->x, start, rows, x);
         weight_by_panel(e->threads, H, P, D, up, x, panel);
         from_panel(NULL, e->threads, H, rows, panel, u, H);
@@ -207,7 +207,7 @@ static void forward(const experts_t *e, float *u, float *out) {
     for (int64_t n = 0; n < e->experts; n++) {
         const float *up = e->up + n * H * D, *down = e->down + n * D * F;
         const int64_t end = start + e->counts[n];
-        if (are_few(e, end - start, FEW_ROWS)) {
+        if (is_small_batch(e, end - start, FEW_ROWS)) {
             few_forward(e, up, down, start, end - start, u + start * H, out);
             start = end;
         }
@@ -238,7 +238,7 @@ static void backward(
             memset(grad_up + n * H * D, 0, H * D * sizeof(float));
             memset(grad_down + n * D * F, 0, D * F * sizeof(float));
         }
-        if (are_few(e, end - start, FEW_ROWS)) {
+        if (is_small_batch(e, end - start, FEW_ROWS)) {
             few_backward(e, up, down, start, end - start, u + start * H, grad, grad_x, grad_weight,
                          grad_up + n * H * D, grad_down + n * D * F);
             start = end;
@@ -320,13 +320,20 @@ static void sum_up(const experts_t *e, float *out) {
         }
 }
 
+static int tokens_are_outside(const experts_t *e) {
+    int64_t rows = 0;
+    for (int64_t n = 0; n < e->experts; n++) rows += e->counts[n];
+    return e->token && any_outside(e->token, rows, e->tokens);
+}
+
 /* out: (T, D) of zeros with `token`, else (R, D); u: (R, H), kept for the backward pass, an expert of few rows as
-   (H, rows). */
-void mixtura_experts_forward(const experts_t *e, float *u, float *out) {
+   (H, rows). Returns 1, with nothing written, where a token's index is out of range; so does the backward pass. */
+int mixtura_experts_forward(const experts_t *e, float *u, float *out) {
+    if (tokens_are_outside(e)) return 1;
     const int64_t H = e->gated ? 2 * e->width : e->width;
     if (!are_shared_out(e)) {
         forward(e, u, out);
-        return;
+        return 0;
     }
 #pragma omp parallel for num_threads(e->threads) schedule(static, 1)
     for (int64_t thread = 0; thread < e->threads; thread++) {
@@ -335,17 +342,19 @@ void mixtura_experts_forward(const experts_t *e, float *u, float *out) {
         forward(&own, u + start * H, e->token ? sum_of(e, thread, out) : out + start * e->hidden);
     }
     if (e->token) sum_up(e, out);
+    return 0;
 }
 
 /* grad_x: (T, D) of zeros with `token`, else (R, D); grad_weight: (R,) or NULL; all of grad_up and grad_down
    is written. */
-void mixtura_experts_backward(
+int mixtura_experts_backward(
     const experts_t *e, const float *u, const float *grad, float *grad_x, float *grad_weight, float *grad_up,
     float *grad_down) {
     const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F;
+    if (tokens_are_outside(e)) return 1;
     if (!are_shared_out(e)) {
         backward(e, u, grad, grad_x, grad_weight, grad_up, grad_down);
-        return;
+        return 0;
     }
 #pragma omp parallel for num_threads(e->threads) schedule(static, 1)
     for (int64_t thread = 0; thread < e->threads; thread++) {
@@ -356,4 +365,5 @@ void mixtura_experts_backward(
                  grad_up + first * H * D, grad_down + first * D * F);
     }
     if (e->token) sum_up(e, grad_x);
+    return 0;
 }

@@ -9,23 +9,25 @@ typedef struct {
     int64_t tokens, choices, mixtures, per_expert;
     int64_t shared;                /* all choices of a token read its row of x (T, D); else x is (T, K, D) */
     float temperature, same_mass;
-    int64_t *expert, *mixture;     /* (T, K): which expert, and which row of `mean` and `rest` */
+    int64_t *expert, *mixture;     /* (T, K): which expert, and which row of `mean` and `output` */
     const float *scale;            /* (T, K), or NULL, which is 1 */
     float *weight;                 /* (T, K) */
     const float *logits;           /* (T, S) */
     const float *log_mass;         /* (S,), or NULL where all mixtures have `same_mass` */
-    const float *mean, *rest;      /* (S, D), or NULL, which is 0 */
+    const float *mean, *output;    /* (S, D), or NULL, which is 0 */
     float *u, *all;                /* room for block * H and S numbers */
     int64_t *rank;                 /* room for T*K + E numbers */
     float *out;                    /* (T, D), added to */
 } choices_t;
 
 /* out += the sum over the choices of a token of weight * f_expert(scale * x + (1 - scale) * mean). Inference only.
-   A token may choose an expert more than once. e->weight, e->counts and e->token are not looked at. */
-void mixtura_chosen(const experts_t *e, const choices_t *c) {
+   A token may choose an expert more than once. e->weight, e->counts and e->token are not looked at.
+   Returns 1, with nothing written, where an expert's number is out of range. */
+int mixtura_small_batch(const experts_t *e, const choices_t *c) {
     const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F, R = c->tokens * c->choices;
     float *x = e->scratch, *y = x + e->block * D, *h = y + e->block * D, *weight = h + e->block * F;
     int64_t *rank = c->rank, *ends = rank + R, start = 0;
+    if (any_outside(c->expert, R, e->experts)) return 1;
     memset(ends, 0, e->experts * sizeof(int64_t));
     for (int64_t r = 0; r < R; r++) ends[c->expert[r]]++;
     for (int64_t n = 0, before = 0; n < e->experts; n++) {
@@ -56,12 +58,13 @@ void mixtura_chosen(const experts_t *e, const choices_t *c) {
             }
         }
     }
+    return 0;
 }
 
 /* Tokens without a group: weight m = sigmoid(logit / temperature - log_mass) for every mixture s; the K largest run as
-   above with m as scale and weight, and for the others m * rest[s] is added. c->expert, c->mixture and c->weight are
+   above with m as scale and weight, and for the others m * output[s] is added. c->expert, c->mixture and c->weight are
    written here; c->scale is c->weight. */
-void mixtura_apart(const experts_t *e, const choices_t *c) {
+int mixtura_token_by_token(const experts_t *e, const choices_t *c) {
     const int64_t D = e->hidden, K = c->choices, S = c->mixtures;
     for (int64_t t = 0; t < c->tokens; t++) {
         const float *l = c->logits + t * S;
@@ -76,11 +79,11 @@ void mixtura_apart(const experts_t *e, const choices_t *c) {
             c->weight[r] = sigmoid_f(all[best]);
             all[best] = -INFINITY; /* taken, and its sigmoid is 0 */
         }
-        for (int64_t s = 0; c->rest && s < S; s++) {
-            const float m = sigmoid_f(all[s]), *rest = c->rest + s * D;
+        for (int64_t s = 0; c->output && s < S; s++) {
+            const float m = sigmoid_f(all[s]), *output = c->output + s * D;
 #pragma omp simd
-            for (int64_t i = 0; i < D; i++) c->out[t * D + i] += m * rest[i];
+            for (int64_t i = 0; i < D; i++) c->out[t * D + i] += m * output[i];
         }
     }
-    mixtura_chosen(e, c);
+    return mixtura_small_batch(e, c);
 }

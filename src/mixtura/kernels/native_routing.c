@@ -2,9 +2,9 @@
 
 #include <float.h>
 #include <math.h>
-#include <stdint.h>
 #include <string.h>
 
+#include "native_common.h"
 #include "native_threads.h"
 
 enum { BLOCK = 16 };
@@ -41,11 +41,14 @@ void mixtura_top_k(
     }
 }
 
-/* order (R,): the stable order of the rows by expert, and counts (E,); `next` has room for E numbers. */
-void mixtura_sort_by_expert(
+/* order (R,): the stable order of the rows by expert, and counts (E,); `next` has room for E numbers. Returns 1,
+   with nothing written, where an expert's number is out of range. */
+int mixtura_sort_by_expert(
     int64_t rows, int64_t experts, const int64_t *expert, int64_t *order, int64_t *counts, int64_t *next) {
+    if (any_outside(expert, rows, experts)) return 1;
     memset(counts, 0, experts * sizeof(int64_t));
     for (int64_t r = 0; r < rows; r++) counts[expert[r]]++;
     for (int64_t e = 0, start = 0; e < experts; start += counts[e], e++) next[e] = start;
     for (int64_t r = 0; r < rows; r++) order[next[expert[r]]++] = r;
+    return 0;
 }

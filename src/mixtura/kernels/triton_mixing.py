@@ -5,8 +5,8 @@ and one number a mixture. Groups are found by strides: tokens of different examp
 together. Both directions and both gradients are made of three kernels: sums over a group, sums over the mixtures, and
 the gradient of the logits. Products accumulate in float32, and those of float32 are not rounded to TF32.
 
-Imported where Triton is installed only; `device.py` says what runs. Definitions: `reference.mix` and `reference.spread`
-of a softmax over the group.
+Imported where Triton is installed only; `accelerator.py` decides what runs. Definitions: `reference.mix` and
+`reference.spread` of a softmax over the group.
 
 Shapes: O outer and P inner places of a group, N = O*P groups, G tokens of a group, E experts, C mixtures an expert has
 in a group, S = E*C, D hidden.
@@ -26,7 +26,7 @@ MOST_GROUP_BYTES = 512
 """Bytes of one column of a group, 256 tokens of 16 bits: a program holds a group whole, in 99 KiB of shared memory."""
 
 
-def takes_group(x_OPGD: Tensor) -> bool:
+def can_run_group(x_OPGD: Tensor) -> bool:
     """Whether the kernels run these groups: their size, their dtype, and a hidden axis without gaps."""
     known = x_OPGD.dtype in (torch.float32, torch.float16, torch.bfloat16)
     return known and x_OPGD.size(2) * x_OPGD.element_size() <= MOST_GROUP_BYTES and x_OPGD.stride(3) == 1

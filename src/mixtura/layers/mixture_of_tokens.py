@@ -18,7 +18,6 @@ from mixtura import kernels
 from mixtura.layers.experts import Experts, unwrapped
 from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.losses import router_z_loss
-from mixtura.layers.population import Neighbours, Observation, Population, observe, zero_neighbours
 from mixtura.layers.routing import (
     ChoiceTap,
     DenseRouting,
@@ -29,6 +28,7 @@ from mixtura.layers.routing import (
     to_groups,
 )
 from mixtura.layers.statistics import RoutingStats, count_real, normalized_entropy, pool_stats, sum_of_real
+from mixtura.layers.token_by_token import Neighbours, Observation, Population, observe, zero_neighbours
 
 
 class MixtureOfTokens(FeedForward):
@@ -167,18 +167,12 @@ class MixtureOfTokens(FeedForward):
         """Whether `_run_few_apart` can take the place of `_run_apart`: same numbers, fewer calls, nobody watching."""
         if self.alone_top_k is None or self.combine_gate is not None or self.choice_tap.watched:
             return False
-        if x_BLD.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return False
-        activation, rows = unwrapped(self.experts).activation, x_BLD.size(0) * x_BLD.size(1) * self.alone_top_k
-        averages = [each for each in rest if isinstance(each, Tensor)]
-        return kernels.are_few(rows, activation, x_BLD) and (
-            not averages or kernels.takes(activation, x_BLD, *averages)
-        )
+        return kernels.can_run_token_by_token(x_BLD, self.alone_top_k, unwrapped(self.experts).activation, *rest)
 
     def _run_few_apart(self, x_TD: Tensor, rest: Neighbours) -> Tensor:
         means = (rest.mean_SD, rest.output_SD)
         settings = (self.temperature, rest.log_mass_S, *means, self.alone_top_k, self.mixtures_per_expert)
-        return self.experts(x_TD, kernels.apart_ffn, self.gate(x_TD), *settings)
+        return self.experts(x_TD, kernels.token_by_token_ffn, self.gate(x_TD), *settings)
 
     def _real_places(self, x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor | None:
         """(N, G), true where a group has a token that is neither padding nor filling; None when all are."""
@@ -224,7 +218,7 @@ class MixtureOfTokens(FeedForward):
         if self.combine_gate is not None:
             combine_logits_NGS = self._logits(x_NGD, self.combine_gate)
         weight_NGS = None
-        if kernels.takes_groups(x_NGD.unsqueeze(1)):
+        if kernels.can_run_groups(x_NGD.unsqueeze(1)):
             y_NGD = self._run_mixed(x_NGD, logits_NGS, combine_logits_NGS)
         else:
             shape = (self.num_experts, self.mixtures_per_expert)

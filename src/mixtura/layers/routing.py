@@ -95,8 +95,8 @@ def chosen_experts(
 
     K of the input may be 1, where all choices of a token have the same; no scale is a scale of 1.
     """
-    if kernels.are_few(expert_TK.numel(), unwrapped(experts).activation, x_TKD):
-        return experts(x_TKD, kernels.few_ffn, expert_TK, scale_TK, weight_TK)
+    if kernels.is_small_batch(expert_TK.numel(), unwrapped(experts).activation, x_TKD):
+        return experts(x_TKD, kernels.small_batch_ffn, expert_TK, scale_TK, weight_TK)
     order_R, rows_E = kernels.order_by_expert(expert_TK, unwrapped(experts).num_experts)
     choices = expert_TK.size(1)
     # Every choice has an input of its own, so a row is a token by itself until it is added back.
@@ -112,7 +112,7 @@ def chosen_experts(
 def sort_by_expert(expert_TK: Tensor, weight_TK: Tensor, num_experts: int) -> SparseRouting:
     """Turns each token's chosen experts (T, K) into rows sorted by expert, tokens in order within an expert."""
     row_TK = None
-    if kernels.sorts_choices(expert_TK):
+    if kernels.can_sort_choices(expert_TK):
         order_R, row_TK, tokens_per_expert_E = kernels.sort_choices(expert_TK, num_experts)
     else:
         order_R, tokens_per_expert_E = kernels.order_by_expert(expert_TK, num_experts)

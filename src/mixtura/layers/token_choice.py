@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mixtura.kernels import are_few, top_k
+from mixtura.kernels import is_small_batch, top_k
 from mixtura.layers.dense import DenseFFN
 from mixtura.layers.experts import Experts, unwrapped
 from mixtura.layers.feed_forward import FeedForward
@@ -118,7 +118,7 @@ class TokenChoiceMoE(FeedForward):
             choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
         self.choice_tap(weight_TK, choice_TK)
         stats = None
-        if not apart and are_few(choice_TK.numel(), unwrapped(self.experts).activation, x_TD):
+        if not apart and is_small_batch(choice_TK.numel(), unwrapped(self.experts).activation, x_TD):
             y_TD = chosen_experts(self.experts, x_TD.unsqueeze(1), choice_TK, weight_TK)
         else:
             routing = sort_by_expert(choice_TK, weight_TK, self.num_experts)
