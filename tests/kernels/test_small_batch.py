@@ -9,7 +9,6 @@ from torch.testing import assert_close
 from mixtura import kernels
 from mixtura.kernels import native, reference, small_batch
 from mixtura.layers import Experts, TokenChoiceMoE
-from mixtura.layers.routing import chosen_experts
 
 SIZES = st.integers(1, 4)
 GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -35,7 +34,7 @@ def random_choices(tokens, choices, num_experts, hidden, *, one_input=False, sca
 
 
 def run_chosen(experts, x_TKD, expert_TK, scale_TK, weight_TK):
-    return chosen_experts(experts, x_TKD, expert_TK, weight_TK, scale_TK)
+    return experts(x_TKD, kernels.chosen_ffn, expert_TK, scale_TK, weight_TK)
 
 
 @GATED
@@ -103,7 +102,7 @@ def test_a_decoding_step_of_token_choice_does_not_sort(monkeypatch, top_k):
     layer = TokenChoiceMoE(6, intermediate_size=4, num_experts=5, top_k=top_k, num_shared_experts=1)
     x_BLD = torch.randn(2, 1, 6)
     expected_BLD = layer(x_BLD)
-    monkeypatch.setattr("mixtura.layers.token_choice.sort_by_expert", lambda *_: pytest.fail("it sorted"))
+    monkeypatch.setattr("mixtura.kernels.dispatch.order_by_expert", lambda *_: pytest.fail("it sorted"))
     with torch.no_grad():
         assert_close(layer(x_BLD), expected_BLD)
         with pytest.raises(pytest.fail.Exception, match="it sorted"):

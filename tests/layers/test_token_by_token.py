@@ -30,7 +30,7 @@ def the_long_way(layer, x_BLD):
 
 @pytest.fixture
 def no_long_way(monkeypatch):
-    monkeypatch.setattr(MixtureOfTokens, "_run_apart", lambda *_: pytest.fail("it went the long way"))
+    monkeypatch.setattr(MixtureOfTokens, "_run_tokens", lambda *_: pytest.fail("it went the long way"))
 
 
 @given(

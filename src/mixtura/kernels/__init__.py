@@ -7,6 +7,11 @@ from mixtura.kernels.accelerator import can_run_groups as can_run_groups
 from mixtura.kernels.accelerator import can_sort_choices as can_sort_choices
 from mixtura.kernels.accelerator import logits_mixed_ffn as logits_mixed_ffn
 from mixtura.kernels.accelerator import sort_choices as sort_choices
+from mixtura.kernels.dispatch import chosen_ffn as chosen_ffn
+from mixtura.kernels.dispatch import first_real_rows as first_real_rows
+from mixtura.kernels.dispatch import must_not_wait as must_not_wait
+from mixtura.kernels.dispatch import routed_ffn as routed_ffn
+from mixtura.kernels.dispatch import rows_by_expert as rows_by_expert
 from mixtura.kernels.expert_weights import ExpertWeights as ExpertWeights
 from mixtura.kernels.mixing import batched_ffn as batched_ffn
 from mixtura.kernels.mixing import mix as mix

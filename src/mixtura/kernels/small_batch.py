@@ -83,7 +83,7 @@ def token_by_token_ffn(
     """(T, D) -> (T, D): Mixture of Tokens for tokens without a group, the `top_k` mixtures of the largest weights.
 
     Given the router's logits and, for every mixture, what the neighbours would add to the group: the log of their mass,
-    their weighted mean and the expert's output for that mean (`layers.token_by_token.Neighbours`). None is zero. C
+    their weighted mean and the expert's output for that mean (`layers.neighbours.Neighbours`). None is zero. C
     takes all of it; torch takes zero neighbours of one mass, as far as `can_run_token_by_token` says.
 
     Next to the products of a single token every call counts, so torch computes weights as plain numbers for the chosen

@@ -6,10 +6,10 @@ from mixtura.layers.experts import Experts as Experts
 from mixtura.layers.feed_forward import FeedForward as FeedForward
 from mixtura.layers.layer_mix import LayerMix as LayerMix
 from mixtura.layers.mixture_of_tokens import MixtureOfTokens as MixtureOfTokens
+from mixtura.layers.neighbours import Population as Population
 from mixtura.layers.routing import ChoiceTap as ChoiceTap
 from mixtura.layers.routing import DenseRouting as DenseRouting
 from mixtura.layers.routing import SparseRouting as SparseRouting
 from mixtura.layers.soft import SoftMoE as SoftMoE
 from mixtura.layers.statistics import RoutingStats as RoutingStats
-from mixtura.layers.token_by_token import Population as Population
 from mixtura.layers.token_choice import TokenChoiceMoE as TokenChoiceMoE

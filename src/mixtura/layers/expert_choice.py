@@ -11,15 +11,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mixtura.layers.checks import check_expert_choice
 from mixtura.layers.experts import Experts
+from mixtura.layers.family_statistics import expert_choice_stats
 from mixtura.layers.feed_forward import FeedForward
-from mixtura.layers.losses import router_z_loss
 from mixtura.layers.routing import (
     Router,
     SparseRouting,
     sparse_experts,
 )
-from mixtura.layers.statistics import RoutingStats, count_real, mean_of_real, normalized_entropy, sum_of_real
+from mixtura.layers.statistics import RoutingStats
 from mixtura.planning.capacity import capacity
 
 
@@ -54,10 +55,7 @@ class ExpertChoiceMoE(FeedForward):
             ValueError: top_k or group_over make no sense.
         """
         super().__init__()
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k is {top_k}: it must lie between 1 and num_experts, which is {num_experts}.")
-        if group_over not in ("batch", "all"):
-            raise ValueError(f"group_over is {group_over!r}: it must be batch or all.")
+        check_expert_choice(top_k, num_experts, group_over)
         self.num_experts, self.top_k = num_experts, top_k
         self.group_size, self.group_over = group_size, group_over
         self.gate = Router(hidden_size, num_experts)
@@ -78,7 +76,7 @@ class ExpertChoiceMoE(FeedForward):
         real_BL1 = torch.ones_like(probs_BLE[..., :1]) if mask_BL is None else mask_BL.unsqueeze(-1).to(probs_BLE)
         routing = self._choose(probs_BLE, real_BL1)
         y_TD = sparse_experts(self.experts, x_BLD.flatten(0, 1), routing)
-        stats = self._stats(logits_BLE, probs_BLE, mask_BL, routing) if want_stats else None
+        stats = expert_choice_stats(logits_BLE, probs_BLE, mask_BL, routing) if want_stats else None
         return y_TD.view(x_BLD.shape), stats
 
     def _choose(self, probs_BLE: Tensor, real_BL1: Tensor) -> SparseRouting:
@@ -113,19 +111,3 @@ class ExpertChoiceMoE(FeedForward):
     def _competing(self, x: Tensor) -> Tensor:
         """(B, L, ...) -> (O, I, ...): the tokens of which each run of G along I competes, for each of O places."""
         return x.transpose(0, 1) if self.group_over == "batch" else x.flatten(0, 1).unsqueeze(0)
-
-    def _stats(
-        self, logits_BLE: Tensor, probs_BLE: Tensor, mask_BL: Tensor | None, routing: SparseRouting
-    ) -> RoutingStats:
-        logits_TE, probs_TE = logits_BLE.flatten(0, 1), probs_BLE.flatten(0, 1)
-        taken_R = (routing.weight_R > 0).float()  # the others are padding, taken for want of real tokens
-        taken_T = taken_R.new_zeros(len(logits_TE)).index_add(0, routing.token_R, taken_R)
-        real_T = None if mask_BL is None else mask_BL.flatten().bool()
-        return RoutingStats(
-            tokens_per_expert_E=taken_R.unflatten(0, (self.num_experts, -1)).sum(1),
-            importance_E=mean_of_real(probs_TE.float(), real_T),
-            router_z_loss=router_z_loss(logits_TE, real_T),
-            dropped_tokens=sum_of_real((taken_T == 0).float(), real_T),
-            routed_rows=count_real(taken_T, real_T),
-            entropy=normalized_entropy(probs_TE, -1, real_T),
-        )

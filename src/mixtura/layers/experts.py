@@ -70,10 +70,3 @@ class Experts(nn.Module):
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, activation={self.activation}, gated={self.gated}"
         )
-
-
-def unwrapped(experts: Any) -> Experts:
-    """The experts under adapters around them, which keep what they wrap as `base_layer`: for their settings only."""
-    while not isinstance(experts, Experts):
-        experts = experts.base_layer
-    return experts

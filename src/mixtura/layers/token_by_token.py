@@ -1,117 +1,107 @@
-"""What stands for the rest of a token's group when there is no group.
+"""Mixture of Tokens for tokens that have no group: how a trained layer is deployed.
 
-A token enters mixture s of its group with weight m = exp(l) / (exp(l) + Z), where l is its logit and Z the sum of
-exp(l) over the other members, and the mixture is m x + (1 - m) x_bar, where x_bar is the other members' mean with the
-same weights. So a token needs to know of its neighbours only log Z and x_bar: `Neighbours`. Zero neighbours have
-Z = G - 1 and x_bar = 0; those of a population have its averages, which `Population` keeps.
+The group's formula is kept, and what the other members would have added to it is put in as a number and a vector for
+each mixture (`Neighbours`). Take mixture s and a token x with router logit l, and let the others have logits l_i,
+tokens x_i, mass Z = sum exp(l_i) and weighted mean x_bar = sum exp(l_i) x_i / Z. The softmax over the group gives x the
+weight
 
-Shapes: N groups, G tokens of a group, S mixtures, D hidden.
+    m = exp(l) / (exp(l) + Z) = sigmoid(l - log Z),
+
+and the others together the remaining 1 - m, so the mixture is z = m x + (1 - m) x_bar: exactly the training formula,
+whatever the size of the group. The token then gets back m * f(z) from the mixture's expert f. What the others get back
+is not computed, since nobody reads it.
+
+With zero neighbours Z = G - 1 and x_bar = 0, so z = m x, and the token's output depends on nothing but the token.
+
+Running every mixture costs as much as G tokens together, so a deployed layer runs the K mixtures of the largest m. For
+the others z is close to x_bar, and f(x_bar) is the same for every token: it is computed once (`output_SD`), and m times
+it stands in for the mixtures that do not run. With zero neighbours that is zero, as experts without biases map zero to
+zero.
+
+Shapes: T tokens, D hidden, E experts, C mixtures an expert has, S = E*C mixtures, K mixtures that run for a token.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixtura import kernels
-from mixtura.layers.experts import Experts, unwrapped
+from mixtura.layers.experts import Experts
+from mixtura.layers.neighbours import Neighbours
 
 
-class Neighbours(NamedTuple):
-    """The rest of a token's group, as every mixture sees it."""
+class Choice(NamedTuple):
+    """The mixtures that run for each token."""
 
-    log_mass_S: Tensor | float
-    """Log of the summed exp(logit) of the other G - 1 tokens."""
-    combine_log_mass_S: Tensor | float
-    """The same for the router that spreads the outputs back; unused where it is the same router."""
-    mean_SD: Tensor | None = None
-    """The other tokens' weighted mean; None is zero."""
-    output_SD: Tensor | None = None
-    """What the mixture's expert makes of that mean; None is zero, as experts without biases make of zero."""
+    mixture_TK: Tensor
+    expert_TK: Tensor
+    scale_TK: Tensor
+    """The token's share m of its mixtures."""
+    weight_TK: Tensor
+    """The weight with which it gets their outputs back: m, unless a second router gives these."""
 
 
-def zero_neighbours(group_size: int) -> Neighbours:
-    """G - 1 zero tokens: their logits are 0."""
-    return Neighbours(math.log(group_size - 1), math.log(group_size - 1))
+def weigh(
+    logits_TS: Tensor, combine_logits_TS: Tensor | None, neighbours: Neighbours, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The token's share m of every mixture (T, S), and the weights (T, S) of the outputs.
 
-
-class Observation(NamedTuple):
-    """Averages over the groups of a batch."""
-
-    log_mass_S: Tensor
-    combine_log_mass_S: Tensor
-    mean_SD: Tensor
-
-
-@torch.no_grad()
-def observe(x_NGD: Tensor, logits_NGS: Tensor, combine_logits_NGS: Tensor) -> Observation:
-    """What the last member of every group has for neighbours, averaged over the groups.
-
-    Taking the group apart, instead of subtracting a member from its sums, loses no digits where one member holds nearly
-    all of a mixture. The logarithm is averaged, not the mass: the weight is a sigmoid in it, and a mean of masses would
-    be that of the few groups in which a mixture has found its token.
+    Without logits of a second router both are one tensor, which `choose` and the kernels recognise.
     """
-    others_NgS, others_NgD = logits_NGS[:, :-1], x_NGD[:, :-1]
-    weight_TS = others_NgS.softmax(1).flatten(0, 1)
-    return Observation(
-        log_mass_S=others_NgS.logsumexp(1).mean(0),
-        combine_log_mass_S=combine_logits_NGS[:, :-1].logsumexp(1).mean(0),
-        mean_SD=weight_TS.T @ others_NgD.flatten(0, 1).to(weight_TS.dtype) / len(x_NGD),
-    )
+    scale_TS = weight_TS = torch.sigmoid(logits_TS - neighbours.log_mass_S).to(dtype)
+    if combine_logits_TS is not None:
+        weight_TS = torch.sigmoid(combine_logits_TS - neighbours.combine_log_mass_S).to(dtype)
+    return scale_TS, weight_TS
 
 
-class Population(nn.Module):
-    """Averages over many groups, saved with the model: S log masses and S means, and the experts' outputs for these."""
+def choose(scale_TS: Tensor, weight_TS: Tensor, top_k: int, mixtures_per_expert: int) -> Choice:
+    """The mixtures with the largest product of both weights: how far the token reaches the output through each.
 
-    log_mass: Tensor
-    combine_log_mass: Tensor
-    mean: Tensor
-    output: Tensor
-    updates: Tensor
+    With one router that product is m squared, which sorts as m does, so m is sorted as it is.
+    """
+    same = weight_TS is scale_TS
+    gate_TK, mixture_TK = (scale_TS if same else scale_TS * weight_TS).topk(top_k, dim=-1)
+    scale_TK = gate_TK if same else scale_TS.gather(1, mixture_TK)
+    weight_TK = gate_TK if same else weight_TS.gather(1, mixture_TK)
+    # Mixtures of one expert lie side by side.
+    expert_TK = mixture_TK if mixtures_per_expert == 1 else mixture_TK // mixtures_per_expert
+    return Choice(mixture_TK, expert_TK, scale_TK, weight_TK)
 
-    def __init__(self, num_mixtures: int, hidden_size: int, *, group_size: int) -> None:
-        """Starts as a population of zeros, with which a layer computes what it computes alone."""
-        super().__init__()
-        self.group_size = group_size
-        self.register_buffer("log_mass", torch.empty(num_mixtures))
-        self.register_buffer("combine_log_mass", torch.empty(num_mixtures))
-        self.register_buffer("mean", torch.empty(num_mixtures, hidden_size))
-        self.register_buffer("output", torch.empty(num_mixtures, hidden_size))
-        self.register_buffer("updates", torch.empty(()))
-        self.reset()
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Forgets everything."""
-        self.log_mass.fill_(math.log(self.group_size - 1))
-        self.combine_log_mass.fill_(math.log(self.group_size - 1))
-        for buffer in (self.mean, self.output, self.updates):
-            buffer.zero_()
+def run_all(
+    experts: Experts, x_TD: Tensor, scale_TS: Tensor, weight_TS: Tensor, neighbours: Neighbours, num_experts: int
+) -> Tensor:
+    """(T, D) -> (T, D): sum over all mixtures of weight * f(z)."""
+    # The kernel runs every expert once on every token, so with C mixtures an expert it is called C times.
+    scale_TEC, weight_TEC = (t.unflatten(-1, (num_experts, -1)) for t in (scale_TS, weight_TS))
+    mean_ECD = None
+    if neighbours.mean_SD is not None:
+        mean_ECD = neighbours.mean_SD.to(x_TD.dtype).unflatten(0, (num_experts, -1))
+    parts = [
+        experts(
+            x_TD,
+            kernels.scaled_ffn,
+            scale_TEC[..., c],
+            weight_TEC[..., c],
+            None if mean_ECD is None else mean_ECD[:, c],
+        )
+        for c in range(scale_TEC.size(-1))
+    ]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
-    @torch.no_grad()
-    def update(self, seen: Observation, experts: Experts, *, rate: float = 0.0) -> None:
-        """Moves the averages towards an observation.
 
-        Args:
-            seen: averages over a batch.
-            experts: those of the layer, whose outputs for the means are kept too.
-            rate: the least weight of an observation. The n-th has weight 1/n until that falls below the rate, so a rate
-                of 0 is the plain mean of all, and no start value lingers.
-        """
-        self.updates += 1
-        weight = max(rate, 1 / self.updates.item())
-        for kept, new in zip((self.log_mass, self.combine_log_mass, self.mean), seen, strict=True):
-            kept.lerp_(new.to(kept), weight)
-        self.refresh(experts)
-
-    @torch.no_grad()
-    def refresh(self, experts: Experts) -> None:
-        """Computes the experts' outputs for the means again, as they change with the weights."""
-        mean_ECD = self.mean.to(next(experts.parameters()).dtype).unflatten(0, (unwrapped(experts).num_experts, -1))
-        self.output.copy_(experts(mean_ECD, kernels.batched_ffn).flatten(0, 1))
-
-    @property
-    def neighbours(self) -> Neighbours:
-        """The rest of a group as it is on average."""
-        return Neighbours(self.log_mass, self.combine_log_mass, self.mean, self.output)
+def run_chosen(experts: Experts, x_TD: Tensor, choice: Choice, weight_TS: Tensor, neighbours: Neighbours) -> Tensor:
+    """(T, D) -> (T, D): sum over the chosen mixtures of weight * f(z), and over the others of weight * f(x_bar)."""
+    x_T1D = x_TD.unsqueeze(1)
+    if neighbours.mean_SD is None:
+        # z = m x: one input for all choices, which the kernel scales.
+        y_TD = experts(x_T1D, kernels.chosen_ffn, choice.expert_TK, choice.scale_TK, choice.weight_TK)
+    else:
+        mean_TKD = neighbours.mean_SD.to(x_TD.dtype)[choice.mixture_TK]
+        z_TKD = torch.lerp(mean_TKD, x_T1D, choice.scale_TK.unsqueeze(-1))  # x_bar + m (x - x_bar)
+        y_TD = experts(z_TKD, kernels.chosen_ffn, choice.expert_TK, None, choice.weight_TK)
+    if neighbours.output_SD is None:
+        return y_TD
+    others_TS = weight_TS.scatter(1, choice.mixture_TK, 0.0).to(y_TD.dtype)
+    return y_TD + others_TS @ neighbours.output_SD.to(y_TD.dtype)

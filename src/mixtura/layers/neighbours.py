@@ -1,0 +1,123 @@
+"""What stands for the other members of a token's group when there is no group.
+
+A token enters mixture s of its group with weight m = exp(l) / (exp(l) + Z), where l is its logit and Z the sum of
+exp(l) over the other members, and the mixture is m x + (1 - m) x_bar, where x_bar is the other members' mean with the
+same weights. So a token needs to know of its neighbours only log Z and x_bar: `Neighbours`. Zero neighbours have
+Z = G - 1 and x_bar = 0; those of a population have its averages, which `Population` keeps.
+
+Shapes: N groups, G tokens of a group, S mixtures, D hidden.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixtura import kernels
+from mixtura.kernels import ExpertWeights
+from mixtura.layers.experts import Experts
+
+
+class Neighbours(NamedTuple):
+    """The other members of a token's group, as every mixture sees them."""
+
+    log_mass_S: Tensor | float
+    """Log of the summed exp(logit) of the other G - 1 tokens."""
+    combine_log_mass_S: Tensor | float
+    """The same for the router that spreads the outputs back; unused where it is the same router."""
+    mean_SD: Tensor | None = None
+    """The other tokens' weighted mean; None is zero."""
+    output_SD: Tensor | None = None
+    """What the mixture's expert makes of that mean; None is zero, as experts without biases make of zero."""
+
+
+def zero_neighbours(group_size: int) -> Neighbours:
+    """G - 1 zero tokens: their logits are 0."""
+    return Neighbours(math.log(group_size - 1), math.log(group_size - 1))
+
+
+class Observation(NamedTuple):
+    """Averages over the groups of a batch."""
+
+    log_mass_S: Tensor
+    combine_log_mass_S: Tensor
+    mean_SD: Tensor
+
+
+@torch.no_grad()
+def observe(x_NGD: Tensor, logits_NGS: Tensor, combine_logits_NGS: Tensor) -> Observation:
+    """What the last member of every group has for neighbours, averaged over the groups.
+
+    Taking the group apart, instead of subtracting a member from its sums, loses no digits where one member holds nearly
+    all of a mixture. The logarithm is averaged, not the mass: the weight is a sigmoid in it, and a mean of masses would
+    be that of the few groups in which a mixture has found its token.
+    """
+    others_NgS, others_NgD = logits_NGS[:, :-1], x_NGD[:, :-1]
+    weight_TS = others_NgS.softmax(1).flatten(0, 1)
+    return Observation(
+        log_mass_S=others_NgS.logsumexp(1).mean(0),
+        combine_log_mass_S=combine_logits_NGS[:, :-1].logsumexp(1).mean(0),
+        mean_SD=weight_TS.T @ others_NgD.flatten(0, 1).to(weight_TS.dtype) / len(x_NGD),
+    )
+
+
+class Population(nn.Module):
+    """Averages over many groups, saved with the model: S log masses and S means, and the experts' outputs for these."""
+
+    log_mass: Tensor
+    combine_log_mass: Tensor
+    mean: Tensor
+    output: Tensor
+    updates: Tensor
+
+    def __init__(self, num_mixtures: int, hidden_size: int, *, group_size: int) -> None:
+        """Starts as a population of zeros, with which a layer computes what it computes alone."""
+        super().__init__()
+        self.group_size = group_size
+        self.register_buffer("log_mass", torch.empty(num_mixtures))
+        self.register_buffer("combine_log_mass", torch.empty(num_mixtures))
+        self.register_buffer("mean", torch.empty(num_mixtures, hidden_size))
+        self.register_buffer("output", torch.empty(num_mixtures, hidden_size))
+        self.register_buffer("updates", torch.empty(()))
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.log_mass.fill_(math.log(self.group_size - 1))
+        self.combine_log_mass.fill_(math.log(self.group_size - 1))
+        for buffer in (self.mean, self.output, self.updates):
+            buffer.zero_()
+
+    @torch.no_grad()
+    def update(self, seen: Observation, experts: Experts, *, rate: float = 0.0) -> None:
+        """Moves the averages towards an observation.
+
+        Args:
+            seen: averages over a batch.
+            experts: those of the layer, whose outputs for the means are kept too.
+            rate: the least weight of an observation. The n-th has weight 1/n until that falls below the rate, so a rate
+                of 0 is the plain mean of all, and no start value lingers.
+        """
+        self.updates += 1
+        weight = max(rate, 1 / self.updates.item())
+        for kept, new in zip((self.log_mass, self.combine_log_mass, self.mean), seen, strict=True):
+            kept.lerp_(new.to(kept), weight)
+        self.refresh(experts)
+
+    @torch.no_grad()
+    def refresh(self, experts: Experts) -> None:
+        """Computes the experts' outputs for the means again, as they change with the weights."""
+        self.output.copy_(experts(self.mean, _on_their_mixtures))
+
+    @property
+    def neighbours(self) -> Neighbours:
+        """The other members of a group as they are on average."""
+        return Neighbours(self.log_mass, self.combine_log_mass, self.mean, self.output)
+
+
+def _on_their_mixtures(mean_SD: Tensor, experts: ExpertWeights) -> Tensor:
+    """(S, D) -> (S, D): the output of each mixture's expert."""
+    mean_ECD = mean_SD.to(experts.up.dtype).unflatten(0, (len(experts.up), -1))
+    return kernels.batched_ffn(mean_ECD, experts).flatten(0, 1)
