@@ -17,8 +17,8 @@ static float largest(const float *score) {
 }
 
 /* choice (T, K): the K largest of each row of scores (T, E), the largest first and of equals the one named first.
-   `scratch` has room for 17 / 16 of E numbers, rounded up to 17, for every thread. Blocks of scores and their largest are
-   looked through in turn, which has no branches to guess wrong. What is no number counts as the least that is. */
+   `scratch` has room for 17 / 16 of E numbers, rounded up to 17, for every thread. Blocks of scores and their largest
+   are looked through in turn, which has no branches to guess wrong. What is no number counts as the least that is. */
 void mixtura_top_k(
     int64_t threads, int64_t tokens, int64_t experts, int64_t choices, const float *scores, int64_t *choice,
     float *scratch) {

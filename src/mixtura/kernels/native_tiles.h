@@ -20,7 +20,7 @@ typedef struct {
     int64_t m, n, k, a_row, a_step, b_row, out_row; /* n is at least LANES */
     const float *a, *b;
     float *out;
-    int add;           /* to what is in out */
+    int add;           /* to what is in out: a product over a long k is made of several */
     const float *next; /* what will be read or written next: fetched while the tiles are computed, */
     int64_t fetch;     /* that many bytes further at every step of a tile */
 } tiles_t;
@@ -66,13 +66,16 @@ typedef struct {
         for (; j + LANES <= t->n; j += LANES, next += further) tile_##I##_1_0(t, i, j, next, valid);                 \
         if (j < t->n) tile_##I##_1_1(t, i, t->n - LANES, next, valid);                                               \
     }
-/* Six rows of two vectors, what is read and what is multiplied fit into sixteen registers. */
+/* Six rows of two vectors are twelve sums; with two vectors read and one number repeated that fills fifteen of the
+   sixteen registers of AVX2. More sums would spill to memory, fewer would leave the multipliers waiting for the
+   loads. */
 enum { STRIP_ROWS = 6 };
 STRIP(6)
 STRIP(4)
 STRIP(2)
 STRIP(1)
 
+/* All of out, strip by strip. Each thread has whole strips, so the lanes that overlap within a row are one thread's. */
 static void tiles(const tiles_t *t, int64_t threads) {
     mask_t valid;
     for (int i = 0; i < LANES; i++) valid[i] = i >= LANES - t->n % LANES ? -1 : 0;
@@ -122,11 +125,13 @@ static void gradient_of_weight(
     tiles(&t, threads);
 }
 
-/* Squares are turned around in registers. */
+/* Squares are turned around in registers: one number at a time, a row would be read in order and written with a stride,
+   and each write would touch another cache line. */
 enum { TURNED = 8 };
 typedef float oct_t __attribute__((vector_size(32), aligned(4), may_alias));
 
-/* to (8, to_row), by rows = the columns from `first` on of eight rows. */
+/* Three rounds of exchanges, each between registers twice as far apart: pairs of rows, pairs of those, halves.
+   to (8, to_row), by rows = the columns from `first` on of eight rows. */
 static inline void turn(const float *const rows[TURNED], int64_t first, float *to, int64_t to_row) {
     oct_t r[TURNED], pairs[TURNED], fours[TURNED];
     for (int i = 0; i < TURNED; i++) r[i] = *(const oct_t *)(rows[i] + first);

@@ -106,14 +106,14 @@ def token_by_token_ffn(
 
 
 def can_run_token_by_token(
-    x: Tensor, choices: int, activation: str, log_mass_S: Tensor | float, *averages: Tensor | None
+    x: Tensor, choices: int | None, activation: str, log_mass_S: Tensor | float, *averages: Tensor | None
 ) -> bool:
-    """Whether `token_by_token_ffn` should take these tokens (..., D), each with that many choices of mixtures.
+    """Whether `token_by_token_ffn` should take these tokens (..., D), each with that many mixtures to run; None is all.
 
     Only on the CPU, where the calls between the products are what a decoding step waits for, and never under autocast,
     by whose rules only the long way goes.
     """
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if choices is None or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     given = [each for each in (log_mass_S, *averages) if isinstance(each, Tensor)]
     rows = x.numel() // x.size(-1) * choices

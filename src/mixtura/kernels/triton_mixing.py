@@ -71,10 +71,14 @@ def _mix_kernel(
     if LSE_KNOWN:
         lse = tl.load(lse_ptr + n * S + s, mask=s < S, other=0.0)
     else:
+        # The largest logit is taken out before the exponential, which would overflow. Lanes beyond the mixtures hold
+        # zeros, since a column of minus infinity alone would give NaN here.
         top = tl.max(logits, 0)
         lse = top + tl.log(tl.sum(tl.exp(logits - top[None, :]), 0))
         tl.store(lse_ptr + n * S + s, lse, mask=s < S)
     weight = tl.exp(logits - lse[None, :]).to(x_ptr.dtype.element_ty)
+    # The group is summed over by a product, weights (S, G) with tokens (G, D): tensor cores do it, a sum does not use
+    # them.
     turned = tl.trans(weight)
     x_rows = x_ptr + (n // P) * x_o + (n % P) * x_p + g[:, None] * x_g
     z_rows = z_ptr + ((s // C).to(tl.int64) * rows + n * C + s % C)[:, None] * D
@@ -129,6 +133,7 @@ def _grad_logits_kernel(
     logits = _load_logits(logits_ptr, n, P, G, S, g, s, logits_o, logits_p, logits_g)
     lse = tl.load(lse_ptr + n * S + s, mask=s < S, other=0.0)
     weight = tl.exp(logits - lse[None, :])
+    # The derivative of a softmax needs no stored weight: it is computed again from the logits and one number a mixture.
     grad = weight * (grad_weight - tl.sum(weight * grad_weight, 0)[None, :])
     at = grad_ptr + (n // P) * grad_o + (n % P) * grad_p + g[:, None] * grad_g + s[None, :]
     tl.store(at, grad, mask=(g < G)[:, None] & (s < S)[None, :])

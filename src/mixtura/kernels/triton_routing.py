@@ -59,6 +59,8 @@ def _place_kernel(expert_ptr, start_ptr, order_ptr, row_ptr, R, E, BLOCK: tl.con
     i = tl.arange(0, BLOCK)
     r = block * BLOCK + i
     expert = tl.load(expert_ptr + r, mask=r < R, other=-1)
+    # The rank of a choice among those of its block with the same expert, by comparing all pairs: no program has to wait
+    # for another, as it would at a counter that all increase.
     same_before = (expert[:, None] == expert[None, :]) & (i[:, None] > i[None, :])
     known = (r < R) & (expert >= 0) & (expert < E)
     start = tl.load(start_ptr + block * E + expert, mask=known, other=0)

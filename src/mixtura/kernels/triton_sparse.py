@@ -132,6 +132,8 @@ def _sum_rows_kernel(y_ptr, row_ptr, start_ptr, out_ptr, D, BLOCK_D: tl.constexp
     """out[t] = the sum of the rows of token t, in their order."""
     t = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # Adding rows to their tokens by atomic operations would need no `row_ptr`, but would add in the order of arrival,
+    # which changes from run to run, and in the output's 16 bits.
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
     for j in range(tl.load(start_ptr + t), tl.load(start_ptr + t + 1)):
         row = tl.load(row_ptr + j).to(tl.int64)
@@ -143,6 +145,7 @@ def _sum_rows_kernel(y_ptr, row_ptr, start_ptr, out_ptr, D, BLOCK_D: tl.constexp
 def _clear_unused_kernel(grad_ptr, rows_ptr, size, SPAN: tl.constexpr, BLOCK: tl.constexpr):
     """Sets the gradient of an expert without rows to zero; programs of the others end at once."""
     e = tl.program_id(0).to(tl.int64)
+    # Asked on the device: the host would have to wait for the counts to know which experts these are.
     if tl.load(rows_ptr + e) == 0:
         for first in range(0, SPAN, BLOCK):
             i = tl.program_id(1).to(tl.int64) * SPAN + first + tl.arange(0, BLOCK)

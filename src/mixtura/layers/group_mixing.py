@@ -13,7 +13,7 @@ from torch import Tensor
 from mixtura import kernels
 from mixtura.layers.experts import Experts
 from mixtura.layers.routing import DenseRouting, dense_experts, to_groups
-from mixtura.layers.statistics import RoutingStats, pool_stats
+from mixtura.layers.statistics import LayerOutput, pool_stats
 
 
 def run_groups(
@@ -56,19 +56,21 @@ def warn_partial_group(x_BLD: Tensor, group_size: int, group_over: str) -> None:
         )
 
 
-RunGroups = Callable[[Tensor, Tensor | None, bool], tuple[Tensor, RoutingStats | None]]
+RunGroups = Callable[[Tensor, Tensor | None, bool], LayerOutput]
 """(N, G, D) tokens, (N, G) whether they are real and whether statistics are wanted -> output and statistics."""
 
 
 def run_a_share(
     share: float, x_NGD: Tensor, real_NG: Tensor | None, want_stats: bool, alone: RunGroups, together: RunGroups
-) -> tuple[Tensor, RoutingStats | None]:
+) -> LayerOutput:
     """A random share of the groups is run by `alone`, as if each token's group were otherwise empty, the others not.
 
     Whole groups leave: a member that left by itself would change what its neighbours see, and a group that is empty but
     for one member costs as many expert rows as a full one. The number of groups is fixed up to rounding; the draws come
     from torch's generators alone, whose states checkpoints keep.
     """
+    if share == 0:
+        return together(x_NGD, real_NG, want_stats)
     groups = len(x_NGD)
     count = min(groups, int(share * groups + torch.rand(()).item()))
     order_N = torch.randperm(groups, device=x_NGD.device)

@@ -4,8 +4,7 @@ Antoniak et al., arXiv 2310.15961, section 3. A group holds tokens at the same p
 nothing leaks within a sequence, every step is differentiable and the load is even by construction; a token's output
 does depend on its group. Deployed, a token has no group: see `inference_mode`.
 
-Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, C mixtures an expert has in a group, S = E*C,
-N groups, G tokens of a group.
+Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, S mixtures of a group, N groups, G tokens of a group.
 """
 
 from typing import Literal
@@ -22,7 +21,7 @@ from mixtura.layers.group_mixing import real_places, run_a_share, run_groups, wa
 from mixtura.layers.neighbours import Neighbours, observe, zero_neighbours
 from mixtura.layers.routing import ChoiceTap, Router, from_groups, to_groups
 from mixtura.layers.serving import ServedTokenByToken
-from mixtura.layers.statistics import RoutingStats
+from mixtura.layers.statistics import LayerOutput
 
 
 class MixtureOfTokens(ServedTokenByToken):
@@ -84,33 +83,29 @@ class MixtureOfTokens(ServedTokenByToken):
 
     def route_and_run(
         self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None
-    ) -> tuple[Tensor, RoutingStats | None]:
+    ) -> LayerOutput:
         """(B, L, D) -> (B, L, D) in groups or token by token; padding counts as zeros, as if it were not there."""
         mode = ("alone" if self.zero_fill == 1 else "group") if self.training else self.inference_mode
         if mode != "group":
             neighbours = zero_neighbours(self.group_size) if mode == "alone" else self.keep_population().neighbours
-            if not want_stats and self._is_decoding_step(x_BLD, neighbours):
-                return self._run_decoding_step(x_BLD.flatten(0, 1), neighbours).view(x_BLD.shape), None
-            real_T = mask_BL.flatten().bool() if mask_BL is not None and want_stats else None
-            y_TD, stats = self._run_tokens(x_BLD.flatten(0, 1), real_T, want_stats, neighbours)
+            x_TD, stats = x_BLD.flatten(0, 1), None
+            y_TD = None if want_stats else self._run_decoding_step(x_TD, neighbours)
+            if y_TD is None:
+                real_T = mask_BL.flatten().bool() if mask_BL is not None and want_stats else None
+                y_TD, stats = self._run_tokens(x_TD, real_T, want_stats, neighbours)
             return y_TD.view(x_BLD.shape), stats
-        batch, length, _ = x_BLD.shape
         warn_partial_group(x_BLD, self.group_size, self.group_over)
         if mask_BL is not None:
             x_BLD = x_BLD * mask_BL.unsqueeze(-1).to(x_BLD.dtype)
         x_NGD = to_groups(x_BLD, self.group_size, self.group_over)
         real_NG = real_places(x_BLD, mask_BL, self.group_size, self.group_over) if want_stats else None
-        if self.training and self.zero_fill > 0:
-            ways = (self._run_groups_alone, self._run_groups)
-            y_NGD, stats = run_a_share(self.zero_fill, x_NGD, real_NG, want_stats, *ways)
-        else:
-            y_NGD, stats = self._run_groups(x_NGD, real_NG, want_stats)
-        return from_groups(y_NGD, batch, length, self.group_over), stats
+        share, ways = self.zero_fill if self.training else 0.0, (self._run_groups_alone, self._run_groups)
+        y_NGD, stats = run_a_share(share, x_NGD, real_NG, want_stats, *ways)
+        return from_groups(y_NGD, *x_BLD.shape[:2], self.group_over), stats
 
     def weights_alone(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (T, S) with which tokens (T, D) enter the mixtures, and get their outputs back, when run alone."""
-        logits_TS, combine_logits_TS = self._logits(x_TD)
-        return token_by_token.weigh(logits_TS, combine_logits_TS, zero_neighbours(self.group_size), x_TD.dtype)
+        return token_by_token.weigh(*self._logits(x_TD), zero_neighbours(self.group_size), x_TD.dtype)
 
     def _logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Those of the router, and those of the second router if there is one."""
@@ -119,25 +114,19 @@ class MixtureOfTokens(ServedTokenByToken):
             return logits, combine_logits
         return logits / self.temperature, None if combine_logits is None else combine_logits / self.temperature
 
-    def _run_groups(
-        self, x_NGD: Tensor, real_NG: Tensor | None, want_stats: bool
-    ) -> tuple[Tensor, RoutingStats | None]:
+    def _run_groups(self, x_NGD: Tensor, real_NG: Tensor | None, want_stats: bool) -> LayerOutput:
         logits_NGS, combine_logits_NGS = self._logits(x_NGD)
         y_NGD = run_groups(self.experts, x_NGD, logits_NGS, combine_logits_NGS, self.num_experts)
         if self.observing:
             self.observed = observe(x_NGD, logits_NGS, logits_NGS if combine_logits_NGS is None else combine_logits_NGS)
         return y_NGD, group_stats(logits_NGS, real_NG, self.num_experts) if want_stats else None
 
-    def _run_groups_alone(
-        self, x_NGD: Tensor, real_NG: Tensor | None, want_stats: bool
-    ) -> tuple[Tensor, RoutingStats | None]:
+    def _run_groups_alone(self, x_NGD: Tensor, real_NG: Tensor | None, want_stats: bool) -> LayerOutput:
         real_T = None if real_NG is None else real_NG.flatten()
         y_TD, stats = self._run_tokens(x_NGD.flatten(0, 1), real_T, want_stats, zero_neighbours(self.group_size))
         return y_TD.view(x_NGD.shape), stats
 
-    def _run_tokens(
-        self, x_TD: Tensor, real_T: Tensor | None, want_stats: bool, neighbours: Neighbours
-    ) -> tuple[Tensor, RoutingStats | None]:
+    def _run_tokens(self, x_TD: Tensor, real_T: Tensor | None, want_stats: bool, neighbours: Neighbours) -> LayerOutput:
         logits_TS, combine_logits_TS = self._logits(x_TD)
         scale_TS, weight_TS = token_by_token.weigh(logits_TS, combine_logits_TS, neighbours, x_TD.dtype)
         if self.alone_top_k is None:
@@ -151,13 +140,11 @@ class MixtureOfTokens(ServedTokenByToken):
             used_TS = torch.zeros_like(scale_TS).scatter(1, choice.mixture_TK, 1.0) if want_stats else scale_TS
         return y_TD, token_stats(logits_TS, used_TS, real_T, self.num_experts) if want_stats else None
 
-    def _is_decoding_step(self, x_BLD: Tensor, neighbours: Neighbours) -> bool:
-        """Whether one kernel can take the place of `_run_tokens`: same numbers, fewer calls, nobody watching."""
-        if self.alone_top_k is None or self.combine_gate is not None or self.choice_tap.watched:
-            return False
-        return kernels.can_run_token_by_token(x_BLD, self.alone_top_k, self.activation, *neighbours)
-
-    def _run_decoding_step(self, x_TD: Tensor, neighbours: Neighbours) -> Tensor:
-        means = (neighbours.mean_SD, neighbours.output_SD)
-        settings = (self.temperature, neighbours.log_mass_S, *means, self.alone_top_k, self.mixtures_per_expert)
+    def _run_decoding_step(self, x_TD: Tensor, neighbours: Neighbours) -> Tensor | None:
+        """One kernel in place of `_run_tokens`: same numbers, fewer calls. None where that does not suit."""
+        unsuited = self.choice_tap.watched or self.combine_gate is not None
+        if unsuited or not kernels.can_run_token_by_token(x_TD, self.alone_top_k, self.activation, *neighbours):
+            return None
+        log_mass_S, _, *means = neighbours
+        settings = (self.temperature, log_mass_S, *means, self.alone_top_k, self.mixtures_per_expert)
         return self.experts(x_TD, kernels.token_by_token_ffn, self.gate(x_TD), *settings)
