@@ -6,7 +6,7 @@ from mixtura.layers.experts import Experts as Experts
 from mixtura.layers.feed_forward import FeedForward as FeedForward
 from mixtura.layers.layer_mix import LayerMix as LayerMix
 from mixtura.layers.mixture_of_tokens import MixtureOfTokens as MixtureOfTokens
-from mixtura.layers.population import Population as Population
+from mixtura.layers.neighbours import Population as Population
 from mixtura.layers.routing import ChoiceTap as ChoiceTap
 from mixtura.layers.routing import DenseRouting as DenseRouting
 from mixtura.layers.routing import SparseRouting as SparseRouting

@@ -30,6 +30,10 @@ class RoutingStats(NamedTuple):
     """Entropy of the router's weights as a share of its maximum: 1 is undecided, 0 is one-hot."""
 
 
+LayerOutput = tuple[Tensor, RoutingStats | None]
+"""What a layer makes of its tokens, and the statistics if they were wanted."""
+
+
 def pool_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
     """The statistics of several sets of tokens as those of one: counts add up, means are weighted by the rows."""
     rows_P = torch.stack([part.routed_rows for part in parts])

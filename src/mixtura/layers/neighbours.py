@@ -1,4 +1,4 @@
-"""What stands for the rest of a token's group when there is no group.
+"""What stands for the other members of a token's group when there is no group.
 
 A token enters mixture s of its group with weight m = exp(l) / (exp(l) + Z), where l is its logit and Z the sum of
 exp(l) over the other members, and the mixture is m x + (1 - m) x_bar, where x_bar is the other members' mean with the
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from mixtura import kernels
-from mixtura.layers.experts import Experts, unwrapped
+from mixtura.kernels import ExpertWeights
+from mixtura.layers.experts import Experts
 
 
 class Neighbours(NamedTuple):
-    """The rest of a token's group, as every mixture sees it."""
+    """The other members of a token's group, as every mixture sees them."""
 
     log_mass_S: Tensor | float
     """Log of the summed exp(logit) of the other G - 1 tokens."""
@@ -108,10 +109,15 @@ class Population(nn.Module):
     @torch.no_grad()
     def refresh(self, experts: Experts) -> None:
         """Computes the experts' outputs for the means again, as they change with the weights."""
-        mean_ECD = self.mean.to(next(experts.parameters()).dtype).unflatten(0, (unwrapped(experts).num_experts, -1))
-        self.output.copy_(experts(mean_ECD, kernels.batched_ffn).flatten(0, 1))
+        self.output.copy_(experts(self.mean, _on_their_mixtures))
 
     @property
     def neighbours(self) -> Neighbours:
-        """The rest of a group as it is on average."""
+        """The other members of a group as they are on average."""
         return Neighbours(self.log_mass, self.combine_log_mass, self.mean, self.output)
+
+
+def _on_their_mixtures(mean_SD: Tensor, experts: ExpertWeights) -> Tensor:
+    """(S, D) -> (S, D): the output of each mixture's expert."""
+    mean_ECD = mean_SD.to(experts.up.dtype).unflatten(0, (len(experts.up), -1))
+    return kernels.batched_ffn(mean_ECD, experts).flatten(0, 1)
