@@ -28,7 +28,7 @@ from mixtura.adapters.targets import Block, feed_forward_linears, find_blocks, m
 from mixtura.adapters.tuner import RoutedTuner, batch_context
 from mixtura.config import AdapterConfig, UserError
 from mixtura.layers import RoutingStats
-from mixtura.layers.losses import load_balancing_loss
+from mixtura.layers.statistics import load_balancing_loss
 
 
 class Reach(NamedTuple):

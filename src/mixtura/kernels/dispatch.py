@@ -20,8 +20,8 @@ def routed_ffn(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, experts: Expe
     """(T, D) -> (T, D): sum over a token's K choices of weight * expert(x); sorted unless there are few."""
     if is_small_batch(expert_TK.numel(), experts.activation, x_TD, experts.up, experts.down):
         return small_batch_ffn(x_TD.unsqueeze(1), expert_TK, None, weight_TK, experts)
-    *rows, row_TK = rows_by_expert(expert_TK, weight_TK, len(experts.up))
-    return sparse_ffn(x_TD, *rows, experts, row_TK=row_TK)
+    token_R, weight_R, rows_E, row_TK = rows_by_expert(expert_TK, weight_TK, len(experts.up))
+    return sparse_ffn(x_TD, token_R, weight_R, rows_E, experts, row_TK=row_TK)
 
 
 def chosen_ffn(

@@ -51,3 +51,12 @@ class ExpertWeights(NamedTuple):
                 f"of {hidden_size} numbers, and the experts are {kind}: they must be (experts, "
                 f"{'2 * ' if self.gated else ''}width, {hidden_size}) and (experts, {hidden_size}, width)."
             )
+
+
+def at_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where autocast is on for their device, else unchanged."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(tensor.to(dtype) for tensor in tensors)

@@ -12,8 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from mixtura.kernels import native
 from mixtura.kernels.activation import activate, activate_backward
-from mixtura.kernels.expert_weights import ExpertWeights
-from mixtura.kernels.precision import at_autocast_dtype
+from mixtura.kernels.expert_weights import ExpertWeights, at_autocast_dtype
 
 
 def mixed_ffn(

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from mixtura.kernels import native, native_decoding
 from mixtura.kernels.activation import activate
-from mixtura.kernels.expert_weights import ExpertWeights
+from mixtura.kernels.expert_weights import ExpertWeights, at_autocast_dtype
 from mixtura.kernels.indices import as_int64, check_shape, refuse
-from mixtura.kernels.precision import at_autocast_dtype
 
 TORCH_ROWS = 16
 """Rows up to which this is quicker than sorting them: measured, at twice as many it depends on the width."""
@@ -105,9 +104,7 @@ def token_by_token_ffn(
     return _multiply_rows(inputs, chosen, weights, weights, experts)
 
 
-def can_run_token_by_token(
-    x: Tensor, choices: int | None, activation: str, log_mass_S: Tensor | float, *averages: Tensor | None
-) -> bool:
+def can_run_token_by_token(x: Tensor, choices: int | None, activation: str, *averages: Tensor | float | None) -> bool:
     """Whether `token_by_token_ffn` should take these tokens (..., D), each with that many mixtures to run; None is all.
 
     Only on the CPU, where the calls between the products are what a decoding step waits for, and never under autocast,
@@ -115,7 +112,7 @@ def can_run_token_by_token(
     """
     if choices is None or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    given = [each for each in (log_mass_S, *averages) if isinstance(each, Tensor)]
+    given = [each for each in averages if isinstance(each, Tensor)]
     rows = x.numel() // x.size(-1) * choices
     return is_small_batch(rows, activation, x) and (not given or native.can_run(activation, x, *given))
 

@@ -20,9 +20,8 @@ from torch.nn import functional as F
 
 from mixtura.kernels import accelerator, native
 from mixtura.kernels.activation import activate, activate_backward
-from mixtura.kernels.expert_weights import ExpertWeights
+from mixtura.kernels.expert_weights import ExpertWeights, at_autocast_dtype
 from mixtura.kernels.indices import as_int64, check_counts, check_shape
-from mixtura.kernels.precision import at_autocast_dtype
 
 CHUNK_ROWS = 4096
 """Rows that are gathered, activated and added back at once on the CPU: few enough for the cache."""

@@ -80,7 +80,8 @@ def _sort_op(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
     rows_E = count_BE.sum(0)
     # A choice of no expert is counted nowhere, so it is missing from the sum. Asking so takes E numbers, not R, and
     # nothing waits for the answer; `_place_kernel` leaves such a choice out, so it writes nowhere meanwhile.
-    torch._assert_async(rows_E.sum() == rows, f"an expert's number is not between 0 and {num_experts - 1}")
+    message = f"an expert's number is not between 0 and {num_experts - 1}"
+    torch._assert_async(rows_E.sum() == rows, message)  # pyright: ignore[reportPrivateImportUsage]
     start_BE = count_BE.cumsum(0) - count_BE + (rows_E.cumsum(0) - rows_E)
     _place_kernel[grid](expert_R, start_BE, order_R, row_TK, rows, num_experts, BLOCK=BLOCK_ROWS)
     return order_R, row_TK, rows_E

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from mixtura.layers.checks import check_expert_choice
 from mixtura.layers.experts import Experts
-from mixtura.layers.family_statistics import expert_choice_stats
 from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.routing import (
     Router,
     SparseRouting,
     sparse_experts,
 )
-from mixtura.layers.statistics import RoutingStats
+from mixtura.layers.statistics import RoutingStats, expert_choice_stats
 from mixtura.planning.capacity import capacity
 
 

@@ -16,12 +16,10 @@ from mixtura import kernels
 from mixtura.layers import token_by_token
 from mixtura.layers.checks import check_mixture_of_tokens
 from mixtura.layers.experts import Experts
-from mixtura.layers.family_statistics import group_stats, token_stats
 from mixtura.layers.group_mixing import real_places, run_a_share, run_groups, warn_partial_group
-from mixtura.layers.neighbours import Neighbours, observe, zero_neighbours
+from mixtura.layers.neighbours import Neighbours, ServedTokenByToken, observe, zero_neighbours
 from mixtura.layers.routing import ChoiceTap, Router, from_groups, to_groups
-from mixtura.layers.serving import ServedTokenByToken
-from mixtura.layers.statistics import LayerOutput
+from mixtura.layers.statistics import LayerOutput, group_stats, token_stats
 
 
 class MixtureOfTokens(ServedTokenByToken):
@@ -99,8 +97,8 @@ class MixtureOfTokens(ServedTokenByToken):
             x_BLD = x_BLD * mask_BL.unsqueeze(-1).to(x_BLD.dtype)
         x_NGD = to_groups(x_BLD, self.group_size, self.group_over)
         real_NG = real_places(x_BLD, mask_BL, self.group_size, self.group_over) if want_stats else None
-        share, ways = self.zero_fill if self.training else 0.0, (self._run_groups_alone, self._run_groups)
-        y_NGD, stats = run_a_share(share, x_NGD, real_NG, want_stats, *ways)
+        share = self.zero_fill if self.training else 0.0
+        y_NGD, stats = run_a_share(share, x_NGD, real_NG, want_stats, self._run_groups_alone, self._run_groups)
         return from_groups(y_NGD, *x_BLD.shape[:2], self.group_over), stats
 
     def weights_alone(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +107,7 @@ class MixtureOfTokens(ServedTokenByToken):
 
     def _logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Those of the router, and those of the second router if there is one."""
-        logits, combine_logits = (None if gate is None else gate(x) for gate in (self.gate, self.combine_gate))
+        logits, combine_logits = self.gate(x), None if self.combine_gate is None else self.combine_gate(x)
         if self.temperature == 1:
             return logits, combine_logits
         return logits / self.temperature, None if combine_logits is None else combine_logits / self.temperature

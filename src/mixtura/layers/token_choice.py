@@ -14,10 +14,8 @@ from torch import Tensor
 
 from mixtura import kernels
 from mixtura.layers.checks import check_token_choice
-from mixtura.layers.dense import DenseFFN
 from mixtura.layers.experts import Experts
-from mixtura.layers.family_statistics import token_choice_stats
-from mixtura.layers.feed_forward import FeedForward
+from mixtura.layers.feed_forward import DenseFFN, FeedForward
 from mixtura.layers.routing import (
     ChoiceTap,
     Router,
@@ -26,7 +24,7 @@ from mixtura.layers.routing import (
     sort_by_expert,
     sparse_experts,
 )
-from mixtura.layers.statistics import RoutingStats
+from mixtura.layers.statistics import RoutingStats, token_choice_stats
 from mixtura.planning.capacity import capacity, even_rows
 
 

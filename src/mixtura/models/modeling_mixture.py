@@ -29,7 +29,7 @@ from mixtura.layers import (
     SoftMoE,
     TokenChoiceMoE,
 )
-from mixtura.layers.losses import load_balancing_loss
+from mixtura.layers.statistics import load_balancing_loss
 from mixtura.models.alone_schedule import shares_alone
 from mixtura.models.attention import ATTENTION_CLASSES, build_attention, causal_masks
 from mixtura.models.configuration_mixture import MixtureConfig

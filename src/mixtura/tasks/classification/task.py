@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.data import Dataset
 
 from mixtura.config import UserError
-from mixtura.layers.losses import load_balancing_loss
+from mixtura.layers.statistics import load_balancing_loss
 from mixtura.tasks.classification.accuracy import calibration_bins, classification_scores, confusion_matrix
 from mixtura.tasks.classification.classifier import (
     Mode,
