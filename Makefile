@@ -118,5 +118,5 @@ $(CLIENTS): tests/clients/requirements.txt | $(READY_DEV)
 	@version=$$($(BIN)/python -c 'import transformers; print(transformers.__version__)') && \
 	$(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps --no-binary transformers --dest $@ transformers==$$version && \
 	tar -xzf $@/transformers-$$version.tar.gz -C $@ && rm $@/transformers-$$version.tar.gz && \
-	mkdir $@/transformers-source && mv $@/transformers-$$version/tests $@/transformers-source/ && rm -rf $@/transformers-$$version
+	mkdir $@/transformers-source && mv $@/transformers-$$version/tests $@/transformers-source/ && rm -rf $@/transformers-$$version || { rm -rf $@; exit 1; }
 	@touch $@
