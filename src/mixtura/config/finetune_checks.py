@@ -158,16 +158,12 @@ def _check_adapter(where: str, adapter: AdapterConfig | None, batch_size: int) -
 def _check_ranks(baseline: str, adapters: Mapping[str, AdapterConfig | None]) -> None:
     """A rank left open is solved for the baseline's trainable parameters, so the baseline must name its own."""
     adapter = adapters[baseline]
-    open_ranks = [name for name, other in adapters.items() if other is not None and _is_open(other)]
-    if open_ranks and (adapter is None or _is_open(adapter)):
+    open_ranks = [name for name, other in adapters.items() if other is not None and other.solves_rank]
+    if open_ranks and (adapter is None or adapter.solves_rank):
         raise UserError(
             f"'arms.{open_ranks[0]}.adapter.rank' is missing and the baseline '{baseline}' names no rank to match: "
             "set it, or give the baseline an adapter with a rank."
         )
-
-
-def _is_open(adapter: AdapterConfig) -> bool:
-    return adapter.rank is None and adapter.method != "expert_specialized"
 
 
 def _check_rate(where: str, rate: float | None) -> None:

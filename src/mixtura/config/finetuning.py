@@ -53,6 +53,11 @@ class AdapterConfig:
     expert_share: float = 0.2
     """Expert-specialised tuning: the smallest set of experts that carries this share of the router's choices."""
 
+    @property
+    def solves_rank(self) -> bool:
+        """Whether its rank is left to follow from the baseline's trainable parameters."""
+        return self.rank is None and self.method != "expert_specialized"
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:

@@ -156,7 +156,7 @@ class TrainingConfig:
     activation_checkpointing: bool = False
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
-    trackers: tuple[Literal["tensorboard", "trackio"], ...] = ()
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Where the metrics are shown besides `metrics.jsonl`."""
 
     @property

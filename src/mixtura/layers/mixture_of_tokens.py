@@ -99,7 +99,7 @@ class MixtureOfTokens(ServedTokenByToken):
         real_NG = real_places(x_BLD, mask_BL, self.group_size, self.group_over) if want_stats else None
         share = self.zero_fill if self.training else 0.0
         y_NGD, stats = run_a_share(share, x_NGD, real_NG, want_stats, self._run_groups_alone, self._run_groups)
-        return from_groups(y_NGD, *x_BLD.shape[:2], self.group_over), stats
+        return from_groups(y_NGD, x_BLD.size(0), x_BLD.size(1), self.group_over), stats
 
     def weights_alone(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (T, S) with which tokens (T, D) enter the mixtures, and get their outputs back, when run alone."""

@@ -67,7 +67,7 @@ class ClassificationArm(Arm):
             settings={"model": _plain(saved), "data": data_digest},
             eval_examples=recipe.training.eval_sequences,
             batch_size=recipe.training.batch_size,
-            weights=_router_loss_weights(config),
+            weights=_router_loss_weights(config, pretrained.model.config),
         )
         modes = evaluation_modes(self.build(seed=0))
         self.training_mode, self.deployed_mode = modes[0], "alone"
@@ -215,12 +215,15 @@ def _plain(saved: SavedClassifier) -> dict[str, Any]:
     return json.loads(json.dumps(fields, default=dataclasses.asdict))
 
 
-def _router_loss_weights(config: ClassificationArmConfig) -> RouterLossWeights:
-    """Only token choice needs its load balanced by a loss."""
+def _router_loss_weights(config: ClassificationArmConfig, base: Any) -> RouterLossWeights:
+    """Only token choice needs its load balanced by a loss; that of a base model only where it is trained."""
     head = adapter = (0.0, 0.0)
     layer = config.head.feed_forward
     if layer is not None and layer.family == "token_choice":
         head = (layer.router_aux_loss_coef, layer.router_z_loss_coef)
     if config.adapter is not None and config.adapter.method == "mixture_of_lora" and config.adapter.router != "task":
         adapter = (config.adapter.router_aux_loss_coef, 0.0)
+    tuned = config.tune == "full" and isinstance(base, MixtureConfig) and base.route_by == "token"
+    if tuned and "token_choice" in (base.mlp_layer_types or []):
+        adapter = (base.router_aux_loss_coef, base.router_z_loss_coef)
     return RouterLossWeights(head, adapter)

@@ -29,6 +29,7 @@ from mixtura.adapters.tuner import RoutedTuner
 from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import AdapterConfig, ArmConfig, HeadConfig, UserError
 from mixtura.layers import MixtureOfTokens, RoutingStats
+from mixtura.models import MixtureModel
 from mixtura.tasks.classification.features import encode_texts, hidden_states, weights_digest
 from mixtura.tasks.classification.heads import ClassifierHead, blends_tokens
 from mixtura.training import saving as checkpoints
@@ -59,6 +60,8 @@ class ClassifierOutput(NamedTuple):
     logits_BC: Tensor
     stats: RoutingStats | None
     """Routing of the head's feed-forward layer, where it has one and it was asked for."""
+    base_routing: tuple[RoutingStats | None, ...] | None = None
+    """Likewise of every layer of the model, where it is a mixture of this library that is tuned whole."""
 
 
 class TextClassifier(nn.Module):
@@ -95,8 +98,14 @@ class TextClassifier(nn.Module):
         if features is not None:
             return ClassifierOutput(*self.head(features, return_stats))
         assert input_ids is not None and attention_mask is not None and self.base is not None
-        states = hidden_states(self.base, input_ids, attention_mask)
-        return ClassifierOutput(*self.head.forward_tokens(states, attention_mask, return_stats))
+        routing = None
+        if return_stats and isinstance(self.base, MixtureModel) and not self._frozen_parts:
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+            outputs = self.base(**inputs, output_hidden_states=True, output_routing=True)
+            states, routing = outputs.hidden_states, outputs.routing
+        else:
+            states = hidden_states(self.base, input_ids, attention_mask)
+        return ClassifierOutput(*self.head.forward_tokens(states, attention_mask, return_stats), routing)
 
     def train(self, mode: bool = True) -> "TextClassifier":
         """Training or evaluation mode, which frozen parts never leave."""
