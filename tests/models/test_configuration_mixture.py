@@ -4,8 +4,8 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
+from mixtura.config.families import FAMILIES
 from mixtura.models import MixtureConfig
-from mixtura.models.configuration_mixture import FAMILIES
 
 
 def test_open_fields_follow_from_others():

@@ -1,7 +1,8 @@
-"""The Python files that a folder with remote code carries: ours, which stand alone but for one import."""
+"""The Python files that a folder with remote code carries: ours, which stand alone but for one import each."""
 
 import inspect
 
+from mixtura.config.model_settings import written_out
 from mixtura.models import configuration_mixture, standalone
 
 CONFIG_MODULE, MODEL_MODULE = "configuration_mixture", "modeling_mixtura"
@@ -9,10 +10,14 @@ CONFIG_MODULE, MODEL_MODULE = "configuration_mixture", "modeling_mixtura"
 
 def remote_code() -> dict[str, str]:
     """The files by name; they import torch and transformers alone."""
+    table = "from mixtura.config.model_settings import CHOICES, FAMILY_NAMES, ModelSettings"
     ours, theirs = "from mixtura.models.configuration_mixture import", f"from .{CONFIG_MODULE} import"
-    model = inspect.getsource(standalone)
-    assert model.count("from mixtura.") == 1 and ours in model, "the model's file must import nothing else of ours"
     return {
-        f"{CONFIG_MODULE}.py": inspect.getsource(configuration_mixture),
-        f"{MODEL_MODULE}.py": model.replace(ours, theirs),
+        f"{CONFIG_MODULE}.py": _replace_import(inspect.getsource(configuration_mixture), table, written_out()),
+        f"{MODEL_MODULE}.py": _replace_import(inspect.getsource(standalone), ours, theirs),
     }
+
+
+def _replace_import(source: str, ours: str, theirs: str) -> str:
+    assert source.count("from mixtura.") == 1 and ours in source, "the file must import nothing else of ours"
+    return source.replace(ours, theirs)

@@ -25,7 +25,7 @@ from mixtura.layers import FeedForward, LayerMix, RoutingStats, SoftMoE
 from mixtura.models import MixtureConfig
 from mixtura.models.build import build_model_config
 from mixtura.models.families import build_feed_forward
-from mixtura.planning.parameters import active_layer_parameters, layer_parameters
+from mixtura.planning.formulas import active_layer_parameters, layer_parameters
 from mixtura.planning.shapes import feed_forward_shapes
 
 INITIALIZER_RANGE = 0.02
