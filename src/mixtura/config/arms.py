@@ -296,34 +296,3 @@ def shown_settings(arm: ArmConfig) -> dict[str, Any]:
         if value is not None and (arm.family in each.always_shown or value != each.default):
             shown[name] = value
     return shown
-
-
-def settings_table() -> str:
-    """The table as Markdown, for writers of recipes."""
-    header = "| key | values | default | families | what it is |\n| --- | --- | --- | --- | --- |"
-    rows = [
-        f"| `{name}` | {_values(each)} | {_written(each.default)} | {_families(each)} | {each.says} |"
-        for name, each in SETTINGS.items()
-    ]
-    return "\n".join([header, *rows])
-
-
-def _written(value: Any) -> str:
-    return '"none"' if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _values(each: Setting) -> str:
-    options = [hint for hint in typing.get_args(each.hint) or (each.hint,) if hint is not type(None)]
-    kinds = {int: "whole number", float: "number", str: "text", bool: "true, false"}
-    words = [kinds[option] if isinstance(option, type) else _choices(option) for option in options]
-    return ", ".join(words) + (f", {each.bounds}" if each.bounds else "")
-
-
-def _choices(option: Any) -> str:
-    return ", ".join(map(str, typing.get_args(option))) or str(option)
-
-
-def _families(each: Setting) -> str:
-    if set(each.families) == set(_ALL):
-        return "all"
-    return "all mixtures" if set(each.families) == set(MIXTURES) else ", ".join(each.families)

@@ -134,17 +134,3 @@ def never_served(families: Iterable[str]) -> list[str]:
     """Those of some families that cannot answer one request, each once, in the order of the table."""
     present = set(families)
     return [family for family, facts in FAMILIES.items() if family in present and facts.serving == "never"]
-
-
-def families_table() -> str:
-    """The table as Markdown, for people who choose a family."""
-    header = (
-        "| family and class | what is routed | leaks the future | leaks the batch | token by token | "
-        "same mathematics in Hugging Face |\n| --- | --- | --- | --- | --- | --- |"
-    )
-    rows = [
-        f"| `{family}` `{facts.layer.partition(':')[2]}` | {facts.routes} | {facts.future} | {facts.batch} | "
-        f"{facts.alone} | {facts.stock} |"
-        for family, facts in FAMILIES.items()
-    ]
-    return "\n".join([header, *rows])

@@ -18,7 +18,7 @@ from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights, write_plan
 from mixtura.config import UserError
 from mixtura.export.card import Origin, origin_of, write_card
 from mixtura.export.containers import CONTAINERS, REMOTE_CODE, choose_container, plan_tensors
-from mixtura.export.source_code import CONFIG_MODULE, MODEL_MODULE, remote_code
+from mixtura.export.source_code import CONFIG_MODULE, MODEL_MODULE, check_standalone, remote_code
 from mixtura.export.traits import Traits, check_deployable, traits_of
 from mixtura.export.verification import Receipt, verify
 from mixtura.models import MixtureConfig
@@ -84,6 +84,8 @@ def export(
     read = _read(source)
     check_deployable(read.config)
     container = REMOTE_CODE if to == REMOTE_CODE else choose_container(read.config, read.traits, to)
+    if container == REMOTE_CODE:
+        check_standalone(read.config)
     planned = _plan(read, container)
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_room(out.parent, sum(tensor.bytes for tensor in planned))

@@ -7,28 +7,11 @@ from typing import Any
 from mixtura.checkpoints.decoder import decoder_config
 from mixtura.checkpoints.pretrained import resolve_base
 from mixtura.config import ArmConfig, DataConfig, Recipe, UserError
+from mixtura.config.arms import model_settings
 from mixtura.config.checks import batch_sizes, check_feed_forward
-from mixtura.config.from_checkpoint import TRAINED_KEYS
+from mixtura.config.from_checkpoint import SHAPE_KEYS, TRAINED_KEYS
 from mixtura.data.tokenizer import load_tokenizer
 from mixtura.models import MixtureConfig
-
-_COMPUTED = {
-    "num_experts": "num_experts",
-    "moe_intermediate_size": "moe_intermediate_size",
-    "top_k": "num_experts_per_tok",
-    "score_function": "scoring_func",
-    "normalize_top_k": "norm_topk_prob",
-    "capacity_factor": "capacity_factor",
-    "num_shared_experts": "num_shared_experts",
-    "group_size": "group_size",
-    "group_over": "group_over",
-    "mixtures_per_expert": "mixtures_per_expert",
-    "temperature": "temperature",
-    "combine": "combine",
-    "inference_mode": "inference_mode",
-    "alone_top_k": "alone_top_k",
-}
-"""What the checkpoint says: the keys of an arm, and those of `MixtureConfig`."""
 
 
 def with_checkpoints_tokenizer(recipe: Recipe) -> DataConfig:
@@ -71,7 +54,8 @@ def continued_arm(recipe: Recipe, name: str, *, vocab_size: int) -> tuple[ArmCon
     for key in TRAINED_KEYS:
         setattr(config, key, getattr(arm, key))
     config.population = config.population or arm.population_rate > 0
-    filled = dataclasses.replace(arm, **{key: getattr(config, own) for key, own in _COMPUTED.items()})
+    decided = {each.name: getattr(config, field) for each, field in model_settings() if each.name in SHAPE_KEYS}
+    filled = dataclasses.replace(arm, **decided)
     if vocab_size > config.vocab_size:
         raise UserError(
             f"'arms.{name}.init_from' has {config.vocab_size} embeddings for {vocab_size} tokens: give a whole model."

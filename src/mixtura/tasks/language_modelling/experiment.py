@@ -10,11 +10,12 @@ import torch
 
 from mixtura.checkpoints.decoder import count_parameters, load_decoder, probe_config, weights_digest
 from mixtura.config import ArmConfig, Recipe, starts_from_checkpoints
+from mixtura.config.arms import has_setting, shown_settings
+from mixtura.config.families import facts_of
 from mixtura.data.prepare import PreparedData, prepare_data
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.evaluation import evaluation_modes
 from mixtura.models import MixtureConfig, MixtureForCausalLM
-from mixtura.models.alone_schedule import alone_settings
 from mixtura.models.build import build_model_config
 from mixtura.planning import active_parameters, flops_per_token, flops_ratio, model_parameters
 from mixtura.planning.matching import FLOPS_TOLERANCE
@@ -22,14 +23,6 @@ from mixtura.tasks.language_modelling.continuing import continued_arm, with_chec
 from mixtura.tasks.language_modelling.task import LanguageModelling
 from mixtura.training.experiment import Arm, Experiment
 from mixtura.training.optimization import OPTIMIZER_NAMES
-
-_SETTINGS: dict[str, tuple[str, ...]] = {
-    "dense": (),
-    "token_choice": ("num_experts", "top_k", "score_function", "capacity_factor", "router_aux_loss_coef"),
-    "expert_choice": ("num_experts", "top_k", "group_size", "group_over"),
-    "soft": ("num_experts", "mixtures_per_expert"),
-    "mixture_of_tokens": ("num_experts", "group_size", "mixtures_per_expert", "temperature", "combine", "alone_top_k"),
-}
 
 
 @final
@@ -61,7 +54,7 @@ class PretrainingArm(Arm):
     @property
     def _always_alone(self) -> bool:
         """Whether no step of the training has groups, as in a mixture of tokens that was a dense model."""
-        return self.family == "mixture_of_tokens" and self.model_config.zero_fill == 1
+        return has_setting(self.family, "zero_fill") and self.model_config.zero_fill == 1
 
     def build(self, seed: int) -> MixtureForCausalLM:
         """A freshly initialised model, the same rule and seed for every arm; or the checkpoint's, whatever the seed."""
@@ -76,8 +69,7 @@ class PretrainingArm(Arm):
         assert isinstance(baseline, PretrainingArm)
         shape: Any = self.model_config
         length = self.sequence_length
-        settings = {key: getattr(self.config, key) for key in _SETTINGS[self.family]}
-        settings |= alone_settings(self.config)
+        settings = shown_settings(self.config)
         if self.family != "dense":
             settings |= {"expert_width": shape.moe_intermediate_size, "placement": _placement(shape)}
         total = planned = model_parameters(shape)
@@ -85,7 +77,7 @@ class PretrainingArm(Arm):
             settings["init_from"] = self.config.init_from
             total = count_parameters(shape)
         return {
-            "settings": {key: value for key, value in settings.items() if value is not None},
+            "settings": settings,
             "parameters_total": total,
             "parameters_active": active_parameters(shape, sequence_length=length) + total - planned,
             "parameters_trainable": total,
@@ -97,7 +89,7 @@ class PretrainingArm(Arm):
         """Whether information leaks from the future or from other examples, measured on the arm's untrained model."""
         model = self._untrained().eval()
         deployed = self._probe(model) if self.deployed_mode else None
-        if self.family == "mixture_of_tokens":
+        if facts_of(self.family).serving == "token by token":
             model.set_inference_mode("alone" if self._always_alone else "group")
         trained = self._probe(model)
         leaks = {"future": trained.future, "batch": trained.batch}
@@ -130,10 +122,11 @@ def _placement(config: MixtureConfig) -> str:
 def _deployed_mode(config: ArmConfig) -> str | None:
     if config.transition_to is not None:
         return "causal"
-    if config.family == "mixture_of_tokens":
+    serving = facts_of(config.family).serving
+    if serving == "token by token":
         # Running in groups needs other people's text in the batch: no answer to one request.
         return None if config.inference_mode == "group" else config.inference_mode
-    return None if config.family in ("expert_choice", "soft") else "causal"
+    return None if serving == "never" else "causal"
 
 
 def make_pretraining(
