@@ -134,7 +134,7 @@ def _check_groups(config: Any, packed: PackedTokens, *, num_sequences: int, batc
 
 def _families(config: Any) -> set[str]:
     """The families of our layers; another library's configuration may use the field for words of its own."""
-    return set(getattr(config, "mlp_layer_types", None) or ()) & set(FAMILIES)
+    return {family for family in getattr(config, "mlp_layer_types", None) or () if family in FAMILIES}
 
 
 def _serves_token_by_token(config: Any) -> bool:
