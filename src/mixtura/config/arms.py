@@ -30,7 +30,7 @@ class ArmConfig:
     family: Family
     init_from: str | None = setting(
         None,
-        says="A checkpoint to start from: a folder that Mixtura wrote, or a dense model as `mixtura upcycle` takes it. "
+        says="A checkpoint to start from: a folder that Mixtura wrote, or a dense model as upcycling takes it. "
         "It decides the architecture, and the family may be left out; None starts from random weights.",
         families=_ALL,
         role="run",
