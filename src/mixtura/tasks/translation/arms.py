@@ -15,9 +15,9 @@ from mixtura.config import ArmConfig, TranslationArmConfig, TranslationRecipe, U
 from mixtura.config.arms import has_setting, shown_settings
 from mixtura.config.families import FAMILIES, facts_of
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
-from mixtura.layers import MixtureOfTokens
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.build import build_model_config
+from mixtura.models.inference import mixing_layers, running_in
 from mixtura.planning import active_parameters, flops_per_token, model_parameters
 from mixtura.tasks.translation.batches import PairDataset, collate_rows
 from mixtura.tasks.translation.decoding import ExampleRouting
@@ -88,10 +88,8 @@ class TranslationArm(Arm):
         """Whether information leaks from the future or the batch, in training and deployed, found by trying."""
         model = self._probe().eval()
         deployed = self._leak(model)
-        for module in model.modules():
-            if isinstance(module, MixtureOfTokens):
-                module.set_inference_mode("group", top_k=module.alone_top_k)
-        trained = self._leak(model)
+        with running_in(mixing_layers(model), "group"):
+            trained = self._leak(model)
         return {"future": trained.future, "batch": trained.batch, "batch_deployed": deployed.batch}
 
     def _leak(self, model: nn.Module) -> LeakReport:
