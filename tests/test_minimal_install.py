@@ -17,7 +17,7 @@ EXTRAS = [
 ]
 
 # Run as files by the interpreter of a serving engine, whose packages are not ours; they import nothing of Mixtura.
-ENGINE_SCRIPTS = {"engine_vllm.py", "engine_llama_cpp.py"}
+ENGINE_SCRIPTS = {"run_vllm.py", "run_llama_cpp.py"}
 # Torch's builds for CUDA require it, others lack it; modules named after it are imported where it is installed only.
 BROUGHT_BY_TORCH = {"triton"}
 

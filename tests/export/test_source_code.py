@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from mixtura.config import UserError
+from mixtura.export.containers import check_standalone, remote_code
 from mixtura.export.engines import EngineFailed, load_causal
-from mixtura.export.source_code import check_standalone, remote_code
 from mixtura.export.writer import export
 from mixtura.models import MixtureConfig, MixtureForCausalLM, standalone
 from mixtura.models.calibration import calibrate

@@ -11,9 +11,16 @@ from safetensors.torch import load_file, save_file
 from mixtura.cli import main
 from mixtura.config import UserError
 from mixtura.export import engines
-from mixtura.export.dense_twin import write_dense_twin
 from mixtura.export.engines import Engine, Ran, load_causal, model_log_probs, parse_engine, run_engine
-from mixtura.export.verification import PROBE_TOKENS, Comparison, Receipt, largest_difference, probe_tokens, verify
+from mixtura.export.verification import (
+    PROBE_TOKENS,
+    Comparison,
+    Receipt,
+    largest_difference,
+    probe_tokens,
+    verify,
+    write_dense_twin,
+)
 from mixtura.export.writer import export
 from mixtura.models.transition import to_token_choice
 

@@ -81,7 +81,7 @@ def classify(
     texts: Annotated[list[str], typer.Argument(help="Texts, each judged by itself.")],
 ) -> None:
     """Label texts with a model that was tuned for it."""
-    from mixtura.tasks.classification.saved import classify as run_classifier
+    from mixtura.tasks.classification.classifier import classify as run_classifier
 
     hush()
     for text, answer in zip(texts, run_classifier(model, texts), strict=True):

@@ -1,11 +1,14 @@
 """Stock architectures that hold our checkpoints exactly: what each can express, its configuration and its tensors.
 
+A checkpoint that none can hold leaves with its own code: files of ours that stand alone but for one import each.
+
 Tensors are named as the published checkpoints of each architecture have them, which is what other engines read;
 transformers' own names in memory differ.
 
 Shapes: E experts, D hidden, F expert width.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,9 +16,10 @@ from transformers import PreTrainedConfig
 
 from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights
 from mixtura.config import UserError
+from mixtura.config.model_settings import written_out
 from mixtura.export import fields, layouts
 from mixtura.export.traits import Traits, check_stock
-from mixtura.models import MixtureConfig
+from mixtura.models import MixtureConfig, configuration_mixture, standalone
 
 _SOFTMAX = frozenset({"normalised softmax"})
 _ANY_SOFTMAX = frozenset({"softmax", "normalised softmax"})
@@ -162,3 +166,30 @@ def plan_tensors(config: MixtureConfig, traits: Traits, weights: StoredWeights, 
     for depth in sorted(mixtures):
         planned += CONTAINERS[container].mixture(config, traits, weights, depth)
     return planned
+
+
+CONFIG_MODULE, MODEL_MODULE = "configuration_mixture", "modeling_mixtura"
+
+
+def remote_code() -> dict[str, str]:
+    """The files by name; they import torch and transformers alone."""
+    table = "from mixtura.config.model_settings import CHOICES, FAMILY_NAMES, ModelSettings"
+    ours, theirs = "from mixtura.models.configuration_mixture import", f"from .{CONFIG_MODULE} import"
+    return {
+        f"{CONFIG_MODULE}.py": _replace_import(inspect.getsource(configuration_mixture), table, written_out()),
+        f"{MODEL_MODULE}.py": _replace_import(inspect.getsource(standalone), ours, theirs),
+    }
+
+
+def check_standalone(config: MixtureConfig) -> None:
+    """Raises UserError where the files of `remote_code` lack a family of the model."""
+    for family in set(config.mlp_layer_types or []) - {"dense", *standalone.MIXTURES}:
+        raise UserError(
+            f"A model with {family} layers cannot be exported: no architecture of transformers has them, and "
+            "mixtura.models.standalone does not either; serve it with Mixtura."
+        )
+
+
+def _replace_import(source: str, ours: str, theirs: str) -> str:
+    assert source.count("from mixtura.") == 1 and ours in source, "the file must import nothing else of ours"
+    return source.replace(ours, theirs)

@@ -17,8 +17,16 @@ from mixtura.checkpoints.source import EMBEDDING, HEAD, expected_shapes
 from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights, write_planned
 from mixtura.config import UserError
 from mixtura.export.card import Origin, origin_of, write_card
-from mixtura.export.containers import CONTAINERS, REMOTE_CODE, choose_container, plan_tensors
-from mixtura.export.source_code import CONFIG_MODULE, MODEL_MODULE, check_standalone, remote_code
+from mixtura.export.containers import (
+    CONFIG_MODULE,
+    CONTAINERS,
+    MODEL_MODULE,
+    REMOTE_CODE,
+    check_standalone,
+    choose_container,
+    plan_tensors,
+    remote_code,
+)
 from mixtura.export.traits import Traits, check_deployable, traits_of
 from mixtura.export.verification import Receipt, verify
 from mixtura.models import MixtureConfig

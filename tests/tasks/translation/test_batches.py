@@ -8,8 +8,7 @@ from mixtura.config import UserError
 from mixtura.data.parallel import SentencePair
 from mixtura.data.tokenizer import train_tokenizer
 from mixtura.tasks.translation.batches import PairDataset, bucketed_order, collate_rows, encode_pairs
-from mixtura.tasks.translation.prompts import Prompts, add_prompt_tokens, language_name
-from mixtura.tasks.translation.vocabulary import train_translation_tokenizer
+from mixtura.tasks.translation.prompts import Prompts, add_prompt_tokens, language_name, train_translation_tokenizer
 
 PAIRS = [
     SentencePair("a cat", "eine Katze", "en", "de"),

@@ -25,10 +25,9 @@ from mixtura.config.arms import has_setting
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm, probe_layer
 from mixtura.models import MixtureConfig
 from mixtura.planning import active_parameters, model_parameters
-from mixtura.tasks.classification.classifier import TextClassifier, evaluation_modes
+from mixtura.tasks.classification.classifier import SavedClassifier, TextClassifier, evaluation_modes
 from mixtura.tasks.classification.features import FeatureExamples, hidden_states
 from mixtura.tasks.classification.heads import head_settings, inactive_parameters
-from mixtura.tasks.classification.saved import SavedClassifier
 from mixtura.tasks.classification.task import Classification, RouterLossWeights, Splits
 from mixtura.training.experiment import Arm
 

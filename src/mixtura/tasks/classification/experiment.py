@@ -23,7 +23,7 @@ from mixtura.config import ClassificationRecipe, HeadConfig, UserError
 from mixtura.data.labelled import LabelledCorpus, LabelledText, load_labelled
 from mixtura.tasks.classification.accuracy import paired_bootstrap
 from mixtura.tasks.classification.arms import ClassificationArm, Pretrained
-from mixtura.tasks.classification.classifier import load_encoder
+from mixtura.tasks.classification.classifier import SavedClassifier, load_encoder
 from mixtura.tasks.classification.features import (
     Examples,
     FeatureExamples,
@@ -34,7 +34,6 @@ from mixtura.tasks.classification.features import (
     weights_digest,
 )
 from mixtura.tasks.classification.heads import blends_tokens
-from mixtura.tasks.classification.saved import SavedClassifier
 from mixtura.tasks.classification.task import PREDICTIONS, Splits
 from mixtura.training.experiment import Arm, Experiment
 

@@ -20,10 +20,16 @@ from torch.utils.data import Dataset
 from mixtura.config import UserError
 from mixtura.layers.losses import load_balancing_loss
 from mixtura.tasks.classification.accuracy import calibration_bins, classification_scores, confusion_matrix
-from mixtura.tasks.classification.classifier import Mode, TextClassifier, adapter_routing, evaluating, evaluation_modes
+from mixtura.tasks.classification.classifier import (
+    Mode,
+    SavedClassifier,
+    TextClassifier,
+    adapter_routing,
+    evaluating,
+    evaluation_modes,
+)
 from mixtura.tasks.classification.features import Examples, ScheduledExamples
 from mixtura.tasks.classification.heads import blends_tokens
-from mixtura.tasks.classification.saved import SavedClassifier
 from mixtura.training import saving as checkpoints
 from mixtura.training.task import Measure, StepLosses, TrainingTask
 

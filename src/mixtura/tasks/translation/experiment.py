@@ -14,9 +14,8 @@ from mixtura.data.tokenizer import load_tokenizer
 from mixtura.tasks.translation.arms import make_arm
 from mixtura.tasks.translation.batches import encode_pairs
 from mixtura.tasks.translation.chrf import paired_bootstrap
-from mixtura.tasks.translation.prompts import Prompts, add_prompt_tokens
+from mixtura.tasks.translation.prompts import Prompts, add_prompt_tokens, train_translation_tokenizer
 from mixtura.tasks.translation.task import OUTPUTS_FILE, TranslationData, read_outputs
-from mixtura.tasks.translation.vocabulary import train_translation_tokenizer
 from mixtura.training.experiment import Arm, Experiment
 
 
