@@ -1,7 +1,12 @@
-"""From a recipe to a model configuration."""
+"""From a recipe to a model configuration, and from that to the layers."""
+
+import pkgutil
+from typing import Any
 
 from mixtura.config import ArmConfig, ModelConfig
 from mixtura.config.arms import model_settings
+from mixtura.config.families import facts_of
+from mixtura.layers import FeedForward
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.planning.matching import match_intermediate_size
 from mixtura.planning.shapes import feed_forward_shapes
@@ -61,3 +66,22 @@ def layer_families(num_layers: int, arm: ArmConfig) -> list[str]:
     """The family of every layer: the arm's in all layers or in the later half, dense before."""
     first = num_layers // 2 if arm.placement == "later_half" else 0
     return ["dense"] * first + [arm.family] * (num_layers - first)
+
+
+def build_feed_forward(config: MixtureConfig, layer_idx: int) -> FeedForward:
+    """The feed-forward layer of decoder layer `layer_idx`, given the settings that the table has for its family."""
+    family = (config.mlp_layer_types or [])[layer_idx]
+    layer_class = pkgutil.resolve_name(facts_of(family).layer)
+    return layer_class(config.hidden_size, **_arguments(config, family, layer_idx))
+
+
+def _arguments(config: MixtureConfig, family: str, layer_idx: int) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"activation": config.hidden_act, "gated": config.gated}
+    if family == "dense":
+        widths = config.intermediate_sizes
+        arguments["intermediate_size"] = config.intermediate_size if widths is None else widths[layer_idx]
+    for setting, field in model_settings(family):
+        argument = setting.argument(family)
+        if argument is not None:
+            arguments[argument] = setting.to_layer(getattr(config, field))
+    return arguments | {name: getattr(config, name) for name in facts_of(family).model_settings}

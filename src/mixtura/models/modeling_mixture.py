@@ -32,8 +32,8 @@ from mixtura.layers import (
 from mixtura.layers.losses import load_balancing_loss
 from mixtura.models.alone_schedule import shares_alone
 from mixtura.models.attention import ATTENTION_CLASSES, build_attention, causal_masks
+from mixtura.models.build import build_feed_forward
 from mixtura.models.configuration_mixture import MixtureConfig
-from mixtura.models.families import build_feed_forward
 
 
 @dataclass

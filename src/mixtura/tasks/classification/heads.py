@@ -24,8 +24,7 @@ from mixtura.config import ArmConfig, HeadConfig, ModelConfig, UserError
 from mixtura.config.families import facts_of
 from mixtura.layers import FeedForward, LayerMix, RoutingStats, SoftMoE
 from mixtura.models import MixtureConfig
-from mixtura.models.build import build_model_config
-from mixtura.models.families import build_feed_forward
+from mixtura.models.build import build_feed_forward, build_model_config
 from mixtura.planning.formulas import active_layer_parameters, layer_parameters
 from mixtura.planning.shapes import feed_forward_shapes
 
