@@ -53,7 +53,7 @@ class FamilyFacts:
 
 FAMILIES: dict[Family, FamilyFacts] = {
     "dense": FamilyFacts(
-        layer="mixtura.layers.dense:DenseFFN",
+        layer="mixtura.layers.feed_forward:DenseFFN",
         routing="none",
         serving="as trained",
         words="dense",
