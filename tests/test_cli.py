@@ -112,6 +112,29 @@ def test_a_trained_model_can_be_evaluated_and_writes_text(run, recipe, tiny_text
     assert texts[0] == texts[1] and texts[0][0] == 0 and texts[0][1].startswith("the film")
 
 
+@pytest.mark.parametrize(
+    ("preset", "arm", "final", "said"),
+    [
+        (
+            "translation-quick",
+            "dense",
+            {"causal": {"loss": 1.0, "perplexity": 2.7, "chrf": 10.0, "chrf_pp": 9.0, "bleu": 1.0}},
+            "held-out loss, causal: 1.0000 nats a token, chrF 10.00, chrF++ 9.00, BLEU 1.00",
+        ),
+        (
+            "classification-quick",
+            "last_layer",
+            {"alone": {"loss": 0.6931, "accuracy": 51.0, "macro_f1": 50.5, "ece": 2.0, "brier": 0.5}},
+            "held-out loss, alone: 0.6931 nats an example, accuracy 51.00\N{NO-BREAK SPACE}%, macro F1 50.50",
+        ),
+    ],
+)
+def test_train_says_what_a_task_measures(run, monkeypatch, tmp_path, preset, arm, final, said):
+    monkeypatch.setattr("mixtura.comparison.runner.train_arm", lambda *_, **__: {"final": final})
+    code, text = run("train", "--preset", preset, "--arm", arm, "--out", tmp_path / "out")
+    assert code == 0 and said in text
+
+
 def test_compare_says_where_the_report_is_and_the_verdict(run, recipe, tmp_path):
     code, text = run("compare", recipe, "--out", tmp_path / "out")
     assert code == 0

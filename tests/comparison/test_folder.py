@@ -58,6 +58,24 @@ def test_another_recipe_is_refused_with_the_key_that_differs(begun, section, val
     open_folder(out, recipe, resume=True)
 
 
+def test_another_recipe_is_refused_once_a_trial_of_the_search_has_begun(tiny_recipe, tmp_path):
+    recipe, out = tiny_recipe(), tmp_path / "out"
+    open_folder(out, recipe, resume=True)
+    write_json(out / "search" / "dense" / "rate0.001" / "seed1000" / "run.json", {})
+    with pytest.raises(UserError, match=r"training\.steps = 4, now it is 9"):
+        open_folder(out, tiny_recipe(steps=9), resume=True)
+    open_folder(out, recipe, resume=True)
+
+
+def test_a_text_that_changed_since_the_first_trial_is_refused(tiny_recipe, tmp_path):
+    recipe, out = tiny_recipe(), tmp_path / "out"
+    check_same_data(out, Pretraining(recipe, prepare_data(recipe.data, cache_dir=None)))
+    write_json(out / "search" / "dense" / "rate0.001" / "seed1000" / "run.json", {})
+    other = prepare_data(dataclasses.replace(recipe.data, max_bytes=20_000), cache_dir=None)
+    with pytest.raises(UserError, match=r"The text has changed since .* was begun"):
+        check_same_data(out, Pretraining(recipe, other))
+
+
 def test_a_setting_that_was_turned_off_is_another_recipe(begun):
     out, recipe = begun
     arms = {name: dataclasses.replace(arm, alone_top_k=None) for name, arm in recipe.arms.items()}

@@ -63,6 +63,20 @@ def test_a_finished_run_is_read_and_not_repeated(run, monkeypatch):
     assert run() == first
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rate": 2e-3}, r"learning_rate 0\.001, and now it is 0\.002"),
+        ({"steps": 6}, "steps 4, and now it is 6"),
+        ({"seed": 1}, "seed 0, and now it is 1"),
+    ],
+)
+def test_a_finished_run_of_other_settings_is_refused(run, changes, words):
+    run()
+    with pytest.raises(UserError, match=f"The finished run in .* has {words}: choose another folder"):
+        run(**changes)
+
+
 def test_a_run_that_lost_its_result_is_evaluated_again_without_training(run, tmp_path):
     first = run()
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")

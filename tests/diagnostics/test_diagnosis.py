@@ -198,3 +198,21 @@ def test_files_are_whole_or_not_there(make_diagnosis: Callable[..., dict[str, An
     with pytest.raises(ValueError, match="JSON"):
         write_diagnosis(found, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "mode"),
+    [
+        ("dense", {}, "causal"),
+        ("token_choice", {}, "causal"),
+        ("expert_choice", {}, "group"),
+        ("soft", {}, "group"),
+        ("mixture_of_tokens", {"inference_mode": "alone"}, "alone"),
+        ("mixture_of_tokens", {"inference_mode": "group"}, "alone"),
+        ("mixture_of_tokens", {"inference_mode": "population", "population": True}, "population"),
+    ],
+)
+def test_the_mode_that_is_recorded_is_the_one_the_model_ran_in(
+    make_diagnosis: Callable[..., dict[str, Any]], family: str, changes: dict[str, Any], mode: str
+) -> None:
+    assert make_diagnosis(family, **changes)["model"]["mode"] == mode

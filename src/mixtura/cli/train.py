@@ -98,6 +98,7 @@ def train(
     The finished model lies in the folder's arms, where `mixtura evaluate`, `generate` and `export` find it.
     """
     from mixtura.comparison.runner import train_arm
+    from mixtura.report.measures import final_sentence
 
     if start is not None and recipe is None and preset is None:
         preset = "continue"
@@ -111,10 +112,8 @@ def train(
     folder = out or Path("runs") / f"{loaded.name}-{name}"
     with progress(None) as reporter:
         result = train_arm(loaded, name, seed=seed, out=folder, resume=resume, reporter=reporter)
-    for mode, losses in result["final"].items():
-        typer.echo(
-            f"held-out loss, {mode}: {losses['loss']:.4f} nats a token, {losses['bits_per_byte']:.4f} bits a byte"
-        )
+    for mode, measures in result["final"].items():
+        typer.echo(final_sentence(mode, measures, task=getattr(loaded, "task", "pretraining")))
     typer.echo(f"Model: {folder / 'arms' / name / f'seed{seed}' / 'checkpoint'}")
 
 

@@ -110,7 +110,8 @@ def check_same_data(out: Path, experiment: Experiment) -> None:
 
 
 def _has_runs(out: Path) -> bool:
-    return any(out.glob("arms/*/*/run.json")) or any(out.glob("search/*/*/run.json"))
+    """Whether a run has begun, a trial of the search among them: `arms/<arm>/seed<k>/`, one folder deeper there."""
+    return any(out.glob("arms/*/*/run.json")) or any(out.glob("search/*/*/*/run.json"))
 
 
 def _first_difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any] | None:

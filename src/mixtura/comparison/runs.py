@@ -37,6 +37,7 @@ def run_arm(
     """
     stored = read_json(out / "result.json", keys=_RESULT_KEYS)
     if stored is not None:
+        _check_same_run(stored, out, seed=seed, learning_rate=learning_rate, steps=training.steps)
         reporter.start_run(label, step=stored["steps"], steps=stored["steps"])
         reporter.end_run()
         return stored
@@ -74,6 +75,16 @@ def run_arm(
     }
     write_json(out / "result.json", result)
     return result
+
+
+def _check_same_run(stored: dict[str, Any], out: Path, **asked: float) -> None:
+    """Refuses a finished run of other settings, such as one that was trained at another rate before a search."""
+    for key, value in asked.items():
+        if stored[key] != value:
+            raise UserError(
+                f"The finished run in '{out}' has {key} {stored[key]:g}, and now it is {value:g}: choose another folder "
+                f"with --out, or delete '{out}', and that run is done again."
+            )
 
 
 _RESULT_KEYS = {"seed", "learning_rate", "steps", "train_seconds", "final", "details", "curve"}

@@ -28,6 +28,7 @@ from mixtura.diagnostics.load import summarize_load
 from mixtura.diagnostics.page import render_page
 from mixtura.diagnostics.specialization import ObservedChoices, describe_layer, observe
 from mixtura.diagnostics.token_types import TOKEN_TYPES, token_surfaces, token_types, typical_tokens
+from mixtura.layers import MixtureOfTokens
 from mixtura.models.generation import load_model
 
 SCHEMA_VERSION = 1
@@ -219,22 +220,34 @@ def _describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
         "families": sorted(set(getattr(config, "mlp_layer_types", None) or [])),
         "route_by": getattr(config, "route_by", "token"),
         "expert_names": getattr(config, "expert_names", None),
-        "mode": "alone" if hasattr(config, "inference_mode") else "causal",
+        "mode": _deployed_mode(model),
     }
 
 
+def _mixing_layers(model: nn.Module) -> list[MixtureOfTokens]:
+    """Mixture-of-tokens layers, of the model or of an adapter on it."""
+    return [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
+
+
+def _deployed_mode(model: nn.Module) -> str:
+    """The mode that `_deployed` runs the model in, in the words of `mixtura.evaluation.evaluation_modes`."""
+    modes = {layer.inference_mode for layer in _mixing_layers(model)}
+    if modes:
+        return "population" if "population" in modes else "alone"
+    return "group" if unread_layers(model) else "causal"
+
+
 @contextmanager
-def _deployed(model: Any) -> Iterator[None]:
-    """Runs mixture-of-tokens layers alone for a while, which is how they are deployed."""
-    grouped = getattr(model.config, "inference_mode", None) == "group"
-    top_k = getattr(model.config, "alone_top_k", None)
-    if grouped:
-        model.set_inference_mode("alone", top_k=top_k)
+def _deployed(model: nn.Module) -> Iterator[None]:
+    """Runs mixture-of-tokens layers that are in groups alone for a while, which is how they are deployed."""
+    grouped = [layer for layer in _mixing_layers(model) if layer.inference_mode == "group"]
+    for layer in grouped:
+        layer.set_inference_mode("alone", top_k=layer.alone_top_k)
     try:
         yield
     finally:
-        if grouped:
-            model.set_inference_mode("group", top_k=top_k)
+        for layer in grouped:
+            layer.set_inference_mode("group", top_k=layer.alone_top_k)
 
 
 def _layer(

@@ -6,6 +6,7 @@ the way of a run.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +112,16 @@ def written_amount(measure: Measure, difference: float, *, unit: bool = True) ->
         return f"{text} {measure.unit}"
     words = difference_unit(measure)
     return f"{text} {words} of {measure.name}" if words else f"{text} in {measure.name}"
+
+
+def final_sentence(mode: str, measures: Mapping[str, float], *, task: str) -> str:
+    """What one run measured in one mode in the end: the loss first, then the task's own measures."""
+    unit = _LOSS_UNITS.get(task, LOSS.unit)
+    said = [f"held-out loss, {mode}: {measures['loss']:.4f} {unit}"]
+    if "bits_per_byte" in measures:
+        said.append(f"{measures['bits_per_byte']:.4f} bits a byte")
+    own = [measure for key, measure in FURTHER.items() if key in measures and measure.better == "higher"]
+    return ", ".join([*said, *(written_value(measure, measures[measure.key]) for measure in own)])
 
 
 def value_note(measure: Measure) -> str:
