@@ -27,7 +27,7 @@ results = mixtura.compare(
     out=OUT,
     overrides=[f"training.steps={STEPS}", f"training.eval_every={STEPS}"],
 )
-print(results["summary"]["verdict"]["headline"])
+print(results.summary.verdict.headline)
 
 # %% [markdown]
 # ## Scores by language pair
@@ -77,5 +77,5 @@ print(f"all pairs: {whole.num_parameters():,} parameters; en-de alone: {german.n
 from mixtura.tasks.inspection import diagnose_folder
 
 diagnosis = diagnose_folder(checkpoint, [], out=OUT / "diagnosis")
-print(diagnosis["verdict"]["headline"])
+print(diagnosis.verdict.headline)
 print(f"Report: {OUT / 'report.html'}\nExperts: {OUT / 'diagnosis' / 'diagnosis.html'}")

@@ -2,7 +2,8 @@
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
+
+from mixtura.results import ArmResult
 
 _FAMILY_COLOURS = {
     "dense": ("#59636e", "#aab4c0"),
@@ -20,13 +21,13 @@ _FAMILY_COLOURS = {
 _SPARE_COLOURS = (("#a37500", "#e8bf52"), ("#5b4fc4", "#a9a0f5"), ("#00808a", "#4fc6d0"), ("#b0305c", "#f286a9"))
 
 
-def arm_colours(arms: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+def arm_colours(arms: Mapping[str, ArmResult]) -> dict[str, tuple[str, str]]:
     """A light-theme and a dark-theme colour for each arm: the family's, or a spare one for a family's further arms.
 
     The hues follow Okabe and Ito's palette, which colour-blind readers can tell apart; dense is grey.
     """
     spare, colours = itertools.cycle(_SPARE_COLOURS), {}
     for name, arm in arms.items():
-        own = _FAMILY_COLOURS.get(arm["family"])
+        own = _FAMILY_COLOURS.get(arm.family)
         colours[name] = next(spare) if own is None or own in colours.values() else own
     return colours
