@@ -97,7 +97,7 @@ def test_a_final_loss_that_no_file_can_hold_is_a_divergence(run, tmp_path):
 def test_a_file_that_is_no_result_is_refused(run, tmp_path, text):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "result.json").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=r"result\.json' is damaged \\(.*\\): delete it"):
+    with pytest.raises(UserError, match=r"result\.json' is damaged \(.*\): delete it"):
         run()
 
 

@@ -14,11 +14,11 @@ import pytest
 
 from fixtures.results import as_results, summary_of
 from mixtura.config import UserError
-from mixtura.report import tables
-from mixtura.report.colours import arm_colours
+from mixtura.report import every_run, tables
 from mixtura.report.figures import build_figures, load_maps, smooth
 from mixtura.report.html import render_html, report_folder, write_report
 from mixtura.report.markdown import escape, fence, render_markdown
+from mixtura.report.wording import arm_colours
 from mixtura.results import Results
 from mixtura.results.files import write_results
 
@@ -282,7 +282,7 @@ def test_mean_of_the_surviving_seeds_is_shown_nowhere(make_results: MakeResults)
     rows = {row.label: row.cells for group in table for row in group.rows}
     for label in ("As deployed", "As trained", "Bits per byte", "Minus dense's"):
         assert rows[label][1].text == "\N{EN DASH}"
-    seeds = tables.seed_table(as_results(results), summary_of(results))
+    seeds = every_run.seed_table(as_results(results), summary_of(results))
     assert seeds.mean[1] == "\N{EN DASH}"
     assert seeds.rows[1][1][1] == "diverged"
 

@@ -81,7 +81,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a finished comparison.")],
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
-    """Write the report of a comparison again, from its results.json alone."""
+    """Write a report again, from results.json alone."""
     from mixtura.report.html import report_folder
 
     page = report_folder(folder)

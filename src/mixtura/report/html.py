@@ -14,8 +14,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from mixtura.config import UserError
-from mixtura.report import facts, tables
-from mixtura.report.colours import arm_colours
+from mixtura.report import every_run, facts, tables
 from mixtura.report.deployment import deployment_figures
 from mixtura.report.figures import AXES, SYMBOLS, build_figures, is_even, load_maps
 from mixtura.report.markdown import render_markdown
@@ -24,7 +23,7 @@ from mixtura.report.pictures import write_pictures
 from mixtura.report.sections import classification_section, specialization_maps, task_figures, translation_section
 from mixtura.report.summary import summarize
 from mixtura.report.verdict import difference_words
-from mixtura.report.wording import NBSP, NONE, capital, count, listing, number, quantity, rate
+from mixtura.report.wording import NBSP, NONE, arm_colours, capital, count, listing, number, quantity, rate
 from mixtura.results import ArmResult, ArmSummary, Results, Summary, read_results
 from mixtura.results.files import RESULTS, write_text
 from mixtura.results.json_form import to_plain
@@ -100,8 +99,8 @@ def render_html(results: Results, summary: Summary) -> str:
         table_text=_table_text(seeds),
         two_modes=any(arm.deployed_mode not in (None, arm.training_mode) for arm in results.arms.values()),
         table=tables.main_table(results, summary),
-        seed_table=tables.seed_table(results, summary),
-        pairs=tables.pair_table(results, summary),
+        seed_table=every_run.seed_table(results, summary),
+        pairs=every_run.pair_table(results, summary),
         data_facts=facts.data_facts(results, summary),
         environment_facts=facts.environment_facts(results),
         axes=[(axis, "FLOPs" if axis == "flops" else axis.capitalize()) for axis in AXES],

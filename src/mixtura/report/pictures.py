@@ -10,11 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from mixtura.report.colours import arm_colours
 from mixtura.report.deployment import MODES, deployed_arms, gaps
 from mixtura.report.figures import gap_lines, held_out_lines, load_maps, mean_line
 from mixtura.report.measures import difference_unit, yardstick
-from mixtura.report.wording import capital, digits_for, signed
+from mixtura.report.wording import arm_colours, capital, digits_for, signed
 from mixtura.results import Results, Summary
 
 INK, SOFT, GRID = "#1f2328", "#59636e", "#e3e6ea"

@@ -265,7 +265,7 @@ def test_arms_are_compared_over_the_same_test_texts(make, run, tmp_path):
     compared = experiment.across_arms(tmp_path).paired_bootstrap
     # No run of the third arm is finished.
     assert set(compared) == {"layer_mix"}
-    result = compared["layer_mix"]
+    result = compared["layer_mix"]["all"]
     assert result.low <= result.difference <= result.high and 0 < result.p_value <= 1
 
 

@@ -17,6 +17,7 @@ from mixtura.config import (
 )
 from mixtura.results import Leaks
 from mixtura.results.details import TranslationDetails
+from mixtura.results.document import PairedTest
 from mixtura.results.json_form import from_plain, to_plain
 from mixtura.tasks.translation.experiment import make_translation
 from mixtura.tasks.translation.translator import translate
@@ -181,6 +182,7 @@ def test_the_bootstrap_compares_outputs_of_the_same_seed(experiment, tmp_path):
         records = [
             {
                 "pair": pair.pair,
+                "source": pair.source,
                 "reference": pair.target,
                 "output": pair.target if good and pair.pair == "en-xx" else pair.source,
             }
@@ -190,7 +192,7 @@ def test_the_bootstrap_compares_outputs_of_the_same_seed(experiment, tmp_path):
     found = experiment.across_arms(tmp_path).paired_bootstrap
     assert set(found) == {"token_choice", "languages", "mixture_of_tokens"}
     assert found["languages"]["en-xx"].difference > 50 and found["languages"]["en-xx"].p_value < 0.01
-    assert found["languages"]["en-yy"] == {"chrf_difference": 0.0, "p_value": 1.0}
+    assert found["languages"]["en-yy"] == PairedTest(difference=0.0, p_value=1.0)
 
 
 def test_two_toy_languages_are_learnt(tmp_path):
