@@ -1,7 +1,7 @@
 """Numbers and names as the report writes them: pure functions from values to short texts.
 
-One place decides how many digits a loss has, and what a family is called and coloured, so that the page, the tables, the
-figures and the Markdown say the same thing in the same way. None is written as an en dash: no number, for a stated
+One place decides how many digits a loss has, and what a family is called and coloured, so that the page, the tables,
+the figures and the Markdown say the same thing in the same way. None is written as an en dash: no number, for a stated
 reason.
 """
 

@@ -111,7 +111,7 @@ def test_a_comparison_trains_all_checkpoints_on_and_resumes_to_the_same(build, t
     assert any((before[name] != after[name]).any() for name in before)
     assert (kept / "tokenizer.json").is_file()
     again = compare(recipe, out=tmp_path / "again")
-    for name in results["arms"]:
+    for name in results.arms:
         assert results.arms[name].runs[0].final == again.arms[name].runs[0].final
 
 
