@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from mixtura import cli
 from mixtura.cli import train as runs
-from mixtura.comparison import folder
 from mixtura.config import recipe_to_toml
 from mixtura.models import MixtureForCausalLM
+from mixtura.results import files
 from mixtura.training import SilentProgress
 
 STEPS = 4
@@ -218,7 +218,7 @@ def test_a_full_disk_is_one_sentence(run, recipe, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "results.json")
 
-    monkeypatch.setattr("mixtura.comparison.runner.write_json", full)
+    monkeypatch.setattr("mixtura.comparison.runner.write_results", full)
     assert_one_sentence(run("compare", recipe, "--out", tmp_path / "out"), "disk is full", "Free some space")
     assert_nothing_half_written(tmp_path / "out")
 
@@ -258,14 +258,14 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_file(run, recipe, tmp_path
 
 def test_a_full_disk_leaves_no_part_of_a_file(tmp_path, monkeypatch):
     target = tmp_path / "results.json"
-    folder.write_json(target, {"old": True})
+    files.write_json(target, {"old": True})
 
     def full(self, *_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="No space"):
-        folder.write_json(target, {"new": True})
+        files.write_json(target, {"new": True})
     assert json.loads(target.read_text(encoding="utf-8")) == {"old": True}
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mixtura.comparison.folder import environment, now, write_text
+from mixtura.comparison.folder import environment, now
+from mixtura.results.files import write_text
 
 
 def store_record(folder: Path, kind: str, *, settings: dict[str, Any], suffix: str = "", **measured: Any) -> Path:

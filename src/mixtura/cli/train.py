@@ -1,4 +1,4 @@
-"""Verbs that train: compare, finetune, train."""
+"""Verbs that train and report: compare, finetune, train, report."""
 
 import json
 import shlex
@@ -79,6 +79,20 @@ def finetune(
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a finished comparison.")],
+    open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
+) -> None:
+    """Write a report again, from results.json alone."""
+    from mixtura.report.html import report_folder
+
+    page = report_folder(folder)
+    typer.echo(f"Report: {page}")
+    if open_report:
+        open_page(page)
+
+
+@app.command()
 def train(
     recipe: RecipeArgument = None,
     preset: PresetOption = None,
@@ -100,6 +114,7 @@ def train(
     The finished model lies in the folder's arms, where `mixtura evaluate`, `generate` and `export` find it.
     """
     from mixtura.comparison.runner import train_arm
+    from mixtura.report.measures import final_sentence
 
     if start is not None and recipe is None and preset is None:
         preset = "continue"
@@ -113,10 +128,8 @@ def train(
     folder = out or Path("runs") / f"{loaded.name}-{name}"
     with progress(None) as reporter:
         result = train_arm(loaded, name, seed=seed, out=folder, resume=resume, reporter=reporter)
-    for mode, losses in result["final"].items():
-        typer.echo(
-            f"held-out loss, {mode}: {losses['loss']:.4f} nats a token, {losses['bits_per_byte']:.4f} bits a byte"
-        )
+    for mode, measures in result.final.items():
+        typer.echo(final_sentence(mode, measures, task=getattr(loaded, "task", "pretraining")))
     typer.echo(f"Model: {folder / 'arms' / name / f'seed{seed}' / 'checkpoint'}")
 
 
@@ -151,7 +164,8 @@ def _compare(path: Path, out: Path | None, overrides: list[str], *, resume: bool
             command=shlex.join(["mixtura", *sys.argv[1:]]),
             reporter=reporter,
         )
-    report = folder / "report.html"
-    typer.echo(f"\n{results['summary']['verdict']['headline']}\n\nReport: {report}")
+    page = folder / "report.html"
+    verdict = results.summary.verdict.headline if results.summary else ""
+    typer.echo(f"\n{verdict}\n\nReport: {page}")
     if open_report:
-        open_page(report)
+        open_page(page)

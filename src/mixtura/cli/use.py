@@ -121,6 +121,6 @@ def diagnose(
         command=shlex.join(["mixtura", *sys.argv[1:]]),
     )
     page = folder / "diagnosis.html"
-    typer.echo(f"{results['verdict']['headline']}\n\nPage: {page}")
+    typer.echo(f"{results.verdict.headline}\n\nPage: {page}")
     if show:
         open_page(page)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mixtura.config import UserError
 from mixtura.data.parallel import SentencePair
+from mixtura.diagnostics.diagnosed import Diagnosis
 from mixtura.diagnostics.diagnosis import diagnose, diagnose_excerpts, read_texts, write_diagnosis
 from mixtura.diagnostics.excerpts import Excerpts
 from mixtura.tasks.translation.task import OUTPUTS_FILE, TRANSLATION_FILE, read_outputs
@@ -23,7 +24,7 @@ def diagnose_folder(
     text_column: str = "text",
     max_tokens: int = 20_000,
     command: str = "",
-) -> dict[str, Any]:
+) -> Diagnosis:
     """Diagnoses the model in a folder, and writes `diagnosis.json` and `diagnosis.html` into `out`.
 
     Args:
@@ -35,7 +36,7 @@ def diagnose_folder(
         command: the command line, for the record.
 
     Returns:
-        The content of diagnosis.json, see docs/diagnose.md.
+        What diagnosis.json holds, see docs/diagnose.md.
 
     Raises:
         UserError: the model or a text cannot be used, or `out` cannot be written.
@@ -74,11 +75,11 @@ def _sentences(model_folder: Path, prompts: Any, directions: Sequence[str], max_
     records = read_outputs(path)
     cut = Excerpts([], [], [])
     for direction in directions:
-        own = [record for record in records if record["pair"] == direction]
+        own = [record for record in records if record.pair == direction]
         if not own:
             continue
         source, target = direction.split("-")
-        pairs = [SentencePair(record["source"], record["reference"], source, target) for record in own]
+        pairs = [SentencePair(record.source, record.reference, source, target) for record in own]
         ids = prompts.encode(pairs), prompts.encode_targets([pair.target for pair in pairs])
         room = max_tokens
         for prompt, reference in zip(*ids, strict=True):
