@@ -521,7 +521,7 @@ def once(tmp_path_factory):
 @pytest.fixture
 def compared(run, tiny_recipe, once, tmp_path, monkeypatch):
     """The command of a finished comparison without its report, and a copy of its folder."""
-    monkeypatch.setattr("mixtura.comparison.runner.write_report", lambda results, out: None)
+    monkeypatch.setattr("mixtura.report.html.write_report", lambda results, out: None)
     recipe, out = once / "tiny.toml", once / "out"
     if not out.exists():
         recipe.write_text(recipe_to_toml(tiny_recipe(steps=2)), encoding="utf-8")

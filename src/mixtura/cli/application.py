@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mixtura import __version__
-from mixtura.config import PRESETS, Interrupted, UserError, preset_path
+from mixtura.errors import Interrupted, UserError
 
 app = typer.Typer(
     name="mixtura",
@@ -26,7 +26,10 @@ RecipeArgument = Annotated[
     Path | None, typer.Argument(help="A recipe, such as recipes/default.toml.", show_default=False)
 ]
 PresetOption = Annotated[
-    str | None, typer.Option(help=f"A recipe that comes with Mixtura: {', '.join(PRESETS)}.", show_default=False)
+    str | None,
+    typer.Option(
+        help="A recipe that comes with Mixtura, such as quick or full; a wrong name lists all.", show_default=False
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -77,6 +80,8 @@ def hush() -> None:
 
 def recipe_path(recipe: Path | None, preset: str | None) -> Path:
     """The recipe that the user named, by path or as a preset: one of the two."""
+    from mixtura.config import PRESETS, preset_path
+
     if (recipe is None) == (preset is None):
         raise UserError(f"Give either a recipe or --preset with one of {', '.join(PRESETS)}.")
     return recipe if recipe is not None else preset_path(str(preset))

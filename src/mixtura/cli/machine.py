@@ -7,7 +7,7 @@ from typing import Annotated, cast
 import typer
 
 from mixtura.cli.application import app
-from mixtura.config import UserError
+from mixtura.errors import UserError
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+import mixtura
 from mixtura.cli.application import ModelArgument, app, hush, open_page
 
 
@@ -21,16 +22,14 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a model's loss on a text, in each of its modes."""
-    from mixtura.evaluation import evaluate_folder
-
     hush()
-    losses = evaluate_folder(
+    losses = mixtura.evaluate(
         model, text, text_column=text_column, batch_size=batch_size, sequence_length=sequence_length
     )
-    for mode, values in losses.items():
+    for mode, measured in losses.items():
         typer.echo(
-            f"{mode:10} {values['loss']:.4f} nats a token  {values['bits_per_byte']:.4f} bits a byte  "
-            f"perplexity {values['perplexity']:.2f}"
+            f"{mode:10} {measured.loss:.4f} nats a token  {measured.bits_per_byte:.4f} bits a byte  "
+            f"perplexity {measured.perplexity:.2f}"
         )
 
 
@@ -104,11 +103,9 @@ def diagnose(
 
     Load, texts and token types by expert, and sentences coloured by expert.
     """
-    from mixtura.tasks.inspection import diagnose_folder
-
     hush()
     folder = out or Path("diagnosis")
-    results = diagnose_folder(
+    found = mixtura.diagnose(
         model,
         text or [],
         out=folder,
@@ -117,6 +114,6 @@ def diagnose(
         command=shlex.join(["mixtura", *sys.argv[1:]]),
     )
     page = folder / "diagnosis.html"
-    typer.echo(f"{results['verdict']['headline']}\n\nPage: {page}")
+    typer.echo(f"{found.headline}\n\nPage: {page}")
     if show:
         open_page(page)

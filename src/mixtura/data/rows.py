@@ -10,11 +10,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mixtura.config import UserError
+from mixtura.errors import need
 
 TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
 _LARGEST_CELL = 2**31 - 1
@@ -91,6 +91,7 @@ def hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
     Raises:
         UserError: it cannot be read, or the connection breaks.
     """
+    datasets = need("datasets")
     where = f"the hub dataset '{name}'"
     try:
         for row in datasets.load_dataset(name, subset, split=split, streaming=True):

@@ -40,7 +40,7 @@ MAX_PROBED_PARAMETERS = 200_000_000
 """Larger models are not probed for leaks, which copies them to float64."""
 
 
-def diagnose(
+def diagnose_texts(
     model_folder: Path,
     texts: Mapping[str, Sequence[str]],
     *,
@@ -114,7 +114,7 @@ def diagnose_model(
     group_word: str = "text",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """As `diagnose`, for a model that is loaded, and without writing; the model is left as it was found.
+    """As `diagnose_texts`, for a model that is loaded, and without writing; the model is left as it was found.
 
     Raises:
         UserError: there is no text, or the model needs groups that the texts are not.

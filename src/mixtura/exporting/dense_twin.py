@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights, write_planned
 from mixtura.config import UserError
-from mixtura.export.containers import CONTAINERS, choose_container
-from mixtura.export.traits import traits_of
+from mixtura.exporting.containers import CONTAINERS, choose_container
+from mixtura.exporting.traits import traits_of
 from mixtura.models import MixtureConfig
 
 _MAX_BYTES = 5 * 10**9

@@ -16,11 +16,11 @@ from mixtura.checkpoints.folders import new_folder
 from mixtura.checkpoints.source import EMBEDDING, HEAD, expected_shapes
 from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights, write_planned
 from mixtura.config import UserError
-from mixtura.export.card import Origin, origin_of, write_card
-from mixtura.export.containers import CONTAINERS, REMOTE_CODE, choose_container, plan_tensors
-from mixtura.export.source_code import CONFIG_MODULE, MODEL_MODULE, remote_code
-from mixtura.export.traits import Traits, check_deployable, traits_of
-from mixtura.export.verification import Receipt, verify
+from mixtura.exporting.card import Origin, origin_of, write_card
+from mixtura.exporting.containers import CONTAINERS, REMOTE_CODE, choose_container, plan_tensors
+from mixtura.exporting.source_code import CONFIG_MODULE, MODEL_MODULE, remote_code
+from mixtura.exporting.traits import Traits, check_deployable, traits_of
+from mixtura.exporting.verification import Receipt, verify
 from mixtura.models import MixtureConfig
 
 _COPIED = (
@@ -43,6 +43,7 @@ _SPARE_BYTES = 64 * 2**20
 class Exported(NamedTuple):
     """What was written."""
 
+    folder: Path
     container: str
     receipt: Receipt | None
     """The comparison in transformers; None where it was not wanted."""
@@ -56,8 +57,8 @@ class _Source(NamedTuple):
 
 
 def export(
-    source: Path,
-    out: Path,
+    source: Path | str,
+    out: Path | str,
     *,
     to: str = "auto",
     base_model: str | None = None,
@@ -69,7 +70,7 @@ def export(
     Args:
         source: a folder that Mixtura trained or converted.
         out: a folder that does not exist yet.
-        to: one of `mixtura.export.containers.DESTINATIONS`; "auto" takes the first that holds the model exactly.
+        to: one of `mixtura.exporting.containers.DESTINATIONS`; "auto" takes the first that holds the model exactly.
         base_model: hub name of the model that this one was made from, for the model card.
         max_shard_bytes: size of a weight file.
         check: compare with the checkpoint in transformers before the folder is put in place; it holds both in memory.
@@ -78,6 +79,7 @@ def export(
         UserError: the checkpoint cannot be read or is not ours, nothing holds it exactly, there is no room, the folder
             exists, or the comparison fails.
     """
+    source, out = Path(source), Path(out)
     if out.exists():
         raise UserError(f"'{out}' exists: name a new folder.")
     origin = origin_of(source, base_model)
@@ -92,7 +94,7 @@ def export(
         receipt = verify(source, new) if check else None
         if receipt is not None and not receipt.passed:
             raise UserError(f"The export does not compute what '{source}' does: {receipt.complaint()} Nothing is kept.")
-    return Exported(container, receipt)
+    return Exported(out, container, receipt)
 
 
 def _read(folder: Path) -> _Source:

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from mixtura.config import UserError
-from mixtura.export.source_code import remote_code
+from mixtura.exporting.source_code import remote_code
 from mixtura.models import standalone
 
 NOT_INSTALLED = 3

@@ -19,14 +19,15 @@ from transformers import AutoTokenizer
 
 from mixtura import __version__
 from mixtura.config import UserError
-from mixtura.export.card import set_receipt
-from mixtura.export.dense_twin import write_dense_twin
-from mixtura.export.engines import (
+from mixtura.exporting.card import set_receipt
+from mixtura.exporting.dense_twin import write_dense_twin
+from mixtura.exporting.engines import (
     Engine,
     EngineFailed,
     EngineMissing,
     load_causal,
     model_log_probs,
+    parse_engine,
     run_engine,
 )
 
@@ -104,17 +105,19 @@ class Receipt(NamedTuple):
         }
 
 
-def verify(source: Path, export: Path, engines: Sequence[Engine] = (Engine("transformers"),)) -> Receipt:
+def verify(source: Path | str, export: Path | str, engines: Sequence[Engine | str] = ("transformers",)) -> Receipt:
     """Compares two model folders, and leaves `receipt.json` and the card's table in the second.
 
     Args:
         source: a folder of Mixtura's, or any other that transformers loads.
         export: the folder to judge.
-        engines: what runs it; the source runs in transformers.
+        engines: what runs it, as the command line names it or with more to say; the source runs in transformers.
 
     Raises:
         UserError: the source cannot be loaded, or the folders have other vocabularies.
     """
+    source, export = Path(source), Path(export)
+    engines = [parse_engine(engine) if isinstance(engine, str) else engine for engine in engines]
     for folder in (source, export):
         if not (folder / "config.json").is_file():
             raise UserError(f"'{folder}' is no model folder (it has no config.json): give one such as .../checkpoint.")
