@@ -43,10 +43,19 @@ def need(module: str) -> Any:
         raise UserError(sentence) from error
 
 
+def reason_of(error: Exception) -> str:
+    """The first line of an error's message, to stand inside a sentence."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+
+
 def missing_extra(error: ModuleNotFoundError) -> str | None:
     """What to tell a user whose installation lacks an extra; None where the module is of no extra."""
     name = (error.name or "").partition(".")[0]
     if name not in EXTRAS:
         return None
     package, extra = EXTRAS[name]
-    return f"This needs the package {package}, which is not installed: run pip install 'mixtura[{extra}]'."
+    return (
+        f"This needs the package {package}, which is not installed: run pip install 'mixtura[{extra}]', "
+        "or 'mixtura[all]' for everything."
+    )

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from mixtura.config import DataConfig, UserError
 from mixtura.data.packing import PackedTokens, pack
 from mixtura.data.sources import read_documents
-from mixtura.models.generation import load_model
+from mixtura.models.loading import load_model
 
 _GROUPED = {"mixture_of_tokens", "expert_choice"}
 

@@ -20,7 +20,7 @@ from transformers.utils import logging
 import mixtura.models  # noqa: F401 - so that the Auto classes load folders of Mixtura's own
 from mixtura.config import UserError
 from mixtura.config.assets import cache_folder, package_path
-from mixtura.errors import need
+from mixtura.errors import need, reason_of
 
 Head = Literal["causal", "encoder"]
 
@@ -76,10 +76,9 @@ def load_base(
     except UserError:
         raise
     except Exception as error:  # Files, parsers and the hub raise many unrelated classes.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
         raise UserError(
-            f"The model '{name}' cannot be loaded ({reason}): check 'base.name', which is smollm2, minilm, a folder or "
-            "a hub name."
+            f"The model '{name}' cannot be loaded ({reason_of(error)}): check 'base.name', which is smollm2, minilm, a "
+            "folder or a hub name."
         ) from error
 
 

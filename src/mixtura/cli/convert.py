@@ -124,8 +124,9 @@ def transition(
     """
     hush()
     made = mixtura.transition(model, out, to=to.value, text=text, text_column=text_column, top_k=top_k)
-    experts = made.config.num_experts_per_tok if to is TransitionTarget.token_choice else made.config.alone_top_k
-    typer.echo(f"Layers: {to.value}, {experts or 'all'} of {made.config.num_experts} experts a token.\nModel: {out}")
+    config = made.model.config
+    experts = config.num_experts_per_tok if to is TransitionTarget.token_choice else config.alone_top_k
+    typer.echo(f"Layers: {to.value}, {experts or 'all'} of {config.num_experts} experts a token.\nModel: {out}")
 
 
 @app.command()

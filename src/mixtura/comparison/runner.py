@@ -17,7 +17,7 @@ from mixtura.comparison.arms import (
     task_of,
     tokens_per_step,
 )
-from mixtura.comparison.folder import check_same_data, environment, now, open_folder, read_json, write_json
+from mixtura.comparison.folder import check_same_data, environment, now, open_folder, read_json
 from mixtura.comparison.runs import run_arm, trial_loss
 from mixtura.comparison.search import fingerprint, load_record, search_learning_rates
 from mixtura.comparison.timing import time_arms
@@ -29,6 +29,7 @@ from mixtura.config import (
     recipe_to_toml,
 )
 from mixtura.errors import need
+from mixtura.files import write_json
 from mixtura.report.summary import summarize
 from mixtura.training import ProgressReporter, SilentProgress, TrainingDiverged
 from mixtura.training.experiment import Arm, Experiment

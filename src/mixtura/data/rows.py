@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mixtura.config import UserError
-from mixtura.errors import need
+from mixtura.errors import need, reason_of
 
 TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
 _LARGEST_CELL = 2**31 - 1
@@ -153,12 +153,6 @@ def read_lines(path: Path) -> Iterator[str]:
         ) from None
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({reason_of(error)}): check its permissions.") from None
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of an error's message, to stand inside a sentence."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (text.strip() or type(error).__name__).splitlines()[0].rstrip(".:")
 
 
 def _walk(folder: Path) -> list[Path]:

@@ -1,7 +1,6 @@
 """A dense model with a checkpoint's attention, embeddings and norms: what an engine's own noise is measured on."""
 
 import copy
-import json
 from pathlib import Path
 
 from torch import Tensor
@@ -11,6 +10,7 @@ from mixtura.config import UserError
 from mixtura.exporting.containers import CONTAINERS, choose_container
 from mixtura.exporting.traits import traits_of
 from mixtura.models import MixtureConfig
+from mixtura.models.loading import folder_settings, load_config
 
 _MAX_BYTES = 5 * 10**9
 
@@ -27,10 +27,9 @@ def write_dense_twin(source: Path, folder: Path) -> Path | None:
     Returns:
         None where no stock dense architecture has this attention, or layers differ in width.
     """
-    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    if settings.get("model_type") != "mixtura":
+    if folder_settings(source).get("model_type") != "mixtura":
         return source
-    config = MixtureConfig.from_pretrained(source)
+    config = load_config(MixtureConfig, source)
     families = config.mlp_layer_types or []
     if not config.gated or config.hidden_act != "silu":
         return None

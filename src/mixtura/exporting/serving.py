@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mixtura.checkpoints.folders import check_empty, new_folder
 from mixtura.config import DataConfig, UserError
 from mixtura.data.packing import pack
 from mixtura.data.sources import read_documents
+from mixtura.files import check_empty, new_folder
 from mixtura.models import MixtureForCausalLM, calibration
-from mixtura.models.generation import load_model
+from mixtura.models.loading import load_model
 from mixtura.models.transition import to_alone, to_token_choice
 
 BATCH_SIZE = 16

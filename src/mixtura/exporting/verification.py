@@ -30,6 +30,8 @@ from mixtura.exporting.engines import (
     parse_engine,
     run_engine,
 )
+from mixtura.files import write_text
+from mixtura.models.loading import folder_settings
 
 RECEIPT = "receipt.json"
 FLOOR = 1e-4
@@ -119,8 +121,7 @@ def verify(source: Path | str, export: Path | str, engines: Sequence[Engine | st
     source, export = Path(source), Path(export)
     engines = [parse_engine(engine) if isinstance(engine, str) else engine for engine in engines]
     for folder in (source, export):
-        if not (folder / "config.json").is_file():
-            raise UserError(f"'{folder}' is no model folder (it has no config.json): give one such as .../checkpoint.")
+        folder_settings(folder)
     try:
         model = load_causal(source)
     except EngineFailed as error:
@@ -138,7 +139,7 @@ def verify(source: Path | str, export: Path | str, engines: Sequence[Engine | st
         found = tuple(_compare(engine, export, probes, expected, repeated, twin) for engine in engines)
     receipt = Receipt(source.name, export.name, len(probes), sum(map(len, probes)), found)
     text = json.dumps(receipt.to_dict(), indent=2, ensure_ascii=False)
-    (export / RECEIPT).write_text(text + "\n", encoding="utf-8")
+    write_text(export / RECEIPT, text + "\n")
     set_receipt(export, receipt.table())
     return receipt
 

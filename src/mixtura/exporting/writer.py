@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from mixtura.checkpoints.folders import new_folder
+from mixtura.checkpoints.companions import copy_companions
 from mixtura.checkpoints.source import EMBEDDING, HEAD, expected_shapes
 from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights, write_planned
 from mixtura.config import UserError
@@ -21,22 +21,10 @@ from mixtura.exporting.containers import CONTAINERS, REMOTE_CODE, choose_contain
 from mixtura.exporting.source_code import CONFIG_MODULE, MODEL_MODULE, remote_code
 from mixtura.exporting.traits import Traits, check_deployable, traits_of
 from mixtura.exporting.verification import Receipt, verify
+from mixtura.files import new_folder
 from mixtura.models import MixtureConfig
+from mixtura.models.loading import folder_settings, load_config
 
-_COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 _SPARE_BYTES = 64 * 2**20
 
 
@@ -98,17 +86,10 @@ def export(
 
 
 def _read(folder: Path) -> _Source:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"'{folder}' is no model folder (it has no config.json): give one such as .../checkpoint.")
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        kind = settings.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"'{file}' is damaged ({error}): copy or train the model again.") from error
+    kind = folder_settings(folder).get("model_type")
     if kind != "mixtura":
         raise UserError(f"'{folder}' holds a {kind} model, not one of Mixtura's: there is nothing to export.")
-    config = MixtureConfig.from_pretrained(folder)
+    config = load_config(MixtureConfig, folder)
     weights = StoredWeights(folder)
     _check_complete(folder, config, weights)
     return _Source(folder, config, weights, traits_of(config, weights.tensors))
@@ -158,9 +139,7 @@ def _write(
         write_planned(planned, folder, max_shard_bytes)
     except SafetensorError as error:
         raise UserError(f"The weights cannot be written to '{folder.parent.parent}' ({error}): make room.") from error
-    for name in _COPIED:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+    copy_companions(source.folder, folder)
     if container == REMOTE_CODE:
         _write_code(source.config, folder)
     else:

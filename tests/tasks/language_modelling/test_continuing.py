@@ -165,7 +165,7 @@ def test_a_recipe_of_several_arms_is_asked_which(checkpoints, monkeypatch, capsy
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
-    assert "choose which to start from there" in capsys.readouterr().err
+    assert "choose one with --arm dense|token_choice|mixture_of_tokens" in capsys.readouterr().err
 
 
 def test_one_arm_is_trained_alone_as_in_the_comparison(build, tmp_path):

@@ -9,7 +9,7 @@ from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import UserError
 from mixtura.data.parallel import SentencePair
 from mixtura.data.tokenizer import load_tokenizer
-from mixtura.models.generation import load_model
+from mixtura.models.loading import load_model
 from mixtura.tasks.translation.decoding import ExampleRouting, decode, inference_modes, running
 from mixtura.tasks.translation.prompts import Prompts
 from mixtura.tasks.translation.task import TRANSLATION_FILE
