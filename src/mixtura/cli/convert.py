@@ -12,7 +12,7 @@ from mixtura.cli.application import ModelArgument, app, hush
 NewFolderArgument = Annotated[Path, typer.Argument(help="The folder to write, a new one.")]
 
 
-@app.command()
+@app.command(rich_help_panel="Convert")
 def upcycle(
     source: Annotated[str, typer.Argument(help="A dense model: a folder, a hub name, or smollm2.")],
     destination: Annotated[Path, typer.Argument(help="The folder to write; it must be new or empty.")],
@@ -85,7 +85,7 @@ class TransitionTarget(StrEnum):
     alone = "alone"
 
 
-@app.command()
+@app.command(rich_help_panel="Convert")
 def calibrate(
     model: ModelArgument,
     out: NewFolderArgument,
@@ -104,7 +104,7 @@ def calibrate(
     typer.echo(f"{made.layers} layers keep averages over {made.groups:,} groups each.\nModel: {made.folder}")
 
 
-@app.command()
+@app.command(rich_help_panel="Convert")
 def transition(
     model: ModelArgument,
     out: NewFolderArgument,
@@ -129,7 +129,7 @@ def transition(
     typer.echo(f"Layers: {to.value}, {experts or 'all'} of {config.num_experts} experts a token.\nModel: {out}")
 
 
-@app.command()
+@app.command(rich_help_panel="Convert")
 def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="The folder to write, which does not exist yet.")],
@@ -164,7 +164,7 @@ def export(
         typer.echo(f"\n{exported.receipt.table()}")
 
 
-@app.command()
+@app.command(rich_help_panel="Convert")
 def verify(
     source: Annotated[Path, typer.Argument(help="The model that was exported, or the dense one it was made from.")],
     exported: Annotated[Path, typer.Argument(help="The folder to judge.")],

@@ -10,7 +10,7 @@ from mixtura.cli.application import app
 from mixtura.errors import EXTRAS, UserError
 
 
-@app.command()
+@app.command(rich_help_panel="Machine")
 def doctor() -> None:
     """Say what this machine can run, and what to install for more."""
     from mixtura.comparison.folder import environment
@@ -30,7 +30,7 @@ def doctor() -> None:
         typer.echo(f"{package:13} {state} ({use})")
 
 
-@app.command()
+@app.command(rich_help_panel="Machine")
 def bench(
     sizes: Annotated[str, typer.Option(help="Which sizes: quick, default or full.")] = "default",
     only: Annotated[str, typer.Option(help="Contenders whose name contains this text, besides dense.")] = "",

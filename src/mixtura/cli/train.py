@@ -20,7 +20,7 @@ from mixtura.cli.application import (
 )
 
 
-@app.command()
+@app.command(rich_help_panel="Train")
 def compare(
     recipe: RecipeArgument = None,
     preset: PresetOption = None,
@@ -36,7 +36,7 @@ def compare(
     _compare(recipe_path(recipe, preset), out, overrides or [], resume=resume, open_report=open_report)
 
 
-@app.command()
+@app.command(rich_help_panel="Train")
 def finetune(
     task: Annotated[str, typer.Argument(help="translation or classification.")],
     recipe: RecipeArgument = None,
@@ -72,7 +72,7 @@ def finetune(
     _compare(path, out, changes, resume=resume, open_report=open_report)
 
 
-@app.command()
+@app.command(rich_help_panel="Train")
 def train(
     recipe: RecipeArgument = None,
     preset: PresetOption = None,

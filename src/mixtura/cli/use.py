@@ -11,7 +11,7 @@ import mixtura
 from mixtura.cli.application import ModelArgument, app, hush, open_page
 
 
-@app.command()
+@app.command(rich_help_panel="Use")
 def evaluate(
     model: ModelArgument,
     text: Annotated[Path, typer.Option(help="Held-out text: a file or folder of .txt, .jsonl or .parquet.")],
@@ -33,7 +33,7 @@ def evaluate(
         )
 
 
-@app.command()
+@app.command(rich_help_panel="Use")
 def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
@@ -51,7 +51,7 @@ def generate(
     typer.echo(generate_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
 
 
-@app.command()
+@app.command(rich_help_panel="Use")
 def translate(
     model: Annotated[
         Path, typer.Argument(help="A translation model, such as runs/translation/arms/dense/seed0/checkpoint.")
@@ -72,7 +72,7 @@ def translate(
     )
 
 
-@app.command()
+@app.command(rich_help_panel="Use")
 def classify(
     model: Annotated[
         Path, typer.Argument(help="A classifier, such as runs/classification/arms/layer_mix/seed0/checkpoint.")
@@ -87,7 +87,7 @@ def classify(
         typer.echo(f"{answer.label:12} {answer.probability:6.1%}  {text}")
 
 
-@app.command()
+@app.command(rich_help_panel="Use")
 def diagnose(
     model: ModelArgument,
     text: Annotated[
