@@ -138,9 +138,8 @@ class MixtureLoraLayer(AdapterLayer):
     """What both scopes share: routing with its statistics."""
 
     adapter_layer_names = (_ATTRIBUTE,)
-    unmergeable = (
-        "A routed adapter cannot be merged into its base: see mixtura.adapters.conversion for the exact forms."
-    )
+    unmergeable = "A routed adapter cannot be merged into its base: mixtura.adapters.conversion has the exact forms."
+    mixture_lora_experts: nn.ModuleDict
 
     def add(self, name: str, config: MixtureLoraConfig) -> None:
         """Adds an adapter."""
