@@ -20,6 +20,8 @@ READY := $(VENV)/.ready-$(notdir $(PYTHON))
 READY_DEV := $(VENV)/.ready-dev-$(notdir $(PYTHON))
 # Apart from the environment: builds of torch for CUDA bring a Triton of their own.
 TRITON := $(VENV)/triton
+# Apart too: their requirements may contradict the pinned versions.
+CLIENTS := $(VENV)/clients
 
 export PIP_ROOT_USER_ACTION := ignore
 
@@ -49,8 +51,10 @@ test-gpu: $(READY_DEV)  ## run the tests that need an accelerator
 test-triton: $(READY_DEV) $(TRITON)  ## run the tests of the Triton kernels in its interpreter, without a GPU; fetches 1 GB
 	@PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/kernels/test_triton.py tests/layers/test_triton_layers.py
 
-test-clients: $(READY_DEV)  ## run the tests with TRL, lm-eval and trackers; 300 MB more, needs pip install '.[clients]'
-	@$(BIN)/python -m pytest -q -m "slow or not slow" tests/clients tests/training/test_trackers.py
+test-clients: $(READY_DEV) $(CLIENTS)  ## run transformers' own tests of models, and those with TRL, lm-eval and trackers; fetches 400 MB
+	@PYTHONPATH=$(CLIENTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/clients/test_training_clients.py tests/clients/test_evaluation_clients.py
+	@PYTHONPATH=$(CLIENTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/training/test_trackers.py
+	@PYTHONPATH=$(CLIENTS) MIXTURA_TRANSFORMERS_TESTS=$(CLIENTS)/transformers-source OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m slow tests/clients/test_transformers_suite.py
 
 check: lint type test docs  ## everything that CI runs: lint, import direction, types, spelling, tests, docs
 
@@ -106,4 +110,13 @@ $(READY_DEV): pyproject.toml constraints.txt
 
 $(TRITON): $(READY_DEV)
 	@rm -rf $@ && $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $@ triton==3.9.0
+	@touch $@
+
+# transformers' tests are in its source package alone, of the version that is installed.
+$(CLIENTS): tests/clients/requirements.txt | $(READY_DEV)
+	@rm -rf $@ && $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $@ --requirement $<
+	@version=$$($(BIN)/python -c 'import transformers; print(transformers.__version__)') && \
+	$(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps --no-binary transformers --dest $@ transformers==$$version && \
+	tar -xzf $@/transformers-$$version.tar.gz -C $@ && rm $@/transformers-$$version.tar.gz && \
+	mkdir $@/transformers-source && mv $@/transformers-$$version/tests $@/transformers-source/ && rm -rf $@/transformers-$$version || { rm -rf $@; exit 1; }
 	@touch $@

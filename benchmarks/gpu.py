@@ -33,8 +33,7 @@ from mixtura.benchmarks.records import store_record
 from mixtura.benchmarks.speed_table import LIMIT
 from mixtura.benchmarks.whole_steps import model_of, training_step
 from mixtura.config import Family
-from mixtura.kernels import device as kernel_device
-from mixtura.kernels import reference
+from mixtura.kernels import accelerator, reference
 
 RESULTS = Path(__file__).parent / "results"
 PASSES: tuple[Pass, ...] = ("forward", "training")
@@ -81,11 +80,11 @@ class WithoutTriton(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """What is chosen in the forward pass decides about the backward pass too."""
-        installed, kernel_device.TRITON = kernel_device.TRITON, False
+        installed, accelerator.TRITON = accelerator.TRITON, False
         try:
             return self.layer(x_BLD)
         finally:
-            kernel_device.TRITON = installed
+            accelerator.TRITON = installed
 
 
 def rounds_of(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
@@ -204,7 +203,7 @@ def _row(size: Size, name: str, layers: dict[str, nn.Module], x_BLD: Tensor, wha
 
 def checks(device: torch.device) -> dict[str, str]:
     """The largest error of every kernel in bfloat16, relative to the largest number of its definition in float64."""
-    if device.type != "cuda" or not kernels.takes_groups(torch.empty(1, 1, 2, 8)):
+    if device.type != "cuda" or not kernels.can_run_groups(torch.empty(1, 1, 2, 8)):
         return {"all": "not run: the kernels need a GPU and Triton (tests/kernels/test_triton.py checks them without)"}
     found = {}
     for name, check in (("sorted choices", _check_sort), ("groups", _check_groups), ("rows", _check_rows)):
@@ -267,7 +266,7 @@ def _check_rows() -> float:
     results = []
     for dtype, run in ((torch.bfloat16, kernels.sparse_ffn), (torch.float64, reference.sparse_ffn)):
         x_TD, weight_R, up, down = own = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
-        y_TD = run(x_TD, order_R // 3, weight_R, counts_E, up, down, "silu", True)
+        y_TD = run(x_TD, order_R // 3, weight_R, counts_E, kernels.ExpertWeights(up, down, "silu", True))
         results.append([y_TD, *torch.autograd.grad(y_TD.double().square().sum(), own)])
     return _worst(*results)
 

@@ -22,7 +22,7 @@ from mixtura.benchmarks.measure import interleaved, ratios
 from mixtura.benchmarks.records import store_record
 from mixtura.benchmarks.whole_steps import PARTS, Part, model_of, training_step_by_part
 from mixtura.config import Family
-from mixtura.training.allocation import keep_freed_memory
+from mixtura.training.process import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 CHOICES = ((8, 2), (32, 2), (64, 8), (256, 8))

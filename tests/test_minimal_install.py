@@ -22,12 +22,12 @@ NEED_AN_EXTRA = {
     "report": {"benchmarks", "diagnostics.diagnosis", "diagnostics.page", "report", "tasks.inspection"},
     "finetune": {"adapters", "tasks.classification", "tasks.translation"},
     "convert": {"checkpoints.smollm2"},
-    "data": {"data.help_download", "data.help_pages"},
+    "data": {"data.help_download"},
 }
 """The parts of the package that may need an extra; everything else works without any."""
 
 # Run as files by the interpreter of a serving engine, whose packages are not ours; they import nothing of Mixtura.
-ENGINE_SCRIPTS = {"engine_vllm.py", "engine_llama_cpp.py"}
+ENGINE_SCRIPTS = {"run_vllm.py", "run_llama_cpp.py"}
 # Torch's builds for CUDA require it, others lack it; modules named after it are imported where it is installed only.
 BROUGHT_BY_TORCH = {"triton"}
 
@@ -60,7 +60,7 @@ def attempt(name):
         lacking[name] = error.name
 
 def left_out(name):
-    return name.endswith("__main__") or ".engine_" in name or ".triton_" in name
+    return name.endswith("__main__") or ".run_" in name or ".triton_" in name
 
 for name in WANTED:
     module = attempt(name)

@@ -302,7 +302,7 @@ def test_a_baseline_too_small_for_rank_one_is_refused_with_both_numbers(make_bas
 
 
 def test_a_model_without_feed_forward_layers_is_refused() -> None:
-    with pytest.raises(UserError, match="No feed-forward layer was found"):
+    with pytest.raises(UserError, match="has none: name linear layers"):
         apply_adapter(nn.Sequential(nn.Linear(4, 4)), _config("top_k"), seed=0)
 
 

@@ -51,7 +51,7 @@ def test_a_resolved_recipe_reads_back_equal(recipe):
     ("arguments", "message"),
     [
         ({"data": {"pairs": []}}, "name at least one direction"),
-        ({"data": {"pairs": ["en-de", "en-de"]}}, "each once"),
+        ({"data": {"pairs": ["en-de", "en-de"]}}, "each direction once"),
         ({"data": {"pairs": ["english-german"]}}, "two different language codes"),
         ({"data": {"pairs": ["en-en"]}}, "two different language codes"),
         ({"data": {"source": "local"}}, r"'data\.path' is missing"),

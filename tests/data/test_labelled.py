@@ -1,6 +1,7 @@
 """Labelled text: classes, what is left out, and the held-out split."""
 
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 
 from mixtura.config import ClassificationDataConfig, UserError
-from mixtura.data.labelled import LabelledCorpus, load_labelled
+from mixtura.data.labelled import LabelledCorpus, label_name, load_labelled
 from mixtura.data.units import normalise
 
 
@@ -47,8 +48,8 @@ def test_labels_keep_their_texts(path):
 
 
 def test_whole_numbers_and_their_text_are_the_same_class_sorted_by_value(path):
-    corpus = load(path, rows(labels=(10, "2", 2.0, "10", True, 1)))
-    assert corpus.labels == ("1", "2", "10")
+    corpus = load(path, rows(labels=(10, "2", 2.0, "10", -1, "-1.0", 0.5)))
+    assert corpus.labels == ("-1", "0.5", "2", "10")
 
 
 def test_the_split_does_not_depend_on_the_order_of_the_rows(path):
@@ -60,15 +61,18 @@ def test_every_bad_row_is_counted_by_its_reason(path):
         {"text": None, "label": "bad"},
         {"text": " ", "label": "bad"},
         {"text": "no label", "label": None},
-        {"text": "half a label", "label": 0.5},
+        {"text": "no number", "label": float("nan")},
+        {"label": "bad"},
+        {"text": "no key"},
         {"text": "EXAMPLE 0, of 60!", "label": "bad"},
         {"text": "example 1 of 60", "label": "bad"},
     ]
     corpus = load(path, rows() + bad)
     expected = {"contradictory labels": 2, "duplicate": 1, "empty": 1, "no label": 2, "not text": 1}
+    expected |= {"without 'label'": 1, "without 'text'": 1}
     assert corpus.skipped == expected
     assert all(f"{count} {reason}" in corpus.description for reason, count in expected.items())
-    assert sum(map(len, sides(corpus))) + sum(expected.values()) == 66
+    assert sum(map(len, sides(corpus))) + sum(expected.values()) == 68
 
 
 def test_max_examples_is_a_fixed_choice_for_training_alone(path):
@@ -83,7 +87,7 @@ MISTAKES = {
     "no label column": (
         rows(),
         {"label_column": "stars"},
-        r"no 'stars' in .*set 'data.label_column' to one of text, lab",
+        r"No row of the file a.jsonl has 'stars': set 'data.label_column' to one of text, lab",
     ),
     "no text column": (rows(), {"text_column": "review"}, r"set 'data.text_column' to one of text, label"),
     "no text": ([{"text": "", "label": 1}], {}, r"No example is left of the file a.jsonl .1 empty"),
@@ -136,3 +140,83 @@ def test_movie_reviews_are_clean_and_in_the_part_asked_for(monkeypatch):
     assert corpus.labels == ("negative", "positive")
     assert len(corpus.train) == 30
     assert "IMDb, package movie-reviews" in corpus.description
+
+
+def test_a_class_that_nobody_could_learn_is_left_out_and_counted(path):
+    lines = rows()
+    whole = load(path, lines)
+    rare = {whole.test[0].text, whole.validation[0].text}
+    corpus = load(path, [{**line, "label": "rare" if line["text"] in rare else line["label"]} for line in lines])
+    assert corpus.labels == ("bad", "good") and corpus.unlearnt == ("rare",)
+    assert corpus.skipped["label without training examples"] == 2
+    assert (len(corpus.validation), len(corpus.test)) == (9, 9) and corpus.train == whole.train
+
+
+def test_a_column_of_texts_is_no_column_of_labels(path):
+    lines = [{**line, "id": f"row {i}"} for i, line in enumerate(rows())]
+    with pytest.raises(UserError, match=r"'id' of the file a.jsonl has 60 different labels in 60 examples"):
+        load(path, lines, label_column="id")
+    with pytest.raises(UserError, match=r"'data.text_column' and 'data.label_column' are both 'text': name two"):
+        load(path, lines, label_column="text")
+
+
+LABELS = {
+    "text": ["a", "b"],
+    "unicode": ["caf\u00e9", "cafe\u0301", "th\u00e9"],
+    "whole numbers": [1, 2, 10],
+    "whole numbers in a table with gaps": [1.0, 2.0, None],
+    "numbers": [0.5, 1.5, -2.25],
+    "both": [1, 2.5],
+    "truth": [True, False],
+    "numbers as text": ["1", "1.0", "01", "1.50", "1.5", "1.0.3"],
+    "words for nothing": ["None", "nan", "NA", "null"],
+    "odd": ["a/b", "..", "<b>x</b>", "\N{GRINNING FACE}", "a,b", 'say "x"', "x" * 300, "-", "--1", "$HOME", "a\nb"],
+    "white space": [" a ", "a", "b\u00a0c", "b c"],
+}
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_labels_are_the_same_in_every_format(tmp_path, labels):
+    frame = pd.DataFrame(
+        {"text": [f"example {i}" for i in range(60)], "label": [labels[i % len(labels)] for i in range(60)]}
+    )
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_csv(tmp_path / "a.tsv", index=False, sep="\t")
+    frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    frame.to_json(tmp_path / "a.json", orient="records")
+    frame.to_parquet(tmp_path / "a.parquet")
+    kinds = ["csv", "jsonl", "json", "parquet", *(["tsv"] if not any("\n" in str(label) for label in labels) else [])]
+    settings = {"validation_examples": 5, "test_examples": 5}
+    found = [
+        load_labelled(ClassificationDataConfig(source="local", path=str(tmp_path / f"a.{kind}"), **settings))
+        for kind in kinds
+    ]
+    assert len({(corpus.labels, tuple(corpus.train), tuple(corpus.test)) for corpus in found}) == 1
+
+
+NAMES = {
+    "1.0": "1",
+    "1": "1",
+    "01": "01",
+    "1.50": "1.50",
+    Decimal("1.50"): "1.50",
+    "1.0.3": "1.0.3",
+    "TRUE": "true",
+    "cafe\u0301": "caf\u00e9",
+    " a \n b ": "a b",
+    "None": "None",
+    "nan": "nan",
+    float("nan"): None,
+    float("inf"): "inf",
+    None: None,
+    "": None,
+    " ": None,
+    "half \ud800": None,
+    ("a",): None,
+}
+
+
+def test_a_label_has_one_name():
+    assert {value: label_name(value) for value in NAMES} == NAMES
+    # They are one key of a dictionary.
+    assert [label_name(value) for value in (1, 1.0, True, False)] == ["1", "1", "true", "false"]

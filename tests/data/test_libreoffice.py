@@ -7,8 +7,7 @@ import pytest
 
 from mixtura.config import TranslationDataConfig, UserError
 from mixtura.config.assets import cache_folder
-from mixtura.data.help_download import fetch_help
-from mixtura.data.help_pages import page_paragraphs
+from mixtura.data.help_download import fetch_help, page_paragraphs
 from mixtura.data.libreoffice import help_table, help_version, write_help_table
 from mixtura.data.parallel import load_parallel
 

@@ -189,7 +189,7 @@ def test_both_directions_come_from_one_pair_of_columns(tmp_path):
 MISTAKES = {
     "missing column": (
         {"source_column": "english"},
-        r"no 'english' in .*line 1: set 'data.source_column' to one of sou",
+        r"No row of the file a.jsonl has 'english': set 'data.source_column' to one of sou",
     ),
     "malformed pair": ({"pairs": ("en/de",)}, r"'data.pairs' has 'en/de'"),
     "same language": ({"pairs": ("en-en",)}, r"'data.pairs' has 'en-en'"),

@@ -1,12 +1,15 @@
 """Rows of tables: each format, nested columns, and each way a file can be wrong."""
 
+import itertools
 import json
+from collections import Counter
 
 import pandas as pd
 import pytest
 
 from mixtura.config import UserError
-from mixtura.data.rows import Row, cell, file_rows
+from mixtura.data.rows import Row, find_cell, select
+from mixtura.data.tables import file_rows
 
 ROWS = [{"de": 'Er sagte "Hallo", dann ging er.', "en": 'He said "hello", then left.'}, {"de": '"Nein."', "en": "No."}]
 
@@ -61,15 +64,91 @@ def test_a_dotted_column_looks_into_a_nested_one(tmp_path):
     path = tmp_path / "a.parquet"
     pd.DataFrame({"id": [1], "translation": [{"en": "yes", "de": "ja"}]}).to_parquet(path)
     (row,) = file_rows(path, ["translation.en"])
-    assert cell(row, "translation.en", key="data.source_column") == "yes"
+    assert find_cell(row, "translation.en") == (True, "yes")
     assert "id" not in row.values
 
 
-def test_a_missing_column_is_refused_with_all_columns_nested_ones_too():
-    row = Row({"id": 1, "translation": {"en": "yes", "de": "ja"}}, "'a.jsonl' line 1")
-    with pytest.raises(
-        UserError, match=r"no 'source' in 'a.jsonl' line 1: set 'data.source_column' to one of id, tran"
-    ):
-        cell(row, "source", key="data.source_column")
-    with pytest.raises(UserError, match=r"translation.en, translation.de"):
-        cell(row, "translation.fr", key="data.source_column")
+CHAT = [
+    {"role": "user", "content": "Is it late?"},
+    {"role": "assistant", "content": [{"type": "text", "text": "It is"}, {"type": "image"}, {"text": "noon."}]},
+    {"role": "tool", "content": None},
+]
+EXPRESSIONS = {
+    "messages.content": (True, "Is it late?\nIt is\nnoon."),
+    "messages.role": (True, "user\nassistant\ntool"),
+    "messages.0.content": (True, "Is it late?"),
+    "messages.-1.role": (True, "tool"),
+    "messages.3.content": (False, None),
+    "messages.name": (False, None),
+    "columns.content": (True, "one\ntwo"),
+    "dotted.name": (True, "as it stands"),
+    "nobody": (False, None),
+    "text.content": (False, None),
+    "none.content": (True, ""),
+}
+
+
+@pytest.mark.parametrize(("column", "found"), EXPRESSIONS.items(), ids=EXPRESSIONS)
+def test_an_expression_flattens_chats(column, found):
+    values = {
+        "messages": CHAT,
+        "columns": {"content": ["one", "two"]},  # how the hub gives a list of objects
+        "dotted.name": "as it stands",
+        "text": "plain",
+        "none": [],
+    }
+    assert find_cell(Row(values, "here"), column) == found
+
+
+def picked(rows: list[dict], *columns: str, **keys: str) -> tuple[list[list[object]], Counter]:
+    skipped: Counter[str] = Counter()
+    wanted = keys or {f"data.{column}_column": column for column in columns}
+    found = select([Row(row, "here") for row in rows], wanted, skipped, source="the file a.jsonl")
+    return [values for _, values in found], skipped
+
+
+def test_rows_without_a_column_are_left_out_and_counted_by_it():
+    rows = [{"text": "a", "label": 1}, {"text": "b"}, {"label": 0}, {}, {"text": None, "label": None}]
+    values, skipped = picked(rows, "text", "label")
+    assert values == [["a", 1], [None, None]]
+    assert skipped == {"without 'label'": 1, "without 'text'": 2}
+
+
+def test_a_column_that_nearly_no_row_has_is_refused():
+    rows = [{"text": "a"}, *({"body": "b"} for _ in range(149))]
+    with pytest.raises(UserError, match=r"^Only 1 of the 150 rows of the file a.jsonl have 'text': set .* one of body"):
+        picked(rows, "text")
+    assert len(picked(rows[:100], "text")[0]) == 1
+
+
+def test_no_endless_dataset_is_read_for_a_column_it_does_not_have(monkeypatch):
+    monkeypatch.setattr("mixtura.data.rows.JUDGED_ROWS", 50)
+    endless = (Row({"body": "b"}, "here") for _ in itertools.count())
+    with pytest.raises(UserError, match="No row of some set has 'text'"):
+        list(select(endless, {"data.text_column": "text"}, Counter(), source="some set"))
+
+
+REFUSALS = {
+    "all columns": (
+        {"id": 1, "x": {"en": "a", "de": "b"}},
+        ["source"],
+        "'data.source_column' to one of id, x.en, x.de",
+    ),
+    "nearest": ({"Review": "a", "Sentiment": "b"}, ["sentiments"], "to 'Sentiment', the nearest of Review, Sentiment"),
+    "case": ({"TEXT": "a"}, ["text"], "to 'TEXT', the nearest of TEXT"),
+    "two": ({"a": 1, "b": 2}, ["source", "target"], "has 'source' or 'target': set 'data.source_column' and 'data.t"),
+    "chat": ({"messages": CHAT}, ["text"], "set 'data.text_column' to 'messages.content', which joins"),
+    "shared chat": ({"conversations": [{"value": "a"}]}, ["text"], "to 'conversations.value', which joins"),
+    "chat pairs": ({"messages": CHAT}, ["source", "target"], "to 'messages.0.content' and .* 'messages.1.content'"),
+    "a chat itself": ({"messages": CHAT}, ["messages"], "'messages' of .* is no text but holds lists or objects: set"),
+    "an object itself": ({"x": {"en": "a"}, "y": 1}, ["x"], "'x' of .* objects: set 'data.x_column' to one of x.en.$"),
+    "no header": ({"a sentence " * 20: 1}, ["text"], "one of a sentence a sentence a sentence a se[.]{4}$"),
+    "nothing": ({}, ["text"], "to one of none"),
+}
+
+
+@pytest.mark.parametrize(("row", "columns", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_a_missing_column_is_refused_with_what_to_name_instead(row, columns, message):
+    with pytest.raises(UserError, match=message) as caught:
+        picked([row] * 3, *columns)
+    assert "\n" not in str(caught.value)

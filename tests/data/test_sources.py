@@ -106,7 +106,7 @@ def test_an_empty_side_is_refused_with_the_number_of_documents(tmp_path, fractio
 
 def test_a_source_without_any_text_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": None}, {"text": ""}])
-    with pytest.raises(UserError, match=r"no text in the file a.jsonl .1 rows were empty, 1 not text"):
+    with pytest.raises(UserError, match=r"no text in the file a.jsonl .1 empty, 1 not text"):
         load_corpus(local(path))
 
 
@@ -163,7 +163,7 @@ def test_parquet_nulls_are_counted(tmp_path):
 
 BAD_FILES = {
     "empty file": ("a.txt", b"", "which is empty"),
-    "other kind": ("a.csv", b"text\nhello\n", "none of .txt, .jsonl, .parquet"),
+    "other kind": ("a.doc", b"text\nhello\n", "none of .txt, .jsonl, .json, .csv, .tsv, .parquet"),
     "binary": ("a.txt", b"line\nab\0cd\n", "a.txt' holds a NUL byte at 7"),
     "not utf-8": (
         "a.txt",
@@ -172,11 +172,11 @@ BAD_FILES = {
     ),
     "bad json": ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "a.jsonl' line 3 is not JSON"),
     "deep json": ("a.jsonl", b"[" * 200_000 + b"\n", "a.jsonl' line 1 is not JSON"),
-    "json list": ("a.jsonl", b'["text"]\n', "a.jsonl' line 1 is not a JSON object"),
+    "json list": ("a.jsonl", b'["text"]\n', "a.jsonl' item 1 is not a JSON object"),
     "missing key": (
         "a.jsonl",
         b'{"title": "a", "body": "b"}\n',
-        "no 'text' in .*a.jsonl' line 1: .* one of title, body",
+        "No row of the file a.jsonl has 'text': set 'data.text_column' to one of title, body",
     ),
     "json not utf-8": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "a.jsonl' is not UTF-8 text at byte 24"),
     "not parquet": ("a.parquet", b"PAR1 but not really", "a.parquet' cannot be read as Parquet"),
@@ -194,7 +194,7 @@ def test_a_bad_file_is_refused_in_one_sentence(tmp_path, name, content, message)
 
 def test_a_missing_parquet_column_is_refused_with_the_columns(tmp_path):
     pd.DataFrame({"title": ["a"], "body": ["b"]}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"no 'text' in .*: set 'data.text_column' to one of title, body"):
+    with pytest.raises(UserError, match=r"No row of .* has 'text': set 'data.text_column' to one of title, body"):
         load_corpus(local(tmp_path / "a.parquet"))
 
 
@@ -209,8 +209,8 @@ def test_the_home_folder_of_nobody_is_refused():
 
 
 def test_a_folder_without_readable_files_is_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("text")
-    with pytest.raises(UserError, match=r"a folder without any file of .txt, .jsonl, .parquet"):
+    (tmp_path / "a.csv.gz").write_text("text")
+    with pytest.raises(UserError, match=r"a folder without any file of .txt, .* such as 'a.csv.gz', which is packed"):
         load_corpus(local(tmp_path))
 
 
@@ -281,7 +281,9 @@ def test_a_missing_hub_column_is_refused_with_the_columns(monkeypatch):
         yield {"title": "a", "body": "b"}
 
     serve(monkeypatch, rows)
-    with pytest.raises(UserError, match=r"no 'text' in the hub dataset 'some/set': .* one of title, body"):
+    with pytest.raises(
+        UserError, match=r"No row of the hub dataset some/set, split train has 'text': .* one of title, body"
+    ):
         load_corpus(hub())
 
 

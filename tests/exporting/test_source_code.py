@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from mixtura.exporting.containers import remote_code
 from mixtura.exporting.engines import EngineFailed, load_causal
-from mixtura.exporting.source_code import remote_code
 from mixtura.exporting.writer import export
 from mixtura.models import MixtureForCausalLM
 from mixtura.models.calibration import calibrate

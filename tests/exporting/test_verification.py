@@ -11,9 +11,16 @@ from safetensors.torch import load_file, save_file
 from mixtura.cli import main
 from mixtura.config import UserError
 from mixtura.exporting import engines
-from mixtura.exporting.dense_twin import write_dense_twin
 from mixtura.exporting.engines import Engine, Ran, load_causal, model_log_probs, parse_engine, run_engine
-from mixtura.exporting.verification import PROBE_TOKENS, Comparison, Receipt, largest_difference, probe_tokens, verify
+from mixtura.exporting.verification import (
+    PROBE_TOKENS,
+    Comparison,
+    Receipt,
+    largest_difference,
+    probe_tokens,
+    verify,
+    write_dense_twin,
+)
 from mixtura.exporting.writer import export
 from mixtura.models.transition import to_token_choice
 

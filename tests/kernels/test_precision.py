@@ -2,7 +2,7 @@
 
 import torch
 
-from mixtura.kernels.precision import at_autocast_dtype
+from mixtura.kernels.expert_weights import at_autocast_dtype
 
 
 def test_tensors_take_autocasts_dtype_only_while_it_is_on():

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from mixtura.kernels import reference, sparse_ffn
-from mixtura.kernels.sparse import _grouped, _grouped_mm_takes
+from mixtura.kernels import ExpertWeights, reference, sparse_ffn
+from mixtura.kernels.sparse import _grouped, _grouped_mm_runs
 
 ACTIVATIONS = pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
 GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -32,7 +32,7 @@ def assert_same(function, inputs, activation, gated, *, tolerance, cotangent=Non
     results = []
     for run, dtype in ((function, None), (reference.sparse_ffn, torch.float64)):
         copies = [t.detach().to(dtype or t.dtype).requires_grad_() if t.is_floating_point() else t for t in inputs]
-        y_TD = run(*copies, activation, gated)
+        y_TD = run(*copies[:-2], ExpertWeights(*copies[-2:], activation, gated))
         (y_TD if cotangent is None else y_TD * cotangent.to(y_TD.dtype)).sum().backward()
         results.append([y_TD] + [t.grad for t in copies if t.is_floating_point()])
     for actual, expected in zip(*results, strict=True):
@@ -61,7 +61,7 @@ def test_empty_and_skewed_experts_pass_gradcheck(counts, gated):
     x_TD, token_R, weight_R, counts_E, up_EHD, down_EDF = random_inputs(counts, gated=gated, hidden_size=3, width=2)
 
     def function(x_TD, weight_R, up_EHD, down_EDF):
-        return sparse_ffn(x_TD, token_R, weight_R, counts_E, up_EHD, down_EDF, "silu", gated)
+        return sparse_ffn(x_TD, token_R, weight_R, counts_E, ExpertWeights(up_EHD, down_EDF, "silu", gated))
 
     assert torch.autograd.gradcheck(function, (x_TD, weight_R, up_EHD, down_EDF))
 
@@ -71,7 +71,7 @@ def test_every_activation_passes_gradcheck(activation):
     x_TD, token_R, weight_R, counts_E, up_EHD, down_EDF = random_inputs([3, 2], hidden_size=3, width=2)
 
     def function(x_TD, weight_R, up_EHD, down_EDF):
-        return sparse_ffn(x_TD, token_R, weight_R, counts_E, up_EHD, down_EDF, activation, False)
+        return sparse_ffn(x_TD, token_R, weight_R, counts_E, ExpertWeights(up_EHD, down_EDF, activation, False))
 
     assert torch.autograd.gradcheck(function, (x_TD, weight_R, up_EHD, down_EDF))
 
@@ -84,7 +84,7 @@ def test_an_upstream_gradient_without_memory_of_its_own_is_taken(gated):
 
 def test_an_expert_without_rows_gets_a_gradient_of_zeros():
     *inputs, up_EHD, down_EDF = random_inputs([2, 0, 3])
-    sparse_ffn(*inputs, up_EHD, down_EDF, "relu", False).square().sum().backward()
+    sparse_ffn(*inputs, ExpertWeights(up_EHD, down_EDF, "relu", False)).square().sum().backward()
     assert (up_EHD.grad[1] == 0).all() and (down_EDF.grad[1] == 0).all()
     assert (down_EDF.grad[0] != 0).any() and (down_EDF.grad[2] != 0).any()
 
@@ -115,7 +115,7 @@ def test_grouped_gemm_equals_the_definition(gated):
 )
 def test_grouped_gemm_is_used_only_where_it_can_run(dtype, hidden_size, width, takes):
     x_TD, _, _, _, up_EHD, down_EDF = random_inputs([2, 3], hidden_size=hidden_size, width=width, dtype=dtype)
-    assert _grouped_mm_takes(x_TD, up_EHD, down_EDF) is takes
+    assert _grouped_mm_runs(x_TD, ExpertWeights(up_EHD, down_EDF, "relu", False)) is takes
 
 
 @GATED
@@ -139,10 +139,10 @@ def test_compiled_equals_the_definition(gated):
 def test_autocast_computes_in_bfloat16_and_hands_back_float32_gradients():
     inputs = random_inputs([3, 4, 6], hidden_size=16, width=16, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        y_TD = sparse_ffn(*inputs, "relu", False)
+        y_TD = sparse_ffn(*inputs[:-2], ExpertWeights(*inputs[-2:], "relu", False))
     y_TD.float().square().sum().backward()
     assert y_TD.dtype == torch.bfloat16
-    expected_TD = reference.sparse_ffn(*inputs, "relu", False)
+    expected_TD = reference.sparse_ffn(*inputs[:-2], ExpertWeights(*inputs[-2:], "relu", False))
     assert_close(y_TD.float(), expected_TD, rtol=0.05, atol=0.02 * expected_TD.abs().max().item())
     assert all(tensor.grad.dtype == torch.float32 for tensor in inputs if tensor.is_floating_point())
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mixtura.kernels import device, reference
+from mixtura.kernels import ExpertWeights, accelerator, reference
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed: pip install triton", allow_module_level=True)
@@ -130,7 +130,7 @@ def test_gradients_through_strided_groups_equal_those_of_copies(on):
         x_OPGD, logits_OPGS = (t.transpose(0, 1).unflatten(1, (2, 2)) for t in leaves)
         if copy:
             x_OPGD, logits_OPGS = x_OPGD.contiguous(), logits_OPGS.contiguous()
-        y_OPGD = device.logits_mixed_ffn(x_OPGD, logits_OPGS, None, 2, torch.tanh)
+        y_OPGD = accelerator.logits_mixed_ffn(x_OPGD, logits_OPGS, None, 2, torch.tanh)
         y_OPGD.square().sum().backward()
         results.append([y_OPGD, *(t.grad for t in leaves)])
     for strided, copied in zip(*results, strict=True):
@@ -142,7 +142,7 @@ def test_gradients_through_strided_groups_equal_those_of_copies(on):
 def test_mixing_running_and_spreading_equals_the_definition(on, combine):
     x_OPGD, logits_OPGS, slots = group_inputs(GROUPS["several mixtures"], on)
     second_OPGS = torch.randn_like(logits_OPGS).requires_grad_() if combine == "separate" else None
-    y_OPGD = device.logits_mixed_ffn(x_OPGD, logits_OPGS, second_OPGS, slots, torch.tanh)
+    y_OPGD = accelerator.logits_mixed_ffn(x_OPGD, logits_OPGS, second_OPGS, slots, torch.tanh)
     y_OPGD.square().sum().backward()
     leaves = [t for t in (x_OPGD, logits_OPGS, second_OPGS) if t is not None]
     copies = [grown(t) for t in leaves]
@@ -181,6 +181,15 @@ def test_choices_with_gaps_between_them_are_sorted_too(on):
     assert torch.equal(order_R, expert_TK.flatten().argsort(stable=True))
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="an assertion that fails on an accelerator ends its process")
+@pytest.mark.parametrize("value", [-1, 5, 1 << 40])
+def test_a_choice_of_no_expert_is_refused(value):
+    with pytest.raises(RuntimeError, match="not between 0 and 4"):
+        triton_routing.sort_choices(torch.tensor([[0, value]]), 5)
+    with pytest.raises(TypeError, match=r"expert_TK has dtype torch\.float32"):
+        triton_routing.sort_choices(torch.zeros(2, 2), 5)
+
+
 ROUTES = {
     "even": [[0, 1], [1, 2], [2, 0], [0, 2], [1, 0]],
     "all to one": [[1]] * 7,
@@ -204,7 +213,9 @@ def run_sparse(expert_TK, weight_TK, x_TD, up_EHD, down_EDF, activation, gated, 
     order_R, row_TK, rows_E = triton_routing.sort_choices(expert_TK, len(up_EHD))
     token_R, weight_R = order_R // expert_TK.size(1), weight_TK.flatten()[order_R]
     rows_TK = row_TK if rows_known else None
-    return device.grouped_ffn(x_TD, token_R, weight_R, rows_E, rows_TK, up_EHD, down_EDF, activation, gated)
+    return accelerator.grouped_ffn(
+        x_TD, token_R, weight_R, rows_E, rows_TK, ExpertWeights(up_EHD, down_EDF, activation, gated)
+    )
 
 
 def assert_sparse(inputs, activation, gated, dtype, **how):
@@ -216,9 +227,8 @@ def assert_sparse(inputs, activation, gated, dtype, **how):
     order_R = expert_TK.cpu().flatten().argsort(stable=True)
     counts_E = expert_TK.cpu().flatten().bincount(minlength=len(experts[0]))
     token_R = order_R // expert_TK.size(1)
-    expected_TD = reference.sparse_ffn(
-        x_TD, token_R, weight_TK.flatten()[order_R], counts_E, *experts, activation, gated
-    )
+    weights = ExpertWeights(*experts, activation, gated)
+    expected_TD = reference.sparse_ffn(x_TD, token_R, weight_TK.flatten()[order_R], counts_E, weights)
     expected_TD.backward(cotangent_TD.double())
     assert_near(y_TD, expected_TD, dtype)
     for leaf, copy in zip(leaves, (weight_TK, x_TD, *experts), strict=True):
@@ -265,12 +275,11 @@ def test_a_token_without_a_row_gets_zeros(on):
     _, _, x_TD, up_EHD, down_EDF = sparse_inputs(ROUTES["even"], on, dtype, gated=False)
     token_R, weight_R = torch.tensor([3, 0, 3], device=on), torch.ones(3, device=on)
     counts_E = torch.tensor([1, 0, 2, 0], device=on)
-    y_TD = device.grouped_ffn(x_TD, token_R, weight_R, counts_E, None, up_EHD, down_EDF, "relu", False)
+    experts = ExpertWeights(up_EHD, down_EDF, "relu", False)
+    y_TD = accelerator.grouped_ffn(x_TD, token_R, weight_R, counts_E, None, experts)
     expected_TD = reference.sparse_ffn(
         *(t.detach().cpu().double() if t.is_floating_point() else t.cpu() for t in (x_TD, token_R, weight_R, counts_E)),
-        *(t.detach().cpu().double() for t in (up_EHD, down_EDF)),
-        "relu",
-        False,
+        ExpertWeights(*(t.detach().cpu().double() for t in (up_EHD, down_EDF)), "relu", False),
     )
     assert_near(y_TD, expected_TD, dtype)
     assert (y_TD[[1, 2, 4]] == 0).all()
@@ -325,7 +334,7 @@ def test_one_graph_holds_forward_and_backward(on, kind):
         leaves = [x_OPGD, logits_OPGS]
 
         def run():
-            return device.logits_mixed_ffn(*leaves, None, slots, torch.tanh)
+            return accelerator.logits_mixed_ffn(*leaves, None, slots, torch.tanh)
     else:
         dtype = torch.float32 if on == "cpu" else torch.bfloat16
         expert_TK, *leaves = sparse_inputs(ROUTES["even"], on, dtype, gated=True)

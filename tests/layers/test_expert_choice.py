@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from mixtura.kernels import reference
 from mixtura.layers import ExpertChoiceMoE
 from mixtura.layers.routing import sparse_experts
 
@@ -105,11 +106,30 @@ def test_padding_is_never_preferred_and_is_not_counted(group_over):
 
 def test_the_last_group_may_have_fewer_examples():
     layer = ExpertChoiceMoE(4, intermediate_size=4, num_experts=2, group_size=4)
+    layer.experts.reset_parameters(std=1.0)
     x_BLD = torch.randn(6, 2, 4)
     y_BLD, stats = layer(x_BLD, return_stats=True)
     assert_close(y_BLD[:4], layer(x_BLD[:4]))
+    # The last group has two tokens and every expert takes two, so each token gets every expert, by its probability.
+    last_TD = x_BLD[4:].flatten(0, 1)
+    probs_TE = layer.gate(last_TD).softmax(-1)
+    expected_TD = layer.experts(last_TD, reference.scaled_ffn, torch.ones_like(probs_TE), probs_TE, None)
+    assert_close(y_BLD[4:].flatten(0, 1), expected_TD)
     assert stats.routed_rows == 12
     assert stats.tokens_per_expert_E.tolist() == [2 * (2 + 2)] * 2
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 9])
+def test_an_expert_takes_a_token_once_whatever_the_last_group_lacks(monkeypatch, batch):
+    seen = []
+    monkeypatch.setattr(
+        "mixtura.layers.expert_choice.sparse_experts",
+        lambda experts, x_TD, routing: (seen.append(routing), sparse_experts(experts, x_TD, routing))[1],
+    )
+    layer = ExpertChoiceMoE(4, intermediate_size=4, num_experts=2, top_k=2, group_size=4)
+    layer(torch.randn(batch, 5, 4))
+    for token_r in seen[0].token_R.split(seen[0].tokens_per_expert_E.tolist()):
+        assert sorted(token_r.tolist()) == list(range(batch * 5)), "with top_k = E every expert takes every token"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from mixtura.layers import TokenChoiceMoE
-from mixtura.layers.losses import load_balancing_loss, router_z_loss
+from mixtura.layers.statistics import load_balancing_loss, router_z_loss
 
 
 @pytest.mark.parametrize("num_experts", [2, 8])

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from mixtura import kernels
-from mixtura.kernels import device
+from mixtura.kernels import accelerator, dispatch
 from mixtura.layers import ExpertChoiceMoE, MixtureOfTokens, TokenChoiceMoE
 
 pytestmark = [
@@ -43,12 +43,14 @@ def test_layers_compute_the_same_on_either_path(make, monkeypatch):
     expected = passed(layer, x_BLD)
     ran = []
     for name in ("grouped_ffn", "logits_mixed_ffn"):
-        kernel = getattr(device, name)
-        monkeypatch.setattr(device, name, lambda *args, kernel=kernel, **more: ran.append(1) or kernel(*args, **more))
-    monkeypatch.setattr(kernels, "logits_mixed_ffn", device.logits_mixed_ffn)
-    monkeypatch.setattr(kernels, "takes_groups", lambda x_OPGD: True)
-    monkeypatch.setattr(kernels, "sorts_choices", lambda expert_TK: True)
-    monkeypatch.setattr(device, "takes_rows", lambda *tensors: True)
+        kernel = getattr(accelerator, name)
+        monkeypatch.setattr(
+            accelerator, name, lambda *args, kernel=kernel, **more: ran.append(1) or kernel(*args, **more)
+        )
+    monkeypatch.setattr(kernels, "logits_mixed_ffn", accelerator.logits_mixed_ffn)
+    monkeypatch.setattr(kernels, "can_run_groups", lambda x_OPGD: True)
+    monkeypatch.setattr(dispatch, "can_sort_choices", lambda expert_TK: True)
+    monkeypatch.setattr(accelerator, "can_run_rows", lambda *tensors: True)
     for actual, wanted in zip(passed(layer, x_BLD), expected, strict=True):
         assert_close(actual, wanted, rtol=0, atol=1e-5 * max(1.0, wanted.abs().max().item()))
     assert ran

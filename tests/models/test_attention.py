@@ -113,11 +113,29 @@ def test_plain_configurations_are_as_before(tmp_path):
     assert not hasattr(AutoConfig.from_pretrained(tmp_path), "layer_types")
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["without biases", "with biases"])
+def test_llamas_attention_may_have_a_window_too(biased, tmp_path):
+    """Where a finished configuration is changed, as transformers' own tests do, and where it is read from disk."""
+    config = MixtureConfig(**SHAPE, gated=True, attention_bias=biased)
+    config.sliding_window = 4
+    model = MixtureForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.attention == ("llama" if biased else "mistral")
+    assert torch.equal(loaded(IDS_BL).logits, model(IDS_BL).logits)
+    for implementation in ("sdpa", "eager"):
+        one_layer = SHAPE | {"num_hidden_layers": 1, "attention_bias": biased}
+        shallow = MixtureForCausalLM(MixtureConfig(**one_layer, sliding_window=4)).eval()
+        shallow.set_attn_implementation(implementation)
+        near, far = (shallow(ids).logits for ids in (IDS_BL, IDS_BL.index_fill(1, torch.tensor([0]), 5)))
+        assert torch.equal(near[:, 4:], far[:, 4:]) and not torch.equal(near[:, 3], far[:, 3])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"attention": "gpt2"}, "attention is 'gpt2': it must be one of llama, mistral, qwen2, qwen3"),
-        ({"sliding_window": 4}, "sliding_window is 4, but llama's attention has none"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types is"),
     ],
 )
 def test_attention_that_does_not_exist_is_refused(fields, message):

@@ -20,7 +20,7 @@ from transformers.models.aria.configuration_aria import AriaTextConfig
 from transformers.models.aria.modeling_aria import AriaExperts
 
 from mixtura.config import UserError
-from mixtura.models import experts_interface
+from mixtura.kernels import dispatch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -77,8 +77,8 @@ def test_generation_runs_on_the_kernels_of_few_tokens_and_equals_eager(name: str
     settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     expected = build(name, "eager").eval().generate(ids_BL, **settings)
     calls = []
-    few = experts_interface.kernels.few_ffn
-    monkeypatch.setattr(experts_interface.kernels, "few_ffn", lambda *a: (calls.append(1), few(*a))[1])
+    few = dispatch.small_batch_ffn
+    monkeypatch.setattr(dispatch, "small_batch_ffn", lambda *a: (calls.append(1), few(*a))[1])
     assert torch.equal(build(name, "mixtura").eval().generate(ids_BL, **settings), expected)
     assert calls
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from mixtura.layers import LayerMix
-from mixtura.layers.losses import load_balancing_loss
+from mixtura.layers.statistics import load_balancing_loss
 from mixtura.models import MixtureForCausalLM, MixtureForSequenceClassification, MixtureModel
 
 FAMILIES = ["dense", "token_choice", "expert_choice", "soft", "mixture_of_tokens"]

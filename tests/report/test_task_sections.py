@@ -323,3 +323,13 @@ def test_arms_that_the_copied_source_outscores_are_named(make_translation: MakeR
     cautions = [c for c in summarize(results)["cautions"] if c["kind"] == "below_copying"]
     assert len(cautions) == 1
     assert summarize(results)["arms"][name]["label"] in cautions[0]["text"]
+
+
+def test_classes_of_one_side_alone_are_cautions(make_classification: MakeResults) -> None:
+    results = make_classification()
+    assert not {"untested_class", "unlearnt_class"} & {c["kind"] for c in summarize(results)["cautions"]}
+    results["data"] |= {"labels_untested": [f"<b>{i}</b>" for i in range(7)], "labels_unlearnt": ["rare"]}
+    texts = {c["kind"]: c["text"] for c in summarize(results)["cautions"]}
+    assert "label '<b>0</b>', '<b>1</b>', '<b>2</b>', '<b>3</b>', '<b>4</b>' or 2 more:" in texts["untested_class"]
+    assert texts["unlearnt_class"].startswith("No training text has the label 'rare': its texts were left out")
+    assert "<b>0</b>" not in render_html(results, summarize(results))

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from mixtura.training.interrupts import StopRequest
+from mixtura.training.process import StopRequest
 
 
 def test_the_first_ctrl_c_is_a_request_and_the_second_stops_at_once():

@@ -1,4 +1,4 @@
-"""A run's metrics in TensorBoard and Trackio, which are optional."""
+"""A run's metrics in TensorBoard, Trackio and wandb, which are optional."""
 
 import importlib
 import sqlite3
@@ -44,7 +44,7 @@ def test_a_recipe_names_trackers():
     dense = {"dense": {"family": "dense"}}
     recipe = recipe_from_dict({"name": "t", "training": {"trackers": ["tensorboard"]}, "arms": dense})
     assert recipe.training.trackers == ("tensorboard",)
-    with pytest.raises(UserError, match="it must be one of tensorboard, trackio"):
+    with pytest.raises(UserError, match="it must be one of tensorboard, trackio, wandb"):
         recipe_from_dict({"name": "t", "training": {"trackers": ["paper"]}, "arms": dense})
 
 
@@ -72,3 +72,14 @@ def test_trackio_keeps_the_run_in_its_own_database(run, tiny_model, tmp_path, mo
         rows = connection.execute("SELECT run_name, step, metrics FROM metrics ORDER BY step").fetchall()
     assert {row[1] for row in rows} == {1, 2, 3} and all(row[0] == str(tmp_path / "run") for row in rows)
     assert any("train/loss" in str(row[2]) for row in rows)
+
+
+@pytest.mark.filterwarnings("ignore")  # of wandb and what it imports
+def test_wandb_keeps_the_run_on_disk_where_it_is_offline(run, tiny_model, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    run(tiny_model(), trackers=("wandb",), steps=3)
+    (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    content = kept.read_bytes()
+    assert str(tmp_path / "run").encode() in content and content.count(b"train/loss") >= 3

@@ -24,11 +24,11 @@ from mixtura.adapters.costs import RankCost, count_parameters, lora_cost, mixtur
 from mixtura.adapters.expert_specialized import apply_expert_specialized
 from mixtura.adapters.mixture_lora import MixtureLoraConfig, MixtureLoraLayer
 from mixtura.adapters.mot import MotAdapterConfig, input_width
-from mixtura.adapters.targets import Block, feed_forward_linears, find_blocks, match_linears
+from mixtura.adapters.targets import Block, feed_forward_linears, find_blocks, has_mixtures, match_linears
 from mixtura.adapters.tuner import RoutedTuner, batch_context
 from mixtura.config import AdapterConfig, UserError
 from mixtura.layers import RoutingStats
-from mixtura.layers.losses import load_balancing_loss
+from mixtura.layers.statistics import load_balancing_loss
 
 
 class Reach(NamedTuple):
@@ -151,6 +151,11 @@ def _plan_blocks(model: nn.Module, config: AdapterConfig, num_experts: int) -> _
             "it."
         )
     blocks = find_blocks(model, mixtures=config.method == "mixture_of_tokens")
+    if not blocks and has_mixtures(model):
+        raise UserError(
+            f"This adapter goes to whole dense feed-forward layers, and those of {type(model).__name__} are mixtures "
+            "already: set 'adapter.scope' to \"linear\" and name linear layers in 'adapter.targets', such as q_proj."
+        )
     if not blocks:
         feed_forward_linears(model)  # its message names what there is
     targets = [block.name for block in blocks]

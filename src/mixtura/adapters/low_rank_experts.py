@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixtura.layers import ChoiceTap, RoutingStats
-from mixtura.layers.losses import router_z_loss
 from mixtura.layers.routing import router_logits
-from mixtura.layers.statistics import mean_of_real, normalized_entropy, sum_of_real
+from mixtura.layers.statistics import mean_of_real, normalized_entropy, router_z_loss, sum_of_real
 
 RouterKind = Literal["top_k", "dense", "threshold", "task"]
 

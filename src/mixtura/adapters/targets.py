@@ -85,6 +85,11 @@ def find_blocks(model: nn.Module, *, mixtures: bool = False) -> list[Block]:
     return [block for block in found if block.name]
 
 
+def has_mixtures(model: nn.Module) -> bool:
+    """Whether the model has mixtures whose experts are stacked tensors, which are no linear layers."""
+    return any(_is_mixture(module) for module in model.modules())
+
+
 def feed_forward_linears(model: nn.Module) -> list[str]:
     """Full names of the linear layers of all feed-forward layers.
 
@@ -93,9 +98,10 @@ def feed_forward_linears(model: nn.Module) -> list[str]:
     """
     names = [name for block in find_blocks(model) for name in block.linears]
     if not names:
+        there = "no dense feed-forward layer, only experts in stacked tensors" if has_mixtures(model) else "none"
         raise UserError(
-            f"No feed-forward layer was found in {type(model).__name__}: name its linear layers in 'adapter.targets', "
-            f"some of {_listed(linear_suffixes(model))}."
+            f"This adapter goes to the linear layers of feed-forward layers, and {type(model).__name__} has {there}: "
+            f"name linear layers in 'adapter.targets', some of {_listed(linear_suffixes(model))}."
         )
     return names
 

@@ -12,6 +12,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -71,15 +72,38 @@ def load_base(
         auto = AutoModelForCausalLM if head == "causal" else AutoModel
         with _no_report():  # of the weights of the layers that were cut
             # Without a dtype, the one of the file is taken; training needs float32 parameters.
-            model = auto.from_pretrained(place, config=config, dtype=torch.float32)
+            loaded: Any = auto.from_pretrained(place, config=config, dtype=torch.float32, output_loading_info=True)
+        model, found = loaded
+        if head == "causal" and found["missing_keys"]:
+            raise UserError(
+                f"The model '{name}' cannot write text: its files lack {sorted(found['missing_keys'])[0]}, which would "
+                "be random; name a causal language model in 'base.name'."
+            )
         return model, AutoTokenizer.from_pretrained(place)
     except UserError:
         raise
     except Exception as error:  # Files, parsers and the hub raise many unrelated classes.
-        raise UserError(
-            f"The model '{name}' cannot be loaded ({reason_of(error)}): check 'base.name', which is smollm2, minilm, a "
-            "folder or a hub name."
-        ) from error
+        raise _cannot_load(name, error) from error
+
+
+def load_base_config(name: str) -> PreTrainedConfig:
+    """The configuration of a pretrained model, without its weights.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    place = resolve_base(name)
+    try:
+        return AutoConfig.from_pretrained(place)
+    except Exception as error:  # As above.
+        raise _cannot_load(name, error) from error
+
+
+def _cannot_load(name: str, error: Exception) -> UserError:
+    return UserError(
+        f"The model '{name}' cannot be loaded ({reason_of(error)}): check 'base.name', which is smollm2, minilm, a "
+        "folder or a hub name."
+    )
 
 
 def _package_part(name: str, package: str, part: str) -> Path:

@@ -46,7 +46,7 @@ def bench(
     import torch
 
     from mixtura.benchmarks import speed_table as layers
-    from mixtura.training.allocation import keep_freed_memory
+    from mixtura.training.process import keep_freed_memory
 
     if sizes not in layers.SETS:
         raise UserError(f"--sizes is {sizes!r}: it must be one of {', '.join(layers.SETS)}.")

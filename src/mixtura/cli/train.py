@@ -43,7 +43,9 @@ def finetune(
     preset: Annotated[str, typer.Option(help="Without a recipe: the task's quick or default one.")] = "default",
     data: Annotated[
         str | None,
-        typer.Option(help="Your own .jsonl, .csv, .tsv or .parquet, or a hub dataset as hub:NAME.", show_default=False),
+        typer.Option(
+            help="Your own .jsonl, .json, .csv, .tsv or .parquet, or a hub dataset as hub:NAME.", show_default=False
+        ),
     ] = None,
     columns: Annotated[
         str | None,

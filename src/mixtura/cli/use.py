@@ -14,8 +14,10 @@ from mixtura.cli.application import ModelArgument, app, hush, open_page
 @app.command(rich_help_panel="Use")
 def evaluate(
     model: ModelArgument,
-    text: Annotated[Path, typer.Option(help="Held-out text: a file or folder of .txt, .jsonl or .parquet.")],
-    text_column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
+    text: Annotated[Path, typer.Option(help="Held-out text: a file or folder of .txt or tables.")],
+    text_column: Annotated[
+        str, typer.Option(help="Column or key that holds the text; messages.content for chats.")
+    ] = "text",
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once; a multiple of the group size.")] = 16,
     sequence_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens in a sequence.", show_default="the model's")
@@ -80,7 +82,7 @@ def classify(
     texts: Annotated[list[str], typer.Argument(help="Texts, each judged by itself.")],
 ) -> None:
     """Label texts with a model that was tuned for it."""
-    from mixtura.tasks.classification.saved import classify as run_classifier
+    from mixtura.tasks.classification.classifier import classify as run_classifier
 
     hush()
     for text, answer in zip(texts, run_classifier(model, texts), strict=True):
@@ -94,7 +96,9 @@ def diagnose(
         list[str] | None,
         typer.Option(help="NAME=FILE, such as de=german.txt; repeatable. A translation run has its own sentences."),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column or key that holds the text.")] = "text",
+    text_column: Annotated[
+        str, typer.Option(help="Column or key that holds the text; messages.content for chats.")
+    ] = "text",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens read of each text.")] = 20_000,
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="diagnosis")] = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,

@@ -1,6 +1,5 @@
 """Refuses fine-tuning recipes whose values are well-typed but cannot work together."""
 
-import re
 from collections.abc import Mapping
 
 from mixtura.config.checks import check_attention_heads, check_feed_forward, check_frame, check_positive
@@ -14,9 +13,8 @@ from mixtura.config.finetuning import (
     TranslationDataConfig,
     TranslationRecipe,
 )
+from mixtura.config.languages import Pair, check_distinct_names, parse_pairs
 from mixtura.errors import UserError
-
-_PAIR = re.compile(r"([a-z]{2,3}(?:_[A-Za-z]+)?)-([a-z]{2,3}(?:_[A-Za-z]+)?)")
 
 
 def check_finetune_recipe(recipe: FinetuneRecipe) -> None:
@@ -40,11 +38,15 @@ def _check_source(data: TranslationDataConfig | ClassificationDataConfig) -> Non
     if data.source == "hub" and not data.name:
         raise UserError("'data.source' is 'hub' but 'data.name' is missing: name the dataset, such as \"imdb\".")
     if data.source == "local" and not data.path:
-        raise UserError("'data.source' is 'local' but 'data.path' is missing: name a .jsonl, .csv, .tsv or .parquet.")
+        raise UserError(
+            "'data.source' is 'local' but 'data.path' is missing: name a .jsonl, .json, .csv, .tsv or .parquet."
+        )
 
 
 def _check_translation(recipe: TranslationRecipe) -> None:
-    _check_pairs(recipe.data.pairs)
+    pairs = parse_pairs(recipe.data.pairs)
+    if recipe.base.name is not None:
+        check_distinct_names(pairs)
     if recipe.data.tokenizer == "train" and recipe.data.vocab_size < 300:
         raise UserError(f"'data.vocab_size' is {recipe.data.vocab_size}: it must be 300 or more, for bytes and marks.")
     if recipe.num_beams < 1:
@@ -53,20 +55,13 @@ def _check_translation(recipe: TranslationRecipe) -> None:
         check_positive("model", recipe.model)
         check_attention_heads(recipe.model)
     for name, arm in recipe.arms.items():
-        _check_translation_arm(f"arms.{name}", arm, recipe)
+        _check_translation_arm(f"arms.{name}", arm, recipe, pairs)
     _check_ranks(recipe.baseline, {name: arm.adapter for name, arm in recipe.arms.items()})
 
 
-def _check_pairs(pairs: tuple[str, ...]) -> None:
-    if not pairs or len(set(pairs)) != len(pairs):
-        raise UserError(f"'data.pairs' is {list(pairs)}: name at least one direction, each once, such as \"en-de\".")
-    for pair in pairs:
-        found = _PAIR.fullmatch(pair)
-        if not found or found[1] == found[2]:
-            raise UserError(f"'data.pairs' has '{pair}': write two different language codes, such as \"en-de\".")
-
-
-def _check_translation_arm(where: str, arm: TranslationArmConfig, recipe: TranslationRecipe) -> None:
+def _check_translation_arm(
+    where: str, arm: TranslationArmConfig, recipe: TranslationRecipe, pairs: tuple[Pair, ...]
+) -> None:
     _check_rate(where, arm.learning_rate)
     pretrained = recipe.base.name is not None
     if arm.adapter is not None and not pretrained:
@@ -89,15 +84,15 @@ def _check_translation_arm(where: str, arm: TranslationArmConfig, recipe: Transl
         )
     sizes = {"training.batch_size": recipe.training.batch_size}
     check_feed_forward(key, feed_forward, batch_sizes=sizes, sequence_length=None)
-    _check_language_experts(key, arm, recipe.data.pairs)
+    _check_language_experts(key, arm, pairs)
 
 
-def _check_language_experts(where: str, arm: TranslationArmConfig, pairs: tuple[str, ...]) -> None:
+def _check_language_experts(where: str, arm: TranslationArmConfig, pairs: tuple[Pair, ...]) -> None:
     experts, route_by = arm.feed_forward.num_experts, arm.feed_forward.route_by
     if route_by == "token":
         return
     side = {"source": 0, "target": 1}
-    names = {pair.split("-")[side[route_by]] if route_by in side else pair for pair in pairs}
+    names = {pair[side[route_by]] if route_by in side else str(pair) for pair in pairs}
     if experts < len(names) * arm.feed_forward.top_k:
         raise UserError(
             f"'{where}.num_experts' is {experts}, but routing by {route_by} needs {arm.feed_forward.top_k} for each of "
@@ -163,16 +158,12 @@ def _check_adapter(where: str, adapter: AdapterConfig | None, batch_size: int) -
 def _check_ranks(baseline: str, adapters: Mapping[str, AdapterConfig | None]) -> None:
     """A rank left open is solved for the baseline's trainable parameters, so the baseline must name its own."""
     adapter = adapters[baseline]
-    open_ranks = [name for name, other in adapters.items() if other is not None and _is_open(other)]
-    if open_ranks and (adapter is None or _is_open(adapter)):
+    open_ranks = [name for name, other in adapters.items() if other is not None and other.solves_rank]
+    if open_ranks and (adapter is None or adapter.solves_rank):
         raise UserError(
             f"'arms.{open_ranks[0]}.adapter.rank' is missing and the baseline '{baseline}' names no rank to match: "
             "set it, or give the baseline an adapter with a rank."
         )
-
-
-def _is_open(adapter: AdapterConfig) -> bool:
-    return adapter.rank is None and adapter.method != "expert_specialized"
 
 
 def _check_rate(where: str, rate: float | None) -> None:

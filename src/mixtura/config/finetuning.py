@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mixtura.config.languages import split_pair
 from mixtura.config.schema import ArmConfig, ModelConfig, Recipe, SearchConfig, TrainingConfig
 
 Task = Literal["translation", "classification"]
@@ -52,6 +53,11 @@ class AdapterConfig:
     expert_share: float = 0.2
     """Expert-specialised tuning: the smallest set of experts that carries this share of the router's choices."""
 
+    @property
+    def solves_rank(self) -> bool:
+        """Whether its rank is left to follow from the baseline's trainable parameters."""
+        return self.rank is None and self.method != "expert_specialized"
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
@@ -78,14 +84,14 @@ class TranslationDataConfig:
     subset: str | None = None
     split: str = "train"
     path: str | None = None
-    """File of .jsonl, .csv, .tsv or .parquet (source "local" only)."""
+    """File of .jsonl, .json, .csv, .tsv or .parquet (source "local" only)."""
     source_column: str = "source"
     target_column: str = "target"
     source_language_column: str = "source_language"
     """Column with the language code of the source; where it is missing, `pairs` must name a single pair."""
     target_language_column: str = "target_language"
     pairs: tuple[str, ...] = ("en-de", "en-es", "en-fr", "en-it", "en-nl", "en-pl", "en-pt", "en-ru")
-    """Directions as "source-target"; name both "en-de" and "de-en" for both."""
+    """Directions as "source-target"; name both "en-de" and "de-en" for both. Codes may have a script or a region."""
     max_pairs: int | None = None
     """Stop after so many sentence pairs of each direction."""
     max_characters: int = 200
@@ -99,6 +105,11 @@ class TranslationDataConfig:
     test_sources: int = 200
     """Source sentences held out for the scores."""
 
+    def __post_init__(self) -> None:
+        """Spells the codes in `pairs` in the one way that data and models know; what is no pair is refused later."""
+        spelled = tuple(str(split_pair(pair) or pair) for pair in self.pairs)
+        object.__setattr__(self, "pairs", spelled)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationDataConfig:
@@ -111,7 +122,7 @@ class ClassificationDataConfig:
     subset: str | None = None
     split: str = "train"
     path: str | None = None
-    """File of .jsonl, .csv, .tsv or .parquet (source "local" only)."""
+    """File of .jsonl, .json, .csv, .tsv or .parquet (source "local" only)."""
     text_column: str = "text"
     label_column: str = "label"
     max_examples: int | None = None

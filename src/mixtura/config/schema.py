@@ -22,7 +22,7 @@ class DataConfig:
     split: str = "train"
     """Hub split to read; the held-out documents are split off from it."""
     path: str | None = None
-    """File or folder of .txt, .jsonl or .parquet (source "local" only)."""
+    """File or folder of .txt, .jsonl, .json, .csv, .tsv or .parquet (source "local" only)."""
     text_column: str = "text"
     """Column or JSON key that holds the text."""
     max_bytes: int = 16_000_000
@@ -148,7 +148,7 @@ class TrainingConfig:
     activation_checkpointing: bool = False
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
-    trackers: tuple[Literal["tensorboard", "trackio"], ...] = ()
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """Where the metrics are shown besides `metrics.jsonl`."""
 
     @property

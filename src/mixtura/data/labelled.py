@@ -1,16 +1,25 @@
 """Labelled text: examples with a class, cleaned, counted, and held out by a hash of their text."""
 
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
 from mixtura.config import ClassificationDataConfig, UserError
+from mixtura.data.files import local_files
 from mixtura.data.movie_reviews import read_movie_reviews
-from mixtura.data.rows import TABLES, Row, cell, file_rows, hub_rows, local_files
-from mixtura.data.units import normalise, text_hash
+from mixtura.data.rows import Row, hub_rows, select
+from mixtura.data.tables import TABLES, file_rows
+from mixtura.data.units import is_utf8, normalise, text_hash
 
+MOST_LISTED = 20
+"""Classes whose shares are told."""
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
+_WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")
 _REVIEW_LABELS = {0: "negative", 1: "positive"}
 
 
@@ -31,51 +40,47 @@ class LabelledCorpus:
     validation: list[LabelledText]
     test: list[LabelledText]
     labels: tuple[str, ...]
-    """Names of the classes, sorted; numbers by value."""
+    """Names of the classes that are in training, sorted; numbers by value."""
     description: str
     """One phrase for reports: source, classes and their shares, what was skipped."""
     skipped: dict[str, int]
     """Rows left out, by reason."""
+    unlearnt: tuple[str, ...] = ()
+    """Classes that came to have no training example; their rows are left out."""
 
 
 def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
     """Reads the examples of a recipe, cleans them, and holds some out.
 
     A text that comes twice is kept once; one that comes with different labels is left out. `max_examples` bounds
-    training examples and is a fixed shuffled choice.
+    training examples and is a fixed shuffled choice. A class that has no training example after that is left out, since
+    nobody could learn it.
 
     Raises:
         UserError: the source is missing or unreadable, lacks a column, has one class or too few examples.
     """
     skipped: Counter[str] = Counter()
-    rows, description = _open(config)
+    rows, description = _open(config, skipped)
     examples = _shuffled(_clean(rows, skipped))
-    if not examples:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common()) or "it has no rows"
-        raise UserError(
-            f"No example is left of {description} ({reasons}): check 'data.text_column' and 'data.label_column'."
-        )
-    labels = _sorted_labels({label for _, label in examples})
-    if len(labels) < 2:
-        raise UserError(
-            f"All {len(examples):,} examples of {description} have the label '{''.join(labels)}': give examples of two "
-            "classes or more, or name another 'data.label_column'."
-        )
-    index = {label: i for i, label in enumerate(labels)}
-    test, validation, train = _split(
-        [LabelledText(text, index[label]) for text, label in examples], config, description
-    )
+    found = {label for _, label in examples}
+    _check_labels(found, len(examples), skipped, config, description)
+    test, validation, train = _split(examples, config, description)
     if config.max_examples is not None and len(train) > config.max_examples:
         skipped["beyond max_examples"] = len(train) - config.max_examples
         train = train[: config.max_examples]
-    _check_train(train, labels, config, description)
-    return LabelledCorpus(
-        train, validation, test, labels, _describe(description, train, labels, skipped), dict(sorted(skipped.items()))
-    )
+    labels = _sorted_labels({label for _, label in train})
+    index = {label: i for i, label in enumerate(labels)}
+    sides = _known(train, index), _known(validation, index), _known(test, index)
+    unlearnt = _sorted_labels(found - index.keys())
+    if unlearnt:
+        skipped["label without training examples"] = len(train + validation + test) - sum(map(len, sides))
+    _check_learnt(sides, unlearnt, config, description)
+    told = _describe(description, sides[0], labels, skipped)
+    return LabelledCorpus(*sides, labels, told, dict(sorted(skipped.items())), unlearnt)
 
 
-def _open(config: ClassificationDataConfig) -> tuple[Iterator[tuple[object, object]], str]:
-    """Text and label of every row, and what to call the source."""
+def _open(config: ClassificationDataConfig, skipped: Counter[str]) -> tuple[Iterator[tuple[object, object]], str]:
+    """Text and label of every row that has both, and what to call the source; reading them adds to `skipped`."""
     if config.source == "movie-reviews":
         frame = read_movie_reviews()
         if config.part != "all":
@@ -88,18 +93,20 @@ def _open(config: ClassificationDataConfig) -> tuple[Iterator[tuple[object, obje
             raise UserError("'data.source' is 'hub' but 'data.name' is missing: name the dataset, such as \"imdb\".")
         subset = f", {config.subset}" if config.subset else ""
         rows = hub_rows(config.name, config.subset, config.split)
-        return _cells(rows, config), f"the hub dataset {config.name}{subset}, split {config.split}"
+        name = f"the hub dataset {config.name}{subset}, split {config.split}"
+        return _cells(rows, config, skipped, source=name), name
     files, others = local_files(config.path, TABLES)
     rows = (row for file in files for row in file_rows(file, [config.text_column, config.label_column]))
     single = files == [Path(str(config.path)).expanduser()]
     name = f"the file {files[0].name}" if single else f"{len(files)} files in {config.path}"
-    return _cells(rows, config), name + (f" ({others} of other kinds not read)" if others else "")
+    return _cells(rows, config, skipped, source=name), name + (f" ({others} of other kinds not read)" if others else "")
 
 
-def _cells(rows: Iterator[Row], config: ClassificationDataConfig) -> Iterator[tuple[object, object]]:
-    for row in rows:
-        text = cell(row, config.text_column, key="data.text_column")
-        yield text, cell(row, config.label_column, key="data.label_column")
+def _cells(
+    rows: Iterator[Row], config: ClassificationDataConfig, skipped: Counter[str], *, source: str
+) -> Iterator[tuple[object, object]]:
+    columns = {"data.text_column": config.text_column, "data.label_column": config.label_column}
+    return ((text, label) for _, (text, label) in select(rows, columns, skipped, source=source))
 
 
 def _clean(rows: Iterator[tuple[object, object]], skipped: Counter[str]) -> dict[str, tuple[str, str]]:
@@ -108,8 +115,8 @@ def _clean(rows: Iterator[tuple[object, object]], skipped: Counter[str]) -> dict
     times: Counter[str] = Counter()
     contradictory: set[str] = set()
     for text, value in rows:
-        label = _label(value)
-        if not isinstance(text, str) or not _is_utf8(text):
+        label = label_name(value)
+        if not isinstance(text, str) or not is_utf8(text):
             skipped["not text"] += 1
         elif not text.strip():
             skipped["empty"] += 1
@@ -130,23 +137,28 @@ def _clean(rows: Iterator[tuple[object, object]], skipped: Counter[str]) -> dict
     return kept
 
 
-def _label(value: object) -> str | None:
-    """The name of a class: text, or a whole number, as text; None for what is neither."""
-    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
-        value = int(value)
-    if isinstance(value, int):
-        return str(value)
-    if not isinstance(value, str) or not value.strip():
+def label_name(value: object) -> str | None:
+    """The name of a class from what stands in a table: one rule for every format, so that it depends on none.
+
+    A label is text, in Unicode's composed form (NFC) and with single spaces; "None", "nan" and "NA" are as good as any.
+    A number is the text of its digits: 1, "1" and, since tables with gaps write whole numbers so, 1.0 are the label
+    "1"; "01" and "1.50" are labels of their own. True, TRUE and true are the label "true", as formats write it in all
+    three ways.
+
+    Returns:
+        None for what is no label: null, not a number, empty or nested values, and text that UTF-8 cannot hold.
+    """
+    if isinstance(value, int | float | Decimal):  # truth values among them
+        value = str(value)
+        if value == "nan":
+            return None
+    if not isinstance(value, str) or not is_utf8(value):
         return None
-    return value.strip()
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-    return True
+    name = " ".join(unicodedata.normalize("NFC", value).split())
+    if name.lower() in ("true", "false"):
+        return name.lower()
+    whole = _WHOLE.fullmatch(name)
+    return whole[1] if whole else name or None
 
 
 def _shuffled(kept: dict[str, tuple[str, str]]) -> list[tuple[str, str]]:
@@ -154,14 +166,15 @@ def _shuffled(kept: dict[str, tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
-    if all(label.lstrip("-").isdecimal() for label in labels):
-        return tuple(sorted(labels, key=int))
+    """By value where all are numbers, else by their characters."""
+    if all(_NUMBER.fullmatch(label) for label in labels):
+        return tuple(sorted(labels, key=lambda label: (Decimal(label), label)))
     return tuple(sorted(labels))
 
 
 def _split(
-    examples: list[LabelledText], config: ClassificationDataConfig, description: str
-) -> tuple[list[LabelledText], list[LabelledText], list[LabelledText]]:
+    examples: list[tuple[str, str]], config: ClassificationDataConfig, description: str
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[tuple[str, str]]]:
     """Test, validation and training examples, in this order from the shuffled whole."""
     num_test, num_held_out = config.test_examples, config.test_examples + config.validation_examples
     if len(examples) <= num_held_out:
@@ -173,14 +186,39 @@ def _split(
     return examples[:num_test], examples[num_test:num_held_out], examples[num_held_out:]
 
 
-def _check_train(
-    train: list[LabelledText], labels: tuple[str, ...], config: ClassificationDataConfig, description: str
+def _known(side: list[tuple[str, str]], index: dict[str, int]) -> list[LabelledText]:
+    return [LabelledText(text, index[label]) for text, label in side if label in index]
+
+
+def _check_labels(
+    labels: set[str], number: int, skipped: Counter[str], config: ClassificationDataConfig, description: str
 ) -> None:
-    present = {example.label for example in train}
-    missing = [label for i, label in enumerate(labels) if i not in present]
-    if missing:
+    """Refuses examples that no classifier can be made of."""
+    if not number:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common() if count)
         raise UserError(
-            f"No training example of {description} has the label '{missing[0]}' after {config.test_examples} test and "
+            f"No example is left of {description} ({reasons or 'it has no rows'}): check 'data.text_column' and "
+            "'data.label_column'."
+        )
+    if len(labels) < 2:
+        raise UserError(
+            f"All {number:,} examples of {description} have the label '{''.join(labels)}': give examples of two "
+            "classes or more, or name another 'data.label_column'."
+        )
+    if len(labels) > max(MOST_LISTED, number // 2):
+        raise UserError(
+            f"'{config.label_column}' of {description} has {len(labels):,} different labels in {number:,} examples, "
+            "fewer than two examples for each: set 'data.label_column' to a column of classes."
+        )
+
+
+def _check_learnt(
+    sides: Sequence[list[LabelledText]], unlearnt: tuple[str, ...], config: ClassificationDataConfig, description: str
+) -> None:
+    """Refuses a split in which the classes that training lacks take everything else with them."""
+    if unlearnt and (len({example.label for example in sides[0]}) < 2 or not all(sides)):
+        raise UserError(
+            f"No training example of {description} has the label '{unlearnt[0]}' after {config.test_examples} test and "
             f"{config.validation_examples} validation examples were held out: give more examples of it, or lower "
             "'data.validation_examples' and 'data.test_examples'."
         )
@@ -188,7 +226,8 @@ def _check_train(
 
 def _describe(description: str, train: list[LabelledText], labels: tuple[str, ...], skipped: Counter[str]) -> str:
     counts = Counter(example.label for example in train)
-    shares = ", ".join(f"{label} {100 * counts[i] / len(train):.1f} %" for i, label in enumerate(labels))
+    listed = [f"{label} {100 * counts[i] / len(train):.1f} %" for i, label in enumerate(labels)]
+    shares = ", ".join(listed[:MOST_LISTED]) + (f" and {len(listed) - MOST_LISTED} more" * (len(listed) > MOST_LISTED))
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()) if count)
     return f"{description}, {len(labels)} classes (training: {shares})" + (
         f"; rows skipped: {reasons}" if reasons else ""

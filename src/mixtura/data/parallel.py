@@ -10,9 +10,10 @@ from itertools import groupby
 from typing import NamedTuple, TypeGuard
 
 from mixtura.config import TranslationDataConfig, UserError
+from mixtura.config.languages import Pair, parse_pairs
 from mixtura.data.held_out import Candidate, Sides, hold_out
-from mixtura.data.parallel_sources import Pair, Source, open_source, parse_pairs
-from mixtura.data.units import Unit, anchor_of, normalise, text_hash
+from mixtura.data.parallel_sources import Source, open_source
+from mixtura.data.units import Unit, anchor_of, is_utf8, normalise, text_hash
 
 # A hub dataset may have many millions of rows: with `max_pairs` it is read until there are so many times as many usable
 # pairs of each direction as are wanted, and the choice is made among those.
@@ -139,13 +140,7 @@ def _clean(
 
 def _is_text(value: object) -> TypeGuard[str]:
     """Whether it is text that UTF-8 can hold, which a lone surrogate is not."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return isinstance(value, str) and is_utf8(value)
 
 
 def _fault(texts: dict[str, str], pair: Pair, max_characters: int) -> str | None:

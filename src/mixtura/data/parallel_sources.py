@@ -1,27 +1,17 @@
 """Where parallel text comes from: each source gives units, the same sentence in two or more languages."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from mixtura.config import TranslationDataConfig, UserError
+from mixtura.config.languages import Pair, find_language
 from mixtura.data.bible import HELD_OUT_BOOKS, VERSIONS, bible_file, bible_units
+from mixtura.data.files import local_files
 from mixtura.data.libreoffice import help_languages, help_units, help_version
-from mixtura.data.rows import TABLES, Row, cell, file_rows, find_cell, hub_rows, local_files
+from mixtura.data.rows import JUDGED_ROWS, Row, find_cell, hub_rows, select
+from mixtura.data.tables import TABLES, file_rows
 from mixtura.data.units import Unit
-
-_CODE = re.compile(r"[a-z]{2,3}(_[a-z0-9]+)*")
-
-
-class Pair(NamedTuple):
-    """A direction of translation."""
-
-    source: str
-    target: str
-
-    def __str__(self) -> str:
-        return f"{self.source}-{self.target}"
 
 
 class Source(NamedTuple):
@@ -32,25 +22,6 @@ class Source(NamedTuple):
     description: str
     groups: tuple[str, ...] | None = None
     """The groups that may be held out; None allows all."""
-
-
-def parse_pairs(pairs: tuple[str, ...]) -> tuple[Pair, ...]:
-    """Directions from "en-de" or "pt_br-en".
-
-    Raises:
-        UserError: one is malformed, has the same language twice, or is named twice.
-    """
-    if not pairs:
-        raise UserError("'data.pairs' is empty: name at least one direction, such as \"en-de\".")
-    parsed = []
-    for text in pairs:
-        source, _, target = text.lower().partition("-")
-        if not _CODE.fullmatch(source) or not _CODE.fullmatch(target) or source == target:
-            raise UserError(f"'data.pairs' has '{text}': write two language codes, such as \"en-de\" or \"en-pt_br\".")
-        parsed.append(Pair(source, target))
-    if len(set(parsed)) < len(parsed):
-        raise UserError(f"'data.pairs' is {list(pairs)}: name each direction once.")
-    return tuple(parsed)
 
 
 def open_source(config: TranslationDataConfig, pairs: tuple[Pair, ...], skipped: Counter[str]) -> Source:
@@ -112,8 +83,8 @@ def _open_local(config: TranslationDataConfig, pairs: tuple[Pair, ...], skipped:
     ]
     rows = (row for file in files for row in file_rows(file, columns))
     name = f"the file {files[0].name}" if len(files) == 1 else f"{len(files)} files in {config.path}"
-    name += f" ({others} of other kinds not read)" if others else ""
-    return Source(_row_units(rows, config, pairs, skipped), name)
+    units = _row_units(rows, config, pairs, skipped, source=name)
+    return Source(units, name + (f" ({others} of other kinds not read)" if others else ""))
 
 
 def _open_hub(config: TranslationDataConfig, pairs: tuple[Pair, ...], skipped: Counter[str]) -> Source:
@@ -121,53 +92,52 @@ def _open_hub(config: TranslationDataConfig, pairs: tuple[Pair, ...], skipped: C
         raise UserError("'data.source' is 'hub' but 'data.name' is missing: name the dataset, such as \"opus_books\".")
     rows = hub_rows(config.name, config.subset, config.split)
     subset = f", {config.subset}" if config.subset else ""
-    return Source(
-        _row_units(rows, config, pairs, skipped), f"the hub dataset {config.name}{subset}, split {config.split}"
-    )
+    description = f"the hub dataset {config.name}{subset}, split {config.split}"
+    return Source(_row_units(rows, config, pairs, skipped, source=description), description)
 
 
 def _row_units(
-    rows: Iterator[Row], config: TranslationDataConfig, pairs: tuple[Pair, ...], skipped: Counter[str]
+    rows: Iterator[Row], config: TranslationDataConfig, pairs: tuple[Pair, ...], skipped: Counter[str], *, source: str
 ) -> Iterator[Unit]:
     asked = {language for pair in pairs for language in pair}
-    for row in rows:
-        source = cell(row, config.source_column, key="data.source_column")
-        target = cell(row, config.target_column, key="data.target_column")
-        languages = _row_languages(row, config, pairs, asked)
-        if languages is None:
+    columns = {"data.source_column": config.source_column, "data.target_column": config.target_column}
+    # One pair of languages, asked for in one direction or in both: the first direction names the columns.
+    default = pairs[0] if all(set(pair) == set(pairs[0]) for pair in pairs) else None
+    told, lacking = 0, Counter[str]()
+    for row, texts in select(rows, columns, skipped, source=source):
+        languages = _row_languages(row, config, default, asked, lacking)
+        told += None not in languages
+        if not told and max(lacking.values(), default=0) == JUDGED_ROWS:
+            break
+        if None in languages:
             skipped["no language code"] += 1
         elif not any(set(pair) == set(languages) for pair in pairs):
             skipped["other languages"] += 1
         else:
-            yield Unit(dict(zip(languages, (source, target), strict=True)), bilingual=True)
+            yield Unit({str(code): text for code, text in zip(languages, texts, strict=True)}, bilingual=True)
+    if lacking and not told:
+        key, column = next((key, column) for key, column in _language_columns(config).items() if lacking[column])
+        several = " and 'data.pairs' names several pairs of languages" if default is None else ""
+        advice = ", or name a single pair" if default is None else ", or rename the column of the other language"
+        raise UserError(f"There is no '{column}' in {source}{several}: set '{key}' to the column of codes{advice}.")
+
+
+def _language_columns(config: TranslationDataConfig) -> dict[str, str]:
+    return {
+        "data.source_language_column": config.source_language_column,
+        "data.target_language_column": config.target_language_column,
+    }
 
 
 def _row_languages(
-    row: Row, config: TranslationDataConfig, pairs: tuple[Pair, ...], asked: set[str]
-) -> tuple[str, str] | None:
-    """The languages of source and target; None where a language column holds none."""
-    columns = (config.source_language_column, config.target_language_column)
-    found = [find_cell(row, column) for column in columns]
-    if not any(present for present, _ in found):
-        # One pair of languages, asked for in one direction or in both: the first direction names the columns.
-        if any(set(pair) != set(pairs[0]) for pair in pairs):
-            raise UserError(
-                f"There is no '{columns[0]}' in {row.where} and 'data.pairs' names several pairs of languages: set "
-                "'data.source_language_column' and 'data.target_language_column', or name a single pair."
-            )
-        return pairs[0]
-    for (present, _), column, key in zip(found, columns, ("source", "target"), strict=True):
-        if not present:
-            cell(row, column, key=f"data.{key}_language_column")  # refuses
-    codes = [_language_code(value, asked) for _, value in found]
-    return None if None in codes else (str(codes[0]), str(codes[1]))
+    row: Row, config: TranslationDataConfig, default: Pair | None, asked: set[str], lacking: Counter[str]
+) -> list[str | None]:
+    """The languages of source and target; None where there is no code.
 
-
-def _language_code(value: object, asked: set[str]) -> str | None:
-    """The code as `pairs` writes it: "en-US" and "EN" are "en", unless "en_us" is asked for."""
-    if not isinstance(value, str):
-        return None
-    code = value.strip().lower().replace("-", "_")
-    if not _CODE.fullmatch(code):
-        return None
-    return code if code in asked else code.partition("_")[0]
+    `default` is what a row without language columns has, and `lacking` counts the columns that are missed.
+    """
+    found = {column: find_cell(row, column) for column in _language_columns(config).values()}
+    if default is not None and not any(present for present, _ in found.values()):
+        return list(default)
+    lacking.update(column for column, (present, _) in found.items() if not present)
+    return [find_language(value, asked) if isinstance(value, str) else None for _, value in found.values()]

@@ -1,23 +1,26 @@
-"""Rows of tables, from files and from the hub: read once here for documents, parallel text and labelled text.
+"""Rows of tables and what stands in their columns, the same for documents, parallel text and labelled text.
 
-A row is what its place holds, as named columns, and where it stands, for messages. Nothing in it is executed.
+A row is what its place holds, as named columns, and where it stands, for messages. A column expression names a column,
+and parts of what it holds after dots: "translation.en" a key of an object, "messages.content" that key of every object
+of a list, as one text with a line for each, "messages.0.content" that of the first and "messages.-1.content" of the
+last.
 """
 
-import csv
-import json
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mixtura.config import UserError
 from mixtura.errors import need, reason_of
 
-TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
-_LARGEST_CELL = 2**31 - 1
+COMMON_SHARE = 0.01
+"""A column that a smaller share of the rows has is taken for a mistake; else the rows without it are left out."""
+JUDGED_ROWS = 100_000
+"""Rows after which that is decided, so that no endless dataset is read for a column it does not have."""
+_LISTED = 20
+_CHAT_TEXT = re.compile(r"(messages?|conversations?|chat|dialog(?:ue)?|turns)\.(content|value|text)")
 
 
 class Row(NamedTuple):
@@ -26,63 +29,6 @@ class Row(NamedTuple):
     values: Mapping[str, object]
     where: str
     """The place, to stand inside a sentence: "'a.jsonl' line 3"."""
-
-
-def find_cell(row: Row, column: str) -> tuple[bool, object]:
-    """Whether a row has a column, and what it holds there; "translation.en" looks into a nested column."""
-    if column in row.values:
-        return True, row.values[column]
-    outer, dot, inner = column.partition(".")
-    nested = row.values.get(outer)
-    if dot and isinstance(nested, Mapping):
-        return find_cell(Row(nested, row.where), inner)
-    return False, None
-
-
-def cell(row: Row, column: str, *, key: str) -> object:
-    """What a row holds in a column.
-
-    Args:
-        row: the row.
-        column: its name, or "outer.inner" for a nested one.
-        key: the key of the recipe that named the column, such as "data.text_column".
-
-    Raises:
-        UserError: there is no such column.
-    """
-    found, value = find_cell(row, column)
-    if found:
-        return value
-    raise UserError(
-        f"There is no '{column}' in {row.where}: set '{key}' to one of {', '.join(_columns(row.values)) or 'none'}."
-    )
-
-
-def _columns(values: Mapping[str, object], prefix: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _columns(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def file_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
-    """The rows of one .jsonl, .csv, .tsv or .parquet file, in order.
-
-    Args:
-        path: the file, of one of `TABLES`.
-        columns: what will be asked for; only these are read where the format allows it.
-
-    Raises:
-        UserError: the file cannot be read as what its name says.
-    """
-    readers: dict[str, Callable[[], Iterator[Row]]] = {
-        ".jsonl": lambda: _jsonl_rows(path),
-        ".csv": lambda: _csv_rows(path),
-        ".tsv": lambda: _tsv_rows(path),
-        ".parquet": lambda: _parquet_rows(path, columns),
-    }
-    return readers[path.suffix.lower()]()
 
 
 def hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
@@ -103,130 +49,141 @@ def hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
         ) from error
 
 
-def local_files(path: str | None, kinds: tuple[str, ...]) -> tuple[list[Path], int]:
-    """Files to read, sorted, and the number of files of other kinds.
-
-    A folder is read with its subfolders; links to folders are not followed.
-
-    Raises:
-        UserError: there are none, or they cannot be listed.
-    """
-    try:
-        start = Path(str(path)).expanduser()
-        found = [start] if start.is_file() else _walk(start)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"'data.path' is '{path}', which cannot be read ({reason_of(error)}): correct it.") from None
-    listed = ", ".join(kinds)
-    if found == [start]:
-        if start.suffix.lower() not in kinds:
-            raise UserError(f"'data.path' is '{start}', which is none of {listed}: give a file of one of these kinds.")
-        if start.stat().st_size == 0:
-            raise UserError(f"'data.path' is '{start}', which is empty: give a file with text in it.")
-        return [start], 0
-    files = [file for file in found if file.suffix.lower() in kinds]
-    if not files:
-        raise UserError(f"'data.path' is '{start}', a folder without any file of {listed}: give one that has text.")
-    return files, len(found) - len(files)
+def find_cell(row: Row, column: str) -> tuple[bool, object]:
+    """Whether a row has a column, and what it holds there; `column` is an expression, see above."""
+    if column in row.values:
+        return True, row.values[column]
+    return _look(row.values, column)
 
 
-def read_lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file with \\n line ends, without a byte order mark.
+def select(
+    rows: Iterable[Row], columns: Mapping[str, str], skipped: Counter[str], *, source: str
+) -> Iterator[tuple[Row, list[object]]]:
+    """The rows that have all of some columns, each with what it holds in them.
+
+    The others are counted by the column they lack. A column that no row has, or fewer than `COMMON_SHARE` of them, is
+    refused with the columns that there are, and so is one that holds lists or objects in place of text.
+
+    Args:
+        rows: rows of one or several tables.
+        columns: column expressions by the key of the recipe that names them, such as "data.text_column".
+        skipped: gets the rows that are left out, as "without 'label'".
+        source: what the rows are of, to stand inside a sentence, such as "the file a.csv".
 
     Raises:
-        UserError: it cannot be read, or is no UTF-8 text.
+        UserError: see above.
     """
-    offset = 0
-    try:
-        with path.open("rb") as file:
-            for line in file:
-                if b"\0" in line:
-                    place = offset + line.index(b"\0")
-                    raise UserError(
-                        f"'{path}' holds a NUL byte at {place}, so it is no UTF-8 text: convert or remove it."
-                    )
-                text = line.decode().replace("\r\n", "\n")
-                yield text if offset else text.removeprefix("\ufeff")
-                offset += len(line)
-    except UnicodeDecodeError as error:
+    if len(set(columns.values())) < len(columns):
+        listed, column = " and ".join(f"'{key}'" for key in columns), next(iter(columns.values()))
+        raise UserError(f"{listed} are both '{column}': name two columns.")
+    missing, nested, names = Counter[str](), Counter[str](), dict[str, None]()
+    wanted, number = list(columns.values()), 0
+    for number, row in enumerate(rows, start=1):
+        cells = [find_cell(row, column) for column in wanted]
+        lacking: list[str] = []
+        if any(not present or isinstance(value, dict | list) for present, value in cells):
+            lacking = [column for column, (present, _) in zip(wanted, cells, strict=True) if not present]
+            missing.update(lacking)
+            nested.update(column for column, (_, value) in zip(wanted, cells, strict=True) if _is_nested(value))
+            if len(names) < _LISTED:
+                names.update(dict.fromkeys(_columns(row.values)))
+        if number == JUDGED_ROWS:
+            _judge(number, columns, missing, nested, list(names), source)
+        if lacking:
+            skipped[f"without '{lacking[0]}'"] += 1
+        else:
+            yield row, [value for _, value in cells]
+    if number < JUDGED_ROWS:
+        _judge(number, columns, missing, nested, list(names), source)
+
+
+def _judge(
+    number: int, columns: Mapping[str, str], missing: Counter[str], nested: Counter[str], names: list[str], source: str
+) -> None:
+    """Refuses columns that are not what the rows have."""
+    most = (1 - COMMON_SHARE) * number
+    wrong = {key: column for key, column in columns.items() if missing[column] > most}
+    if wrong:
+        least = number - max(missing[column] for column in wrong.values())
+        whose = f"Only {least:,} of the {number:,} rows of {source} have" if least else f"No row of {source} has"
+        listed = " or ".join(f"'{column}'" for column in wrong.values())
+        raise UserError(f"{whose} {listed}: {_advice(wrong, names)}.")
+    deep = {key: column for key, column in columns.items() if nested[column] > most}
+    if deep:
+        key, column = next(iter(deep.items()))
+        inside = [name for name in names if name.startswith(f"{column}.")]
         raise UserError(
-            f"'{path}' is not UTF-8 text at byte {offset + error.start}: convert it, as with `iconv -t UTF-8`."
-        ) from None
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read ({reason_of(error)}): check its permissions.") from None
-
-
-def _walk(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise UserError(f"'data.path' is '{folder}', where there is no file or folder: correct the path.")
-
-    def refuse(error: OSError) -> None:  # os.walk passes over unreadable folders unless told otherwise
-        raise UserError(f"The folder '{error.filename}' cannot be read ({error.strerror}): check its permissions.")
-
-    paths = (Path(parent, name) for parent, _, names in os.walk(folder, onerror=refuse) for name in names)
-    return sorted(path for path in paths if path.is_file())
-
-
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"'{path}' line {number} is not JSON ({error}): correct or remove the line.") from None
-        if not isinstance(row, dict):
-            raise UserError(f"'{path}' line {number} is not a JSON object: write lines such as {{\"text\": ...}}.")
-        yield Row(row, f"'{path}' line {number}")
-
-
-def _csv_rows(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(_LARGEST_CELL)
-    reader = csv.reader(read_lines(path), strict=True)
-    try:
-        header = next(reader, [])
-        for cells in reader:
-            if cells:
-                yield _table_row(path, reader.line_num, header, cells, advice="quote cells that hold commas")
-    except csv.Error as error:
-        raise UserError(f"'{path}' line {reader.line_num} is not CSV ({error}): correct the line.") from None
-
-
-def _tsv_rows(path: Path) -> Iterator[Row]:
-    """A tab always ends a cell and a line a row: sentences may hold a lone quote, which CSV would take for a start."""
-    header: list[str] = []
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
-            continue
-        cells = [_unquote(cell) for cell in line.rstrip("\n").split("\t")]
-        if header:
-            yield _table_row(path, number, header, cells, advice="remove tabs and line breaks inside cells")
-        header = header or cells
-
-
-def _unquote(text: str) -> str:
-    """Undoes the quoting of spreadsheets, which write a cell with quotes in it as \"a \"\"b\"\"\"."""
-    inner = text[1:-1]
-    quoted = len(text) > 1 and text[0] == text[-1] == '"' and '"' not in inner.replace('""', "")
-    return inner.replace('""', '"') if quoted else text
-
-
-def _table_row(path: Path, number: int, header: list[str], cells: list[str], *, advice: str) -> Row:
-    if len(cells) > len(header):
-        raise UserError(
-            f"'{path}' line {number} has {len(cells)} cells but the first line names {len(header)} columns: {advice}."
+            f"'{column}' of {source} is no text but holds lists or objects: {_advice({key: column}, inside)}."
         )
-    filled: list[str | None] = [*cells, *[None] * (len(header) - len(cells))]
-    return Row(dict(zip(header, filled, strict=True)), f"'{path}' line {number}")
 
 
-def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
-    try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            outer = {name if name in names else name.partition(".")[0] for name in columns}
-            # All of them where one is missing, so that the message about it can list them.
-            wanted = [name for name in names if name in outer] if outer <= set(names) else names
-            for batch in file.iter_batches(batch_size=1000, columns=wanted):
-                yield from (Row(row, f"'{path}'") for row in batch.to_pylist())
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read as Parquet ({reason_of(error)}): check the file.") from None
+def _advice(wrong: Mapping[str, str], names: Sequence[str]) -> str:
+    """Which columns to name instead: those of a chat, the nearest, or all there are."""
+    keys = " and ".join(f"'{key}'" for key in wrong)
+    chat = next((name for name in names if _CHAT_TEXT.fullmatch(name)), None)
+    if chat is not None:
+        outer, _, inner = chat.partition(".")
+        turns = {"data.source_column": f"{outer}.0.{inner}", "data.target_column": f"{outer}.1.{inner}"}
+        parts = [f"'{key}' to '{turns.get(key, chat)}'" for key in wrong if key != "data.label_column"]
+        how = "which takes one message of a chat" if turns.keys() & wrong.keys() else "which joins a chat's messages"
+        if parts:
+            return f"set {' and '.join(parts)}, {how}"
+    listed = ", ".join(map(_short, names[:_LISTED])) + (", ..." if len(names) > _LISTED else "") or "none"
+    if len(wrong) > 1:
+        return f"set {keys} to {'two' if len(wrong) == 2 else len(wrong)} of {listed}"
+    (column,) = wrong.values()
+    folded = {name.casefold().strip(): name for name in names}
+    near = difflib.get_close_matches(column.casefold(), folded, n=1, cutoff=0.75)
+    return (
+        f"set {keys} to '{_short(folded[near[0]])}', the nearest of {listed}"
+        if near
+        else f"set {keys} to one of {listed}"
+    )
+
+
+def _short(name: str) -> str:
+    """A name on one line: that of a column may be a whole sentence where the first line is no header."""
+    line = " ".join(name.split())
+    return line if len(line) <= 40 else f"{line[:37]}..."
+
+
+def _columns(values: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        inside = value[0] if isinstance(value, list) and value else value
+        if isinstance(inside, Mapping) and inside:
+            yield from _columns(inside, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(item, Mapping) for item in value))
+
+
+def _look(value: object, column: str) -> tuple[bool, object]:
+    """What an expression finds in an object or a list; a list of texts that lies inside one is joined."""
+    head, dot, rest = column.partition(".")
+    if isinstance(value, Mapping):
+        if column in value:
+            return True, value[column]
+        if not dot or head not in value:
+            return False, None
+        present, found = _look(value[head], rest)
+        return present, _joined(found) if present and isinstance(found, list) else found
+    if isinstance(value, list):
+        if re.fullmatch(r"-?\d{1,9}", head):
+            place = int(head)
+            inside = -len(value) <= place < len(value)
+            return (_look(value[place], rest) if dot else (True, value[place])) if inside else (False, None)
+        parts = [found for present, found in (_look(item, column) for item in value) if present]
+        return (True, parts) if parts or not value else (False, None)
+    return False, None
+
+
+def _joined(parts: list[object]) -> object:
+    """A line for each text, those of messages that are made of parts too; the list itself where it holds no text."""
+    texts = []
+    for part in parts:
+        inner = _joined(part) if isinstance(part, list) else part.get("text") if isinstance(part, Mapping) else part
+        texts += [inner] if isinstance(inner, str) else []
+    return "\n".join(texts) if texts or not parts else parts

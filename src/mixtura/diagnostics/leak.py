@@ -103,9 +103,11 @@ def _in_float64(function: Callable) -> tuple[Callable, torch.device]:
         return function, torch.device("cpu")
     parameter = next(function.parameters(), torch.empty(0))
     function = copy.deepcopy(function).double()
-    if isinstance(function, PreTrainedModel):
-        # Hugging Face's grouped matrix products do not take float64, its loop over experts does.
-        function.set_experts_implementation("eager")
+    for part in function.modules():
+        # Hugging Face's grouped matrix products do not take float64, its loop over experts does. The model may stand
+        # inside others: an adapter, a classifier.
+        if isinstance(part, PreTrainedModel):
+            part.set_experts_implementation("eager")
     return function, parameter.device
 
 

@@ -1,11 +1,14 @@
 """Stock architectures that hold our checkpoints exactly: what each can express, its configuration and its tensors.
 
+A checkpoint that none can hold leaves with its own code: files of ours that stand alone but for one import.
+
 Tensors are named as the published checkpoints of each architecture have them, which is what other engines read;
 transformers' own names in memory differ.
 
 Shapes: E experts, D hidden, F expert width.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +18,7 @@ from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights
 from mixtura.config import UserError
 from mixtura.exporting import fields, layouts
 from mixtura.exporting.traits import Traits, check_stock
-from mixtura.models import MixtureConfig
+from mixtura.models import MixtureConfig, configuration_mixture, standalone
 
 _SOFTMAX = frozenset({"normalised softmax"})
 _ANY_SOFTMAX = frozenset({"softmax", "normalised softmax"})
@@ -162,3 +165,17 @@ def plan_tensors(config: MixtureConfig, traits: Traits, weights: StoredWeights, 
     for depth in sorted(mixtures):
         planned += CONTAINERS[container].mixture(config, traits, weights, depth)
     return planned
+
+
+CONFIG_MODULE, MODEL_MODULE = "configuration_mixture", "modeling_mixtura"
+
+
+def remote_code() -> dict[str, str]:
+    """The files by name; they import torch and transformers alone."""
+    ours, theirs = "from mixtura.models.configuration_mixture import", f"from .{CONFIG_MODULE} import"
+    model = inspect.getsource(standalone)
+    assert model.count("from mixtura.") == 1 and ours in model, "the model's file must import nothing else of ours"
+    return {
+        f"{CONFIG_MODULE}.py": inspect.getsource(configuration_mixture),
+        f"{MODEL_MODULE}.py": model.replace(ours, theirs),
+    }

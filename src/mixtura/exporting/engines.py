@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from mixtura.config import UserError
-from mixtura.exporting.source_code import remote_code
+from mixtura.exporting.containers import remote_code
 from mixtura.models import standalone
 from mixtura.models.loading import folder_settings, open_weights
 
@@ -179,8 +179,8 @@ def _last_line(text: str) -> str:
 
 
 _SCRIPTS = {
-    "vllm": Path(__file__).with_name("engine_vllm.py"),
-    "llama.cpp": Path(__file__).with_name("engine_llama_cpp.py"),
+    "vllm": Path(__file__).with_name("run_vllm.py"),
+    "llama.cpp": Path(__file__).with_name("run_llama_cpp.py"),
 }
 ENGINES: dict[str, Callable[[Engine, Path, Sequence[list[int]]], Ran]] = {
     "transformers": _run_transformers,

@@ -17,8 +17,15 @@ from mixtura.checkpoints.source import EMBEDDING, HEAD, expected_shapes
 from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights, write_planned
 from mixtura.config import UserError
 from mixtura.exporting.card import Origin, origin_of, write_card
-from mixtura.exporting.containers import CONTAINERS, REMOTE_CODE, choose_container, plan_tensors
-from mixtura.exporting.source_code import CONFIG_MODULE, MODEL_MODULE, remote_code
+from mixtura.exporting.containers import (
+    CONFIG_MODULE,
+    CONTAINERS,
+    MODEL_MODULE,
+    REMOTE_CODE,
+    choose_container,
+    plan_tensors,
+    remote_code,
+)
 from mixtura.exporting.traits import Traits, check_deployable, traits_of
 from mixtura.exporting.verification import Receipt, verify
 from mixtura.files import new_folder

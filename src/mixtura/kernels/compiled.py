@@ -38,11 +38,14 @@ def library() -> ctypes.CDLL | None:
         return None  # an unwritable cache, or a compiler that does not know the flags: torch does it
 
 
-def call(name: str, *arguments: Any) -> None:
-    """Calls a function of the library; `native.takes` says before whether there is one."""
+def call(name: str, *arguments: Any) -> int:
+    """Calls a function of the library and returns what it returns, which is 0 where it has nothing to complain about.
+
+    `native.can_run` says before whether there is a library.
+    """
     native = library()
-    assert native is not None, "ask `takes` first"
-    getattr(native, name)(*arguments)
+    assert native is not None, "ask `can_run` first"
+    return getattr(native, name)(*arguments)
 
 
 @functools.cache

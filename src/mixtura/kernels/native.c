@@ -1,17 +1,20 @@
 /* Experts on the CPU, a block of rows at a time: gathered, multiplied, activated and added back while in cache.
 
    Matrix products are torch's own (BLAS's sgemm, handed in as a pointer); experts of few rows have those of
-   native_tiles.h. This file fuses what lies between them, and native.py calls it. All arrays are float32 and contiguous.
+   native_tiles.h. This file fuses what lies between them, and native.py calls it. All arrays are float32 and
+   contiguous.
 
    Letters: E experts, D hidden, F expert width, H = 2F when gated (gate columns first) else F, R rows sorted by expert.
    token[r] is the row of x and out that row r reads and adds to. Without `token`, rows are where they are and weights
-   are 1. An expert has a token at most once, so the rows of a block never add to the same place. */
+   are 1. Rows of one token may share an expert. */
 
 #include <string.h>
 
 #include "native_experts.h"
 #include "native_tiles.h"
 
+/* From the gradient of the activated rows: h once more, which is cheaper to compute again than to keep, the gradient of
+   the first projection, and that of the weights. */
 static void activate_backward(
     const experts_t *e, int64_t rows, const float *u, const float *weight, const float *grad, float *h, float *grad_u,
     float *grad_weight) {
@@ -35,24 +38,38 @@ static const float *rows_of(const experts_t *e, const float *from, int64_t start
     return copy;
 }
 
+/* Adds the rows of a block to their tokens. Threads share out the columns, not the rows: rows of one token may then lie
+   in one block, and no two threads ever add to the same number, so the sums have one order. */
 static void add_back(const experts_t *e, const float *from, int64_t start, int64_t rows, float *to) {
-    const int64_t D = e->hidden;
+    const int64_t D = e->hidden, line = 16; /* floats of a cache line, which two threads should not both write */
+    const int64_t columns = ((D + e->threads - 1) / e->threads + line - 1) / line * line;
 #pragma omp parallel for num_threads(e->threads) if (e->threads > 1)
-    for (int64_t r = 0; r < rows; r++) {
-        float *o = to + e->token[start + r] * D;
-        const float *y = from + r * D;
+    for (int64_t first = 0; first < D; first += columns) {
+        const int64_t count = D - first < columns ? D - first : columns;
+        for (int64_t r = 0; r < rows; r++) {
+            float *o = to + e->token[start + r] * D + first;
+            const float *y = from + r * D + first;
 #pragma omp simd
-        for (int64_t i = 0; i < D; i++) o[i] += y[i];
+            for (int64_t i = 0; i < count; i++) o[i] += y[i];
+        }
     }
 }
 
-/* Experts of few rows, with the products of native_tiles.h. Their rows are the columns of panels, P of them: filled up to
-   whole vectors with numbers that nothing reads. */
-enum { FEW_ROWS = 96, UP_ROWS = 128 }; /* up to which that is faster, and the first projection alone: measured */
+/* Experts of few rows, with the products of native_tiles.h.
+
+   BLAS packs a weight into its own layout before it multiplies. With thousands of rows that cost vanishes; with a few
+   dozen it is most of the time, as every number of the weight is then used only that often. So the weight is read where
+   it lies, and instead the rows, which are small, are turned into a panel: row r of the expert is column r, and one
+   vector holds the same coordinate of several rows. A panel has P columns, the rows filled up to whole vectors. What
+   the filling holds is never read, since every column is computed from itself alone and only real rows are written
+   back. */
+/* Rows up to which that is faster, measured; for the first projection alone it still is where all three products and
+   the turning back together no longer are. */
+enum { FEW_ROWS = 96, UP_ROWS = 128 };
 
 static int64_t whole_vectors(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-static int are_few(const experts_t *e, int64_t rows, int64_t most) {
+static int is_small_batch(const experts_t *e, int64_t rows, int64_t most) {
     const int64_t fit = e->block / 2 < most ? e->block / 2 : most; /* in the scratch */
     return rows > 0 && whole_vectors(rows) <= fit && e->hidden >= LANES && e->width >= LANES;
 }
@@ -75,18 +92,19 @@ static void into_panel(const experts_t *e, const float *from, int64_t start, int
     }
 }
 
-/* Rows (rows, n) with `to_row` between them = panel (n, P).T; with `token` added to the tokens' rows. */
+/* Rows (rows, n) with `to_row` between them = panel (n, P).T; with `token` added to the tokens' rows. Threads share out
+   the columns n, for the reason that `add_back` gives. */
 static void from_panel(
     const int64_t *token, int64_t threads, int64_t n, int64_t rows, const float *panel, float *to, int64_t to_row) {
     const int64_t P = whole_vectors(rows);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t r = 0; r < rows; r += TURNED) {
-        const int64_t count = rows - r < TURNED ? rows - r : TURNED;
-        for (int64_t d = 0; d < n; d += TURNED) {
-            const int64_t width = n - d < TURNED ? n - d : TURNED;
+    for (int64_t d = 0; d < n; d += TURNED) {
+        const int64_t width = n - d < TURNED ? n - d : TURNED;
+        const float *lines[TURNED]; /* the first line again for those past the last, which nothing reads */
+        for (int i = 0; i < TURNED; i++) lines[i] = panel + (d + (i < width ? i : 0)) * P;
+        for (int64_t r = 0; r < rows; r += TURNED) {
+            const int64_t count = rows - r < TURNED ? rows - r : TURNED;
             float square[TURNED * TURNED];
-            const float *lines[TURNED];
-            for (int i = 0; i < TURNED; i++) lines[i] = panel + (d + (i < width ? i : 0)) * P;
             turn(lines, r, square, TURNED);
             for (int64_t i = 0; i < count; i++) {
                 float *row = to + (token ? token[r + i] : r + i) * to_row + d;
@@ -126,8 +144,11 @@ static void weights_of(const experts_t *e, int64_t start, int64_t rows, float *w
     for (int64_t r = rows; r < whole_vectors(rows); r++) weight[r] = 0.0f;
 }
 
-/* As a block of mixtura_experts_forward; u (rows * H) is kept as a panel. */
-static void few_forward(
+/* As a block of mixtura_experts_forward. The first projection u (rows * H) is kept for the backward pass as a panel,
+   because that pass needs it as one again; where P is not the number of rows it is kept without the filling, so that it
+   takes the memory that u has anyway. Hence both passes must agree on which experts are few: they ask the same
+   function. */
+static void small_forward(
     const experts_t *e, const float *up, const float *down, int64_t start, int64_t rows, float *u, float *out) {
     const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F, P = whole_vectors(rows);
     float *x = e->scratch, *y = x + D * P, *h = y + D * P, *own_u = h + F * P;
@@ -145,8 +166,10 @@ static void few_forward(
     if (P != rows) pack(H, rows, own_u, u, 0);
 }
 
-/* As a block of mixtura_experts_backward; an expert has no other. */
-static void few_backward(
+/* As a block of mixtura_experts_backward; an expert of few rows has one block, so weight gradients are written, not
+   added to. The scratch is filled in the order of use, and what is no longer needed gives its place to what comes
+   next. */
+static void small_backward(
     const experts_t *e, const float *up, const float *down, int64_t start, int64_t rows, const float *u,
     const float *grad, float *grad_x, float *grad_weight, float *grad_up, float *grad_down) {
     const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F, P = whole_vectors(rows);
@@ -176,7 +199,8 @@ static void few_backward(
     rows_from_panel(e, start, rows, grad_y, grad_x);
 }
 
-/* An expert's blocks are of about one size: a last one of few rows would cost as much as a whole one. */
+/* An expert's rows are cut into blocks of about one size. Cutting off whole blocks would leave a last one of few rows,
+   for which BLAS packs the weight as for a whole one. */
 static int64_t block_of(const experts_t *e, int64_t rows) {
     const int64_t blocks = (rows + e->block - 1) / e->block;
     return blocks > 1 ? (rows + blocks - 1) / blocks : e->block;
@@ -186,7 +210,7 @@ static int64_t block_of(const experts_t *e, int64_t rows) {
 static void first_projection(const experts_t *e, const float *up, int64_t start, int64_t rows, float *u) {
     const int64_t D = e->hidden, H = e->gated ? 2 * e->width : e->width, P = whole_vectors(rows);
     float *x = e->scratch, *panel = x + D * P;
-    if (are_few(e, rows, UP_ROWS)) {
+    if (is_small_batch(e, rows, UP_ROWS)) {
         into_panel(e, e->x, start, rows, x);
         weight_by_panel(e->threads, H, P, D, up, x, panel);
         from_panel(NULL, e->threads, H, rows, panel, u, H);
@@ -200,8 +224,8 @@ static void forward(const experts_t *e, float *u, float *out) {
     for (int64_t n = 0; n < e->experts; n++) {
         const float *up = e->up + n * H * D, *down = e->down + n * D * F;
         const int64_t end = start + e->counts[n];
-        if (are_few(e, end - start, FEW_ROWS)) {
-            few_forward(e, up, down, start, end - start, u + start * H, out);
+        if (is_small_batch(e, end - start, FEW_ROWS)) {
+            small_forward(e, up, down, start, end - start, u + start * H, out);
             start = end;
         }
         const int64_t block = block_of(e, end - start);
@@ -227,12 +251,13 @@ static void backward(
         const float *up = e->up + n * H * D, *down = e->down + n * D * F;
         const int64_t end = start + e->counts[n];
         float beta = 0.0f; /* the first block of an expert writes its weights' gradients, the others add to them */
+        /* Without rows no block writes, and the memory came uninitialised. */
         if (start == end) {
             memset(grad_up + n * H * D, 0, H * D * sizeof(float));
             memset(grad_down + n * D * F, 0, D * F * sizeof(float));
         }
-        if (are_few(e, end - start, FEW_ROWS)) {
-            few_backward(e, up, down, start, end - start, u + start * H, grad, grad_x, grad_weight,
+        if (is_small_batch(e, end - start, FEW_ROWS)) {
+            small_backward(e, up, down, start, end - start, u + start * H, grad, grad_x, grad_weight,
                          grad_up + n * H * D, grad_down + n * D * F);
             start = end;
         }
@@ -253,8 +278,12 @@ static void backward(
     }
 }
 
-/* Threads share out the experts where that gives them about as many rows each; else they share the work on each expert.
-   Whose an expert is follows from where the middle of its rows lies. */
+/* There are two ways to use several threads. To share out the experts needs no waiting between the steps of an expert,
+   but threads then finish together only if they have about as many rows each. Else all threads share the work on one
+   expert after the other, and wait for each other after every step.
+
+   Whose an expert is follows from where the middle of its rows lies among all rows, so that it depends on the counts
+   alone: both passes, and every run, share out alike. */
 static int64_t thread_of(const experts_t *e, int64_t before, int64_t count, int64_t total) {
     return (2 * before + count) * e->threads / (2 * total);
 }
@@ -294,7 +323,9 @@ static experts_t share_of(const experts_t *e, int64_t thread, int64_t *first, in
     return own;
 }
 
-/* Where a thread adds to, for tokens that other threads add to as well; `sum_up` when all are done. */
+/* Where a thread adds to. Experts of different threads may have the same tokens, and two threads that add to one number
+   would lose sums or add in an order that changes from run to run. So every thread but the first has an output of its
+   own, and `sum_up` adds these in the order of the threads. */
 static float *sum_of(const experts_t *e, int64_t thread, float *out) {
     if (thread == 0) return out;
     float *own = e->others + (thread - 1) * e->tokens * e->hidden;
@@ -313,13 +344,20 @@ static void sum_up(const experts_t *e, float *out) {
         }
 }
 
+static int tokens_are_outside(const experts_t *e) {
+    int64_t rows = 0;
+    for (int64_t n = 0; n < e->experts; n++) rows += e->counts[n];
+    return e->token && any_outside(e->token, rows, e->tokens);
+}
+
 /* out: (T, D) of zeros with `token`, else (R, D); u: (R, H), kept for the backward pass, an expert of few rows as
-   (H, rows). */
-void mixtura_experts_forward(const experts_t *e, float *u, float *out) {
+   (H, rows). Returns 1, with nothing written, where a token's index is out of range; so does the backward pass. */
+int mixtura_experts_forward(const experts_t *e, float *u, float *out) {
+    if (tokens_are_outside(e)) return 1;
     const int64_t H = e->gated ? 2 * e->width : e->width;
     if (!are_shared_out(e)) {
         forward(e, u, out);
-        return;
+        return 0;
     }
 #pragma omp parallel for num_threads(e->threads) schedule(static, 1)
     for (int64_t thread = 0; thread < e->threads; thread++) {
@@ -328,17 +366,19 @@ void mixtura_experts_forward(const experts_t *e, float *u, float *out) {
         forward(&own, u + start * H, e->token ? sum_of(e, thread, out) : out + start * e->hidden);
     }
     if (e->token) sum_up(e, out);
+    return 0;
 }
 
 /* grad_x: (T, D) of zeros with `token`, else (R, D); grad_weight: (R,) or NULL; all of grad_up and grad_down
    is written. */
-void mixtura_experts_backward(
+int mixtura_experts_backward(
     const experts_t *e, const float *u, const float *grad, float *grad_x, float *grad_weight, float *grad_up,
     float *grad_down) {
     const int64_t D = e->hidden, F = e->width, H = e->gated ? 2 * F : F;
+    if (tokens_are_outside(e)) return 1;
     if (!are_shared_out(e)) {
         backward(e, u, grad, grad_x, grad_weight, grad_up, grad_down);
-        return;
+        return 0;
     }
 #pragma omp parallel for num_threads(e->threads) schedule(static, 1)
     for (int64_t thread = 0; thread < e->threads; thread++) {
@@ -349,4 +389,5 @@ void mixtura_experts_backward(
                  grad_up + first * H * D, grad_down + first * D * F);
     }
     if (e->token) sum_up(e, grad_x);
+    return 0;
 }

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from mixtura.kernels.compiled import call, library, sgemm
+from mixtura.kernels.expert_weights import ExpertWeights
+from mixtura.kernels.indices import check_counts, check_shape, refuse
 
 ACTIVATIONS = {"relu": 0, "silu": 1}
 BLOCK_ROWS = 256
@@ -31,12 +33,12 @@ SUMMING_THREADS = 8
 work on one expert after the other."""
 
 
-def takes(activation: str, *tensors: Tensor) -> bool:
+def can_run(activation: str, *tensors: Tensor) -> bool:
     """Whether the C code can run these: contiguous float32 on the CPU, and an activation that it knows."""
-    return activation in ACTIVATIONS and reads(*tensors) and not _counts_flops()
+    return activation in ACTIVATIONS and can_read(*tensors) and not _counts_flops()
 
 
-def reads(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+def can_read(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     """Whether there is C code and it can read these: contiguous, of that type and on the CPU."""
     if torch.compiler.is_compiling() or library() is None:
         return False
@@ -61,19 +63,16 @@ def forward(
     token_R: Tensor | None,
     weight_R: Tensor | None,
     counts: Sequence[int],
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-    gated: bool,
+    experts: ExpertWeights,
 ) -> tuple[Tensor, Tensor]:
     """Output, of the shape of x, and the first projection (R, H): as `sparse._forward`.
 
     Without `token_R` row r of x is expert row r, all weights are 1, and x may have any leading axes.
     """
-    experts = _Experts(x, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated)
-    u_RH = x.new_empty(sum(counts), up_EHD.size(1))
+    struct = _Experts(x, token_R, weight_R, counts, experts)
+    u_RH = x.new_empty(sum(counts), experts.up.size(1))
     out = torch.empty_like(x) if token_R is None else torch.zeros_like(x)
-    call("mixtura_experts_forward", experts.pointer, *pointers(u_RH, out))
+    struct.call("mixtura_experts_forward", u_RH, out)
     return out, u_RH
 
 
@@ -83,19 +82,15 @@ def backward(
     token_R: Tensor | None,
     weight_R: Tensor | None,
     counts: Sequence[int],
-    up_EHD: Tensor,
-    down_EDF: Tensor,
+    experts: ExpertWeights,
     u_RH: Tensor,
-    activation: str,
-    gated: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients of x, of the weights (R,) if there are any, of up (E, H, D) and of down (E, D, F)."""
-    experts = _Experts(x, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated)
+    struct = _Experts(x, token_R, weight_R, counts, experts)
     grad_x = torch.empty_like(x) if token_R is None else torch.zeros_like(x)
     grad_weight_R = None if weight_R is None else torch.empty_like(weight_R)
-    grad_up_EHD, grad_down_EDF = torch.empty_like(up_EHD), torch.empty_like(down_EDF)
-    outputs = pointers(u_RH, grad, grad_x, grad_weight_R, grad_up_EHD, grad_down_EDF)
-    call("mixtura_experts_backward", experts.pointer, *outputs)
+    grad_up_EHD, grad_down_EDF = torch.empty_like(experts.up), torch.empty_like(experts.down)
+    struct.call("mixtura_experts_backward", u_RH, grad, grad_x, grad_weight_R, grad_up_EHD, grad_down_EDF)
     return grad_x, grad_weight_R, grad_up_EHD, grad_down_EDF
 
 
@@ -127,6 +122,10 @@ def spread(weight_NGEC: Tensor, y_ERD: Tensor, other_NGD: Tensor | None = None) 
 def _mix_or_spread(name: str, weight_NGEC: Tensor, x: Tensor, out: Tensor, other: Tensor | None, inner: Any) -> None:
     groups, group_size, experts, mixtures = weight_NGEC.shape
     hidden, threads = x.size(-1), torch.get_num_threads()
+    tokens, rows = (groups, group_size, hidden), (experts, groups * mixtures, hidden)
+    check_shape("The input", x, tokens if name == "mixtura_mix" else rows)
+    if other is not None:
+        check_shape("The other input", other, rows if name == "mixtura_mix" else tokens)
     scratch = x.new_empty(threads * experts * mixtures * hidden)
     sizes = (threads, groups, group_size, experts, mixtures, hidden)
     struct = _Mixing(sgemm(), *sizes, scratch.data_ptr())
@@ -170,25 +169,32 @@ class _Experts:
         token_R: Tensor | None,
         weight_R: Tensor | None,
         counts: Sequence[int],
-        up_EHD: Tensor,
-        down_EDF: Tensor,
-        activation: str,
-        gated: bool,
+        experts: ExpertWeights,
     ) -> None:
-        experts, hidden, width = down_EDF.shape
-        floats = 3 * hidden + 2 * width + up_EHD.size(1)
+        num_experts, hidden, width = experts.sizes
+        experts.check(x.size(-1))
+        rows = x.numel() // hidden if token_R is None else len(token_R)
+        check_counts(counts, num_experts, rows)
+        floats = 3 * hidden + 2 * width + experts.up.size(1)
         threads, tokens = torch.get_num_threads(), x.numel() // hidden
-        block = block_rows(4 * width * hidden * (3 if gated else 2), 4 * floats)
+        block = block_rows(4 * width * hidden * (3 if experts.gated else 2), 4 * floats)
         scratch = x.new_empty(threads * block * floats)
         others = None
         if token_R is not None and 1 < threads <= SUMMING_THREADS:
             others = x.new_empty(threads - 1, tokens, hidden)
-        counts_E = (ctypes.c_int64 * experts)(*counts)
-        self._alive: tuple[Any, ...] = (scratch, others, counts_E, token_R, weight_R, x, up_EHD, down_EDF)
-        addresses = (ctypes.addressof(counts_E), *_addresses(token_R, weight_R, x, up_EHD, down_EDF, scratch, others))
-        numbers = (threads, block, experts, hidden, width, gated, ACTIVATIONS[activation], tokens)
+        counts_E = (ctypes.c_int64 * num_experts)(*counts)
+        self._token_R, self._tokens = token_R, tokens
+        self._alive: tuple[Any, ...] = (scratch, others, counts_E, weight_R, x, experts)
+        tensors = (token_R, weight_R, x, experts.up, experts.down, scratch, others)
+        addresses = (ctypes.addressof(counts_E), *_addresses(*tensors))
+        numbers = (threads, block, num_experts, hidden, width, experts.gated, ACTIVATIONS[experts.activation], tokens)
         self._struct = ExpertsStruct(sgemm(), *numbers, *addresses)
-        self.pointer = ctypes.byref(self._struct)
+
+    def call(self, name: str, *tensors: Tensor | None) -> None:
+        """Calls that function; raises IndexError for a token that there is not, before anything is read or written."""
+        if call(name, ctypes.byref(self._struct), *pointers(*tensors)):
+            assert self._token_R is not None, "rows without an index are all in range"
+            refuse("token_R", self._token_R, self._tokens)
 
 
 def _addresses(*tensors: Tensor | None) -> list[int | None]:

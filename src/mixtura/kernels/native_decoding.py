@@ -1,4 +1,4 @@
-"""The few tokens of a decoding step in C: `mixtura_chosen` and `mixtura_apart` of native_decoding.c.
+"""The few tokens of a decoding step in C: `mixtura_small_batch` and `mixtura_token_by_token` of native_decoding.c.
 
 Next to the products of a single token every Python statement counts, so each thread keeps the memory that a step works
 in and the structures that describe it, one for each kind of step. Inference only.
@@ -13,35 +13,36 @@ import torch
 from torch import Tensor
 
 from mixtura.kernels.compiled import call, sgemm
+from mixtura.kernels.expert_weights import ExpertWeights
+from mixtura.kernels.indices import check_shape, refuse
 from mixtura.kernels.native import ACTIVATIONS, BLOCK_ROWS, ExpertsStruct
 
 _KEPT = 8
 """Workspaces that a thread keeps: a model has one or two kinds of steps for each batch size."""
 
 
-def chosen(
+def small_batch(
     x_TKD: Tensor,
     expert_TK: Tensor,
     scale_TK: Tensor | None,
     weight_TK: Tensor,
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-    gated: bool,
+    experts: ExpertWeights,
 ) -> Tensor:
-    """(T, K or 1, D) -> (T, D): `reference.few_ffn`, without an order found beforehand."""
+    """(T, K or 1, D) -> (T, D): `reference.small_batch_ffn`, without an order found beforehand."""
     tokens, choices = expert_TK.shape
-    work = _workspace(tokens, choices, 0, up_EHD, down_EDF, activation, gated)
-    expert_TK = expert_TK.contiguous()
+    work = _workspace(tokens, choices, 0, x_TKD.size(2), experts)
     fields = work.choices
     fields.shared = x_TKD.size(1) == 1
     fields.expert, fields.weight = expert_TK.data_ptr(), weight_TK.data_ptr()
     fields.scale = None if scale_TK is None else scale_TK.data_ptr()
-    fields.mean = fields.rest = None
-    return work.run("mixtura_chosen", x_TKD, up_EHD, down_EDF)
+    fields.mean = fields.output = None
+    out_TD, outside = work.run("mixtura_small_batch", x_TKD, experts)
+    if outside:
+        refuse("expert_TK", expert_TK, len(experts.up))
+    return out_TD
 
 
-def apart(
+def token_by_token(
     x_TD: Tensor,
     logits_TS: Tensor,
     temperature: float,
@@ -50,16 +51,24 @@ def apart(
     output_SD: Tensor | None,
     top_k: int,
     mixtures_per_expert: int,
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-    gated: bool,
+    experts: ExpertWeights,
 ) -> Tensor:
     """(T, D) -> (T, D): `MixtureOfTokens` without a group, its top_k mixtures by the sigmoid of their logits.
 
     The arguments after the temperature are the fields of `Neighbours`, and what the layer has of that name.
     """
-    work = _workspace(len(x_TD), top_k, logits_TS.size(1), up_EHD, down_EDF, activation, gated)
+    tokens, mixtures, hidden = len(x_TD), len(experts.up) * mixtures_per_expert, x_TD.size(1)
+    check_shape("logits_TS", logits_TS, (tokens, mixtures))
+    for name, average, shape in (
+        ("log_mass_S", log_mass_S, (mixtures,)),
+        ("mean_SD", mean_SD, (mixtures, hidden)),
+        ("output_SD", output_SD, (mixtures, hidden)),
+    ):
+        if isinstance(average, Tensor):
+            check_shape(name, average, shape)
+    if not 1 <= top_k <= mixtures:
+        raise ValueError(f"top_k is {top_k}: it must lie between 1 and {mixtures}, the number of mixtures.")
+    work = _workspace(tokens, top_k, mixtures, hidden, experts)
     fields = work.choices
     fields.shared, fields.per_expert, fields.temperature = True, mixtures_per_expert, temperature
     if isinstance(log_mass_S, Tensor):
@@ -69,9 +78,9 @@ def apart(
     fields.expert, fields.mixture = work.expert, work.mixture
     fields.scale = fields.weight = work.weight
     fields.mean = None if mean_SD is None else mean_SD.data_ptr()
-    fields.rest = None if output_SD is None else output_SD.data_ptr()
+    fields.output = None if output_SD is None else output_SD.data_ptr()
     fields.logits = logits_TS.data_ptr()
-    return work.run("mixtura_apart", x_TD, up_EHD, down_EDF)
+    return work.run("mixtura_token_by_token", x_TD, experts)[0]
 
 
 class _ChoicesStruct(ctypes.Structure):
@@ -81,17 +90,16 @@ class _ChoicesStruct(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("tokens", "choices", "mixtures", "per_expert", "shared")),
         *((name, ctypes.c_float) for name in ("temperature", "same_mass")),
         *((name, ctypes.c_void_p) for name in ("expert", "mixture", "scale", "weight", "logits", "log_mass")),
-        *((name, ctypes.c_void_p) for name in ("mean", "rest", "u", "all", "rank", "out")),
+        *((name, ctypes.c_void_p) for name in ("mean", "output", "u", "all", "rank", "out")),
     )
 
 
 class _Workspace:
     """The structures of one kind of step and the memory that it works in, for one thread at a time."""
 
-    def __init__(
-        self, tokens: int, choices: int, mixtures: int, sizes: tuple[int, int, int, int], activation: str, gated: bool
-    ) -> None:
-        experts, hidden, width, rows_H = sizes
+    def __init__(self, tokens: int, choices: int, mixtures: int, weights: ExpertWeights) -> None:
+        experts, hidden, width = weights.sizes
+        rows_H = weights.up.size(1)
         rows = tokens * choices
         block = min(BLOCK_ROWS, rows)
         self._floats = torch.empty(block * (3 * hidden + 2 * width + 2 * rows_H) + mixtures + rows)
@@ -100,7 +108,15 @@ class _Workspace:
         u = scratch + 4 * block * (3 * hidden + 2 * width + rows_H)
         self.weight = u + 4 * block * rows_H
         self.expert, self.mixture = whole, whole + 8 * rows
-        numbers = (torch.get_num_threads(), block, experts, hidden, width, gated, ACTIVATIONS[activation])
+        numbers = (
+            torch.get_num_threads(),
+            block,
+            experts,
+            hidden,
+            width,
+            weights.gated,
+            ACTIVATIONS[weights.activation],
+        )
         self._experts = ExpertsStruct(sgemm(), *numbers)
         self._experts.scratch = scratch
         self.choices = _ChoicesStruct(tokens, choices, mixtures)
@@ -108,27 +124,25 @@ class _Workspace:
         self._pointers = (ctypes.byref(self._experts), ctypes.byref(self.choices))
         self._out_shape = (tokens, hidden)
 
-    def run(self, name: str, x: Tensor, up_EHD: Tensor, down_EDF: Tensor) -> Tensor:
-        """Calls the function of that name, once `choices` is filled in."""
+    def run(self, name: str, x: Tensor, weights: ExpertWeights) -> tuple[Tensor, bool]:
+        """Calls that function, once `choices` is filled in: the output, and whether an index was out of range."""
         out_TD = x.new_zeros(self._out_shape)
-        self._experts.x, self._experts.up, self._experts.down = x.data_ptr(), up_EHD.data_ptr(), down_EDF.data_ptr()
+        self._experts.x, self._experts.up, self._experts.down = (t.data_ptr() for t in (x, weights.up, weights.down))
         self.choices.out = out_TD.data_ptr()
-        call(name, *self._pointers)
-        return out_TD
+        outside = call(name, *self._pointers)
+        return out_TD, bool(outside)
 
 
 _local = threading.local()
 
 
-def _workspace(
-    tokens: int, choices: int, mixtures: int, up_EHD: Tensor, down_EDF: Tensor, activation: str, gated: bool
-) -> _Workspace:
+def _workspace(tokens: int, choices: int, mixtures: int, hidden: int, weights: ExpertWeights) -> _Workspace:
     kept: dict[object, _Workspace] = _local.__dict__.setdefault("kept", {})
-    experts, hidden, width = down_EDF.shape
-    sizes = (experts, hidden, width, up_EHD.size(1))
-    key = (tokens, choices, mixtures, sizes, activation, gated, torch.get_num_threads())
+    weights.check(hidden)
+    kind = (weights.up.shape, weights.down.shape, weights.activation, weights.gated)
+    key = (tokens, choices, mixtures, kind, torch.get_num_threads())
     if key not in kept:
         if len(kept) == _KEPT:
             del kept[next(iter(kept))]
-        kept[key] = _Workspace(tokens, choices, mixtures, sizes, activation, gated)
+        kept[key] = _Workspace(tokens, choices, mixtures, weights)
     return kept[key]

@@ -2,9 +2,9 @@
 
 #include <float.h>
 #include <math.h>
-#include <stdint.h>
 #include <string.h>
 
+#include "native_common.h"
 #include "native_threads.h"
 
 enum { BLOCK = 16 };
@@ -17,8 +17,8 @@ static float largest(const float *score) {
 }
 
 /* choice (T, K): the K largest of each row of scores (T, E), the largest first and of equals the one named first.
-   `scratch` has room for 17 / 16 of E numbers, rounded up to 17, for every thread. Blocks of scores and their largest are
-   looked through in turn, which has no branches to guess wrong. What is no number counts as the least that is. */
+   `scratch` has room for 17 / 16 of E numbers, rounded up to 17, for every thread. Blocks of scores and their largest
+   are looked through in turn, which has no branches to guess wrong. What is no number counts as the least that is. */
 void mixtura_top_k(
     int64_t threads, int64_t tokens, int64_t experts, int64_t choices, const float *scores, int64_t *choice,
     float *scratch) {
@@ -41,11 +41,14 @@ void mixtura_top_k(
     }
 }
 
-/* order (R,): the stable order of the rows by expert, and counts (E,); `next` has room for E numbers. */
-void mixtura_sort_by_expert(
+/* order (R,): the stable order of the rows by expert, and counts (E,); `next` has room for E numbers. Returns 1,
+   with nothing written, where an expert's number is out of range. */
+int mixtura_sort_by_expert(
     int64_t rows, int64_t experts, const int64_t *expert, int64_t *order, int64_t *counts, int64_t *next) {
+    if (any_outside(expert, rows, experts)) return 1;
     memset(counts, 0, experts * sizeof(int64_t));
     for (int64_t r = 0; r < rows; r++) counts[expert[r]]++;
     for (int64_t e = 0, start = 0; e < experts; start += counts[e], e++) next[e] = start;
     for (int64_t r = 0; r < rows; r++) order[next[expert[r]]++] = r;
+    return 0;
 }

@@ -20,13 +20,15 @@ typedef struct {
     int64_t m, n, k, a_row, a_step, b_row, out_row; /* n is at least LANES */
     const float *a, *b;
     float *out;
-    int add;           /* to what is in out */
+    int add;           /* to what is in out: a product over a long k is made of several */
     const float *next; /* what will be read or written next: fetched while the tiles are computed, */
     int64_t fetch;     /* that many bytes further at every step of a tile */
 } tiles_t;
 
 /* I rows and J vectors of out, from (i, j) on, kept in registers over all k steps. LAST: one vector that ends with the
-   last column; `valid` are the lanes that no other tile computes. */
+   last column, so it overlaps the vector before it; `valid` are the lanes that no other tile computes. The other lanes
+   keep what is in out: they are left out by selecting bits when the sums are stored. Multiplying their operand by zero
+   would not do, since zero times an infinite number is NaN and would spread to columns that never met that number. */
 #define TILE(I, J, LAST)                                                                                             \
     static void tile_##I##_##J##_##LAST(                                                                             \
         const tiles_t *t, int64_t i0, int64_t j0, const char *next, mask_t valid) {                                  \
@@ -37,15 +39,11 @@ typedef struct {
         vec_t sum[I][J];                                                                                             \
         for (int i = 0; i < I; i++)                                                                                  \
             for (int j = 0; j < J; j++) {                                                                            \
-                sum[i][j] = t->add || LAST ? *(const vec_t *)(out + i * out_row + j * LANES) : (vec_t){0};           \
-                if (LAST && !t->add) sum[i][j] = (vec_t)((mask_t)sum[i][j] & ~valid);                                \
+                sum[i][j] = t->add ? *(const vec_t *)(out + i * out_row + j * LANES) : (vec_t){0};                   \
             }                                                                                                        \
         for (int64_t p = 0; p < k; p++, next += fetch) {                                                             \
             vec_t right[J];                                                                                          \
-            for (int j = 0; j < J; j++) {                                                                            \
-                right[j] = *(const vec_t *)(b + p * b_row + j * LANES);                                              \
-                if (LAST) right[j] = (vec_t)((mask_t)right[j] & valid);                                              \
-            }                                                                                                        \
+            for (int j = 0; j < J; j++) right[j] = *(const vec_t *)(b + p * b_row + j * LANES);                      \
             __builtin_prefetch(next);                                                                                \
             for (int i = 0; i < I; i++) {                                                                            \
                 const float left = a[i * a_row + p * a_step];                                                        \
@@ -53,7 +51,10 @@ typedef struct {
             }                                                                                                        \
         }                                                                                                            \
         for (int i = 0; i < I; i++)                                                                                  \
-            for (int j = 0; j < J; j++) *(vec_t *)(out + i * out_row + j * LANES) = sum[i][j];                       \
+            for (int j = 0; j < J; j++) {                                                                            \
+                vec_t *to = (vec_t *)(out + i * out_row + j * LANES);                                                \
+                *to = LAST ? (vec_t)(((mask_t)sum[i][j] & valid) | ((mask_t)*to & ~valid)) : sum[i][j];              \
+            }                                                                                                        \
     }
 /* I rows and all columns. */
 #define STRIP(I)                                                                                                     \
@@ -65,13 +66,16 @@ typedef struct {
         for (; j + LANES <= t->n; j += LANES, next += further) tile_##I##_1_0(t, i, j, next, valid);                 \
         if (j < t->n) tile_##I##_1_1(t, i, t->n - LANES, next, valid);                                               \
     }
-/* Six rows of two vectors, what is read and what is multiplied fit into sixteen registers. */
+/* Six rows of two vectors are twelve sums; with two vectors read and one number repeated that fills fifteen of the
+   sixteen registers of AVX2. More sums would spill to memory, fewer would leave the multipliers waiting for the
+   loads. */
 enum { STRIP_ROWS = 6 };
 STRIP(6)
 STRIP(4)
 STRIP(2)
 STRIP(1)
 
+/* All of out, strip by strip. Each thread has whole strips, so the lanes that overlap within a row are one thread's. */
 static void tiles(const tiles_t *t, int64_t threads) {
     mask_t valid;
     for (int i = 0; i < LANES; i++) valid[i] = i >= LANES - t->n % LANES ? -1 : 0;
@@ -121,11 +125,13 @@ static void gradient_of_weight(
     tiles(&t, threads);
 }
 
-/* Squares are turned around in registers. */
+/* Squares are turned around in registers: one number at a time, a row would be read in order and written with a stride,
+   and each write would touch another cache line. */
 enum { TURNED = 8 };
 typedef float oct_t __attribute__((vector_size(32), aligned(4), may_alias));
 
-/* to (8, to_row), by rows = the columns from `first` on of eight rows. */
+/* Three rounds of exchanges, each between registers twice as far apart: pairs of rows, pairs of those, halves.
+   to (8, to_row), by rows = the columns from `first` on of eight rows. */
 static inline void turn(const float *const rows[TURNED], int64_t first, float *to, int64_t to_row) {
     oct_t r[TURNED], pairs[TURNED], fours[TURNED];
     for (int i = 0; i < TURNED; i++) r[i] = *(const oct_t *)(rows[i] + first);

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mixtura.kernels.activation import activate
+from mixtura.kernels.expert_weights import ExpertWeights
 
 
 def expert_ffn(x_RD: Tensor, up_HD: Tensor, down_DF: Tensor, activation: str, gated: bool) -> Tensor:
@@ -22,15 +23,13 @@ def sparse_ffn(
     token_R: Tensor,
     weight_R: Tensor,
     tokens_per_expert_E: Tensor,
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-    gated: bool,
+    experts: ExpertWeights,
 ) -> Tensor:
     """(T, D) -> (T, D): out[t] = sum over the rows r with token_R[r] = t of weight_R[r] * expert(r)(x[t]).
 
     Rows are sorted by expert: the first tokens_per_expert_E[0] rows belong to expert 0, and so on.
     """
+    up_EHD, down_EDF, activation, gated = experts
     rows_TD = [torch.zeros_like(x_D) for x_D in x_TD]
     expert_R = torch.repeat_interleave(torch.arange(len(up_EHD), device=x_TD.device), tokens_per_expert_E)
     for row, (token, expert) in enumerate(zip(token_R.tolist(), expert_R.tolist(), strict=True)):
@@ -39,8 +38,9 @@ def sparse_ffn(
     return torch.stack(rows_TD)
 
 
-def batched_ffn(x_ERD: Tensor, up_EHD: Tensor, down_EDF: Tensor, activation: str, gated: bool) -> Tensor:
+def batched_ffn(x_ERD: Tensor, experts: ExpertWeights) -> Tensor:
     """(E, R, D) -> (E, R, D): expert e on its own R rows."""
+    up_EHD, down_EDF, activation, gated = experts
     return torch.stack(
         [
             expert_ffn(x_RD, up_HD, down_DF, activation, gated)
@@ -54,12 +54,10 @@ def scaled_ffn(
     scale_TE: Tensor,
     weight_TE: Tensor,
     mean_ED: Tensor | None,
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-    gated: bool,
+    experts: ExpertWeights,
 ) -> Tensor:
     """(T, D) -> (T, D): every expert on every token, sum_e weight_e * f_e(scale_e * x + (1 - scale_e) * mean_e)."""
+    up_EHD, down_EDF, activation, gated = experts
     out_TD = torch.zeros_like(x_TD)
     for expert, (up_HD, down_DF) in enumerate(zip(up_EHD, down_EDF, strict=True)):
         scale_T1 = scale_TE[:, expert, None]
@@ -88,26 +86,21 @@ def mixed_ffn(
     x_NGD: Tensor,
     dispatch_NGEC: Tensor,
     combine_NGEC: Tensor,
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-    gated: bool,
+    experts: ExpertWeights,
 ) -> Tensor:
     """(N, G, D) -> (N, G, D): mix, experts on the mixtures, spread."""
-    return spread(batched_ffn(mix(x_NGD, dispatch_NGEC), up_EHD, down_EDF, activation, gated), combine_NGEC)
+    return spread(batched_ffn(mix(x_NGD, dispatch_NGEC), experts), combine_NGEC)
 
 
-def few_ffn(
+def small_batch_ffn(
     x_TKD: Tensor,
     expert_TK: Tensor,
     scale_TK: Tensor | None,
     weight_TK: Tensor,
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-    gated: bool,
+    experts: ExpertWeights,
 ) -> Tensor:
     """(T, K, D) -> (T, D): out[t] = sum over the choices k of weight[t, k] * expert[t, k](scale[t, k] * x[t, k])."""
+    up_EHD, down_EDF, activation, gated = experts
     tokens, choices = expert_TK.shape
     out_TD = []
     for t in range(tokens):

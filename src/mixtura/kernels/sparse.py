@@ -5,7 +5,7 @@ by expert, so that many small experts cost no more calls than they must. In floa
 that can be compiled. The gradients of all experts are written into one tensor (indexing a stacked weight under autograd
 would allocate a full zero gradient for every expert). Only the first projection is kept for the backward pass. On a
 GPU torch's grouped GEMM runs, with no host synchronisation, between Triton's kernels where Triton is installed: see
-`device`.
+`accelerator`.
 
 Shapes: T tokens, R routed rows sorted by expert, E experts, D hidden, F expert width, H = 2F when gated else F.
 """
@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from mixtura.kernels import device, native
+from mixtura.kernels import accelerator, native
 from mixtura.kernels.activation import activate, activate_backward
-from mixtura.kernels.precision import at_autocast_dtype
+from mixtura.kernels.expert_weights import ExpertWeights, at_autocast_dtype
+from mixtura.kernels.indices import as_int64, check_counts, check_shape
 
 CHUNK_ROWS = 4096
 """Rows that are gathered, activated and added back at once on the CPU: few enough for the cache."""
@@ -31,35 +32,36 @@ def sparse_ffn(
     token_R: Tensor,
     weight_R: Tensor,
     tokens_per_expert_E: Tensor,
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-    gated: bool,
+    experts: ExpertWeights,
     row_TK: Tensor | None = None,
 ) -> Tensor:
     """(T, D) -> (T, D): out[t] = sum over the rows r with token_R[r] = t of weight_R[r] * expert(r)(x[t]).
 
-    Rows are sorted by expert, and an expert has a token at most once. Definition: `reference.sparse_ffn`. `row_TK`, the
-    rows of every token, saves an accelerator from finding them.
+    Rows are sorted by expert. Definition: `reference.sparse_ffn`. `row_TK`, the rows of every token, saves an
+    accelerator from finding them.
+
+    Raises:
+        TypeError: `token_R` holds no whole numbers.
+        ValueError: the shapes do not fit each other, or `tokens_per_expert_E` does not add up to the rows.
+        IndexError: `token_R` names a token that there is not, on the CPU; an accelerator stops at its own assertion.
     """
-    if device.takes_rows(x_TD, up_EHD, down_EDF):
-        return device.grouped_ffn(
-            x_TD, token_R, weight_R, tokens_per_expert_E, row_TK, up_EHD, down_EDF, activation, gated
-        )
-    x_TD, up_EHD, down_EDF = at_autocast_dtype(x_TD, up_EHD, down_EDF)
-    weight_R = weight_R.to(x_TD.dtype)
-    arguments = (x_TD, token_R, weight_R, tokens_per_expert_E, up_EHD, down_EDF, activation, gated)
+    token_R = as_int64("token_R", token_R)
+    check_shape("weight_R", weight_R, token_R.shape)
+    if accelerator.can_run_rows(x_TD, experts):
+        return accelerator.grouped_ffn(x_TD, token_R, weight_R, tokens_per_expert_E, row_TK, experts)
+    (x_TD,), experts = at_autocast_dtype(x_TD), experts.at_autocast_dtype(x_TD.device.type)
+    rows = (token_R, weight_R.to(x_TD.dtype), tokens_per_expert_E)
     if torch.compiler.is_compiling():
-        return torch.ops.mixtura.sparse_ffn(*arguments)[0]
-    if x_TD.is_cuda and _grouped_mm_takes(x_TD, up_EHD, down_EDF):
-        return _grouped(*arguments)
-    return _ExpertLoop.apply(*arguments)
+        return torch.ops.mixtura.sparse_ffn(x_TD, *rows, *experts)[0]
+    if x_TD.is_cuda and _grouped_mm_runs(x_TD, experts):
+        return _grouped(x_TD, *rows, experts)
+    return _ExpertLoop.apply(x_TD, *rows, *experts)
 
 
-def _grouped_mm_takes(x_TD: Tensor, up_EHD: Tensor, down_EDF: Tensor) -> bool:
+def _grouped_mm_runs(x_TD: Tensor, experts: ExpertWeights) -> bool:
     """Whether torch's grouped GEMM accepts these operands: no float64, rows aligned to 16 bytes."""
-    aligned = all(t.stride(-2) * t.element_size() % 16 == 0 for t in (x_TD, up_EHD, down_EDF))
-    return aligned and x_TD.dtype in (torch.bfloat16, torch.float16) and up_EHD.dtype == x_TD.dtype
+    aligned = all(t.stride(-2) * t.element_size() % 16 == 0 for t in (x_TD, experts.up, experts.down))
+    return aligned and x_TD.dtype in (torch.bfloat16, torch.float16) and experts.up.dtype == x_TD.dtype
 
 
 def _grouped(
@@ -67,11 +69,9 @@ def _grouped(
     token_R: Tensor,
     weight_R: Tensor,
     tokens_per_expert_E: Tensor,
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-    gated: bool,
+    experts: ExpertWeights,
 ) -> Tensor:
+    up_EHD, down_EDF, activation, gated = experts
     ends_E = tokens_per_expert_E.cumsum(0).to(torch.int32)
     u_RH = F.grouped_mm(x_TD[token_R], up_EHD.transpose(1, 2), offs=ends_E)
     y_RD = F.grouped_mm(activate(u_RH, activation, gated), down_EDF.transpose(1, 2), offs=ends_E)
@@ -94,26 +94,25 @@ def _forward(
     token_R: Tensor,
     weight_R: Tensor,
     counts: list[int],
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-    gated: bool,
+    experts: ExpertWeights,
     in_c: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output (T, D) and the first projection (R, H), which the backward pass needs, laid out as it likes in C."""
     if in_c:
-        return native.forward(x_TD, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated)
+        return native.forward(x_TD, token_R, weight_R, counts, experts)
+    check_counts(counts, len(experts.up), len(token_R))
+    up_EHD, down_EDF, activation, gated = experts
     out_TD = torch.zeros_like(x_TD)
     u_RH = x_TD.new_empty(len(token_R), up_EHD.size(1))
     up_DH, down_FD = up_EHD.transpose(1, 2).unbind(), down_EDF.transpose(1, 2).unbind()
-    for rows, experts in _chunks(counts):
-        sizes = counts[experts.start : experts.stop]
+    for rows, numbers in _chunks(counts):
+        sizes = counts[numbers.start : numbers.stop]
         x_rD = x_TD.index_select(0, token_R[rows])
-        for expert, x, u in zip(experts, x_rD.split(sizes), u_RH[rows].split(sizes), strict=True):
+        for expert, x, u in zip(numbers, x_rD.split(sizes), u_RH[rows].split(sizes), strict=True):
             torch.mm(x, up_DH[expert], out=u)
         h_rF = activate(u_RH[rows], activation, gated).mul_(weight_R[rows].unsqueeze(-1))
         y_rD = x_rD  # the inputs are not needed again, and memory in use is in cache
-        for expert, h, y in zip(experts, h_rF.split(sizes), y_rD.split(sizes), strict=True):
+        for expert, h, y in zip(numbers, h_rF.split(sizes), y_rD.split(sizes), strict=True):
             torch.mm(h, down_FD[expert], out=y)
         out_TD.index_add_(0, token_R[rows], y_rD)
     return out_TD, u_RH
@@ -125,29 +124,26 @@ def _backward(
     token_R: Tensor,
     weight_R: Tensor,
     counts: list[int],
-    up_EHD: Tensor,
-    down_EDF: Tensor,
+    experts: ExpertWeights,
     u_RH: Tensor,
-    activation: str,
-    gated: bool,
     in_c: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (T, D), weight (R,), up (E, H, D) and down (E, D, F); in C if the forward pass was."""
     if in_c:
-        arguments = (x_TD, token_R, weight_R, counts, up_EHD, down_EDF, u_RH, activation, gated)
-        grads = native.backward(grad_TD, *arguments)
+        grads = native.backward(grad_TD, x_TD, token_R, weight_R, counts, experts, u_RH)
         assert grads[1] is not None, "there are weights"
         return grads[0], grads[1], *grads[2:]
+    up_EHD, down_EDF, activation, gated = experts
     grad_x_TD = torch.zeros_like(x_TD)
     grad_weight_R = torch.empty_like(weight_R)
     grad_up_EHD, grad_down_EDF = torch.empty_like(up_EHD), torch.empty_like(down_EDF)
     up, down, grad_up, grad_down = (t.unbind() for t in (up_EHD, down_EDF, grad_up_EHD, grad_down_EDF))
-    for rows, experts in _chunks(counts):
-        sizes = counts[experts.start : experts.stop]
+    for rows, numbers in _chunks(counts):
+        sizes = counts[numbers.start : numbers.stop]
         weight_r1, u_rH = weight_R[rows].unsqueeze(-1), u_RH[rows]
         grad_y_rD, x_rD = grad_TD.index_select(0, token_R[rows]), x_TD.index_select(0, token_R[rows])
         grad_h_rF = x_TD.new_empty(len(x_rD), down_EDF.size(2))
-        for expert, grad_y, grad_h in zip(experts, grad_y_rD.split(sizes), grad_h_rF.split(sizes), strict=True):
+        for expert, grad_y, grad_h in zip(numbers, grad_y_rD.split(sizes), grad_h_rF.split(sizes), strict=True):
             torch.mm(grad_y, down[expert], out=grad_h)
         h_rF = activate(u_rH, activation, gated)
         # y = h @ down.T, so <grad_y, y> = <grad_y @ down, h>: the weight's gradient needs no second copy of y.
@@ -155,7 +151,7 @@ def _backward(
         h_rF.mul_(weight_r1)
         grad_u_rH = activate_backward(grad_h_rF.mul_(weight_r1), u_rH, activation, gated)
         parts = (t.split(sizes) for t in (grad_y_rD, h_rF, grad_u_rH, x_rD))
-        for expert, grad_y, h, grad_u, x in zip(experts, *parts, strict=True):
+        for expert, grad_y, h, grad_u, x in zip(numbers, *parts, strict=True):
             torch.mm(grad_y.T, h, out=grad_down[expert])
             torch.mm(grad_u.T, x, out=grad_up[expert])  # zeros for an expert without rows, as above
             torch.mm(grad_u, up[expert], out=grad_y)
@@ -168,21 +164,28 @@ class _ExpertLoop(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x_TD, token_R, weight_R, tokens_per_expert_E, up_EHD, down_EDF, activation, gated = arguments
-        counts, in_c = tokens_per_expert_E.tolist(), native.takes(activation, x_TD, weight_R, up_EHD, down_EDF)
-        out_TD, u_RH = _forward(x_TD, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated, in_c)
-        ctx.save_for_backward(x_TD, token_R, weight_R, up_EHD, down_EDF, u_RH)
-        ctx.settings = (counts, (activation, gated, in_c))
+        x_TD, token_R, weight_R, tokens_per_expert_E, *weights = arguments
+        experts, counts = ExpertWeights(*weights), tokens_per_expert_E.tolist()
+        in_c = _runs_in_c(x_TD, token_R, weight_R, experts)
+        out_TD, u_RH = _forward(x_TD, token_R, weight_R, counts, experts, in_c)
+        ctx.save_for_backward(x_TD, token_R, weight_R, experts.up, experts.down, u_RH)
+        ctx.settings = (counts, (experts.activation, experts.gated), in_c)
         return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_TD, token_R, weight_R, up_EHD, down_EDF, u_RH = ctx.saved_tensors
-        counts, settings = ctx.settings
-        grad_TD = grad_outputs[0].contiguous()
-        grads = _backward(grad_TD, x_TD, token_R, weight_R, counts, up_EHD, down_EDF, u_RH, *settings)
+        counts, kind, in_c = ctx.settings
+        experts, grad_TD = ExpertWeights(up_EHD, down_EDF, *kind), grad_outputs[0].contiguous()
+        grads = _backward(grad_TD, x_TD, token_R, weight_R, counts, experts, u_RH, in_c)
         return grads[0], None, grads[1], None, grads[2], grads[3], None, None
+
+
+def _runs_in_c(x_TD: Tensor, token_R: Tensor, weight_R: Tensor, experts: ExpertWeights) -> bool:
+    return native.can_run(experts.activation, x_TD, weight_R, experts.up, experts.down) and native.can_read(
+        token_R, dtype=torch.int64
+    )
 
 
 # torch.compile cannot trace a loop whose bounds are data, so it sees the two passes as opaque operators.
@@ -197,13 +200,14 @@ def _sparse_ffn_op(
     activation: str,
     gated: bool,
 ) -> tuple[Tensor, Tensor]:
-    counts, in_c = tokens_per_expert_E.tolist(), _op_is_in_c(x_TD, weight_R, up_EHD, down_EDF, activation)
-    return _forward(x_TD, token_R, weight_R, counts, up_EHD, down_EDF, activation, gated, in_c)
+    experts, counts = ExpertWeights(up_EHD, down_EDF, activation, gated), tokens_per_expert_E.tolist()
+    return _forward(x_TD, token_R, weight_R, counts, experts, _op_is_in_c(x_TD, token_R, weight_R, experts))
 
 
-def _op_is_in_c(x_TD: Tensor, weight_R: Tensor, up_EHD: Tensor, down_EDF: Tensor, activation: str) -> bool:
-    """As `native.takes`, but nothing that may change between the two passes counts."""
-    return activation in native.ACTIVATIONS and native.reads(x_TD, weight_R, up_EHD, down_EDF)
+def _op_is_in_c(x_TD: Tensor, token_R: Tensor, weight_R: Tensor, experts: ExpertWeights) -> bool:
+    """As `_runs_in_c`, without asking who counts FLOPs: that may change between the passes, which must agree."""
+    known = experts.activation in native.ACTIVATIONS and native.can_read(token_R, dtype=torch.int64)
+    return known and native.can_read(x_TD, weight_R, experts.up, experts.down)
 
 
 @_sparse_ffn_op.register_fake
@@ -233,8 +237,9 @@ def _sparse_ffn_backward_op(
     activation: str,
     gated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    counts, in_c = tokens_per_expert_E.tolist(), _op_is_in_c(x_TD, weight_R, up_EHD, down_EDF, activation)
-    return _backward(grad_TD, x_TD, token_R, weight_R, counts, up_EHD, down_EDF, u_RH, activation, gated, in_c)
+    experts, counts = ExpertWeights(up_EHD, down_EDF, activation, gated), tokens_per_expert_E.tolist()
+    in_c = _op_is_in_c(x_TD, token_R, weight_R, experts)
+    return _backward(grad_TD, x_TD, token_R, weight_R, counts, experts, u_RH, in_c)
 
 
 @_sparse_ffn_backward_op.register_fake

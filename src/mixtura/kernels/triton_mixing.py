@@ -5,8 +5,8 @@ and one number a mixture. Groups are found by strides: tokens of different examp
 together. Both directions and both gradients are made of three kernels: sums over a group, sums over the mixtures, and
 the gradient of the logits. Products accumulate in float32, and those of float32 are not rounded to TF32.
 
-Imported where Triton is installed only; `device.py` says what runs. Definitions: `reference.mix` and `reference.spread`
-of a softmax over the group.
+Imported where Triton is installed only; `accelerator.py` decides what runs. Definitions: `reference.mix` and
+`reference.spread` of a softmax over the group.
 
 Shapes: O outer and P inner places of a group, N = O*P groups, G tokens of a group, E experts, C mixtures an expert has
 in a group, S = E*C, D hidden.
@@ -26,7 +26,7 @@ MOST_GROUP_BYTES = 512
 """Bytes of one column of a group, 256 tokens of 16 bits: a program holds a group whole, in 99 KiB of shared memory."""
 
 
-def takes_group(x_OPGD: Tensor) -> bool:
+def can_run_group(x_OPGD: Tensor) -> bool:
     """Whether the kernels run these groups: their size, their dtype, and a hidden axis without gaps."""
     known = x_OPGD.dtype in (torch.float32, torch.float16, torch.bfloat16)
     return known and x_OPGD.size(2) * x_OPGD.element_size() <= MOST_GROUP_BYTES and x_OPGD.stride(3) == 1
@@ -71,10 +71,14 @@ def _mix_kernel(
     if LSE_KNOWN:
         lse = tl.load(lse_ptr + n * S + s, mask=s < S, other=0.0)
     else:
+        # The largest logit is taken out before the exponential, which would overflow. Lanes beyond the mixtures hold
+        # zeros, since a column of minus infinity alone would give NaN here.
         top = tl.max(logits, 0)
         lse = top + tl.log(tl.sum(tl.exp(logits - top[None, :]), 0))
         tl.store(lse_ptr + n * S + s, lse, mask=s < S)
     weight = tl.exp(logits - lse[None, :]).to(x_ptr.dtype.element_ty)
+    # The group is summed over by a product, weights (S, G) with tokens (G, D): tensor cores do it, a sum does not use
+    # them.
     turned = tl.trans(weight)
     x_rows = x_ptr + (n // P) * x_o + (n % P) * x_p + g[:, None] * x_g
     z_rows = z_ptr + ((s // C).to(tl.int64) * rows + n * C + s % C)[:, None] * D
@@ -129,6 +133,7 @@ def _grad_logits_kernel(
     logits = _load_logits(logits_ptr, n, P, G, S, g, s, logits_o, logits_p, logits_g)
     lse = tl.load(lse_ptr + n * S + s, mask=s < S, other=0.0)
     weight = tl.exp(logits - lse[None, :])
+    # The derivative of a softmax needs no stored weight: it is computed again from the logits and one number a mixture.
     grad = weight * (grad_weight - tl.sum(weight * grad_weight, 0)[None, :])
     at = grad_ptr + (n // P) * grad_o + (n % P) * grad_p + g[:, None] * grad_g + s[None, :]
     tl.store(at, grad, mask=(g < G)[:, None] & (s < S)[None, :])

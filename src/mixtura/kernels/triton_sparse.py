@@ -5,7 +5,7 @@ the down-projection's rows are summed up as they are and needed no more: y = h @
 <grad_y, y> is <grad_y @ down, h>. Rows of a token are added in a fixed order by one program, without atomic operations.
 No number is copied to the host.
 
-Imported where Triton is installed only; `device.py` says what runs. Definition: `reference.sparse_ffn`.
+Imported where Triton is installed only; `accelerator.py` decides what runs. Definition: `reference.sparse_ffn`.
 
 Shapes: T tokens, R routed rows sorted by expert, E experts, D hidden, F expert width, H = 2F when gated else F.
 """
@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixtura.kernels.expert_weights import ExpertWeights
+
 BLOCK_R = 4
 """Rows of a program that activates them."""
 CLEARED = 1 << 16
@@ -34,10 +36,7 @@ def grouped_ffn(
     tokens_per_expert_E: Tensor,
     row_R: Tensor,
     start_T: Tensor,
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-    gated: bool,
+    experts: ExpertWeights,
 ) -> Tensor:
     """(T, D) -> (T, D), as `reference.sparse_ffn`, given where each token's rows are.
 
@@ -48,14 +47,9 @@ def grouped_ffn(
         tokens_per_expert_E: rows of every expert.
         row_R: the rows sorted by token.
         start_T: (T + 1,) int32; those of token t are row_R[start_T[t] : start_T[t + 1]].
-        up_EHD: first projections.
-        down_EDF: second projections.
-        activation: "relu", "gelu" or "silu".
-        gated: gate columns first.
+        experts: their weights, contiguous.
     """
-    return torch.ops.mixtura.grouped_ffn(
-        x_TD, token_R, weight_R, tokens_per_expert_E, row_R, start_T, up_EHD, down_EDF, activation, gated
-    )[0]
+    return torch.ops.mixtura.grouped_ffn(x_TD, token_R, weight_R, tokens_per_expert_E, row_R, start_T, *experts)[0]
 
 
 def rows_by_token(token_R: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -138,6 +132,8 @@ def _sum_rows_kernel(y_ptr, row_ptr, start_ptr, out_ptr, D, BLOCK_D: tl.constexp
     """out[t] = the sum of the rows of token t, in their order."""
     t = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # Adding rows to their tokens by atomic operations would need no `row_ptr`, but would add in the order of arrival,
+    # which changes from run to run, and in the output's 16 bits.
     total = tl.zeros([BLOCK_D], dtype=tl.float32)
     for j in range(tl.load(start_ptr + t), tl.load(start_ptr + t + 1)):
         row = tl.load(row_ptr + j).to(tl.int64)
@@ -149,6 +145,7 @@ def _sum_rows_kernel(y_ptr, row_ptr, start_ptr, out_ptr, D, BLOCK_D: tl.constexp
 def _clear_unused_kernel(grad_ptr, rows_ptr, size, SPAN: tl.constexpr, BLOCK: tl.constexpr):
     """Sets the gradient of an expert without rows to zero; programs of the others end at once."""
     e = tl.program_id(0).to(tl.int64)
+    # Asked on the device: the host would have to wait for the counts to know which experts these are.
     if tl.load(rows_ptr + e) == 0:
         for first in range(0, SPAN, BLOCK):
             i = tl.program_id(1).to(tl.int64) * SPAN + first + tl.arange(0, BLOCK)

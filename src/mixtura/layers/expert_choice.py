@@ -11,16 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mixtura.layers.checks import check_expert_choice
 from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
-from mixtura.layers.losses import router_z_loss
 from mixtura.layers.routing import (
     Router,
     SparseRouting,
     sparse_experts,
-    to_groups,
 )
-from mixtura.layers.statistics import RoutingStats, count_real, mean_of_real, normalized_entropy, sum_of_real
+from mixtura.layers.statistics import RoutingStats, expert_choice_stats
 from mixtura.planning.capacity import capacity
 
 
@@ -55,10 +54,7 @@ class ExpertChoiceMoE(FeedForward):
             ValueError: top_k or group_over make no sense.
         """
         super().__init__()
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"top_k is {top_k}: it must lie between 1 and num_experts, which is {num_experts}.")
-        if group_over not in ("batch", "all"):
-            raise ValueError(f"group_over is {group_over!r}: it must be batch or all.")
+        check_expert_choice(top_k, num_experts, group_over)
         self.num_experts, self.top_k = num_experts, top_k
         self.group_size, self.group_over = group_size, group_over
         self.gate = Router(hidden_size, num_experts)
@@ -79,42 +75,38 @@ class ExpertChoiceMoE(FeedForward):
         real_BL1 = torch.ones_like(probs_BLE[..., :1]) if mask_BL is None else mask_BL.unsqueeze(-1).to(probs_BLE)
         routing = self._choose(probs_BLE, real_BL1)
         y_TD = sparse_experts(self.experts, x_BLD.flatten(0, 1), routing)
-        stats = self._stats(logits_BLE, probs_BLE, mask_BL, routing) if want_stats else None
+        stats = expert_choice_stats(logits_BLE, probs_BLE, mask_BL, routing) if want_stats else None
         return y_TD.view(x_BLD.shape), stats
 
     def _choose(self, probs_BLE: Tensor, real_BL1: Tensor) -> SparseRouting:
+        """Every expert's best tokens, by descending score within a group.
+
+        A last group that is not full hands out only the tokens it has. Filling it up would need rows that belong to no
+        token, and wherever such rows point, several would add to one place.
+        """
         batch, length, num_experts = probs_BLE.shape
-        index_BL1 = torch.arange(batch * length, device=probs_BLE.device).view(batch, length, 1)
+        index_BL = torch.arange(batch * length, device=probs_BLE.device).view(batch, length)
         # Padding scores -1, so it is taken only when nothing real is left, and then with weight 0.
-        score_NGE = torch.where(self._groups(real_BL1).bool(), self._groups(probs_BLE), -1.0)
-        index_NG = self._groups(index_BL1).squeeze(-1)
-        limit = min(capacity(score_NGE.size(1), self.top_k, num_experts, 1.0), score_NGE.size(1))
-        weight_NCE, chosen_NCE = score_NGE.topk(limit, dim=1)
-        token_NCE = index_NG.unsqueeze(-1).expand_as(score_NGE).gather(1, chosen_NCE)
+        score_OIE = self._competing(torch.where(real_BL1.bool(), probs_BLE, -1.0))
+        index_OI = self._competing(index_BL)
+        group_size = score_OIE.size(1) if self.group_over == "all" else self.group_size or batch
+        limit = min(capacity(group_size, self.top_k, num_experts, 1.0), group_size)
+        full = score_OIE.size(1) // group_size * group_size
+        token_RE, weight_RE = [], []
+        for places, size in ((slice(0, full), group_size), (slice(full, None), score_OIE.size(1) - full)):
+            if size:
+                score_NGE = score_OIE[:, places].reshape(-1, size, num_experts)
+                weight_NCE, chosen_NCE = score_NGE.topk(min(limit, size), dim=1)
+                index_NGE = index_OI[:, places].reshape(-1, size, 1).expand_as(score_NGE)
+                token_RE.append(index_NGE.gather(1, chosen_NCE).flatten(0, 1))
+                weight_RE.append(weight_NCE.clamp_min(0).flatten(0, 1))
+        token_RE, weight_RE = torch.cat(token_RE), torch.cat(weight_RE)
         return SparseRouting(
-            token_R=token_NCE.permute(2, 0, 1).flatten(),
-            weight_R=weight_NCE.clamp_min(0).permute(2, 0, 1).flatten(),
-            tokens_per_expert_E=torch.full_like(index_NG[0, :1], limit * len(score_NGE)).expand(num_experts),
+            token_R=token_RE.T.flatten(),
+            weight_R=weight_RE.T.flatten(),
+            tokens_per_expert_E=torch.full_like(index_BL[0, :1], len(token_RE)).expand(num_experts),
         )
 
-    def _groups(self, x_BLD: Tensor) -> Tensor:
-        """(B, L, D) -> (N, G, D), the tokens that compete; a last group that is not full is filled with zeros."""
-        if self.group_over == "all":
-            return x_BLD.reshape(1, -1, x_BLD.size(-1))
-        return to_groups(x_BLD, self.group_size or x_BLD.size(0), "batch")
-
-    def _stats(
-        self, logits_BLE: Tensor, probs_BLE: Tensor, mask_BL: Tensor | None, routing: SparseRouting
-    ) -> RoutingStats:
-        logits_TE, probs_TE = logits_BLE.flatten(0, 1), probs_BLE.flatten(0, 1)
-        taken_R = (routing.weight_R > 0).float()  # the others are padding, taken for want of real tokens
-        taken_T = taken_R.new_zeros(len(logits_TE)).index_add(0, routing.token_R, taken_R)
-        real_T = None if mask_BL is None else mask_BL.flatten().bool()
-        return RoutingStats(
-            tokens_per_expert_E=taken_R.unflatten(0, (self.num_experts, -1)).sum(1),
-            importance_E=mean_of_real(probs_TE.float(), real_T),
-            router_z_loss=router_z_loss(logits_TE, real_T),
-            dropped_tokens=sum_of_real((taken_T == 0).float(), real_T),
-            routed_rows=count_real(taken_T, real_T),
-            entropy=normalized_entropy(probs_TE, -1, real_T),
-        )
+    def _competing(self, x: Tensor) -> Tensor:
+        """(B, L, ...) -> (O, I, ...): the tokens of which each run of G along I competes, for each of O places."""
+        return x.transpose(0, 1) if self.group_over == "batch" else x.flatten(0, 1).unsqueeze(0)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixtura.kernels import ExpertWeights
 from mixtura.kernels.activation import check_activation
 
 
@@ -54,14 +55,14 @@ class Experts(nn.Module):
             nn.init.normal_(weight, std=std)
 
     def forward(self, x: Any, kernel: Callable[..., Tensor], *routing: Any) -> Tensor:
-        """What `kernel` makes of the input, the routing and these experts: kernel(x, *routing, up, down, act, gated).
+        """What `kernel` makes of the input, the routing and these experts: kernel(x, *routing, ExpertWeights).
 
         The input and the routing are tensors, or whatever else the kernel takes.
 
-        Layers compute with the weights in no other way, so an adapter that wraps this module is heard: PEFT puts its
-        update on a parameter while the module is called, and reading `weights` from outside would miss it.
+        Layers compute with the weights in no other way. PEFT adds its update to a parameter only while the module that
+        it wraps is called, so a layer that read `weights` from outside would compute without the update.
         """
-        return kernel(x, *routing, *self.weights, self.activation, self.gated)
+        return kernel(x, *routing, ExpertWeights(*self.weights, self.activation, self.gated))
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
@@ -69,10 +70,3 @@ class Experts(nn.Module):
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
             f"intermediate_size={self.intermediate_size}, activation={self.activation}, gated={self.gated}"
         )
-
-
-def unwrapped(experts: Any) -> Experts:
-    """The experts under adapters around them, which keep what they wrap as `base_layer`: for their settings only."""
-    while not isinstance(experts, Experts):
-        experts = experts.base_layer
-    return experts

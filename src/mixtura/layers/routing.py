@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtura import kernels
-from mixtura.layers.experts import Experts, unwrapped
+from mixtura.layers.experts import Experts
 
 
 class SparseRouting(NamedTuple):
@@ -65,7 +65,8 @@ def router_logits(x: Tensor, weight_ED: Tensor) -> Tensor:
 class Router(nn.Linear):
     """A linear map to router logits, (..., D) -> (..., E), by `router_logits`.
 
-    Layers call it and never read its weight, so that an adapter around it is heard.
+    Layers call it and never read its weight: an adapter changes what the call returns, and the weight knows nothing of
+    it.
     """
 
     def __init__(self, hidden_size: int, num_logits: int) -> None:
@@ -88,35 +89,19 @@ def dense_experts(experts: Experts, x_NGD: Tensor, routing: DenseRouting) -> Ten
     return experts(x_NGD, kernels.mixed_ffn, *routing)
 
 
-def chosen_experts(
-    experts: Experts, x_TKD: Tensor, expert_TK: Tensor, weight_TK: Tensor, scale_TK: Tensor | None = None
-) -> Tensor:
-    """(T, K, D) -> (T, D): sum over a token's K choices of weight * f_expert(scale * its input for that choice).
-
-    K of the input may be 1, where all choices of a token have the same; no scale is a scale of 1.
-    """
-    if kernels.are_few(expert_TK.numel(), unwrapped(experts).activation, x_TKD):
-        return experts(x_TKD, kernels.few_ffn, expert_TK, scale_TK, weight_TK)
-    order_R, rows_E = kernels.order_by_expert(expert_TK, unwrapped(experts).num_experts)
-    choices = expert_TK.size(1)
-    # Every choice has an input of its own, so a row is a token by itself until it is added back.
-    own_R = torch.arange(len(order_R), device=x_TKD.device)
-    rows_RD = x_TKD.flatten(0, 1)[order_R if x_TKD.size(1) == choices else order_R // choices]
-    if scale_TK is not None:
-        rows_RD = rows_RD * scale_TK.flatten()[order_R].unsqueeze(-1)
-    y_RD = sparse_experts(experts, rows_RD, SparseRouting(own_R, weight_TK.flatten()[order_R], rows_E))
-    y_TD = torch.zeros_like(x_TKD[:, 0], dtype=y_RD.dtype)
-    return y_TD.index_add(0, order_R // choices, y_RD)
-
-
 def sort_by_expert(expert_TK: Tensor, weight_TK: Tensor, num_experts: int) -> SparseRouting:
     """Turns each token's chosen experts (T, K) into rows sorted by expert, tokens in order within an expert."""
-    row_TK = None
-    if kernels.sorts_choices(expert_TK):
-        order_R, row_TK, tokens_per_expert_E = kernels.sort_choices(expert_TK, num_experts)
-    else:
-        order_R, tokens_per_expert_E = kernels.order_by_expert(expert_TK, num_experts)
-    return SparseRouting(order_R // expert_TK.size(1), weight_TK.flatten()[order_R], tokens_per_expert_E, row_TK)
+    return SparseRouting(*kernels.rows_by_expert(expert_TK, weight_TK, num_experts))
+
+
+def named_experts(expert_T: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Chosen experts (T, 1), weights (T, 1) and probabilities (T, E) of tokens whose one expert the caller names.
+
+    Its weight and its probability are 1, in float32 or wider.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
+    probs_TE = torch.nn.functional.one_hot(expert_T, num_experts).to(dtype)
+    return expert_T.unsqueeze(-1), torch.ones_like(expert_T, dtype=dtype).unsqueeze(-1), probs_TE
 
 
 def to_groups(x_BLD: Tensor, group_size: int, group_over: str) -> Tensor:

@@ -1,8 +1,13 @@
-"""What a router reports about a batch: counts and means over the tokens that are real.
+"""What a router reports about a batch, family by family, and the auxiliary losses that follow from it.
 
-Nothing is picked by a mask, since how many tokens are real is known to the device alone: padding counts as zero.
+Counts and means are over the tokens that are real. Nothing is picked by a mask, since only the device knows how many
+tokens are real: padding counts as zero.
 
-Shapes: T tokens, E experts.
+Losses are of one layer at a time. Pooling the layers first would call two layers balanced that each collapse onto a
+different half of the experts.
+
+Shapes: B batch, L length, T tokens, E experts, R routed rows, N groups, G tokens of a group, S mixtures, those of one
+expert side by side.
 """
 
 import math
@@ -11,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from mixtura.layers.routing import SparseRouting
 
 
 class RoutingStats(NamedTuple):
@@ -28,6 +35,10 @@ class RoutingStats(NamedTuple):
     """Rows that were to be routed: tokens * top_k for token choice, tokens otherwise."""
     entropy: Tensor
     """Entropy of the router's weights as a share of its maximum: 1 is undecided, 0 is one-hot."""
+
+
+LayerOutput = tuple[Tensor, RoutingStats | None]
+"""What a layer makes of its tokens, and the statistics if they were wanted."""
 
 
 def pool_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
@@ -83,3 +94,89 @@ def normalized_entropy(probs: Tensor, dim: int, real_T: Tensor | None = None) ->
         return probs.new_zeros(())
     entropy = -(probs * probs.clamp_min(1e-30).log()).sum(dim)
     return mean_of_real(entropy, real_T).mean() / math.log(size)
+
+
+def load_balancing_loss(tokens_per_expert_E: Tensor, importance_E: Tensor) -> Tensor:
+    """Switch Transformer's loss (arXiv 2101.03961, eq. 4): E * sum_e share_e * importance_e.
+
+    1 when either is uniform, E when everything goes to one expert, for any top_k: `share_e` is the expert's share
+    of the routed rows. Gradient flows through `importance_E` alone.
+    """
+    rows_E = tokens_per_expert_E.detach().float()
+    share_E = rows_E / rows_E.sum().clamp_min(1.0)
+    return len(rows_E) * (share_E * importance_E).sum()
+
+
+def router_z_loss(logits_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
+    """Mean squared log-sum-exp of the real tokens' logits (ST-MoE, arXiv 2202.08906, eq. 5): keeps them small."""
+    return mean_of_real(torch.logsumexp(logits_TE.float(), dim=-1).square(), real_T)
+
+
+def token_choice_stats(
+    logits_TE: Tensor | None,
+    probs_TE: Tensor,
+    real_T: Tensor | None,
+    rows_E: Tensor,
+    limit: int | Tensor | None,
+) -> RoutingStats:
+    """Statistics of tokens that choose; `rows_E` are those of real tokens, before any is dropped at `limit`."""
+    rows = rows_E.sum()
+    over = torch.zeros_like(rows) if limit is None else (rows_E - limit).clamp_min(0).sum()
+    return RoutingStats(
+        tokens_per_expert_E=rows_E.float(),
+        importance_E=mean_of_real(probs_TE.float(), real_T),
+        router_z_loss=probs_TE.new_zeros(()) if logits_TE is None else router_z_loss(logits_TE, real_T),
+        dropped_tokens=over.float(),
+        routed_rows=rows.float(),
+        entropy=normalized_entropy(probs_TE, -1, real_T),
+    )
+
+
+def expert_choice_stats(
+    logits_BLE: Tensor, probs_BLE: Tensor, mask_BL: Tensor | None, routing: SparseRouting
+) -> RoutingStats:
+    """Statistics of experts that choose; a token that none of them took counts as dropped."""
+    logits_TE, probs_TE = logits_BLE.flatten(0, 1), probs_BLE.flatten(0, 1)
+    taken_R = (routing.weight_R > 0).float()  # the others are padding, taken for want of real tokens
+    taken_T = taken_R.new_zeros(len(logits_TE)).index_add(0, routing.token_R, taken_R)
+    real_T = None if mask_BL is None else mask_BL.flatten().bool()
+    return RoutingStats(
+        tokens_per_expert_E=taken_R.unflatten(0, (len(routing.tokens_per_expert_E), -1)).sum(1),
+        importance_E=mean_of_real(probs_TE.float(), real_T),
+        router_z_loss=router_z_loss(logits_TE, real_T),
+        dropped_tokens=sum_of_real((taken_T == 0).float(), real_T),
+        routed_rows=count_real(taken_T, real_T),
+        entropy=normalized_entropy(probs_TE, -1, real_T),
+    )
+
+
+def group_stats(logits_NGS: Tensor, real_NG: Tensor | None, num_experts: int) -> RoutingStats:
+    """Statistics of a batch in groups: every expert gets the same load, up to what went to padding."""
+    weight_NGS = logits_NGS.detach().softmax(1)
+    logits_TS, real_T = logits_NGS.flatten(0, 1), None if real_NG is None else real_NG.flatten()
+    load_S = sum_of_real(weight_NGS.flatten(0, 1).float(), real_T)
+    load_E = load_S.unflatten(-1, (num_experts, -1)).sum(-1)
+    tokens = count_real(logits_TS, real_T)
+    return RoutingStats(
+        tokens_per_expert_E=load_E,
+        importance_E=load_E / load_E.sum(),
+        router_z_loss=router_z_loss(logits_TS, real_T),
+        dropped_tokens=torch.zeros_like(tokens),
+        routed_rows=tokens,
+        entropy=normalized_entropy(weight_NGS, 1, None if real_NG is None else real_NG.any(1)),
+    )
+
+
+def token_stats(logits_TS: Tensor, used_TS: Tensor, real_T: Tensor | None, num_experts: int) -> RoutingStats:
+    """Statistics of tokens without a group: rows an expert ran with top_k, or the sum of its weights without."""
+    used_TE = used_TS.detach().float().unflatten(-1, (num_experts, -1)).sum(-1)
+    load_E = sum_of_real(used_TE, real_T)
+    tokens = count_real(used_TE, real_T)
+    return RoutingStats(
+        tokens_per_expert_E=load_E,
+        importance_E=load_E / load_E.sum().clamp_min(1e-30),
+        router_z_loss=router_z_loss(logits_TS, real_T),
+        dropped_tokens=torch.zeros_like(tokens),
+        routed_rows=tokens,
+        entropy=normalized_entropy(used_TE / used_TE.sum(-1, keepdim=True).clamp_min(1e-30), -1, real_T),
+    )

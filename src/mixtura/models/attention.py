@@ -25,6 +25,16 @@ def build_attention(config: MixtureConfig, layer_idx: int) -> nn.Module:
     return ATTENTION_CLASSES[config.attention](config=config, layer_idx=layer_idx)
 
 
+def attention_arguments(config: MixtureConfig) -> dict[str, Any]:
+    """What the attention of every layer is told besides its inputs.
+
+    Implementations without a mask (Flash Attention) need the window itself. Other classes pass theirs on; Llama's has
+    none of its own.
+    """
+    windowed = config.attention == "llama" and config.sliding_window is not None
+    return {"sliding_window": config.sliding_window} if windowed else {}
+
+
 def causal_masks(config: MixtureConfig, attention_mask: Any, **inputs: Any) -> dict[str, Any]:
     """The mask of each kind of layer that the model has.
 

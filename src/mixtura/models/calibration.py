@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixtura.config import UserError
-from mixtura.layers.population import Observation
+from mixtura.layers.neighbours import Observation
 from mixtura.models.modeling_mixture import MixturePreTrainedModel
 
 

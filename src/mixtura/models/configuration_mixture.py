@@ -19,12 +19,16 @@ class MixtureConfig(PreTrainedConfig):
     of every expert where `route_by` is not "token".
 
     `attention` names the model whose attention the layers have: "qwen2" has biases on queries, keys and values,
-    "qwen3" norms on queries and keys, and all but "llama" may look at the last `sliding_window` tokens only: in every
-    layer, or with Qwen's attention in those that `layer_types` calls "sliding_attention".
+    "qwen3" norms on queries and keys. All may look at the last `sliding_window` tokens only: in every layer, or with
+    Qwen's attention in those that `layer_types` calls "sliding_attention". Llama's attention with a window is Mistral's
+    and is renamed so, unless it has biases (`attention_bias`).
+
+    Models whose mixtures are all token choice have `output_router_logits` as Mixtral's configuration has it.
     """
 
     model_type = "mixtura"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # What Mixtral's evaluation does not return: predictions are then logits alone.
+    keys_to_ignore_at_inference = ["past_key_values", "language_loss", "z_loss", "routing"]
     attribute_map = {"num_local_experts": "num_experts"}
     default_theta = 10000.0
 
@@ -90,6 +94,11 @@ class MixtureConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["dense"] * self.num_hidden_layers
+        if self.attention == "llama" and self.sliding_window is not None and not self.attention_bias:
+            self.attention = "mistral"
+        # No field of its own: trainers take a model that has it for one whose experts a loss must balance.
+        if self.has_balanced_layers:
+            kwargs.setdefault("output_router_logits", False)
         # No field of its own: transformers asks whether there is such an attribute, and None would be one.
         if self.attention in ("qwen2", "qwen3") and kwargs.get("layer_types") is None:
             kwargs["layer_types"] = self.attention_kinds()
@@ -108,6 +117,12 @@ class MixtureConfig(PreTrainedConfig):
             if family not in FAMILIES:
                 raise ValueError(f"mlp_layer_types has {family!r}: it must be one of {', '.join(FAMILIES)}.")
 
+    @property
+    def has_balanced_layers(self) -> bool:
+        """Whether every mixture is one of token choice with a router, whose load a loss must balance."""
+        mixtures = set(self.mlp_layer_types or []) - {"dense"}
+        return mixtures == {"token_choice"} and self.route_by == "token"
+
     def attention_kinds(self) -> list[str]:
         """What each layer looks at: "full_attention", or "sliding_attention" for the last `sliding_window` tokens."""
         kind = "full_attention" if self.sliding_window is None else "sliding_attention"
@@ -125,11 +140,9 @@ class MixtureConfig(PreTrainedConfig):
             )
 
     def validate_attention(self) -> None:
-        """Raises ValueError for an unknown attention, or a window that it does not have."""
+        """Raises ValueError for an unknown attention."""
         if self.attention not in ATTENTIONS:
             raise ValueError(f"attention is {self.attention!r}: it must be one of {', '.join(ATTENTIONS)}.")
-        if self.attention == "llama" and self.sliding_window is not None:
-            raise ValueError(f"sliding_window is {self.sliding_window}, but llama's attention has none: use mistral's.")
 
     def validate_intermediate_sizes(self) -> None:
         """Raises ValueError unless there is a width for each layer."""

@@ -1,8 +1,8 @@
 """Mixtura's kernels for the experts of stock models: `from_pretrained(..., experts_implementation="mixtura")`.
 
 transformers lets the experts of Mixtral, Qwen-MoE, OLMoE and most other mixtures be computed by a registered function.
-This one runs `mixtura.kernels.sparse_ffn`, and `few_ffn` for the few tokens of a decoding step. It is registered when
-`mixtura.models` is imported, and is only used by models that name it.
+This one runs `mixtura.kernels.routed_ffn`, for the many tokens of a batch and for the few of a decoding step. It is
+registered when `mixtura.models` is imported, and is only used by models that name it.
 
 Shapes: T tokens, K experts of a token, R routed rows, E experts, D hidden, F expert width, H = 2F when gated else F.
 """
@@ -31,15 +31,12 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     up_EHD, down_EDF = experts.gate_up_proj if experts.has_gate else experts.up_proj, experts.down_proj
     if experts.is_transposed:
         up_EHD, down_EDF = up_EHD.transpose(1, 2), down_EDF.transpose(1, 2)
-    weights = (up_EHD, down_EDF, activation, experts.has_gate)
+    weights = kernels.ExpertWeights(up_EHD, down_EDF, activation, experts.has_gate)
     if _has_rows_of_other_ranks(experts, top_k_index):
         routing = _rows_of_this_rank(top_k_index, top_k_weights, experts.num_experts)
-        y_TD = kernels.sparse_ffn(hidden_states, *routing[:3], *weights, row_TK=routing.row_TK)
-    elif kernels.are_few(top_k_index.numel(), activation, hidden_states, up_EHD, down_EDF):
-        y_TD = kernels.few_ffn(hidden_states.unsqueeze(1), top_k_index, None, top_k_weights, *weights)
+        y_TD = kernels.sparse_ffn(hidden_states, *routing[:3], weights, row_TK=routing.row_TK)
     else:
-        routing = sort_by_expert(top_k_index, top_k_weights, experts.num_experts)
-        y_TD = kernels.sparse_ffn(hidden_states, *routing[:3], *weights, row_TK=routing.row_TK)
+        y_TD = kernels.routed_ffn(hidden_states, top_k_index, top_k_weights, weights)
     return y_TD.to(hidden_states.dtype)
 
 

@@ -4,7 +4,6 @@ Everything but the feed-forward layers is transformers' own, so generation with 
 gradient checkpointing and adapters work as they do for Llama.
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,8 +11,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerationMixin
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -29,64 +27,19 @@ from mixtura.layers import (
     SoftMoE,
     TokenChoiceMoE,
 )
-from mixtura.layers.losses import load_balancing_loss
+from mixtura.layers.routing import Router
 from mixtura.models.alone_schedule import shares_alone
-from mixtura.models.attention import ATTENTION_CLASSES, build_attention, causal_masks
+from mixtura.models.attention import ATTENTION_CLASSES, attention_arguments, causal_masks
 from mixtura.models.configuration_mixture import MixtureConfig
-from mixtura.models.families import build_feed_forward
-
-
-@dataclass
-class MixtureModelOutput(BaseModelOutputWithPast):
-    """The decoder's output; `routing` has a `RoutingStats` or None for every layer when it was asked for."""
-
-    routing: tuple[RoutingStats | None, ...] | None = None
-
-
-@dataclass
-class MixtureCausalLMOutput(CausalLMOutputWithPast):
-    """Language model output.
-
-    `loss` is `language_loss`, plus the weighted router losses in training mode. `aux_loss` and `z_loss` are unweighted
-    means over the layers that have them. `routing` is as in `MixtureModelOutput`.
-    """
-
-    language_loss: Tensor | None = None
-    aux_loss: Tensor | None = None
-    z_loss: Tensor | None = None
-    routing: tuple[RoutingStats | None, ...] | None = None
-
-
-class MixtureDecoderLayer(GradientCheckpointingLayer):
-    """Attention and a feed-forward layer of the family that the configuration names for this depth."""
-
-    def __init__(self, config: MixtureConfig, layer_idx: int) -> None:
-        """`layer_idx` is the depth, from 0."""
-        super().__init__()
-        self.self_attn = build_attention(config, layer_idx)
-        self.mlp = build_feed_forward(config, layer_idx)
-        # Kept here, since an adapter may stand around the layer later.
-        self.routes_by_example = self.mlp.routes_by_example
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        token_mask: Tensor | None = None,
-        output_routing: bool = False,
-        expert_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor | tuple[Tensor, RoutingStats | None]:
-        """(B, L, D) -> (B, L, D), with the routing statistics when asked for."""
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
-        normed = self.post_attention_layernorm(hidden_states)
-        named = {"expert_B": expert_ids} if self.routes_by_example else {}
-        if not output_routing:
-            return hidden_states + self.mlp(normed, token_mask, **named)
-        update, stats = self.mlp(normed, token_mask, return_stats=True, **named)
-        return hidden_states + update, stats
+from mixtura.models.decoder_layer import MixtureDecoderLayer, joined_stats
+from mixtura.models.outputs import MixtureCausalLMOutput, MixtureClassifierOutput, MixtureModelOutput
+from mixtura.models.router_losses import (
+    Routing,
+    router_losses,
+    share_of_step,
+    warn_of_a_loss_outside,
+    weighted_router_losses,
+)
 
 
 class MixturePreTrainedModel(PreTrainedModel):
@@ -105,6 +58,7 @@ class MixturePreTrainedModel(PreTrainedModel):
     _can_record_outputs = {
         "hidden_states": MixtureDecoderLayer,
         "attentions": [OutputRecorder(attention, index=1) for attention in ATTENTION_CLASSES.values()],
+        "router_logits": OutputRecorder(Router, layer_name="gate"),
     }
 
     @classmethod
@@ -152,6 +106,18 @@ class MixturePreTrainedModel(PreTrainedModel):
         """Sets the share of the groups that training leaves otherwise empty; the configuration keeps its own."""
         for layer in self.mixture_of_tokens_layers():
             layer.set_zero_fill(share)
+
+    def router_losses(self, routing: Routing) -> tuple[Tensor | None, Tensor | None]:
+        """Unweighted load-balancing and z-loss, see `mixtura.models.router_losses`."""
+        return router_losses(self.config, routing)
+
+    def _wants_router_losses(self, labels: Tensor | None, kwargs: dict[str, Any]) -> bool:
+        """In training with labels, and where a caller asks for router logits as of Mixtral."""
+        if labels is None and self.training:
+            warn_of_a_loss_outside(self.config, kwargs)
+        asked = kwargs.get("output_router_logits")
+        asked = getattr(self.config, "output_router_logits", False) if asked is None else asked
+        return bool(asked) or (labels is not None and self.training)
 
     def prepare_step(self, step: int, *, steps: int) -> None:
         """Sets what depends on how far training is: which layers leave which share of their groups empty.
@@ -235,6 +201,7 @@ class MixtureModel(MixturePreTrainedModel):
             "token_mask": _token_mask(attention_mask, length),
             "output_routing": output_routing,
             "expert_ids": expert_ids,
+            **attention_arguments(self.config),
             **kwargs,
         }
         hidden_states, routing = self._run_layers(inputs_embeds, masks, shared)
@@ -244,13 +211,13 @@ class MixtureModel(MixturePreTrainedModel):
 
     def _run_layers(
         self, hidden_states: Tensor, masks: dict[str, Any], shared: dict[str, Any]
-    ) -> tuple[Tensor, tuple[RoutingStats | None, ...] | None]:
+    ) -> tuple[Tensor, Routing | None]:
         routing: list[RoutingStats | None] = []
         states = [hidden_states]
         for layer, kind in zip(self.layers, self.config.attention_kinds(), strict=True):
             if shared["output_routing"]:
-                hidden_states, stats = layer(hidden_states, attention_mask=masks[kind], **shared)
-                routing.append(stats)
+                hidden_states, *stats = layer(hidden_states, attention_mask=masks[kind], **shared)
+                routing.append(joined_stats(stats))
             else:
                 hidden_states = layer(hidden_states, attention_mask=masks[kind], **shared)
             states.append(hidden_states)
@@ -309,7 +276,7 @@ class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):
             expert_ids: (B,) experts of the examples, for a model that routes by language or pair (`route_by`).
             **kwargs: passed to attention and to the loss (`num_items_in_batch`).
         """
-        want_router_losses = labels is not None and self.training
+        want_router_losses = self._wants_router_losses(labels, kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -326,39 +293,89 @@ class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states if isinstance(keep, int) else hidden_states[:, keep])
         loss: Tensor | None = None
         language_loss: Any = None
-        aux_loss = z_loss = None
-        if outputs.routing is not None:
-            aux_loss, z_loss = self.router_losses(outputs.routing)
+        losses = router_losses(self.config, outputs.routing)
         if labels is not None:
             language_loss = loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        if want_router_losses and aux_loss is not None and z_loss is not None:
-            loss = language_loss + self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
+            shifted = kwargs.get("shift_labels")
+            share = share_of_step(labels[..., 1:] if shifted is None else shifted, kwargs.get("num_items_in_batch"))
+            added = weighted_router_losses(self.config, losses, share=share) if self.training else None
+            loss = language_loss if added is None else language_loss + added
         return MixtureCausalLMOutput(
             loss=loss,
-            language_loss=language_loss,
-            aux_loss=aux_loss,
-            z_loss=z_loss,
+            aux_loss=losses[0],
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            z_loss=losses[1],
+            language_loss=language_loss,
             routing=outputs.routing if output_routing else None,
         )
-
-    def router_losses(self, routing: tuple[RoutingStats | None, ...]) -> tuple[Tensor | None, Tensor | None]:
-        """Load-balancing and z-loss, means over the token-choice layers; None where there is no such layer.
-
-        The other families balance their load by construction, and where languages name the experts the data decides.
-        """
-        if self.config.route_by != "token":
-            return None, None
-        families = self.config.mlp_layer_types or []
-        stats = [s for s, family in zip(routing, families, strict=True) if s is not None and family == "token_choice"]
-        if not stats:
-            return None, None
-        aux_losses = [load_balancing_loss(s.tokens_per_expert_E, s.importance_E) for s in stats]
-        return torch.stack(aux_losses).mean(), torch.stack([s.router_z_loss for s in stats]).mean()
 
 
 class MixtureForSequenceClassification(GenericForSequenceClassification, MixturePreTrainedModel):
     """The decoder with a classification head on the last real token."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_routing: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> MixtureClassifierOutput:
+        """Token ids (B, L) -> logits (B, C), and the losses when `labels` are given: (B,), or (B, C) for many labels.
+
+        `num_items_in_batch` is the number of labels of the whole optimizer step, where a trainer sums losses up. The
+        rest is as for `MixtureForCausalLM`.
+        """
+        want_router_losses = self._wants_router_losses(labels, {**kwargs, "num_items_in_batch": num_items_in_batch})
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_routing=output_routing or want_router_losses,
+            **kwargs,
+        )
+        logits_BLC = self.score(outputs.last_hidden_state)
+        last_B = self._last_real_token(input_ids, len(logits_BLC))
+        logits_BC = logits_BLC[torch.arange(len(logits_BLC), device=logits_BLC.device), last_B]
+        loss: Any = None
+        losses = router_losses(self.config, outputs.routing)
+        if labels is not None:
+            loss = self.loss_function(logits=logits_BLC, labels=labels, pooled_logits=logits_BC, config=self.config)
+            added = weighted_router_losses(self.config, losses, share=None) if self.training else None
+            loss = loss if added is None else loss + added
+            share = share_of_step(labels, num_items_in_batch)
+            loss = loss if share is None else loss * share
+        return MixtureClassifierOutput(
+            loss=loss,
+            logits=logits_BC,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            aux_loss=losses[0],
+            z_loss=losses[1],
+            router_logits=outputs.router_logits,
+            routing=outputs.routing if output_routing else None,
+        )
+
+    def _last_real_token(self, input_ids: Tensor | None, batch: int) -> Tensor | int:
+        """(B,) position of the last token that is no padding, as transformers' classifiers find it."""
+        pad = self.config.pad_token_id
+        if pad is None and batch != 1:
+            raise ValueError("A batch of several examples needs a padding token: set the configuration's pad_token_id.")
+        if pad is None or input_ids is None:
+            return -1
+        position_L = torch.arange(input_ids.size(1), device=input_ids.device)
+        return (position_L * (input_ids != pad)).argmax(-1)

@@ -17,6 +17,8 @@ TIMING_TOLERANCE = 0.1
 DROPPED_TOLERANCE = 0.01
 MANY_EPOCHS = 4.0
 """Text repeated more often than this is worth clearly less than new text (Muennighoff et al., 2023)."""
+MOST_LABELS = 5
+"""Labels that a caution names."""
 
 _LEVELS = ("serious", "warning", "note")
 
@@ -30,7 +32,7 @@ def find_cautions(results: dict[str, Any], arms: dict[str, Any]) -> list[dict[st
     """
     stick = yardstick(results)
     found = [*_about_seeds(results, arms), *_about_data(results), *_about_search(results, arms, stick)]
-    found += _about_copying(results, arms)
+    found += [*_about_copying(results, arms), *_about_classes(results)]
     for name, arm in results["arms"].items():
         label = arms[name]["label"]
         found += _about_validity(name, arm, label, arms[name], stick)
@@ -80,6 +82,23 @@ def _about_copying(results: dict[str, Any], arms: dict[str, Any]) -> list[dict[s
         "these are no translators yet, and a difference says who learns faster, not who translates."
     )
     return [_caution("warning", "below_copying", None, text)]
+
+
+def _about_classes(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Classification: classes that only one of training and test has."""
+    found = []
+    if untested := results["data"].get("labels_untested"):
+        text = f"No test text has the label {_labels(untested)}: the scores say nothing of how well it is recognised."
+        found.append(_caution("warning", "untested_class", None, text))
+    if unlearnt := results["data"].get("labels_unlearnt"):
+        text = f"No training text has the label {_labels(unlearnt)}: its texts were left out of the test as well."
+        found.append(_caution("warning", "unlearnt_class", None, text))
+    return found
+
+
+def _labels(labels: list[str]) -> str:
+    shown = [f"'{label}'" for label in labels[:MOST_LABELS]]
+    return f"{', '.join(shown)} or {len(labels) - len(shown)} more" if len(labels) > len(shown) else " or ".join(shown)
 
 
 def _about_data(results: dict[str, Any]) -> list[dict[str, Any]]:

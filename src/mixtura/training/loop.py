@@ -18,10 +18,9 @@ from transformers import TrainingArguments
 
 from mixtura.config import TrainingConfig, UserError
 from mixtura.training import saving as checkpoints
-from mixtura.training.allocation import keep_freed_memory
-from mixtura.training.interrupts import StopRequest
 from mixtura.training.metrics import MetricsFile, evaluation_curve, read_metrics, truncate_metrics
 from mixtura.training.optimization import build_optimizer, build_schedule
+from mixtura.training.process import StopRequest, keep_freed_memory
 from mixtura.training.progress import ProgressReporter, SilentProgress
 from mixtura.training.settings import RUN_FILE, check_settings
 from mixtura.training.task import TrainingTask

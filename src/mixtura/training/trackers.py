@@ -1,11 +1,11 @@
-"""TensorBoard and Trackio beside `metrics.jsonl`, through accelerate's trackers: the same numbers, as they come."""
+"""TensorBoard, Trackio and wandb beside `metrics.jsonl`, through accelerate's trackers: the same numbers."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from mixtura.config import UserError
 from mixtura.diagnostics.load import summarize_load
@@ -31,10 +31,11 @@ def start_trackers(names: Sequence[str], *, out: Path, step: int) -> list[Genera
     """Opens the trackers of one run.
 
     TensorBoard's events go to `out/tensorboard`, so that one `--logdir` shows all arms and seeds of a comparison.
-    Trackio's go where Trackio keeps them (`TRACKIO_DIR`), as the run `out` of the project `mixtura`.
+    Trackio's go where Trackio keeps them (`TRACKIO_DIR`), as the run `out` of the project `mixtura`, and wandb's under
+    `out/wandb`, under the same names; whether they are sent too is for `WANDB_MODE` to say.
 
     Args:
-        names: "tensorboard" and "trackio".
+        names: "tensorboard", "trackio" and "wandb".
         out: the run folder.
         step: steps already taken; what an interrupted run told TensorBoard after it is hidden.
     """
@@ -43,6 +44,7 @@ def start_trackers(names: Sequence[str], *, out: Path, step: int) -> list[Genera
             "tensorboard", logging_dir=out, **({"purge_step": step + 1} if step else {})
         ),
         "trackio": lambda: TrackioTracker(PROJECT, name=str(out), resume="allow"),
+        "wandb": lambda: WandBTracker(PROJECT, name=str(out), dir=str(out)),
     }
     trackers: list[GeneralTracker] = [makers[name]() for name in names]
     for tracker in trackers:

@@ -24,9 +24,9 @@ from mixtura.models.calibration import observe_population, update_population
 from mixtura.models.transition import change_to_token_choice, transition_due
 from mixtura.training import balance
 from mixtura.training import saving as checkpoints
-from mixtura.training.interrupts import StopRequest
 from mixtura.training.metrics import MetricsFile
 from mixtura.training.optimization import clip_gradients
+from mixtura.training.process import StopRequest
 from mixtura.training.progress import ProgressReporter
 from mixtura.training.task import StepLosses, TrainingTask
 

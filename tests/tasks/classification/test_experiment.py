@@ -20,10 +20,9 @@ from mixtura.config import (
     UserError,
 )
 from mixtura.models import MixtureForCausalLM
-from mixtura.tasks.classification.classifier import evaluating
+from mixtura.tasks.classification.classifier import classify, evaluating, load_classifier
 from mixtura.tasks.classification.experiment import make_classification
 from mixtura.tasks.classification.features import FeatureExamples, TokenExamples
-from mixtura.tasks.classification.saved import classify, load_classifier
 from mixtura.training import train
 
 MIX = HeadConfig(kind="layer_mix")

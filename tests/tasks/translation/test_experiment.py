@@ -155,6 +155,8 @@ def test_a_run_is_trained_scored_saved_and_told_of(experiment, name, tmp_path):
     assert len(outputs) == 40
     line = translate(tmp_path / "run" / "checkpoint", outputs[0]["source"], source_language="en", target_language="xx")
     assert outputs[0]["pair"] == "en-xx" and line == outputs[0]["output"]
+    languages = {"source_language": "eng-Latn-US", "target_language": "XX_yy"}
+    assert translate(tmp_path / "run" / "checkpoint", outputs[0]["source"], **languages) == line
 
 
 @pytest.mark.parametrize("name", ["mixture_of_tokens", "languages"])
@@ -246,6 +248,7 @@ def test_what_a_model_cannot_translate_is_refused(experiment, tmp_path):
     for text, target, complaint in (
         ("", "xx", "empty"),
         ("ban", "zz", "does not translate en-zz"),
+        ("ban", "German", r"'German' is no language code: write a language code .de for German."),
         ("ban " * 60, "xx", "split"),
     ):
         with pytest.raises(UserError, match=complaint):

@@ -24,10 +24,9 @@ from mixtura.config import ClassificationArmConfig, ClassificationRecipe
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm, probe_layer
 from mixtura.models import MixtureConfig
 from mixtura.planning import active_parameters, model_parameters
-from mixtura.tasks.classification.classifier import TextClassifier, evaluation_modes
+from mixtura.tasks.classification.classifier import SavedClassifier, TextClassifier, evaluation_modes
 from mixtura.tasks.classification.features import FeatureExamples, hidden_states
 from mixtura.tasks.classification.heads import head_settings, inactive_parameters
-from mixtura.tasks.classification.saved import SavedClassifier
 from mixtura.tasks.classification.task import Classification, RouterLossWeights, Splits
 from mixtura.training.experiment import Arm
 
@@ -68,7 +67,7 @@ class ClassificationArm(Arm):
             settings={"model": _plain(saved), "data": data_digest},
             eval_examples=recipe.training.eval_sequences,
             batch_size=recipe.training.batch_size,
-            weights=_router_loss_weights(config),
+            weights=_router_loss_weights(config, pretrained.model.config),
         )
         modes = evaluation_modes(self.build(seed=0))
         self.training_mode, self.deployed_mode = modes[0], "alone"
@@ -216,12 +215,15 @@ def _plain(saved: SavedClassifier) -> dict[str, Any]:
     return json.loads(json.dumps(fields, default=dataclasses.asdict))
 
 
-def _router_loss_weights(config: ClassificationArmConfig) -> RouterLossWeights:
-    """Only token choice needs its load balanced by a loss."""
+def _router_loss_weights(config: ClassificationArmConfig, base: Any) -> RouterLossWeights:
+    """Only token choice needs its load balanced by a loss; that of a base model only where it is trained."""
     head = adapter = (0.0, 0.0)
     layer = config.head.feed_forward
     if layer is not None and layer.family == "token_choice":
         head = (layer.router_aux_loss_coef, layer.router_z_loss_coef)
     if config.adapter is not None and config.adapter.method == "mixture_of_lora" and config.adapter.router != "task":
         adapter = (config.adapter.router_aux_loss_coef, 0.0)
+    tuned = config.tune == "full" and isinstance(base, MixtureConfig) and base.route_by == "token"
+    if tuned and "token_choice" in (base.mlp_layer_types or []):
+        adapter = (base.router_aux_loss_coef, base.router_z_loss_coef)
     return RouterLossWeights(head, adapter)

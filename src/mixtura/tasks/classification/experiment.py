@@ -23,7 +23,7 @@ from mixtura.config import ClassificationRecipe, HeadConfig, UserError
 from mixtura.data.labelled import LabelledCorpus, LabelledText, load_labelled
 from mixtura.tasks.classification.accuracy import paired_bootstrap
 from mixtura.tasks.classification.arms import ClassificationArm, Pretrained
-from mixtura.tasks.classification.classifier import load_encoder
+from mixtura.tasks.classification.classifier import SavedClassifier, load_encoder
 from mixtura.tasks.classification.features import (
     Examples,
     FeatureExamples,
@@ -34,7 +34,6 @@ from mixtura.tasks.classification.features import (
     weights_digest,
 )
 from mixtura.tasks.classification.heads import blends_tokens
-from mixtura.tasks.classification.saved import SavedClassifier
 from mixtura.tasks.classification.task import PREDICTIONS, Splits
 from mixtura.training.experiment import Arm, Experiment
 
@@ -194,11 +193,15 @@ def _adapter_parameters(recipe: ClassificationRecipe, pretrained: Pretrained) ->
 
 
 def _facts(corpus: LabelledCorpus, tokens: TokenExamples) -> dict[str, Any]:
+    tested = {example.label for example in corpus.test}
+    untested = [name for label, name in enumerate(corpus.labels) if label not in tested]
     majority = Counter(example.label for example in corpus.train).most_common(1)[0][0]
     majority_share = sum(example.label == majority for example in corpus.test) / len(corpus.test)
     return {
         "description": corpus.description,
         "labels": list(corpus.labels),
+        **({"labels_untested": untested} if untested else {}),
+        **({"labels_unlearnt": list(corpus.unlearnt)} if corpus.unlearnt else {}),
         **{f"examples_{part}": len(getattr(corpus, part)) for part in _PARTS},
         "rows_skipped": corpus.skipped,
         "texts_truncated": tokens.truncated,

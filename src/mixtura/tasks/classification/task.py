@@ -18,12 +18,18 @@ from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.data import Dataset
 
 from mixtura.config import UserError
-from mixtura.layers.losses import load_balancing_loss
+from mixtura.layers.statistics import load_balancing_loss
 from mixtura.tasks.classification.accuracy import calibration_bins, classification_scores, confusion_matrix
-from mixtura.tasks.classification.classifier import Mode, TextClassifier, adapter_routing, evaluating, evaluation_modes
+from mixtura.tasks.classification.classifier import (
+    Mode,
+    SavedClassifier,
+    TextClassifier,
+    adapter_routing,
+    evaluating,
+    evaluation_modes,
+)
 from mixtura.tasks.classification.features import Examples, ScheduledExamples
 from mixtura.tasks.classification.heads import blends_tokens
-from mixtura.tasks.classification.saved import SavedClassifier
 from mixtura.training import saving as checkpoints
 from mixtura.training.task import Measure, StepLosses, TrainingTask
 
@@ -46,6 +52,7 @@ class RouterLossWeights:
 
     head: tuple[float, float] = (0.0, 0.0)
     adapter: tuple[float, float] = (0.0, 0.0)
+    """Of an adapter, or of the layers of a base model that is tuned whole: an arm has one of them at most."""
 
     def total(self) -> tuple[float, float]:
         """Weights of a weighted mean of both parts' losses."""
@@ -131,11 +138,13 @@ class Classification(TrainingTask):
         return torch.tensor(len(batch["labels"]))
 
     def losses(self, model: Any, batch: dict[str, Any], *, num_targets: Tensor | int) -> StepLosses:
-        """Cross-entropy, and the router losses of a token-choice layer in the head and of a mixture adapter."""
+        """Cross-entropy, and the router losses of a head, an adapter and a model tuned whole."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        logits_BC, stats = model(**inputs, return_stats=True)
+        logits_BC, stats, base_routing = model(**inputs, return_stats=True)
         loss = cross_entropy(logits_BC.float(), batch["labels"], reduction="sum") / num_targets
         routing, of_adapter = adapter_routing(model)
+        if base_routing is not None and any(self.weights.adapter):
+            routing, of_adapter = base_routing, model.base.router_losses(base_routing)
         # An adapter's layers and a head's may differ in their number of experts: only one kind is reported.
         shown = routing or (() if stats is None else (stats,))
         aux_loss = z_loss = None

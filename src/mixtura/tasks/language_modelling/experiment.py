@@ -1,6 +1,10 @@
-"""Pretraining as an experiment: language models that differ in their feed-forward layers, each at the same cost."""
+"""Language modelling as an experiment: models that differ in their feed-forward layers, each at the same cost.
+
+An arm starts from random weights, or from a checkpoint with an architecture of its own; all arms share one tokenizer.
+"""
 
 import copy
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +12,13 @@ from typing import Any, final
 
 import torch
 
-from mixtura.checkpoints.decoder import count_parameters, load_decoder, probe_config, weights_digest
-from mixtura.config import ArmConfig, Recipe, starts_from_checkpoints
+from mixtura.checkpoints.decoder import count_parameters, decoder_config, load_decoder, probe_config, weights_digest
+from mixtura.checkpoints.pretrained import resolve_base
+from mixtura.config import ArmConfig, DataConfig, Recipe, UserError, starts_from_checkpoints
+from mixtura.config.checks import batch_sizes, check_feed_forward
+from mixtura.config.from_checkpoint import TRAINED_KEYS
 from mixtura.data.prepare import PreparedData, prepare_data
+from mixtura.data.tokenizer import load_tokenizer
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.evaluation import evaluation_modes
 from mixtura.models import MixtureConfig, MixtureForCausalLM
@@ -18,10 +26,84 @@ from mixtura.models.alone_schedule import alone_settings
 from mixtura.models.build import build_model_config
 from mixtura.planning import active_parameters, flops_per_token, flops_ratio, model_parameters
 from mixtura.planning.matching import FLOPS_TOLERANCE
-from mixtura.tasks.language_modelling.continuing import continued_arm, with_checkpoints_tokenizer
 from mixtura.tasks.language_modelling.task import LanguageModelling
 from mixtura.training.experiment import Arm, Experiment
 from mixtura.training.optimization import OPTIMIZER_NAMES
+
+_COMPUTED = {
+    "num_experts": "num_experts",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "top_k": "num_experts_per_tok",
+    "score_function": "scoring_func",
+    "normalize_top_k": "norm_topk_prob",
+    "capacity_factor": "capacity_factor",
+    "num_shared_experts": "num_shared_experts",
+    "group_size": "group_size",
+    "group_over": "group_over",
+    "mixtures_per_expert": "mixtures_per_expert",
+    "temperature": "temperature",
+    "combine": "combine",
+    "inference_mode": "inference_mode",
+    "alone_top_k": "alone_top_k",
+}
+"""What the checkpoint says: the keys of an arm, and those of `MixtureConfig`."""
+
+
+def with_checkpoints_tokenizer(recipe: Recipe) -> DataConfig:
+    """The recipe's `[data]`, read with the tokenizer of the baseline's checkpoint, which all arms must share.
+
+    Raises:
+        UserError: a checkpoint has no tokenizer, or another one.
+    """
+    for arm in recipe.arms.values():
+        decoder_config(str(arm.init_from))  # says best what is wrong with a checkpoint
+    folders = {name: resolve_base(str(arm.init_from)) for name, arm in recipe.arms.items()}
+    own = load_tokenizer(folders[recipe.baseline])
+    for name, folder in folders.items():
+        if name != recipe.baseline and load_tokenizer(folder).get_vocab() != own.get_vocab():
+            raise UserError(
+                f"'arms.{name}.init_from' has another tokenizer than 'arms.{recipe.baseline}.init_from': losses a "
+                "token could not be compared; start both from one model."
+            )
+    return dataclasses.replace(recipe.data, tokenizer=folders[recipe.baseline])
+
+
+def continued_arm(recipe: Recipe, name: str, *, vocab_size: int) -> tuple[ArmConfig, MixtureConfig]:
+    """An arm with the settings of its checkpoint filled in, and the configuration of its model.
+
+    Args:
+        recipe: all of whose arms start from checkpoints.
+        name: of the arm.
+        vocab_size: of the tokenizer.
+
+    Raises:
+        UserError: the checkpoint cannot be used, or does not fit the recipe's batches and sequences.
+    """
+    arm = recipe.arms[name]
+    config: Any = copy.deepcopy(decoder_config(str(arm.init_from)))
+    if config.expert_bias_update_rate > 0 and arm.expert_bias_update_rate == 0 and arm.family == "token_choice":
+        raise UserError(
+            f"'arms.{name}.expert_bias_update_rate' is 0, but the experts of 'arms.{name}.init_from' are chosen with a "
+            "bias, which would be lost: leave it out, or make it very small."
+        )
+    for key in TRAINED_KEYS:
+        setattr(config, key, getattr(arm, key))
+    config.population = config.population or arm.population_rate > 0
+    filled = dataclasses.replace(arm, **{key: getattr(config, own) for key, own in _COMPUTED.items()})
+    if vocab_size > config.vocab_size:
+        raise UserError(
+            f"'arms.{name}.init_from' has {config.vocab_size} embeddings for {vocab_size} tokens: give a whole model."
+        )
+    length = recipe.data.sequence_length
+    if length > config.max_position_embeddings:
+        raise UserError(
+            f"'data.sequence_length' is {length}, but 'arms.{name}.init_from' has {config.max_position_embeddings} "
+            "positions: lower it."
+        )
+    kept = filled if filled.inference_mode != "population" else dataclasses.replace(filled, population_rate=1.0)
+    check_feed_forward(f"arms.{name}", kept, batch_sizes=batch_sizes(recipe), sequence_length=length)
+    return filled, config
+
 
 _SETTINGS: dict[str, tuple[str, ...]] = {
     "dense": (),

@@ -1,6 +1,7 @@
 """The arms of a comparison of translation models: what each builds, costs and leaks."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, final
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from mixtura.adapters.attach import apply_adapter
 from mixtura.adapters.costs import count_parameters, measured_flops_per_token
 from mixtura.adapters.expert_specialized import SAMPLE_SIZE
-from mixtura.checkpoints.pretrained import load_base
+from mixtura.checkpoints.pretrained import load_base, load_base_config
 from mixtura.config import ArmConfig, TranslationArmConfig, TranslationRecipe, UserError
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.layers import MixtureOfTokens
@@ -242,9 +243,12 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
     adapter, base = arm.adapter, recipe.base
     assert base.name is not None
     routed = adapter is not None and adapter.method == "mixture_of_lora" and adapter.router == "task"
-    grouped = adapter.group_size if adapter is not None and adapter.method == "mixture_of_tokens" else None
+    grouped = _group_of_base(base.name)
     if grouped is not None:
-        _check_groups(f"arms.{name}.adapter", grouped, recipe.training.batch_size)
+        _check_groups("base", grouped, recipe.training.batch_size)
+    if adapter is not None and adapter.method == "mixture_of_tokens":
+        _check_groups(f"arms.{name}.adapter", adapter.group_size, recipe.training.batch_size)
+        grouped = math.lcm(adapter.group_size, grouped or 1)
     experts = tuple(range(len(data.directions)))
 
     def build(seed: int, num_layers: int | None = base.num_layers) -> nn.Module:
@@ -255,7 +259,7 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
         return apply_adapter(
             model,
             adapter,
-            baseline_parameters=_baseline_parameters(recipe, num_layers) if adapter.rank is None else None,
+            baseline_parameters=_baseline_parameters(recipe, num_layers) if adapter.solves_rank else None,
             num_tasks=len(data.directions),
             sample=_sample(data, recipe.training.batch_size),
             seed=seed,
@@ -279,6 +283,13 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
         shape=None,
         grouped=grouped,
     )
+
+
+def _group_of_base(name: str) -> int | None:
+    """The examples that a base model mixes, where it is a mixture of tokens itself."""
+    config = load_base_config(name)
+    mixes = isinstance(config, MixtureConfig) and "mixture_of_tokens" in (config.mlp_layer_types or [])
+    return config.group_size if mixes else None
 
 
 def _sample(data: TranslationData, batch_size: int) -> Iterator[dict[str, Tensor]]:

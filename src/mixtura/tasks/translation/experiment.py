@@ -14,9 +14,8 @@ from mixtura.data.tokenizer import load_tokenizer
 from mixtura.tasks.translation.arms import make_arm
 from mixtura.tasks.translation.batches import encode_pairs
 from mixtura.tasks.translation.chrf import paired_bootstrap
-from mixtura.tasks.translation.prompts import Prompts, add_prompt_tokens
+from mixtura.tasks.translation.prompts import Prompts, add_prompt_tokens, train_translation_tokenizer
 from mixtura.tasks.translation.task import OUTPUTS_FILE, TranslationData, read_outputs
-from mixtura.tasks.translation.vocabulary import train_translation_tokenizer
 from mixtura.training.experiment import Arm, Experiment
 
 
@@ -146,7 +145,7 @@ def _encode(recipe: TranslationRecipe, corpus: ParallelCorpus, prompts: Prompts)
     }
     # In the recipe's order, as far as there are pairs.
     known = {pair.pair for split in splits.values() for pair in split.sentences}
-    named = [direction.lower() for direction in recipe.data.pairs]
+    named = recipe.data.pairs
     directions = tuple([name for name in named if name in known] + sorted(known - set(named)))
     return TranslationData(
         prompts=prompts, directions=directions, max_length=recipe.data.max_length, facts=facts, **splits

@@ -3,55 +3,29 @@
 `tokens`, for a model from scratch: <2xx> source <sep> | target <eos>, where <2xx> names the target language (Johnson et
 al. 2017, "Google's Multilingual Neural Machine Translation System", section 3). `instruction`, for a pretrained model:
 the words of ALMA (Xu et al. 2024, arXiv 2309.11674, section 2). What stands after the bar is what the loss counts.
+
+A model from scratch reads with a byte-level BPE over all languages of the comparison, with its prompt tokens.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from mixtura.config import UserError
+from mixtura.config.languages import language_name
 from mixtura.data.parallel import SentencePair
+from mixtura.data.tokenizer import load_tokenizer, train_tokenizer
+from mixtura.files import cache_entry
 
 PromptKind = Literal["tokens", "instruction"]
 SEPARATOR = "<sep>"
-
-# ISO 639-1; a language that is missing here goes by its code.
-LANGUAGE_NAMES = {
-    **{"af": "Afrikaans", "am": "Amharic", "ar": "Arabic", "be": "Belarusian", "bg": "Bulgarian", "bn": "Bengali"},
-    **{"ca": "Catalan", "cs": "Czech", "cy": "Welsh", "da": "Danish", "de": "German", "el": "Greek", "en": "English"},
-    **{"es": "Spanish", "et": "Estonian", "eu": "Basque", "fa": "Persian", "fi": "Finnish", "fr": "French"},
-    **{"ga": "Irish", "gl": "Galician", "gu": "Gujarati", "he": "Hebrew", "hi": "Hindi", "hr": "Croatian"},
-    **{"hu": "Hungarian", "hy": "Armenian", "id": "Indonesian", "is": "Icelandic", "it": "Italian", "ja": "Japanese"},
-    **{"ka": "Georgian", "kk": "Kazakh", "km": "Khmer", "kn": "Kannada", "ko": "Korean", "lt": "Lithuanian"},
-    **{"lv": "Latvian", "mk": "Macedonian", "ml": "Malayalam", "mn": "Mongolian", "mr": "Marathi", "ms": "Malay"},
-    **{"my": "Burmese", "nb": "Norwegian", "ne": "Nepali", "nl": "Dutch", "no": "Norwegian", "pa": "Punjabi"},
-    **{
-        "pl": "Polish",
-        "pt": "Portuguese",
-        "pt_br": "Brazilian Portuguese",
-        "ro": "Romanian",
-        "ru": "Russian",
-        "si": "Sinhala",
-        "sk": "Slovak",
-    },
-    **{"sl": "Slovenian", "sq": "Albanian", "sr": "Serbian", "sv": "Swedish", "sw": "Swahili", "ta": "Tamil"},
-    **{"te": "Telugu", "th": "Thai", "tl": "Tagalog", "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu"},
-    **{
-        "uz": "Uzbek",
-        "vi": "Vietnamese",
-        "zh": "Chinese",
-        "zh_cn": "Chinese",
-        "zh_tw": "Traditional Chinese",
-        "zu": "Zulu",
-    },
-}
-
-
-def language_name(language: str) -> str:
-    """The English name of a language; that of "zh" for a "zh_hk" that is not listed."""
-    return LANGUAGE_NAMES.get(language, LANGUAGE_NAMES.get(language.split("_")[0], language))
 
 
 def language_token(language: str) -> str:
@@ -132,3 +106,48 @@ class Prompts:
 def _instruction(source: str, pair: SentencePair) -> str:
     source_name, target_name = map(language_name, (pair.source_language, pair.target_language))
     return f"Translate this from {source_name} to {target_name}:\n{source_name}: {source}\n{target_name}:"
+
+
+# Raise it when the same texts would give another tokenizer than before.
+CACHE_FORMAT = 1
+
+
+def train_translation_tokenizer(
+    texts: Sequence[str], languages: Sequence[str], *, vocab_size: int, cache_dir: Path | None
+) -> PreTrainedTokenizerBase:
+    """A tokenizer of `vocab_size` tokens, the separator and one for each target language among them.
+
+    Args:
+        texts: training sentences of all languages; held-out text must not shape the vocabulary.
+        languages: target languages.
+        vocab_size: size of the vocabulary.
+        cache_dir: where it is kept under a hash of all it depends on; None keeps nothing.
+
+    Raises:
+        UserError: the vocabulary is too small, or the cache folder cannot be written.
+    """
+    folder = None if cache_dir is None else cache_dir / f"tokenizer-{_key(texts, languages, vocab_size)}"
+    if folder is not None and folder.is_dir():
+        with suppress(UserError):  # damaged: made anew
+            return load_tokenizer(str(folder))
+    tokenizer = train_tokenizer(texts, vocab_size=vocab_size - len(languages) - 1)
+    add_prompt_tokens(tokenizer, languages)
+    if folder is not None:
+        _store(tokenizer, folder)
+    return tokenizer
+
+
+def _key(texts: Sequence[str], languages: Sequence[str], vocab_size: int) -> str:
+    settings = [CACHE_FORMAT, vocab_size, list(languages), version("tokenizers"), version("transformers")]
+    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=16)
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _store(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        with cache_entry(folder) as new:
+            tokenizer.save_pretrained(new)
+    except OSError as error:
+        raise UserError(f"The cache folder '{folder.parent}' cannot be written ({error}): name another.") from error

@@ -1,12 +1,14 @@
 """Translations from the folder of a finished run: a model from scratch, a tuned base model, or an adapter on one."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mixtura.adapters.attach import load_adapter
 from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import UserError
+from mixtura.config.languages import code_advice, find_language
 from mixtura.data.parallel import SentencePair
 from mixtura.data.tokenizer import load_tokenizer
 from mixtura.models.loading import load_model
@@ -21,8 +23,8 @@ def translate(model_folder: Path, text: str, *, source_language: str, target_lan
     Args:
         model_folder: the `checkpoint` of a translation run.
         text: lines of a sentence or two, as long as those that the model was trained on.
-        source_language: code of the text's language, such as "en".
-        target_language: code of the language to translate into.
+        source_language: code of the text's language, such as "en" or "pt-BR".
+        target_language: code of the language to translate into; see `find_language` for what stands for what.
         num_beams: 1 is greedy.
 
     Raises:
@@ -30,6 +32,7 @@ def translate(model_folder: Path, text: str, *, source_language: str, target_lan
             long.
     """
     told = _read_told(model_folder)
+    source_language, target_language = _languages(told["directions"], source_language, target_language)
     direction = f"{source_language}-{target_language}"
     if direction not in told["directions"]:
         raise UserError(
@@ -75,6 +78,18 @@ def load_translator(model_folder: Path) -> tuple[Any, Prompts, tuple[str, ...], 
     told = _read_told(model_folder)
     prompts = Prompts(told["prompt"], load_tokenizer(str(model_folder)))
     return _load(model_folder, told), prompts, tuple(told["directions"]), _routing(told)
+
+
+def _languages(directions: Sequence[str], source_language: str, target_language: str) -> tuple[str, str]:
+    """The codes as the model knows them."""
+    known = [direction.split("-") for direction in directions]
+    found = []
+    for side, typed in enumerate((source_language, target_language)):
+        code = find_language(typed, [languages[side] for languages in known])
+        if code is None:
+            raise UserError(f"'{typed}' is no language code: {code_advice(typed)}.")
+        found.append(code)
+    return found[0], found[1]
 
 
 def _read_told(folder: Path) -> dict[str, Any]:

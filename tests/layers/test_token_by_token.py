@@ -30,7 +30,7 @@ def the_long_way(layer, x_BLD):
 
 @pytest.fixture
 def no_long_way(monkeypatch):
-    monkeypatch.setattr(MixtureOfTokens, "_run_apart", lambda *_: pytest.fail("it went the long way"))
+    monkeypatch.setattr(MixtureOfTokens, "_run_tokens", lambda *_: pytest.fail("it went the long way"))
 
 
 @given(
@@ -82,7 +82,7 @@ def test_both_ways_give_the_same_in_c(batch, experts, group, mixtures, top_k, te
     assert_close(y_BLD.double(), expected_BLD, rtol=0, atol=5e-6 * max(1.0, expected_BLD.abs().max().item()))
 
 
-@pytest.mark.skipif(not native.takes("relu"), reason="no C compiler, or torch's library has no sgemm to call")
+@pytest.mark.skipif(not native.can_run("relu"), reason="no C compiler, or torch's library has no sgemm to call")
 @pytest.mark.parametrize("mode", ["alone", "population"])
 def test_in_c_a_larger_step_of_either_mode_goes_the_short_way(no_long_way, mode):
     layer = random_layer(population=True, inference_mode=mode).float()

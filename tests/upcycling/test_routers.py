@@ -11,8 +11,7 @@ from torch.testing import assert_close
 from mixtura.checkpoints.source import open_source
 from mixtura.config import UserError
 from mixtura.upcycling.columns import GatedWeights, generator_for, redraw_channels
-from mixtura.upcycling.router_inputs import feed_forward_inputs
-from mixtura.upcycling.router_start import calibrated_rows, uncalibrated_rows
+from mixtura.upcycling.routers import calibrated_rows, feed_forward_inputs, uncalibrated_rows
 from mixtura.upcycling.writer import upcycle
 
 

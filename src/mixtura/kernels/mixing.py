@@ -12,24 +12,21 @@ from torch.autograd.function import once_differentiable
 
 from mixtura.kernels import native
 from mixtura.kernels.activation import activate, activate_backward
-from mixtura.kernels.precision import at_autocast_dtype
+from mixtura.kernels.expert_weights import ExpertWeights, at_autocast_dtype
 
 
 def mixed_ffn(
     x_NGD: Tensor,
     dispatch_NGEC: Tensor,
     combine_NGEC: Tensor,
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-    gated: bool,
+    experts: ExpertWeights,
 ) -> Tensor:
     """(N, G, D) -> (N, G, D): mix, experts on the mixtures, spread."""
-    tensors = at_autocast_dtype(x_NGD.contiguous(), dispatch_NGEC, combine_NGEC, up_EHD, down_EDF)
-    if native.takes(activation, *tensors):
-        return _MixedFFN.apply(*tensors, activation, gated)
-    x_NGD, dispatch_NGEC, combine_NGEC, up_EHD, down_EDF = tensors
-    y_ERD = batched_ffn(mix(x_NGD, dispatch_NGEC), up_EHD, down_EDF, activation, gated)
+    experts = experts.at_autocast_dtype(x_NGD.device.type)
+    x_NGD, dispatch_NGEC, combine_NGEC = at_autocast_dtype(x_NGD.contiguous(), dispatch_NGEC, combine_NGEC)
+    if native.can_run(experts.activation, x_NGD, dispatch_NGEC, combine_NGEC, experts.up, experts.down):
+        return _MixedFFN.apply(x_NGD, dispatch_NGEC, combine_NGEC, *experts)
+    y_ERD = batched_ffn(mix(x_NGD, dispatch_NGEC), experts)
     return spread(y_ERD, combine_NGEC)
 
 
@@ -38,30 +35,31 @@ class _MixedFFN(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x_NGD, dispatch_NGEC, combine_NGEC, up_EHD, down_EDF, activation, gated = arguments
+        x_NGD, dispatch_NGEC, combine_NGEC, *weights = arguments
+        experts = ExpertWeights(*weights)
         z_ERD, _ = native.mix(dispatch_NGEC, x_NGD)
         counts = [z_ERD.size(1)] * len(z_ERD)
-        y_ERD, u_RH = native.forward(z_ERD, None, None, counts, up_EHD, down_EDF, activation, gated)
-        ctx.save_for_backward(x_NGD, dispatch_NGEC, combine_NGEC, up_EHD, down_EDF, z_ERD, y_ERD, u_RH)
-        ctx.settings = (counts, activation, gated)
+        y_ERD, u_RH = native.forward(z_ERD, None, None, counts, experts)
+        ctx.save_for_backward(x_NGD, dispatch_NGEC, combine_NGEC, experts.up, experts.down, z_ERD, y_ERD, u_RH)
+        ctx.settings = (counts, experts.activation, experts.gated)
         return native.spread(combine_NGEC, y_ERD)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x_NGD, dispatch_NGEC, combine_NGEC, up_EHD, down_EDF, z_ERD, y_ERD, u_RH = ctx.saved_tensors
-        counts, activation, gated = ctx.settings
+        counts, *kind = ctx.settings
+        experts = ExpertWeights(up_EHD, down_EDF, *kind)
         grad_y_ERD, grad_combine_NGEC = native.mix(combine_NGEC, grad_outputs[0].contiguous(), y_ERD)
-        grad_z_ERD, _, grad_up_EHD, grad_down_EDF = native.backward(
-            grad_y_ERD, z_ERD, None, None, counts, up_EHD, down_EDF, u_RH, activation, gated
-        )
+        grads = native.backward(grad_y_ERD, z_ERD, None, None, counts, experts, u_RH)
+        grad_z_ERD, _, grad_up_EHD, grad_down_EDF = grads
         grad_x_NGD, grad_dispatch_NGEC = native.spread(dispatch_NGEC, grad_z_ERD, x_NGD)
         return grad_x_NGD, grad_dispatch_NGEC, grad_combine_NGEC, grad_up_EHD, grad_down_EDF, None, None
 
 
-def batched_ffn(x_ERD: Tensor, up_EHD: Tensor, down_EDF: Tensor, activation: str, gated: bool) -> Tensor:
+def batched_ffn(x_ERD: Tensor, experts: ExpertWeights) -> Tensor:
     """(E, R, D) -> (E, R, D): expert e on its own R rows."""
-    return _BatchedFFN.apply(*at_autocast_dtype(x_ERD, up_EHD, down_EDF), activation, gated)
+    return _BatchedFFN.apply(*at_autocast_dtype(x_ERD), *experts.at_autocast_dtype(x_ERD.device.type))
 
 
 class _BatchedFFN(torch.autograd.Function):
@@ -94,10 +92,7 @@ def scaled_ffn(
     scale_TE: Tensor,
     weight_TE: Tensor,
     mean_ED: Tensor | None,
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-    gated: bool,
+    experts: ExpertWeights,
 ) -> Tensor:
     """(T, D) -> (T, D): every expert on every token, sum_e weight_e * f_e(scale_e * x + (1 - scale_e) * mean_e).
 
@@ -105,6 +100,7 @@ def scaled_ffn(
     scale in between, and one product back, for which the weights are laid out anew; with few tokens that copy would
     cost more than adding up the experts' outputs. No mean is a mean of zero.
     """
+    up_EHD, down_EDF, activation, gated = experts
     num_experts, width, hidden = up_EHD.shape
     scale_TE1 = scale_TE.unsqueeze(-1)
     u_TEH = (x_TD @ up_EHD.reshape(num_experts * width, hidden).T).unflatten(-1, (num_experts, width)) * scale_TE1

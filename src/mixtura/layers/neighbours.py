@@ -1,4 +1,4 @@
-"""What stands for the rest of a token's group when there is no group.
+"""What stands for the other members of a token's group when there is no group, and the layer that keeps it.
 
 A token enters mixture s of its group with weight m = exp(l) / (exp(l) + Z), where l is its logit and Z the sum of
 exp(l) over the other members, and the mixture is m x + (1 - m) x_bar, where x_bar is the other members' mean with the
@@ -9,17 +9,20 @@ Shapes: N groups, G tokens of a group, S mixtures, D hidden.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mixtura import kernels
-from mixtura.layers.experts import Experts, unwrapped
+from mixtura.kernels import ExpertWeights
+from mixtura.layers.experts import Experts
+from mixtura.layers.feed_forward import FeedForward
+from mixtura.layers.routing import Router
 
 
 class Neighbours(NamedTuple):
-    """The rest of a token's group, as every mixture sees it."""
+    """The other members of a token's group, as every mixture sees them."""
 
     log_mass_S: Tensor | float
     """Log of the summed exp(logit) of the other G - 1 tokens."""
@@ -108,10 +111,72 @@ class Population(nn.Module):
     @torch.no_grad()
     def refresh(self, experts: Experts) -> None:
         """Computes the experts' outputs for the means again, as they change with the weights."""
-        mean_ECD = self.mean.to(next(experts.parameters()).dtype).unflatten(0, (unwrapped(experts).num_experts, -1))
-        self.output.copy_(experts(mean_ECD, kernels.batched_ffn).flatten(0, 1))
+        self.output.copy_(experts(self.mean, _on_their_mixtures))
 
     @property
     def neighbours(self) -> Neighbours:
-        """The rest of a group as it is on average."""
+        """The other members of a group as they are on average."""
         return Neighbours(self.log_mass, self.combine_log_mass, self.mean, self.output)
+
+
+def _on_their_mixtures(mean_SD: Tensor, experts: ExpertWeights) -> Tensor:
+    """(S, D) -> (S, D): the output of each mixture's expert."""
+    mean_ECD = mean_SD.to(experts.up.dtype).unflatten(0, (len(experts.up), -1))
+    return kernels.batched_ffn(mean_ECD, experts).flatten(0, 1)
+
+
+class ServedTokenByToken(FeedForward):
+    """The state of a layer that is trained in groups and may be served without them; families inherit it."""
+
+    gate: Router
+    group_size: int
+    population: Population | None
+    observing: bool
+    """Whether passes in groups leave what they saw in `observed`, the latest in place of any before."""
+    observed: Observation | None
+
+    def start_serving(
+        self,
+        num_mixtures: int,
+        hidden_size: int,
+        mode: Literal["group", "alone", "population"],
+        top_k: int | None,
+        zero_fill: float,
+        population: bool,
+    ) -> None:
+        """Called once, by the constructor; the arguments are those of `MixtureOfTokens`."""
+        self._num_mixtures = num_mixtures
+        self.population = None
+        if population:
+            self.population = Population(num_mixtures, hidden_size, group_size=self.group_size)
+        self.observing, self.observed = False, None
+        self.set_inference_mode(mode, top_k=top_k)
+        self.set_zero_fill(zero_fill)
+
+    def keep_population(self) -> Population:
+        """The averages that the layer keeps, from now on if it kept none, then at first those of zeros."""
+        if self.population is None:
+            population = Population(*self.gate.weight.shape, group_size=self.group_size)
+            self.population = population.to(self.gate.weight)
+        return self.population
+
+    def set_inference_mode(self, mode: Literal["group", "alone", "population"], *, top_k: int | None = None) -> None:
+        """Sets how eval() runs; `top_k` limits the mixtures that run for a token without a group."""
+        if mode not in ("group", "alone", "population"):
+            raise ValueError(f"inference_mode is {mode!r}: it must be group, alone or population.")
+        if mode == "population" and self.population is None:
+            raise ValueError(
+                "inference_mode is 'population' but the layer keeps no population's averages: calibrate it."
+            )
+        if top_k is not None and not 1 <= top_k <= self._num_mixtures:
+            raise ValueError(
+                f"alone_top_k is {top_k}: it must lie between 1 and {self._num_mixtures}, "
+                "the number of mixtures, or be None for all."
+            )
+        self.inference_mode, self.alone_top_k = mode, top_k
+
+    def set_zero_fill(self, share: float) -> None:
+        """Sets the share of the groups that training leaves otherwise empty."""
+        if not 0 <= share <= 1:
+            raise ValueError(f"zero_fill is {share}: it is a share of the groups and must lie between 0 and 1.")
+        self.zero_fill = share

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mixtura.training import allocation
+from mixtura.training import process
 
 COUNT_FAULTS = """
 import resource, runpy, sys
@@ -27,11 +27,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_a_large_block_is_made_from_memory_that_another_left():
     faults = {}
     for mode in ("default", "kept"):
-        command = [sys.executable, "-c", COUNT_FAULTS, mode, allocation.__file__]
+        command = [sys.executable, "-c", COUNT_FAULTS, mode, process.__file__]
         faults[mode] = int(subprocess.check_output(command, text=True))
     assert faults["kept"] < 100 < faults["default"]
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    assert allocation.keep_freed_memory() is False
+    assert process.keep_freed_memory() is False

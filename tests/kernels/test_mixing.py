@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from mixtura import kernels
-from mixtura.kernels import reference
+from mixtura.kernels import ExpertWeights, reference
 
 N, G, E, C, D, F, T = 3, 4, 3, 2, 5, 2, 6
 GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
@@ -21,7 +21,9 @@ def leaves(*shapes, dtype=torch.float64):
 def run(function, inputs, dtype, *options):
     """Output and gradients for a random upstream gradient, the same at every call on inputs of the same shapes."""
     copies = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
-    y = function(*copies, *options)
+    if options:  # the last two are the experts' weights, of that activation and kind
+        copies_and_experts = [*copies[:-2], ExpertWeights(*copies[-2:], *options)]
+    y = function(*(copies_and_experts if options else copies))
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype))
     return [y.detach().double()] + [copy.grad.double() for copy in copies]
 
@@ -62,7 +64,7 @@ def test_experts_equal_their_definitions(activation, gated, e, rows, d, f):
 
     def reorder(function):
         return lambda x_TD, scale_TE, weight_TE, up_EHD, down_EDF, mean_ED=None: function(
-            x_TD, scale_TE, weight_TE, mean_ED, up_EHD, down_EDF, activation, gated
+            x_TD, scale_TE, weight_TE, mean_ED, ExpertWeights(up_EHD, down_EDF, activation, gated)
         )
 
     inputs = leaves((rows, d), (rows, e), (rows, e)) + weights
@@ -85,37 +87,40 @@ def test_experts_pass_gradcheck(activation, gated):
     up_EHD, down_EDF = leaves((E, 2 * F if gated else F, D), (E, D, F))
     x_ERD, x_TD, scale_TE, weight_TE = leaves((E, 3, D), (T, D), (T, E), (T, E))
     assert torch.autograd.gradcheck(
-        lambda *inputs: kernels.batched_ffn(*inputs, activation, gated), (x_ERD, up_EHD, down_EDF)
+        lambda x, up, down: kernels.batched_ffn(x, ExpertWeights(up, down, activation, gated)),
+        (x_ERD, up_EHD, down_EDF),
     )
     assert torch.autograd.gradcheck(
-        lambda x, scale, weight, up, down: kernels.scaled_ffn(x, scale, weight, None, up, down, activation, gated),
+        lambda x, scale, weight, up, down: kernels.scaled_ffn(
+            x, scale, weight, None, ExpertWeights(up, down, activation, gated)
+        ),
         (x_TD, scale_TE, weight_TE, up_EHD, down_EDF),
     )
 
 
 def test_an_upstream_gradient_without_memory_of_its_own_is_taken():
     inputs = leaves((E, 4, D), (E, F, D), (E, D, F))
-    kernels.batched_ffn(*inputs, "relu", False).sum().backward()
+    kernels.batched_ffn(inputs[0], ExpertWeights(*inputs[1:], "relu", False)).sum().backward()
     gradients = [tensor.grad for tensor in inputs]
     for tensor in inputs:
         tensor.grad = None
-    reference.batched_ffn(*inputs, "relu", False).sum().backward()
+    reference.batched_ffn(inputs[0], ExpertWeights(*inputs[1:], "relu", False)).sum().backward()
     for tensor, gradient in zip(inputs, gradients, strict=True):
         assert_close(gradient, tensor.grad)
 
 
 def test_weights_get_gradients_in_their_own_layout():
     x_ERD, up_EHD, down_EDF = leaves((E, 4, D), (E, F, D), (E, D, F))
-    kernels.batched_ffn(x_ERD, up_EHD, down_EDF, "relu", False).sum().backward()
+    kernels.batched_ffn(x_ERD, ExpertWeights(up_EHD, down_EDF, "relu", False)).sum().backward()
     assert up_EHD.grad.is_contiguous() and down_EDF.grad.is_contiguous()
 
 
 def test_autocast_computes_in_bfloat16_and_hands_back_float32_gradients():
     inputs = leaves((E, 4, 16), (E, 16, 16), (E, 16, 16), dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        y_ERD = kernels.batched_ffn(*inputs, "relu", False)
+        y_ERD = kernels.batched_ffn(inputs[0], ExpertWeights(*inputs[1:], "relu", False))
     y_ERD.float().sum().backward()
-    expected_ERD = reference.batched_ffn(*inputs, "relu", False)
+    expected_ERD = reference.batched_ffn(inputs[0], ExpertWeights(*inputs[1:], "relu", False))
     assert y_ERD.dtype == torch.bfloat16
     assert_close(y_ERD.float(), expected_ERD, rtol=0.05, atol=0.02 * expected_ERD.abs().max().item())
     assert all(tensor.grad.dtype == torch.float32 for tensor in inputs)

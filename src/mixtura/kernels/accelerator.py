@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mixtura.kernels.precision import at_autocast_dtype
+from mixtura.kernels.expert_weights import ExpertWeights, at_autocast_dtype
+from mixtura.kernels.indices import as_int64, check_shape
 
 TRITON = find_spec("triton") is not None
 """Whether Triton is installed: torch brings it along with its builds for CUDA."""
@@ -22,7 +23,7 @@ if TRITON or TYPE_CHECKING:
     from mixtura.kernels import triton_mixing, triton_routing, triton_sparse
 
 
-def sorts_choices(expert_TK: Tensor) -> bool:
+def can_sort_choices(expert_TK: Tensor) -> bool:
     """Whether `sort_choices` should sort these choices."""
     return TRITON and expert_TK.is_cuda and expert_TK.numel() > 0
 
@@ -32,11 +33,11 @@ def sort_choices(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
     return triton_routing.sort_choices(expert_TK, num_experts)
 
 
-def takes_rows(x_TD: Tensor, up_EHD: Tensor, down_EDF: Tensor) -> bool:
+def can_run_rows(x_TD: Tensor, experts: ExpertWeights) -> bool:
     """Whether `grouped_ffn` should run these: 16-bit numbers on a CUDA device, rows aligned to 16 bytes."""
     if not (TRITON and x_TD.is_cuda):
         return False
-    x_TD, up_EHD, down_EDF = at_autocast_dtype(x_TD, up_EHD, down_EDF)
+    x_TD, up_EHD, down_EDF = at_autocast_dtype(x_TD, experts.up, experts.down)
     aligned = all(tensor.size(-1) * tensor.element_size() % 16 == 0 for tensor in (x_TD, up_EHD, down_EDF))
     return aligned and x_TD.dtype in (torch.bfloat16, torch.float16) and x_TD.dtype == up_EHD.dtype == down_EDF.dtype
 
@@ -47,29 +48,31 @@ def grouped_ffn(
     weight_R: Tensor,
     tokens_per_expert_E: Tensor,
     row_TK: Tensor | None,
-    up_EHD: Tensor,
-    down_EDF: Tensor,
-    activation: str,
-    gated: bool,
+    experts: ExpertWeights,
 ) -> Tensor:
     """(T, D) -> (T, D), as `reference.sparse_ffn`; `row_TK` are each token's rows where all tokens have K of them.
 
     Without it, the rows are sorted by token once more.
     """
-    x_TD, up_EHD, down_EDF = (tensor.contiguous() for tensor in at_autocast_dtype(x_TD, up_EHD, down_EDF))
+    x_TD, up_EHD, down_EDF = (t.contiguous() for t in at_autocast_dtype(x_TD, experts.up, experts.down))
+    experts = experts._replace(up=up_EHD, down=down_EDF)
+    experts.check(x_TD.size(1))
+    check_shape("weight_R", weight_R, token_R.shape)
+    check_shape("tokens_per_expert_E", tokens_per_expert_E, (len(up_EHD),))
     if row_TK is None:
         row_R, start_T = triton_sparse.rows_by_token(token_R, len(x_TD))
     else:
-        row_R, step = row_TK.reshape(-1), row_TK.size(1)
+        step = row_TK.size(1)
+        check_shape("row_TK", row_TK, (len(x_TD), step))
+        row_R = as_int64("row_TK", row_TK).view(-1)
+        check_shape("row_TK, flattened,", row_R, token_R.shape)
         start_T = torch.arange(0, row_TK.numel() + 1, step, dtype=torch.int32, device=row_TK.device)
-    return triton_sparse.grouped_ffn(
-        x_TD, token_R, weight_R, tokens_per_expert_E, row_R, start_T, up_EHD, down_EDF, activation, gated
-    )
+    return triton_sparse.grouped_ffn(x_TD, token_R, weight_R, tokens_per_expert_E, row_R, start_T, experts)
 
 
-def takes_groups(x_OPGD: Tensor) -> bool:
+def can_run_groups(x_OPGD: Tensor) -> bool:
     """Whether `logits_mixed_ffn` should run these groups."""
-    return TRITON and x_OPGD.is_cuda and triton_mixing.takes_group(x_OPGD)
+    return TRITON and x_OPGD.is_cuda and triton_mixing.can_run_group(x_OPGD)
 
 
 def logits_mixed_ffn(

@@ -1,0 +1,121 @@
+"""Files of text: which ones a path means, and their lines, or one sentence on why a file cannot be read."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mixtura.config import UserError
+from mixtura.errors import reason_of
+
+_PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z")
+_SPREADSHEETS = (".xlsx", ".xls", ".ods")
+# What a file is by its first bytes, whatever its name says.
+_SIGNATURES = {
+    b"\xff\xfe": "is UTF-16 text: convert it, as with `iconv -f UTF-16 -t UTF-8`",
+    b"\xfe\xff": "is UTF-16 text: convert it, as with `iconv -f UTF-16 -t UTF-8`",
+    b"\x1f\x8b": "is packed by gzip: unpack it, as with `gunzip`",
+    b"BZh": "is packed by bzip2: unpack it, as with `bunzip2`",
+    b"\xfd7zXZ": "is packed by xz: unpack it, as with `unxz`",
+    b"\x28\xb5\x2f\xfd": "is packed by zstd: unpack it, as with `unzstd`",
+    b"PK\x03\x04": "is a zip archive or a spreadsheet: unpack it, or save the sheet as CSV",
+    b"PAR1": "is a Parquet file: name it .parquet",
+    b"%PDF": "is a PDF: take the text out of it",
+    b"version https://git-lfs": "is a pointer of Git LFS: fetch the file itself with `git lfs pull`",
+}
+
+
+def local_files(path: str | None, kinds: tuple[str, ...]) -> tuple[list[Path], int]:
+    """Files to read, sorted, and the number of files of other kinds.
+
+    A folder is read with its subfolders; links to folders are not followed. A .json file of a folder is read if it
+    holds a list, since data sets describe themselves in .json files too.
+
+    Raises:
+        UserError: there are none, or they cannot be listed.
+    """
+    try:
+        start = Path(str(path)).expanduser()
+        found = [start] if start.is_file() else _walk(start)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"'data.path' is '{path}', which cannot be read ({reason_of(error)}): correct it.") from None
+    listed = ", ".join(kinds)
+    if found == [start]:
+        if start.suffix.lower() not in kinds:
+            raise UserError(f"'data.path' is '{start}', which {_other_kind(start, listed)}.")
+        if start.stat().st_size == 0:
+            raise UserError(f"'data.path' is '{start}', which is empty: give a file with text in it.")
+        return [start], 0
+    files = [file for file in found if file.suffix.lower() in kinds and _holds_rows(file)]
+    if not files:
+        other = (
+            f", such as '{found[0].name}', which {_other_kind(found[0], listed)}" if found else ": give one with text"
+        )
+        raise UserError(f"'data.path' is '{start}', a folder without any file of {listed}{other}.")
+    return files, len(found) - len(files)
+
+
+def _other_kind(file: Path, listed: str) -> str:
+    suffix = file.suffix.lower()
+    if suffix in _PACKED:
+        return f"is packed: unpack it to one of {listed}"
+    if suffix in _SPREADSHEETS:
+        return "is a spreadsheet: save it as CSV"
+    return f"is none of {listed}: give a file of one of these kinds"
+
+
+def _holds_rows(file: Path) -> bool:
+    if file.suffix.lower() != ".json":
+        return True
+    with file.open("rb") as opened:
+        return opened.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file with \\n line ends, without a byte order mark.
+
+    Raises:
+        UserError: it cannot be read, or is no UTF-8 text.
+    """
+    offset = 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if b"\0" in line:
+                    place = offset + line.index(b"\0")
+                    no_text = f"holds a NUL byte at {place}, so it is no UTF-8 text: convert or remove it"
+                    raise UserError(f"'{path}' {format_of(path) or no_text}.")
+                text = line.decode().replace("\r\n", "\n")
+                yield text if offset else text.removeprefix("\ufeff")
+                offset += len(line)
+    except UnicodeDecodeError as error:
+        no_text = f"is not UTF-8 text at byte {offset + error.start}: convert it, as with `iconv -f LATIN1 -t UTF-8`"
+        raise UserError(f"'{path}' {format_of(path) or no_text}.") from None
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read ({reason_of(error)}): check its permissions.") from None
+
+
+def format_of(path: Path, *, besides: bytes = b"") -> str | None:
+    """What a file that could not be read really is and what to do, to stand after its name.
+
+    Args:
+        path: the file.
+        besides: the first bytes of what it should be.
+
+    Returns:
+        None where its first bytes do not tell.
+    """
+    with path.open("rb") as file:
+        start = file.read(32)
+    known = (told for signature, told in _SIGNATURES.items() if signature != besides and start.startswith(signature))
+    return next(known, None)
+
+
+def _walk(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"'data.path' is '{folder}', where there is no file or folder: correct the path.")
+
+    def refuse(error: OSError) -> None:  # os.walk passes over unreadable folders unless told otherwise
+        raise UserError(f"The folder '{error.filename}' cannot be read ({error.strerror}): check its permissions.")
+
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder, onerror=refuse) for name in names)
+    return sorted(path for path in paths if path.is_file())

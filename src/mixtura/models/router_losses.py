@@ -1,0 +1,76 @@
+"""Router losses inside a model's own loss, so that any trainer balances the experts without knowing of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from mixtura.layers import RoutingStats
+from mixtura.layers.statistics import load_balancing_loss
+from mixtura.models.configuration_mixture import MixtureConfig
+
+logger = logging.get_logger(__name__)
+
+Routing = tuple[RoutingStats | None, ...]
+
+
+def router_losses(config: MixtureConfig, routing: Routing | None) -> tuple[Tensor | None, Tensor | None]:
+    """Load-balancing and z-loss, means over the token-choice layers; None where there is no such layer.
+
+    The other families balance their load by construction, and where languages name the experts the data decides.
+    """
+    if routing is None or config.route_by != "token":
+        return None, None
+    families = config.mlp_layer_types or []
+    stats = [s for s, family in zip(routing, families, strict=True) if s is not None and family == "token_choice"]
+    if not stats:
+        return None, None
+    aux_losses = [load_balancing_loss(s.tokens_per_expert_E, s.importance_E) for s in stats]
+    return torch.stack(aux_losses).mean(), torch.stack([s.router_z_loss for s in stats]).mean()
+
+
+def weighted_router_losses(
+    config: MixtureConfig, losses: tuple[Tensor | None, Tensor | None], *, share: Tensor | float | None
+) -> Tensor | None:
+    """What the losses of `router_losses` add to the model's; None where there is nothing to balance.
+
+    `share` is that of this batch in the step, see `share_of_step`; None where the trainer averages batches itself.
+    """
+    aux_loss, z_loss = losses
+    if aux_loss is None or z_loss is None:
+        return None
+    total = config.router_aux_loss_coef * aux_loss + config.router_z_loss_coef * z_loss
+    return total if share is None else total * share
+
+
+def share_of_step(counted: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | None:
+    """This batch's share of the targets of its optimizer step; None where the trainer does not count those.
+
+    transformers' Trainer gives the number of targets of all micro-batches (and, where it averages tokens across
+    devices, of all ranks) and then only sums losses up. What is a mean over one micro-batch must therefore count by
+    that micro-batch's share, or it grows with their number.
+
+    Args:
+        counted: labels of the predictions, -100 where there is none; not the first of a row where labels are shifted.
+        num_items_in_batch: the targets of the whole step.
+    """
+    if num_items_in_batch is None:
+        return None
+    share = counted.ne(-100).sum() / num_items_in_batch
+    return share.to(counted.device)
+
+
+def warn_of_a_loss_outside(config: MixtureConfig, kwargs: Mapping[str, Any]) -> None:
+    """Says once that a trainer forms the loss without the model, so that nothing balances the experts.
+
+    A count of targets without labels gives it away: the Trainer's label smoothing and `compute_loss_func` do that.
+    """
+    balanced = config.router_aux_loss_coef or config.router_z_loss_coef
+    if kwargs.get("num_items_in_batch") is not None and config.has_balanced_layers and balanced:
+        logger.warning_once(
+            "The trainer forms the loss itself (label smoothing, or a loss function of its own), so the router losses "
+            "are left out and nothing balances the experts: ask for output_router_logits=True and add "
+            "router_aux_loss_coef * outputs.aux_loss, or train without label smoothing."
+        )
