@@ -73,6 +73,7 @@ type: $(READY_DEV)  ## check types
 	@$(BIN)/pyright
 
 docs: $(READY_DEV)  ## build the documentation into site/
+	@$(BIN)/python benchmarks/pages.py
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo 'The documentation is at site/index.html'
 

@@ -1,0 +1,213 @@
+"""Writes docs/results/: the tables of the records under benchmarks/results/ and of the searches beside the recipes.
+
+A page holds what its records hold and nothing else, so a number is corrected by measuring again and never by hand.
+`make docs` runs `python benchmarks/pages.py`; a test fails where a page and its records differ.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RECORDS = ROOT / "benchmarks" / "results"
+PAGES = ROOT / "docs" / "results"
+NOTE = "`python benchmarks/pages.py` makes this page from {source}. Do not edit it by hand."
+PASSES = {
+    "training": "Forward and backward",
+    "forward": "Forward alone",
+    "step": "Forward, backward and fused AdamW",
+}
+PARTS = ("attention", "feed-forward", "head and loss", "rest", "clipping", "optimizer")
+"""What the benchmark of whole steps tells apart, as its records name it."""
+
+
+def pages() -> dict[str, str]:
+    """Content of every page by file name."""
+    makers = {"layers": layers, "steps": steps, "decoding": decoding, "experts": experts, "rates": rates}
+    return {f"{name}.md": make() for name, make in makers.items()}
+
+
+def layers() -> str:
+    """Single layers against a dense layer and other libraries."""
+    text = _top(
+        "How fast is one layer?",
+        "`benchmarks/results/layers-*.json`",
+        "A cell is the time relative to a dense layer of equal FLOPs (median of the rounds, then lowest and highest "
+        "round) and the utilisation: the time of one large product of the same FLOPs over the layer's. "
+        "[Performance](../performance.md) says how this is measured and what follows. *Plain* stands for the textbook "
+        "formulation in torch operators.",
+    )
+    for name, record in _records("layers-*.json"):
+        sizes = record["sizes"]
+        shape = sizes[0]["size"]
+        text += f"## {shape['tokens']:,} tokens x {shape['hidden']:,}\n\n{_machine(name, record)}\n\n"
+        for what, title in PASSES.items():
+            cells = [_of_pass(entry, what) for entry in sizes]
+            if any(cells):
+                names = dict.fromkeys(name for column in cells for name in column)
+                rows = ([contender, *(column.get(contender, "-") for column in cells)] for contender in names)
+                text += f"### {title}\n\n{_table(['contender', *map(_size, sizes)], rows)}\n"
+        left_out = sorted({f"{name}: {reason}" for entry in sizes for name, reason in entry["left_out"].items()})
+        text += "Left out at one size or more:\n\n" + "".join(f"- {line}\n" for line in left_out) + "\n"
+    return text.rstrip("\n") + "\n"
+
+
+def steps() -> str:
+    """Whole training steps of models."""
+    text = _top(
+        "How fast is a whole training step?",
+        "`benchmarks/results/steps-*.json`",
+        "Models whose layers are all mixtures, with attention, embeddings and a head; a step is forward, backward, "
+        "clipping and fused AdamW, and the models alternate. The last six columns are milliseconds, medians of their "
+        "own: of a module forward and backward, the loss with the head, norms and embedding with the rest. "
+        "[Performance](../performance.md) says what follows.",
+    )
+    head = ["experts", "family", "time relative to dense (range)", "tokens/s", *PARTS]
+    for name, record in _records("steps-*.json"):
+        settings = record["settings"]
+        text += f"## {settings['tokens']:,} tokens a step\n\n{_machine(name, record)} "
+        text += f"{settings['layers']} layers, {settings['hidden']} hidden, vocabulary {settings['vocabulary']:,}.\n\n"
+        rows = (
+            [
+                f"{row['experts']}, top {row['top_k']}",
+                row["family"].replace("_", " "),
+                f"{row['ratio']:.2f} ({row['lowest']:.2f}-{row['highest']:.2f})",
+                f"{row['tokens_per_second']:,.0f}",
+                *(f"{1000 * row['seconds'][part]:,.0f}" for part in PARTS),
+            ]
+            for row in record["rows"]
+        )
+        text += _table(head, rows) + "\n"
+    return text.rstrip("\n") + "\n"
+
+
+def decoding() -> str:
+    """Generation token by token."""
+    text = _top(
+        "How fast is decoding?",
+        "`benchmarks/results/decode-*.json`",
+        "Whole models with a cache and random weights, at equal active width; medians of alternating rounds. *Speed* "
+        "is tokens per second relative to the dense model, prompt and sampling included. *Layer* is the time of one "
+        "feed-forward layer for one token of each sequence, with its weights in cache. "
+        "[Deploying mixture of tokens](../deploying-mot.md#speed) says what follows.",
+    )
+    head = ["batch", "form", "speed, dense 1", "tokens/s", "layer, microseconds", "model, MB"]
+    for name, record in sorted(_records("decode-*.json"), key=lambda item: item[1]["settings"]["hidden"]):
+        settings = record["settings"]
+        text += f"## {settings['hidden']} hidden, {settings['layers']} layers, {settings['experts']} experts\n\n"
+        rows = (
+            [
+                str(row["batch"]),
+                row["form"],
+                f"{row['model_ratio']:.2f}",
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['layer_microseconds']:,.0f}",
+                f"{row['megabytes']:,.0f}",
+            ]
+            for row in record["rows"]
+        )
+        text += f"{_machine(name, record)}\n\n{_table(head, rows)}\n"
+    return text.rstrip("\n") + "\n"
+
+
+def experts() -> str:
+    """Experts of transformers' mixtures on Mixtura's kernels."""
+    text = _top(
+        "How fast are transformers' mixtures on Mixtura's kernels?",
+        "`benchmarks/results/experts-*.json`",
+        "How many times as fast as transformers' eager experts: medians of alternating rounds. "
+        "[Other tools](../tools.md) says how a model chooses its kernels.",
+    )
+    for name, record in _records("experts-*.json"):
+        settings = record["settings"]
+        text += f"## {settings['hidden']} hidden, width {settings['width']}, top {settings['top_k']}\n\n"
+        measured: dict[tuple[int, int, str], dict[str, float]] = {}
+        for row in record["rows"]:
+            measured.setdefault((row["experts"], row["tokens"], row["pass"]), {})[row["implementation"]] = row[
+                "times_eager"
+            ]
+        names = list(dict.fromkeys(name for cells in measured.values() for name in cells))
+        rows = (
+            [*map(str, key), *(f"{cells[name]:.2f}" if name in cells else "" for name in names)]
+            for key, cells in measured.items()
+        )
+        text += f"{_machine(name, record)}\n\n{_table(['experts', 'tokens', 'pass', *names], rows)}\n"
+    return text.rstrip("\n") + "\n"
+
+
+def rates() -> str:
+    """The learning-rate searches whose results the recipes ship."""
+    text = _top(
+        "Which learning rates were tried for the shipped recipes?",
+        "`recipes/*.search.json`",
+        "A cell is the held-out loss of a trial, the mean over the seeds of the search; the bold one was chosen. A "
+        "rate that is the lowest or highest of its row is at the edge of what was tried, and reports warn of it. "
+        "[Comparing](../compare.md) says why every arm has a rate of its own.",
+    )
+    for path in sorted((ROOT / "recipes").glob("*.search.json")):
+        arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
+        text += f"## {path.name.removesuffix('.search.json')}\n\n"
+        tried = sorted({trial["learning_rate"] for arm in arms.values() for trial in arm["trials"]})
+        rows = (
+            [f"`{name}`", str(arm["steps"]), ", ".join(map(str, arm["seeds"])), *_trials(arm, tried)]
+            for name, arm in arms.items()
+        )
+        text += _table(["arm", "steps", "seeds", *(f"{rate:g}" for rate in tried)], rows) + "\n"
+    return text.rstrip("\n") + "\n"
+
+
+def _of_pass(entry: dict[str, Any], what: str) -> dict[str, str]:
+    return {
+        row["contender"]: f"{row['ratio']:.2f} ({row['lowest']:.2f}-{row['highest']:.2f}), {row['utilisation']:.2f}"
+        for row in entry["rows"]
+        if row["what"] == what
+    }
+
+
+def _size(entry: dict[str, Any]) -> str:
+    size = entry["size"]
+    return f"{size['experts']} experts, top {size['top_k']}" + (", skewed" if size["skew"] else "")
+
+
+def _trials(arm: dict[str, Any], tried: list[float]) -> list[str]:
+    losses = {trial["learning_rate"]: trial["loss"] for trial in arm["trials"]}
+    cells = []
+    for rate in tried:
+        loss = losses.get(rate)
+        cell = ("diverged" if rate in losses else "") if loss is None else f"{loss:.4f}"
+        cells.append(f"**{cell}**" if rate == arm["best"] else cell)
+    return cells
+
+
+def _records(pattern: str) -> list[tuple[str, dict[str, Any]]]:
+    paths = sorted(RECORDS.glob(pattern), key=lambda path: (len(path.name), path.name))
+    return [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+
+
+def _top(title: str, source: str, first: str) -> str:
+    return f"# {title}\n\n{NOTE.format(source=source)}\n\n{first}\n\n"
+
+
+def _machine(name: str, record: dict[str, Any]) -> str:
+    made, about = record["created"][:10], record["environment"]
+    return (
+        f"{made}, {about['processor']}, {about['threads']} of {about['cpu_count']} cores, torch {about['torch']}, "
+        f"transformers {about['transformers']}, {record['settings']['rounds']} rounds (`{name}`)."
+    )
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def main() -> None:
+    """Writes every page."""
+    PAGES.mkdir(exist_ok=True)
+    for name, text in pages().items():
+        (PAGES / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
