@@ -9,7 +9,8 @@ import pytest
 from mixtura.comparison.folder import check_same_data, environment, now, open_folder
 from mixtura.config import UserError, recipe_from_dict
 from mixtura.data.prepare import prepare_data
-from mixtura.results.files import read_json, write_json, write_text
+from mixtura.files import write_json, write_text
+from mixtura.results.files import read_json
 from mixtura.tasks.language_modelling.experiment import Pretraining
 
 

@@ -84,7 +84,7 @@ def test_interrupted_write_leaves_the_old_report(
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "replace", fail)
+    monkeypatch.setattr("mixtura.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(as_results(make_results(seeds=(0,))), tmp_path)
     assert path.read_bytes() == before

@@ -8,11 +8,12 @@ import pytest
 
 from fixtures.results import as_results
 from mixtura.config import UserError
+from mixtura.files import write_json, write_text
 from mixtura.report.html import report_folder
 from mixtura.report.summary import summarize
 from mixtura.results import SCHEMA_VERSION, read_results
 from mixtura.results.details import ClassificationDetails, PretrainingDetails, TranslationDetails
-from mixtura.results.files import read_json, read_run, write_json, write_results, write_run, write_text
+from mixtura.results.files import read_json, read_run, write_results, write_run
 from mixtura.results.json_form import NotThatRecord, from_plain, to_plain
 
 STORED = Path(__file__).parent / "stored"

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from mixtura.config import FinetuneRecipe, Recipe, UserError, recipe_to_dict, recipe_to_toml
+from mixtura.files import write_json, write_text
 from mixtura.kernels import native
-from mixtura.results.files import read_json, write_json, write_text
+from mixtura.results.files import read_json
 from mixtura.training.experiment import Experiment
 
 

@@ -21,16 +21,15 @@ from mixtura.comparison.preparing import (
 from mixtura.comparison.search import load_record, search_learning_rates, write_record
 from mixtura.comparison.timing import time_arms
 from mixtura.config import (
-    FinetuneRecipe,
     Interrupted,
-    Recipe,
     TrainingConfig,
     UserError,
-    load_recipe,
+    as_recipe,
     recipe_to_dict,
     recipe_to_toml,
 )
-from mixtura.report.html import write_report
+from mixtura.errors import need
+from mixtura.files import write_json
 from mixtura.report.summary import summarize
 from mixtura.results import LOSS, ArmResult, ArmTiming, Leaks, Results, RunResult, SearchRecord
 from mixtura.results.document import DataFacts
@@ -40,7 +39,6 @@ from mixtura.results.files import (
     read_json,
     read_records,
     read_run,
-    write_json,
     write_results,
     write_run,
 )
@@ -90,8 +88,8 @@ def compare(
         UserError: the recipe, the data or the folder is unusable.
         Interrupted: Ctrl-C was pressed; the same call goes on from there.
     """
-    given = isinstance(recipe, Recipe | FinetuneRecipe)
-    path, loaded = (None, recipe) if given else (Path(recipe), load_recipe(Path(recipe), overrides))
+    need("mixtura.report.html")  # a missing package is named before hours of training, not after
+    path, loaded = as_recipe(recipe, overrides)
     folder = Path(out) if out is not None else Path("runs") / loaded.name
     open_folder(folder, loaded, resume=resume)
     return _Comparison(loaded, path, folder, reporter or SilentProgress()).run(
@@ -142,7 +140,7 @@ class _Comparison:
         results = replace(results, total_seconds=max(before, trained, time.monotonic() - started))
         results = replace(results, summary=summarize(results))
         write_results(self.out / RESULTS, results)
-        write_report(results, self.out)
+        need("mixtura.report.html").write_report(results, self.out)
         return results
 
     def _probe_leaks(self, arms: dict[str, Arm]) -> dict[str, Leaks]:

@@ -14,9 +14,10 @@ from typing import Any
 
 from mixtura.comparison.preparing import AnyRecipe
 from mixtura.config import UserError
+from mixtura.files import write_json
 from mixtura.results import Facts, SearchRecord
 from mixtura.results.document import Trial
-from mixtura.results.files import read_json, read_records, write_json
+from mixtura.results.files import read_json, read_records
 from mixtura.results.json_form import to_plain
 
 

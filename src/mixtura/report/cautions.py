@@ -4,7 +4,6 @@ Level "serious" means that a number does not mean what its name
 says; "warning", that the comparison may be unfair or its winner dear; "note", a property of an arm worth knowing.
 """
 
-from collections.abc import Sequence
 from typing import Literal, get_args
 
 from mixtura.planning.matching import FLOPS_TOLERANCE
@@ -105,7 +104,8 @@ def _about_classes(results: Results) -> list[Caution]:
     return found
 
 
-def _labels(labels: Sequence[str]) -> str:
+def _labels(labels: object) -> str:
+    assert isinstance(labels, list)
     shown = [f"'{label}'" for label in labels[:MOST_LABELS]]
     return f"{', '.join(shown)} or {len(labels) - len(shown)} more" if len(labels) > len(shown) else " or ".join(shown)
 

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from mixtura.config import UserError
+from mixtura.files import write_text
 from mixtura.report import every_run, facts, tables
 from mixtura.report.deployment import deployment_figures
 from mixtura.report.figures import AXES, SYMBOLS, build_figures, is_even, load_maps
@@ -25,7 +26,7 @@ from mixtura.report.summary import summarize
 from mixtura.report.verdict import difference_words
 from mixtura.report.wording import NBSP, NONE, arm_colours, capital, count, listing, number, quantity, rate
 from mixtura.results import ArmResult, ArmSummary, Results, Summary, read_results
-from mixtura.results.files import RESULTS, write_text
+from mixtura.results.files import RESULTS
 from mixtura.results.json_form import to_plain
 
 _TEMPLATES = Path(__file__).parent / "templates"

@@ -1,7 +1,6 @@
 """The report's pictures as PNG files, for READMEs and messages: loss, differences and expert load, in a light theme."""
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from mixtura.files import replacing
 from mixtura.report.deployment import MODES, deployed_arms, gaps
 from mixtura.report.figures import gap_lines, held_out_lines, load_maps, mean_line
 from mixtura.report.measures import difference_unit, yardstick
@@ -195,10 +195,9 @@ def draw_deployment(results: Results, summary: Summary) -> Figure | None:
 def _save(figure: Figure, path: Path) -> None:
     """Writes a PNG file, whole or not at all."""
     FigureCanvasAgg(figure)
-    temporary = path.with_name(f".{path.name}.partial")
-    # Without the writer's version the same numbers give the same bytes.
-    figure.savefig(temporary, format="png", dpi=160, facecolor="white", metadata={"Software": None})
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        # Without the writer's version the same numbers give the same bytes.
+        figure.savefig(temporary, format="png", dpi=160, facecolor="white", metadata={"Software": None})
 
 
 def _style(axes: Any) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
-from mixtura.config import UserError
+from mixtura.errors import UserError
+from mixtura.files import write_json
 from mixtura.results.document import SCHEMA_VERSION, Results
 from mixtura.results.json_form import NotThatRecord, from_plain, to_plain
 from mixtura.results.run import RunResult
@@ -105,19 +106,3 @@ def read_json(path: Path, *, keys: Collection[str] = ()) -> Plain | None:
     if missing := [key for key in keys if key not in stored]:
         raise _damaged(path, f"it lacks {', '.join(missing)}")
     return stored
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: under a temporary name, renamed last."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes JSON whole or not at all; NaN is refused, since no other reader takes it."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

@@ -20,6 +20,7 @@ from mixtura.adapters.attach import restore_adapter, router_losses, routing_stat
 from mixtura.config import AdapterConfig, TrainingConfig, UserError
 from mixtura.diagnostics.choices import routed_layers
 from mixtura.diagnostics.specialization import measure_specialization
+from mixtura.files import write_text
 from mixtura.models import MixtureConfig
 from mixtura.results import Facts
 from mixtura.results.details import PairScores, Sample, Specialization, TranslationDetails
@@ -227,7 +228,7 @@ class TranslationTask(TrainingTask):
                 json.dumps({**to_plain(record), **beam}, ensure_ascii=False) + "\n"
                 for record, beam in zip(records, beamed, strict=True)
             ]
-            (out / OUTPUTS_FILE).write_text("".join(lines), encoding="utf-8")
+            write_text(out / OUTPUTS_FILE, "".join(lines))
         return TranslationDetails(
             pairs=pairs,
             signatures=signatures,
