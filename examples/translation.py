@@ -74,8 +74,6 @@ print(f"all pairs: {whole.num_parameters():,} parameters; en-de alone: {german.n
 # default recipe to see what a learned router does without being told.
 
 # %%
-from mixtura.tasks.inspection import diagnose_folder
-
-diagnosis = diagnose_folder(checkpoint, [], out=OUT / "diagnosis")
-print(diagnosis["verdict"]["headline"])
+diagnosis = mixtura.diagnose(checkpoint, out=OUT / "diagnosis")
+print(diagnosis.headline)
 print(f"Report: {OUT / 'report.html'}\nExperts: {OUT / 'diagnosis' / 'diagnosis.html'}")

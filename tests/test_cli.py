@@ -145,7 +145,7 @@ def test_ctrl_c_outside_a_run_says_how_to_go_on(run, recipe, tmp_path, monkeypat
 
 
 def test_the_program_fails_with_one_sentence_as_a_process_of_its_own(tmp_path):
-    command = [sys.executable, "-m", "mixtura.cli", "compare", str(tmp_path / "none.toml")]
+    command = [sys.executable, "-m", "mixtura", "compare", str(tmp_path / "none.toml")]
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 2 and not failed.stdout
     assert failed.stderr.startswith("mixtura: ") and failed.stderr.count("\n") == 1
@@ -153,7 +153,7 @@ def test_the_program_fails_with_one_sentence_as_a_process_of_its_own(tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(recipe, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "mixtura.cli", "train", str(recipe), "--arm", "dense", "--out", str(out)]
+    command = [sys.executable, "-m", "mixtura", "train", str(recipe), "--arm", "dense", "--out", str(out)]
     command += [
         "--set",
         "training.steps=100000",

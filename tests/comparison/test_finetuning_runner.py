@@ -103,7 +103,7 @@ def test_the_search_looks_at_the_loss_of_validation_and_decodes_nothing(translat
 def test_nothing_is_trained_or_decoded_again(translated, translation_recipe, monkeypatch):
     out, results = translated
     monkeypatch.setattr(TranslationTask, "decode_test", lambda *_: pytest.fail("decoded again"))
-    monkeypatch.setattr("mixtura.comparison.runner.write_report", lambda results, out: None)
+    monkeypatch.setattr("mixtura.report.html.write_report", lambda results, out: None)
     again = compare(translation_recipe, out=out)
     assert again["arms"] == results["arms"] and again["across_arms"] == results["across_arms"]
 

@@ -12,11 +12,10 @@ from mixtura.comparison.folder import (
     now,
     open_folder,
     read_json,
-    write_json,
-    write_text,
 )
 from mixtura.config import UserError, recipe_from_dict
 from mixtura.data.prepare import prepare_data
+from mixtura.files import write_json, write_text
 from mixtura.tasks.language_modelling.experiment import Pretraining
 
 

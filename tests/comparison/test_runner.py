@@ -11,13 +11,13 @@ import sys
 import pytest
 import torch
 
-from mixtura.comparison import runner
 from mixtura.comparison.arms import leak_warning
-from mixtura.comparison.folder import read_json, write_json
+from mixtura.comparison.folder import read_json
 from mixtura.comparison.runner import compare, planned_steps, train_arm
 from mixtura.config import Interrupted, UserError, load_recipe, recipe_from_dict, recipe_to_toml
 from mixtura.data.packing import ScheduledDataset
 from mixtura.data.prepare import prepare_data
+from mixtura.files import write_json
 from mixtura.tasks.language_modelling.experiment import Pretraining
 from mixtura.training import SilentProgress
 
@@ -63,7 +63,7 @@ def finished_copy(finished, tmp_path):
 @pytest.fixture
 def without_report(monkeypatch):
     """Leaves out the report, which takes longer than the training here."""
-    monkeypatch.setattr(runner, "write_report", lambda results, out: None)
+    monkeypatch.setattr("mixtura.report.html.write_report", lambda results, out: None)
 
 
 class Listen(SilentProgress):

@@ -5,17 +5,18 @@ import dataclasses
 import pytest
 
 from mixtura.comparison import runner
-from mixtura.comparison.folder import read_json, write_json
+from mixtura.comparison.folder import read_json
 from mixtura.comparison.runner import compare
 from mixtura.comparison.search import fingerprint, load_record, record_path, search_learning_rates
 from mixtura.config import UserError, load_recipe, preset_path, recipe_from_dict, recipe_to_dict
+from mixtura.files import write_json
 from mixtura.training import TrainingDiverged
 
 
 @pytest.fixture(autouse=True)
 def without_report(monkeypatch):
     """Leaves out the report, which takes longer than the training here."""
-    monkeypatch.setattr(runner, "write_report", lambda results, out: None)
+    monkeypatch.setattr("mixtura.report.html.write_report", lambda results, out: None)
 
 
 def with_search(recipe, rates, seeds=(7,)):

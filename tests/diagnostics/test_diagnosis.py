@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from mixtura.config import UserError
-from mixtura.diagnostics.diagnosis import diagnose, diagnose_model, read_texts, write_diagnosis
+from mixtura.diagnostics.diagnosis import diagnose_model, diagnose_texts, read_texts, write_diagnosis
 from mixtura.diagnostics.excerpts import batches, cut_excerpts, text_pieces
 from mixtura.diagnostics.token_types import TOKEN_TYPES, token_surfaces
 from mixtura.models import MixtureConfig, MixtureForCausalLM
@@ -48,7 +48,7 @@ MODELS = [
 def test_a_folder_becomes_a_page_and_its_numbers(
     save_model: Callable[[Any], Path], tmp_path: Path, config: Any, routed: int
 ) -> None:
-    found = diagnose(save_model(config), TEXTS, out=tmp_path / "out", max_tokens=300, command="mixtura diagnose")
+    found = diagnose_texts(save_model(config), TEXTS, out=tmp_path / "out", max_tokens=300, command="mixtura diagnose")
     stored = json.loads((tmp_path / "out" / "diagnosis.json").read_text(encoding="utf-8"))
     assert stored == found
     assert sorted(os.listdir(tmp_path / "out")) == ["diagnosis.html", "diagnosis.json"]
@@ -76,7 +76,7 @@ def test_amounts_and_kinds_of_tokens_are_counted(make_diagnosis: Callable[..., d
 
 
 def test_dense_models_say_that_nothing_is_routed(save_model: Callable[[Any], Path], tmp_path: Path) -> None:
-    found = diagnose(save_model(LlamaConfig(**SIZES)), TEXTS, out=tmp_path, max_tokens=100)
+    found = diagnose_texts(save_model(LlamaConfig(**SIZES)), TEXTS, out=tmp_path, max_tokens=100)
     assert found["verdict"]["headline"].startswith("This model routes nothing")
     assert (found["layers"], found["leaks"]["future"]) == ([], False)
     page = (tmp_path / "diagnosis.html").read_text(encoding="utf-8")
@@ -179,13 +179,13 @@ def test_what_cannot_be_diagnosed_is_one_sentence(
     save_model: Callable[[Any], Path], small_tokenizer: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="is no model folder"):
-        diagnose(tmp_path / "nowhere", TEXTS, out=tmp_path / "out")
+        diagnose_texts(tmp_path / "nowhere", TEXTS, out=tmp_path / "out")
     folder = save_model(LlamaConfig(**SIZES))
     for texts, message in (({}, "There is no text"), ({"a": []}, "'a' is empty"), ({"a": [""]}, "'a' is empty")):
         with pytest.raises(UserError, match=message):
-            diagnose(folder, texts, out=tmp_path / "out")
+            diagnose_texts(folder, texts, out=tmp_path / "out")
     with pytest.raises(UserError, match="0 tokens of each text"):
-        diagnose(folder, TEXTS, out=tmp_path / "out", max_tokens=0)
+        diagnose_texts(folder, TEXTS, out=tmp_path / "out", max_tokens=0)
     assert not (tmp_path / "out").exists()
 
 

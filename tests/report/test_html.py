@@ -80,7 +80,7 @@ def test_interrupted_write_leaves_the_old_report(
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("mixtura.report.html.os.replace", fail)
+    monkeypatch.setattr("mixtura.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(make_results(seeds=(0,)), tmp_path)
     assert path.read_bytes() == before

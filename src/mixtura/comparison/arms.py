@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mixtura.config import ClassificationRecipe, FinetuneRecipe, Recipe, TrainingConfig, TranslationRecipe
-from mixtura.tasks.classification.experiment import make_classification
+from mixtura.errors import need
 from mixtura.tasks.language_modelling.experiment import make_pretraining
-from mixtura.tasks.translation.experiment import make_translation
 from mixtura.training import ProgressReporter
 from mixtura.training.experiment import Arm, Experiment
 
@@ -22,13 +21,15 @@ def make_experiment(recipe: AnyRecipe, out: Path, reporter: ProgressReporter) ->
     """Reads the recipe's data and makes its arms; what is slow to prepare is kept in `out`/data.
 
     Raises:
-        UserError: the data, a model or an arm's settings cannot be used.
+        UserError: the data, a model or an arm's settings cannot be used, or fine-tuning is not installed.
     """
     cache_dir = out / "data"
     if isinstance(recipe, TranslationRecipe):
-        return make_translation(recipe, cache_dir=cache_dir, on_progress=reporter.note)
+        make = need("mixtura.tasks.translation.experiment").make_translation
+        return make(recipe, cache_dir=cache_dir, on_progress=reporter.note)
     if isinstance(recipe, ClassificationRecipe):
-        return make_classification(recipe, cache_dir=cache_dir, on_progress=reporter.note)
+        make = need("mixtura.tasks.classification.experiment").make_classification
+        return make(recipe, cache_dir=cache_dir, on_progress=reporter.note)
     return make_pretraining(recipe, cache_dir=cache_dir, on_progress=reporter.note)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mixtura.config import FinetuneRecipe, Recipe, UserError, recipe_to_dict, recipe_to_toml
+from mixtura.files import write_json, write_text
 from mixtura.kernels import native
 from mixtura.training.experiment import Experiment
 
@@ -156,22 +157,6 @@ def _processor() -> str:
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: under a temporary name, renamed last."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all; NaN is refused, since no other reader takes it."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path, *, keys: Collection[str] = ()) -> Any:

@@ -17,20 +17,19 @@ from mixtura.comparison.arms import (
     task_of,
     tokens_per_step,
 )
-from mixtura.comparison.folder import check_same_data, environment, now, open_folder, read_json, write_json
+from mixtura.comparison.folder import check_same_data, environment, now, open_folder, read_json
 from mixtura.comparison.runs import run_arm, trial_loss
 from mixtura.comparison.search import fingerprint, load_record, search_learning_rates
 from mixtura.comparison.timing import time_arms
 from mixtura.config import (
-    FinetuneRecipe,
-    Recipe,
     TrainingConfig,
     UserError,
-    load_recipe,
+    as_recipe,
     recipe_to_dict,
     recipe_to_toml,
 )
-from mixtura.report.html import write_report
+from mixtura.errors import need
+from mixtura.files import write_json
 from mixtura.report.summary import summarize
 from mixtura.training import ProgressReporter, SilentProgress, TrainingDiverged
 from mixtura.training.experiment import Arm, Experiment
@@ -71,8 +70,8 @@ def compare(
         UserError: the recipe, the data or the folder is unusable.
         Interrupted: Ctrl-C was pressed; the same call goes on from there.
     """
-    given = isinstance(recipe, Recipe | FinetuneRecipe)
-    path, loaded = (None, recipe) if given else (Path(recipe), load_recipe(Path(recipe), overrides))
+    need("mixtura.report.html")  # a missing package is named before hours of training, not after
+    path, loaded = as_recipe(recipe, overrides)
     folder = Path(out) if out is not None else Path("runs") / loaded.name
     open_folder(folder, loaded, resume=resume)
     return _Comparison(loaded, path, folder, reporter or SilentProgress()).run(
@@ -110,7 +109,7 @@ class _Comparison:
         results["total_seconds"] = max(before, trained, time.monotonic() - started)
         results["summary"] = summarize(results)
         write_json(self.out / "results.json", results)
-        write_report(results, self.out)
+        need("mixtura.report.html").write_report(results, self.out)
         return results
 
     def _probe_leaks(self, arms: dict[str, Arm]) -> dict[str, dict[str, bool]]:

@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mixtura.comparison.folder import read_json, write_json
+from mixtura.comparison.folder import read_json
 from mixtura.config import Interrupted, TrainingConfig, UserError
+from mixtura.files import write_json
 from mixtura.training import METRICS, ProgressReporter, TrainingDiverged, read_metrics, summarize_metrics, train
 from mixtura.training.experiment import Arm
 from mixtura.training.task import LOSS

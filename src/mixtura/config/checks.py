@@ -15,8 +15,8 @@ from mixtura.config.schema import (
     Recipe,
     SearchConfig,
     TrainingConfig,
-    UserError,
 )
+from mixtura.errors import UserError
 
 
 def check_recipe(recipe: Recipe) -> None:

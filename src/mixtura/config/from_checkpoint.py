@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mixtura.config.schema import ArmConfig, DataConfig, ModelConfig, Recipe, UserError
+from mixtura.config.schema import ArmConfig, DataConfig, ModelConfig, Recipe
+from mixtura.errors import UserError
 
 SHAPE_KEYS = (
     *("placement", "num_experts", "moe_intermediate_size", "top_k", "route_by", "score_function", "normalize_top_k"),

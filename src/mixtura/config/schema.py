@@ -9,14 +9,6 @@ InferenceMode = Literal["group", "alone", "population"]
 Placement = Literal["all", "later_half"]
 
 
-class UserError(ValueError):
-    """A mistake in what the user gave: one sentence that names the value and the fix; the command line exits with 2."""
-
-
-class Interrupted(Exception):
-    """The user stopped a long job; everything so far is saved, and the same command goes on from there."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which text, how it becomes tokens, and what is held out."""

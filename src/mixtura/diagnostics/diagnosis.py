@@ -8,9 +8,8 @@ Shapes: T tokens that are counted, R routed rows, E experts, K experts a token i
 import dataclasses
 import datetime
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ from mixtura.diagnostics.load import summarize_load
 from mixtura.diagnostics.page import render_page
 from mixtura.diagnostics.specialization import ObservedChoices, describe_layer, observe
 from mixtura.diagnostics.token_types import TOKEN_TYPES, token_surfaces, token_types, typical_tokens
-from mixtura.models.generation import load_model
+from mixtura.files import replacing
+from mixtura.models.loading import load_model
 
 SCHEMA_VERSION = 1
 """The version of diagnosis.json."""
@@ -40,7 +40,7 @@ MAX_PROBED_PARAMETERS = 200_000_000
 """Larger models are not probed for leaks, which copies them to float64."""
 
 
-def diagnose(
+def diagnose_texts(
     model_folder: Path,
     texts: Mapping[str, Sequence[str]],
     *,
@@ -114,7 +114,7 @@ def diagnose_model(
     group_word: str = "text",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """As `diagnose`, for a model that is loaded, and without writing; the model is left as it was found.
+    """As `diagnose_texts`, for a model that is loaded, and without writing; the model is left as it was found.
 
     Raises:
         UserError: there is no text, or the model needs groups that the texts are not.
@@ -186,25 +186,16 @@ def write_diagnosis(results: dict[str, Any], out: Path) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    contents = {
-        out / "diagnosis.json": json.dumps(results, ensure_ascii=False, allow_nan=False, indent=1) + "\n",
-        out / "diagnosis.html": render_page(results),
-    }
-    partial = {path: path.with_name(f".{path.name}.partial") for path in contents}
+    numbers = json.dumps(results, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+    page = render_page(results)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path, text in contents.items():
-            partial[path].write_text(text, encoding="utf-8", newline="\n")
-        for path in contents:
-            os.replace(partial[path], path)
+        with replacing(out / "diagnosis.json") as json_file, replacing(out / "diagnosis.html") as html_file:
+            json_file.write_text(numbers, encoding="utf-8", newline="\n")
+            html_file.write_text(page, encoding="utf-8", newline="\n")
     except OSError as error:
         raise UserError(
             f"'{out}' cannot be written ({error.strerror or error}): make room, or choose another folder with --out."
         ) from error
-    finally:
-        for path in partial.values():
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
 
 
 def _describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:

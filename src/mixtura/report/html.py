@@ -6,7 +6,6 @@ and each file appears under its name only once it is whole.
 
 import datetime
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from mixtura.config import UserError
+from mixtura.files import write_text
 from mixtura.report import facts, tables
 from mixtura.report.cautions import is_searched
 from mixtura.report.colours import arm_colours
@@ -56,15 +56,9 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
         summary = summarize(results)
     out.mkdir(parents=True, exist_ok=True)
     write_pictures(results, summary, out / "figures")
-    _write(out / "report.md", render_markdown(results, summary))
-    _write(out / "report.html", render_html(results, summary))
+    write_text(out / "report.md", render_markdown(results, summary))
+    write_text(out / "report.html", render_html(results, summary))
     return out / "report.html"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
 
 
 def render_html(results: dict[str, Any], summary: dict[str, Any]) -> str:

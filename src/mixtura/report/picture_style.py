@@ -1,11 +1,12 @@
 """How all pictures look, and how they are written."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from mixtura.files import replacing
 
 INK, SOFT, GRID = "#1f2328", "#59636e", "#e3e6ea"
 
@@ -13,10 +14,9 @@ INK, SOFT, GRID = "#1f2328", "#59636e", "#e3e6ea"
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG file, whole or not at all."""
     FigureCanvasAgg(figure)
-    temporary = path.with_name(f".{path.name}.partial")
-    # Without the writer's version the same numbers give the same bytes.
-    figure.savefig(temporary, format="png", dpi=160, facecolor="white", metadata={"Software": None})
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        # Without the writer's version the same numbers give the same bytes.
+        figure.savefig(temporary, format="png", dpi=160, facecolor="white", metadata={"Software": None})
 
 
 def style(axes: Any) -> None:

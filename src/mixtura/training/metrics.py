@@ -19,6 +19,7 @@ from accelerate.tracking import GeneralTracker
 from mixtura.config import UserError
 from mixtura.diagnostics.load import summarize_load
 from mixtura.diagnostics.stability import count_spikes
+from mixtura.files import write_text
 from mixtura.training.trackers import scalars
 
 
@@ -74,9 +75,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def truncate_metrics(path: Path, *, step: int) -> list[dict[str, Any]]:
     """Drops what was measured after `step`, which a resumed run measures again; returns what is kept."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
 

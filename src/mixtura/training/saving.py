@@ -7,7 +7,6 @@ sizes differ was damaged afterwards.
 """
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from mixtura.config import UserError
+from mixtura.files import put_folder
 from mixtura.training.settings import first_difference
 
 COMPLETE = "complete.json"
@@ -58,7 +58,7 @@ def new_folder(target: Path, *, step: int, settings: dict[str, Any], first: bool
             _close(partial, step=step, settings=settings)
             if target.exists():
                 shutil.rmtree(target)
-            os.rename(partial, target)
+            put_folder(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtura.config import UserError
+from mixtura.files import write_json
 
 RUN_FILE = "run.json"
 
@@ -20,7 +21,7 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))
     if not path.exists():
         record = {"hash": settings_hash(settings), "settings": settings}
-        path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        write_json(path, record)
         return
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))["settings"]

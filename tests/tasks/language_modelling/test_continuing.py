@@ -12,8 +12,8 @@ from mixtura import cli, upcycle
 from mixtura.comparison.runner import compare, train_arm
 from mixtura.config import UserError, recipe_from_dict
 from mixtura.data.tokenizer import train_tokenizer
-from mixtura.evaluation import evaluate_folder
-from mixtura.export.writer import export
+from mixtura.evaluation import evaluate
+from mixtura.exporting.writer import export
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.generation import generate_text
 from mixtura.planning import flops_per_token
@@ -165,7 +165,7 @@ def test_a_recipe_of_several_arms_is_asked_which(checkpoints, monkeypatch, capsy
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
-    assert "choose which to start from there" in capsys.readouterr().err
+    assert "choose one with --arm dense|token_choice|mixture_of_tokens" in capsys.readouterr().err
 
 
 def test_one_arm_is_trained_alone_as_in_the_comparison(build, tmp_path):
@@ -281,7 +281,7 @@ def test_an_interrupted_run_ends_at_the_same_weights(build, tmp_path):
 def test_what_was_trained_on_is_evaluated_writes_and_is_exported(build, tiny_text, tmp_path, name, container):
     train_arm(build(name), name, seed=0, out=tmp_path / "out")
     trained = tmp_path / "out" / "arms" / name / "seed0" / "checkpoint"
-    assert evaluate_folder(trained, tiny_text, sequence_length=16)["causal"]["loss"] > 0
+    assert evaluate(trained, tiny_text, sequence_length=16)["causal"].loss > 0
     text = generate_text(trained, "the film", max_new_tokens=4, temperature=0, seed=0)
     exported = export(trained, tmp_path / "exported", to=container)
     assert exported.receipt is not None and exported.receipt.passed

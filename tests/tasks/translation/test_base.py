@@ -17,7 +17,7 @@ from mixtura.config import (
     UserError,
 )
 from mixtura.data.tokenizer import train_tokenizer
-from mixtura.tasks.inspection import diagnose_folder
+from mixtura.tasks.inspection import diagnose
 from mixtura.tasks.translation.experiment import make_translation
 from mixtura.tasks.translation.translator import translate
 from mixtura.training import train
@@ -130,10 +130,10 @@ def test_a_run_on_a_base_model_trains_resumes_scores_and_translates(experiment, 
     again = experiment.arms[name].build(1)
     task.load(again, tmp_path / "run" / "checkpoint")
     assert task.decode_test(again) == task.decode_test(resumed)
-    diagnosis = diagnose_folder(tmp_path / "run" / "checkpoint", [], out=tmp_path / "diagnosis")
-    assert bool(diagnosis["layers"]) == (name not in ("lora", "full"))
+    diagnosis = diagnose(tmp_path / "run" / "checkpoint", [], out=tmp_path / "diagnosis")
+    assert bool(diagnosis.record["layers"]) == (name not in ("lora", "full"))
     if name == "languages":  # its experts are the directions
-        assert diagnosis["layers"][0]["mutual_information"] == pytest.approx(1, abs=0.1)
+        assert diagnosis.record["layers"][0]["mutual_information"] == pytest.approx(1, abs=0.1)
 
 
 def test_languages_reach_their_own_adapters_alone(experiment):

@@ -11,12 +11,9 @@ Shapes: N texts, B batch, L tokens of a text, M hidden states, D hidden.
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mixtura.config import HeadConfig, UserError
 from mixtura.data.packing import sequence_index
+from mixtura.files import cache_entry
 from mixtura.tasks.classification.heads import pool_states
 
 # Raise it when the same model and texts would give other features than before.
@@ -251,15 +249,10 @@ def _cache_key(base: nn.Module, examples: TokenExamples, head: HeadConfig) -> st
 
 
 def _store(features_NMD: np.ndarray, entry: Path) -> None:
-    """Writes an entry under a temporary name and puts it in its place, complete, with one rename."""
-    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".new-", ignore_cleanup_errors=True) as temporary:
-        new = Path(temporary, "entry")
-        new.mkdir()
+    with cache_entry(entry) as new:
         np.save(new / _FEATURES, features_NMD, allow_pickle=False)
         (new / _MANIFEST).write_text(json.dumps({"checksum": _checksum(new / _FEATURES)}), encoding="utf-8")
-        shutil.rmtree(entry, ignore_errors=True)
-        with suppress(OSError):  # The place is taken by an equal entry that another process stored meanwhile.
-            os.rename(new, entry)
+        shutil.rmtree(entry, ignore_errors=True)  # what is there does not match its checksum
 
 
 def _load(entry: Path) -> np.ndarray | None:

@@ -20,6 +20,7 @@ from mixtura.adapters.attach import restore_adapter, router_losses, routing_stat
 from mixtura.config import AdapterConfig, TrainingConfig, UserError
 from mixtura.diagnostics.choices import routed_layers
 from mixtura.diagnostics.specialization import measure_specialization
+from mixtura.files import write_text
 from mixtura.models import MixtureConfig
 from mixtura.tasks.translation.batches import EncodedPairs, PairDataset, collate_rows
 from mixtura.tasks.translation.chrf import Scores, score
@@ -220,7 +221,7 @@ class TranslationTask(TrainingTask):
         ]
         with checkpoints.writing(out):
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-            (out / OUTPUTS_FILE).write_text("".join(lines), encoding="utf-8")
+            write_text(out / OUTPUTS_FILE, "".join(lines))
         specialization = self._specialization(model)
         samples = [
             {key: records[i][key] for key in ("pair", "source", "reference", "output")}

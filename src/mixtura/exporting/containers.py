@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig
 
 from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights
 from mixtura.config import UserError
-from mixtura.export import fields, layouts
-from mixtura.export.traits import Traits, check_stock
+from mixtura.exporting import fields, layouts
+from mixtura.exporting.traits import Traits, check_stock
 from mixtura.models import MixtureConfig, configuration_mixture, standalone
 
 _SOFTMAX = frozenset({"normalised softmax"})

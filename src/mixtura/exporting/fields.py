@@ -16,7 +16,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from mixtura.export.traits import Traits
+from mixtura.exporting.traits import Traits
 from mixtura.models import MixtureConfig
 
 PLACEHOLDER_WIDTH = 32

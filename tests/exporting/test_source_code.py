@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from mixtura.export.containers import remote_code
-from mixtura.export.engines import EngineFailed, load_causal
-from mixtura.export.writer import export
+from mixtura.exporting.containers import remote_code
+from mixtura.exporting.engines import EngineFailed, load_causal
+from mixtura.exporting.writer import export
 from mixtura.models import MixtureForCausalLM
 from mixtura.models.calibration import calibrate
 from mixtura.models.standalone import MixturaForCausalLM

@@ -10,6 +10,7 @@ from mixtura import __version__
 from mixtura.checkpoints.source import UPCYCLE_RECEIPT
 from mixtura.checkpoints.tensors import PlannedTensor
 from mixtura.config import UserError
+from mixtura.files import write_text
 from mixtura.models import MixtureConfig
 
 _BEGIN, _END = "<!-- receipt -->", "<!-- /receipt -->"
@@ -78,7 +79,7 @@ def set_receipt(folder: Path, table: str) -> None:
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if begin and end:
-        file.write_text(f"{before}{_BEGIN}\n{table}\n{_END}{after}", encoding="utf-8")
+        write_text(file, f"{before}{_BEGIN}\n{table}\n{_END}{after}")
 
 
 def _front_matter(container: str, config: MixtureConfig, origin: Origin) -> list[str]:

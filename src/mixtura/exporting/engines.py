@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from mixtura.config import UserError
-from mixtura.export.containers import remote_code
+from mixtura.exporting.containers import remote_code
 from mixtura.models import standalone
+from mixtura.models.loading import folder_settings, open_weights
 
 NOT_INSTALLED = 3
 """Exit status of a script whose engine cannot be imported."""
@@ -109,26 +110,22 @@ def load_causal(folder: Path) -> Any:
         with warnings.catch_warnings():
             # An expert of width 0, which some containers need, has nothing to draw.
             warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
-            settings = {"dtype": torch.float32, "local_files_only": True}
-            model, found = auto.from_pretrained(
-                folder, **settings, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+            opened = open_weights(auto, folder, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise EngineFailed(_first_line(str(error))) from error
     finally:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
-    missing = [name for name in found["missing_keys"] if model.get_parameter(name).numel()]
+    missing = [name for name in opened.missing if opened.model.get_parameter(name).numel()]
     missing = [name for name in missing if not name.endswith("shared_expert_gate.weight")]
-    for name in sorted([*missing, *found["unexpected_keys"], *(name for name, *_ in found["mismatched_keys"])]):
+    for name in sorted([*missing, *opened.unexpected, *opened.mismatched]):
         raise EngineFailed(f"{name} is missing, not wanted, or of another shape")
-    return model.eval()
+    return opened.model.eval()
 
 
 def _brings_code(folder: Path) -> bool:
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "auto_map" not in settings:
+    if "auto_map" not in folder_settings(folder):
         return False
     for name, text in remote_code().items():
         if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != text:

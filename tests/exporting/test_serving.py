@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from mixtura import cli
 from mixtura.config import UserError
 from mixtura.data.tokenizer import train_tokenizer
-from mixtura.export.serving import calibrate_folder, transition_folder
+from mixtura.exporting.serving import Calibrated, calibrate, transition
 from mixtura.models import MixtureForCausalLM
 
 
@@ -47,8 +47,8 @@ IDS_BL = torch.arange(3, 27).view(4, 6)
 @pytest.mark.parametrize("group_over", ["batch", "sequence"])
 def test_a_calibrated_folder_answers_with_the_averages_of_its_text(save, tiny_text, group_over):
     model, before, after = save(group_over=group_over)
-    seen = calibrate_folder(before, after, tiny_text, max_sequences=32)
-    assert seen == {"layers": 1, "sequences": 32, "groups": 32 * 16 // 4}
+    seen = calibrate(before, after, tiny_text, max_sequences=32)
+    assert seen == Calibrated(after, layers=1, sequences=32, groups=32 * 16 // 4)
     loaded = load(after)
     assert (loaded.config.inference_mode, loaded.config.alone_top_k) == ("population", 2)
     population = loaded.mixture_of_tokens_layers()[0].population
@@ -60,16 +60,16 @@ def test_a_calibrated_folder_answers_with_the_averages_of_its_text(save, tiny_te
 
 def test_a_converted_folder_loads_as_any_other(save, tiny_text):
     _, before, after = save(mixtures_per_expert=2, population=True)
-    converted = transition_folder(before, after, to="token_choice", text=tiny_text)
+    converted = transition(before, after, to="token_choice", text=tiny_text)
     loaded = load(after)
     assert loaded.config.mlp_layer_types == ["dense", "token_choice"] and loaded.config.num_experts == 8
     assert loaded.config.num_experts_per_tok == 2  # as many as it got alone
-    assert_close(loaded(IDS_BL).logits, converted(IDS_BL).logits)
+    assert_close(loaded(IDS_BL).logits, converted.model(IDS_BL).logits)
 
 
 def test_a_folder_that_goes_over_to_alone_trains_as_it_answered(save):
     model, before, after = save()
-    transition_folder(before, after, to="alone")
+    transition(before, after, to="alone")
     loaded = load(after).train()
     with torch.no_grad():
         assert_close(loaded(IDS_BL).logits, model(IDS_BL).logits)
@@ -110,4 +110,4 @@ def test_a_users_mistake_is_one_sentence_and_nothing_is_written(run, save, tiny_
 def test_a_model_without_mixtures_of_tokens_is_named(save, tiny_text):
     _, before, after = save("token_choice")
     with pytest.raises(UserError, match="has no mixture-of-tokens layer: there is nothing to convert"):
-        calibrate_folder(before, after, tiny_text)
+        calibrate(before, after, tiny_text)

@@ -4,6 +4,7 @@ The folder that is read stays as it is, and the one that is written appears whol
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,13 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mixtura.checkpoints.folders import check_empty, new_folder
 from mixtura.config import DataConfig, UserError
 from mixtura.data.packing import pack
 from mixtura.data.sources import read_documents
-from mixtura.models import MixtureForCausalLM
-from mixtura.models.calibration import calibrate
-from mixtura.models.generation import load_model
+from mixtura.files import check_empty, new_folder
+from mixtura.models import MixtureForCausalLM, calibration
+from mixtura.models.loading import load_model
 from mixtura.models.transition import to_alone, to_token_choice
 
 BATCH_SIZE = 16
@@ -25,53 +25,73 @@ BATCH_SIZE = 16
 MAX_LENGTH = 512
 
 
-def calibrate_folder(
-    model_folder: Path, out: Path, text: Path, *, text_column: str = "text", max_sequences: int = 512
-) -> dict[str, int]:
+@dataclass(frozen=True)
+class Calibrated:
+    """What `calibrate` read and wrote."""
+
+    folder: Path
+    layers: int
+    """Layers that keep averages."""
+    sequences: int
+    """Sequences of the text that were read."""
+    groups: int
+    """Groups that each layer saw."""
+
+
+@dataclass(frozen=True)
+class Transitioned:
+    """What `transition` made."""
+
+    folder: Path
+    model: MixtureForCausalLM
+    """The one in the folder."""
+
+
+def calibrate(
+    model: Path | str, out: Path | str, text: Path | str, *, text_column: str = "text", max_sequences: int = 512
+) -> Calibrated:
     """Takes the averages of a population of groups from a text, and writes the model that answers with them.
 
     The new folder's model runs in `population` mode with the `alone_top_k` of the old one.
 
     Args:
-        model_folder: a mixture-of-tokens model with its tokenizer.
+        model: the folder of a mixture-of-tokens model with its tokenizer.
         out: a new folder.
         text: a file or folder of .txt, .jsonl or .parquet, best of the kind that the model was trained on.
         text_column: key or column that holds the text.
         max_sequences: stop after so many sequences.
 
-    Returns:
-        `layers` that keep averages, and the `sequences` and `groups` a layer saw.
-
     Raises:
         UserError: the model or the text cannot be read or used, or `out` holds something.
     """
-    model, tokenizer = _load(model_folder, out)
-    batches = list(_batches(model, tokenizer, text, text_column=text_column, max_sequences=max_sequences))
-    calibrate(model, batches)
-    model.set_inference_mode("population", top_k=model.config.alone_top_k)
-    _write(model, tokenizer, out)
-    tokens = sum(ids_BL.numel() for ids_BL in batches)
-    return {
-        "layers": len(model.mixture_of_tokens_layers()),
-        "sequences": sum(len(ids_BL) for ids_BL in batches),
-        "groups": tokens // model.config.group_size,
-    }
+    out = Path(out)
+    loaded, tokenizer = _load(Path(model), out)
+    batches = list(_batches(loaded, tokenizer, Path(text), text_column=text_column, max_sequences=max_sequences))
+    calibration.calibrate(loaded, batches)
+    loaded.set_inference_mode("population", top_k=loaded.config.alone_top_k)
+    _write(loaded, tokenizer, out)
+    return Calibrated(
+        out,
+        layers=len(loaded.mixture_of_tokens_layers()),
+        sequences=sum(len(ids_BL) for ids_BL in batches),
+        groups=sum(ids_BL.numel() for ids_BL in batches) // loaded.config.group_size,
+    )
 
 
-def transition_folder(
-    model_folder: Path,
-    out: Path,
+def transition(
+    model: Path | str,
+    out: Path | str,
     *,
     to: Literal["token_choice", "alone"],
-    text: Path | None = None,
+    text: Path | str | None = None,
     text_column: str = "text",
     top_k: int | None = None,
     max_sequences: int = 64,
-) -> MixtureForCausalLM:
+) -> Transitioned:
     """Converts the model in a folder and writes the result, to be trained on or served, with its tokenizer to `out`.
 
     Args:
-        model_folder: a mixture-of-tokens model.
+        model: the folder of a mixture-of-tokens model.
         out: a new folder.
         to: "token_choice", or "alone", which trains in that mode from now on.
         text: for token choice, what outputs are compared on: a file or folder of .txt, .jsonl or .parquet.
@@ -89,15 +109,16 @@ def transition_folder(
             if text is None
             else "Going over to 'alone' needs no text: leave --text out."
         )
-    model, tokenizer = _load(model_folder, out)
+    out = Path(out)
+    loaded, tokenizer = _load(Path(model), out)
     if text is not None:
-        batches = _batches(model, tokenizer, text, text_column=text_column, max_sequences=max_sequences)
-        model = to_token_choice(model, batches, top_k=top_k or model.config.alone_top_k or 2)
+        batches = _batches(loaded, tokenizer, Path(text), text_column=text_column, max_sequences=max_sequences)
+        loaded = to_token_choice(loaded, batches, top_k=top_k or loaded.config.alone_top_k or 2)
     else:
-        _check_top_k(model, top_k)
-        to_alone(model, top_k=top_k or model.config.alone_top_k)
-    _write(model, tokenizer, out)
-    return model
+        _check_top_k(loaded, top_k)
+        to_alone(loaded, top_k=top_k or loaded.config.alone_top_k)
+    _write(loaded, tokenizer, out)
+    return Transitioned(out, loaded)
 
 
 def _load(folder: Path, out: Path) -> tuple[MixtureForCausalLM, PreTrainedTokenizerBase]:

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from mixtura.cli import main
 from mixtura.config import UserError
-from mixtura.export import engines
-from mixtura.export.engines import Engine, Ran, load_causal, model_log_probs, parse_engine, run_engine
-from mixtura.export.verification import (
+from mixtura.exporting import engines
+from mixtura.exporting.engines import Engine, Ran, load_causal, model_log_probs, parse_engine, run_engine
+from mixtura.exporting.verification import (
     PROBE_TOKENS,
     Comparison,
     Receipt,
@@ -21,7 +21,7 @@ from mixtura.export.verification import (
     verify,
     write_dense_twin,
 )
-from mixtura.export.writer import export
+from mixtura.exporting.writer import export
 from mixtura.models.transition import to_token_choice
 
 # A script in an engine's place: every token of a vocabulary of SIZE is as likely.

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from mixtura.checkpoints.folders import new_folder
+from mixtura.checkpoints.companions import copy_companions
 from mixtura.checkpoints.source import EMBEDDING, HEAD, expected_shapes
 from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights, write_planned
 from mixtura.config import UserError
-from mixtura.export.card import Origin, origin_of, write_card
-from mixtura.export.containers import (
+from mixtura.exporting.card import Origin, origin_of, write_card
+from mixtura.exporting.containers import (
     CONFIG_MODULE,
     CONTAINERS,
     MODEL_MODULE,
@@ -26,30 +26,19 @@ from mixtura.export.containers import (
     plan_tensors,
     remote_code,
 )
-from mixtura.export.traits import Traits, check_deployable, traits_of
-from mixtura.export.verification import Receipt, verify
+from mixtura.exporting.traits import Traits, check_deployable, traits_of
+from mixtura.exporting.verification import Receipt, verify
+from mixtura.files import new_folder
 from mixtura.models import MixtureConfig
+from mixtura.models.loading import folder_settings, load_config
 
-_COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 _SPARE_BYTES = 64 * 2**20
 
 
 class Exported(NamedTuple):
     """What was written."""
 
+    folder: Path
     container: str
     receipt: Receipt | None
     """The comparison in transformers; None where it was not wanted."""
@@ -63,8 +52,8 @@ class _Source(NamedTuple):
 
 
 def export(
-    source: Path,
-    out: Path,
+    source: Path | str,
+    out: Path | str,
     *,
     to: str = "auto",
     base_model: str | None = None,
@@ -76,7 +65,7 @@ def export(
     Args:
         source: a folder that Mixtura trained or converted.
         out: a folder that does not exist yet.
-        to: one of `mixtura.export.containers.DESTINATIONS`; "auto" takes the first that holds the model exactly.
+        to: one of `mixtura.exporting.containers.DESTINATIONS`; "auto" takes the first that holds the model exactly.
         base_model: hub name of the model that this one was made from, for the model card.
         max_shard_bytes: size of a weight file.
         check: compare with the checkpoint in transformers before the folder is put in place; it holds both in memory.
@@ -85,6 +74,7 @@ def export(
         UserError: the checkpoint cannot be read or is not ours, nothing holds it exactly, there is no room, the folder
             exists, or the comparison fails.
     """
+    source, out = Path(source), Path(out)
     if out.exists():
         raise UserError(f"'{out}' exists: name a new folder.")
     origin = origin_of(source, base_model)
@@ -99,21 +89,14 @@ def export(
         receipt = verify(source, new) if check else None
         if receipt is not None and not receipt.passed:
             raise UserError(f"The export does not compute what '{source}' does: {receipt.complaint()} Nothing is kept.")
-    return Exported(container, receipt)
+    return Exported(out, container, receipt)
 
 
 def _read(folder: Path) -> _Source:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"'{folder}' is no model folder (it has no config.json): give one such as .../checkpoint.")
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        kind = settings.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"'{file}' is damaged ({error}): copy or train the model again.") from error
+    kind = folder_settings(folder).get("model_type")
     if kind != "mixtura":
         raise UserError(f"'{folder}' holds a {kind} model, not one of Mixtura's: there is nothing to export.")
-    config = MixtureConfig.from_pretrained(folder)
+    config = load_config(MixtureConfig, folder)
     weights = StoredWeights(folder)
     _check_complete(folder, config, weights)
     return _Source(folder, config, weights, traits_of(config, weights.tensors))
@@ -163,9 +146,7 @@ def _write(
         write_planned(planned, folder, max_shard_bytes)
     except SafetensorError as error:
         raise UserError(f"The weights cannot be written to '{folder.parent.parent}' ({error}): make room.") from error
-    for name in _COPIED:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+    copy_companions(source.folder, folder)
     if container == REMOTE_CODE:
         _write_code(source.config, folder)
     else:

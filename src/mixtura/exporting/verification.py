@@ -21,18 +21,21 @@ from transformers import AutoTokenizer
 from mixtura import __version__
 from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights, write_planned
 from mixtura.config import UserError
-from mixtura.export.card import set_receipt
-from mixtura.export.containers import CONTAINERS, choose_container
-from mixtura.export.engines import (
+from mixtura.exporting.card import set_receipt
+from mixtura.exporting.containers import CONTAINERS, choose_container
+from mixtura.exporting.engines import (
     Engine,
     EngineFailed,
     EngineMissing,
     load_causal,
     model_log_probs,
+    parse_engine,
     run_engine,
 )
-from mixtura.export.traits import traits_of
+from mixtura.exporting.traits import traits_of
+from mixtura.files import write_text
 from mixtura.models import MixtureConfig
+from mixtura.models.loading import folder_settings, load_config
 
 _MAX_BYTES = 5 * 10**9
 
@@ -49,10 +52,9 @@ def write_dense_twin(source: Path, folder: Path) -> Path | None:
     Returns:
         None where no stock dense architecture has this attention, or layers differ in width.
     """
-    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    if settings.get("model_type") != "mixtura":
+    if folder_settings(source).get("model_type") != "mixtura":
         return source
-    config = MixtureConfig.from_pretrained(source)
+    config = load_config(MixtureConfig, source)
     families = config.mlp_layer_types or []
     if not config.gated or config.hidden_act != "silu":
         return None
@@ -177,20 +179,21 @@ class Receipt(NamedTuple):
         }
 
 
-def verify(source: Path, export: Path, engines: Sequence[Engine] = (Engine("transformers"),)) -> Receipt:
+def verify(source: Path | str, export: Path | str, engines: Sequence[Engine | str] = ("transformers",)) -> Receipt:
     """Compares two model folders, and leaves `receipt.json` and the card's table in the second.
 
     Args:
         source: a folder of Mixtura's, or any other that transformers loads.
         export: the folder to judge.
-        engines: what runs it; the source runs in transformers.
+        engines: what runs it, as the command line names it or with more to say; the source runs in transformers.
 
     Raises:
         UserError: the source cannot be loaded, or the folders have other vocabularies.
     """
+    source, export = Path(source), Path(export)
+    engines = [parse_engine(engine) if isinstance(engine, str) else engine for engine in engines]
     for folder in (source, export):
-        if not (folder / "config.json").is_file():
-            raise UserError(f"'{folder}' is no model folder (it has no config.json): give one such as .../checkpoint.")
+        folder_settings(folder)
     try:
         model = load_causal(source)
     except EngineFailed as error:
@@ -208,7 +211,7 @@ def verify(source: Path, export: Path, engines: Sequence[Engine] = (Engine("tran
         found = tuple(_compare(engine, export, probes, expected, repeated, twin) for engine in engines)
     receipt = Receipt(source.name, export.name, len(probes), sum(map(len, probes)), found)
     text = json.dumps(receipt.to_dict(), indent=2, ensure_ascii=False)
-    (export / RECEIPT).write_text(text + "\n", encoding="utf-8")
+    write_text(export / RECEIPT, text + "\n")
     set_receipt(export, receipt.table())
     return receipt
 
