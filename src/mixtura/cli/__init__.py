@@ -1,23 +1,31 @@
 """The command line: one verb a function, parsing only. Importing a module of verbs registers them, in this order.
 
-A user's mistake is one sentence on standard error and exit code 2; an interrupted run exits with 130 and says how to go
-on. Anything else is a bug and shows its traceback.
+A mistake of the user is one sentence on standard error and exit code 2; an interrupted run exits with 130 and says how
+to go on; SIGTERM, which a batch system sends before it takes the machine away, is Ctrl-C. Else it is a bug and shows
+its traceback. Under torchrun one process of a machine says what is wrong, and the first of all says the rest.
 """
 
 import errno
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, cast
 
 import typer
 
 from mixtura.cli.application import app as app
 from mixtura.errors import Interrupted, UserError, missing_extra
+from mixtura.ranks import local_rank
 
 from mixtura.cli import train, use, convert, machine  # isort: skip  # noqa: F401
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this disk or process may write",
     errno.EROFS: "it is read-only",
 }
 
@@ -29,11 +37,12 @@ def main() -> None:
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
     try:
-        cast(Any, app)()
+        with _terminated_as_interrupted():
+            cast(Any, app)()
     except UserError as error:
         _fail(str(error))
     except Interrupted as interruption:
-        typer.echo(f"\nmixtura: {interruption} The same command goes on from there.", err=True)
+        _say(f"\nmixtura: {interruption} The same command goes on from there.")
         sys.exit(130)
     except ModuleNotFoundError as error:
         if (sentence := missing_extra(error)) is None:
@@ -47,5 +56,27 @@ def main() -> None:
 
 
 def _fail(sentence: str) -> None:
-    typer.echo(f"mixtura: {sentence}", err=True)
+    _say(f"mixtura: {sentence}")
     sys.exit(2)
+
+
+def _say(text: str) -> None:
+    if local_rank() == 0:
+        typer.echo(text, err=True)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Makes SIGTERM a KeyboardInterrupt, so that whatever runs cleans up after itself as it does after Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from mixtura import __version__
 from mixtura.errors import Interrupted, UserError
+from mixtura.ranks import rank
 
 
 class VerbsByUse(TyperGroup):
@@ -71,21 +72,30 @@ def root(version: Annotated[bool, typer.Option("--version", help="Show the versi
 
 @contextmanager
 def progress(total_steps: int | None) -> Iterator[Any]:
-    """Bars on a terminal, lines in a log; Ctrl-C where a run does not catch it stops at once."""
+    """Bars on a terminal, lines in a log; Ctrl-C where a run does not catch it stops at once.
+
+    Under torchrun the first process alone shows progress, and what `say` is told.
+    """
     from rich.console import Console
 
-    from mixtura.training import LineProgress, RichProgress
+    from mixtura.training import LineProgress, RichProgress, SilentProgress
 
     hush()
     console = Console()
-    shown = (
-        RichProgress(console, total_steps=total_steps) if console.is_terminal else nullcontext(LineProgress(console))
-    )
+    shown: Any = nullcontext(SilentProgress() if rank() else LineProgress(console))
+    if console.is_terminal and not rank():
+        shown = RichProgress(console, total_steps=total_steps)
     try:
         with shown as reporter:
             yield reporter
     except KeyboardInterrupt:
         raise Interrupted("Stopped: all up to the last checkpoint is saved.") from None
+
+
+def say(text: str) -> None:
+    """Shows a result; under torchrun the first process alone does."""
+    if not rank():
+        typer.echo(text)
 
 
 def hush() -> None:

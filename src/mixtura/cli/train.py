@@ -17,6 +17,7 @@ from mixtura.cli.application import (
     open_page,
     progress,
     recipe_path,
+    say,
 )
 
 
@@ -105,10 +106,8 @@ def train(
     with progress(None) as reporter:
         trained = mixtura.train(path, arm=arm, seed=seed, out=out, overrides=changes, resume=resume, reporter=reporter)
     for mode, losses in trained.result["final"].items():
-        typer.echo(
-            f"held-out loss, {mode}: {losses['loss']:.4f} nats a token, {losses['bits_per_byte']:.4f} bits a byte"
-        )
-    typer.echo(f"Model: {trained.checkpoint}")
+        say(f"held-out loss, {mode}: {losses['loss']:.4f} nats a token, {losses['bits_per_byte']:.4f} bits a byte")
+    say(f"Model: {trained.checkpoint}")
 
 
 def _compare(path: Path, out: Path | None, overrides: list[str], *, resume: bool, open_report: bool) -> None:
@@ -129,6 +128,6 @@ def _compare(path: Path, out: Path | None, overrides: list[str], *, resume: bool
             reporter=reporter,
         )
     report = folder / "report.html"
-    typer.echo(f"\n{results['summary']['verdict']['headline']}\n\nReport: {report}")
+    say(f"\n{results['summary']['verdict']['headline']}\n\nReport: {report}")
     if open_report:
         open_page(report)

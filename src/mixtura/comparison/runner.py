@@ -18,6 +18,7 @@ from mixtura.comparison.arms import (
     tokens_per_step,
 )
 from mixtura.comparison.folder import check_same_data, environment, now, open_folder, read_json
+from mixtura.comparison.holding import holding, ready
 from mixtura.comparison.runs import run_arm, trial_loss
 from mixtura.comparison.search import fingerprint, load_record, search_learning_rates
 from mixtura.comparison.timing import time_arms
@@ -73,10 +74,12 @@ def compare(
     need("mixtura.report.html")  # a missing package is named before hours of training, not after
     path, loaded = as_recipe(recipe, overrides)
     folder = Path(out) if out is not None else Path("runs") / loaded.name
-    open_folder(folder, loaded, resume=resume)
-    return _Comparison(loaded, path, folder, reporter or SilentProgress()).run(
-        command or f"mixtura compare {path or folder / 'recipe.toml'} --out {folder}"
-    )
+    with holding(folder):
+        open_folder(folder, loaded, resume=resume)
+        ready(folder)
+        return _Comparison(loaded, path, folder, reporter or SilentProgress()).run(
+            command or f"mixtura compare {path or folder / 'recipe.toml'} --out {folder}"
+        )
 
 
 class _Comparison:
@@ -257,8 +260,13 @@ def train_arm(
     """
     if name not in recipe.arms:
         raise UserError(f"The recipe has no arm '{name}': choose one of {', '.join(recipe.arms)}.")
-    reporter = reporter or SilentProgress()
-    open_folder(out, recipe, resume=resume)
+    with holding(out):
+        open_folder(out, recipe, resume=resume)
+        ready(out)
+        return _train_arm(recipe, name, seed=seed, out=out, reporter=reporter or SilentProgress())
+
+
+def _train_arm(recipe: AnyRecipe, name: str, *, seed: int, out: Path, reporter: ProgressReporter) -> dict[str, Any]:
     experiment = make_experiment(recipe, out, reporter)
     check_same_data(out, experiment)
     arm = experiment.arms[name]
