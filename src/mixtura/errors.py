@@ -1,5 +1,7 @@
 """What ends a command with one sentence: a user's mistake, an interruption, a package that only an extra installs."""
 
+import errno
+import re
 from importlib import import_module
 from typing import Any
 
@@ -17,6 +19,13 @@ EXTRAS = {
     "sacrebleu": ("sacrebleu", "finetune"),
 }
 """By the name of a module: the package that has it, and the extra of Mixtura that installs it."""
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than the disk or this process may have",
+    errno.EROFS: "the disk is read-only",
+}
 
 
 class UserError(ValueError):
@@ -47,6 +56,13 @@ def reason_of(error: Exception) -> str:
     """The first line of an error's message, to stand inside a sentence."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return (text.strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+
+
+def disk_error(error: Exception) -> str | None:
+    """What is wrong with the disk, where that is what an error says; safetensors has it only in its message."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    return _DISK_ERRORS.get(number or 0)
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:

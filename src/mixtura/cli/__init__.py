@@ -5,7 +5,6 @@ to go on; SIGTERM, which a batch system sends before it takes the machine away, 
 its traceback. Under torchrun one process of a machine says what is wrong, and the first of all says the rest.
 """
 
-import errno
 import signal
 import sys
 import threading
@@ -17,17 +16,10 @@ from typing import Any, cast
 import typer
 
 from mixtura.cli.application import app as app
-from mixtura.errors import Interrupted, UserError, missing_extra
+from mixtura.errors import Interrupted, UserError, disk_error, missing_extra
 from mixtura.ranks import local_rank
 
 from mixtura.cli import train, use, convert, machine  # isort: skip  # noqa: F401
-
-_DISK_ERRORS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file is larger than this disk or process may write",
-    errno.EROFS: "it is read-only",
-}
 
 
 def main() -> None:
@@ -48,11 +40,12 @@ def main() -> None:
         if (sentence := missing_extra(error)) is None:
             raise
         _fail(sentence)
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+    except Exception as error:
+        if (reason := disk_error(error)) is None:
             raise
-        where = f"'{error.filename}' cannot be written" if error.filename else "Writing failed"
-        _fail(f"{where}: {_DISK_ERRORS[error.errno]}. Free some space or choose another folder with --out.")
+        filename = getattr(error, "filename", None)
+        where = f"'{filename}' cannot be written" if filename else "Writing failed"
+        _fail(f"{where}: {reason}. Free some space or choose another folder with --out.")
 
 
 def _fail(sentence: str) -> None:

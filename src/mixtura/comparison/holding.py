@@ -123,12 +123,20 @@ def _lock(file: Path) -> int:
             _take(handle, file)
             # The process before may have removed the file between the two calls: then the lock is on no one's file.
             if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
-                _write_holder(file)
+                _introduce(file)
                 return handle
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def _introduce(file: Path) -> None:
+    try:
+        _write_holder(file)
+    except OSError:  # a full disk
+        file.unlink(missing_ok=True)
+        raise
 
 
 def _take(handle: int, file: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softmax
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
 from mixtura.adapters.attach import load_adapter, router_losses, routing_stats
 from mixtura.adapters.tuner import RoutedTuner
@@ -30,6 +30,7 @@ from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import AdapterConfig, ArmConfig, HeadConfig, UserError
 from mixtura.layers import MixtureOfTokens, RoutingStats
 from mixtura.models import MixtureModel
+from mixtura.models.loading import load_config, open_tokenizer
 from mixtura.tasks.classification.features import encode_texts, hidden_states, weights_digest
 from mixtura.tasks.classification.heads import ClassifierHead, blends_tokens
 from mixtura.training import saving as checkpoints
@@ -246,7 +247,7 @@ def load_classifier(folder: Path) -> tuple[SavedClassifier, TextClassifier]:
     saved = _read(folder)
     head = saved.new_head()
     if saved.tune == "full":
-        config = AutoConfig.from_pretrained(folder / "base", local_files_only=True)
+        config = load_config(AutoConfig, folder / "base")
         model = TextClassifier(head, base=without_pooler(AutoModel.from_config(config)))
         checkpoints.load_trained(model, folder)
         return saved, model.eval()
@@ -278,7 +279,7 @@ def _read(folder: Path) -> SavedClassifier:
         if adapter is not None:
             adapter = AdapterConfig(**{**adapter, "targets": tuple(adapter["targets"])})
         plain["labels"] = tuple(plain["labels"])
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = open_tokenizer(folder)
         return SavedClassifier(**plain, head=HeadConfig(**head), adapter=adapter, tokenizer=tokenizer)
     except FileNotFoundError:
         raise UserError(
