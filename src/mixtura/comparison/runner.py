@@ -34,6 +34,7 @@ from mixtura.files import write_json
 from mixtura.report.summary import summarize
 from mixtura.training import ProgressReporter, SilentProgress, TrainingDiverged
 from mixtura.training.experiment import Arm, Experiment
+from mixtura.training.slowness import slow_settings
 
 SCHEMA_VERSION = 2
 
@@ -90,6 +91,8 @@ class _Comparison:
 
     def run(self, command: str) -> dict[str, Any]:
         started = time.monotonic()
+        for warning in slow_settings(self.recipe.training):
+            self.reporter.note(warning)
         experiment = make_experiment(self.recipe, self.out, self.reporter)
         check_same_data(self.out, experiment)
         arms = experiment.arms
@@ -267,6 +270,8 @@ def train_arm(
 
 
 def _train_arm(recipe: AnyRecipe, name: str, *, seed: int, out: Path, reporter: ProgressReporter) -> dict[str, Any]:
+    for warning in slow_settings(recipe.training):
+        reporter.note(warning)
     experiment = make_experiment(recipe, out, reporter)
     check_same_data(out, experiment)
     arm = experiment.arms[name]

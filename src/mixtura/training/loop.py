@@ -23,6 +23,7 @@ from mixtura.training.optimization import build_optimizer, build_schedule
 from mixtura.training.process import StopRequest, keep_freed_memory
 from mixtura.training.progress import ProgressReporter, SilentProgress
 from mixtura.training.settings import RUN_FILE, check_settings
+from mixtura.training.slowness import slow_memory
 from mixtura.training.task import TrainingTask
 from mixtura.training.trackers import check_trackers, start_trackers
 from mixtura.training.trainer import MixtureTrainer, RunContext
@@ -114,6 +115,8 @@ def train(
             reporter=reporter,
             stop=stop,
         )
+        if (warning := slow_memory(model, label)) is not None:
+            reporter.note(warning)
         reporter.start_run(label, step=step, steps=config.steps)
         try:
             _run_steps(run, model, arguments, checkpoint=checkpoint, step=step)
