@@ -27,7 +27,7 @@ results = mixtura.compare(
     out=OUT,
     overrides=[f"training.steps={STEPS}", f"training.eval_every={STEPS}"],
 )
-print(results["summary"]["verdict"]["headline"])
+print(results.summary.verdict.headline)
 
 # %% [markdown]
 # ## Scores by language pair
@@ -36,9 +36,9 @@ print(results["summary"]["verdict"]["headline"])
 # translator.
 
 # %%
-for name, arm in results["arms"].items():
-    pairs = arm["runs"][0]["details"]["pairs"]
-    scores = ", ".join(f"{pair} {found['chrf']:.1f} (copy {found['copy_chrf']:.1f})" for pair, found in pairs.items())
+for name, arm in results.arms.items():
+    pairs = arm.runs[0].details.pairs
+    scores = ", ".join(f"{pair} {found.chrf:.1f} (copy {found.copy_chrf:.1f})" for pair, found in pairs.items())
     print(f"{name}: {scores}")
 
 # %% [markdown]

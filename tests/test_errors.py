@@ -218,7 +218,7 @@ def test_a_full_disk_is_one_sentence(run, recipe, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "results.json")
 
-    monkeypatch.setattr("mixtura.comparison.runner.write_json", full)
+    monkeypatch.setattr("mixtura.comparison.runner.write_results", full)
     assert_one_sentence(run("compare", recipe, "--out", tmp_path / "out"), "disk is full", "Free some space")
     assert_nothing_half_written(tmp_path / "out")
 

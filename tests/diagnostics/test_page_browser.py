@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from mixtura.diagnostics.diagnosed import Diagnosis
 from mixtura.diagnostics.page import render_page
 
 pytestmark = pytest.mark.browser
-MakeDiagnosis = Callable[..., dict[str, Any]]
+MakeDiagnosis = Callable[..., Diagnosis]
 
 
 @pytest.fixture
@@ -65,25 +66,25 @@ def test_figures_are_drawn_without_sideways_scrolling(
 
 def test_the_layer_is_chosen_by_keyboard(make_diagnosis: MakeDiagnosis, open_page: Callable[..., Any]) -> None:
     found = make_diagnosis()
-    first = found["verdict"]["layer"]
+    first = found.verdict.layer
     page = open_page(found)
     page.locator(f'input[name="layer"][value="{first}"]').focus()
     page.keyboard.press("ArrowRight")
     other = 1 - first
     assert page.locator(f'input[name="layer"][value="{other}"]').is_checked()
     drawn = page.evaluate("document.querySelector('[data-map=groups]').data[0].z")
-    assert drawn == found["layers"][other]["share"]
+    assert drawn == found.layers[other].share
     shown = page.locator("ruby rt").all_inner_texts()
-    assert shown == [str(e[0]) for sample in found["samples"] for e in sample["experts"][other]]
+    assert shown == [str(e[0]) for sample in found.samples for e in sample.experts[other]]
     assert page.locator(f'.typical[data-layer="{other}"]').is_visible()
     assert page.locator(f'.typical[data-layer="{first}"]').is_hidden()
-    assert page.locator("[data-chosen]").first.inner_text() == f"layer {found['layers'][other]['layer']}"
+    assert page.locator("[data-chosen]").first.inner_text() == f"layer {found.layers[other].layer}"
 
 
 def test_the_page_reads_without_a_script(make_diagnosis: MakeDiagnosis, open_page: Callable[..., Any]) -> None:
     found = make_diagnosis()
     page = open_page(found, script=False)
-    assert page.locator("h1").inner_text() == found["verdict"]["headline"]
+    assert page.locator("h1").inner_text() == found.verdict.headline
     assert page.locator("ruby").first.is_visible()
     assert page.locator("#chooser").is_hidden()
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from fixtures.results import as_results, summary_of
 from mixtura.report.html import render_html
-from mixtura.report.summary import summarize
 
 pytestmark = pytest.mark.browser
 MakeResults = Callable[..., dict[str, Any]]
@@ -25,7 +25,7 @@ def open_page(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
         page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
         page.on("request", lambda request: _complain_of_request(request.url, complaints))
-        (tmp_path / "report.html").write_text(render_html(results, summarize(results)), encoding="utf-8")
+        (tmp_path / "report.html").write_text(render_html(as_results(results), summary_of(results)), encoding="utf-8")
         page.goto((tmp_path / "report.html").as_uri())
         page.wait_for_function("document.querySelectorAll('.plot:not(:has(svg))').length === 0")
         return page

@@ -1,4 +1,4 @@
-"""Verbs that train: compare, finetune, train."""
+"""Verbs that train and report: compare, finetune, train, report."""
 
 import shlex
 import sys
@@ -19,6 +19,7 @@ from mixtura.cli.application import (
     recipe_path,
     say,
 )
+from mixtura.errors import need
 
 
 @app.command(rich_help_panel="Train")
@@ -75,6 +76,18 @@ def finetune(
     _compare(path, out, changes, resume=resume, open_report=open_report)
 
 
+@app.command(rich_help_panel="Use")
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a finished comparison.")],
+    open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
+) -> None:
+    """Write a report again, from results.json alone."""
+    page = need("mixtura.report.html").report_folder(folder)
+    typer.echo(f"Report: {page}")
+    if open_report:
+        open_page(page)
+
+
 @app.command(rich_help_panel="Train")
 def train(
     recipe: RecipeArgument = None,
@@ -105,8 +118,10 @@ def train(
     one_arm(load_recipe(path, changes), arm)  # so that a mistake is told before torch is imported
     with progress(None) as reporter:
         trained = mixtura.train(path, arm=arm, seed=seed, out=out, overrides=changes, resume=resume, reporter=reporter)
-    for mode, losses in trained.result["final"].items():
-        say(f"held-out loss, {mode}: {losses['loss']:.4f} nats a token, {losses['bits_per_byte']:.4f} bits a byte")
+    from mixtura.report.measures import final_sentence
+
+    for mode, measures in trained.result.final.items():
+        say(final_sentence(mode, measures, task=getattr(load_recipe(path, changes), "task", "pretraining")))
     say(f"Model: {trained.checkpoint}")
 
 
@@ -127,7 +142,8 @@ def _compare(path: Path, out: Path | None, overrides: list[str], *, resume: bool
             command=shlex.join(["mixtura", *sys.argv[1:]]),
             reporter=reporter,
         )
-    report = folder / "report.html"
-    say(f"\n{results['summary']['verdict']['headline']}\n\nReport: {report}")
+    page = folder / "report.html"
+    verdict = results.summary.verdict.headline if results.summary else ""
+    say(f"\n{verdict}\n\nReport: {page}")
     if open_report:
-        open_page(report)
+        open_page(page)

@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import tomllib
-from collections.abc import Collection
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +22,7 @@ from mixtura.config import FinetuneRecipe, Recipe, UserError, recipe_to_dict, re
 from mixtura.files import write_json, write_text
 from mixtura.kernels import native
 from mixtura.ranks import rank
+from mixtura.results.files import read_json
 from mixtura.training.experiment import Experiment
 
 
@@ -123,7 +123,7 @@ def _first_difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any] | 
     return None if old == new else (where, old, new)
 
 
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, str | int | None]:
     """Versions and hardware, as results.json has them."""
     return {
         **{name: _version(name) for name in ("mixtura", "torch", "transformers", "accelerate", "tokenizers", "numpy")},
@@ -157,20 +157,3 @@ def _processor() -> str:
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def read_json(path: Path, *, keys: Collection[str] = ()) -> Any:
-    """The JSON object in `path`, or None when there is no such file.
-
-    Raises:
-        UserError: the file is damaged, or lacks one of `keys`.
-    """
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        stored = None
-    if not isinstance(stored, dict) or not stored.keys() >= set(keys):
-        raise UserError(f"'{path}' is damaged: delete it, and that part is computed again.")
-    return stored

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mixtura.comparison.runner import compare, train_arm
 from mixtura.config import AnyRecipe, as_recipe, finetune_recipe, one_arm, preset_path, start_overrides
+from mixtura.results import Results, RunResult
 from mixtura.training import ProgressReporter
 
 
@@ -16,7 +17,7 @@ class Trained:
 
     checkpoint: Path
     """The model's folder, as `from_pretrained` reads it."""
-    result: dict[str, Any]
+    result: RunResult
     """What was measured, as `runs` of results.json has it."""
 
 
@@ -34,7 +35,7 @@ def finetune(
     resume: bool = True,
     command: str | None = None,
     reporter: ProgressReporter | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Fine-tunes the arms of a recipe for a task, compares them, and writes the report.
 
     Args:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from mixtura.diagnostics.diagnosed import Diagnosis
 from mixtura.diagnostics.diagnosis import diagnose_texts, read_texts, write_diagnosis
 from mixtura.errors import need
 
@@ -17,7 +17,7 @@ class Diagnosed:
     """Where `diagnosis.json` and `diagnosis.html` are."""
     headline: str
     """What the experts have learned, in a sentence."""
-    record: dict[str, Any]
+    record: Diagnosis
     """The content of diagnosis.json, see docs/diagnose.md."""
 
 
@@ -55,4 +55,4 @@ def diagnose(
     else:
         named = read_texts(sources, text_column=text_column)
         record = diagnose_texts(folder, named, out=out, max_tokens=max_tokens, command=command)
-    return Diagnosed(out, record["verdict"]["headline"], record)
+    return Diagnosed(out, record.verdict.headline, record)

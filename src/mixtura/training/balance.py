@@ -7,12 +7,13 @@ Shapes: M mixture layers, E experts.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mixtura.layers import RoutingStats
+from mixtura.results import Facts
 
 
 class StepTotals(NamedTuple):
@@ -94,7 +95,7 @@ def update_expert_bias(layers: Sequence[nn.Module], tokens_per_expert_ME: Tensor
             bias_E.add_(torch.sign(load_E.mean() - load_E), alpha=rate)
 
 
-def load_report(totals: StepTotals, *, steps: int, layers: Sequence[int]) -> dict[str, Any]:
+def load_report(totals: StepTotals, *, steps: int, layers: Sequence[int]) -> Facts:
     """What the metrics record about routing over some steps, as plain numbers; empty for a model without mixtures.
 
     Args:

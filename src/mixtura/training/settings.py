@@ -7,11 +7,12 @@ from typing import Any
 
 from mixtura.config import UserError
 from mixtura.files import write_json
+from mixtura.results import Facts
 
 RUN_FILE = "run.json"
 
 
-def check_settings(out: Path, settings: dict[str, Any]) -> None:
+def check_settings(out: Path, settings: Facts) -> None:
     """Compares with the settings stored in `out`, or stores them when there are none.
 
     Raises:
@@ -36,7 +37,7 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def settings_hash(settings: dict[str, Any]) -> str:
+def settings_hash(settings: Facts) -> str:
     """128 bits over all settings."""
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from mixtura.config import UserError
 from mixtura.data.parallel import SentencePair
+from mixtura.diagnostics.diagnosed import Diagnosis
 from mixtura.diagnostics.diagnosis import diagnose_excerpts
 from mixtura.diagnostics.excerpts import Excerpts
 from mixtura.tasks.translation.task import OUTPUTS_FILE, TRANSLATION_FILE, read_outputs
 from mixtura.tasks.translation.translator import load_translator
 
 
-def diagnose_language_pairs(folder: Path, *, max_tokens: int, command: str) -> dict[str, Any] | None:
+def diagnose_language_pairs(folder: Path, *, max_tokens: int, command: str) -> Diagnosis | None:
     """The content of diagnosis.json for the `checkpoint` of a translation run; None where it is none.
 
     Args:
@@ -57,11 +58,11 @@ def _sentences(model_folder: Path, prompts: Any, directions: Sequence[str], max_
     records = read_outputs(path)
     cut = Excerpts([], [], [])
     for direction in directions:
-        own = [record for record in records if record["pair"] == direction]
+        own = [record for record in records if record.pair == direction]
         if not own:
             continue
         source, target = direction.split("-")
-        pairs = [SentencePair(record["source"], record["reference"], source, target) for record in own]
+        pairs = [SentencePair(record.source, record.reference, source, target) for record in own]
         ids = prompts.encode(pairs), prompts.encode_targets([pair.target for pair in pairs])
         room = max_tokens
         for prompt, reference in zip(*ids, strict=True):

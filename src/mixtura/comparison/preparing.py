@@ -5,6 +5,8 @@ from pathlib import Path
 
 from mixtura.config import ClassificationRecipe, FinetuneRecipe, Recipe, TrainingConfig, TranslationRecipe
 from mixtura.errors import need
+from mixtura.results import Leaks
+from mixtura.results.document import Task
 from mixtura.tasks.language_modelling.experiment import make_pretraining
 from mixtura.training import ProgressReporter
 from mixtura.training.experiment import Arm, Experiment
@@ -12,7 +14,7 @@ from mixtura.training.experiment import Arm, Experiment
 AnyRecipe = Recipe | FinetuneRecipe
 
 
-def task_of(recipe: AnyRecipe) -> str:
+def task_of(recipe: AnyRecipe) -> Task:
     """What the recipe's arms are trained for: "pretraining", "translation" or "classification"."""
     return "pretraining" if isinstance(recipe, Recipe) else recipe.task
 
@@ -48,16 +50,16 @@ def tokens_per_step(arm: Arm, training: TrainingConfig) -> int:
     return round(training.batch_size * training.gradient_accumulation_steps * arm.task.tokens_per_example)
 
 
-def leak_warning(arm: Arm, leaks: Mapping[str, bool], task: str) -> str | None:
+def leak_warning(arm: Arm, leaks: Leaks, task: str) -> str | None:
     """What to say aloud before an arm that leaks is trained; a classifier may read its whole text."""
-    if leaks["future"] and task != "classification":
+    if leaks.future and task != "classification":
         return (
             f"'{arm.name}' ({arm.family}) sees the future of a sequence: its loss as a causal language model "
             "means nothing, and it cannot generate."
         )
-    if leaks["batch"] and leaks.get("batch_deployed", True):
+    if leaks.batch and leaks.batch_deployed is not False:
         return f"'{arm.name}' ({arm.family}) lets examples of a batch see each other, also when deployed."
-    if leaks["batch"]:
+    if leaks.batch:
         return (
             f"'{arm.name}' ({arm.family}) lets examples of a batch see each other in training; deployed "
             f"in mode '{arm.deployed_mode}' it does not."
