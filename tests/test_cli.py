@@ -68,20 +68,39 @@ def test_help_lists_every_verb_with_a_whole_sentence(run):
 def test_every_verb_explains_itself(run, verb):
     code, text = run(verb, "--help")
     assert code == 0 and f"mixtura {verb}" in text and "--help" in text
-    assert all(option in text for option in OPTIONS[verb]) and "..." not in text.replace("{texts}...", "").replace(
-        "texts... <", ""
-    )
+    assert all(option in text for option in OPTIONS[verb]) and "..." not in text.replace("[prompts]...", "").replace(
+        "[texts]...", ""
+    ).replace("texts... <", "")
 
 
 OPTIONS = {
     "compare": ("--preset", "--out", "--set", "--resume", "--open"),
     "report": ("--open",),
     "train": ("--preset", "--arm", "--seed", "--out", "--set", "--resume"),
-    "evaluate": ("--text", "--text-column", "--batch-size", "--sequence-length"),
-    "generate": ("--max-new-tokens", "--temperature", "--seed"),
+    "evaluate": (
+        "--text",
+        "--text-column",
+        "--batch-size",
+        "--sequence-length",
+        "--tasks",
+        "--shots",
+        "--limit",
+        "--json",
+    ),
+    "generate": (
+        "--in",
+        "--out",
+        "--max-new-tokens",
+        "--temperature",
+        "--top-p",
+        "--top-k",
+        "--seed",
+        "--chat",
+        "--stream",
+    ),
     "finetune": ("--preset", "--data", "--columns", "--pairs", "--base", "--out", "--set", "--resume", "--open"),
-    "translate": ("--from", "--to", "--beams"),
-    "classify": (),
+    "translate": ("--from", "--to", "--in", "--out", "--beams"),
+    "classify": ("--in", "--out"),
     "diagnose": ("--text", "--text-column", "--max-tokens", "--out", "--open"),
     "upcycle": ("--family", "--num-experts", "--top-k", "--layers", "--split", "--with", "--text", "--seed"),
     "calibrate": ("--text", "--text-column", "--max-sequences"),

@@ -9,6 +9,7 @@ EXTRAS = {
     "datasets": ("datasets", "data"),
     "gguf": ("gguf", "convert"),
     "jinja2": ("jinja2", "report"),
+    "lm_eval": ("lm-eval", "clients"),
     "lxml": ("lxml", "data"),
     "markupsafe": ("markupsafe", "report"),
     "matplotlib": ("matplotlib", "report"),

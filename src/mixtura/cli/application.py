@@ -3,7 +3,7 @@
 import os
 import sys
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,6 +90,31 @@ def progress(total_steps: int | None) -> Iterator[Any]:
             yield reporter
     except KeyboardInterrupt:
         raise Interrupted("Stopped: all up to the last checkpoint is saved.") from None
+
+
+DATA_FLAGS = {
+    "'data.path'": "--text",
+    "'data.text_column'": "--text-column",
+    " or change 'data.validation_fraction'": "",
+    "'data.sequence_length'": "--sequence-length",
+    "'base.name'": "the model",
+}
+
+
+@contextmanager
+def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
+    """Lets a mistake be told in the flags of a verb where it is told in the keys of a recipe.
+
+    Args:
+        flags: by what is said of a recipe, what to say instead.
+    """
+    try:
+        yield
+    except UserError as error:
+        told = str(error)
+        for key, flag in flags.items():
+            told = told.replace(key, flag)
+        raise UserError(told) from error
 
 
 def say(text: str) -> None:

@@ -46,8 +46,8 @@ def slow_memory(model: nn.Module, label: str) -> str | None:
         return None
     return (
         f"{label} keeps {kept / 1e9:.1f} GB of weights, gradients and optimizer state, and {(free + held) / 1e9:.1f} "
-        "GB are free for it: it will swap, or the system will end it; make the model smaller, train less of it, or take a "
-        "machine with more memory."
+        "GB are free for it: it will swap, or the system will end it; make the model smaller, train less of it, or "
+        "take a machine with more memory."
     )
 
 

@@ -209,6 +209,8 @@ class Answer(NamedTuple):
     probability: float
     probabilities: dict[str, float]
     """Of every label."""
+    cut: bool = False
+    """Only the beginning of the text was judged, since it is longer than the classifier reads."""
 
 
 def classify(model_folder: Path, texts: Sequence[str], *, batch_size: int = 32) -> list[Answer]:
@@ -231,6 +233,10 @@ def classify(model_folder: Path, texts: Sequence[str], *, batch_size: int = 32) 
         with torch.no_grad():
             logits_BC = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits_BC
         answers += [_answer(row_C, saved.labels) for row_C in softmax(logits_BC.double(), dim=-1).tolist()]
+    full = [index for index, length in enumerate(examples.lengths) if length == saved.max_length]
+    tokenizer: Any = saved.tokenizer
+    for index in full:
+        answers[index] = answers[index]._replace(cut=len(tokenizer(texts[index])["input_ids"]) > saved.max_length)
     return answers
 
 
@@ -247,7 +253,13 @@ def load_classifier(folder: Path) -> tuple[SavedClassifier, TextClassifier]:
         model = TextClassifier(head, base=without_pooler(AutoModel.from_config(config)))
         checkpoints.load_trained(model, folder)
         return saved, model.eval()
-    base, _ = load_encoder(saved.base, num_layers=saved.num_layers)
+    try:
+        base, _ = load_encoder(saved.base, num_layers=saved.num_layers)
+    except UserError as error:
+        raise UserError(
+            f"The model '{saved.base}' that the classifier in '{folder}' was trained on cannot be loaded: put it back, "
+            "or train again."
+        ) from error
     if weights_digest(base) != saved.base_digest:
         raise UserError(
             f"The base model '{saved.base}' is not the one that the classifier in '{folder}' was trained on: put that "
