@@ -70,7 +70,7 @@ def test_every_verb_explains_itself(run, verb):
     assert code == 0 and f"mixtura {verb}" in text and "--help" in text
     assert all(option in text for option in OPTIONS[verb]) and "..." not in text.replace("[prompts]...", "").replace(
         "[texts]...", ""
-    ).replace("texts... <", "")
+    ).replace("texts... <", "").replace("prompts... <", "")
 
 
 OPTIONS = {

@@ -200,18 +200,29 @@ class _Comparison:
         runs: dict[str, list[RunResult]] = {name: [] for name in arms}
         for seed in self.recipe.seeds:
             for name, arm in arms.items():
-                runs[name].append(
-                    run_arm(
-                        arm,
-                        seed=seed,
-                        learning_rate=rates[name],
-                        training=self.recipe.training,
-                        out=self.out / "arms" / name / f"seed{seed}",
-                        label=f"{name} seed {seed}",
-                        reporter=self.reporter,
-                    )
-                )
+                runs[name].append(self._run_or_mark(arm, name, seed=seed, learning_rate=rates[name]))
+        if all(run.diverged for of_arm in runs.values() for run in of_arm):
+            raise UserError("Every run of every arm diverged: lower the learning rates, with --set or in the recipe.")
         return runs
+
+    def _run_or_mark(self, arm: Arm, name: str, *, seed: int, learning_rate: float) -> RunResult:
+        """A run; where it diverges, what is left of it, so that the other arms go on."""
+        out = self.out / "arms" / name / f"seed{seed}"
+        try:
+            return run_arm(
+                arm,
+                seed=seed,
+                learning_rate=learning_rate,
+                training=self.recipe.training,
+                out=out,
+                label=f"{name} seed {seed}",
+                reporter=self.reporter,
+            )
+        except TrainingDiverged as error:
+            self.reporter.note(f"{error} The other runs go on.")
+            result = _diverged_run(arm, out, seed=seed, learning_rate=learning_rate)
+            write_run(out / RESULT, result)
+            return result
 
     def _results(self, experiment: Experiment, arms: dict[str, ArmResult], command: str) -> Results:
         recipe = self.recipe
@@ -363,9 +374,26 @@ def run_arm(
     return result
 
 
+def _diverged_run(arm: Arm, out: Path, *, seed: int, learning_rate: float) -> RunResult:
+    """What is kept of a run that diverged: its history up to there, and no measures."""
+    records = read_metrics(out / METRICS)
+    last = next((record for record in reversed(records) if "loss" in record), {"step": 0, "seconds": 0.0})
+    modes = [mode for mode in (arm.training_mode, arm.deployed_mode) if mode is not None]
+    return RunResult(
+        **vars(summarize_metrics(records)),
+        seed=seed,
+        learning_rate=learning_rate,
+        steps=last["step"],
+        train_seconds=last["seconds"],
+        final={mode: dict.fromkeys((LOSS.key, arm.task.measure.key)) for mode in modes},
+    )
+
+
 def _check_same_run(stored: RunResult, out: Path, **asked: float) -> None:
     """Refuses a finished run of other settings, such as one that was trained at another rate before a search."""
     for key, value in asked.items():
+        if key == "steps" and stored.diverged:
+            continue
         before = getattr(stored, key)
         if before != value:
             raise UserError(
