@@ -233,7 +233,7 @@ def classify(model_folder: Path, texts: Sequence[str], *, batch_size: int = 32) 
         with torch.no_grad():
             logits_BC = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits_BC
         answers += [_answer(row_C, saved.labels) for row_C in softmax(logits_BC.double(), dim=-1).tolist()]
-    full = [index for index, length in enumerate(examples.lengths) if length == saved.max_length]
+    full = [index for index, ids in enumerate(examples.ids) if len(ids) == saved.max_length]
     tokenizer: Any = saved.tokenizer
     for index in full:
         answers[index] = answers[index]._replace(cut=len(tokenizer(texts[index])["input_ids"]) > saved.max_length)
