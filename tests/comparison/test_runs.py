@@ -7,7 +7,7 @@ import pytest
 
 from mixtura.comparison import runner
 from mixtura.comparison.preparing import check_arms, tokens_per_step
-from mixtura.comparison.runner import run_arm, trial_loss
+from mixtura.comparison.runs import run_arm, trial_loss
 from mixtura.config import UserError
 from mixtura.data.prepare import prepare_data
 from mixtura.results import Measure, RunResult

@@ -14,6 +14,7 @@ from mixtura.cli.application import (
     ResumeOption,
     SetOption,
     app,
+    naming_flags,
     open_page,
     progress,
     recipe_path,
@@ -116,7 +117,8 @@ def train(
     path = recipe_path(recipe, preset)
     changes = [*start_overrides(path, arm=arm, start=start, text=text), *(overrides or [])]
     one_arm(load_recipe(path, changes), arm)  # so that a mistake is told before torch is imported
-    with progress(None) as reporter:
+    told = {"'data.path'": "--text"} if text is not None else {}
+    with naming_flags(told), progress(None) as reporter:
         trained = mixtura.train(path, arm=arm, seed=seed, out=out, overrides=changes, resume=resume, reporter=reporter)
     from mixtura.report.measures import final_sentence
 

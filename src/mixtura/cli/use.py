@@ -252,14 +252,15 @@ def diagnose(
     """
     hush()
     folder = out or Path("diagnosis")
-    found = mixtura.diagnose(
-        model,
-        text or [],
-        out=folder,
-        text_column=text_column,
-        max_tokens=max_tokens,
-        command=shlex.join(["mixtura", *sys.argv[1:]]),
-    )
+    with naming_flags(DATA_FLAGS):
+        found = mixtura.diagnose(
+            model,
+            text or [],
+            out=folder,
+            text_column=text_column,
+            max_tokens=max_tokens,
+            command=shlex.join(["mixtura", *sys.argv[1:]]),
+        )
     page = folder / "diagnosis.html"
     typer.echo(f"{found.headline}\n\nPage: {page}")
     if show:

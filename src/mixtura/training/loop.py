@@ -117,8 +117,6 @@ def train(
             reporter=reporter,
             stop=stop,
         )
-        if (warning := slow_memory(model, label)) is not None:
-            reporter.note(warning)
         reporter.start_run(label, step=step, steps=config.steps)
         try:
             _run_steps(run, model, arguments, checkpoint=checkpoint, step=step)
@@ -254,6 +252,8 @@ def _run_steps(
         return
     length = run.config.steps * sequences_per_step(run.config, arguments.world_size)
     keep_freed_memory()
+    if (warning := slow_memory(model, run.label)) is not None:
+        run.reporter.note(warning)
     optimizer = build_optimizer(model, run.config, learning_rate=run.learning_rate)
     trainer = MixtureTrainer(
         run,
