@@ -1,6 +1,11 @@
-"""What ends a command with one sentence: a user's mistake, an interruption, a package that only an extra installs."""
+"""What ends a command with one sentence: a user's mistake, an interruption, a package that only an extra installs.
+
+Under torchrun one of the processes says it. Which one a process is stands in its environment variables; without
+torchrun it is the first and only one.
+"""
 
 import errno
+import os
 import re
 from importlib import import_module
 from typing import Any
@@ -76,3 +81,20 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
         f"This needs the package {package}, which is not installed: run pip install 'mixtura[{extra}]', "
         "or 'mixtura[all]' for everything."
     )
+
+
+def rank() -> int:
+    """The number of this process among all; 0 is the one that writes and speaks."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def local_rank() -> int:
+    """The number of this process on its machine; 0 says what went wrong there."""
+    return int(os.environ.get("LOCAL_RANK") or 0)
+
+
+def launch() -> str:
+    """What all processes of one start have in common and no other start has; empty without torchrun."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return ""
+    return ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))

@@ -16,8 +16,7 @@ from typing import Any, cast
 import typer
 
 from mixtura.cli.application import app as app
-from mixtura.errors import Interrupted, UserError, disk_error, missing_extra
-from mixtura.ranks import local_rank
+from mixtura.errors import Interrupted, UserError, disk_error, local_rank, missing_extra
 
 from mixtura.cli import train, use, convert, machine  # isort: skip  # noqa: F401
 

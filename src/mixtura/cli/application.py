@@ -12,8 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from mixtura import __version__
-from mixtura.errors import Interrupted, UserError
-from mixtura.ranks import rank
+from mixtura.errors import Interrupted, UserError, rank
 
 
 class VerbsByUse(TyperGroup):

@@ -83,7 +83,7 @@ def _evaluate_tasks(
     batch_size: int,
     as_json: bool,
 ) -> None:
-    from mixtura.task_scores import score_tasks
+    from mixtura.benchmarks.task_scores import score_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     scores = score_tasks(model, names, folder=folder, num_shots=shots, limit=limit, batch_size=batch_size)

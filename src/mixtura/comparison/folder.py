@@ -19,9 +19,9 @@ import torch
 
 from mixtura.comparison.holding import HOLDER, has_runs
 from mixtura.config import FinetuneRecipe, Recipe, UserError, recipe_to_dict, recipe_to_toml
+from mixtura.errors import rank
 from mixtura.files import write_json, write_text
 from mixtura.kernels import native
-from mixtura.ranks import rank
 from mixtura.results.files import read_json
 from mixtura.training.experiment import Experiment
 

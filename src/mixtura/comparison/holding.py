@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtura.config import Interrupted, UserError
-from mixtura.errors import reason_of
-from mixtura.ranks import launch, rank
+from mixtura.errors import launch, rank, reason_of
 
 try:
     import fcntl
