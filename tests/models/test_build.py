@@ -3,11 +3,11 @@
 import pytest
 
 from mixtura.config import ArmConfig, ModelConfig, TrainingConfig, UserError
+from mixtura.config.families import MIXTURES
 from mixtura.models.build import build_model_config, layer_families
 from mixtura.planning import flops_ratio
 
 MODEL = ModelConfig()
-FAMILIES = ["token_choice", "expert_choice", "soft", "mixture_of_tokens"]
 
 
 def build(arm, model=MODEL, **more):
@@ -16,7 +16,7 @@ def build(arm, model=MODEL, **more):
 
 @pytest.mark.parametrize("placement", ["all", "later_half"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_an_arm_costs_what_the_dense_arm_costs(family, gated, placement):
     model = ModelConfig(gated=gated)
     arm = build(ArmConfig(family=family, placement=placement), model)
@@ -25,7 +25,7 @@ def test_an_arm_costs_what_the_dense_arm_costs(family, gated, placement):
     assert arm.moe_intermediate_size % 4 == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_experts_of_16_bit_numbers_have_rows_of_16_bytes(family):
     assert (TrainingConfig().width_multiple, TrainingConfig(dtype="bfloat16").width_multiple) == (4, 8)
     model = ModelConfig(hidden_size=96, intermediate_size=380)

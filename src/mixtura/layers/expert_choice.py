@@ -21,7 +21,7 @@ from mixtura.layers.routing import (
     to_groups,
 )
 from mixtura.layers.statistics import RoutingStats, count_real, mean_of_real, normalized_entropy, sum_of_real
-from mixtura.planning.capacity import capacity
+from mixtura.planning.shapes import capacity
 
 
 class ExpertChoiceMoE(FeedForward):

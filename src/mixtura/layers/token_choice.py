@@ -26,7 +26,7 @@ from mixtura.layers.routing import (
     sparse_experts,
 )
 from mixtura.layers.statistics import RoutingStats, mean_of_real, normalized_entropy
-from mixtura.planning.capacity import capacity, even_rows
+from mixtura.planning.shapes import capacity, even_rows
 
 
 class TokenChoiceMoE(FeedForward):

@@ -1,8 +1,10 @@
 """From a recipe to a model configuration."""
 
 from mixtura.config import ArmConfig, ModelConfig
+from mixtura.config.arms import model_settings
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.planning.matching import match_intermediate_size
+from mixtura.planning.shapes import feed_forward_shapes
 
 
 def build_model_config(
@@ -26,7 +28,8 @@ def build_model_config(
     Raises:
         UserError: routing alone costs more than the dense layer.
     """
-    return MixtureConfig(
+    own = {field: getattr(arm, setting.name) for setting, field in model_settings()}
+    config = MixtureConfig(
         vocab_size=vocab_size,
         max_position_embeddings=max_position_embeddings,
         pad_token_id=pad_token_id,
@@ -34,7 +37,6 @@ def build_model_config(
         eos_token_id=eos_token_id,
         hidden_size=recipe_model.hidden_size,
         intermediate_size=recipe_model.intermediate_size,
-        moe_intermediate_size=_expert_width(recipe_model, arm, max_position_embeddings, width_multiple),
         num_hidden_layers=recipe_model.num_hidden_layers,
         num_attention_heads=recipe_model.num_attention_heads,
         num_key_value_heads=recipe_model.num_key_value_heads,
@@ -43,58 +45,19 @@ def build_model_config(
         tie_word_embeddings=recipe_model.tie_word_embeddings,
         initializer_range=recipe_model.initializer_range,
         mlp_layer_types=layer_families(recipe_model.num_hidden_layers, arm),
-        num_experts=arm.num_experts,
-        num_experts_per_tok=arm.top_k,
-        scoring_func=arm.score_function,
-        norm_topk_prob=arm.normalize_top_k,
-        capacity_factor=arm.capacity_factor,
-        router_aux_loss_coef=arm.router_aux_loss_coef,
-        router_z_loss_coef=arm.router_z_loss_coef,
-        balance_over=arm.balance_over,
-        expert_bias_update_rate=arm.expert_bias_update_rate,
-        num_shared_experts=arm.num_shared_experts,
-        route_by=arm.route_by,
         expert_names=expert_names,
-        group_size=arm.group_size,
-        group_over=arm.group_over,
-        mixtures_per_expert=arm.mixtures_per_expert,
-        temperature=arm.temperature,
-        combine=arm.combine,
-        inference_mode=arm.inference_mode,
-        alone_top_k=arm.alone_top_k,
-        zero_fill=arm.zero_fill,
-        zero_fill_unit=arm.zero_fill_unit,
-        alone_fraction=arm.alone_fraction,
-        transition_to=arm.transition_to,
-        transition_fraction=arm.transition_fraction,
         population=arm.population_rate > 0,
-        population_rate=arm.population_rate,
+        **(own | {"moe_intermediate_size": arm.moe_intermediate_size or recipe_model.intermediate_size}),
     )
+    if arm.moe_intermediate_size is None:
+        last = feed_forward_shapes(config, sequence_length=max_position_embeddings)[-1]
+        config.moe_intermediate_size = match_intermediate_size(
+            last, dense_intermediate_size=recipe_model.intermediate_size, multiple_of=width_multiple
+        )
+    return config
 
 
 def layer_families(num_layers: int, arm: ArmConfig) -> list[str]:
     """The family of every layer: the arm's in all layers or in the later half, dense before."""
     first = num_layers // 2 if arm.placement == "later_half" else 0
     return ["dense"] * first + [arm.family] * (num_layers - first)
-
-
-def _expert_width(model: ModelConfig, arm: ArmConfig, sequence_length: int, multiple_of: int) -> int:
-    if arm.moe_intermediate_size is not None:
-        return arm.moe_intermediate_size
-    if arm.family == "dense":
-        return model.intermediate_size
-    return match_intermediate_size(
-        arm.family,
-        hidden_size=model.hidden_size,
-        dense_intermediate_size=model.intermediate_size,
-        gated=model.gated,
-        num_experts=arm.num_experts,
-        top_k=arm.top_k,
-        num_shared_experts=arm.num_shared_experts,
-        group_size=arm.group_size,
-        mixtures_per_expert=arm.mixtures_per_expert,
-        combine=arm.combine,
-        sequence_length=sequence_length,
-        learned_router=arm.route_by == "token",
-        multiple_of=multiple_of,
-    )

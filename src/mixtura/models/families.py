@@ -1,86 +1,28 @@
 """Which layer a configuration asks for at a given depth."""
 
-from collections.abc import Callable
+import pkgutil
+from typing import Any
 
-from mixtura.layers import DenseFFN, ExpertChoiceMoE, FeedForward, MixtureOfTokens, SoftMoE, TokenChoiceMoE
+from mixtura.config.arms import model_settings
+from mixtura.config.families import facts_of
+from mixtura.layers import FeedForward
 from mixtura.models.configuration_mixture import MixtureConfig
 
 
 def build_feed_forward(config: MixtureConfig, layer_idx: int) -> FeedForward:
-    """The feed-forward layer of decoder layer `layer_idx`."""
-    families = config.mlp_layer_types or []
-    if families[layer_idx] == "dense":
-        return _dense(config, layer_idx)
-    return _BUILDERS[families[layer_idx]](config)
+    """The feed-forward layer of decoder layer `layer_idx`, given the settings that the table has for its family."""
+    family = (config.mlp_layer_types or [])[layer_idx]
+    layer_class = pkgutil.resolve_name(facts_of(family).layer)
+    return layer_class(config.hidden_size, **_arguments(config, family, layer_idx))
 
 
-def _shape(config: MixtureConfig) -> dict:
-    return {
-        "intermediate_size": config.moe_intermediate_size,
-        "num_experts": config.num_experts,
-        "activation": config.hidden_act,
-        "gated": config.gated,
-    }
-
-
-def _dense(config: MixtureConfig, layer_idx: int) -> FeedForward:
-    widths = config.intermediate_sizes
-    return DenseFFN(
-        config.hidden_size,
-        intermediate_size=config.intermediate_size if widths is None else widths[layer_idx],
-        activation=config.hidden_act,
-        gated=config.gated,
-    )
-
-
-def _token_choice(config: MixtureConfig) -> FeedForward:
-    return TokenChoiceMoE(
-        config.hidden_size,
-        **_shape(config),
-        top_k=config.num_experts_per_tok,
-        score_function=config.scoring_func,  # pyright: ignore[reportArgumentType]
-        normalize_top_k=config.norm_topk_prob,
-        routed_scaling_factor=config.routed_scaling_factor,
-        capacity_factor=config.capacity_factor,
-        expert_bias=config.expert_bias_update_rate > 0,
-        num_shared_experts=config.num_shared_experts,
-        learned_router=config.route_by == "token",
-    )
-
-
-def _expert_choice(config: MixtureConfig) -> FeedForward:
-    return ExpertChoiceMoE(
-        config.hidden_size,
-        **_shape(config),
-        top_k=config.num_experts_per_tok,
-        group_size=config.group_size,
-        group_over=config.group_over,  # pyright: ignore[reportArgumentType]
-    )
-
-
-def _soft(config: MixtureConfig) -> FeedForward:
-    return SoftMoE(config.hidden_size, **_shape(config), num_slots=config.mixtures_per_expert)
-
-
-def _mixture_of_tokens(config: MixtureConfig) -> FeedForward:
-    return MixtureOfTokens(
-        config.hidden_size,
-        **_shape(config),
-        group_size=config.group_size,
-        mixtures_per_expert=config.mixtures_per_expert,
-        group_over=config.group_over,  # pyright: ignore[reportArgumentType]
-        temperature=config.temperature,
-        combine=config.combine,  # pyright: ignore[reportArgumentType]
-        inference_mode=config.inference_mode,  # pyright: ignore[reportArgumentType]
-        alone_top_k=config.alone_top_k,
-        zero_fill=config.zero_fill,
-        population=config.population,
-    )
-
-
-_BUILDERS: dict[str, Callable[[MixtureConfig], FeedForward]] = {
-    "token_choice": _token_choice,
-    "expert_choice": _expert_choice,
-    "soft": _soft,
-    "mixture_of_tokens": _mixture_of_tokens,
-}
+def _arguments(config: MixtureConfig, family: str, layer_idx: int) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"activation": config.hidden_act, "gated": config.gated}
+    if family == "dense":
+        widths = config.intermediate_sizes
+        arguments["intermediate_size"] = config.intermediate_size if widths is None else widths[layer_idx]
+    for setting, field in model_settings(family):
+        argument = setting.argument(family)
+        if argument is not None:
+            arguments[argument] = setting.to_layer(getattr(config, field))
+    return arguments | {name: getattr(config, name) for name in facts_of(family).model_settings}
