@@ -17,7 +17,15 @@ from mixtura.comparison.arms import (
     task_of,
     tokens_per_step,
 )
-from mixtura.comparison.folder import check_same_data, environment, now, open_folder, read_json, write_json
+from mixtura.comparison.folder import (
+    check_same_data,
+    environment,
+    now,
+    open_folder,
+    read_json,
+    store_fitted,
+    write_json,
+)
 from mixtura.comparison.runs import run_arm, trial_loss
 from mixtura.comparison.search import fingerprint, load_record, search_learning_rates
 from mixtura.comparison.timing import time_arms
@@ -30,6 +38,7 @@ from mixtura.config import (
     recipe_to_dict,
     recipe_to_toml,
 )
+from mixtura.config.adapt import changes
 from mixtura.report.html import write_report
 from mixtura.report.summary import summarize
 from mixtura.training import ProgressReporter, SilentProgress, TrainingDiverged
@@ -88,8 +97,8 @@ class _Comparison:
 
     def run(self, command: str) -> dict[str, Any]:
         started = time.monotonic()
-        experiment = make_experiment(self.recipe, self.out, self.reporter)
-        check_same_data(self.out, experiment)
+        experiment = _prepare(self.recipe, self.out, self.reporter)
+        self.recipe = experiment.recipe
         arms = experiment.arms
         check_arms(arms, self.recipe.training)
         leaks = self._probe_leaks(arms)
@@ -218,6 +227,16 @@ class _Comparison:
         }
 
 
+def _prepare(recipe: AnyRecipe, out: Path, reporter: ProgressReporter) -> Experiment:
+    """The experiment of a recipe in its folder, which notes how the recipe was fitted to the data, and which data."""
+    experiment = make_experiment(recipe, out, reporter)
+    check_same_data(out, experiment)
+    if fitted := changes(recipe, experiment.recipe):
+        reporter.note(f"fitted to the data: {'; '.join(fitted)}")
+        store_fitted(out, recipe, experiment.recipe)
+    return experiment
+
+
 def _budget(arm: Arm, experiment: Experiment, training: TrainingConfig) -> dict[str, Any]:
     """Tokens of a step and a run, and how often a run reads its training data."""
     per_step = tokens_per_step(arm, training)
@@ -260,9 +279,8 @@ def train_arm(
         raise UserError(f"The recipe has no arm '{name}': choose one of {', '.join(recipe.arms)}.")
     reporter = reporter or SilentProgress()
     open_folder(out, recipe, resume=resume)
-    experiment = make_experiment(recipe, out, reporter)
-    check_same_data(out, experiment)
-    arm = experiment.arms[name]
+    experiment = _prepare(recipe, out, reporter)
+    recipe, arm = experiment.recipe, experiment.arms[name]
     check_arms({name: arm}, recipe.training)
     if warning := leak_warning(arm, arm.leaks(), task_of(recipe)):
         reporter.note(warning)

@@ -14,7 +14,7 @@ from mixtura.config.finetuning import (
     TranslationDataConfig,
     TranslationRecipe,
 )
-from mixtura.config.languages import Pair, check_distinct_names, parse_pairs
+from mixtura.config.languages import check_distinct_names, parse_pairs
 from mixtura.config.mistakes import UserError
 
 
@@ -56,13 +56,11 @@ def _check_translation(recipe: TranslationRecipe) -> None:
         check_positive("model", recipe.model)
         check_attention_heads(recipe.model)
     for name, arm in recipe.arms.items():
-        _check_translation_arm(f"arms.{name}", arm, recipe, pairs)
+        _check_translation_arm(f"arms.{name}", arm, recipe)
     _check_ranks(recipe.baseline, {name: arm.adapter for name, arm in recipe.arms.items()})
 
 
-def _check_translation_arm(
-    where: str, arm: TranslationArmConfig, recipe: TranslationRecipe, pairs: tuple[Pair, ...]
-) -> None:
+def _check_translation_arm(where: str, arm: TranslationArmConfig, recipe: TranslationRecipe) -> None:
     _check_rate(where, arm.learning_rate)
     pretrained = recipe.base.name is not None
     if arm.adapter is not None and not pretrained:
@@ -86,20 +84,14 @@ def _check_translation_arm(
         )
     sizes = {"training.batch_size": recipe.training.batch_size}
     check_feed_forward(key, feed_forward, batch_sizes=sizes, sequence_length=None)
-    _check_language_experts(key, arm, pairs)
+    _check_language_experts(key, arm)
 
 
-def _check_language_experts(where: str, arm: TranslationArmConfig, pairs: tuple[Pair, ...]) -> None:
-    experts, route_by = arm.feed_forward.num_experts, arm.feed_forward.route_by
-    if route_by == "token":
-        return
-    side = {"source": 0, "target": 1}
-    names = {pair[side[route_by]] if route_by in side else str(pair) for pair in pairs}
-    if experts < len(names) * arm.feed_forward.top_k:
-        raise UserError(
-            f"'{where}.num_experts' is {experts}, but routing by {route_by} needs {arm.feed_forward.top_k} for each of "
-            f"{len(names)}: set it to {len(names) * arm.feed_forward.top_k}."
-        )
+def _check_language_experts(where: str, arm: TranslationArmConfig) -> None:
+    """How many experts there are follows from the pairs; see `config.adapt`."""
+    route_by, top_k = arm.feed_forward.route_by, arm.feed_forward.top_k
+    if route_by != "token" and top_k != 1:
+        raise UserError(f"'{where}.top_k' is {top_k}, but a {route_by} names one expert: set it to 1.")
 
 
 def _check_classification(recipe: ClassificationRecipe) -> None:

@@ -69,9 +69,29 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' is not a TOML recipe ({error}): see recipes/quick.toml for one that is.") from None
     table.setdefault("name", path.stem)
+    if any(override.partition("=")[0].strip() in _BRINGS_DATA for override in overrides) and _is_preset(path):
+        _leave_open(table)
     for override in overrides:
         _apply_override(table, override)
     return recipe_from_dict(table)
+
+
+_BRINGS_DATA = ("data.source", "data.path", "data.name", "data.subset", "base.name")
+"""Keys that bring data or a base model of the user's own to a preset."""
+_OPEN = {
+    "translation": ("validation_sources", "test_sources", "max_characters", "max_length"),
+    "classification": ("validation_examples", "test_examples", "max_length"),
+}
+"""What a fine-tuning preset sizes for its own data: fitted to the user's where there is such."""
+
+
+def _is_preset(path: Path) -> bool:
+    return path.parent.resolve() == preset_path(PRESETS[0]).parent.resolve()
+
+
+def _leave_open(table: dict[str, Any]) -> None:
+    for key in _OPEN.get(table.get("task", ""), ()):
+        table["data"][key] = "none"
 
 
 def recipe_from_dict(table: dict[str, Any]) -> AnyRecipe:

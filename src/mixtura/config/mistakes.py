@@ -5,5 +5,14 @@ class UserError(ValueError):
     """A mistake in what the user gave: one sentence that names the value and the fix; the command line exits with 2."""
 
 
+class TooLittleText(UserError):
+    """Training or held-out text that does not fill one sequence."""
+
+    def __init__(self, sentence: str, *, held_out: bool) -> None:
+        """`held_out` says which side has too little."""
+        super().__init__(sentence)
+        self.held_out = held_out
+
+
 class Interrupted(Exception):
     """The user stopped a long job; everything so far is saved, and the same command goes on from there."""

@@ -21,6 +21,7 @@ from mixtura.config import AdapterConfig, TrainingConfig, UserError
 from mixtura.diagnostics.choices import routed_layers
 from mixtura.diagnostics.specialization import measure_specialization
 from mixtura.models import MixtureConfig
+from mixtura.models.inference import mixing_layers
 from mixtura.tasks.translation.batches import EncodedPairs, PairDataset, collate_rows
 from mixtura.tasks.translation.chrf import Scores, score
 from mixtura.tasks.translation.decoding import ExampleRouting, decode, inference_modes, running
@@ -120,7 +121,7 @@ class TranslationTask(TrainingTask):
             ("hold out", self.data.validation),
             ("test", self.data.test),
         ):
-            if len(split.sentences) < batch_size:
+            if not split.sentences or (mixing_layers(model) and len(split.sentences) < batch_size):
                 raise UserError(
                     f"There are {len(split.sentences)} sentence pairs to {name}, fewer than one batch of {batch_size}: "
                     "lower 'training.batch_size', or raise 'data.validation_sources' or 'data.test_sources'."
