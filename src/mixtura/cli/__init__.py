@@ -42,6 +42,9 @@ def main() -> None:
         _fail(f"{where}: {_DISK_ERRORS[error.errno]}. Free some space or choose another folder with --out.")
 
 
-def _fail(sentence: str) -> None:
-    typer.echo(f"mixtura: {sentence}", err=True)
+def _fail(sentences: str) -> None:
+    first, *others = sentences.splitlines()
+    if others:
+        first = "\n- ".join(["the recipe has several mistakes:", first, *others])
+    typer.echo(f"mixtura: {first}", err=True)
     sys.exit(2)
