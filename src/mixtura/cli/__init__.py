@@ -11,9 +11,10 @@ from typing import Any, cast
 import typer
 
 from mixtura.cli.application import app as app
+from mixtura.cli.flags import name_flags
 from mixtura.config import Interrupted, UserError
 
-from mixtura.cli import train, use, convert, machine  # isort: skip  # noqa: F401
+from mixtura.cli import train, recipes, use, convert, machine  # isort: skip  # noqa: F401
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full",
@@ -31,7 +32,7 @@ def main() -> None:
     try:
         cast(Any, app)()
     except UserError as error:
-        _fail(str(error))
+        _fail(name_flags(str(error), sys.argv[1:]))
     except Interrupted as interruption:
         typer.echo(f"\nmixtura: {interruption} The same command goes on from there.", err=True)
         sys.exit(130)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mixtura.cli.application import (
+    DryRunOption,
     PresetOption,
     RecipeArgument,
     ResumeOption,
@@ -18,7 +19,7 @@ from mixtura.cli.application import (
     progress,
     recipe_path,
 )
-from mixtura.config import TASKS, UserError, data_overrides, load_recipe, preset_path
+from mixtura.config import TASKS, AnyRecipe, UserError, data_overrides, load_recipe, preset_path
 
 
 @app.command()
@@ -28,13 +29,18 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="runs/NAME")] = None,
     overrides: SetOption = None,
     resume: ResumeOption = True,
+    dry_run: DryRunOption = False,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
     """Train the arms of a recipe on the same data, and report.
 
     Parts that are done are not repeated, and a comparison that was stopped goes on where it stopped.
     """
-    _compare(recipe_path(recipe, preset), out, overrides or [], resume=resume, open_report=open_report)
+    path, changes = recipe_path(recipe, preset), overrides or []
+    if dry_run:
+        _plan(load_recipe(path, changes), out)
+        return
+    _compare(path, out, changes, resume=resume, open_report=open_report)
 
 
 @app.command()
@@ -61,6 +67,7 @@ def finetune(
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="runs/NAME")] = None,
     overrides: SetOption = None,
     resume: ResumeOption = True,
+    dry_run: DryRunOption = False,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
     """Fine-tune for translation or classification, and report.
@@ -72,9 +79,16 @@ def finetune(
     if recipe is None and preset not in ("quick", "default"):
         raise UserError(f"There is no preset '{preset}' for {task}: choose quick or default, or give a recipe's path.")
     path = recipe or preset_path(task if preset == "default" else f"{task}-{preset}")
+    if recipe is None and task == "translation" and base is not None:
+        # A pretrained model is adapted; what the presets compare are models from scratch.
+        path = path.with_name("translation-smollm2.toml")
     changes = [*data_overrides(task, data=data, columns=columns, pairs=pairs, base=base), *(overrides or [])]
-    if (found := load_recipe(path, changes)) and getattr(found, "task", "pretraining") != task:
-        raise UserError(f"'{path}' is a recipe for {getattr(found, 'task', 'pretraining')}: give one for {task}.")
+    found = load_recipe(path, changes)
+    if (kind := getattr(found, "task", "pretraining")) != task:
+        raise UserError(f"'{path}' is a recipe for {kind}: give one for {task}.")
+    if dry_run:
+        _plan(found, out)
+        return
     _compare(path, out, changes, resume=resume, open_report=open_report)
 
 
@@ -94,6 +108,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="runs/NAME-ARM")] = None,
     overrides: SetOption = None,
     resume: ResumeOption = True,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Train one arm of a recipe, or a checkpoint on, with one seed.
 
@@ -111,6 +126,9 @@ def train(
     if name not in loaded.arms:
         raise UserError(f"The recipe has no arm '{name}': choose one of {', '.join(loaded.arms)}.")
     folder = out or Path("runs") / f"{loaded.name}-{name}"
+    if dry_run:
+        _plan(loaded, folder, arm=name, seeds=(seed,))
+        return
     with progress(None) as reporter:
         result = train_arm(loaded, name, seed=seed, out=folder, resume=resume, reporter=reporter)
     for mode, losses in result["final"].items():
@@ -133,6 +151,15 @@ def _start_overrides(path: Path, arm: str | None, start: str | None, text: Path 
     if text is not None:
         changes += ['data.source="local"', f"data.path={json.dumps(str(text))}"]
     return changes
+
+
+def _plan(recipe: AnyRecipe, out: Path | None, *, arm: str | None = None, seeds: tuple[int, ...] = ()) -> None:
+    """Says what a recipe would take."""
+    from mixtura.comparison.plan import plan
+
+    with progress(None) as reporter:
+        planned = plan(recipe, out=out or Path("runs") / recipe.name, reporter=reporter, arm=arm, seeds=seeds)
+    typer.echo("\n".join(planned.lines()))
 
 
 def _compare(path: Path, out: Path | None, overrides: list[str], *, resume: bool, open_report: bool) -> None:

@@ -37,7 +37,7 @@ def open_folder(out: Path, recipe: AnyRecipe, *, resume: bool) -> None:
         _check_same_recipe(out, recipe)
         write_json(out / "environment.json", environment())
         # A folder that was begun keeps the recipe as it runs; `recipe` may be the one that it was fitted from.
-        if not (out / GIVEN_FILE).exists() or not _has_runs(out):
+        if not (out / GIVEN_FILE).exists() or not has_runs(out):
             (out / GIVEN_FILE).unlink(missing_ok=True)
             write_text(out / "recipe.toml", recipe_to_toml(recipe))
     except (NotADirectoryError, FileExistsError):
@@ -86,7 +86,7 @@ def _check_same_recipe(out: Path, recipe: AnyRecipe) -> None:
     given = out / GIVEN_FILE
     if given.exists() and not _same_text(path, recipe):
         path = given
-    if not _has_runs(out):
+    if not has_runs(out):
         # No run has begun, as after a mistake in the recipe: the corrected one may have the folder.
         (out / "timing.json").unlink(missing_ok=True)
         return
@@ -130,7 +130,7 @@ def check_same_data(out: Path, experiment: Experiment) -> None:
     path = out / "data.json"
     # As JSON gives it back.
     seen = json.loads(json.dumps({"summary": experiment.data, "tokens": experiment.data_digest}))
-    before = read_json(path, keys=seen) if _has_runs(out) else None
+    before = read_json(path, keys=seen) if has_runs(out) else None
     if before is None:
         write_json(path, seen)
     elif difference := _first_difference(before, seen, ""):
@@ -142,7 +142,8 @@ def check_same_data(out: Path, experiment: Experiment) -> None:
         )
 
 
-def _has_runs(out: Path) -> bool:
+def has_runs(out: Path) -> bool:
+    """Whether a run has begun in a comparison's folder."""
     return any(out.glob("arms/*/*/run.json")) or any(out.glob("search/*/*/run.json"))
 
 

@@ -26,6 +26,7 @@ from mixtura.comparison.folder import (
     store_fitted,
     write_json,
 )
+from mixtura.comparison.limits import check_memory
 from mixtura.comparison.runs import run_arm, trial_loss
 from mixtura.comparison.search import fingerprint, load_record, search_learning_rates
 from mixtura.comparison.timing import time_arms
@@ -83,6 +84,7 @@ def compare(
     given = isinstance(recipe, Recipe | FinetuneRecipe)
     path, loaded = (None, recipe) if given else (Path(recipe), load_recipe(Path(recipe), overrides))
     folder = Path(out) if out is not None else Path("runs") / loaded.name
+    check_memory(loaded)
     open_folder(folder, loaded, resume=resume)
     return _Comparison(loaded, path, folder, reporter or SilentProgress()).run(
         command or f"mixtura compare {path or folder / 'recipe.toml'} --out {folder}"
@@ -278,6 +280,7 @@ def train_arm(
     if name not in recipe.arms:
         raise UserError(f"The recipe has no arm '{name}': choose one of {', '.join(recipe.arms)}.")
     reporter = reporter or SilentProgress()
+    check_memory(recipe)
     open_folder(out, recipe, resume=resume)
     experiment = _prepare(recipe, out, reporter)
     recipe, arm = experiment.recipe, experiment.arms[name]

@@ -23,10 +23,13 @@ from mixtura.training.process import keep_freed_memory
 WARM_UP_ROUNDS, ROUNDS = 2, 12
 
 
-def time_arms(arms: Mapping[str, Arm], training: TrainingConfig, baseline: str) -> dict[str, dict[str, Any]]:
+def time_arms(
+    arms: Mapping[str, Arm], training: TrainingConfig, baseline: str, *, rounds: int = ROUNDS
+) -> dict[str, dict[str, Any]]:
     """Median seconds of a step and peak bytes of each arm.
 
-    Where a run has several kinds of steps, seconds are the mean over them, each as often as it comes.
+    Where a run has several kinds of steps, seconds are the mean over them, each as often as it comes. Every arm takes
+    `rounds` steps that count.
 
     Returns:
         {arm: {"seconds_per_step", "seconds_ratio", "peak_memory_bytes", "optimizer_state_bytes"}}.
@@ -38,7 +41,7 @@ def time_arms(arms: Mapping[str, Arm], training: TrainingConfig, baseline: str) 
     steps = {name: _Step(arm, training, device) for name, arm in arms.items()}
     peaks = {name: step.peak_memory() for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for round_number in range(WARM_UP_ROUNDS + ROUNDS):
+    for round_number in range(WARM_UP_ROUNDS + rounds):
         for name, step in steps.items():
             elapsed = step.timed()
             if round_number >= WARM_UP_ROUNDS:

@@ -17,6 +17,7 @@ from mixtura.config.checks import check_recipe
 from mixtura.config.finetune_checks import check_finetune_recipe
 from mixtura.config.finetuning import AnyRecipe, ClassificationRecipe, TranslationRecipe
 from mixtura.config.from_checkpoint import fill_from_checkpoints
+from mixtura.config.languages import language_of_column
 from mixtura.config.mistakes import UserError, refuse_together
 from mixtura.config.schema import Recipe
 
@@ -93,6 +94,7 @@ def _is_preset(path: Path) -> bool:
 def _leave_open(table: dict[str, Any]) -> None:
     for key in _OPEN.get(table.get("task", ""), ()):
         table["data"][key] = "none"
+    table["data"].pop("part", None)  # of the movie reviews
 
 
 def recipe_from_dict(table: dict[str, Any]) -> AnyRecipe:
@@ -123,7 +125,7 @@ def data_overrides(
         task: "translation" or "classification".
         data: a file, or "hub:NAME".
         columns: "SOURCE,TARGET" or "TEXT,LABEL".
-        pairs: directions of translation, separated by commas.
+        pairs: directions of translation, separated by commas; None takes columns that are named after languages.
         base: the pretrained model.
 
     Raises:
@@ -140,6 +142,10 @@ def data_overrides(
             raise UserError(f"--columns is '{columns}': give two names, {wanted}.")
         keys = {"translation": ("source", "target"), "classification": ("text", "label")}[task]
         values |= {f"data.{key}_column": name for key, name in zip(keys, names, strict=True)}
+    if columns is not None and pairs is None and task == "translation":
+        codes = [language_of_column(name) for name in columns.split(",")]
+        if None not in codes and codes[0] != codes[1]:
+            pairs = f"{codes[0]}-{codes[1]}"
     if pairs is not None:
         if task != "translation":
             raise UserError(f"--pairs is '{pairs}', but {task} has no directions: leave it out.")
