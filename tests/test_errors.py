@@ -120,6 +120,12 @@ def assert_nothing_half_written(out: Path) -> None:
     assert not [path for path in files if path.name in ("results.json", "report.html", "result.json")]
 
 
+def test_several_mistakes_are_said_at_once(run, recipe, tmp_path):
+    code, said = run("compare", recipe, "--out", tmp_path / "out", "--set", "training.steps=0", "--set", "seeds=[]")
+    assert code == 2 and len(said.splitlines()) == 3 and "- 'training.steps' is 0" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_sentence_comes_before_anything_is_written(run, recipe, tmp_path):
     run("compare", recipe, "--out", tmp_path / "out", "--set", "training.stps=3")
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ def keys(
         str | None, typer.Argument(help="A section, such as training, or a key, such as top_k.", show_default=False)
     ] = None,
 ) -> None:
-    """List the keys of a recipe with their types and defaults, and what they are."""
+    """List the keys of recipes, with types and defaults."""
     wanted = (section or "").strip("[]").removeprefix("arms.NAME.")
     chosen = [each for each in SECTIONS if section is None or wanted in (each.name, each.name.rpartition(".")[2])]
     if section is not None and wanted == "arms":
@@ -54,7 +54,7 @@ def init(
     pairs: Annotated[str | None, typer.Option(help="The direction of translation, such as en-de.")] = None,
     out: Annotated[Path | None, typer.Option(help="The recipe to write; else it is printed.")] = None,
 ) -> None:
-    """Write a recipe for your data that explains its keys, to look at and to change."""
+    """Write a commented recipe for your data."""
     from mixtura.data.sketch import sketch_recipe
 
     if out is not None and out.exists():

@@ -114,7 +114,7 @@ def store_fitted(out: Path, given: AnyRecipe, fitted: AnyRecipe) -> None:
 
     Both may then be given to go on with the folder.
     """
-    if _same_text(out / "recipe.toml", given):
+    if given != fitted and _same_text(out / "recipe.toml", given):
         write_text(out / GIVEN_FILE, recipe_to_toml(given))
         write_text(out / "recipe.toml", recipe_to_toml(fitted))
 

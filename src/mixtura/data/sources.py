@@ -103,12 +103,11 @@ def _hold_out(rows: Iterator[object], description: str, data: DataConfig, skippe
         cut_off = len(encoded) > room
         room -= min(room, len(encoded))
     description += f", cut off at {data.max_bytes:,} bytes" if cut_off else ""
-    if first is not None and not validation:
-        if len(train) > 1:
-            validation.append(train.pop(first[1]))
-        elif parts := _cut(train[0], data.validation_fraction):
-            train, validation = [parts[0]], [parts[1]]
-            description += ", one document whose end is held out"
+    if first is not None and not validation and len(train) > 1:
+        validation.append(train.pop(first[1]))
+    elif len(train) + len(validation) == 1 and (parts := _cut([*train, *validation][0], data.validation_fraction)):
+        train, validation = [parts[0]], [parts[1]]
+        description += ", one document whose end is held out"
     _check_sides(train, validation, skipped, description, data)
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count)
     if reasons:
