@@ -124,7 +124,8 @@ def with_batches_for(recipe: _Kind, amounts: Amounts, *, group_sizes: Collection
 def _groups(recipe: AnyRecipe) -> dict[tuple[str, ...], ArmConfig | AdapterConfig]:
     """What mixes tokens of several examples, by its place in the recipe."""
     found: dict[tuple[str, ...], ArmConfig | AdapterConfig] = {}
-    for name, arm in recipe.arms.items():
+    arms: dict[str, Any] = dict(recipe.arms)
+    for name, arm in arms.items():
         if isinstance(recipe, Recipe):
             parts: dict[tuple[str, ...], Any] = {(): arm}
         elif isinstance(recipe, ClassificationRecipe):

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from mixtura.config import AnyRecipe
 from mixtura.training.task import TrainingTask
 
 
@@ -53,7 +52,7 @@ class Arm(ABC):
 class Experiment(ABC):
     """Everything a comparison runs."""
 
-    recipe: AnyRecipe
+    recipe: Any
     """The recipe as it runs: what it left open, or its data could not fill, is fitted to the data."""
     arms: dict[str, Arm]
     """By name, in the recipe's order."""

@@ -45,6 +45,8 @@ _PARTS = ("train", "validation", "test")
 class ClassificationExperiment(Experiment):
     """A comparison of classifiers on one corpus and one pretrained model."""
 
+    recipe: ClassificationRecipe
+
     def __init__(self, recipe: ClassificationRecipe, arms: dict[str, Arm], data: dict[str, Any], digest: str) -> None:
         """Puts together what `make_classification` prepared."""
         self.recipe, self.arms, self.data, self.data_digest = recipe, arms, data, digest

@@ -246,6 +246,8 @@ def _fitted_to_checkpoints(recipe: Recipe) -> tuple[Recipe, tuple[int, ...]]:
 class Pretraining(Experiment):
     """Everything a comparison of pretraining runs."""
 
+    recipe: Recipe
+
     def __init__(self, recipe: Recipe, data: PreparedData) -> None:
         """Makes the recipe's arms, with the vocabulary of the data."""
         self.recipe = recipe

@@ -59,6 +59,8 @@ def _fitted(recipe: TranslationRecipe, encoded: TranslationData) -> TranslationR
 class TranslationExperiment(Experiment):
     """Everything a comparison of translation models runs."""
 
+    recipe: TranslationRecipe
+
     def __init__(self, recipe: TranslationRecipe, translation: TranslationData) -> None:
         """Makes the recipe's arms for encoded data."""
         self.recipe, self.translation = recipe, translation
