@@ -13,6 +13,7 @@ import pytest
 
 from mixtura import __version__, cli
 from mixtura.cli import application
+from mixtura.cli.flags import name_flags
 from mixtura.comparison.holding import holding
 from mixtura.config import recipe_to_toml
 
@@ -21,6 +22,8 @@ VERBS = (
     "finetune",
     "train",
     "report",
+    "keys",
+    "init",
     "evaluate",
     "generate",
     "translate",
@@ -74,9 +77,11 @@ def test_every_verb_explains_itself(run, verb):
 
 
 OPTIONS = {
-    "compare": ("--preset", "--out", "--set", "--resume", "--open"),
+    "compare": ("--preset", "--out", "--set", "--resume", "--dry-run", "--open"),
     "report": ("--open",),
-    "train": ("--preset", "--arm", "--seed", "--out", "--set", "--resume"),
+    "train": ("--preset", "--arm", "--seed", "--out", "--set", "--resume", "--dry-run"),
+    "keys": (),
+    "init": ("--data", "--task", "--columns", "--pairs", "--out"),
     "evaluate": (
         "--text",
         "--text-column",
@@ -98,7 +103,7 @@ OPTIONS = {
         "--chat",
         "--stream",
     ),
-    "finetune": ("--preset", "--data", "--columns", "--pairs", "--base", "--out", "--set", "--resume", "--open"),
+    "finetune": ("--preset", "--data", "--columns", "--pairs", "--base", "--out", "--set", "--dry-run", "--open"),
     "translate": ("--from", "--to", "--in", "--out", "--beams"),
     "classify": ("--in", "--out"),
     "diagnose": ("--text", "--text-column", "--max-tokens", "--out", "--open"),
@@ -114,6 +119,43 @@ OPTIONS = {
 
 def test_the_version_is_shown(run):
     assert run("--version") == (0, f"mixtura {__version__}\n")
+
+
+def test_keys_lists_a_section_or_a_key(run):
+    code, text = run("keys", "training")
+    assert code == 0 and text.startswith("[training] of every recipe") and "Sequences in one micro-batch." in text
+    code, text = run("keys", "arms.NAME.top_k")
+    assert code == 0 and "arms.NAME.top_k (pretraining): whole number; default 1." in text
+    assert "[search]" in run("keys")[1]
+
+
+def test_init_writes_a_recipe_once(run, tiny_text, tmp_path):
+    out = tmp_path / "mine.toml"
+    assert run("init", "--data", tiny_text)[1].startswith("# A recipe for pretraining")
+    code, text = run("init", "--data", tiny_text, "--out", out)
+    assert code == 0 and f"Recipe: {out}" in text and 'name = "mine"' in out.read_text(encoding="utf-8")
+    assert run("init", "--data", tiny_text, "--out", out)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "message", "said"),
+    [
+        ("finetune translation --data x", "set 'data.source_column' or 'data.target_column'", "set --columns"),
+        ("finetune translation", "'training.batch_size' is 3", "--set training.batch_size is 3"),
+        ("finetune translation mine.toml --data=x", "'data.path' or 'data.pairs'", "--data or 'data.pairs'"),
+        ("train --from x --text y", "'arms.model.init_from' and 'data.path'", "--from and --text"),
+        ("compare mine.toml", "'data.path' is missing", "'data.path' is missing"),
+        ("evaluate model", "'data.text_column'", "'data.text_column'"),
+    ],
+)
+def test_messages_name_flags_in_place_of_keys_that_nobody_wrote(command, message, said):
+    assert name_flags(message, command.split()) == said
+
+
+def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(run, recipe, tmp_path):
+    out = tmp_path / "out"
+    code, text = run("train", recipe, "--arm", "dense", "--out", out, "--dry-run")
+    assert code == 0 and "1 run of 4 steps" in text and "peak memory" in text and not out.exists()
 
 
 def test_doctor_names_versions_and_what_is_missing(run):

@@ -7,6 +7,7 @@ torchrun it is the first and only one.
 import errno
 import os
 import re
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
 
@@ -35,7 +36,40 @@ _DISK_ERRORS = {
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: one sentence that names the value and the fix; the command line exits with 2."""
+    """A mistake in what the user gave: one sentence that names the value and the fix; the command line exits with 2.
+
+    Several mistakes in a recipe are reported together, a sentence a line.
+    """
+
+
+class TooLittleText(UserError):
+    """Training or held-out text that does not fill one sequence."""
+
+    def __init__(self, sentence: str, *, held_out: bool) -> None:
+        """`held_out` says which side has too little."""
+        super().__init__(sentence)
+        self.held_out = held_out
+
+
+def refuse_together(checks: Iterable[Callable[[], object]]) -> None:
+    """Runs checks that each raise a UserError, and raises all they found as one, a sentence a line.
+
+    What one mistake makes impossible to check, such as a division by a number of zero heads, is left out beside it.
+
+    Raises:
+        UserError: any of the checks found a mistake.
+    """
+    found: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            found.append(str(error))
+        except (ArithmeticError, LookupError):
+            if not found:
+                raise
+    if found:
+        raise UserError("\n".join(dict.fromkeys(found)))
 
 
 class Interrupted(Exception):

@@ -17,9 +17,10 @@ import typer
 
 from mixtura import __version__
 from mixtura.cli.application import app as app
+from mixtura.cli.flags import name_flags
 from mixtura.errors import Interrupted, UserError, disk_error, local_rank, missing_extra
 
-from mixtura.cli import train, use, convert, machine  # isort: skip  # noqa: F401
+from mixtura.cli import train, recipes, use, convert, machine  # isort: skip  # noqa: F401
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
         with _terminated_as_interrupted():
             cast(Any, app)()
     except UserError as error:
-        _fail(str(error))
+        _fail(name_flags(str(error), sys.argv[1:]))
     except Interrupted as interruption:
         _say(f"\nmixtura: {interruption} The same command goes on from there.")
         sys.exit(130)
@@ -52,8 +53,11 @@ def main() -> None:
         _fail(f"{where}: {reason}. Free some space or choose another folder with --out.")
 
 
-def _fail(sentence: str) -> None:
-    _say(f"mixtura: {sentence}")
+def _fail(sentences: str) -> None:
+    first, *others = sentences.splitlines()
+    if others:
+        first = "\n- ".join(["the recipe has several mistakes:", first, *others])
+    _say(f"mixtura: {first}")
     sys.exit(2)
 
 

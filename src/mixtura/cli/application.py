@@ -56,6 +56,9 @@ SetOption = Annotated[
 ResumeOption = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Go on with what the folder holds, or start over.")
 ]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what it would take on this machine, and write nothing.")
+]
 ModelArgument = Annotated[
     Path, typer.Argument(help="A model folder, such as runs/default/arms/dense/seed0/checkpoint.")
 ]

@@ -1,8 +1,8 @@
 """The folder of a comparison: what is in it, and that it belongs to this recipe and this text.
 
-`recipe.toml` (resolved), `environment.json`, `data.json` (which examples), `arms/<arm>/seed<k>/` with metrics,
-checkpoints and `result.json`, `search/<arm>/rate<r>/seed<k>/`, `timing.json`, `results.json`, `report.html`,
-`report.md`, `figures/`.
+`recipe.toml` (resolved, and fitted to the data), `given.toml` (before that, where it differs), `environment.json`,
+`data.json` (which examples), `arms/<arm>/seed<k>/` with metrics, checkpoints and `result.json`,
+`search/<arm>/rate<r>/seed<k>/`, `timing.json`, `results.json`, `report.html`, `report.md`, `figures/`.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mixtura.comparison.holding import HOLDER, has_runs
-from mixtura.config import FinetuneRecipe, Recipe, UserError, recipe_to_dict, recipe_to_toml
+from mixtura.config import AnyRecipe, UserError, recipe_to_dict, recipe_to_toml
 from mixtura.errors import rank
 from mixtura.files import write_json, write_text
 from mixtura.kernels import native
@@ -26,7 +26,7 @@ from mixtura.results.files import read_json
 from mixtura.training.experiment import Experiment
 
 
-def open_folder(out: Path, recipe: Recipe | FinetuneRecipe, *, resume: bool) -> None:
+def open_folder(out: Path, recipe: AnyRecipe, *, resume: bool) -> None:
     """Makes `out` the folder of this recipe; with `resume` off, what an earlier comparison left there is removed.
 
     Raises:
@@ -41,7 +41,10 @@ def open_folder(out: Path, recipe: Recipe | FinetuneRecipe, *, resume: bool) -> 
             _clear(out)
         _check_same_recipe(out, recipe)
         write_json(out / "environment.json", environment())
-        write_text(out / "recipe.toml", recipe_to_toml(recipe))
+        # A folder that was begun keeps the recipe as it runs; `recipe` may be the one that it was fitted from.
+        if not (out / GIVEN_FILE).exists() or not has_runs(out):
+            (out / GIVEN_FILE).unlink(missing_ok=True)
+            write_text(out / "recipe.toml", recipe_to_toml(recipe))
     except (NotADirectoryError, FileExistsError):
         file = next((path for path in (out, *out.parents) if path.is_file()), out)
         raise UserError(f"'{file}' is a file: give a folder with --out.") from None
@@ -49,7 +52,20 @@ def open_folder(out: Path, recipe: Recipe | FinetuneRecipe, *, resume: bool) -> 
         raise UserError(f"'{out}' cannot be written ({error.strerror}): choose another folder with --out.") from None
 
 
-_OURS = ("arms", "search", "data", "figures", "data.json", "timing.json", "results.json", "report.html", "report.md")
+GIVEN_FILE = "given.toml"
+"""The recipe as the user gave it, where `recipe.toml` is one that was fitted to the data."""
+_OURS = (
+    GIVEN_FILE,
+    "arms",
+    "search",
+    "data",
+    "figures",
+    "data.json",
+    "timing.json",
+    "results.json",
+    "report.html",
+    "report.md",
+)
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -68,10 +84,13 @@ def _clear(out: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _check_same_recipe(out: Path, recipe: Recipe | FinetuneRecipe) -> None:
+def _check_same_recipe(out: Path, recipe: AnyRecipe) -> None:
     path = out / "recipe.toml"
     if not path.exists():
         return
+    given = out / GIVEN_FILE
+    if given.exists() and not _same_text(path, recipe):
+        path = given
     if not has_runs(out):
         # No run has begun, as after a mistake in the recipe: the corrected one may have the folder.
         (out / "timing.json").unlink(missing_ok=True)
@@ -89,6 +108,20 @@ def _check_same_recipe(out: Path, recipe: Recipe | FinetuneRecipe) -> None:
             f"'{out}' was begun with {key} = {old!r}, now it is {new!r}: choose another folder with --out, or "
             "--no-resume to start over."
         )
+
+
+def _same_text(path: Path, recipe: AnyRecipe) -> bool:
+    return path.read_text(encoding="utf-8", errors="replace") == recipe_to_toml(recipe)
+
+
+def store_fitted(out: Path, given: AnyRecipe, fitted: AnyRecipe) -> None:
+    """Makes the recipe that runs the folder's `recipe.toml`, and keeps the one it was fitted from beside it.
+
+    Both may then be given to go on with the folder.
+    """
+    if given != fitted and _same_text(out / "recipe.toml", given):
+        write_text(out / GIVEN_FILE, recipe_to_toml(given))
+        write_text(out / "recipe.toml", recipe_to_toml(fitted))
 
 
 def check_same_data(out: Path, experiment: Experiment) -> None:

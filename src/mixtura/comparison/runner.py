@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mixtura.comparison.folder import check_same_data, environment, now, open_folder
+from mixtura.comparison.folder import check_same_data, environment, now, open_folder, store_fitted
 from mixtura.comparison.holding import holding, ready
+from mixtura.comparison.limits import check_memory
 from mixtura.comparison.preparing import (
     AnyRecipe,
     check_arms,
@@ -28,6 +29,7 @@ from mixtura.config import (
     recipe_to_dict,
     recipe_to_toml,
 )
+from mixtura.config.adapt import changes
 from mixtura.errors import need
 from mixtura.files import write_json
 from mixtura.report.summary import summarize
@@ -87,6 +89,7 @@ def compare(
     need("mixtura.report.html")  # a missing package is named before hours of training, not after
     path, loaded = as_recipe(recipe, overrides)
     folder = Path(out) if out is not None else Path("runs") / loaded.name
+    check_memory(loaded)
     with holding(folder):
         open_folder(folder, loaded, resume=resume)
         ready(folder)
@@ -105,8 +108,8 @@ class _Comparison:
         started = time.monotonic()
         for warning in slow_settings(self.recipe.training):
             self.reporter.note(warning)
-        experiment = make_experiment(self.recipe, self.out, self.reporter)
-        check_same_data(self.out, experiment)
+        experiment = _prepare(self.recipe, self.out, self.reporter)
+        self.recipe = experiment.recipe
         arms = experiment.arms
         check_arms(arms, self.recipe.training)
         leaks = self._probe_leaks(arms)
@@ -238,6 +241,16 @@ class _Comparison:
         )
 
 
+def _prepare(recipe: AnyRecipe, out: Path, reporter: ProgressReporter) -> Experiment:
+    """The experiment of a recipe in its folder, which notes how the recipe was fitted to the data, and which data."""
+    experiment = make_experiment(recipe, out, reporter)
+    check_same_data(out, experiment)
+    if fitted := changes(recipe, experiment.recipe):
+        reporter.note(f"fitted to the data: {'; '.join(fitted)}")
+        store_fitted(out, recipe, experiment.recipe)
+    return experiment
+
+
 def _data_facts(arm: Arm, experiment: Experiment, training: TrainingConfig) -> DataFacts:
     """The data, with the tokens of a step and a run, and how often a run reads its training data."""
     per_step = tokens_per_step(arm, training)
@@ -278,6 +291,7 @@ def train_arm(
     """
     if name not in recipe.arms:
         raise UserError(f"The recipe has no arm '{name}': choose one of {', '.join(recipe.arms)}.")
+    check_memory(recipe)
     with holding(out):
         open_folder(out, recipe, resume=resume)
         ready(out)
@@ -287,9 +301,8 @@ def train_arm(
 def _train_arm(recipe: AnyRecipe, name: str, *, seed: int, out: Path, reporter: ProgressReporter) -> RunResult:
     for warning in slow_settings(recipe.training):
         reporter.note(warning)
-    experiment = make_experiment(recipe, out, reporter)
-    check_same_data(out, experiment)
-    arm = experiment.arms[name]
+    experiment = _prepare(recipe, out, reporter)
+    recipe, arm = experiment.recipe, experiment.arms[name]
     check_arms({name: arm}, recipe.training)
     if warning := leak_warning(arm, arm.leaks(), task_of(recipe)):
         reporter.note(warning)

@@ -25,10 +25,13 @@ from mixtura.training.task import Batch
 WARM_UP_ROUNDS, ROUNDS = 2, 12
 
 
-def time_arms(arms: Mapping[str, Arm], training: TrainingConfig, baseline: str) -> dict[str, ArmTiming]:
+def time_arms(
+    arms: Mapping[str, Arm], training: TrainingConfig, baseline: str, *, rounds: int = ROUNDS
+) -> dict[str, ArmTiming]:
     """Median seconds of a step and peak bytes of each arm.
 
-    Where a run has several kinds of steps, seconds are the mean over them, each as often as it comes.
+    Where a run has several kinds of steps, seconds are the mean over them, each as often as it comes. Every arm takes
+    `rounds` steps that count.
     """
     if training.threads:
         torch.set_num_threads(training.threads)
@@ -37,7 +40,7 @@ def time_arms(arms: Mapping[str, Arm], training: TrainingConfig, baseline: str) 
     steps = {name: _Step(arm, training, device) for name, arm in arms.items()}
     peaks = {name: step.peak_memory() for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for round_number in range(WARM_UP_ROUNDS + ROUNDS):
+    for round_number in range(WARM_UP_ROUNDS + rounds):
         for name, step in steps.items():
             elapsed = step.timed()
             if round_number >= WARM_UP_ROUNDS:

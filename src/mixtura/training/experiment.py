@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from mixtura.config import AnyRecipe
 from mixtura.results import ArmDescription, Facts, Leaks
 from mixtura.results.document import AcrossArms
 from mixtura.training.task import TrainingTask
@@ -48,6 +49,8 @@ class Arm(ABC):
 class Experiment(ABC):
     """Everything a comparison runs."""
 
+    recipe: AnyRecipe
+    """The recipe as it runs: what it left open, or its data could not fill, is fitted to the data."""
     arms: dict[str, Arm]
     """By name, in the recipe's order."""
     data: Facts

@@ -307,14 +307,23 @@ def test_mistakes_are_named(make, run, encoder_folder, tmp_path):
         make("no_adapter")
     with pytest.raises(UserError, match="per_token"):
         make("tokens_without_mix")
-    with pytest.raises(UserError, match="reads at most 16"):
-        make("last_layer", data={"max_length": 17})
     with pytest.raises(UserError, match="does not fill groups of 4"):
         run(make("mot"), "mot", batch_size=6)
-    with pytest.raises(UserError, match="validation"):
-        run(make("last_layer", eval_sequences=33), "last_layer", out="many")
     with pytest.raises(UserError, match="holds no classifier"):
         classify(tmp_path, ["good"])
+
+
+def test_lengths_and_evaluations_are_fitted_to_the_model_and_the_texts(make):
+    fitted = make("last_layer", data={"max_length": 17}, eval_sequences=33).recipe
+    assert (fitted.data.max_length, fitted.training.eval_sequences) == (16, 32)
+
+
+def test_what_is_left_open_is_fitted_to_the_texts(make):
+    nothing = {"max_length": None, "validation_examples": None, "test_examples": None}
+    experiment = make("last_layer", "mot", data=nothing)
+    data = experiment.recipe.data
+    assert (data.validation_examples, data.test_examples, data.max_length % 8) == (24, 48, 0)
+    assert experiment.data["examples_test"] == 48
 
 
 def test_a_base_model_that_has_changed_is_refused(make, run, encoder_folder, tmp_path):

@@ -1,5 +1,6 @@
 """Comparisons of translation models from scratch, from the data to the bootstrap."""
 
+import dataclasses
 import json
 import random
 
@@ -61,6 +62,7 @@ def toy_recipe(path, *, arms=None, **changes):
     )
 
 
+PAIRS = ArmConfig(family="token_choice", route_by="pair")
 NAMED = ArmConfig(family="token_choice", route_by="target", num_experts=2, num_shared_experts=1)
 ARMS = {
     "dense": TranslationArmConfig(),
@@ -220,9 +222,9 @@ def test_two_toy_languages_are_learnt(tmp_path):
         pytest.param(ArmConfig(family="soft"), "cannot translate: choose one of dense", id="sees the future"),
         pytest.param(ArmConfig(family="dense", route_by="pair"), "use token_choice", id="no experts"),
         pytest.param(
-            ArmConfig(family="token_choice", route_by="pair"),
-            r"has 2 of those \(en-xx, en-yy\): set num_experts to 2",
-            id="count",
+            ArmConfig(family="token_choice", route_by="pair", num_experts=2, top_k=2),
+            "set num_experts to 2",
+            id="top_k",
         ),
         pytest.param(ArmConfig(family="mixture_of_tokens", group_size=3), "no multiple of", id="groups do not fill"),
         pytest.param(
@@ -240,10 +242,27 @@ def test_arms_that_cannot_work_are_refused(toy, arm, complaint):
 def test_settings_that_leave_too_little_are_refused(toy):
     with pytest.raises(UserError, match="No sentence pair is left for train"):
         make_translation(toy_recipe(toy, data={"max_length": 3}), cache_dir=None)
-    recipe = toy_recipe(toy, training={"batch_size": 64})
-    arm = make_translation(recipe, cache_dir=None).arms["dense"]
+    arm = make_translation(toy_recipe(toy, arms=ARMS), cache_dir=None).arms["mixture_of_tokens"]
     with pytest.raises(UserError, match="32 sentence pairs to hold out, fewer than one batch of 64"):
         arm.task.check(arm.build(0), batch_size=64)
+
+
+def test_what_is_left_open_is_fitted_to_the_sentences(tmp_path):
+    open_keys = {"validation_sources": None, "test_sources": None, "max_characters": None, "max_length": None}
+    arms = {"dense": TranslationArmConfig(), "pairs": TranslationArmConfig(feed_forward=PAIRS)}
+    arms["mot"] = TranslationArmConfig(feed_forward=ArmConfig(family="mixture_of_tokens", group_size=32))
+    recipe = toy_recipe(write_toy(tmp_path / "few.jsonl", sentences=20), arms=arms, training={"batch_size": 32})
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **open_keys))
+    experiment = make_translation(recipe, cache_dir=None)
+    fitted = experiment.recipe
+    assert (fitted.data.validation_sources, fitted.data.test_sources) == (2, 4)
+    assert fitted.data.max_characters % 8 == fitted.data.max_length % 8 == 0
+    assert fitted.arms["pairs"].feed_forward.num_experts == 2
+    assert fitted.training.batch_size == fitted.arms["mot"].feed_forward.group_size == 4
+    for arm in experiment.arms.values():
+        arm.task.check(arm.build(0), batch_size=fitted.training.batch_size)
+    again = make_translation(fitted, cache_dir=None)
+    assert again.recipe == fitted and again.data_digest == experiment.data_digest
 
 
 def test_what_a_model_cannot_translate_is_refused(experiment, tmp_path):

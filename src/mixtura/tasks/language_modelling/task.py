@@ -56,11 +56,7 @@ class LanguageModelling(TrainingTask):
             UserError: there are too few held-out sequences, or they do not fill groups.
         """
         held_out = self.data.validation.num_sequences
-        if batch_size > held_out:
-            raise UserError(
-                f"'training.batch_size' is {batch_size} but only {held_out} sequences are held out, fewer than "
-                "one batch: lower it, give more text or raise 'data.validation_fraction'."
-            )
+        batch_size = self._evaluation_batch(batch_size)
         if self.config.eval_sequences > held_out:
             raise UserError(
                 f"'training.eval_sequences' is {self.config.eval_sequences} but only {held_out} sequences are held "
@@ -93,7 +89,7 @@ class LanguageModelling(TrainingTask):
             model,
             self.data.validation,
             num_sequences=self._final_sequences(config.batch_size) if final else config.eval_sequences,
-            batch_size=config.batch_size,
+            batch_size=self._evaluation_batch(config.batch_size),
             modes=None if final else curve_modes(model.config),
         )
         if final:
@@ -130,8 +126,12 @@ class LanguageModelling(TrainingTask):
 
     def _final_sequences(self, batch_size: int) -> int:
         """As many as wanted or there are, in whole batches so that every group is full."""
+        batch_size = self._evaluation_batch(batch_size)
         wanted = min(self.config.final_eval_sequences, self.data.validation.num_sequences)
         return max(1, wanted // batch_size) * batch_size
+
+    def _evaluation_batch(self, batch_size: int) -> int:
+        return min(batch_size, self.data.validation.num_sequences)
 
 
 def curve_modes(config: Any) -> tuple[str, ...]:
