@@ -19,6 +19,12 @@ def check_mixture_of_tokens(
             raise ValueError(f"{name} is {value!r}: it must be {' or '.join(known)}.")
 
 
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Raises ValueError unless a token can have that many experts."""
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k is {top_k}: it must lie between 1 and num_experts, which is {num_experts}.")
+
+
 def check_token_choice(
     top_k: int,
     num_experts: int,
@@ -28,8 +34,7 @@ def check_token_choice(
     learned_router: bool,
 ) -> None:
     """Raises ValueError for a setting of token choice that makes no sense."""
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k is {top_k}: it must lie between 1 and num_experts, which is {num_experts}.")
+    check_top_k(top_k, num_experts)
     if capacity_factor is not None and capacity_factor <= 0:
         raise ValueError(f"capacity_factor is {capacity_factor}: it must be greater than zero, or None for dropless.")
     if score_function not in ("softmax", "sigmoid"):
@@ -43,7 +48,6 @@ def check_token_choice(
 
 def check_expert_choice(top_k: int, num_experts: int, group_over: str) -> None:
     """Raises ValueError for a setting of expert choice that makes no sense."""
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k is {top_k}: it must lie between 1 and num_experts, which is {num_experts}.")
+    check_top_k(top_k, num_experts)
     if group_over not in ("batch", "all"):
         raise ValueError(f"group_over is {group_over!r}: it must be batch or all.")

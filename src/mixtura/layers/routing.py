@@ -94,6 +94,25 @@ def sort_by_expert(expert_TK: Tensor, weight_TK: Tensor, num_experts: int) -> Sp
     return SparseRouting(*kernels.rows_by_expert(expert_TK, weight_TK, num_experts))
 
 
+def active_rows(weight_TE: Tensor, active_TE: Tensor) -> SparseRouting:
+    """A row for every token and expert that belong together, where their number differs from token to token.
+
+    An accelerator has to say how many there are. A compiled graph cannot know: there every token is a row of every
+    expert, with a weight of zero where they do not belong together, and costs what that costs.
+
+    Args:
+        weight_TE: the weight of every expert's output, zero where it does not run.
+        active_TE: which experts run.
+    """
+    tokens, num_experts = weight_TE.shape
+    if torch.compiler.is_compiling():
+        token_R = torch.arange(tokens, device=weight_TE.device).repeat(num_experts)
+        return SparseRouting(token_R, weight_TE.T.flatten(), torch.full_like(token_R[:1], tokens).expand(num_experts))
+    active_ET = active_TE.T
+    token_R = active_ET.nonzero(as_tuple=True)[1]
+    return SparseRouting(token_R, weight_TE.T.masked_select(active_ET), active_TE.sum(0))
+
+
 def named_experts(expert_T: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Chosen experts (T, 1), weights (T, 1) and probabilities (T, E) of tokens whose one expert the caller names.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mixtura import kernels
 from mixtura.layers.checks import check_token_choice
 from mixtura.layers.experts import Experts
-from mixtura.layers.feed_forward import DenseFFN, FeedForward
+from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.routing import (
     ChoiceTap,
     Router,
@@ -82,11 +82,7 @@ class TokenChoiceMoE(FeedForward):
         self.choice_tap = ChoiceTap()
         sizes = {"activation": activation, "gated": gated}
         self.experts = Experts(hidden_size, intermediate_size=intermediate_size, num_experts=num_experts, **sizes)
-        self.shared_expert = None
-        if num_shared_experts:
-            self.shared_expert = DenseFFN(
-                hidden_size, intermediate_size=num_shared_experts * intermediate_size, **sizes
-            )
+        self.add_shared_expert(hidden_size, num_shared_experts, intermediate_size=intermediate_size, **sizes)
 
     def route_and_run(
         self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None
@@ -118,8 +114,6 @@ class TokenChoiceMoE(FeedForward):
                 routing = SparseRouting(*kept, row_TK=routing.row_TK if kept[0] is routing.token_R else None)
             y_TD = sparse_experts(self.experts, x_TD, routing)
             stats = token_choice_stats(logits_TE, probs_TE, real_T, rows_E, limit) if want_stats else None
-        if self.shared_expert is not None:
-            y_TD = y_TD + self.shared_expert(x_BLD).flatten(0, 1)
         return y_TD.view(x_BLD.shape), stats
 
     def _choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
