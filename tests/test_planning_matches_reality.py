@@ -11,7 +11,7 @@ from mixtura.diagnostics import live_bytes
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.build import build_model_config
 from mixtura.planning import flops_per_token, flops_ratio, model_parameters, state_memory
-from mixtura.planning.flops import attention_flops, head_flops, layer_flops
+from mixtura.planning.formulas import attention_flops, head_flops, layer_flops
 from mixtura.planning.shapes import feed_forward_shapes
 
 BATCH, LENGTH = 8, 12

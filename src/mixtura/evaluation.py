@@ -18,11 +18,10 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from mixtura.config import DataConfig, UserError
+from mixtura.config.families import FAMILIES, facts_of, never_served
 from mixtura.data.packing import PackedTokens, pack
 from mixtura.data.sources import read_documents
 from mixtura.models.generation import load_model
-
-_GROUPED = {"mixture_of_tokens", "expert_choice"}
 
 
 def evaluation_modes(config: Any) -> tuple[str, ...]:
@@ -34,10 +33,10 @@ def evaluation_modes(config: Any) -> tuple[str, ...]:
     - everything else: `causal`.
     """
     families = _families(config)
-    if "mixture_of_tokens" in families:
+    if _serves_token_by_token(config):
         kept = ("population",) if getattr(config, "population", False) else ()
         return "group", "alone", "alone_all", *kept
-    return ("group",) if families & {"expert_choice", "soft"} else ("causal",)
+    return ("group",) if never_served(families) else ("causal",)
 
 
 def evaluate_loss(
@@ -117,7 +116,8 @@ def check_evaluation(
             f"An evaluation asks for {num_sequences} held-out sequences but there are {packed.num_sequences}: lower "
             "'training.eval_sequences' and 'training.final_eval_sequences', or raise 'data.validation_fraction'."
         )
-    if _families(config) & _GROUPED and ("group" in modes or "expert_choice" in _families(config)):
+    grouped = {family for family in _families(config) if facts_of(family).group_over}
+    if grouped and ("group" in modes or never_served(grouped)):
         _check_groups(config, packed, num_sequences=num_sequences, batch_size=batch_size)
 
 
@@ -133,12 +133,17 @@ def _check_groups(config: Any, packed: PackedTokens, *, num_sequences: int, batc
 
 
 def _families(config: Any) -> set[str]:
-    return set(getattr(config, "mlp_layer_types", None) or ())
+    """The families of our layers; another library's configuration may use the field for words of its own."""
+    return {family for family in getattr(config, "mlp_layer_types", None) or () if family in FAMILIES}
+
+
+def _serves_token_by_token(config: Any) -> bool:
+    return any(facts_of(family).serving == "token by token" for family in _families(config))
 
 
 def _set_inference_mode(model: Any, mode: str | None, *, top_k: int | None) -> None:
     """Sets how mixture-of-tokens layers run; the other families have no choice."""
-    if "mixture_of_tokens" in _families(model.config):
+    if _serves_token_by_token(model.config):
         model.set_inference_mode(mode, top_k=top_k)
 
 

@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 
 from mixtura.config import ArmConfig, Interrupted, Recipe, UserError, check_recipe
-
-FAMILIES = ("dense", "token_choice", "expert_choice", "soft", "mixture_of_tokens")
+from mixtura.config.families import FAMILIES
 
 
 def test_the_defaults_of_every_family_pass_the_checks():

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from mixtura.export.containers import remote_code
+from mixtura.config import UserError
+from mixtura.export.containers import check_standalone, remote_code
 from mixtura.export.engines import EngineFailed, load_causal
 from mixtura.export.writer import export
-from mixtura.models import MixtureForCausalLM
+from mixtura.models import MixtureConfig, MixtureForCausalLM, standalone
 from mixtura.models.calibration import calibrate
 from mixtura.models.standalone import MixturaForCausalLM
 
@@ -140,3 +141,10 @@ def test_the_configuration_says_where_its_classes_are(saved, tmp_path):
     assert set(settings["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert settings["architectures"] == ["MixturaForCausalLM"]
     assert "custom_code" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_family_that_the_bundled_file_lacks_is_not_exported(monkeypatch):
+    monkeypatch.delitem(standalone.MIXTURES, "mixture_of_tokens")
+    with pytest.raises(UserError, match="A model with mixture_of_tokens layers cannot be exported"):
+        check_standalone(MixtureConfig(num_hidden_layers=3, **TOKENS))
+    check_standalone(MixtureConfig(num_hidden_layers=1, mlp_layer_types=["token_choice"]))

@@ -5,9 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixtura.config import ArmConfig
 from mixtura.models import MixtureConfig, MixtureForCausalLM
-from mixtura.models.alone_schedule import alone_settings, shares_alone, step_kinds
+from mixtura.models.alone_schedule import shares_alone, step_kinds
 
 
 def schedule(share, unit, *, steps=32, layers=3, last_fraction=0.0):
@@ -91,13 +90,6 @@ def test_nothing_is_drawn_from_torchs_random_state(unit):
 
 def test_a_trainer_that_prepares_no_step_leaves_a_share_of_the_groups_empty():
     assert [layer.zero_fill for layer in build("step", share=0.25).mixture_of_tokens_layers()] == [0.25] * 3
-
-
-def test_an_arm_is_described_by_what_it_sets():
-    assert alone_settings(ArmConfig(family="mixture_of_tokens")) == {}
-    trained = {"zero_fill": 0.25, "alone_fraction": 0.03, "population_rate": 0.01}
-    assert alone_settings(ArmConfig(family="mixture_of_tokens", **trained)) == trained | {"zero_fill_unit": "group"}
-    assert alone_settings(ArmConfig(family="token_choice", zero_fill=0.25)) == {}
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
+from mixtura.config.families import FAMILIES
 from mixtura.models import MixtureConfig
-from mixtura.models.configuration_mixture import FAMILIES
 
 
 def test_open_fields_follow_from_others():
@@ -15,8 +15,8 @@ def test_open_fields_follow_from_others():
 
 
 def test_every_layer_may_have_a_family_of_its_own():
-    config = MixtureConfig(num_hidden_layers=5, mlp_layer_types=list(FAMILIES))
-    assert config.mlp_layer_types == ["dense", "token_choice", "expert_choice", "soft", "mixture_of_tokens"]
+    config = MixtureConfig(num_hidden_layers=len(FAMILIES), mlp_layer_types=list(FAMILIES))
+    assert config.mlp_layer_types == list(FAMILIES)
 
 
 @pytest.mark.parametrize(

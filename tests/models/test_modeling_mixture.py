@@ -19,11 +19,11 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from mixtura.config.families import FAMILIES
 from mixtura.layers import LayerMix
 from mixtura.layers.statistics import load_balancing_loss
 from mixtura.models import MixtureForCausalLM, MixtureForSequenceClassification, MixtureModel
 
-FAMILIES = ["dense", "token_choice", "expert_choice", "soft", "mixture_of_tokens"]
 IDS_BL = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(1))
 
 

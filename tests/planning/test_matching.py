@@ -8,20 +8,14 @@ from hypothesis import strategies as st
 from mixtura.config import UserError
 from mixtura.models import MixtureConfig
 from mixtura.planning import FeedForwardShape, flops_ratio, match_intermediate_size
-from mixtura.planning.flops import layer_flops
+from mixtura.planning.formulas import layer_flops
 
-SETTINGS: dict[str, Any] = {
-    "hidden_size": 128,
-    "dense_intermediate_size": 512,
-    "gated": False,
-    "num_experts": 16,
-    "top_k": 1,
-    "num_shared_experts": 0,
-    "group_size": 16,
-    "mixtures_per_expert": 1,
-    "combine": "same",
-    "sequence_length": 128,
-}
+SETTINGS: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 0, "num_experts": 16, "group_size": 16}
+
+
+def matched(family: Any, *, dense: int = 512, multiple_of: int = 4, **changes: Any) -> int:
+    layer = FeedForwardShape(family=family, **(SETTINGS | changes))
+    return match_intermediate_size(layer, dense_intermediate_size=dense, multiple_of=multiple_of)
 
 
 @pytest.mark.parametrize(
@@ -33,14 +27,15 @@ SETTINGS: dict[str, Any] = {
         ("token_choice", {"num_shared_experts": 1}, 252),
         ("expert_choice", {}, 504),
         ("mixture_of_tokens", {}, 488),
+        ("mixture_of_tokens", {"alone_share": 0.5, "alone_top_k": 8}, 488),
         ("mixture_of_tokens", {"combine": "separate"}, 480),
         ("mixture_of_tokens", {"group_size": 32}, 976),
         ("mixture_of_tokens", {"mixtures_per_expert": 2}, 232),
-        ("soft", {}, 488 * 8),
+        ("soft", {"group_size": 128}, 488 * 8),
     ],
 )
 def test_matched_widths_by_hand(family: Any, changes: dict[str, Any], expected: int) -> None:
-    assert match_intermediate_size(family, **(SETTINGS | changes)) == expected
+    assert matched(family, **changes) == expected
 
 
 @given(
@@ -54,30 +49,27 @@ def test_matched_widths_by_hand(family: Any, changes: dict[str, Any], expected: 
     combine=st.sampled_from(["same", "separate"]),
 )
 def test_a_matched_layer_costs_the_dense_layer_within_half_a_rounding_step(
-    family: Any, hidden_size: int, gated: bool, combine: Any, **sizes: int
+    family: Any, hidden_size: int, gated: bool, **settings: Any
 ) -> None:
     common = {"hidden_size": hidden_size, "gated": gated}
     dense = FeedForwardShape(family="dense", intermediate_size=4 * hidden_size, **common)
-    settings = SETTINGS | common | sizes | {"dense_intermediate_size": 4 * hidden_size, "combine": combine}
-    width = match_intermediate_size(family, **settings)
-    mixture, step = (
-        FeedForwardShape(family=family, intermediate_size=w, combine=combine, **common, **sizes) for w in (width, 2)
+    width = matched(family, dense=4 * hidden_size, **common, **settings)
+    mixture, step, empty = (
+        FeedForwardShape(family=family, intermediate_size=size, **common, **settings) for size in (width, 2, 0)
     )
-    empty = FeedForwardShape(family=family, intermediate_size=0, combine=combine, **common, **sizes)
     half_a_step = layer_flops(step) - layer_flops(empty)
     assert abs(layer_flops(mixture) - layer_flops(dense)) <= half_a_step * (1 + 1e-9)
 
 
 def test_widths_are_multiples_of_what_was_asked_for() -> None:
-    assert match_intermediate_size("token_choice", multiple_of=64, **SETTINGS) == 512
-    assert match_intermediate_size("token_choice", multiple_of=1, **(SETTINGS | {"num_experts": 15})) == 504
-    tiny = SETTINGS | {"dense_intermediate_size": 1, "num_experts": 1}
-    assert match_intermediate_size("token_choice", **tiny) == 4
+    assert matched("token_choice", multiple_of=64) == 512
+    assert matched("token_choice", multiple_of=1, num_experts=15) == 504
+    assert matched("token_choice", dense=1, num_experts=1) == 4
 
 
 def test_routing_dearer_than_the_dense_layer_is_refused_with_the_numbers() -> None:
     with pytest.raises(UserError, match=r"512 experts.*393,216.*262,144.*fewer experts"):
-        match_intermediate_size("mixture_of_tokens", **(SETTINGS | {"num_experts": 512}))
+        matched("mixture_of_tokens", num_experts=512)
 
 
 def test_the_ratio_compares_whole_models(tiny_config: Callable[..., MixtureConfig]) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from mixtura.config import Family
+from mixtura.config.families import facts_of
 from mixtura.layers import DenseFFN, ExpertChoiceMoE, FeedForward, MixtureOfTokens, SoftMoE, TokenChoiceMoE
 from mixtura.planning import match_intermediate_size
-from mixtura.planning.flops import BACKWARD, layer_flops
+from mixtura.planning.formulas import BACKWARD, layer_flops
 from mixtura.planning.shapes import FeedForwardShape
 
 SEQUENCE_LENGTH = 128
@@ -62,20 +63,17 @@ class Size:
 
     def expert_width(self, family: Family, *, top_k: int = 1) -> int:
         """F at which a token costs what it costs in the dense layer, routing and mixing counted."""
-        return match_intermediate_size(
-            family,
+        layer = FeedForwardShape(
+            family=family,
             hidden_size=self.hidden,
-            dense_intermediate_size=self.dense_width,
+            intermediate_size=0,
             gated=self.gated,
             num_experts=self.experts,
             top_k=top_k,
-            num_shared_experts=0,
-            group_size=self.group_size,
+            group_size=self.group_size if facts_of(family).group_over else self.length,
             mixtures_per_expert=self.num_slots if family == "soft" else 1,
-            combine="same",
-            sequence_length=self.length,
-            multiple_of=self.multiple_of,
         )
+        return match_intermediate_size(layer, dense_intermediate_size=self.dense_width, multiple_of=self.multiple_of)
 
     @property
     def num_slots(self) -> int:

@@ -21,7 +21,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullLocator, StrMethodFo
 from mixtura.benchmarks.contenders import Size
 from mixtura.benchmarks.measure import Pass, interleaved
 from mixtura.config import Family
-from mixtura.planning.parameters import layer_parameters
+from mixtura.planning.formulas import layer_parameters
 from mixtura.planning.shapes import FeedForwardShape
 
 FAMILIES: tuple[Family, ...] = ("dense", "token_choice", "expert_choice", "mixture_of_tokens")

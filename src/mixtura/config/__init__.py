@@ -5,7 +5,11 @@ comparison. Every key is a field of `schema.py`; an unknown key is an error that
 overrides one key. This package knows no torch: planning, layers and the command line all stand on it.
 """
 
+from mixtura.config.arms import ArmConfig as ArmConfig
+from mixtura.config.arms import InferenceMode as InferenceMode
+from mixtura.config.arms import Placement as Placement
 from mixtura.config.checks import check_recipe as check_recipe
+from mixtura.config.families import Family as Family
 from mixtura.config.finetuning import AdapterConfig as AdapterConfig
 from mixtura.config.finetuning import AnyRecipe as AnyRecipe
 from mixtura.config.finetuning import BaseConfig as BaseConfig
@@ -26,15 +30,11 @@ from mixtura.config.load import preset_path as preset_path
 from mixtura.config.load import recipe_from_dict as recipe_from_dict
 from mixtura.config.load import recipe_to_dict as recipe_to_dict
 from mixtura.config.load import recipe_to_toml as recipe_to_toml
+from mixtura.config.mistakes import Interrupted as Interrupted
+from mixtura.config.mistakes import UserError as UserError
 from mixtura.config.schema import Activation as Activation
-from mixtura.config.schema import ArmConfig as ArmConfig
 from mixtura.config.schema import DataConfig as DataConfig
-from mixtura.config.schema import Family as Family
-from mixtura.config.schema import InferenceMode as InferenceMode
-from mixtura.config.schema import Interrupted as Interrupted
 from mixtura.config.schema import ModelConfig as ModelConfig
-from mixtura.config.schema import Placement as Placement
 from mixtura.config.schema import Recipe as Recipe
 from mixtura.config.schema import SearchConfig as SearchConfig
 from mixtura.config.schema import TrainingConfig as TrainingConfig
-from mixtura.config.schema import UserError as UserError

@@ -7,16 +7,11 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from mixtura.config.arms import SETTINGS, ArmConfig, has_setting
+from mixtura.config.families import facts_of
 from mixtura.config.from_checkpoint import check_starts, starts_from_checkpoints
-from mixtura.config.schema import (
-    ArmConfig,
-    DataConfig,
-    ModelConfig,
-    Recipe,
-    SearchConfig,
-    TrainingConfig,
-    UserError,
-)
+from mixtura.config.mistakes import UserError
+from mixtura.config.schema import DataConfig, ModelConfig, Recipe, SearchConfig, TrainingConfig
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -165,18 +160,10 @@ def check_feed_forward(
     Raises:
         UserError: names the key, the value and the fix.
     """
-    for key in ("num_experts", "top_k", "group_size", "mixtures_per_expert", "temperature"):
-        if not 0 < getattr(arm, key) < math.inf:
-            raise UserError(f"'{where}.{key}' is {getattr(arm, key)}: it must be a number greater than zero.")
-    for key in ("learning_rate", "moe_intermediate_size", "capacity_factor", "alone_top_k"):
-        value = getattr(arm, key)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"'{where}.{key}' is {value}: it must be a number greater than zero.")
-    for key in ("router_aux_loss_coef", "router_z_loss_coef", "expert_bias_update_rate", "num_shared_experts"):
-        if not 0 <= getattr(arm, key) < math.inf:
-            raise UserError(f"'{where}.{key}' is {getattr(arm, key)}: it must be zero or more.")
+    for key, setting in SETTINGS.items():
+        setting.check(f"{where}.{key}", getattr(arm, key))
     _check_choice(where, arm)
-    if arm.family in ("mixture_of_tokens", "expert_choice"):
+    if facts_of(arm.family).group_over:
         _check_groups(where, arm, batch_sizes, sequence_length)
     if arm.family == "mixture_of_tokens":
         _check_mixture_of_tokens(where, arm)
@@ -189,9 +176,6 @@ def _check_mixture_of_tokens(where: str, arm: ArmConfig) -> None:
             f"'{where}.alone_top_k' is {arm.alone_top_k} but there are only {mixtures} mixtures, "
             f'{arm.mixtures_per_expert} for each of {arm.num_experts} experts: lower it, or set it to "none" for all.'
         )
-    for key in ("zero_fill", "alone_fraction", "transition_fraction", "population_rate"):
-        if not 0 <= getattr(arm, key) <= 1:
-            raise UserError(f"'{where}.{key}' is {getattr(arm, key)}: it is a share and must lie between 0 and 1.")
     if arm.zero_fill == 0 and arm.zero_fill_unit != "group":
         raise UserError(
             f"'{where}.zero_fill_unit' is '{arm.zero_fill_unit}' but '{where}.zero_fill' is 0, so nothing runs alone: "
@@ -227,21 +211,20 @@ def _check_transition(where: str, arm: ArmConfig) -> None:
 
 
 def _check_choice(where: str, arm: ArmConfig) -> None:
-    if arm.route_by != "token" and arm.family != "token_choice":
+    if arm.route_by != "token" and not has_setting(arm.family, "route_by"):
         raise UserError(
             f"'{where}.route_by' is '{arm.route_by}', which {arm.family} does not have: use 'token', or the family "
             "token_choice."
         )
-    if arm.family in ("token_choice", "expert_choice") and arm.top_k > arm.num_experts:
+    if has_setting(arm.family, "top_k") and arm.top_k > arm.num_experts:
         raise UserError(
             f"'{where}.top_k' is {arm.top_k} but there are {arm.num_experts} experts: lower top_k or raise num_experts."
         )
 
 
 def _check_groups(where: str, arm: ArmConfig, batch_sizes: Mapping[str, int], sequence_length: int | None) -> None:
-    unknown = {"mixture_of_tokens": "all", "expert_choice": "sequence"}[arm.family]
-    if arm.group_over == unknown:
-        raise UserError(f"'{where}.group_over' is '{unknown}', which {arm.family} does not have: use 'batch'.")
+    if arm.group_over not in facts_of(arm.family).group_over:
+        raise UserError(f"'{where}.group_over' is '{arm.group_over}', which {arm.family} does not have: use 'batch'.")
     if arm.group_size < 2:
         raise UserError(f"'{where}.group_size' is {arm.group_size}: a group needs at least 2 tokens.")
     sizes = dict(batch_sizes)

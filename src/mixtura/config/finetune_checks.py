@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from mixtura.config.checks import check_attention_heads, check_feed_forward, check_frame, check_positive
+from mixtura.config.families import FAMILIES, facts_of
 from mixtura.config.finetuning import (
     AdapterConfig,
     ClassificationArmConfig,
@@ -14,7 +15,7 @@ from mixtura.config.finetuning import (
     TranslationRecipe,
 )
 from mixtura.config.languages import Pair, check_distinct_names, parse_pairs
-from mixtura.config.schema import UserError
+from mixtura.config.mistakes import UserError
 
 
 def check_finetune_recipe(recipe: FinetuneRecipe) -> None:
@@ -77,10 +78,11 @@ def _check_translation_arm(
         _check_adapter(f"{where}.adapter", arm.adapter, recipe.training.batch_size)
         return
     feed_forward, key = arm.feed_forward, f"{where}.feed_forward"
-    if feed_forward.family in ("soft", "expert_choice"):
+    if facts_of(feed_forward.family).serving == "never":
+        *served, last = (family for family, facts in FAMILIES.items() if facts.serving != "never")
         raise UserError(
-            f"'{key}.family' is '{feed_forward.family}', which cannot translate one sentence alone: use dense, "
-            "token_choice or mixture_of_tokens."
+            f"'{key}.family' is '{feed_forward.family}', which cannot translate one sentence alone: use "
+            f"{', '.join(served)} or {last}."
         )
     sizes = {"training.batch_size": recipe.training.batch_size}
     check_feed_forward(key, feed_forward, batch_sizes=sizes, sequence_length=None)

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mixtura.config.arms import ArmConfig
 from mixtura.config.languages import split_pair
-from mixtura.config.schema import ArmConfig, ModelConfig, Recipe, SearchConfig, TrainingConfig
+from mixtura.config.schema import ModelConfig, Recipe, SearchConfig, TrainingConfig
 
 Task = Literal["translation", "classification"]
 AdapterMethod = Literal["lora", "mixture_of_lora", "mixture_of_tokens", "expert_specialized"]

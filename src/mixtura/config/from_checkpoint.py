@@ -5,18 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mixtura.config.schema import ArmConfig, DataConfig, ModelConfig, Recipe, UserError
+from mixtura.config.arms import SETTINGS, ArmConfig
+from mixtura.config.mistakes import UserError
+from mixtura.config.schema import DataConfig, ModelConfig, Recipe
 
-SHAPE_KEYS = (
-    *("placement", "num_experts", "moe_intermediate_size", "top_k", "route_by", "score_function", "normalize_top_k"),
-    *("capacity_factor", "num_shared_experts", "group_size", "group_over", "mixtures_per_expert", "temperature"),
-    *("combine", "inference_mode", "alone_top_k"),
-)
+SHAPE_KEYS = tuple(name for name, each in SETTINGS.items() if each.role in ("shape", "function"))
 """Settings of an arm that a checkpoint decides; the others say how it is trained."""
-TRAINED_KEYS = (
-    *("router_aux_loss_coef", "router_z_loss_coef", "balance_over", "expert_bias_update_rate", "zero_fill"),
-    *("zero_fill_unit", "alone_fraction", "transition_to", "transition_fraction", "population_rate"),
-)
+TRAINED_KEYS = tuple(name for name, each in SETTINGS.items() if each.role == "training")
 """How an arm is trained, in the words of a recipe and of a checkpoint's config.json alike."""
 
 

@@ -16,7 +16,8 @@ from mixtura.config.checks import check_recipe
 from mixtura.config.finetune_checks import check_finetune_recipe
 from mixtura.config.finetuning import AnyRecipe, ClassificationRecipe, TranslationRecipe
 from mixtura.config.from_checkpoint import fill_from_checkpoints
-from mixtura.config.schema import Recipe, UserError
+from mixtura.config.mistakes import UserError
+from mixtura.config.schema import Recipe
 
 PRESETS = (
     "quick",

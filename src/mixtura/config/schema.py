@@ -1,20 +1,11 @@
-"""What a recipe may say: its sections and keys as frozen dataclasses."""
+"""What a recipe may say: its sections and keys as frozen dataclasses; `arms` has those of an arm."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-Family = Literal["dense", "token_choice", "expert_choice", "soft", "mixture_of_tokens"]
+from mixtura.config.arms import ArmConfig
+
 Activation = Literal["relu", "gelu", "silu"]
-InferenceMode = Literal["group", "alone", "population"]
-Placement = Literal["all", "later_half"]
-
-
-class UserError(ValueError):
-    """A mistake in what the user gave: one sentence that names the value and the fix; the command line exits with 2."""
-
-
-class Interrupted(Exception):
-    """The user stopped a long job; everything so far is saved, and the same command goes on from there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,67 +53,6 @@ class ModelConfig:
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     """Standard deviation of every weight matrix at the start, routers and experts alike."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArmConfig:
-    """One side of the comparison: the family of its feed-forward layers and that family's settings."""
-
-    family: Family
-    init_from: str | None = None
-    """A checkpoint to start from: a folder that Mixtura wrote, or a dense model as `mixtura upcycle` takes it. It
-    decides the architecture, and the family may be left out; None starts from random weights."""
-    learning_rate: float | None = None
-    """Peak learning rate; None takes `training.learning_rate`."""
-    placement: Placement = "later_half"
-    """Which layers are mixtures; the others are dense."""
-    num_experts: int = 16
-    moe_intermediate_size: int | None = None
-    """Width of one expert; None solves for the dense arm's FLOPs a token, routing and mixing counted."""
-    top_k: int = 1
-    """Experts a token is sent to (token choice), or gets on average (expert choice)."""
-    route_by: Literal["token", "pair", "source", "target"] = "token"
-    """Token choice: a learned router looks at the token, or an example's language pair, source or target language names
-    its expert without a router (translation only)."""
-    score_function: Literal["softmax", "sigmoid"] = "softmax"
-    normalize_top_k: bool = False
-    """Make the chosen experts' weights sum to one. With top_k = 1 the router would never get a gradient."""
-    capacity_factor: float | None = None
-    """Rows an expert takes, as a multiple of an even share; None is dropless."""
-    router_aux_loss_coef: float = 0.01
-    router_z_loss_coef: float = 0.0
-    balance_over: Literal["batch", "global"] = "batch"
-    """Load counted within one micro-batch, or over the whole optimizer step on all ranks."""
-    expert_bias_update_rate: float = 0.0
-    """Loss-free balancing: how far the selection bias moves after each step; 0 is off."""
-    num_shared_experts: int = 0
-    """Experts that every token passes through besides the routed ones."""
-    group_size: int = 16
-    """Tokens mixed together (mixture of tokens, expert choice)."""
-    group_over: Literal["batch", "sequence", "all"] = "batch"
-    """A group is one position of several examples, several positions of one (mixture of tokens in encoders), or all
-    tokens of the batch (expert choice, which then sees the future)."""
-    mixtures_per_expert: int = 1
-    temperature: float = 1.0
-    combine: Literal["same", "separate"] = "same"
-    """Mixture of tokens: spread outputs with the dispatch weights, or with a second router's."""
-    inference_mode: InferenceMode = "alone"
-    """How mixture-of-tokens layers run when deployed."""
-    alone_top_k: int | None = 2
-    """Mixtures that `alone` and `population` inference run for a token; None runs all."""
-    zero_fill: float = 0.0
-    """Mixture of tokens: share of the groups whose tokens run in training as `alone` runs them."""
-    zero_fill_unit: Literal["group", "layer", "step"] = "group"
-    """What that share is taken of: of each layer's groups at every step; of the steps of each layer, which then runs
-    wholly alone; or of the steps of the whole model. The last two cost less time."""
-    alone_fraction: float = 0.0
-    """Mixture of tokens: share of the steps, the last ones, in which all groups do so."""
-    transition_to: Literal["token_choice"] | None = None
-    """Mixture of tokens: what the layers become, with their parameters, for the last steps; None is nothing."""
-    transition_fraction: float = 0.0
-    """The share of the steps, the last ones, that the layers train as that; a token gets `alone_top_k` experts."""
-    population_rate: float = 0.0
-    """Mixture of tokens: weight of a step in the moving averages that `population` inference uses; 0 keeps none."""
 
 
 @dataclass(frozen=True, kw_only=True)

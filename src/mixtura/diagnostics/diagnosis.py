@@ -9,8 +9,8 @@ import dataclasses
 import datetime
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from mixtura.diagnostics.page import render_page
 from mixtura.diagnostics.specialization import ObservedChoices, describe_layer, observe
 from mixtura.diagnostics.token_types import TOKEN_TYPES, token_surfaces, token_types, typical_tokens
 from mixtura.models.generation import load_model
+from mixtura.models.inference import grouped_layers, running_in
 
 SCHEMA_VERSION = 1
 """The version of diagnosis.json."""
@@ -169,7 +170,7 @@ def diagnose_excerpts(
         "leaks": _probe(model, told=tell is not None),
     }
     if routed_layers(model):
-        with _deployed(model):
+        with running_in(grouped_layers(model), "alone"):  # which is how they are deployed
             observed = observe(model, batches(model, tokenizer, excerpts, batch_size, tell))
         results["layers"] = [
             _layer(observed, place, excerpts, types_T, surfaces, seed=seed) for place in range(len(observed.layers))
@@ -221,20 +222,6 @@ def _describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
         "expert_names": getattr(config, "expert_names", None),
         "mode": "alone" if hasattr(config, "inference_mode") else "causal",
     }
-
-
-@contextmanager
-def _deployed(model: Any) -> Iterator[None]:
-    """Runs mixture-of-tokens layers alone for a while, which is how they are deployed."""
-    grouped = getattr(model.config, "inference_mode", None) == "group"
-    top_k = getattr(model.config, "alone_top_k", None)
-    if grouped:
-        model.set_inference_mode("alone", top_k=top_k)
-    try:
-        yield
-    finally:
-        if grouped:
-            model.set_inference_mode("group", top_k=top_k)
 
 
 def _layer(
@@ -305,7 +292,7 @@ def _probe(model: PreTrainedModel, *, told: bool) -> dict[str, Any]:
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
     group_size = getattr(config, "group_size", None) if unread_layers(model) else None
-    with _deployed(model):
+    with running_in(grouped_layers(model), "alone"):  # which is how they are deployed
         report = probe_causal_lm(
             model, vocab_size=embeddings.num_embeddings, batch=group_size or 4, length=12, num_probes=12
         )

@@ -1,6 +1,6 @@
 """Stock architectures that hold our checkpoints exactly: what each can express, its configuration and its tensors.
 
-A checkpoint that none can hold leaves with its own code: files of ours that stand alone but for one import.
+A checkpoint that none can hold leaves with its own code: files of ours that stand alone but for one import each.
 
 Tensors are named as the published checkpoints of each architecture have them, which is what other engines read;
 transformers' own names in memory differ.
@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights
 from mixtura.config import UserError
+from mixtura.config.model_settings import written_out
 from mixtura.export import fields, layouts
 from mixtura.export.traits import Traits, check_stock
 from mixtura.models import MixtureConfig, configuration_mixture, standalone
@@ -172,10 +173,23 @@ CONFIG_MODULE, MODEL_MODULE = "configuration_mixture", "modeling_mixtura"
 
 def remote_code() -> dict[str, str]:
     """The files by name; they import torch and transformers alone."""
+    table = "from mixtura.config.model_settings import CHOICES, FAMILY_NAMES, ModelSettings"
     ours, theirs = "from mixtura.models.configuration_mixture import", f"from .{CONFIG_MODULE} import"
-    model = inspect.getsource(standalone)
-    assert model.count("from mixtura.") == 1 and ours in model, "the model's file must import nothing else of ours"
     return {
-        f"{CONFIG_MODULE}.py": inspect.getsource(configuration_mixture),
-        f"{MODEL_MODULE}.py": model.replace(ours, theirs),
+        f"{CONFIG_MODULE}.py": _replace_import(inspect.getsource(configuration_mixture), table, written_out()),
+        f"{MODEL_MODULE}.py": _replace_import(inspect.getsource(standalone), ours, theirs),
     }
+
+
+def check_standalone(config: MixtureConfig) -> None:
+    """Raises UserError where the files of `remote_code` lack a family of the model."""
+    for family in set(config.mlp_layer_types or []) - {"dense", *standalone.MIXTURES}:
+        raise UserError(
+            f"A model with {family} layers cannot be exported: no architecture of transformers has them, and "
+            "mixtura.models.standalone does not either; serve it with Mixtura."
+        )
+
+
+def _replace_import(source: str, ours: str, theirs: str) -> str:
+    assert source.count("from mixtura.") == 1 and ours in source, "the file must import nothing else of ours"
+    return source.replace(ours, theirs)

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 from mixtura.config import UserError
+from mixtura.config.families import facts_of, never_served
 from mixtura.models import MixtureConfig
 
 Gates = Literal["softmax", "normalised softmax", "sigmoid", "normalised sigmoid"]
@@ -69,12 +70,11 @@ def _dense_layers(config: MixtureConfig) -> DenseLayers:
 
 def check_deployable(config: MixtureConfig) -> None:
     """Raises UserError where no file format helps: the model cannot answer one request by itself."""
-    for family in ("expert_choice", "soft"):
-        if family in (config.mlp_layer_types or []):
-            raise UserError(
-                f"A model with {family} layers cannot be served: a token's output depends on tokens to come; train "
-                "token_choice or mixture_of_tokens layers instead."
-            )
+    for family in never_served(config.mlp_layer_types or []):
+        raise UserError(
+            f"A model with {family} layers cannot be served: a token's output depends on tokens to come; train "
+            "token_choice or mixture_of_tokens layers instead."
+        )
     if "token_choice" in (config.mlp_layer_types or []) and config.capacity_factor is not None:
         raise UserError(
             f"Experts drop tokens over a capacity_factor of {config.capacity_factor:g}, so that an answer would "
@@ -95,6 +95,9 @@ def check_stock(config: MixtureConfig) -> None:
             "No stock architecture has mixture_of_tokens layers: export with --to remote_code, or turn them into token "
             "choice first with mixtura.models.transition."
         )
+    for family in families:
+        if not facts_of(family).has_stock_form:
+            raise UserError(f"No stock architecture has {family} layers: export with --to remote_code.")
     if not config.gated or config.hidden_act != "silu":
         kind = f"{'gated' if config.gated else 'plain'} {config.hidden_act}"
         raise UserError(

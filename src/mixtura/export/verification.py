@@ -33,6 +33,7 @@ from mixtura.export.engines import (
 )
 from mixtura.export.traits import traits_of
 from mixtura.models import MixtureConfig
+from mixtura.models.inference import grouped_layers, running_in
 
 _MAX_BYTES = 5 * 10**9
 
@@ -195,11 +196,10 @@ def verify(source: Path, export: Path, engines: Sequence[Engine] = (Engine("tran
         model = load_causal(source)
     except EngineFailed as error:
         raise UserError(f"The model in '{source}' cannot be loaded ({error}): train or export it again.") from error
-    if getattr(model.config, "inference_mode", None) == "group":
-        model.set_inference_mode("alone", top_k=model.config.alone_top_k)  # the mode in which it is exported
     probes = probe_tokens(source, model.config.vocab_size)
-    expected = model_log_probs(model, probes)
-    repeated = largest_difference(expected, model_log_probs(model, probes, batched=True))
+    with running_in(grouped_layers(model), "alone"):  # the mode in which it is exported
+        expected = model_log_probs(model, probes)
+        repeated = largest_difference(expected, model_log_probs(model, probes, batched=True))
     del model
     with tempfile.TemporaryDirectory(prefix="mixtura-verify-") as temporary:
         twin = None

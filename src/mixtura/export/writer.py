@@ -22,6 +22,7 @@ from mixtura.export.containers import (
     CONTAINERS,
     MODEL_MODULE,
     REMOTE_CODE,
+    check_standalone,
     choose_container,
     plan_tensors,
     remote_code,
@@ -91,6 +92,8 @@ def export(
     read = _read(source)
     check_deployable(read.config)
     container = REMOTE_CODE if to == REMOTE_CODE else choose_container(read.config, read.traits, to)
+    if container == REMOTE_CODE:
+        check_standalone(read.config)
     planned = _plan(read, container)
     out.parent.mkdir(parents=True, exist_ok=True)
     _check_room(out.parent, sum(tensor.bytes for tensor in planned))

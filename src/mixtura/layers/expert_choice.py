@@ -20,7 +20,7 @@ from mixtura.layers.routing import (
     sparse_experts,
 )
 from mixtura.layers.statistics import RoutingStats, expert_choice_stats
-from mixtura.planning.capacity import capacity
+from mixtura.planning.shapes import capacity
 
 
 class ExpertChoiceMoE(FeedForward):

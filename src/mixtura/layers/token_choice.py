@@ -25,7 +25,7 @@ from mixtura.layers.routing import (
     sparse_experts,
 )
 from mixtura.layers.statistics import RoutingStats, token_choice_stats
-from mixtura.planning.capacity import capacity, even_rows
+from mixtura.planning.shapes import capacity, even_rows
 
 
 class TokenChoiceMoE(FeedForward):

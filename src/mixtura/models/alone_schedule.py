@@ -7,9 +7,7 @@ ones follows from the step alone: a resumed run, every micro-batch of a step and
 
 import random
 from collections import Counter
-from typing import Any
 
-from mixtura.config import ArmConfig
 from mixtura.models.configuration_mixture import MixtureConfig
 
 
@@ -50,12 +48,3 @@ def step_kinds(config: MixtureConfig, *, steps: int) -> list[tuple[float, float]
     changed = round(config.transition_fraction * steps)
     counts = Counter(shares[: steps - changed] + [1.0] * changed)
     return [(count / steps, share) for share, count in sorted(counts.items())]
-
-
-def alone_settings(arm: ArmConfig) -> dict[str, Any]:
-    """What an arm says of training without groups; nothing where it says nothing."""
-    if arm.family != "mixture_of_tokens":
-        return {}
-    keys = ["zero_fill", "zero_fill_unit"] if arm.zero_fill else []
-    keys += ["alone_fraction", "transition_to", "transition_fraction", "population_rate"]
-    return {key: getattr(arm, key) for key in keys if getattr(arm, key)}

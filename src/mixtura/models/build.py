@@ -1,8 +1,15 @@
-"""From a recipe to a model configuration."""
+"""From a recipe to a model configuration, and from that to the layers."""
+
+import pkgutil
+from typing import Any
 
 from mixtura.config import ArmConfig, ModelConfig
+from mixtura.config.arms import model_settings
+from mixtura.config.families import facts_of
+from mixtura.layers import FeedForward
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.planning.matching import match_intermediate_size
+from mixtura.planning.shapes import feed_forward_shapes
 
 
 def build_model_config(
@@ -26,7 +33,8 @@ def build_model_config(
     Raises:
         UserError: routing alone costs more than the dense layer.
     """
-    return MixtureConfig(
+    own = {field: getattr(arm, setting.name) for setting, field in model_settings()}
+    config = MixtureConfig(
         vocab_size=vocab_size,
         max_position_embeddings=max_position_embeddings,
         pad_token_id=pad_token_id,
@@ -34,7 +42,6 @@ def build_model_config(
         eos_token_id=eos_token_id,
         hidden_size=recipe_model.hidden_size,
         intermediate_size=recipe_model.intermediate_size,
-        moe_intermediate_size=_expert_width(recipe_model, arm, max_position_embeddings, width_multiple),
         num_hidden_layers=recipe_model.num_hidden_layers,
         num_attention_heads=recipe_model.num_attention_heads,
         num_key_value_heads=recipe_model.num_key_value_heads,
@@ -43,33 +50,16 @@ def build_model_config(
         tie_word_embeddings=recipe_model.tie_word_embeddings,
         initializer_range=recipe_model.initializer_range,
         mlp_layer_types=layer_families(recipe_model.num_hidden_layers, arm),
-        num_experts=arm.num_experts,
-        num_experts_per_tok=arm.top_k,
-        scoring_func=arm.score_function,
-        norm_topk_prob=arm.normalize_top_k,
-        capacity_factor=arm.capacity_factor,
-        router_aux_loss_coef=arm.router_aux_loss_coef,
-        router_z_loss_coef=arm.router_z_loss_coef,
-        balance_over=arm.balance_over,
-        expert_bias_update_rate=arm.expert_bias_update_rate,
-        num_shared_experts=arm.num_shared_experts,
-        route_by=arm.route_by,
         expert_names=expert_names,
-        group_size=arm.group_size,
-        group_over=arm.group_over,
-        mixtures_per_expert=arm.mixtures_per_expert,
-        temperature=arm.temperature,
-        combine=arm.combine,
-        inference_mode=arm.inference_mode,
-        alone_top_k=arm.alone_top_k,
-        zero_fill=arm.zero_fill,
-        zero_fill_unit=arm.zero_fill_unit,
-        alone_fraction=arm.alone_fraction,
-        transition_to=arm.transition_to,
-        transition_fraction=arm.transition_fraction,
         population=arm.population_rate > 0,
-        population_rate=arm.population_rate,
+        **(own | {"moe_intermediate_size": arm.moe_intermediate_size or recipe_model.intermediate_size}),
     )
+    if arm.moe_intermediate_size is None:
+        last = feed_forward_shapes(config, sequence_length=max_position_embeddings)[-1]
+        config.moe_intermediate_size = match_intermediate_size(
+            last, dense_intermediate_size=recipe_model.intermediate_size, multiple_of=width_multiple
+        )
+    return config
 
 
 def layer_families(num_layers: int, arm: ArmConfig) -> list[str]:
@@ -78,23 +68,20 @@ def layer_families(num_layers: int, arm: ArmConfig) -> list[str]:
     return ["dense"] * first + [arm.family] * (num_layers - first)
 
 
-def _expert_width(model: ModelConfig, arm: ArmConfig, sequence_length: int, multiple_of: int) -> int:
-    if arm.moe_intermediate_size is not None:
-        return arm.moe_intermediate_size
-    if arm.family == "dense":
-        return model.intermediate_size
-    return match_intermediate_size(
-        arm.family,
-        hidden_size=model.hidden_size,
-        dense_intermediate_size=model.intermediate_size,
-        gated=model.gated,
-        num_experts=arm.num_experts,
-        top_k=arm.top_k,
-        num_shared_experts=arm.num_shared_experts,
-        group_size=arm.group_size,
-        mixtures_per_expert=arm.mixtures_per_expert,
-        combine=arm.combine,
-        sequence_length=sequence_length,
-        learned_router=arm.route_by == "token",
-        multiple_of=multiple_of,
-    )
+def build_feed_forward(config: MixtureConfig, layer_idx: int) -> FeedForward:
+    """The feed-forward layer of decoder layer `layer_idx`, given the settings that the table has for its family."""
+    family = (config.mlp_layer_types or [])[layer_idx]
+    layer_class = pkgutil.resolve_name(facts_of(family).layer)
+    return layer_class(config.hidden_size, **_arguments(config, family, layer_idx))
+
+
+def _arguments(config: MixtureConfig, family: str, layer_idx: int) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"activation": config.hidden_act, "gated": config.gated}
+    if family == "dense":
+        widths = config.intermediate_sizes
+        arguments["intermediate_size"] = config.intermediate_size if widths is None else widths[layer_idx]
+    for setting, field in model_settings(family):
+        argument = setting.argument(family)
+        if argument is not None:
+            arguments[argument] = setting.to_layer(getattr(config, field))
+    return arguments | {name: getattr(config, name) for name in facts_of(family).model_settings}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixtura.config import UserError
 from mixtura.layers.neighbours import Observation
+from mixtura.models.inference import running_in
 from mixtura.models.modeling_mixture import MixturePreTrainedModel
 
 
@@ -35,22 +36,21 @@ def calibrate(model: MixturePreTrainedModel, batches: Iterable[Tensor]) -> int:
     layers, config = model.mixture_of_tokens_layers(), cast(Any, model.config)
     if not layers:
         raise UserError("The model has no mixture-of-tokens layer, so there is nothing to calibrate.")
-    served, was_training = (config.inference_mode, config.alone_top_k), model.training
+    was_training = model.training
     for layer in layers:
         layer.keep_population().reset()
     config.population, count = True, 0
     model.eval()
-    model.set_inference_mode("group")
     observe_population(model, True)
     try:
-        for ids_BL in batches:
-            _check_groups(ids_BL, config.group_over, config.group_size)
-            model.base_model(input_ids=ids_BL.to(model.device), use_cache=False)
-            update_population(model, rate=0.0)
-            count += 1
+        with running_in(layers, "group"):
+            for ids_BL in batches:
+                _check_groups(ids_BL, config.group_over, config.group_size)
+                model.base_model(input_ids=ids_BL.to(model.device), use_cache=False)
+                update_population(model, rate=0.0)
+                count += 1
     finally:
         observe_population(model, False)
-        model.set_inference_mode(served[0], top_k=served[1])
         model.train(was_training)
     if not count:
         raise UserError("There is no batch to calibrate with: give text that fills at least one.")

@@ -4,19 +4,18 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-ROUTE_BY = ("token", "pair", "source", "target")
-ZERO_FILL_UNITS = ("group", "layer", "step")
+from mixtura.config.model_settings import CHOICES, FAMILY_NAMES, ModelSettings
+
 ATTENTIONS = ("llama", "mistral", "qwen2", "qwen3")
-FAMILIES = ("dense", "token_choice", "expert_choice", "soft", "mixture_of_tokens")
 
 
 @strict
-class MixtureConfig(PreTrainedConfig):
+class MixtureConfig(ModelSettings, PreTrainedConfig):
     """Llama's decoder with `mlp_layer_types` naming the family of every feed-forward layer.
 
-    Fields carry Hugging Face's names where it has one. The mixtures' are described in `mixtura.config.ArmConfig`.
-    `intermediate_sizes` has the width of every layer where dense layers differ, and `expert_names` the language or pair
-    of every expert where `route_by` is not "token".
+    Fields carry Hugging Face's names where it has one. Those of mixtures come from the table of settings in
+    `mixtura.config.ArmConfig`, which describes them. `intermediate_sizes` has the width of every layer where dense
+    layers differ, and `expert_names` the language or pair of every expert where `route_by` is not "token".
 
     `attention` names the model whose attention the layers have: "qwen2" has biases on queries, keys and values,
     "qwen3" norms on queries and keys. All may look at the last `sliding_window` tokens only: in every layer, or with
@@ -57,33 +56,9 @@ class MixtureConfig(PreTrainedConfig):
     attention: str = "llama"
     sliding_window: int | None = None
     mlp_layer_types: list[str] | None = None
-    num_experts: int = 16
-    num_experts_per_tok: int = 1
-    scoring_func: str = "softmax"
-    norm_topk_prob: bool = False
     routed_scaling_factor: float | int = 1.0
-    capacity_factor: float | int | None = None
-    router_aux_loss_coef: float | int = 0.01
-    router_z_loss_coef: float | int = 0.0
-    balance_over: str = "batch"
-    expert_bias_update_rate: float | int = 0.0
-    num_shared_experts: int = 0
-    route_by: str = "token"
     expert_names: list[str] | None = None
-    group_size: int = 16
-    group_over: str = "batch"
-    mixtures_per_expert: int = 1
-    temperature: float | int = 1.0
-    combine: str = "same"
-    inference_mode: str = "alone"
-    alone_top_k: int | None = 2
-    zero_fill: float | int = 0.0
-    zero_fill_unit: str = "group"
-    alone_fraction: float | int = 0.0
-    transition_to: str | None = None
-    transition_fraction: float | int = 0.0
     population: bool = False
-    population_rate: float | int = 0.0
     layer_mix: bool = False
 
     def __post_init__(self, **kwargs):
@@ -114,8 +89,8 @@ class MixtureConfig(PreTrainedConfig):
                 f"{self.num_hidden_layers}: name a family for each."
             )
         for family in self.mlp_layer_types:
-            if family not in FAMILIES:
-                raise ValueError(f"mlp_layer_types has {family!r}: it must be one of {', '.join(FAMILIES)}.")
+            if family not in FAMILY_NAMES:
+                raise ValueError(f"mlp_layer_types has {family!r}: it must be one of {', '.join(FAMILY_NAMES)}.")
 
     @property
     def has_balanced_layers(self) -> bool:
@@ -152,17 +127,15 @@ class MixtureConfig(PreTrainedConfig):
                 f"{self.num_hidden_layers}: give a width for each."
             )
 
-    def validate_zero_fill_unit(self) -> None:
-        """Raises ValueError for an unknown unit."""
-        if self.zero_fill_unit not in ZERO_FILL_UNITS:
-            raise ValueError(
-                f"zero_fill_unit is {self.zero_fill_unit!r}: it must be one of {', '.join(ZERO_FILL_UNITS)}."
-            )
+    def validate_choices(self) -> None:
+        """Raises ValueError for a word that a setting does not have."""
+        for name, known in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(known)}.")
 
-    def validate_route_by(self) -> None:
-        """Raises ValueError for an unknown way to route, or names that do not fit the experts."""
-        if self.route_by not in ROUTE_BY:
-            raise ValueError(f"route_by is {self.route_by!r}: it must be one of {', '.join(ROUTE_BY)}.")
+    def validate_expert_names(self) -> None:
+        """Raises ValueError for names that do not fit the experts."""
         if self.expert_names is None:
             return
         if self.route_by == "token" or len(self.expert_names) != self.num_experts:

@@ -8,8 +8,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mixtura.layers import RoutingStats
 from mixtura.models.attention import build_attention
+from mixtura.models.build import build_feed_forward
 from mixtura.models.configuration_mixture import MixtureConfig
-from mixtura.models.families import build_feed_forward
 
 _WITH_GRADIENT = ("importance_E", "router_z_loss")
 

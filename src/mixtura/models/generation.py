@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixtura.config import UserError
+from mixtura.config.families import never_served
 
 
 def load_model(folder: Path) -> tuple:
@@ -43,8 +44,7 @@ def generate_text(model_folder: Path, prompt: str, *, max_new_tokens: int, tempe
             be used.
     """
     model, tokenizer = load_model(model_folder)
-    families = set(getattr(model.config, "mlp_layer_types", None) or [])
-    for family in families & {"expert_choice", "soft"}:
+    for family in never_served(getattr(model.config, "mlp_layer_types", None) or []):
         raise UserError(
             f"A model with {family} layers cannot generate: a token's output depends on other tokens to come."
         )

@@ -188,12 +188,19 @@ class MixturaOfTokens(nn.Module):
         return torch.sigmoid(logits_TS - log_mass).to(x_TD.dtype)
 
 
+MIXTURES: dict[str, Callable[[MixtureConfig], nn.Module]] = {
+    "token_choice": MixturaTokenChoice,
+    "mixture_of_tokens": MixturaOfTokens,
+}
+"""The families that this file has besides dense layers."""
+
+
 def _feed_forward(config: MixtureConfig, depth: int) -> nn.Module:
     family = (config.mlp_layer_types or [])[depth]
     if family == "dense":
         widths = config.intermediate_sizes
         return MixturaDense(config, config.intermediate_size if widths is None else widths[depth])
-    return {"token_choice": MixturaTokenChoice, "mixture_of_tokens": MixturaOfTokens}[family](config)
+    return MIXTURES[family](config)
 
 
 class MixturaLayerMix(nn.Module):

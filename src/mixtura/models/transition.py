@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtura.config import UserError
+from mixtura.config.arms import model_settings
 from mixtura.layers import MixtureOfTokens, TokenChoiceMoE
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.models.modeling_mixture import MixtureDecoderLayer, MixtureForCausalLM
@@ -155,17 +156,22 @@ def _configuration(config: MixtureConfig, *, top_k: int) -> MixtureConfig:
 
 
 def _changes(config: MixtureConfig, *, top_k: int) -> dict[str, Any]:
-    """What of a configuration is another after the conversion."""
+    """What of a configuration is another after the conversion.
+
+    Settings that no layer has any more, and those of token choice's layers, go back to their defaults, under which a
+    layer chooses by softmax, drops nothing and has no shared expert. How token choice is trained stays.
+    """
     swap = {"mixture_of_tokens": "token_choice"}
     families = [swap.get(family, family) for family in config.mlp_layer_types or []]
-    experts = config.num_experts * config.mixtures_per_expert
-    routing = {"num_experts": experts, "num_experts_per_tok": top_k, "scoring_func": "softmax", "norm_topk_prob": False}
-    off: dict[str, Any] = {"capacity_factor": None, "num_shared_experts": 0, "expert_bias_update_rate": 0.0}
-    alone = {"zero_fill": 0.0, "zero_fill_unit": "group", "alone_fraction": 0.0, "inference_mode": "alone"}
-    mixing = {"mixtures_per_expert": 1, "temperature": 1.0, "combine": "same"}
-    ended = {"population": False, "population_rate": 0.0, "transition_to": None, "transition_fraction": 0.0}
-    settings = {"mlp_layer_types": families, "routed_scaling_factor": 1.0}
-    return {**settings, **routing, **off, **alone, **mixing, **ended}
+    reset = {
+        field: setting.default
+        for setting, field in model_settings()
+        if not set(families) & set(setting.families) or setting.argument("token_choice") is not None
+    }
+    kept = {"moe_intermediate_size": config.moe_intermediate_size}
+    experts = {"num_experts": config.num_experts * config.mixtures_per_expert, "num_experts_per_tok": top_k}
+    outside = {"mlp_layer_types": families, "routed_scaling_factor": 1.0, "population": False}
+    return reset | kept | experts | outside
 
 
 def _weights(model: MixtureForCausalLM) -> dict[str, Tensor]:

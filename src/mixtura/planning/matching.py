@@ -2,62 +2,38 @@
 
 import dataclasses
 
-from mixtura.config import Family, UserError
-from mixtura.planning.flops import flops_per_token, layer_flops
+from mixtura.config import UserError
+from mixtura.planning.formulas import flops_per_token, layer_flops
 from mixtura.planning.shapes import FeedForwardShape, ModelShape
 
 FLOPS_TOLERANCE = 0.01
 """Farther than this from the baseline's, an arm's FLOPs a token are not called equal to them."""
 
 
-def match_intermediate_size(
-    family: Family,
-    *,
-    hidden_size: int,
-    dense_intermediate_size: int,
-    gated: bool,
-    num_experts: int,
-    top_k: int,
-    num_shared_experts: int,
-    group_size: int,
-    mixtures_per_expert: int,
-    combine: str,
-    sequence_length: int,
-    learned_router: bool = True,
-    multiple_of: int = 4,
-) -> int:
+def match_intermediate_size(layer: FeedForwardShape, *, dense_intermediate_size: int, multiple_of: int = 4) -> int:
     """The width of one expert at which a token costs the FLOPs of the dense layer.
 
     Solves layer_flops(width) = layer_flops(dense) and rounds to the nearest multiple of `multiple_of` (16 bytes of
     float32, which GPU kernels want; of 16-bit numbers that is 8), at least one such multiple. `flops_ratio` says what
-    the rounding left over.
+    the rounding left over. A mixture of tokens is matched as it runs in groups.
+
+    Args:
+        layer: the layer with any width.
+        dense_intermediate_size: width of the dense layer.
+        multiple_of: what the result is a multiple of.
 
     Raises:
         UserError: routing and mixing alone cost as much as the dense layer.
     """
-    dense = FeedForwardShape(
-        family="dense", hidden_size=hidden_size, intermediate_size=dense_intermediate_size, gated=gated
-    )
-    if family == "dense":
+    if layer.family == "dense":
         return dense_intermediate_size
-    empty = FeedForwardShape(
-        family=family,
-        hidden_size=hidden_size,
-        intermediate_size=0,
-        gated=gated,
-        num_experts=num_experts,
-        top_k=top_k,
-        num_shared_experts=num_shared_experts,
-        learned_router=learned_router,
-        group_size=sequence_length if family == "soft" else group_size,
-        mixtures_per_expert=mixtures_per_expert,
-        combine="separate" if combine == "separate" else "same",
-    )
-    budget, routing = layer_flops(dense), layer_flops(empty)
+    empty = dataclasses.replace(layer, intermediate_size=0, alone_share=0.0)
+    budget = layer_flops(dataclasses.replace(empty, family="dense", intermediate_size=dense_intermediate_size))
+    routing = layer_flops(empty)
     if routing >= budget:
         raise UserError(
-            f"Routing and mixing of {family} with {num_experts} experts cost {routing:,.0f} FLOPs a token, but a dense "
-            f"layer of width {dense_intermediate_size} costs only {budget:,.0f}: "
+            f"Routing and mixing of {layer.family} with {layer.num_experts} experts cost {routing:,.0f} FLOPs a token, "
+            f"but a dense layer of width {dense_intermediate_size} costs only {budget:,.0f}: "
             f"use fewer experts or raise 'model.intermediate_size'."
         )
     # FLOPs are linear in the width.

@@ -2,14 +2,17 @@
 
 `ModelShape` is structural: the Hugging Face configuration of `mixtura.models` has these attributes, and so may any
 plain dataclass. `feed_forward_shapes` turns it into one `FeedForwardShape` a layer, on which every formula stands.
+`capacity` is the one formula for how many rows an expert takes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from mixtura.config import Family
-from mixtura.planning.capacity import capacity
+from mixtura.config.arms import has_setting
+from mixtura.config.families import facts_of
 
 
 class ModelShape(Protocol):
@@ -166,8 +169,21 @@ class FeedForwardShape:
 
     @property
     def shared_experts(self) -> int:
-        """Experts that every token passes through; only token choice has them."""
-        return self.num_shared_experts if self.family == "token_choice" else 0
+        """Experts that every token passes through, where the family has them."""
+        return self.num_shared_experts if has_setting(self.family, "num_shared_experts") else 0
+
+    @property
+    def router_columns(self) -> int:
+        """Logits that a router computes for a token: one an expert, or one a mixture."""
+        mixes = facts_of(self.family).routing == "mixing"
+        return self.num_experts * (self.mixtures_per_expert if mixes else 1)
+
+    @property
+    def routers(self) -> int:
+        """Routers of the layer: two with a separate combine, none where an example's language names its expert."""
+        if facts_of(self.family).routing == "none" or not self.learned_router:
+            return 0
+        return 2 if has_setting(self.family, "combine") and self.combine == "separate" else 1
 
     @property
     def rows_per_token(self) -> float:
@@ -176,13 +192,15 @@ class FeedForwardShape:
         Mixture of tokens runs in groups here; `alone_rows_per_token` has what it costs without them. An average where
         experts choose or mix. Token choice counts rows that a capacity drops as if they were kept.
         """
-        if self.family == "dense":
-            return 1.0
-        if self.family == "token_choice":
-            return float(self.top_k)
-        if self.family == "expert_choice":
-            return self.num_experts * capacity(self.group_size, self.top_k, self.num_experts) / self.group_size
-        return self.num_experts * self.mixtures_per_expert / self.group_size
+        match facts_of(self.family).routing:
+            case "none":
+                return 1.0
+            case "tokens choose":
+                return float(self.top_k)
+            case "experts choose":
+                return self.num_experts * capacity(self.group_size, self.top_k, self.num_experts) / self.group_size
+            case "mixing":
+                return self.num_experts * self.mixtures_per_expert / self.group_size
 
     @property
     def alone_rows_per_token(self) -> int:
@@ -204,11 +222,11 @@ def feed_forward_shapes(shape: ModelShape, *, sequence_length: int) -> list[Feed
             top_k=shape.num_experts_per_tok,
             num_shared_experts=shape.num_shared_experts,
             learned_router=shape.route_by == "token",
-            group_size=sequence_length if family == "soft" else shape.group_size,
+            group_size=shape.group_size if has_setting(family, "group_size") else sequence_length,
             mixtures_per_expert=shape.mixtures_per_expert,
             combine=cast(Literal["same", "separate"], shape.combine),
             alone_top_k=shape.alone_top_k,
-            alone_share=_alone_share(shape) if family == "mixture_of_tokens" else 0.0,
+            alone_share=_alone_share(shape) if has_setting(family, "zero_fill") else 0.0,
         )
         for family, width in zip(families, widths, strict=True)
     ]
@@ -228,3 +246,30 @@ def attention_widths(shape: ModelShape) -> tuple[int, int]:
     head_dim = shape.head_dim or shape.hidden_size // shape.num_attention_heads
     key_value_heads = shape.num_key_value_heads or shape.num_attention_heads
     return shape.num_attention_heads * head_dim, key_value_heads * head_dim
+
+
+def capacity(tokens: int, top_k: int, num_experts: int, capacity_factor: float = 1.0) -> int:
+    """Rows one expert takes: ceil(capacity_factor * tokens * top_k / num_experts), at least 1 and at most `tokens`.
+
+    GShard (Lepikhin et al., 2020, section 2.2) and Switch Transformer (Fedus et al., 2021, section 2.2) have it for
+    token choice; Expert Choice (Zhou et al., 2022, section 3.2) uses the same number as the rows an expert picks.
+
+    Rounded up, where several codebases truncate with int(): with factor 1.0 and tokens that the experts do not divide,
+    truncation drops tokens even under perfect balance, and with few tokens it leaves experts no row at all. The upper
+    bound holds because an expert has a token at most once.
+
+    Args:
+        tokens: Tokens routed together.
+        top_k: Experts a token has on average.
+        num_experts: Experts that share the rows.
+        capacity_factor: Rows as a multiple of an even share.
+    """
+    rows = math.ceil(even_rows(tokens, top_k, num_experts, capacity_factor))
+    return max(1, min(rows, tokens))
+
+
+def even_rows(tokens: Any, top_k: int, num_experts: int, capacity_factor: float) -> Any:
+    """As `capacity`, before it is rounded up and bounded: of a number, or of a tensor of float64."""
+    even_share = capacity_factor * tokens * top_k / num_experts
+    # 1.1 * 10 is 11.000000000000002 in binary: without the guard that would be a capacity of 12.
+    return even_share - 1e-9 * even_share

@@ -4,12 +4,10 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from mixtura.config.families import FAMILIES
+
 _FAMILY_COLOURS = {
-    "dense": ("#59636e", "#aab4c0"),
-    "token_choice": ("#0a6ebd", "#5cb3f2"),
-    "mixture_of_tokens": ("#c8501a", "#f5955c"),
-    "expert_choice": ("#0b7d5e", "#3ec79c"),
-    "soft": ("#9c4a94", "#e19bd8"),
+    **{family: facts.colours for family, facts in FAMILIES.items()},
     "lora": ("#59636e", "#aab4c0"),
     "mixture_of_lora": ("#0a6ebd", "#5cb3f2"),
     "expert_specialized": ("#0b7d5e", "#3ec79c"),

@@ -6,17 +6,15 @@ the Markdown say the same thing in the same way. None is written as an en dash: 
 
 from collections.abc import Sequence
 
+from mixtura.config.families import FAMILIES
+
 NONE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 NBSP = "\N{NO-BREAK SPACE}"
 
 FAMILY_WORDS = {
-    "dense": "dense",
-    "token_choice": "token-choice MoE",
-    "expert_choice": "expert-choice MoE",
-    "soft": "Soft MoE",
-    "mixture_of_tokens": "MoT",
+    **{family: facts.words for family, facts in FAMILIES.items()},
     "lora": "LoRA",
     "mixture_of_lora": "mixture of LoRA experts",
     "expert_specialized": "expert-specialised tuning",

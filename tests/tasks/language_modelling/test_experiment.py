@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from mixtura.comparison.arms import leak_warning
+from mixtura.config.families import FAMILIES
 from mixtura.data.prepare import prepare_data
 from mixtura.planning import active_parameters, flops_per_token, model_parameters
 from mixtura.tasks.language_modelling.experiment import Pretraining
-
-FAMILIES = ("dense", "token_choice", "expert_choice", "soft", "mixture_of_tokens")
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from mixtura.adapters.attach import apply_adapter
 from mixtura.adapters.costs import count_parameters, measured_flops_per_token
 from mixtura.adapters.expert_specialized import SAMPLE_SIZE
 from mixtura.config import ClassificationArmConfig, ClassificationRecipe
+from mixtura.config.arms import has_setting
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm, probe_layer
 from mixtura.models import MixtureConfig
 from mixtura.planning import active_parameters, model_parameters
@@ -219,7 +220,7 @@ def _router_loss_weights(config: ClassificationArmConfig, base: Any) -> RouterLo
     """Only token choice needs its load balanced by a loss; that of a base model only where it is trained."""
     head = adapter = (0.0, 0.0)
     layer = config.head.feed_forward
-    if layer is not None and layer.family == "token_choice":
+    if layer is not None and has_setting(layer.family, "router_aux_loss_coef"):
         head = (layer.router_aux_loss_coef, layer.router_z_loss_coef)
     if config.adapter is not None and config.adapter.method == "mixture_of_lora" and config.adapter.router != "task":
         adapter = (config.adapter.router_aux_loss_coef, 0.0)

@@ -30,6 +30,7 @@ from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import AdapterConfig, ArmConfig, HeadConfig, UserError
 from mixtura.layers import MixtureOfTokens, RoutingStats
 from mixtura.models import MixtureModel
+from mixtura.models.inference import mixing_layers, running_in
 from mixtura.tasks.classification.features import encode_texts, hidden_states, weights_digest
 from mixtura.tasks.classification.heads import ClassifierHead, blends_tokens
 from mixtura.training import saving as checkpoints
@@ -117,7 +118,7 @@ class TextClassifier(nn.Module):
     def mixing_layers(self) -> list[MixtureOfTokens]:
         """Layers in which the examples of a batch see each other while training."""
         frozen = {id(part) for part in self._frozen_parts}
-        return [part for part in self.modules() if isinstance(part, MixtureOfTokens) and id(part) not in frozen]
+        return [layer for layer in mixing_layers(self) if id(layer) not in frozen]
 
     @torch.no_grad()
     def layer_weights(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor | None:
@@ -139,16 +140,11 @@ def evaluation_modes(classifier: TextClassifier) -> tuple[Mode, ...]:
 def evaluating(classifier: TextClassifier, mode: Mode) -> Iterator[None]:
     """Evaluation in one of the modes; afterwards the classifier is as it was."""
     was_training = classifier.training
-    layers = classifier.mixing_layers()
-    before: list[Any] = [layer.inference_mode for layer in layers]
     classifier.eval()
-    for layer in layers:
-        layer.set_inference_mode(mode, top_k=layer.alone_top_k)
     try:
-        yield
+        with running_in(classifier.mixing_layers(), mode):
+            yield
     finally:
-        for layer, inference_mode in zip(layers, before, strict=True):
-            layer.set_inference_mode(inference_mode, top_k=layer.alone_top_k)
         classifier.train(was_training)
 
 

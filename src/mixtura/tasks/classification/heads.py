@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from mixtura.config import ArmConfig, HeadConfig, ModelConfig, UserError
+from mixtura.config.families import facts_of
 from mixtura.layers import FeedForward, LayerMix, RoutingStats, SoftMoE
 from mixtura.models import MixtureConfig
-from mixtura.models.build import build_model_config
-from mixtura.models.families import build_feed_forward
-from mixtura.planning.parameters import active_layer_parameters, layer_parameters
+from mixtura.models.build import build_feed_forward, build_model_config
+from mixtura.planning.formulas import active_layer_parameters, layer_parameters
 from mixtura.planning.shapes import feed_forward_shapes
 
 INITIALIZER_RANGE = 0.02
@@ -132,12 +132,13 @@ def mixture_config(arm: ArmConfig, hidden_size: int) -> MixtureConfig:
 
 
 def _build_feed_forward(arm: ArmConfig, hidden_size: int) -> FeedForward:
-    if arm.family == "expert_choice":
+    facts = facts_of(arm.family)
+    if facts.group_over and facts.serving == "never":
         raise UserError(
-            "'head.feed_forward.family' is 'expert_choice', whose answer to one text depends on the other texts at "
+            f"'head.feed_forward.family' is '{arm.family}', whose answer to one text depends on the other texts at "
             "hand: use token_choice, soft or mixture_of_tokens."
         )
-    if arm.family == "mixture_of_tokens" and arm.group_over != "batch":
+    if facts.group_over and arm.group_over != "batch":
         raise UserError(
             f"'head.feed_forward.group_over' is '{arm.group_over}': a head sees one vector of each text, so groups "
             "are formed over 'batch'."

@@ -15,38 +15,21 @@ import torch
 from mixtura.checkpoints.decoder import count_parameters, decoder_config, load_decoder, probe_config, weights_digest
 from mixtura.checkpoints.pretrained import resolve_base
 from mixtura.config import ArmConfig, DataConfig, Recipe, UserError, starts_from_checkpoints
+from mixtura.config.arms import has_setting, model_settings, shown_settings
 from mixtura.config.checks import batch_sizes, check_feed_forward
-from mixtura.config.from_checkpoint import TRAINED_KEYS
+from mixtura.config.families import facts_of
+from mixtura.config.from_checkpoint import SHAPE_KEYS, TRAINED_KEYS
 from mixtura.data.prepare import PreparedData, prepare_data
 from mixtura.data.tokenizer import load_tokenizer
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.evaluation import evaluation_modes
 from mixtura.models import MixtureConfig, MixtureForCausalLM
-from mixtura.models.alone_schedule import alone_settings
 from mixtura.models.build import build_model_config
 from mixtura.planning import active_parameters, flops_per_token, flops_ratio, model_parameters
 from mixtura.planning.matching import FLOPS_TOLERANCE
 from mixtura.tasks.language_modelling.task import LanguageModelling
 from mixtura.training.experiment import Arm, Experiment
 from mixtura.training.optimization import OPTIMIZER_NAMES
-
-_COMPUTED = {
-    "num_experts": "num_experts",
-    "moe_intermediate_size": "moe_intermediate_size",
-    "top_k": "num_experts_per_tok",
-    "score_function": "scoring_func",
-    "normalize_top_k": "norm_topk_prob",
-    "capacity_factor": "capacity_factor",
-    "num_shared_experts": "num_shared_experts",
-    "group_size": "group_size",
-    "group_over": "group_over",
-    "mixtures_per_expert": "mixtures_per_expert",
-    "temperature": "temperature",
-    "combine": "combine",
-    "inference_mode": "inference_mode",
-    "alone_top_k": "alone_top_k",
-}
-"""What the checkpoint says: the keys of an arm, and those of `MixtureConfig`."""
 
 
 def with_checkpoints_tokenizer(recipe: Recipe) -> DataConfig:
@@ -89,7 +72,8 @@ def continued_arm(recipe: Recipe, name: str, *, vocab_size: int) -> tuple[ArmCon
     for key in TRAINED_KEYS:
         setattr(config, key, getattr(arm, key))
     config.population = config.population or arm.population_rate > 0
-    filled = dataclasses.replace(arm, **{key: getattr(config, own) for key, own in _COMPUTED.items()})
+    decided = {each.name: getattr(config, field) for each, field in model_settings() if each.name in SHAPE_KEYS}
+    filled = dataclasses.replace(arm, **decided)
     if vocab_size > config.vocab_size:
         raise UserError(
             f"'arms.{name}.init_from' has {config.vocab_size} embeddings for {vocab_size} tokens: give a whole model."
@@ -103,15 +87,6 @@ def continued_arm(recipe: Recipe, name: str, *, vocab_size: int) -> tuple[ArmCon
     kept = filled if filled.inference_mode != "population" else dataclasses.replace(filled, population_rate=1.0)
     check_feed_forward(f"arms.{name}", kept, batch_sizes=batch_sizes(recipe), sequence_length=length)
     return filled, config
-
-
-_SETTINGS: dict[str, tuple[str, ...]] = {
-    "dense": (),
-    "token_choice": ("num_experts", "top_k", "score_function", "capacity_factor", "router_aux_loss_coef"),
-    "expert_choice": ("num_experts", "top_k", "group_size", "group_over"),
-    "soft": ("num_experts", "mixtures_per_expert"),
-    "mixture_of_tokens": ("num_experts", "group_size", "mixtures_per_expert", "temperature", "combine", "alone_top_k"),
-}
 
 
 @final
@@ -143,7 +118,7 @@ class PretrainingArm(Arm):
     @property
     def _always_alone(self) -> bool:
         """Whether no step of the training has groups, as in a mixture of tokens that was a dense model."""
-        return self.family == "mixture_of_tokens" and self.model_config.zero_fill == 1
+        return has_setting(self.family, "zero_fill") and self.model_config.zero_fill == 1
 
     def build(self, seed: int) -> MixtureForCausalLM:
         """A freshly initialised model, the same rule and seed for every arm; or the checkpoint's, whatever the seed."""
@@ -158,8 +133,7 @@ class PretrainingArm(Arm):
         assert isinstance(baseline, PretrainingArm)
         shape: Any = self.model_config
         length = self.sequence_length
-        settings = {key: getattr(self.config, key) for key in _SETTINGS[self.family]}
-        settings |= alone_settings(self.config)
+        settings = shown_settings(self.config)
         if self.family != "dense":
             settings |= {"expert_width": shape.moe_intermediate_size, "placement": _placement(shape)}
         total = planned = model_parameters(shape)
@@ -167,7 +141,7 @@ class PretrainingArm(Arm):
             settings["init_from"] = self.config.init_from
             total = count_parameters(shape)
         return {
-            "settings": {key: value for key, value in settings.items() if value is not None},
+            "settings": settings,
             "parameters_total": total,
             "parameters_active": active_parameters(shape, sequence_length=length) + total - planned,
             "parameters_trainable": total,
@@ -179,7 +153,7 @@ class PretrainingArm(Arm):
         """Whether information leaks from the future or from other examples, measured on the arm's untrained model."""
         model = self._untrained().eval()
         deployed = self._probe(model) if self.deployed_mode else None
-        if self.family == "mixture_of_tokens":
+        if facts_of(self.family).serving == "token by token":
             model.set_inference_mode("alone" if self._always_alone else "group")
         trained = self._probe(model)
         leaks = {"future": trained.future, "batch": trained.batch}
@@ -212,10 +186,11 @@ def _placement(config: MixtureConfig) -> str:
 def _deployed_mode(config: ArmConfig) -> str | None:
     if config.transition_to is not None:
         return "causal"
-    if config.family == "mixture_of_tokens":
+    serving = facts_of(config.family).serving
+    if serving == "token by token":
         # Running in groups needs other people's text in the batch: no answer to one request.
         return None if config.inference_mode == "group" else config.inference_mode
-    return None if config.family in ("expert_choice", "soft") else "causal"
+    return None if serving == "never" else "causal"
 
 
 def make_pretraining(

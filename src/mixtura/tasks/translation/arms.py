@@ -13,23 +13,18 @@ from mixtura.adapters.costs import count_parameters, measured_flops_per_token
 from mixtura.adapters.expert_specialized import SAMPLE_SIZE
 from mixtura.checkpoints.pretrained import load_base, load_base_config
 from mixtura.config import ArmConfig, TranslationArmConfig, TranslationRecipe, UserError
+from mixtura.config.arms import has_setting, shown_settings
+from mixtura.config.families import FAMILIES, facts_of
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
-from mixtura.layers import MixtureOfTokens
 from mixtura.models import MixtureConfig, MixtureForCausalLM
-from mixtura.models.alone_schedule import alone_settings
 from mixtura.models.build import build_model_config
+from mixtura.models.inference import mixing_layers, running_in
 from mixtura.planning import active_parameters, flops_per_token, model_parameters
 from mixtura.tasks.translation.batches import PairDataset, collate_rows
 from mixtura.tasks.translation.decoding import ExampleRouting
 from mixtura.tasks.translation.task import TranslationData, TranslationTask
 from mixtura.training.experiment import Arm
 
-_SETTINGS: dict[str, tuple[str, ...]] = {
-    "dense": (),
-    "token_choice": ("num_experts", "top_k", "num_shared_experts", "capacity_factor", "router_aux_loss_coef"),
-    "mixture_of_tokens": ("num_experts", "group_size", "mixtures_per_expert", "temperature", "combine", "alone_top_k"),
-}
-_NAMED_SETTINGS = ("route_by", "num_experts", "num_shared_experts")
 _PROBED_LAYERS = 2
 """Layers of a base model that a leak probe keeps: a leak shows in any layer, and float64 is slow."""
 
@@ -94,10 +89,8 @@ class TranslationArm(Arm):
         """Whether information leaks from the future or the batch, in training and deployed, found by trying."""
         model = self._probe().eval()
         deployed = self._leak(model)
-        for module in model.modules():
-            if isinstance(module, MixtureOfTokens):
-                module.set_inference_mode("group", top_k=module.alone_top_k)
-        trained = self._leak(model)
+        with running_in(mixing_layers(model), "group"):
+            trained = self._leak(model)
         return {"future": trained.future, "batch": trained.batch, "batch_deployed": deployed.batch}
 
     def _leak(self, model: nn.Module) -> LeakReport:
@@ -180,31 +173,31 @@ def _scratch_arm(
         # A copy: a model writes its inference mode into its configuration.
         return MixtureForCausalLM(copy.deepcopy(config))
 
-    keys = _NAMED_SETTINGS if expert_names else _SETTINGS[feed_forward.family]
-    settings = {key: getattr(feed_forward, key) for key in keys} | alone_settings(feed_forward)
+    settings = shown_settings(feed_forward)
     if feed_forward.family != "dense":
         settings |= {"expert_width": config.moe_intermediate_size, "placement": feed_forward.placement}
     return TranslationArm(
         name,
         family=feed_forward.family,
-        settings={key: value for key, value in settings.items() if value is not None},
+        settings=settings,
         task=TranslationTask(data, recipe.training, routing=routing, num_beams=recipe.num_beams),
         learning_rate=arm.learning_rate or feed_forward.learning_rate or recipe.training.learning_rate,
         build=build,
         probe=lambda: build(0),
         shape=config,
-        grouped=feed_forward.group_size if feed_forward.family == "mixture_of_tokens" else None,
+        grouped=feed_forward.group_size if facts_of(feed_forward.family).group_over else None,
     )
 
 
 def _check_family(where: str, arm: ArmConfig, *, batch_size: int) -> None:
     """Refuses what cannot translate one sentence alone, and groups that a batch does not fill."""
-    if arm.family not in _SETTINGS:
+    if facts_of(arm.family).serving == "never":
+        served = [family for family, facts in FAMILIES.items() if facts.serving != "never"]
         raise UserError(
             f"'{where}.family' is '{arm.family}', whose tokens depend on tokens to come, so that it cannot translate: "
-            f"choose one of {', '.join(_SETTINGS)}."
+            f"choose one of {', '.join(served)}."
         )
-    if arm.family != "mixture_of_tokens":
+    if facts_of(arm.family).serving != "token by token":
         return
     if arm.inference_mode != "alone" or arm.group_over != "batch":
         raise UserError(
@@ -226,7 +219,7 @@ def _route(where: str, arm: ArmConfig, data: TranslationData) -> tuple[ExampleRo
     """The expert of every direction, and the experts' names; nothing where tokens choose."""
     if arm.route_by == "token":
         return ExampleRouting(), None
-    if arm.family != "token_choice":
+    if not has_setting(arm.family, "route_by"):
         raise UserError(f"'{where}.route_by' is '{arm.route_by}' but the family is {arm.family}: use token_choice.")
     position = {"source": 0, "target": 1}.get(arm.route_by)
     keys = [name if position is None else name.split("-")[position] for name in data.directions]

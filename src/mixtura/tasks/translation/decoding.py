@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from mixtura.adapters.tuner import set_task_ids
-from mixtura.layers import MixtureOfTokens
+from mixtura.models.inference import mixing_layers, running_in
 
 BATCH_TOKENS = 4096
 """Prompt tokens decoded at once, padding counted."""
@@ -41,24 +41,18 @@ class ExampleRouting:
 
 def inference_modes(model: nn.Module) -> tuple[str, ...]:
     """The modes in which a model can run, the one that trains first: see `mixtura.evaluation.evaluation_modes`."""
-    return ("group", "alone") if any(isinstance(m, MixtureOfTokens) for m in model.modules()) else ("causal",)
+    return ("group", "alone") if mixing_layers(model) else ("causal",)
 
 
 @contextmanager
 def running(model: nn.Module, mode: str) -> Iterator[None]:
     """eval() in a mode of `inference_modes`, for the length of a block and without gradients."""
-    layers = [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
-    before: list[tuple[Any, int | None]] = [(layer.inference_mode, layer.alone_top_k) for layer in layers]
     was_training = model.training
     model.eval()
     try:
-        for layer in layers:
-            layer.set_inference_mode("group" if mode == "group" else "alone", top_k=layer.alone_top_k)
-        with torch.no_grad():
+        with running_in(mixing_layers(model), "group" if mode == "group" else "alone"), torch.no_grad():
             yield
     finally:
-        for layer, (inference_mode, top_k) in zip(layers, before, strict=True):
-            layer.set_inference_mode(inference_mode, top_k=top_k)
         model.train(was_training)
 
 

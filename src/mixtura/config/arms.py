@@ -1,0 +1,298 @@
+"""One side of a comparison: the table of its settings, each declared once, and what follows from the table.
+
+A setting of a new family is a field of `ArmConfig`, and an argument of the family's layer. The recipe's reader, the
+checks, the model's configuration, the report and docs/settings.md then know it.
+"""
+
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mixtura.config.families import MIXTURES, Family
+from mixtura.config.setting import Setting, read_settings, setting
+
+InferenceMode = Literal["group", "alone", "population"]
+Placement = Literal["all", "later_half"]
+
+_ALL: tuple[Family, ...] = typing.get_args(Family)
+_TOKEN_CHOICE: tuple[Family, ...] = ("token_choice",)
+_CHOOSING: tuple[Family, ...] = ("token_choice", "expert_choice")
+_GROUPED: tuple[Family, ...] = ("expert_choice", "mixture_of_tokens")
+_MIXING: tuple[Family, ...] = ("soft", "mixture_of_tokens")
+_MOT: tuple[Family, ...] = ("mixture_of_tokens",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmConfig:
+    """One side of the comparison: the family of its feed-forward layers and that family's settings."""
+
+    family: Family
+    init_from: str | None = setting(
+        None,
+        says="A checkpoint to start from: a folder that Mixtura wrote, or a dense model as upcycling takes it. "
+        "It decides the architecture, and the family may be left out; None starts from random weights.",
+        families=_ALL,
+        role="run",
+        field=None,
+        shown=False,
+    )
+    learning_rate: float | None = setting(
+        None,
+        says="Peak learning rate; None takes `training.learning_rate`.",
+        families=_ALL,
+        role="run",
+        field=None,
+        bounds="positive",
+        shown=False,
+    )
+    placement: Placement = setting(
+        "later_half",
+        says="Which layers are mixtures; the others are dense.",
+        families=MIXTURES,
+        role="shape",
+        field=None,
+        shown=False,
+    )
+    num_experts: int = setting(
+        16,
+        says="How many experts a layer has.",
+        families=MIXTURES,
+        role="shape",
+        layer=True,
+        bounds="positive",
+        always_shown=MIXTURES,
+    )
+    moe_intermediate_size: int | None = setting(
+        None,
+        says="Width of one expert; None solves for the dense arm's FLOPs a token, routing and mixing counted.",
+        families=MIXTURES,
+        role="shape",
+        layer="intermediate_size",
+        bounds="positive",
+        shown=False,
+    )
+    top_k: int = setting(
+        1,
+        says="Experts a token is sent to (token choice), or gets on average (expert choice).",
+        families=_CHOOSING,
+        role="function",
+        field="num_experts_per_tok",
+        layer=True,
+        bounds="positive",
+        always_shown=_CHOOSING,
+        of_router=True,
+    )
+    route_by: Literal["token", "pair", "source", "target"] = setting(
+        "token",
+        says="A learned router looks at the token, or an example's language pair, source or target language names its "
+        "expert without a router (translation only).",
+        families=_TOKEN_CHOICE,
+        role="shape",
+        layer="learned_router",
+        to_layer=lambda value: value == "token",
+    )
+    score_function: Literal["softmax", "sigmoid"] = setting(
+        "softmax",
+        says="How the router's logits become weights.",
+        families=_TOKEN_CHOICE,
+        role="function",
+        field="scoring_func",
+        layer=True,
+        always_shown=_TOKEN_CHOICE,
+        of_router=True,
+    )
+    normalize_top_k: bool = setting(
+        False,
+        says="Make the chosen experts' weights sum to one. With top_k = 1 the router would never get a gradient.",
+        families=_TOKEN_CHOICE,
+        role="function",
+        field="norm_topk_prob",
+        layer=True,
+        of_router=True,
+    )
+    capacity_factor: float | None = setting(
+        None,
+        says="Rows an expert takes, as a multiple of an even share; None is dropless.",
+        families=_TOKEN_CHOICE,
+        role="function",
+        layer=True,
+        bounds="positive",
+        of_router=True,
+    )
+    router_aux_loss_coef: float = setting(
+        0.01,
+        says="Weight of the loss that evens out the experts' load.",
+        families=_TOKEN_CHOICE,
+        role="training",
+        bounds="not negative",
+        always_shown=_TOKEN_CHOICE,
+        of_router=True,
+    )
+    router_z_loss_coef: float = setting(
+        0.0,
+        says="Weight of the loss that keeps the router's logits small.",
+        families=_TOKEN_CHOICE,
+        role="training",
+        bounds="not negative",
+        of_router=True,
+    )
+    balance_over: Literal["batch", "global"] = setting(
+        "batch",
+        says="Load counted within one micro-batch, or over the whole optimizer step on all ranks.",
+        families=_TOKEN_CHOICE,
+        role="training",
+        of_router=True,
+    )
+    expert_bias_update_rate: float = setting(
+        0.0,
+        says="Loss-free balancing: how far the selection bias moves after each step; 0 is off.",
+        families=_TOKEN_CHOICE,
+        role="training",
+        layer="expert_bias",
+        to_layer=lambda rate: rate > 0,
+        bounds="not negative",
+        of_router=True,
+    )
+    num_shared_experts: int = setting(
+        0,
+        says="Experts that every token passes through besides the routed ones.",
+        families=_TOKEN_CHOICE,
+        role="shape",
+        layer=True,
+        bounds="not negative",
+    )
+    group_size: int = setting(
+        16,
+        says="Tokens mixed together (mixture of tokens), or that compete (expert choice).",
+        families=_GROUPED,
+        role="function",
+        layer=True,
+        bounds="positive",
+        always_shown=_GROUPED,
+    )
+    group_over: Literal["batch", "sequence", "all"] = setting(
+        "batch",
+        says="A group is one position of several examples, several positions of one (mixture of tokens in encoders), "
+        "or all tokens of the batch (expert choice, which then sees the future).",
+        families=_GROUPED,
+        role="function",
+        layer=True,
+        always_shown=("expert_choice",),
+    )
+    mixtures_per_expert: int = setting(
+        1,
+        says="Mixtures that an expert processes for each group, or slots it has (soft).",
+        families=_MIXING,
+        role="shape",
+        layer={"soft": "num_slots", "mixture_of_tokens": "mixtures_per_expert"},
+        bounds="positive",
+        always_shown=_MIXING,
+    )
+    temperature: float = setting(
+        1.0,
+        says="Divides the router's logits.",
+        families=_MOT,
+        role="function",
+        layer=True,
+        bounds="positive",
+        always_shown=_MOT,
+    )
+    combine: Literal["same", "separate"] = setting(
+        "same",
+        says="Spread outputs with the dispatch weights, or with a second router's.",
+        families=_MOT,
+        role="shape",
+        layer=True,
+        always_shown=_MOT,
+    )
+    inference_mode: InferenceMode = setting(
+        "alone",
+        says="How mixture-of-tokens layers run when deployed.",
+        families=_MOT,
+        role="function",
+        layer=True,
+    )
+    alone_top_k: int | None = setting(
+        2,
+        says="Mixtures that `alone` and `population` inference run for a token; None runs all.",
+        families=_MOT,
+        role="function",
+        layer=True,
+        bounds="positive",
+        always_shown=_MOT,
+    )
+    zero_fill: float = setting(
+        0.0,
+        says="Share of the groups whose tokens run in training as `alone` runs them.",
+        families=_MOT,
+        role="training",
+        layer=True,
+        bounds="share",
+    )
+    zero_fill_unit: Literal["group", "layer", "step"] = setting(
+        "group",
+        says="What that share is taken of: of each layer's groups at every step; of the steps of each layer, which "
+        "then runs wholly alone; or of the steps of the whole model. The last two cost less time.",
+        families=_MOT,
+        role="training",
+    )
+    alone_fraction: float = setting(
+        0.0,
+        says="Share of the steps, the last ones, in which all groups do so.",
+        families=_MOT,
+        role="training",
+        bounds="share",
+    )
+    transition_to: Literal["token_choice"] | None = setting(
+        None,
+        says="What the layers become, with their parameters, for the last steps; None is nothing.",
+        families=_MOT,
+        role="training",
+    )
+    transition_fraction: float = setting(
+        0.0,
+        says="The share of the steps, the last ones, that the layers train as that; a token gets `alone_top_k` "
+        "experts.",
+        families=_MOT,
+        role="training",
+        bounds="share",
+    )
+    population_rate: float = setting(
+        0.0,
+        says="Weight of a step in the moving averages that `population` inference uses; 0 keeps none.",
+        families=_MOT,
+        role="training",
+        bounds="share",
+    )
+
+
+SETTINGS: dict[str, Setting] = read_settings(ArmConfig, typing.get_type_hints(ArmConfig))
+"""The table, by name and in the order of `ArmConfig`."""
+
+
+def has_setting(family: str, name: str) -> bool:
+    """Whether a setting changes the layers of a family."""
+    return family in SETTINGS[name].families
+
+
+def model_settings(family: str | None = None) -> Iterable[tuple[Setting, str]]:
+    """The settings that a model's configuration holds, of one family or of all, each with its field."""
+    return [
+        (each, each.field)
+        for each in SETTINGS.values()
+        if each.field is not None and (family is None or family in each.families)
+    ]
+
+
+def shown_settings(arm: ArmConfig) -> dict[str, Any]:
+    """What a report says of an arm's layers: what its family always shows, and whatever else is not the default."""
+    named = has_setting(arm.family, "route_by") and arm.route_by != "token"
+    shown = {}
+    for name, each in SETTINGS.items():
+        if not each.shown or arm.family not in each.families or (named and each.of_router):
+            continue
+        value = getattr(arm, name)
+        if value is not None and (arm.family in each.always_shown or value != each.default):
+            shown[name] = value
+    return shown

@@ -1,0 +1,170 @@
+"""What a model costs: its parameters, the FLOPs of a token, and the bytes that training keeps.
+
+The decoder is Llama's: root-mean-square norms, attention without biases, rotary positions without parameters.
+
+A multiplication and its addition are two floating-point operations. Counted are the matrix products, as
+`torch.utils.flop_counter` does: projections, attention scores, experts, routers, mixing and the output head. Norms,
+activations, softmaxes, the embedding look-up and the blend of `layer_mix` are not: they grow with D, not with D * D.
+FLOPs are per token and may be fractions, since a group shares its mixtures.
+
+Formulas follow from how a family routes (`mixtura.config.families`), not from which family it is.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mixtura.config.families import facts_of
+from mixtura.planning.shapes import FeedForwardShape, ModelShape, attention_widths, feed_forward_shapes
+
+BACKWARD = 2
+"""A backward pass costs twice its forward pass: a gradient for the input and one for the weight of every product."""
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def expert_parameters(layer: FeedForwardShape) -> int:
+    """Parameters of one expert: 2 D F, or 3 D F when gated; for a dense layer, all of it."""
+    return layer.num_projections * layer.hidden_size * layer.intermediate_size
+
+
+def router_parameters(layer: FeedForwardShape) -> int:
+    """Parameters of a layer's routers.
+
+    A column an expert (token choice, expert choice) or a mixture (mixture of tokens, twice with a separate combine);
+    Soft MoE has a vector a slot and one scale (arXiv 2308.00951, section 2.3). A selection bias is no parameter.
+    Where an example's language names its expert there is no router.
+    """
+    each = layer.hidden_size * layer.router_columns + facts_of(layer.family).router_scalars
+    return layer.routers * each
+
+
+def layer_parameters(layer: FeedForwardShape) -> int:
+    """Parameters of one feed-forward layer: routed and shared experts, and routers."""
+    experts = 1 if layer.family == "dense" else layer.num_experts
+    return (experts + layer.shared_experts) * expert_parameters(layer) + router_parameters(layer)
+
+
+def active_layer_parameters(layer: FeedForwardShape) -> int:
+    """Parameters whose FLOPs one token pays for: its rows' worth of experts, shared experts and routers.
+
+    For token choice these are the top_k experts of a token. A mixing layer runs all its experts on every group, and one
+    token pays for E * C / G of them.
+    """
+    experts = (layer.rows_per_token + layer.shared_experts) * expert_parameters(layer)
+    return round(experts) + router_parameters(layer)
+
+
+def attention_parameters(shape: ModelShape) -> int:
+    """Parameters of one attention layer: query, key, value and output projections."""
+    query, key_value = attention_widths(shape)
+    return shape.hidden_size * (2 * query + 2 * key_value)
+
+
+def model_parameters(shape: ModelShape) -> int:
+    """Parameters of the whole model; a table shared by embedding and head counts once."""
+    layers = feed_forward_shapes(shape, sequence_length=1)
+    return _without_feed_forward(shape) + sum(layer_parameters(layer) for layer in layers)
+
+
+def active_parameters(shape: ModelShape, *, sequence_length: int) -> int:
+    """Parameters one token passes through: the whole model with `active_layer_parameters` for its mixtures.
+
+    Args:
+        shape: Sizes of the model.
+        sequence_length: Tokens of a sequence, over which Soft MoE spreads its slots; other families do not look at it.
+    """
+    layers = feed_forward_shapes(shape, sequence_length=sequence_length)
+    return _without_feed_forward(shape) + sum(active_layer_parameters(layer) for layer in layers)
+
+
+def _without_feed_forward(shape: ModelShape) -> int:
+    num_layers = shape.num_hidden_layers
+    tables = 1 if shape.tie_word_embeddings else 2
+    norms = (2 * num_layers + 1) * shape.hidden_size
+    # A weight for the embeddings and for each layer, and one scale.
+    layer_mix = num_layers + 2 if shape.layer_mix else 0
+    embeddings = tables * shape.vocab_size * shape.hidden_size
+    return embeddings + num_layers * attention_parameters(shape) + norms + layer_mix
+
+
+def routing_flops(layer: FeedForwardShape) -> float:
+    """Forward FLOPs a token in a group pays besides the experts: routers, dispatch and combine.
+
+    2 D E for token choice and expert choice, which gather and scatter without products. A mixing layer pays 2 D E C
+    three times, to score, to mix and to spread (llm-random's "FLOP-matched" counts none of the three), and once
+    more for the second router of a separate combine.
+    """
+    if not layer.routers:
+        return 0.0
+    moved = 2 if facts_of(layer.family).routing == "mixing" else 0
+    return 2.0 * layer.hidden_size * layer.router_columns * (layer.routers + moved)
+
+
+def layer_flops(layer: FeedForwardShape) -> float:
+    """Forward FLOPs a token pays in one feed-forward layer: expert rows, shared experts, routing and mixing.
+
+    A mean over training where mixture of tokens leaves a share of the groups empty: their tokens pay for the mixtures
+    that run for them and for the routers, and nothing is mixed.
+    """
+    rows = layer.rows_per_token + layer.shared_experts
+    grouped = 2 * rows * expert_parameters(layer) + routing_flops(layer)
+    if not layer.alone_share:
+        return grouped
+    alone = 2 * layer.alone_rows_per_token * expert_parameters(layer) + 2 * router_parameters(layer)
+    return (1 - layer.alone_share) * grouped + layer.alone_share * alone
+
+
+def attention_flops(shape: ModelShape, *, sequence_length: int) -> float:
+    """Forward FLOPs a token pays in one attention layer: the projections, scores and weighted values.
+
+    Scores are counted for all pairs of positions, masked ones too, as kernels that do not skip them compute.
+    """
+    scores_and_values = 2 * 2.0 * sequence_length * attention_widths(shape)[0]
+    return 2.0 * attention_parameters(shape) + scores_and_values
+
+
+def head_flops(shape: ModelShape) -> float:
+    """Forward FLOPs of the product with the output table: 2 D V."""
+    return 2.0 * shape.hidden_size * shape.vocab_size
+
+
+def flops_per_token(shape: ModelShape, *, sequence_length: int, backward: bool = True) -> float:
+    """FLOPs one token costs in the whole model, in training or (backward=False) in a forward pass.
+
+    Args:
+        shape: Sizes of the model.
+        sequence_length: Tokens of a sequence: attention scores and Soft MoE's slots depend on it.
+        backward: Count the backward pass too. What activation checkpointing computes again is not counted.
+    """
+    layers = feed_forward_shapes(shape, sequence_length=sequence_length)
+    forward = sum(attention_flops(shape, sequence_length=sequence_length) + layer_flops(layer) for layer in layers)
+    forward += head_flops(shape)
+    return forward * (1 + BACKWARD) if backward else forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateMemory:
+    """Bytes that training keeps from one step to the next, by kind.
+
+    What a step allocates on the way (activations, temporaries) depends on kernels and checkpointing; it is measured by
+    `mixtura.diagnostics.memory`, not guessed here.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All three together."""
+        return self.parameters + self.gradients + self.optimizer
+
+
+def state_memory(shape: ModelShape, *, dtype: Literal["float32", "bfloat16"] = "float32") -> StateMemory:
+    """Bytes of parameters, gradients and AdamW's two moments, all stored as `dtype`.
+
+    Training under bfloat16 autocast stores float32. AdamW's step counters (4 bytes a tensor) and buffers such as rotary
+    frequencies are left out.
+    """
+    size = model_parameters(shape) * _BYTES[dtype]
+    return StateMemory(parameters=size, gradients=size, optimizer=2 * size)
