@@ -248,6 +248,8 @@ FAMILIES = {
     "dense": ("causal", "causal", {"future": False, "batch": False, "batch_deployed": False}, None),
     "token_choice": ("causal", "causal", {"future": False, "batch": False, "batch_deployed": False}, None),
     "expert_choice": ("group", None, {"future": False, "batch": True}, "also when deployed"),
+    "expert_threshold": ("causal", "causal", {"future": False, "batch": False, "batch_deployed": False}, None),
+    "remoe": ("causal", "causal", {"future": False, "batch": False, "batch_deployed": False}, None),
     "soft": ("group", None, {"future": True, "batch": False}, "sees the future"),
     "mixture_of_tokens": ("group", "alone", {"future": False, "batch": True, "batch_deployed": False}, "does not"),
 }

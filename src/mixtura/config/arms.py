@@ -17,7 +17,9 @@ Placement = Literal["all", "later_half"]
 
 _ALL: tuple[Family, ...] = typing.get_args(Family)
 _TOKEN_CHOICE: tuple[Family, ...] = ("token_choice",)
-_CHOOSING: tuple[Family, ...] = ("token_choice", "expert_choice")
+_THRESHOLD: tuple[Family, ...] = ("expert_threshold",)
+_REMOE: tuple[Family, ...] = ("remoe",)
+_CHOOSING: tuple[Family, ...] = ("token_choice", "expert_choice", "expert_threshold", "remoe")
 _GROUPED: tuple[Family, ...] = ("expert_choice", "mixture_of_tokens")
 _MIXING: tuple[Family, ...] = ("soft", "mixture_of_tokens")
 _MOT: tuple[Family, ...] = ("mixture_of_tokens",)
@@ -74,7 +76,7 @@ class ArmConfig:
     )
     top_k: int = setting(
         1,
-        says="Experts a token is sent to (token choice), or gets on average (expert choice).",
+        says="Experts a token is sent to (token choice), or gets on average (the others).",
         families=_CHOOSING,
         role="function",
         field="num_experts_per_tok",
@@ -157,10 +159,40 @@ class ArmConfig:
     num_shared_experts: int = setting(
         0,
         says="Experts that every token passes through besides the routed ones.",
-        families=_TOKEN_CHOICE,
+        families=MIXTURES,
         role="shape",
         layer=True,
         bounds="not negative",
+    )
+    threshold_rate: float = setting(
+        0.05,
+        says="Least weight of a step in the moving averages that thresholds are.",
+        families=_THRESHOLD,
+        role="training",
+        bounds="share",
+    )
+    threshold_warmup: float = setting(
+        0.1,
+        says="Share of the steps, the first ones, in which experts choose among all tokens of the batch instead.",
+        families=_THRESHOLD,
+        role="training",
+        bounds="share",
+    )
+    l1_coef_start: float = setting(
+        1e-8,
+        says="Weight, at the start, of the penalty that closes gates.",
+        families=_REMOE,
+        role="training",
+        layer=True,
+        bounds="positive",
+    )
+    l1_coef_growth: float = setting(
+        0.2,
+        says="How much that weight grows in a step in which more than top_k experts ran for a token on average; after "
+        "one with fewer it shrinks as much.",
+        families=_REMOE,
+        role="training",
+        bounds="positive",
     )
     group_size: int = setting(
         16,

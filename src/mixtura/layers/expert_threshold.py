@@ -69,12 +69,6 @@ class ExpertThresholdMoE(FeedForward):
         """(E + 1,): k-th best scores since the last update, weighted by tokens, and those tokens' number."""
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Forgets every batch."""
-        self.threshold.zero_()
-        self.updates.zero_()
-
-    @torch.no_grad()
     def update(self, observed: Tensor, *, rate: float) -> None:
         """Moves the thresholds towards what was observed since the last update; call it after an optimizer step.
 

@@ -65,11 +65,6 @@ class ReMoE(FeedForward):
         self.add_shared_expert(hidden_size, num_shared_experts, **sizes)
         self.register_buffer("l1_coef", torch.tensor(l1_coef_start))
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Puts the penalty's weight back to the start."""
-        self.l1_coef.fill_(self.l1_coef_start)
-
     def route_and_run(
         self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
