@@ -100,13 +100,13 @@ VERSION := import sys; print(sys.version_info[:2])
 $(READY): pyproject.toml constraints.txt
 	$(make-venv)
 	@$(PIP) torch
-	@$(PIP) --editable .
+	@$(PIP) --editable '.[all]'
 	@touch $@
 
 $(READY_DEV): pyproject.toml constraints.txt
 	$(make-venv)
 	@$(PIP) torch
-	@$(PIP) --editable '.[dev,docs,browser]'
+	@$(PIP) --editable '.[all,dev,docs,browser]'
 	@touch $(READY) $@
 
 $(TRITON): $(READY_DEV)

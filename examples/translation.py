@@ -27,7 +27,7 @@ results = mixtura.compare(
     out=OUT,
     overrides=[f"training.steps={STEPS}", f"training.eval_every={STEPS}"],
 )
-print(results["summary"]["verdict"]["headline"])
+print(results.summary.verdict.headline)
 
 # %% [markdown]
 # ## Scores by language pair
@@ -36,9 +36,9 @@ print(results["summary"]["verdict"]["headline"])
 # translator.
 
 # %%
-for name, arm in results["arms"].items():
-    pairs = arm["runs"][0]["details"]["pairs"]
-    scores = ", ".join(f"{pair} {found['chrf']:.1f} (copy {found['copy_chrf']:.1f})" for pair, found in pairs.items())
+for name, arm in results.arms.items():
+    pairs = arm.runs[0].details.pairs
+    scores = ", ".join(f"{pair} {found.chrf:.1f} (copy {found.copy_chrf:.1f})" for pair, found in pairs.items())
     print(f"{name}: {scores}")
 
 # %% [markdown]
@@ -74,8 +74,6 @@ print(f"all pairs: {whole.num_parameters():,} parameters; en-de alone: {german.n
 # default recipe to see what a learned router does without being told.
 
 # %%
-from mixtura.tasks.inspection import diagnose_folder
-
-diagnosis = diagnose_folder(checkpoint, [], out=OUT / "diagnosis")
-print(diagnosis["verdict"]["headline"])
+diagnosis = mixtura.diagnose(checkpoint, out=OUT / "diagnosis")
+print(diagnosis.headline)
 print(f"Report: {OUT / 'report.html'}\nExperts: {OUT / 'diagnosis' / 'diagnosis.html'}")

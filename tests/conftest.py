@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mixtura.config import Recipe
     from mixtura.models import MixtureConfig
 
-pytest_plugins = ["fixtures.bases", "fixtures.results", "fixtures.stock_checkpoints"]
+pytest_plugins = ["fixtures.bases", "fixtures.browser", "fixtures.results", "fixtures.stock_checkpoints"]
 
 # Set before any library reads them, hence above the imports of torch and numpy.
 _CACHE = tempfile.TemporaryDirectory(prefix="mixtura-tests-")

@@ -30,7 +30,7 @@ MAY_IMPORT_LATE = {
     "cli/convert.py",
     "cli/machine.py",
     "cli/application.py",
-    "export/run_llama_cpp.py",  # the converter lies where the request says
+    "exporting/run_llama_cpp.py",  # the converter lies where the request says
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,7 @@ VERBS = (
     "compare",
     "finetune",
     "train",
+    "report",
     "evaluate",
     "generate",
     "translate",
@@ -72,6 +74,7 @@ def test_every_verb_explains_itself(run, verb):
 
 OPTIONS = {
     "compare": ("--preset", "--out", "--set", "--resume", "--open"),
+    "report": ("--open",),
     "train": ("--preset", "--arm", "--seed", "--out", "--set", "--resume"),
     "evaluate": ("--text", "--text-column", "--batch-size", "--sequence-length"),
     "generate": ("--max-new-tokens", "--temperature", "--seed"),
@@ -112,11 +115,44 @@ def test_a_trained_model_can_be_evaluated_and_writes_text(run, recipe, tiny_text
     assert texts[0] == texts[1] and texts[0][0] == 0 and texts[0][1].startswith("the film")
 
 
+@pytest.mark.parametrize(
+    ("preset", "arm", "final", "said"),
+    [
+        (
+            "translation-quick",
+            "dense",
+            {"causal": {"loss": 1.0, "perplexity": 2.7, "chrf": 10.0, "chrf_pp": 9.0, "bleu": 1.0}},
+            "held-out loss, causal: 1.0000 nats a token, chrF 10.00, chrF++ 9.00, BLEU 1.00",
+        ),
+        (
+            "classification-quick",
+            "last_layer",
+            {"alone": {"loss": 0.6931, "accuracy": 51.0, "macro_f1": 50.5, "ece": 2.0, "brier": 0.5}},
+            "held-out loss, alone: 0.6931 nats an example, accuracy 51.00\N{NO-BREAK SPACE}%, macro F1 50.50",
+        ),
+    ],
+)
+def test_train_says_what_a_task_measures(run, monkeypatch, tmp_path, preset, arm, final, said):
+    monkeypatch.setattr("mixtura.comparison.runner.train_arm", lambda *_, **__: SimpleNamespace(final=final))
+    code, text = run("train", "--preset", preset, "--arm", arm, "--out", tmp_path / "out")
+    assert code == 0 and said in text
+
+
 def test_compare_says_where_the_report_is_and_the_verdict(run, recipe, tmp_path):
     code, text = run("compare", recipe, "--out", tmp_path / "out")
     assert code == 0
     assert f"Report: {tmp_path / 'out' / 'report.html'}" in text
     assert "One seed cannot decide" in text
+
+
+def test_report_writes_the_report_of_a_folder_again(run, recipe, tmp_path):
+    out = tmp_path / "out"
+    assert run("compare", recipe, "--out", out)[0] == 0
+    before = (out / "report.html").read_bytes(), (out / "report.md").read_bytes()
+    for name in ("report.html", "report.md"):
+        (out / name).unlink()
+    assert run("report", out) == (0, f"Report: {out / 'report.html'}\n")
+    assert ((out / "report.html").read_bytes(), (out / "report.md").read_bytes()) == before
 
 
 def test_opening_the_report_is_left_out_where_there_is_no_screen(monkeypatch):
@@ -145,7 +181,7 @@ def test_ctrl_c_outside_a_run_says_how_to_go_on(run, recipe, tmp_path, monkeypat
 
 
 def test_the_program_fails_with_one_sentence_as_a_process_of_its_own(tmp_path):
-    command = [sys.executable, "-m", "mixtura.cli", "compare", str(tmp_path / "none.toml")]
+    command = [sys.executable, "-m", "mixtura", "compare", str(tmp_path / "none.toml")]
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 2 and not failed.stdout
     assert failed.stderr.startswith("mixtura: ") and failed.stderr.count("\n") == 1
@@ -153,7 +189,7 @@ def test_the_program_fails_with_one_sentence_as_a_process_of_its_own(tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(recipe, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "mixtura.cli", "train", str(recipe), "--arm", "dense", "--out", str(out)]
+    command = [sys.executable, "-m", "mixtura", "train", str(recipe), "--arm", "dense", "--out", str(out)]
     command += [
         "--set",
         "training.steps=100000",
@@ -176,7 +212,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe, tmp_path):
 
 
 def test_a_terminal_that_is_not_utf8_still_gets_the_verdict(recipe, tmp_path, monkeypatch):
-    results = {"summary": {"verdict": {"headline": "MoT is at \u22120.5."}}}
+    verdict = SimpleNamespace(headline="MoT is at \u22120.5.")
+    results = SimpleNamespace(summary=SimpleNamespace(verdict=verdict))
     monkeypatch.setattr("mixtura.comparison.runner.compare", lambda *_, **__: results)
     monkeypatch.setattr("sys.argv", ["mixtura", "compare", str(recipe), "--out", str(tmp_path / "out")])
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")

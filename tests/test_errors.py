@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from mixtura import cli
 from mixtura.cli import train as runs
-from mixtura.comparison import folder
 from mixtura.config import recipe_to_toml
+from mixtura.files import write_json
 from mixtura.models import MixtureForCausalLM
 from mixtura.training import SilentProgress
 
@@ -218,7 +218,7 @@ def test_a_full_disk_is_one_sentence(run, recipe, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "results.json")
 
-    monkeypatch.setattr("mixtura.comparison.runner.write_json", full)
+    monkeypatch.setattr("mixtura.comparison.runner.write_results", full)
     assert_one_sentence(run("compare", recipe, "--out", tmp_path / "out"), "disk is full", "Free some space")
     assert_nothing_half_written(tmp_path / "out")
 
@@ -258,14 +258,14 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_file(run, recipe, tmp_path
 
 def test_a_full_disk_leaves_no_part_of_a_file(tmp_path, monkeypatch):
     target = tmp_path / "results.json"
-    folder.write_json(target, {"old": True})
+    write_json(target, {"old": True})
 
-    def full(self, *_):
+    def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="No space"):
-        folder.write_json(target, {"new": True})
+        write_json(target, {"new": True})
     assert json.loads(target.read_text(encoding="utf-8")) == {"old": True}
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
@@ -521,7 +521,7 @@ def once(tmp_path_factory):
 @pytest.fixture
 def compared(run, tiny_recipe, once, tmp_path, monkeypatch):
     """The command of a finished comparison without its report, and a copy of its folder."""
-    monkeypatch.setattr("mixtura.comparison.runner.write_report", lambda results, out: None)
+    monkeypatch.setattr("mixtura.report.html.write_report", lambda results, out: None)
     recipe, out = once / "tiny.toml", once / "out"
     if not out.exists():
         recipe.write_text(recipe_to_toml(tiny_recipe(steps=2)), encoding="utf-8")

@@ -9,6 +9,7 @@ Shapes: B batch, L length, V vocabulary.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,17 @@ from mixtura.config import DataConfig, UserError
 from mixtura.config.families import FAMILIES, facts_of, never_served
 from mixtura.data.packing import PackedTokens, pack
 from mixtura.data.sources import read_documents
-from mixtura.models.generation import load_model
+from mixtura.models.loading import load_model
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """The loss on a held-out text, in three units."""
+
+    loss: float
+    """Nats a token."""
+    bits_per_byte: float
+    perplexity: float
 
 
 def evaluation_modes(config: Any) -> tuple[str, ...]:
@@ -163,31 +174,34 @@ def _summed_loss(logits_BLV: Tensor, ids_BL: Tensor) -> Tensor:
     return cross_entropy(logits_BLV[:, :-1].flatten(0, 1).float(), ids_BL[:, 1:].flatten(), reduction="sum").double()
 
 
-def evaluate_folder(
-    model_folder: Path,
-    text: Path,
+def evaluate(
+    model: Path | str,
+    text: Path | str,
     *,
     text_column: str = "text",
     batch_size: int = 16,
     sequence_length: int | None = None,
     max_sequences: int = 512,
-) -> dict[str, dict[str, float]]:
-    """Loss of the model in a folder on a text, as `evaluate_loss` gives it; all of the text counts as held out.
+) -> dict[str, HeldOutLoss]:
+    """Loss of the model in a folder on a text, in each of its modes; all of the text counts as held out.
 
     Args:
-        model_folder: as `save_pretrained` writes it, tokenizer included.
+        model: a folder as `save_pretrained` writes it, tokenizer included.
         text: a file or folder of .txt, .jsonl or .parquet.
         text_column: key or column that holds the text.
         batch_size: sequences at once, a multiple of the group size.
         sequence_length: tokens of a sequence; None takes the model's longest, 512 at most.
         max_sequences: stop after so many sequences.
 
+    Returns:
+        The loss by mode, see `evaluation_modes`.
+
     Raises:
         UserError: the model or the text cannot be read, or the text is too short for one batch.
     """
-    model, tokenizer = load_model(model_folder)
+    loaded, tokenizer = load_model(Path(model))
     documents = read_documents(DataConfig(source="local", path=str(text), text_column=text_column))
-    length = sequence_length or min(model.config.max_position_embeddings, 512)
+    length = sequence_length or min(loaded.config.max_position_embeddings, 512)
     packed = pack(documents, tokenizer, sequence_length=length, name=f"'{text}'")
     whole = min(packed.num_sequences, max_sequences) // batch_size * batch_size
     if not whole:
@@ -195,4 +209,5 @@ def evaluate_folder(
             f"'{text}' fills {packed.num_sequences} sequences of {length} tokens, fewer than one batch of "
             f"{batch_size}: give more text, or lower --batch-size or --sequence-length."
         )
-    return evaluate_loss(model, packed, num_sequences=whole, batch_size=batch_size)
+    losses = evaluate_loss(loaded, packed, num_sequences=whole, batch_size=batch_size)
+    return {mode: HeldOutLoss(**measured) for mode, measured in losses.items()}

@@ -14,23 +14,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from fixtures.bases import MIXTURE_SIZES as SIZES
 from mixtura.adapters.check import check_adapter
 from mixtura.config import UserError
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 EXPERTS_AND_ROUTER = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
 
 

@@ -19,6 +19,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from fixtures.bases import MIXTURE_SIZES as SIZES
 from mixtura.adapters.attach import apply_adapter, describe, load_adapter, reach
 from mixtura.adapters.costs import count_parameters
 from mixtura.adapters.expert_specialized import expert_shares, select_experts, stacked_weights
@@ -28,28 +29,19 @@ from mixtura.models import MixtureConfig, MixtureForCausalLM
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 Batch = dict[str, Tensor]
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 _QWEN: dict[str, Any] = {"moe_intermediate_size": 12, "num_experts": 4, "norm_topk_prob": True}
 MIXTURES: dict[str, Callable[[], nn.Module]] = {
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**_SIZES, num_local_experts=4)),
-    "qwen2_moe": lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(**_SIZES, **_QWEN, shared_expert_intermediate_size=8)),
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SIZES, **_QWEN, head_dim=8)),
-    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**_SIZES, num_experts=4)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)),
+    "qwen2_moe": lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **_QWEN, shared_expert_intermediate_size=8)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **_QWEN, head_dim=8)),
+    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**SIZES, num_experts=4)),
     "mixtura": lambda: MixtureForCausalLM(
         MixtureConfig(
-            **_SIZES, moe_intermediate_size=12, num_experts=4, mlp_layer_types=["token_choice"] * 2, norm_topk_prob=True
+            **SIZES,
+            moe_intermediate_size=12,
+            num_experts=4,
+            mlp_layer_types=["token_choice"] * 2,
+            norm_topk_prob=True,
         )
     ),
 }

@@ -202,7 +202,7 @@ def test_a_feed_forward_layer_equals_its_definition_token_by_token(make_base: Ma
     x_BLD = torch.randn(4, 3, 16, dtype=torch.float64, requires_grad=True)
     actual = layer(x_BLD)
     if base == "bert":
-        actual = layer._outside[0](actual)
+        actual = layer.down(actual)
     _assert_same_output_and_gradients(layer, actual, _feed_forward_reference(layer, x_BLD, TASKS), x_BLD)
 
 
@@ -223,7 +223,7 @@ def test_a_token_alone_equals_its_group_filled_with_zeros(make_base: MakeBase, b
     layer = _layer(model.eval(), MotAdapterLayer)
     x_BLD = torch.randn(1, 3, 16, dtype=torch.float64)
     filled_BLD = torch.cat([x_BLD, torch.zeros(3, 3, 16, dtype=torch.float64)])
-    end = layer._outside[0] or nn.Identity()
+    end = layer.down or nn.Identity()
     alone = end(layer(x_BLD))
     set_inference_mode(model, "group")
     torch.testing.assert_close(end(layer(filled_BLD))[:1], alone, atol=1e-12, rtol=1e-10)

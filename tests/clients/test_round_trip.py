@@ -36,7 +36,7 @@ def run(*command):
 
 
 def mixtura(*arguments):
-    return run(sys.executable, "-m", "mixtura.cli", *map(str, arguments))
+    return run(sys.executable, "-m", "mixtura", *map(str, arguments))
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from mixtura.comparison.folder import read_json
 from mixtura.comparison.runner import compare, planned_steps, train_arm
 from mixtura.comparison.search import fingerprint
 from mixtura.config import (
@@ -28,6 +27,8 @@ from mixtura.config import (
     TranslationRecipe,
     UserError,
 )
+from mixtura.results import read_results
+from mixtura.results.files import read_run
 from mixtura.tasks.translation.task import TranslationTask
 
 WORDS = ("ban", "den", "fin", "gat", "lit", "mon", "nab", "pol", "rud", "sef")
@@ -71,49 +72,49 @@ def translated(translation_recipe, tmp_path_factory):
 
 def test_translation_is_compared_by_chrf_with_all_it_tells(translated):
     out, results = translated
-    assert read_json(out / "results.json") == results
-    assert (results["task"], results["measure"]["key"], results["measure"]["better"]) == (
+    assert read_results(out / "results.json") == results
+    assert (results.task, results.measure.key, results.measure.better) == (
         "translation",
         "chrf",
         "higher",
     )
-    assert results["data"]["tokens_per_run"] == 2 * results["data"]["tokens_per_step"] > 0
-    for arm in results["arms"].values():
-        assert arm["parameters_trainable"] == arm["parameters_total"] and arm["optimizer_state_bytes"] > 0
-        for run in arm["runs"]:
-            assert run["final"][arm["deployed_mode"]].keys() >= {"loss", "chrf", "chrf_pp", "bleu"}
-            assert run["details"]["pairs"].keys() == {"en-xx"}
-    assert results["across_arms"]["paired_bootstrap"].keys() == {"token_choice", "mixture_of_tokens"}
-    assert "by their chrF as deployed" in results["summary"]["rule"]
+    assert results.data.tokens_per_run == 2 * results.data.tokens_per_step > 0
+    for arm in results.arms.values():
+        assert arm.parameters_trainable == arm.parameters_total and arm.optimizer_state_bytes > 0
+        for run in arm.runs:
+            assert run.final[arm.deployed_mode].keys() >= {"loss", "chrf", "chrf_pp", "bleu"}
+            assert run.details.pairs.keys() == {"en-xx"}
+    assert results.across_arms.paired_bootstrap.keys() == {"token_choice", "mixture_of_tokens"}
+    assert "by their chrF as deployed" in results.summary.rule
     assert "Language pairs" in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_search_looks_at_the_loss_of_validation_and_decodes_nothing(translated):
     out, results = translated
-    for name, arm in results["arms"].items():
-        trials = arm["learning_rate_search"]["trials"]
+    for name, arm in results.arms.items():
+        trials = arm.learning_rate_search.trials
         stored = [
-            read_json(out / "search" / name / f"rate{t['learning_rate']}" / "seed1000" / "result.json") for t in trials
+            read_run(out / "search" / name / f"rate{t.learning_rate}" / "seed1000" / "result.json") for t in trials
         ]
-        assert [t["loss"] for t in trials] == [run["final"][arm["deployed_mode"]]["loss"] for run in stored]
-        assert all("chrf" not in run["final"][arm["deployed_mode"]] and run["details"] == {} for run in stored)
-        assert arm["learning_rate"] == min(trials, key=lambda trial: trial["loss"])["learning_rate"]
+        assert [t.loss for t in trials] == [run.final[arm.deployed_mode]["loss"] for run in stored]
+        assert all("chrf" not in run.final[arm.deployed_mode] and run.details is None for run in stored)
+        assert arm.learning_rate == min(trials, key=lambda trial: trial.loss).learning_rate
 
 
 def test_nothing_is_trained_or_decoded_again(translated, translation_recipe, monkeypatch):
     out, results = translated
     monkeypatch.setattr(TranslationTask, "decode_test", lambda *_: pytest.fail("decoded again"))
-    monkeypatch.setattr("mixtura.comparison.runner.write_report", lambda results, out: None)
+    monkeypatch.setattr("mixtura.report.html.write_report", lambda results, out: None)
     again = compare(translation_recipe, out=out)
-    assert again["arms"] == results["arms"] and again["across_arms"] == results["across_arms"]
+    assert again.arms == results.arms and again.across_arms == results.across_arms
 
 
 def test_one_arm_of_a_translation_recipe_can_be_trained_alone(translation_recipe, translated, tmp_path):
-    rate = translated[1]["arms"]["dense"]["learning_rate"]
+    rate = translated[1].arms["dense"].learning_rate
     result = train_arm(translation_recipe, "dense", seed=1, out=tmp_path / "one")
     if rate == translation_recipe.training.learning_rate:
-        assert result["final"] == translated[1]["arms"]["dense"]["runs"][1]["final"]
-    assert result["details"]["pairs"]["en-xx"]["sentences"] == 12
+        assert result.final == translated[1].arms["dense"].runs[1].final
+    assert result.details.pairs["en-xx"].sentences == 12
     with pytest.raises(UserError, match="no arm 'soft'"):
         train_arm(translation_recipe, "soft", seed=0, out=tmp_path / "two")
 
@@ -162,14 +163,14 @@ def classification_recipe(tmp_path_factory):
 
 def test_classifiers_are_compared_by_accuracy_with_all_they_tell(classification_recipe, tmp_path):
     results = compare(classification_recipe, out=tmp_path / "out")
-    assert (results["task"], results["measure"]["key"]) == ("classification", "accuracy")
-    assert results["data"]["epochs"] > 0
-    for name, arm in results["arms"].items():
-        assert 0 < arm["parameters_trainable"] < arm["parameters_total"]
-        for run in arm["runs"]:
-            assert sum(map(sum, run["details"]["confusion"])) == 24
-            assert (run["details"]["layer_weights"] is None) == (name == "last_layer")
-            assert 0 <= run["final"][arm["deployed_mode"]]["accuracy"] <= 100
+    assert (results.task, results.measure.key) == ("classification", "accuracy")
+    assert results.data.epochs > 0
+    for name, arm in results.arms.items():
+        assert 0 < arm.parameters_trainable < arm.parameters_total
+        for run in arm.runs:
+            assert sum(map(sum, run.details.confusion)) == 24
+            assert (run.details.layer_weights is None) == (name == "last_layer")
+            assert 0 <= run.final[arm.deployed_mode]["accuracy"] <= 100
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     for heading in ("Which layers are read", "How honest the confidence is", "What is taken for what"):
         assert heading in page

@@ -6,17 +6,11 @@ import tomllib
 
 import pytest
 
-from mixtura.comparison.folder import (
-    check_same_data,
-    environment,
-    now,
-    open_folder,
-    read_json,
-    write_json,
-    write_text,
-)
+from mixtura.comparison.folder import check_same_data, environment, now, open_folder
 from mixtura.config import UserError, recipe_from_dict
 from mixtura.data.prepare import prepare_data
+from mixtura.files import write_json, write_text
+from mixtura.results.files import read_json
 from mixtura.tasks.language_modelling.experiment import Pretraining
 
 
@@ -58,6 +52,24 @@ def test_another_recipe_is_refused_with_the_key_that_differs(begun, section, val
     open_folder(out, recipe, resume=True)
 
 
+def test_another_recipe_is_refused_once_a_trial_of_the_search_has_begun(tiny_recipe, tmp_path):
+    recipe, out = tiny_recipe(), tmp_path / "out"
+    open_folder(out, recipe, resume=True)
+    write_json(out / "search" / "dense" / "rate0.001" / "seed1000" / "run.json", {})
+    with pytest.raises(UserError, match=r"training\.steps = 4, now it is 9"):
+        open_folder(out, tiny_recipe(steps=9), resume=True)
+    open_folder(out, recipe, resume=True)
+
+
+def test_a_text_that_changed_since_the_first_trial_is_refused(tiny_recipe, tmp_path):
+    recipe, out = tiny_recipe(), tmp_path / "out"
+    check_same_data(out, Pretraining(recipe, prepare_data(recipe.data, cache_dir=None)))
+    write_json(out / "search" / "dense" / "rate0.001" / "seed1000" / "run.json", {})
+    other = prepare_data(dataclasses.replace(recipe.data, max_bytes=20_000), cache_dir=None)
+    with pytest.raises(UserError, match=r"The text has changed since .* was begun"):
+        check_same_data(out, Pretraining(recipe, other))
+
+
 def test_a_setting_that_was_turned_off_is_another_recipe(begun):
     out, recipe = begun
     arms = {name: dataclasses.replace(arm, alone_top_k=None) for name, arm in recipe.arms.items()}
@@ -89,24 +101,6 @@ def test_a_damaged_recipe_is_refused_and_starting_over_helps(begun):
     open_folder(out, recipe, resume=False)
 
 
-def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path):
-    path = tmp_path / "value.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(path, {"a": float("nan")})
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "\ud800")
-    assert read_json(path) == {"a": 1} and [file.name for file in tmp_path.iterdir()] == ["value.json"]
-
-
-def test_no_file_reads_as_none_and_a_damaged_one_is_named(tmp_path):
-    assert read_json(tmp_path / "none.json") is None
-    for damage in (b'{"a": ', b"\xff\xfe", b"[]"):
-        (tmp_path / "bad.json").write_bytes(damage)
-        with pytest.raises(UserError, match=r"bad\.json' is damaged: delete it"):
-            read_json(tmp_path / "bad.json")
-
-
 def test_the_environment_can_be_stored_and_names_versions(tmp_path):
     stored = json.loads(json.dumps(environment()))
     contract = {"mixtura", "python", "torch", "transformers", "platform", "processor", "cpu_count", "threads", "device"}
@@ -115,13 +109,6 @@ def test_the_environment_can_be_stored_and_names_versions(tmp_path):
 
 def test_the_time_is_in_utc_to_the_second():
     assert now().endswith("+00:00") and len(now()) == len("2026-11-23T12:00:00+00:00")
-
-
-def test_a_json_file_without_the_keys_it_should_have_is_damaged(tmp_path):
-    write_json(tmp_path / "value.json", {"a": 1})
-    assert read_json(tmp_path / "value.json", keys={"a"}) == {"a": 1}
-    with pytest.raises(UserError, match=r"value\.json' is damaged"):
-        read_json(tmp_path / "value.json", keys={"a", "b"})
 
 
 def test_a_text_that_changed_since_the_first_run_is_refused(begun):

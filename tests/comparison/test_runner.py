@@ -1,7 +1,6 @@
 """The main job from recipe to report: what is stored, what is not repeated, what goes on to the same numbers."""
 
 import dataclasses
-import json
 import math
 import shutil
 import signal
@@ -11,13 +10,15 @@ import sys
 import pytest
 import torch
 
-from mixtura.comparison import runner
-from mixtura.comparison.arms import leak_warning
-from mixtura.comparison.folder import read_json, write_json
+from mixtura.comparison.preparing import leak_warning
 from mixtura.comparison.runner import compare, planned_steps, train_arm
 from mixtura.config import Interrupted, UserError, load_recipe, recipe_from_dict, recipe_to_toml
 from mixtura.data.packing import ScheduledDataset
 from mixtura.data.prepare import prepare_data
+from mixtura.files import write_json
+from mixtura.results import Leaks, read_results
+from mixtura.results.files import read_json, read_run
+from mixtura.results.json_form import to_plain
 from mixtura.tasks.language_modelling.experiment import Pretraining
 from mixtura.training import SilentProgress
 
@@ -63,7 +64,7 @@ def finished_copy(finished, tmp_path):
 @pytest.fixture
 def without_report(monkeypatch):
     """Leaves out the report, which takes longer than the training here."""
-    monkeypatch.setattr(runner, "write_report", lambda results, out: None)
+    monkeypatch.setattr("mixtura.report.html.write_report", lambda results, out: None)
 
 
 class Listen(SilentProgress):
@@ -98,9 +99,9 @@ def observed(recipe, tmp_path_factory):
 
 def losses(results):
     return {
-        (name, run["seed"]): (run["final"], run["train_curve"], [point["loss"] for point in run["curve"]])
-        for name, arm in results["arms"].items()
-        for run in arm["runs"]
+        (name, run.seed): (run.final, run.train_curve, [point.loss for point in run.curve])
+        for name, arm in results.arms.items()
+        for run in arm.runs
     }
 
 
@@ -114,41 +115,41 @@ def numbers_in(value):
 
 def test_a_comparison_stores_every_arm_and_seed_and_writes_its_report(finished):
     out, results = finished
-    assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
-    assert results["schema_version"] == 2 and results["command"] == "mixtura compare tiny.toml"
-    assert list(results["arms"]) == list(ARMS)
-    for name, arm in results["arms"].items():
-        assert [run["seed"] for run in arm["runs"]] == [0, 1]
-        assert all(run["steps"] == 4 for run in arm["runs"])
-        assert arm["deployed_mode"] in arm["runs"][0]["final"] and arm["training_mode"] in arm["runs"][0]["final"]
+    assert read_results(out / "results.json") == results
+    assert results.schema_version == 3 and results.command == "mixtura compare tiny.toml"
+    assert list(results.arms) == list(ARMS)
+    for name, arm in results.arms.items():
+        assert [run.seed for run in arm.runs] == [0, 1]
+        assert all(run.steps == 4 for run in arm.runs)
+        assert arm.deployed_mode in arm.runs[0].final and arm.training_mode in arm.runs[0].final
         assert (out / "arms" / name / "seed1" / "checkpoint" / "model.safetensors").is_file()
-    assert all(math.isfinite(number) for number in numbers_in(results))
-    assert results["summary"]["verdict"]["headline"]
+    assert all(math.isfinite(number) for number in numbers_in(to_plain(results)))
+    assert results.summary.verdict.headline
     for name in ("report.html", "report.md", "figures/loss.png", "recipe.toml", "environment.json"):
         assert (out / name).stat().st_size
 
 
 def test_a_comparison_tells_what_leaks(finished):
-    leaks = {name: arm["leaks"] for name, arm in finished[1]["arms"].items()}
-    assert leaks["dense"] == leaks["token_choice"] == {"future": False, "batch": False, "batch_deployed": False}
-    assert leaks["mixture_of_tokens"] == {"future": False, "batch": True, "batch_deployed": False}
+    leaks = {name: arm.leaks for name, arm in finished[1].arms.items()}
+    assert leaks["dense"] == leaks["token_choice"] == Leaks(False, False, False)
+    assert leaks["mixture_of_tokens"] == Leaks(False, True, False)
 
 
 def test_curves_carry_what_they_cost(finished):
-    for arm in finished[1]["arms"].values():
-        points = arm["runs"][0]["curve"]
-        assert [point["step"] for point in points] == [2, 4]
+    for arm in finished[1].arms.values():
+        points = arm.runs[0].curve
+        assert [point.step for point in points] == [2, 4]
         for point in points:
-            assert point["tokens"] == point["step"] * 4 * 16
-            assert point["flops"] == pytest.approx(point["tokens"] * arm["flops_per_token"])
-            assert point["seconds"] == pytest.approx(point["step"] * arm["seconds_per_step"])
+            assert point.tokens == point.step * 4 * 16
+            assert point.flops == pytest.approx(point.tokens * arm.flops_per_token)
+            assert point.seconds == pytest.approx(point.step * arm.seconds_per_step)
 
 
 def test_the_baseline_is_the_measure_of_time_and_flops(finished):
-    arms = finished[1]["arms"]
-    assert arms["dense"]["seconds_ratio"] == arms["dense"]["flops_ratio"] == 1.0
-    assert arms["mixture_of_tokens"]["peak_memory_bytes"] > arms["dense"]["peak_memory_bytes"]
-    assert all(abs(arm["flops_ratio"] - 1) < 0.05 for arm in arms.values())
+    arms = finished[1].arms
+    assert arms["dense"].seconds_ratio == arms["dense"].flops_ratio == 1.0
+    assert arms["mixture_of_tokens"].peak_memory_bytes > arms["dense"].peak_memory_bytes
+    assert all(abs(arm.flops_ratio - 1) < 0.05 for arm in arms.values())
 
 
 def test_a_finished_comparison_is_not_repeated(finished_copy, recipe):
@@ -159,7 +160,7 @@ def test_a_finished_comparison_is_not_repeated(finished_copy, recipe):
     again = compare(recipe, out=out, command="mixtura compare tiny.toml", reporter=listener)
     assert listener.runs == [(f"{name} seed {seed}", 4, 4) for seed in (0, 1) for name in ARMS], "told as done before"
     assert [path.stat().st_mtime_ns for path in files] == before and len(files) == 6
-    assert again["arms"] == results["arms"]
+    assert again.arms == results.arms
 
 
 def test_the_same_recipe_gives_the_same_losses_anywhere(finished, observed):
@@ -237,7 +238,7 @@ def test_a_trained_model_is_stored_as_it_is_deployed(finished):
 
 def test_one_arm_can_be_trained_by_itself(finished, recipe, tmp_path):
     result = train_arm(recipe, "token_choice", seed=1, out=tmp_path / "one")
-    assert result["final"] == finished[1]["arms"]["token_choice"]["runs"][1]["final"]
+    assert result.final == finished[1].arms["token_choice"].runs[1].final
 
 
 def test_the_steps_of_search_and_runs_are_planned(tiny_recipe):
@@ -245,13 +246,13 @@ def test_the_steps_of_search_and_runs_are_planned(tiny_recipe):
 
 
 FAMILIES = {
-    "dense": ("causal", "causal", {"future": False, "batch": False, "batch_deployed": False}, None),
-    "token_choice": ("causal", "causal", {"future": False, "batch": False, "batch_deployed": False}, None),
-    "expert_choice": ("group", None, {"future": False, "batch": True}, "also when deployed"),
-    "expert_threshold": ("causal", "causal", {"future": False, "batch": False, "batch_deployed": False}, None),
-    "remoe": ("causal", "causal", {"future": False, "batch": False, "batch_deployed": False}, None),
-    "soft": ("group", None, {"future": True, "batch": False}, "sees the future"),
-    "mixture_of_tokens": ("group", "alone", {"future": False, "batch": True, "batch_deployed": False}, "does not"),
+    "dense": ("causal", "causal", Leaks(False, False, False), None),
+    "token_choice": ("causal", "causal", Leaks(False, False, False), None),
+    "expert_choice": ("group", None, Leaks(False, True), "also when deployed"),
+    "expert_threshold": ("causal", "causal", Leaks(False, False, False), None),
+    "remoe": ("causal", "causal", Leaks(False, False, False), None),
+    "soft": ("group", None, Leaks(True, False), "sees the future"),
+    "mixture_of_tokens": ("group", "alone", Leaks(False, True, False), "does not"),
 }
 
 
@@ -272,12 +273,12 @@ def test_every_family_is_probed_and_warned_of(tiny_recipe, family):
 def test_a_family_that_cannot_be_deployed_stays_out_of_the_verdict(tiny_recipe, tmp_path):
     arms = {"dense": {"family": "dense"}, "soft": {"family": "soft", "num_experts": 4}}
     results = compare(tiny_recipe(arms=arms, seeds=(0, 1)), out=tmp_path / "out")
-    assert results["summary"]["arms"]["soft"]["excluded"]
-    assert "soft" not in results["summary"]["verdict"]["tied"]
+    assert results.summary.arms["soft"].excluded
+    assert "soft" not in results.summary.verdict.tied
 
 
 def test_a_comparison_has_every_key_of_its_contract(finished):
-    results = finished[1]
+    results = read_json(finished[0] / "results.json")
     top = {"schema_version", "created", "command", "recipe", "recipe_toml", "environment", "data", "held_equal"}
     assert results.keys() == top | {"task", "measure", "baseline", "total_seconds", "arms", "across_arms", "summary"}
     costs = {"parameters_total", "parameters_active", "flops_per_token", "flops_ratio", "seconds_per_step"}
@@ -294,24 +295,24 @@ def test_a_comparison_has_every_key_of_its_contract(finished):
 
 def test_what_is_held_equal_is_said_with_its_numbers(finished):
     results = finished[1]
-    apart = max(abs(arm["flops_ratio"] - 1) for arm in results["arms"].values())
-    sentences = " ".join(results["held_equal"])
+    apart = max(abs(arm.flops_ratio - 1) for arm in results.arms.values())
+    sentences = " ".join(results.held_equal)
     assert "paired by seed" in sentences and "steps (4) and tokens a step (64)" in sentences
     assert f"FLOPs a token within {100 * apart:.2g} %" in sentences
 
 
 def test_each_experts_load_is_a_share(finished):
     for name in ("token_choice", "mixture_of_tokens"):
-        load = finished[1]["arms"][name]["runs"][0]["load"]
-        assert load["layers"] == [1] and load["steps"] == [2, 4]
-        assert all(sum(share_E) == pytest.approx(1) for share_ME in load["share"] for share_E in share_ME)
-    assert finished[1]["arms"]["dense"]["runs"][0]["load"] is None
+        load = finished[1].arms[name].runs[0].load
+        assert load.layers == [1] and load.steps == [2, 4]
+        assert all(sum(share_E) == pytest.approx(1) for share_ME in load.share for share_E in share_ME)
+    assert finished[1].arms["dense"].runs[0].load is None
 
 
 def test_a_recipe_that_came_from_no_file_is_reproduced_from_its_folder(without_report, tiny_recipe, tmp_path):
     out = tmp_path / "out"
     recipe = tiny_recipe(arms={"dense": {"family": "dense"}})
-    assert compare(recipe, out=out)["command"] == f"mixtura compare {out / 'recipe.toml'} --out {out}"
+    assert compare(recipe, out=out).command == f"mixtura compare {out / 'recipe.toml'} --out {out}"
     assert load_recipe(out / "recipe.toml") == recipe
 
 
@@ -323,7 +324,7 @@ def test_a_comparison_that_went_on_counts_the_time_of_all_its_runs(without_repor
         result = read_json(path) | {"train_seconds": 1000.0}
         write_json(path, result)
         trained += 1000.0
-    assert compare(recipe, out=out)["total_seconds"] >= trained > results["total_seconds"]
+    assert compare(recipe, out=out).total_seconds >= trained > results.total_seconds
 
 
 def test_the_reporter_hears_of_every_run_and_leak(observed):
@@ -341,7 +342,7 @@ def test_an_arm_that_the_recipe_has_not_is_refused_before_anything_is_written(re
 def test_one_arm_trained_by_itself_leaves_its_result_and_model(recipe, tmp_path):
     result = train_arm(recipe, "mixture_of_tokens", seed=3, out=tmp_path / "one")
     folder = tmp_path / "one" / "arms" / "mixture_of_tokens" / "seed3"
-    assert read_json(folder / "result.json") == result and result["seed"] == 3
+    assert read_run(folder / "result.json") == result and result.seed == 3
     assert (folder / "checkpoint" / "model.safetensors").is_file()
 
 

@@ -5,17 +5,19 @@ import math
 
 import pytest
 
-from mixtura.comparison import runs
-from mixtura.comparison.arms import check_arms, tokens_per_step
-from mixtura.comparison.folder import read_json
-from mixtura.comparison.runs import run_arm, trial_loss
+from mixtura.comparison import runner
+from mixtura.comparison.preparing import check_arms, tokens_per_step
+from mixtura.comparison.runner import run_arm, trial_loss
 from mixtura.config import UserError
 from mixtura.data.prepare import prepare_data
+from mixtura.results import Measure, RunResult
+from mixtura.results.details import PretrainingDetails
+from mixtura.results.files import read_run
+from mixtura.results.run import Spikes
 from mixtura.tasks.language_modelling import task as language_modelling
 from mixtura.tasks.language_modelling.experiment import Pretraining
 from mixtura.tasks.language_modelling.task import LanguageModelling
 from mixtura.training import SilentProgress, TrainingDiverged
-from mixtura.training.task import Measure
 
 
 @pytest.fixture
@@ -39,28 +41,42 @@ def run(tiny_recipe, tmp_path):
 
 
 def without_times(result):
-    curve = [{key: value for key, value in point.items() if key != "seconds"} for point in result["curve"]]
-    return {**result, "train_seconds": 0.0, "curve": curve}
+    curve = [dataclasses.replace(point, seconds=0.0) for point in result.curve]
+    return dataclasses.replace(result, train_seconds=0.0, curve=curve)
 
 
 def test_a_run_stores_what_it_returns(run, tmp_path):
     result = run(seed=5, learning_rate=2e-3)
-    assert read_json(tmp_path / "run" / "result.json") == result
-    assert (result["seed"], result["learning_rate"], result["steps"]) == (5, 2e-3, 4)
-    assert result["final"].keys() == {"group", "alone", "alone_all"}
-    assert all(math.isfinite(measure) for of in result["final"].values() for measure in of.values())
+    assert read_run(tmp_path / "run" / "result.json") == result
+    assert (result.seed, result.learning_rate, result.steps) == (5, 2e-3, 4)
+    assert result.final.keys() == {"group", "alone", "alone_all"}
+    assert all(math.isfinite(measure) for of in result.final.values() for measure in of.values())
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(run):
     first = run(out="first")
     assert without_times(run(out="second")) == without_times(first)
-    assert run(out="other", seed=1)["final"] != first["final"]
+    assert run(out="other", seed=1).final != first.final
 
 
 def test_a_finished_run_is_read_and_not_repeated(run, monkeypatch):
     first = run()
-    monkeypatch.setattr(runs, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(runner, "train", lambda *_, **__: pytest.fail("trained again"))
     assert run() == first
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rate": 2e-3}, r"learning_rate 0\.001, and now it is 0\.002"),
+        ({"steps": 6}, "steps 4, and now it is 6"),
+        ({"seed": 1}, "seed 0, and now it is 1"),
+    ],
+)
+def test_a_finished_run_of_other_settings_is_refused(run, changes, words):
+    run()
+    with pytest.raises(UserError, match=f"The finished run in .* has {words}: choose another folder"):
+        run(**changes)
 
 
 def test_a_run_that_lost_its_result_is_evaluated_again_without_training(run, tmp_path):
@@ -81,7 +97,7 @@ def test_a_final_loss_that_no_file_can_hold_is_a_divergence(run, tmp_path):
 def test_a_file_that_is_no_result_is_refused(run, tmp_path, text):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "result.json").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match=r"result\.json' is damaged: delete it"):
+    with pytest.raises(UserError, match=r"result\.json' is damaged \(.*\): delete it"):
         run()
 
 
@@ -122,10 +138,10 @@ def test_a_run_keeps_what_its_task_tells_beyond_the_measures(run, monkeypatch, t
 
     def details(self, model, *, out):
         asked.append(out)
-        return {"pairs": {"en-de": {"chrf": 40.0}}}
+        return PretrainingDetails(peakedness=[])
 
     monkeypatch.setattr(LanguageModelling, "details", details)
-    assert run()["details"] == run()["details"] == {"pairs": {"en-de": {"chrf": 40.0}}}
+    assert run().details == run().details == PretrainingDetails(peakedness=[])
     assert asked == [tmp_path / "run"], "a finished run is not asked again"
 
 
@@ -135,8 +151,8 @@ def test_a_trial_decodes_nothing_where_the_measure_is_another_than_the_loss(run,
     on_loss = run(out="on loss", trial=True)
     monkeypatch.setattr(LanguageModelling, "measure", chrf)
     on_chrf = run(out="on chrF", trial=True)
-    assert on_loss["final"].keys() == {"group", "alone", "alone_all"} and on_chrf["final"].keys() == {"group", "alone"}
-    assert on_chrf["final"]["alone"]["loss"] == on_chrf["curve"][-1]["loss"]["alone"]
+    assert on_loss.final.keys() == {"group", "alone", "alone_all"} and on_chrf.final.keys() == {"group", "alone"}
+    assert on_chrf.final["alone"]["loss"] == on_chrf.curve[-1].loss["alone"]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +163,14 @@ def test_a_trial_decodes_nothing_where_the_measure_is_another_than_the_loss(run,
 def test_a_trial_is_judged_as_deployed_where_that_was_measured(tiny_recipe, final, loss):
     recipe = tiny_recipe()
     arm = Pretraining(recipe, prepare_data(recipe.data, cache_dir=None)).arms["mixture_of_tokens"]
-    assert trial_loss(arm, {"final": {mode: {"loss": value} for mode, value in final.items()}}) == loss
+    result = dataclasses.replace(_EMPTY, final={mode: {"loss": value} for mode, value in final.items()})
+    assert trial_loss(arm, result) == loss
+
+
+_EMPTY = RunResult(
+    seed=0, learning_rate=1e-3, steps=4, train_seconds=1.0, final={}, curve=[], train_curve=[], grad_norm=None,
+    spikes=Spikes(0, 0), load=None, load_imbalance=None, dropped_share=None, router_entropy=None,
+)  # fmt: skip
 
 
 def test_micro_batches_count_into_the_tokens_of_a_step(tiny_recipe):

@@ -5,17 +5,18 @@ import dataclasses
 import pytest
 
 from mixtura.comparison import runner
-from mixtura.comparison.folder import read_json, write_json
 from mixtura.comparison.runner import compare
 from mixtura.comparison.search import fingerprint, load_record, record_path, search_learning_rates
 from mixtura.config import UserError, load_recipe, preset_path, recipe_from_dict, recipe_to_dict
+from mixtura.files import write_json
+from mixtura.results.files import read_json
 from mixtura.training import TrainingDiverged
 
 
 @pytest.fixture(autouse=True)
 def without_report(monkeypatch):
     """Leaves out the report, which takes longer than the training here."""
-    monkeypatch.setattr(runner, "write_report", lambda results, out: None)
+    monkeypatch.setattr("mixtura.report.html.write_report", lambda results, out: None)
 
 
 def with_search(recipe, rates, seeds=(7,)):
@@ -32,22 +33,22 @@ def test_every_arm_tries_every_rate_and_keeps_the_best(tiny_recipe):
 
     records = search_learning_rates(recipe, run_trial)
     assert tried == [(name, rate, 7) for name in recipe.arms for rate in (1e-3, 2e-3, 4e-3)]
-    assert records["dense"]["best"] == 1e-3 and records["dense"]["at_edge"]
-    assert records["mixture_of_tokens"]["best"] == 2e-3 and not records["mixture_of_tokens"]["at_edge"]
-    assert records["dense"]["steps"] == 2 and records["dense"]["seeds"] == [7]
+    assert records["dense"].best == 1e-3 and records["dense"].at_edge
+    assert records["mixture_of_tokens"].best == 2e-3 and not records["mixture_of_tokens"].at_edge
+    assert records["dense"].steps == 2 and records["dense"].seeds == [7]
 
 
 def test_the_mean_over_the_seeds_of_the_search_decides(tiny_recipe):
     recipe = with_search(tiny_recipe(), [1e-3, 2e-3], seeds=(7, 8))
     losses = {(1e-3, 7): 1.0, (1e-3, 8): 4.0, (2e-3, 7): 2.0, (2e-3, 8): 2.5}
     record = search_learning_rates(recipe, lambda _, rate, seed: losses[rate, seed])["dense"]
-    assert [trial["loss"] for trial in record["trials"]] == [2.5, 2.25] and record["best"] == 2e-3
+    assert [trial.loss for trial in record.trials] == [2.5, 2.25] and record.best == 2e-3
 
 
 def test_a_rate_that_diverged_counts_as_lost(tiny_recipe):
     recipe = with_search(tiny_recipe(), [1e-3, 2e-3])
     record = search_learning_rates(recipe, lambda _, rate, __: float("inf") if rate > 1e-3 else 3.0)["dense"]
-    assert [trial["loss"] for trial in record["trials"]] == [3.0, None] and record["best"] == 1e-3
+    assert [trial.loss for trial in record.trials] == [3.0, None] and record.best == 1e-3
 
 
 def test_a_searched_comparison_trains_at_the_best_rates_and_stores_the_record(tiny_recipe, tmp_path, monkeypatch):
@@ -63,32 +64,32 @@ def test_a_searched_comparison_trains_at_the_best_rates_and_stores_the_record(ti
     results = compare(recipe, out=tmp_path / "out")
     stored = read_json(tmp_path / "out" / "search" / "record.json")
     assert stored["fingerprint"] == fingerprint(recipe)
-    for name, arm in results["arms"].items():
-        assert arm["learning_rate"] == arm["learning_rate_search"]["best"] == stored["arms"][name]["best"] != 9e-1
-        assert arm["learning_rate_search"]["trials"][-1]["loss"] is None
-        assert arm["runs"][0]["learning_rate"] == arm["learning_rate"]
+    for name, arm in results.arms.items():
+        assert arm.learning_rate == arm.learning_rate_search.best == stored["arms"][name]["best"] != 9e-1
+        assert arm.learning_rate_search.trials[-1].loss is None
+        assert arm.runs[0].learning_rate == arm.learning_rate
 
 
 def test_a_rate_that_blows_up_a_model_at_its_last_step_counts_as_lost(tiny_recipe, tmp_path):
     """The training loss is still a number then, and the held-out loss has no perplexity that JSON could hold."""
     table = recipe_to_dict(tiny_recipe()) | {"search": {"learning_rates": [1e-3, 1e4], "steps": 1}}
     results = compare(recipe_from_dict(table), out=tmp_path / "out")
-    for arm in results["arms"].values():
-        trials = arm["learning_rate_search"]["trials"]
-        assert trials[0]["loss"] > 0 and trials[1]["loss"] is None
-        assert arm["learning_rate"] == 1e-3
+    for arm in results.arms.values():
+        trials = arm.learning_rate_search.trials
+        assert trials[0].loss > 0 and trials[1].loss is None
+        assert arm.learning_rate == 1e-3
 
 
 @pytest.mark.parametrize(("best", "at_edge"), [(1e-3, True), (2e-3, False), (4e-3, True)])
 def test_the_best_rate_may_lie_at_either_edge(tiny_recipe, best, at_edge):
     recipe = with_search(tiny_recipe(), [4e-3, 1e-3, 2e-3])
     record = search_learning_rates(recipe, lambda _, rate, __: abs(rate - best))["dense"]
-    assert record["best"] == best and record["at_edge"] is at_edge
+    assert record.best == best and record.at_edge is at_edge
 
 
 def test_a_single_rate_has_no_edge(tiny_recipe):
     record = search_learning_rates(with_search(tiny_recipe(), [1e-3]), lambda *_: 3.0)["dense"]
-    assert record["best"] == 1e-3 and not record["at_edge"]
+    assert record.best == 1e-3 and not record.at_edge
 
 
 def test_a_finished_search_is_not_repeated(tiny_recipe, tmp_path):
@@ -98,7 +99,7 @@ def test_a_finished_search_is_not_repeated(tiny_recipe, tmp_path):
     before = [path.stat().st_mtime_ns for path in files]
     again = compare(recipe, out=tmp_path / "out")
     assert len(files) == 4 and [path.stat().st_mtime_ns for path in files] == before
-    assert again["arms"] == first["arms"]
+    assert again.arms == first.arms
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def change(recipe, section, **values):
 
 
 def test_the_record_beside_a_recipe_is_used(recorded):
-    assert load_record(*recorded)["dense"]["source"] == "recorded with the recipe"
+    assert load_record(*recorded)["dense"].source == "recorded with the recipe"
 
 
 def test_no_record_is_no_claim(recorded, tmp_path):
@@ -150,10 +151,8 @@ def test_the_default_recipe_runs_at_searched_rates_inside_their_grid():
     recipe = load_recipe(path)
     records = load_record(recipe, path)
     assert records.keys() == recipe.arms.keys()
-    assert not any(record["at_edge"] for record in records.values())
-    efforts = {
-        (tuple(t["learning_rate"] for t in r["trials"]), r["steps"], tuple(r["seeds"])) for r in records.values()
-    }
+    assert not any(record.at_edge for record in records.values())
+    efforts = {(tuple(t.learning_rate for t in r.trials), r.steps, tuple(r.seeds)) for r in records.values()}
     assert len(efforts) == 1, "every arm got the same effort"
 
 

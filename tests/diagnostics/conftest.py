@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mixtura.data import train_tokenizer
+from mixtura.diagnostics.diagnosed import Diagnosis
 from mixtura.diagnostics.diagnosis import diagnose_model
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 
@@ -44,12 +45,10 @@ def save_model(small_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Call
 @pytest.fixture
 def make_diagnosis(
     tiny_config: Callable[..., MixtureConfig], small_tokenizer: PreTrainedTokenizerFast
-) -> Callable[..., dict[str, Any]]:
+) -> Callable[..., Diagnosis]:
     """A factory: `make_diagnosis("token_choice", texts=...)` diagnoses a random model with two mixture layers."""
 
-    def make(
-        family: str = "token_choice", *, texts: dict[str, list[str]] | None = None, **changes: Any
-    ) -> dict[str, Any]:
+    def make(family: str = "token_choice", *, texts: dict[str, list[str]] | None = None, **changes: Any) -> Diagnosis:
         torch.manual_seed(0)
         config = tiny_config(family, vocab_size=len(small_tokenizer), mlp_layer_types=[family, family], **changes)
         model = MixtureForCausalLM(config).eval()

@@ -1,5 +1,6 @@
 """From a folder and texts to diagnosis.json and diagnosis.html, for every kind of model, and each mistake."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -11,10 +12,12 @@ import torch
 from transformers import LlamaConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from mixtura.config import UserError
-from mixtura.diagnostics.diagnosis import diagnose, diagnose_model, read_texts, write_diagnosis
+from mixtura.diagnostics.diagnosed import Diagnosis
+from mixtura.diagnostics.diagnosis import diagnose_model, diagnose_texts, read_texts, write_diagnosis
 from mixtura.diagnostics.excerpts import batches, cut_excerpts, text_pieces
 from mixtura.diagnostics.token_types import TOKEN_TYPES, token_surfaces
 from mixtura.models import MixtureConfig, MixtureForCausalLM
+from mixtura.results.json_form import from_plain
 
 TEXTS = {"latin": ["the old house near the river, a quiet garden"] * 12, "other": ["1984 2001 77 <b> ... !? 33"] * 12}
 SIZES: dict[str, Any] = {
@@ -48,70 +51,70 @@ MODELS = [
 def test_a_folder_becomes_a_page_and_its_numbers(
     save_model: Callable[[Any], Path], tmp_path: Path, config: Any, routed: int
 ) -> None:
-    found = diagnose(save_model(config), TEXTS, out=tmp_path / "out", max_tokens=300, command="mixtura diagnose")
+    found = diagnose_texts(save_model(config), TEXTS, out=tmp_path / "out", max_tokens=300, command="mixtura diagnose")
     stored = json.loads((tmp_path / "out" / "diagnosis.json").read_text(encoding="utf-8"))
-    assert stored == found
+    assert from_plain(Diagnosis, stored) == found
     assert sorted(os.listdir(tmp_path / "out")) == ["diagnosis.html", "diagnosis.json"]
-    assert (found["schema_version"], found["command"], len(found["layers"])) == (1, "mixtura diagnose", routed)
-    for layer in found["layers"]:
-        assert len(layer["share"]) == len(layer["typical_tokens"]) == len(layer["load"]["share"]) == 4
-        assert all(sum(row[g] for row in layer["share"]) == pytest.approx(1) for g in range(2))
-        assert 0 <= layer["corrected"] <= layer["mutual_information"] <= layer["max_bits"] + 1e-9
-    for sample in found["samples"]:
-        assert [len(layer) for layer in sample["experts"]] == [len(sample["pieces"])] * routed
-    assert found["leaks"] == found["leaks"] | {"probed": True, "future": False, "batch": False}
-    assert found["verdict"]["headline"] in (tmp_path / "out" / "diagnosis.html").read_text(encoding="utf-8").replace(
+    assert (found.schema_version, found.command, len(found.layers)) == (2, "mixtura diagnose", routed)
+    for layer in found.layers:
+        assert len(layer.share) == len(layer.typical_tokens) == len(layer.load.share) == 4
+        assert all(sum(row[g] for row in layer.share) == pytest.approx(1) for g in range(2))
+        assert 0 <= layer.corrected <= layer.mutual_information <= layer.max_bits + 1e-9
+    for sample in found.samples:
+        assert [len(layer) for layer in sample.experts] == [len(sample.pieces)] * routed
+    assert found.leaks.probed and found.leaks.future is found.leaks.batch is False
+    assert found.verdict.headline in (tmp_path / "out" / "diagnosis.html").read_text(encoding="utf-8").replace(
         "&#39;", "'"
     )
 
 
-def test_amounts_and_kinds_of_tokens_are_counted(make_diagnosis: Callable[..., dict[str, Any]]) -> None:
+def test_amounts_and_kinds_of_tokens_are_counted(make_diagnosis: Callable[..., Diagnosis]) -> None:
     found = make_diagnosis(texts={"words": ["a house"] * 30, "numbers": ["7 7"] * 20})
-    words, numbers = found["groups"]
-    assert (words["name"], words["excerpts"], numbers["excerpts"]) == ("words", 30, 20)
-    assert numbers["token_types"][TOKEN_TYPES.index("digits")] == 40
-    assert sum(words["token_types"]) == words["tokens"]
-    assert sum(map(sum, found["layers"][0]["rows"])) == 2 * (words["tokens"] + numbers["tokens"])
-    assert found["layers"][0]["rows_per_token"] == 2
+    words, numbers = found.groups
+    assert (words.name, words.excerpts, numbers.excerpts) == ("words", 30, 20)
+    assert numbers.token_types[TOKEN_TYPES.index("digits")] == 40
+    assert sum(words.token_types) == words.tokens
+    assert sum(map(sum, found.layers[0].rows)) == 2 * (words.tokens + numbers.tokens)
+    assert found.layers[0].rows_per_token == 2
 
 
 def test_dense_models_say_that_nothing_is_routed(save_model: Callable[[Any], Path], tmp_path: Path) -> None:
-    found = diagnose(save_model(LlamaConfig(**SIZES)), TEXTS, out=tmp_path, max_tokens=100)
-    assert found["verdict"]["headline"].startswith("This model routes nothing")
-    assert (found["layers"], found["leaks"]["future"]) == ([], False)
+    found = diagnose_texts(save_model(LlamaConfig(**SIZES)), TEXTS, out=tmp_path, max_tokens=100)
+    assert found.verdict.headline.startswith("This model routes nothing")
+    assert (found.layers, found.leaks.future) == ([], False)
     page = (tmp_path / "diagnosis.html").read_text(encoding="utf-8")
     assert len(page) < 100_000  # without plotly, which would have nothing to draw
     assert "No token" in page
 
 
-def test_models_whose_tokens_compete_say_so(make_diagnosis: Callable[..., dict[str, Any]]) -> None:
+def test_models_whose_tokens_compete_say_so(make_diagnosis: Callable[..., Diagnosis]) -> None:
     found = make_diagnosis("expert_choice")
-    assert "compete" in found["verdict"]["headline"]
-    assert found["leaks"]["batch"]
-    assert any("not reproducible" in caution for caution in found["cautions"])
+    assert "compete" in found.verdict.headline
+    assert found.leaks.batch
+    assert any("not reproducible" in caution for caution in found.cautions)
 
 
-def test_a_layer_that_divides_the_texts_is_named(make_diagnosis: Callable[..., dict[str, Any]]) -> None:
+def test_a_layer_that_divides_the_texts_is_named(make_diagnosis: Callable[..., Diagnosis]) -> None:
     found = make_diagnosis()
-    place = found["verdict"]["layer"]
-    assert found["layers"][place]["corrected"] == max(layer["corrected"] for layer in found["layers"])
-    assert found["verdict"]["headline"].startswith(f"Layer {found['layers'][place]['layer']}'s experts carry 0.")
-    assert "bits about the text; chance gives" in found["verdict"]["headline"]
+    place = found.verdict.layer
+    assert found.layers[place].corrected == max(layer.corrected for layer in found.layers)
+    assert found.verdict.headline.startswith(f"Layer {found.layers[place].layer}'s experts carry 0.")
+    assert "bits about the text; chance gives" in found.verdict.headline
 
 
-def test_texts_that_are_alike_are_not_told_apart(make_diagnosis: Callable[..., dict[str, Any]]) -> None:
+def test_texts_that_are_alike_are_not_told_apart(make_diagnosis: Callable[..., Diagnosis]) -> None:
     text = ["the old house stands near the long river", "the garden is quiet in winter"] * 10
     found = make_diagnosis(texts={"one": text, "two": text})
-    assert "better than chance" in found["verdict"]["headline"]
+    assert "better than chance" in found.verdict.headline
 
 
-def test_few_excerpts_and_single_texts_are_cautioned(make_diagnosis: Callable[..., dict[str, Any]]) -> None:
+def test_few_excerpts_and_single_texts_are_cautioned(make_diagnosis: Callable[..., Diagnosis]) -> None:
     assert any(
-        "fewer than 10 excerpts of b" in c for c in make_diagnosis(texts={"a": ["x y"] * 10, "b": ["z"]})["cautions"]
+        "fewer than 10 excerpts of b" in c for c in make_diagnosis(texts={"a": ["x y"] * 10, "b": ["z"]}).cautions
     )
     single = make_diagnosis(texts={"a": ["the garden, 7"] * 20})
-    assert "about the kind of token" in single["verdict"]["headline"]
-    assert single["verdict"]["sentences"][0].startswith("One text was given")
+    assert "about the kind of token" in single.verdict.headline
+    assert single.verdict.sentences[0].startswith("One text was given")
 
 
 def test_the_model_is_left_as_it_was(tiny_config: Callable[..., MixtureConfig], small_tokenizer: Any) -> None:
@@ -179,22 +182,41 @@ def test_what_cannot_be_diagnosed_is_one_sentence(
     save_model: Callable[[Any], Path], small_tokenizer: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match="is no model folder"):
-        diagnose(tmp_path / "nowhere", TEXTS, out=tmp_path / "out")
+        diagnose_texts(tmp_path / "nowhere", TEXTS, out=tmp_path / "out")
     folder = save_model(LlamaConfig(**SIZES))
     for texts, message in (({}, "There is no text"), ({"a": []}, "'a' is empty"), ({"a": [""]}, "'a' is empty")):
         with pytest.raises(UserError, match=message):
-            diagnose(folder, texts, out=tmp_path / "out")
+            diagnose_texts(folder, texts, out=tmp_path / "out")
     with pytest.raises(UserError, match="0 tokens of each text"):
-        diagnose(folder, TEXTS, out=tmp_path / "out", max_tokens=0)
+        diagnose_texts(folder, TEXTS, out=tmp_path / "out", max_tokens=0)
     assert not (tmp_path / "out").exists()
 
 
-def test_files_are_whole_or_not_there(make_diagnosis: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_files_are_whole_or_not_there(make_diagnosis: Callable[..., Diagnosis], tmp_path: Path) -> None:
     found = make_diagnosis(texts={"a": ["a b"] * 3})
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
         write_diagnosis(found, tmp_path / "file" / "below")
-    found["layers"][0]["corrected"] = float("nan")
+    layers = [dataclasses.replace(found.layers[0], corrected=float("nan")), *found.layers[1:]]
+    found = dataclasses.replace(found, layers=layers)
     with pytest.raises(ValueError, match="JSON"):
         write_diagnosis(found, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "mode"),
+    [
+        ("dense", {}, "causal"),
+        ("token_choice", {}, "causal"),
+        ("expert_choice", {}, "group"),
+        ("soft", {}, "group"),
+        ("mixture_of_tokens", {"inference_mode": "alone"}, "alone"),
+        ("mixture_of_tokens", {"inference_mode": "group"}, "alone"),
+        ("mixture_of_tokens", {"inference_mode": "population", "population": True}, "population"),
+    ],
+)
+def test_the_mode_that_is_recorded_is_the_one_the_model_ran_in(
+    make_diagnosis: Callable[..., Diagnosis], family: str, changes: dict[str, Any], mode: str
+) -> None:
+    assert make_diagnosis(family, **changes).model.mode == mode

@@ -1,15 +1,16 @@
 """What the page says without a script, and that nothing in a text or a name becomes markup."""
 
+import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
+from mixtura.diagnostics.diagnosed import Diagnosis
 from mixtura.diagnostics.findings import bits
 from mixtura.diagnostics.page import percent, render_page, shown_token
 
-MakeDiagnosis = Callable[..., dict[str, Any]]
+MakeDiagnosis = Callable[..., Diagnosis]
 HOSTILE = "<script>document.title='owned'</script> & <b>bold</b>"
 
 
@@ -20,7 +21,7 @@ def without_scripts(page: str) -> str:
 def test_the_verdict_comes_first(make_diagnosis: MakeDiagnosis) -> None:
     found = make_diagnosis()
     page = without_scripts(render_page(found))
-    heading = found["verdict"]["headline"].replace("'", "&#39;")
+    heading = found.verdict.headline.replace("'", "&#39;")
     assert f"<h1>{heading}</h1>" in page
     assert page.index("<h1>") < page.index("<h2>")
 
@@ -28,9 +29,9 @@ def test_the_verdict_comes_first(make_diagnosis: MakeDiagnosis) -> None:
 def test_sentences_have_experts_without_a_script(make_diagnosis: MakeDiagnosis) -> None:
     found = make_diagnosis()
     page = without_scripts(render_page(found))
-    first = found["verdict"]["layer"]
+    first = found.verdict.layer
     shown = re.findall(r"<ruby.*?<rt>(\d+)</rt>", page, flags=re.DOTALL)
-    expected = [str(experts[0]) for sample in found["samples"] for experts in sample["experts"][first]]
+    expected = [str(experts[0]) for sample in found.samples for experts in sample.experts[first]]
     assert shown == expected
     assert page.count('title="expert ') == len(expected)
 
@@ -43,7 +44,8 @@ def test_every_layer_is_there_and_one_is_shown(make_diagnosis: MakeDiagnosis) ->
 
 def test_texts_and_names_are_escaped(make_diagnosis: MakeDiagnosis) -> None:
     found = make_diagnosis(texts={HOSTILE: [HOSTILE] * 12, "b": ["x < y"] * 12})
-    found["model"]["name"] = found["command"] = found["group_word"] = HOSTILE
+    model = dataclasses.replace(found.model, name=HOSTILE)
+    found = dataclasses.replace(found, model=model, command=HOSTILE, group_word=HOSTILE)
     page = render_page(found)
     assert HOSTILE not in page
     assert "<b>bold" not in page
@@ -57,16 +59,17 @@ def without_plotly(page: str) -> str:
 
 def test_named_experts_carry_their_names(make_diagnosis: MakeDiagnosis) -> None:
     found = make_diagnosis()
-    found["model"]["expert_names"] = ["de", "fr", "it", "rm"]
+    model = dataclasses.replace(found.model, expert_names=["de", "fr", "it", "rm"])
+    found = dataclasses.replace(found, model=model)
     page = without_scripts(render_page(found))
     assert re.search(r">3</span> rm, \d", page)
 
 
 def test_dead_experts_and_leaks_are_named(make_diagnosis: MakeDiagnosis) -> None:
     found = make_diagnosis()
-    for layer in found["layers"]:
-        layer["dead"] = [1, 2]
-    found["leaks"] |= {"future": True, "largest_future_change": 0.25}
+    leaks = dataclasses.replace(found.leaks, future=True, largest_future_change=0.25)
+    layers = [dataclasses.replace(layer, dead=[1, 2]) for layer in found.layers]
+    found = dataclasses.replace(found, layers=layers, leaks=leaks)
     page = without_scripts(render_page(found))
     assert "2 of 4 experts are dead" in page
     assert "The future leaks:" in page

@@ -1,31 +1,17 @@
 """The page in a real browser: no errors, no requests, no sideways scrolling, and the layer can be chosen."""
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mixtura.diagnostics.diagnosed import Diagnosis
 from mixtura.diagnostics.page import render_page
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
-]
-MakeDiagnosis = Callable[..., dict[str, Any]]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        launched = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield launched
-        launched.close()
+pytestmark = pytest.mark.browser
+MakeDiagnosis = Callable[..., Diagnosis]
 
 
 @pytest.fixture
@@ -80,25 +66,25 @@ def test_figures_are_drawn_without_sideways_scrolling(
 
 def test_the_layer_is_chosen_by_keyboard(make_diagnosis: MakeDiagnosis, open_page: Callable[..., Any]) -> None:
     found = make_diagnosis()
-    first = found["verdict"]["layer"]
+    first = found.verdict.layer
     page = open_page(found)
     page.locator(f'input[name="layer"][value="{first}"]').focus()
     page.keyboard.press("ArrowRight")
     other = 1 - first
     assert page.locator(f'input[name="layer"][value="{other}"]').is_checked()
     drawn = page.evaluate("document.querySelector('[data-map=groups]').data[0].z")
-    assert drawn == found["layers"][other]["share"]
+    assert drawn == found.layers[other].share
     shown = page.locator("ruby rt").all_inner_texts()
-    assert shown == [str(e[0]) for sample in found["samples"] for e in sample["experts"][other]]
+    assert shown == [str(e[0]) for sample in found.samples for e in sample.experts[other]]
     assert page.locator(f'.typical[data-layer="{other}"]').is_visible()
     assert page.locator(f'.typical[data-layer="{first}"]').is_hidden()
-    assert page.locator("[data-chosen]").first.inner_text() == f"layer {found['layers'][other]['layer']}"
+    assert page.locator("[data-chosen]").first.inner_text() == f"layer {found.layers[other].layer}"
 
 
 def test_the_page_reads_without_a_script(make_diagnosis: MakeDiagnosis, open_page: Callable[..., Any]) -> None:
     found = make_diagnosis()
     page = open_page(found, script=False)
-    assert page.locator("h1").inner_text() == found["verdict"]["headline"]
+    assert page.locator("h1").inner_text() == found.verdict.headline
     assert page.locator("ruby").first.is_visible()
     assert page.locator("#chooser").is_hidden()
 

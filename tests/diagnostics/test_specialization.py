@@ -15,6 +15,7 @@ from mixtura.diagnostics import measure_specialization
 from mixtura.diagnostics.specialization import association, mutual_information
 from mixtura.layers import TokenChoiceMoE
 from mixtura.models import MixtureConfig, MixtureForCausalLM
+from mixtura.results.json_form import to_plain
 
 
 @pytest.mark.parametrize(
@@ -43,19 +44,19 @@ def test_chance_is_taken_off_a_small_sample() -> None:
     expert_U, group_U = draw.integers(8, size=200), draw.integers(4, size=200)
     found = association(rows_of(expert_U), group_U, num_groups=4, num_experts=8)
     # The Miller-Madow estimate of the bias: (E - 1) (G - 1) / (2 U ln 2).
-    assert found["chance"] == pytest.approx(7 * 3 / (2 * 200 * math.log(2)), rel=0.15)
-    assert found["mutual_information"] > 0.05
-    assert found["corrected"] < 0.04
-    assert found["p_value"] > 0.05
+    assert found.chance == pytest.approx(7 * 3 / (2 * 200 * math.log(2)), rel=0.15)
+    assert found.mutual_information > 0.05
+    assert found.corrected < 0.04
+    assert found.p_value > 0.05
 
 
 def test_a_split_stays_after_the_correction() -> None:
     group_U = numpy.arange(200) % 4
     found = association(rows_of(group_U), group_U, num_groups=4, num_experts=4)
-    assert found["mutual_information"] == pytest.approx(2.0)
-    assert found["corrected"] == pytest.approx(2.0 - found["chance"])
-    assert found["chance"] < found["chance_high"] < 0.1
-    assert found["p_value"] == pytest.approx(1 / 201)
+    assert found.mutual_information == pytest.approx(2.0)
+    assert found.corrected == pytest.approx(2.0 - found.chance)
+    assert found.chance < found.chance_high < 0.1
+    assert found.p_value == pytest.approx(1 / 201)
 
 
 def test_chance_deals_whole_examples_not_their_tokens() -> None:
@@ -65,8 +66,8 @@ def test_chance_deals_whole_examples_not_their_tokens() -> None:
     expert_R = draw.integers(4, size=10)[unit_R]
     group_U = numpy.arange(10) % 2
     found = association((unit_R, expert_R, numpy.ones(1000)), group_U, num_groups=2, num_experts=4)
-    assert found["chance"] > 0.1
-    assert found["p_value"] > 0.05
+    assert found.chance > 0.1
+    assert found.p_value > 0.05
 
 
 class ByToken(nn.Module):
@@ -89,18 +90,18 @@ def test_a_model_that_splits_its_groups_is_measured_by_hand() -> None:
     found = measure_specialization(
         model, [({"input_ids": ids_BL}, torch.tensor([0, 1, 0, 1]), mask_BL)] * 5, groups=["ones", "twos"]
     )
-    assert found["groups"] == ["ones", "twos"]
-    (layer,) = found["layers"]
-    assert layer["rows"] == [[10, 0], [10, 0], [0, 25], [0, 0]]
-    assert layer["share"] == [[0.5, 0], [0.5, 0], [0, 1], [0, 0]]
+    assert found.groups == ["ones", "twos"]
+    (layer,) = found.layers
+    assert layer.rows == [[10, 0], [10, 0], [0, 25], [0, 0]]
+    assert layer.share == [[0.5, 0], [0.5, 0], [0, 1], [0, 0]]
     shares = [20 / 45, 25 / 45]
-    assert layer["mutual_information"] == pytest.approx(-sum(p * math.log2(p) for p in shares))
-    assert layer["max_bits"] == 1.0
-    assert layer["p_value"] < 0.01
-    assert layer["entropy"] == pytest.approx(-sum(p * math.log2(p) for p in (10 / 45, 10 / 45, 25 / 45)))
-    assert (layer["dead"], layer["num_experts"], layer["name"]) == ([3], 4, "layer.choice_tap")
+    assert layer.mutual_information == pytest.approx(-sum(p * math.log2(p) for p in shares))
+    assert layer.max_bits == 1.0
+    assert layer.p_value < 0.01
+    assert layer.entropy == pytest.approx(-sum(p * math.log2(p) for p in (10 / 45, 10 / 45, 25 / 45)))
+    assert (layer.dead, layer.num_experts, layer.name) == ([3], 4, "layer.choice_tap")
     assert model.training
-    json.dumps(found, allow_nan=False)
+    json.dumps(to_plain(found), allow_nan=False)
 
 
 def test_groups_of_tokens_are_counted_one_by_one() -> None:
@@ -108,9 +109,9 @@ def test_groups_of_tokens_are_counted_one_by_one() -> None:
     found = measure_specialization(
         ByToken(), [({"input_ids": ids_BL}, ids_BL // 2, torch.ones_like(ids_BL))], groups=["low", "high"]
     )
-    assert found["layers"][0]["rows"] == [[20, 0], [20, 0], [0, 20], [0, 20]]
-    assert found["layers"][0]["mutual_information"] == pytest.approx(1.0)
-    assert found["layers"][0]["chance"] < 0.1
+    assert found.layers[0].rows == [[20, 0], [20, 0], [0, 20], [0, 20]]
+    assert found.layers[0].mutual_information == pytest.approx(1.0)
+    assert found.layers[0].chance < 0.1
 
 
 @pytest.mark.parametrize("family", ["token_choice", "mixture_of_tokens"])
@@ -125,11 +126,11 @@ def test_a_random_model_knows_nothing_of_random_groups(
         mask_BL = torch.ones_like(ids_BL)
         mask_BL[:, 9:] = 0
         batches.append(({"input_ids": ids_BL, "attention_mask": mask_BL}, torch.arange(8) % 2, mask_BL))
-    (layer,) = measure_specialization(model, batches, groups=["a", "b"])["layers"]
+    (layer,) = measure_specialization(model, batches, groups=["a", "b"]).layers
     rows = 4 * 8 * 9 * (1 if family == "mixture_of_tokens" and alone_top_k is None else 2)
-    assert sum(map(sum, layer["rows"])) == pytest.approx(rows)
-    assert sum(row[0] for row in layer["share"]) == pytest.approx(1.0)
-    assert layer["corrected"] < 0.05
+    assert sum(map(sum, layer.rows)) == pytest.approx(rows)
+    assert sum(row[0] for row in layer.share) == pytest.approx(1.0)
+    assert layer.corrected < 0.05
 
 
 def test_what_cannot_be_measured_is_said(tiny_config: Callable[..., MixtureConfig]) -> None:

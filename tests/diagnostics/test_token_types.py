@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mixtura.data import train_tokenizer
+from mixtura.diagnostics.diagnosed import TypicalToken
 from mixtura.diagnostics.token_types import TOKEN_TYPES, token_surfaces, token_types, typical_tokens
 
 
@@ -60,8 +61,8 @@ def test_typical_tokens_by_hand() -> None:
     token_R = numpy.array([7] * 12 + [8] * 12 + [9] * 24 + [5] * 2)
     expert_R = numpy.array([0] * 12 + [1] * 12 + [0, 1] * 12 + [0, 1])
     first, second = typical_tokens(token_R, expert_R, numpy.ones(50), num_experts=2)
-    assert first == [{"id": 7, "count": 12.0, "share": 1.0, "pmi": pytest.approx(1.0)}]
-    assert second == [{"id": 8, "count": 12.0, "share": 1.0, "pmi": pytest.approx(1.0)}]
+    assert first == [TypicalToken(id=7, count=12.0, share=1.0, pmi=pytest.approx(1.0))]
+    assert second == [TypicalToken(id=8, count=12.0, share=1.0, pmi=pytest.approx(1.0))]
 
 
 def test_an_unused_expert_has_no_typical_tokens() -> None:

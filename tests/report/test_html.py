@@ -1,22 +1,26 @@
 """The written report: complete, escaped, self-contained, and the same numbers everywhere."""
 
+import dataclasses
 import json
 import re
+import typing
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import plotly.graph_objects as go
 import pytest
 
+from fixtures.results import as_results, summary_of
 from mixtura.config import UserError
-from mixtura.report import tables
-from mixtura.report.colours import arm_colours
+from mixtura.report import every_run, tables
 from mixtura.report.figures import build_figures, load_maps, smooth
-from mixtura.report.html import render_html, write_report
+from mixtura.report.html import render_html, report_folder, write_report
 from mixtura.report.markdown import escape, fence, render_markdown
-from mixtura.report.summary import summarize
+from mixtura.report.wording import arm_colours
+from mixtura.results import Results
+from mixtura.results.files import write_results
 
 MakeResults = Callable[..., dict[str, Any]]
 HOSTILE = '</script><img src=x onerror=alert(1)>{{ 7 * 7 }}|`"'
@@ -48,13 +52,13 @@ class Page(HTMLParser):
 
 
 def build_page(results: dict[str, Any]) -> tuple[str, Page]:
-    text = render_html(results, summarize(results))
+    text = render_html(as_results(results), summary_of(results))
     return text, Page(text)
 
 
 def test_folder_holds_page_markdown_and_pictures(make_results: MakeResults, tmp_path: Path) -> None:
     results = make_results()
-    path = write_report(results, tmp_path / "run")
+    path = write_report(as_results(results), tmp_path / "run")
     assert path == tmp_path / "run" / "report.html"
     names = {str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()}
     pictures = {f"figures/{name}.png" for name in ("loss", "differences", "load")}
@@ -65,53 +69,62 @@ def test_folder_holds_page_markdown_and_pictures(make_results: MakeResults, tmp_
 
 def test_writing_again_replaces_and_repeats_every_byte(make_results: MakeResults, tmp_path: Path) -> None:
     results = make_results()
-    write_report(results, tmp_path)
+    write_report(as_results(results), tmp_path)
     first = {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    write_report(results, tmp_path)
+    write_report(as_results(results), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == first
 
 
 def test_interrupted_write_leaves_the_old_report(
     make_results: MakeResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_report(make_results(), tmp_path)
+    path = write_report(as_results(make_results()), tmp_path)
     before = path.read_bytes()
 
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("mixtura.report.html.os.replace", fail)
+    monkeypatch.setattr("mixtura.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_report(make_results(seeds=(0,)), tmp_path)
+        write_report(as_results(make_results(seeds=(0,))), tmp_path)
     assert path.read_bytes() == before
 
 
-def test_other_schema_version_is_refused(make_results: MakeResults, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="schema version 1"):
-        write_report({**make_results(), "schema_version": 1}, tmp_path)
-
-
 def test_stored_summary_is_what_the_page_shows(make_results: MakeResults, tmp_path: Path) -> None:
-    results = make_results()
-    results["summary"] = summarize(results)
-    results["summary"]["verdict"]["headline"] = "A stored sentence."
-    assert "A stored sentence." in write_report(results, tmp_path).read_text(encoding="utf-8")
-    results["summary"]["version"] = 0
-    assert "A stored sentence." not in write_report(results, tmp_path).read_text(encoding="utf-8")
+    results = as_results(make_results())
+    summary = summary_of(make_results())
+    verdict = dataclasses.replace(summary.verdict, headline="A stored sentence.")
+    stored = dataclasses.replace(results, summary=dataclasses.replace(summary, verdict=verdict))
+    assert "A stored sentence." in write_report(stored, tmp_path).read_text(encoding="utf-8")
+
+
+def test_the_report_is_made_again_from_the_stored_results_alone(make_results: MakeResults, tmp_path: Path) -> None:
+    results = as_results(make_results())
+    write_report(results, tmp_path / "first")
+    write_results(tmp_path / "again" / "results.json", results)
+    assert report_folder(tmp_path / "again") == tmp_path / "again" / "report.html"
+    for name in ("report.html", "report.md", "figures/loss.png", "figures/differences.png", "figures/load.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+
+
+def test_a_folder_without_results_has_no_report(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no results\.json: give the folder of a finished comparison"):
+        report_folder(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_page_shows_every_final_loss_and_the_verdict_first(make_results: MakeResults) -> None:
     results = make_results()
-    summary = summarize(results)
+    summary = summary_of(results)
     _, page = build_page(results)
     for arm in results["arms"].values():
         for run in arm["runs"]:
             for mode in run["final"].values():
                 assert f"{mode['loss']:.4f}" in page.text
-    headline = page.text.index(summary["verdict"]["headline"])
+    headline = page.text.index(summary.verdict.headline)
     assert page.text.index("The rule, fixed before the runs") < headline < page.text.index("The arms side by side")
-    for caution in summary["cautions"]:
-        assert caution["text"] in page.text
+    for caution in summary.cautions:
+        assert caution.text in page.text
 
 
 def test_page_has_the_sections_a_reader_needs(make_results: MakeResults) -> None:
@@ -163,7 +176,7 @@ def test_markdown_shows_hostile_names_as_written(make_results: MakeResults) -> N
     results = make_results()
     results["arms"]["token_choice"]["label"] = "a|b <b>*c*</b>"
     results["recipe_toml"] = "````\nx = 1"
-    text = render_markdown(results, summarize(results))
+    text = render_markdown(as_results(results), summary_of(results))
     table = [line for line in text.splitlines() if line.startswith("| As deployed")]
     header = next(line for line in text.splitlines() if line.startswith("|  |"))
     assert len(re.findall(r"(?<!\\)\|", header)) == len(re.findall(r"(?<!\\)\|", table[0])) == 5
@@ -175,9 +188,9 @@ def test_markdown_shows_hostile_names_as_written(make_results: MakeResults) -> N
 
 def test_markdown_holds_verdict_table_and_command(make_results: MakeResults) -> None:
     results = make_results()
-    summary = summarize(results)
-    text = render_markdown(results, summary)
-    assert f"**{summary['verdict']['headline']}**".replace("\N{NO-BREAK SPACE}", " ") in text
+    summary = summary_of(results)
+    text = render_markdown(as_results(results), summary)
+    assert f"**{summary.verdict.headline}**".replace("\N{NO-BREAK SPACE}", " ") in text
     assert "| Seconds a step |" in text
     assert results["command"] in text
     assert "![Held-out loss over training](figures/loss.png)" in text
@@ -198,12 +211,12 @@ def test_pretraining_is_told_in_the_words_and_numbers_stored(
     """What other tasks add to the report must not change a word of pretraining's."""
     stored = (Path(__file__).parent / "stored" / f"{name}.md").read_text(encoding="utf-8")
     results = make_results(**settings)
-    assert render_markdown(results, summarize(results)) == stored
+    assert render_markdown(as_results(results), summary_of(results)) == stored
 
 
 def test_figures_are_valid_plotly(make_results: MakeResults) -> None:
     results = make_results()
-    figures = build_figures(results, summarize(results))
+    figures = build_figures(as_results(results), summary_of(results))
     assert set(figures) == {"differences", "curves", "gap", "training", "search"}
     for figure in figures.values():
         assert go.Figure(figure).data
@@ -212,7 +225,7 @@ def test_figures_are_valid_plotly(make_results: MakeResults) -> None:
 
 def test_curves_keep_deployed_and_trained_apart(make_results: MakeResults) -> None:
     results = make_results()
-    figure = build_figures(results, summarize(results))["curves"]
+    figure = build_figures(as_results(results), summary_of(results))["curves"]
     means = {trace["name"]: trace for trace in figure["data"] if trace["meta"]["role"] == "mean"}
     assert set(means) == {"dense", "token-choice MoE", "MoT, as deployed", "MoT, as trained"}
     assert means["MoT, as deployed"]["line"]["dash"] == "solid"
@@ -220,20 +233,20 @@ def test_curves_keep_deployed_and_trained_apart(make_results: MakeResults) -> No
     scale = means["token-choice MoE"]["meta"]["scale"]
     assert scale["tokens"] == 2048
     assert scale["seconds"] == results["arms"]["token_choice"]["seconds_per_step"]
-    last = [run["curve"][-1]["loss"]["causal"] for run in results["arms"]["dense"]["runs"]]
+    last = [run["curve"][-1]["measures"]["loss"]["causal"] for run in results["arms"]["dense"]["runs"]]
     assert means["dense"]["y"][-1] == pytest.approx(sum(last) / 3)
 
 
 def test_load_maps_are_relative_to_an_even_share(make_results: MakeResults) -> None:
     results = make_results()
-    maps = load_maps(results, summarize(results))
-    assert [(entry["arm"], entry["layer"]) for entry in maps] == [
+    maps = load_maps(as_results(results), summary_of(results))
+    assert [(entry.arm, entry.layer) for entry in maps] == [
         ("token_choice", 2), ("token_choice", 3), ("mixture_of_tokens", 2), ("mixture_of_tokens", 3),
     ]  # fmt: skip
     for entry in maps:
-        assert list(entry["seeds"]) == ["0", "1", "2"]
-        for matrix in entry["seeds"].values():
-            assert len(matrix) == entry["experts"] == 16
+        assert list(entry.seeds) == ["0", "1", "2"]
+        for matrix in entry.seeds.values():
+            assert len(matrix) == entry.experts == 16
             for column in zip(*matrix, strict=True):
                 assert sum(column) == pytest.approx(16, abs=1e-2)
 
@@ -242,15 +255,16 @@ def test_even_load_is_said_and_not_mapped(make_results: MakeResults) -> None:
     results = make_results()
     for run in results["arms"]["mixture_of_tokens"]["runs"]:
         run["load"]["share"] = [[[1 / 16] * 16] * 2 for _ in run["load"]["steps"]]
-    assert {entry["arm"] for entry in load_maps(results, summarize(results))} == {"token_choice"}
+    assert {entry.arm for entry in load_maps(as_results(results), summary_of(results))} == {"token_choice"}
     _, page = build_page(results)
     assert "MoT: every expert had an even share at every evaluation" in page.text
 
 
-def test_arms_keep_their_family_colours_and_never_share_one() -> None:
-    arms = {"a": {"family": "token_choice"}, "dense": {"family": "dense"}, "b": {"family": "token_choice"}}
+def test_arms_keep_their_family_colours_and_never_share_one(make_results: MakeResults) -> None:
+    known = as_results(make_results()).arms
+    arms = {"a": known["token_choice"], "dense": known["dense"], "b": known["token_choice"]}
     colours = arm_colours(arms)
-    assert colours["a"] == arm_colours({"x": {"family": "token_choice"}})["x"]
+    assert colours["a"] == arm_colours({"x": known["token_choice"]})["x"]
     assert len(set(colours.values())) == 3
 
 
@@ -264,52 +278,29 @@ def test_smoothing_keeps_constants_and_length() -> None:
 def test_mean_of_the_surviving_seeds_is_shown_nowhere(make_results: MakeResults) -> None:
     results = make_results()
     results["arms"]["token_choice"]["runs"][1]["final"]["causal"]["loss"] = None
-    table = tables.main_table(results, summarize(results))
-    rows = {row["label"]: row["cells"] for group in table for row in group["rows"]}
+    table = tables.main_table(as_results(results), summary_of(results))
+    rows = {row.label: row.cells for group in table for row in group.rows}
     for label in ("As deployed", "As trained", "Bits per byte", "Minus dense's"):
-        assert rows[label][1]["text"] == "\N{EN DASH}"
-    seeds = tables.seed_table(results, summarize(results))
-    assert seeds["mean"][1] == "\N{EN DASH}"
-    assert seeds["rows"][1]["cells"][1] == "diverged"
+        assert rows[label][1].text == "\N{EN DASH}"
+    seeds = every_run.seed_table(as_results(results), summary_of(results))
+    assert seeds.mean[1] == "\N{EN DASH}"
+    assert seeds.rows[1][1][1] == "diverged"
 
 
-NAMED = ("arms", "modes", "final", "pairs")
-"""Tables whose keys are names."""
+def fields_of(hint: Any, seen: set[type]) -> set[str]:
+    """Names of all fields of a record, and of the records inside it."""
+    if dataclasses.is_dataclass(hint) and hint not in seen:
+        seen.add(cast(type, hint))
+        inside = typing.get_type_hints(hint).values()
+        return {field.name for field in dataclasses.fields(hint)}.union(*(fields_of(part, seen) for part in inside))
+    return set().union(*(fields_of(part, seen) for part in typing.get_args(hint)))
 
 
-def keys_of(value: Any, *, skip: tuple[str, ...]) -> set[str]:
-    """All keys of nested dictionaries, without those inside tables whose keys are names or values."""
-    if isinstance(value, list):
-        return set().union(*(keys_of(item, skip=skip) for item in value))
-    if not isinstance(value, dict):
-        return set()
-    found = set()
-    for key, item in value.items():
-        inside = item.values() if key in NAMED and isinstance(item, dict) else [item]
-        found |= {key}.union(*(keys_of(part, skip=skip) for part in inside if key not in skip))
-    return found
-
-
-def _one_test(results: dict[str, Any]) -> dict[str, Any]:
-    test = next(iter(results["across_arms"]["paired_bootstrap"].values()))
-    return test.get("en-de", test)
-
-
-@pytest.mark.parametrize("make", ["make_results", "make_translation", "make_classification"])
-def test_schema_page_documents_every_field(make: str, request: pytest.FixtureRequest) -> None:
+def test_schema_page_documents_every_field() -> None:
     page = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
-    results = request.getfixturevalue(make)()
-    summary = summarize(results)
-    if results["task"] != "pretraining":
-        # Facts on its data are a task's own, and a bootstrap is keyed by arms and language pairs.
-        results |= {"data": None, "across_arms": _one_test(results)}
-    # A curve's losses are keyed by mode, and recipes and settings are documented with the recipes.
-    for run in (run for arm in results["arms"].values() for run in arm["runs"]):
-        run["curve"] = [{**point, "loss": None} for point in run["curve"]]
-    keys = keys_of({**results, "summary": summary}, skip=("recipe", "settings", "signatures"))
-    assert {"schema_version", "spikes_loss", "token_range", "at_edge"} <= keys
-    named = set(re.findall(r"`([a-z_0-9]+)[`\[]", page))
-    assert keys - named == set()
+    fields = fields_of(Results, set())
+    assert {"schema_version", "spikes_loss", "token_range", "at_edge", "chance_high", "layer_weights"} <= fields
+    assert fields - set(re.findall(r"`([a-z_0-9]+)[`\[]", page)) == set()
 
 
 @pytest.mark.parametrize("case", ["one_seed", "no_search", "no_curves", "not_deployable", "diverged", "no_memory"])
@@ -326,7 +317,7 @@ def test_incomplete_results_still_make_a_report(make_results: MakeResults, tmp_p
         mot["deployed_mode"] = None
     if case == "diverged":
         mot["runs"][0]["final"]["alone"]["loss"] = None
-    page = Page(write_report(results, tmp_path).read_text(encoding="utf-8"))
+    page = Page(write_report(as_results(results), tmp_path).read_text(encoding="utf-8"))
     said = {
         "one_seed": "One seed cannot decide",
         "no_search": "not searched",

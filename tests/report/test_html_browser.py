@@ -1,31 +1,16 @@
 """The page in a real browser: no errors, no requests, no sideways scrolling, and every control does what it says."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fixtures.results import as_results, summary_of
 from mixtura.report.html import render_html
-from mixtura.report.summary import summarize
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
-]
+pytestmark = pytest.mark.browser
 MakeResults = Callable[..., dict[str, Any]]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        launched = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield launched
-        launched.close()
 
 
 @pytest.fixture
@@ -40,7 +25,7 @@ def open_page(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
         page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
         page.on("request", lambda request: _complain_of_request(request.url, complaints))
-        (tmp_path / "report.html").write_text(render_html(results, summarize(results)), encoding="utf-8")
+        (tmp_path / "report.html").write_text(render_html(as_results(results), summary_of(results)), encoding="utf-8")
         page.goto((tmp_path / "report.html").as_uri())
         page.wait_for_function("document.querySelectorAll('.plot:not(:has(svg))').length === 0")
         return page

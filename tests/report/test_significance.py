@@ -17,6 +17,7 @@ from mixtura.report.significance import (
     paired_difference,
     speed_up,
 )
+from mixtura.results import Interval
 
 losses = st.floats(1.0, 8.0)
 
@@ -25,10 +26,10 @@ def test_interval_of_three_differences_is_students_t() -> None:
     found = paired_difference({0: 3.9, 1: 4.0, 2: 4.2}, {0: 4.0, 1: 4.0, 2: 4.0})
     assert found is not None
     # Differences -0.1, 0, 0.2: mean 1/30, standard deviation sqrt(0.07/3), t(0.975; 2) = 4.302653.
-    assert found["mean"] == pytest.approx(1 / 30)
-    assert found["high"] - found["mean"] == pytest.approx(4.302653 * math.sqrt(0.07 / 3) / math.sqrt(3), rel=1e-6)
-    assert found["values"] == pytest.approx([-0.1, 0.0, 0.2])
-    assert found["seeds"] == [0, 1, 2]
+    assert found.mean == pytest.approx(1 / 30)
+    assert found.high - found.mean == pytest.approx(4.302653 * math.sqrt(0.07 / 3) / math.sqrt(3), rel=1e-6)
+    assert found.values == pytest.approx([-0.1, 0.0, 0.2])
+    assert found.seeds == [0, 1, 2]
 
 
 @given(st.lists(st.tuples(losses, losses), min_size=2, max_size=8))
@@ -36,22 +37,22 @@ def test_interval_agrees_with_the_paired_t_test(pairs: list[tuple[float, float]]
     arm, base = (dict(enumerate(side)) for side in zip(*pairs, strict=True))
     found = paired_difference(arm, base)
     assert found is not None
-    spread = max(found["values"]) - min(found["values"])
+    spread = max(found.values) - min(found.values)
     if spread < 1e-3:  # scipy warns of cancellation where all differences are equal
         return
     expected = stats.ttest_rel(list(arm.values()), list(base.values())).confidence_interval(0.95)
-    assert found["low"] == pytest.approx(expected.low, abs=1e-9)
-    assert found["high"] == pytest.approx(expected.high, abs=1e-9)
+    assert found.low == pytest.approx(expected.low, abs=1e-9)
+    assert found.high == pytest.approx(expected.high, abs=1e-9)
 
 
 def test_one_seed_has_no_interval() -> None:
-    assert mean_interval([0.25]) == {"mean": 0.25, "low": None, "high": None, "n": 1}
+    assert mean_interval([0.25]) == Interval(0.25, None, None, 1)
 
 
 def test_only_shared_seeds_are_paired() -> None:
     found = paired_difference({0: 1.0, 1: 2.0, 7: 9.0}, {1: 1.5, 0: 0.5, 3: 4.0})
     assert found is not None
-    assert found["seeds"] == [0, 1]
+    assert found.seeds == [0, 1]
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
 
@@ -75,10 +76,10 @@ def test_speed_up_in_time_is_the_one_in_steps_over_the_price_of_a_step() -> None
     arm = {seed: [(100, 4.5), (200, 4.0), (400, 3.5)] for seed in (0, 1)}
     found = speed_up(arm, base, seconds_ratio=1.6)
     assert found is not None
-    assert found["reached"] == found["n"] == 2
-    assert found["steps"] == [200, 200]
-    assert found["ratio_steps"]["mean"] == pytest.approx(2.0)
-    assert found["ratio_seconds"]["mean"] == pytest.approx(1.25)
+    assert found.reached == found.n == 2
+    assert found.steps == [200, 200]
+    assert found.ratio_steps.mean == pytest.approx(2.0)
+    assert found.ratio_seconds.mean == pytest.approx(1.25)
 
 
 def test_speed_up_is_none_unless_every_seed_reaches() -> None:
@@ -86,10 +87,10 @@ def test_speed_up_is_none_unless_every_seed_reaches() -> None:
     arm = {0: [(100, 4.0), (200, 3.9)], 1: [(100, 5.0), (200, 4.5)]}
     found = speed_up(arm, base, seconds_ratio=1.0)
     assert found is not None
-    assert (found["reached"], found["ratio_steps"], found["ratio_seconds"]) == (1, None, None)
-    assert found["steps"] == [100, None]
+    assert (found.reached, found.ratio_steps, found.ratio_seconds) == (1, None, None)
+    assert found.steps == [100, None]
     # The other way round: the baseline passes the second seed's 4.5 half-way between its evaluations.
-    assert found["baseline_steps_to_arm_final"] == [None, pytest.approx(150)]
+    assert found.baseline_steps_to_arm_final == [None, pytest.approx(150)]
 
 
 def test_equal_time_compares_where_the_faster_arm_ends() -> None:
@@ -97,12 +98,12 @@ def test_equal_time_compares_where_the_faster_arm_ends() -> None:
     arm = {0: [(100, 4.8), (200, 3.8)]}
     slower = equal_cost_difference(arm, base, cost_ratio=2.0)
     assert slower is not None
-    assert (slower["arm_step"], slower["baseline_step"]) == (100, 200)
-    assert slower["mean"] == pytest.approx(0.8)
+    assert (slower.arm_step, slower.baseline_step) == (100, 200)
+    assert slower.mean == pytest.approx(0.8)
     faster = equal_cost_difference(arm, base, cost_ratio=0.5)
     assert faster is not None
-    assert (faster["arm_step"], faster["baseline_step"]) == (200, 100)
-    assert faster["mean"] == pytest.approx(-1.2)
+    assert (faster.arm_step, faster.baseline_step) == (200, 100)
+    assert faster.mean == pytest.approx(-1.2)
     assert equal_cost_difference(arm, base, cost_ratio=3.0) is None
 
 
@@ -119,11 +120,11 @@ def test_a_closing_gap_names_the_budget_where_it_is_zero() -> None:
     base = {seed: [(s, 4.0) for s in steps] for seed in (0, 1, 2)}
     found = crossing(arm, base, tokens_per_step=64)
     assert found is not None
-    assert found["status"] == "closing"
-    assert found["step"] == pytest.approx(2000 * 2**0.01)
-    assert found["tokens"] == pytest.approx(64 * found["step"])
-    assert found["step_range"] == pytest.approx([2000, 2000 * 2**0.02])
-    assert found["slope_per_doubling"]["mean"] == pytest.approx(-0.1)
+    assert found.status == "closing"
+    assert found.step == pytest.approx(2000 * 2**0.01)
+    assert found.tokens == pytest.approx(64 * found.step)
+    assert found.step_range == pytest.approx([2000, 2000 * 2**0.02])
+    assert found.slope_per_doubling.mean == pytest.approx(-0.1)
 
 
 def test_a_shrinking_lead_is_a_closing_gap_too() -> None:
@@ -132,7 +133,7 @@ def test_a_shrinking_lead_is_a_closing_gap_too() -> None:
     base = {seed: [(s, 4.0) for s in steps] for seed in (0, 1, 2)}
     found = crossing(arm, base, tokens_per_step=1)
     assert found is not None
-    assert (found["status"], found["step"]) == ("closing", pytest.approx(4000 / 2**0.01))
+    assert (found.status, found.step) == ("closing", pytest.approx(4000 / 2**0.01))
 
 
 @pytest.mark.parametrize(
@@ -145,8 +146,8 @@ def test_status_follows_the_slope_of_the_gap(rate: float, status: str) -> None:
     base = {seed: [(s, 4.0) for s in steps] for seed in (0, 1, 2)}
     found = crossing(arm, base, tokens_per_step=1)
     assert found is not None
-    assert found["status"] == status
-    assert (found["step"] is None) == (status != "closing")
+    assert found.status == status
+    assert (found.step is None) == (status != "closing")
 
 
 def test_slopes_that_differ_by_seed_are_steady() -> None:
@@ -156,7 +157,7 @@ def test_slopes_that_differ_by_seed_are_steady() -> None:
     base = {seed: [(s, 4.0) for s in steps] for seed in rates}
     found = crossing(arm, base, tokens_per_step=1)
     assert found is not None
-    assert (found["status"], found["step"]) == ("steady", None)
+    assert (found.status, found.step) == ("steady", None)
 
 
 def test_a_gap_around_zero_is_level() -> None:
@@ -165,7 +166,7 @@ def test_a_gap_around_zero_is_level() -> None:
     base = {seed: [(s, 4.0) for s in steps] for seed in arm}
     found = crossing(arm, base, tokens_per_step=1)
     assert found is not None
-    assert found["status"] == "level"
+    assert found.status == "level"
 
 
 def test_one_seed_or_few_points_give_no_crossing() -> None:
@@ -174,11 +175,11 @@ def test_one_seed_or_few_points_give_no_crossing() -> None:
     base = {0: [(s, 4.0) for s in steps]}
     found = crossing(one, base, tokens_per_step=1)
     assert found is not None
-    assert (found["status"], found["step"]) == ("one_seed", None)
+    assert (found.status, found.step) == ("one_seed", None)
     few, base = {0: one[0][1:], 1: one[0][1:]}, {0: base[0], 1: base[0]}
     found = crossing(few, base, tokens_per_step=1)
     assert found is not None
-    assert found["status"] == "few_points"
+    assert found.status == "few_points"
     assert crossing({0: one[0]}, {1: base[0]}, tokens_per_step=1) is None
 
 
@@ -189,12 +190,12 @@ def test_early_steps_do_not_enter_the_fit() -> None:
     base = {seed: [(s, 4.0) for s in steps] for seed in (0, 1, 2)}
     found = crossing(wild, base, tokens_per_step=1)
     assert found is not None
-    assert found["fit"]["first_step"] == 500
-    assert found["step"] == pytest.approx(2000 * 2**0.01)
+    assert found.fit.first_step == 500
+    assert found.step == pytest.approx(2000 * 2**0.01)
 
 
 def test_the_published_anchor_agrees_with_itself() -> None:
-    per_step = MOT_ANCHOR["tokens_per_step"]
-    assert [steps * per_step for steps in MOT_ANCHOR["behind_until_steps"]] == MOT_ANCHOR["behind_until_tokens"]
-    assert [steps * per_step for steps in MOT_ANCHOR["slower_until_steps"]] == MOT_ANCHOR["slower_until_tokens"]
-    assert MOT_ANCHOR["end_steps"] * per_step == MOT_ANCHOR["end_tokens"]
+    per_step = MOT_ANCHOR.tokens_per_step
+    assert [steps * per_step for steps in MOT_ANCHOR.behind_until_steps] == MOT_ANCHOR.behind_until_tokens
+    assert [steps * per_step for steps in MOT_ANCHOR.slower_until_steps] == MOT_ANCHOR.slower_until_tokens
+    assert MOT_ANCHOR.end_steps * per_step == MOT_ANCHOR.end_tokens

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from mixtura.results.run import CurvePoint, GradientNorm, LoadHistory, TrainPoint
 from mixtura.training.metrics import (
     MetricsFile,
     evaluation_curve,
@@ -59,9 +60,9 @@ def test_truncating_what_does_not_exist_gives_an_empty_file(tmp_path):
 
 def test_the_curve_holds_the_evaluations_by_measure_and_mode():
     curve = evaluation_curve([step(1), step(2), evaluation(2, 3.0)])
-    assert curve == [
-        {"step": 2, "tokens": 20, "seconds": 2.0, "loss": {"causal": 3.0}, "bits_per_byte": {"causal": 1.5}}
-    ]
+    measures = {"loss": {"causal": 3.0}, "bits_per_byte": {"causal": 1.5}}
+    assert curve == [CurvePoint(step=2, tokens=20, seconds=2.0, measures=measures)]
+    assert curve[0].loss == {"causal": 3.0}
 
 
 def test_even_load_has_imbalance_one_and_collapse_has_the_number_of_experts():
@@ -74,14 +75,14 @@ def test_a_summary_has_what_a_report_shows():
     records.insert(2, evaluation(2, 3.0, load=[[0.5, 0.5]]))
     records.append(evaluation(4, 2.0, load=[[0.75, 0.25]]))
     summary = summarize_metrics(records, max_points=2)
-    assert summary["train_curve"] == [{"step": 2, "loss": 1.5}, {"step": 4, "loss": 3.5}]
-    assert summary["grad_norm"] == {"mean": 2.5, "max": 4.0}
-    assert summary["load"] == {"layers": [1], "steps": [2, 4], "share": [[[0.5, 0.5]], [[0.75, 0.25]]]}
-    assert summary["load_imbalance"] == pytest.approx(1.5)
-    assert (summary["dropped_share"], summary["router_entropy"]) == (0.25, 0.5)
-    assert [point["step"] for point in summary["curve"]] == [2, 4]
+    assert summary.train_curve == [TrainPoint(2, 1.5), TrainPoint(4, 3.5)]
+    assert summary.grad_norm == GradientNorm(2.5, 4.0)
+    assert summary.load == LoadHistory([1], [2, 4], [[[0.5, 0.5]], [[0.75, 0.25]]])
+    assert summary.load_imbalance == pytest.approx(1.5)
+    assert (summary.dropped_share, summary.router_entropy) == (0.25, 0.5)
+    assert [point.step for point in summary.curve] == [2, 4]
 
 
 def test_a_summary_without_mixtures_has_no_load():
     summary = summarize_metrics([step(1), evaluation(1, 3.0)])
-    assert summary["load"] is summary["load_imbalance"] is summary["dropped_share"] is None
+    assert summary.load is summary.load_imbalance is summary.dropped_share is None

@@ -193,9 +193,9 @@ def test_metrics_count_the_tasks_tokens_and_keep_all_its_finite_measures(run, tm
     records = numbers(tmp_path / "run")
     assert [record["tokens"] for record in records if "loss" in record] == [14.0 * step for step in range(1, 7)]
     assert [set(record["eval"]["plain"]) for record in records if "eval" in record] == [{"loss", "accuracy"}] * 2
-    assert outcome.curve[0].keys() == {"step", "tokens", "seconds", "loss", "accuracy"}
-    assert outcome.curve[0]["loss"].keys() == {"plain", "short"}
-    assert outcome.curve[0]["accuracy"].keys() == {"plain"}
+    assert outcome.curve[0].measures.keys() == {"loss", "accuracy"}
+    assert outcome.curve[0].loss.keys() == {"plain", "short"}
+    assert outcome.curve[0].measures["accuracy"].keys() == {"plain"}
     assert not any("load" in record for record in records)
 
 

@@ -206,7 +206,7 @@ def test_training_lowers_the_loss(run, tiny_model, tmp_path):
     outcome = run(tiny_model("token_choice"), steps=40, learning_rate=1e-2, eval_every=20)
     losses = [record["loss"] for record in metrics_of(tmp_path)]
     assert losses[-1] < losses[0] - 1
-    assert outcome.curve[1]["loss"]["causal"] < outcome.curve[0]["loss"]["causal"]
+    assert outcome.curve[1].loss["causal"] < outcome.curve[0].loss["causal"]
 
 
 def test_the_recorded_learning_rates_are_those_that_were_used(run, tiny_model, tmp_path):
@@ -218,9 +218,9 @@ def test_the_recorded_learning_rates_are_those_that_were_used(run, tiny_model, t
 
 def test_evaluations_come_at_their_steps_and_at_the_end(run, tiny_model, tmp_path):
     outcome = run(tiny_model("mixture_of_tokens"), steps=5, eval_every=2)
-    assert [point["step"] for point in outcome.curve] == [2, 4, 5]
-    assert set(outcome.curve[0]["loss"]) == {"group", "alone"}
-    assert outcome.curve[-1]["tokens"] == 5 * 4 * 16
+    assert [point.step for point in outcome.curve] == [2, 4, 5]
+    assert set(outcome.curve[0].loss) == {"group", "alone"}
+    assert outcome.curve[-1].tokens == 5 * 4 * 16
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records if "eval" in record] == [2, 4, 5]
 

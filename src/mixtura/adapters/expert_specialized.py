@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mixtura.adapters.tuner import BatchContext, RoutedTuner, active_modules, add_adapter_module, register_method
+from mixtura.adapters.tuner import AdapterLayer, BatchContext, RoutedTuner, register_method
 from mixtura.config import UserError
 from mixtura.layers import FeedForward, TokenChoiceMoE
 
@@ -74,29 +73,25 @@ class SelectedExperts(nn.Module):
         return found
 
 
-class ExpertSpecializedLayer(nn.Module, BaseTunerLayer):
+class ExpertSpecializedLayer(AdapterLayer):
     """A mixture layer that runs with some of its experts replaced by trained ones."""
 
     adapter_layer_names = (_ATTRIBUTE,)
-    other_param_names = ()
+    expert_specialized_weights: nn.ModuleDict
 
     def __init__(self, base_layer: nn.Module, *, key: str, context: BatchContext) -> None:
         """`key` is the layer's name in the model."""
-        super().__init__()
-        self.base_layer, self.key, self.context = base_layer, key, context
-        self.expert_specialized_weights = nn.ModuleDict()
-        self._disable_adapters = False
-        self.merged_adapters = []
+        super().__init__(base_layer, key=key, context=context)
         self._originals: dict[str, Tensor] = {}
 
     def add(self, name: str, config: ExpertSpecializedConfig) -> None:
         """Adds an adapter."""
-        selected = SelectedExperts(self.get_base_layer().get_submodule("experts"), config.experts[self.key])
-        add_adapter_module(self, name, selected, _ATTRIBUTE)
+        experts = self.get_base_layer().get_submodule("experts")
+        self.add_module_named(name, SelectedExperts(experts, config.experts[self.key]))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer, with the trained experts in place of its own."""
-        active = active_modules(self, _ATTRIBUTE)
+        active = self.active_modules()
         if self.merged or not active:
             return self.base_layer(*args, **kwargs)
         weights = active[-1].full(self.base_layer.get_submodule("experts"))
@@ -132,26 +127,9 @@ class ExpertSpecializedModel(RoutedTuner):
     tuner_layer_cls = ExpertSpecializedLayer
     attribute = _ATTRIBUTE
 
-    def _create_and_replace(
-        self,
-        peft_config: PeftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        assert isinstance(peft_config, ExpertSpecializedConfig)
-        if isinstance(target, ExpertSpecializedLayer):
-            target.add(adapter_name, peft_config)
-            return
-        layer = ExpertSpecializedLayer(target, key=current_key, context=self.context)
-        layer._active_adapter = adapter_name
-        layer.add(adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+    def new_layer(self, config: Any, target: nn.Module, name: str, parent: nn.Module, key: str) -> AdapterLayer:
+        """A mixture layer's."""
+        return ExpertSpecializedLayer(target, key=key, context=self.context)
 
 
 def stacked_weights(experts: nn.Module) -> dict[str, nn.Parameter]:

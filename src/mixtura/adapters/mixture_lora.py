@@ -17,13 +17,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
 from mixtura.adapters.low_rank_experts import Gates, LowRankExperts, RouterKind, routing_statistics
 from mixtura.adapters.targets import KINDS, SPLIT, Kind, Projections, projections
-from mixtura.adapters.tuner import BatchContext, RoutedTuner, active_modules, add_adapter_module, register_method
+from mixtura.adapters.tuner import AdapterLayer, BatchContext, RoutedTuner, TwoPartLayer, register_method
 from mixtura.config import UserError
 
 _ATTRIBUTE = "mixture_lora_experts"
@@ -135,19 +134,23 @@ class _Routed(NamedTuple):
     gates: Gates
 
 
-class MixtureLoraLayer(nn.Module, BaseTunerLayer):
-    """What both scopes share: the adapters by name, the batch context, and routing with its statistics."""
+class MixtureLoraLayer(AdapterLayer):
+    """What both scopes share: routing with its statistics."""
 
     adapter_layer_names = (_ATTRIBUTE,)
-    other_param_names = ()
+    unmergeable = "A routed adapter cannot be merged into its base: mixtura.adapters.conversion has the exact forms."
+    mixture_lora_experts: nn.ModuleDict
 
-    def __init__(self, base_layer: nn.Module, *, key: str, context: BatchContext) -> None:
-        """`key` is the layer's name in the model, under which it leaves its statistics."""
-        super().__init__()
-        self.base_layer, self.key, self.context = base_layer, key, context
-        self.mixture_lora_experts = nn.ModuleDict()
-        self._disable_adapters = False
-        self.merged_adapters = []
+    def add(self, name: str, config: MixtureLoraConfig) -> None:
+        """Adds an adapter."""
+        if config.router == "task":
+            self.context.num_tasks = config.num_tasks or config.num_experts
+        shapes, width = self.shapes()
+        self.add_module_named(name, build_experts(shapes, width, config))
+
+    def shapes(self) -> tuple[dict[str, tuple[int, int]], int]:
+        """Inputs and outputs of the linear layers that get experts, by name, and the width that the router reads."""
+        raise NotImplementedError
 
     def route(self, experts: LowRankExperts, x: Tensor) -> _Routed:
         """Flattens the tokens, routes them, and leaves the statistics in the context."""
@@ -158,72 +161,57 @@ class MixtureLoraLayer(nn.Module, BaseTunerLayer):
             self.context.stats[self.key] = routing_statistics(gates, None if mask_BL is None else mask_BL.flatten())
         return _Routed(x_TD, gates)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuses: a router's weights depend on the token, so there is no one matrix to merge."""
-        raise UserError(
-            "A routed adapter cannot be merged into its base: see mixtura.adapters.conversion for the exact forms."
-        )
-
-    def unmerge(self) -> None:
-        """Nothing to do: nothing is ever merged."""
-
 
 class MixtureLoraLinear(MixtureLoraLayer):
     """A frozen linear layer and routed low-rank updates of it."""
 
-    def add(self, name: str, config: MixtureLoraConfig) -> None:
-        """Adds an adapter."""
+    def shapes(self) -> tuple[dict[str, tuple[int, int]], int]:
+        """Those of the one layer."""
         linear: Any = self.get_base_layer()
-        shape = (linear.in_features, linear.out_features)
-        add_adapter_module(self, name, build_experts({"linear": shape}, shape[0], config), _ATTRIBUTE)
+        return {"linear": (linear.in_features, linear.out_features)}, linear.in_features
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., I) -> (..., O)."""
         y = self.base_layer(x, *args, **kwargs)
-        for experts in active_modules(self, _ATTRIBUTE):
+        for experts in self.active_modules():
             x_TD, gates = self.route(experts, x)
             y = y + experts.update("linear", x_TD, gates.weight_TE).to(y.dtype).view(y.shape)
         return y
 
 
-class MixtureLoraFeedForward(MixtureLoraLayer):
+class MixtureLoraFeedForward(TwoPartLayer, MixtureLoraLayer):
     """A frozen feed-forward layer of which every expert has its own low-rank updates, under one routing.
 
-    Of a split layer (BERT), this replaces the first half; the linear layer of its second half, `down`, stays where it
-    is, and a forward hook there puts the experts' output in place of its own.
+    Of a layer of two modules, the experts' output takes the place of what the second half would give.
     """
 
     def __init__(
         self, base_layer: nn.Module, *, key: str, context: BatchContext, kind: Kind, down: nn.Module | None
     ) -> None:
-        """`kind` names the parts of the layer; `down` is given for a split layer."""
-        super().__init__(base_layer, key=key, context=context)
+        """`kind` names the parts of the layer; `down` is given for a layer of two modules."""
+        super().__init__(base_layer, key=key, context=context, down=down)
         self.kind = kind
-        self._outside = (down,)  # in a tuple, so that its parameters are not registered twice
-        self._pending: Tensor | None = None
-        if down is not None:
-            down.register_forward_hook(self.leave)
 
     @property
     def is_split(self) -> bool:
         """Whether the layer is made of two modules, as BERT's."""
-        return self._outside[0] is not None
+        return self.down is not None
 
     @property
     def parts(self) -> Projections:
         """The frozen layer's linear layers and activation."""
-        return projections(self.get_base_layer(), self.kind, self._outside[0])
+        return projections(self.get_base_layer(), self.kind, self.down)
 
-    def add(self, name: str, config: MixtureLoraConfig) -> None:
-        """Adds an adapter."""
+    def shapes(self) -> tuple[dict[str, tuple[int, int]], int]:
+        """Those of gate, up and down; the router reads what up reads."""
         named: list[tuple[str, Any]] = [(n, getattr(self.parts, n)) for n in ("gate", "up", "down")]
         shapes = {n: (linear.in_features, linear.out_features) for n, linear in named if linear is not None}
-        add_adapter_module(self, name, build_experts(shapes, shapes["up"][0], config), _ATTRIBUTE)
+        return shapes, shapes["up"][0]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """(B, L, D) -> (B, L, D); a split layer's first half gives (B, L, F), which nobody looks at."""
-        active = active_modules(self, _ATTRIBUTE)
-        self._pending = None
+        active = self.active_modules()
+        self.pending = None
         if not active:
             return self.base_layer(x, *args, **kwargs)
         if len(active) > 1:
@@ -231,15 +219,14 @@ class MixtureLoraFeedForward(MixtureLoraLayer):
         x_TD, gates = self.route(active[0], x)
         y_TD, up_TF = mixture_of_feed_forwards(self.parts, active[0], x_TD, gates.weight_TE)
         y = y_TD.view(*x.shape[:-1], -1)
-        if self._outside[0] is not None:
-            self._pending = y
+        if self.down is not None:
+            self.pending = y
             return self.parts.act(up_TF).view(*x.shape[:-1], -1)
         return (y, None) if kwargs.get("return_stats") else y
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Forward hook of a split layer's last linear layer."""
-        pending, self._pending = self._pending, None
-        return output if pending is None else pending
+    def finish(self, output: Tensor, pending: Tensor) -> Tensor:
+        """The experts' output."""
+        return pending
 
 
 def mixture_of_feed_forwards(
@@ -276,34 +263,13 @@ class MixtureLoraModel(RoutedTuner):
     tuner_layer_cls = MixtureLoraLayer
     attribute = _ATTRIBUTE
 
-    def _create_and_replace(
-        self,
-        peft_config: PeftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        assert isinstance(peft_config, MixtureLoraConfig)
-        if peft_config.router == "task":
-            self.context.num_tasks = peft_config.num_tasks or peft_config.num_experts
-        if isinstance(target, MixtureLoraLinear | MixtureLoraFeedForward):
-            target.add(adapter_name, peft_config)
-            return
-        layer: MixtureLoraLinear | MixtureLoraFeedForward
-        if peft_config.scope == "linear":
-            _require_linear(target, current_key)
-            layer = MixtureLoraLinear(target, key=current_key, context=self.context)
-        else:
-            kind, down = find_kind(target, target_name, parent, current_key)
-            layer = MixtureLoraFeedForward(target, key=current_key, context=self.context, kind=kind, down=down)
-        layer._active_adapter = adapter_name
-        layer.add(adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+    def new_layer(self, config: Any, target: nn.Module, name: str, parent: nn.Module, key: str) -> AdapterLayer:
+        """A linear layer's or a whole feed-forward layer's, as the scope says."""
+        if config.scope == "linear":
+            _require_linear(target, key)
+            return MixtureLoraLinear(target, key=key, context=self.context)
+        kind, down = find_kind(target, name, parent, key)
+        return MixtureLoraFeedForward(target, key=key, context=self.context, kind=kind, down=down)
 
 
 def find_kind(target: nn.Module, target_name: str, parent: nn.Module, key: str) -> tuple[Kind, nn.Module | None]:

@@ -20,12 +20,11 @@ from typing import Any, Literal
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
 from mixtura.adapters.targets import SPLIT
-from mixtura.adapters.tuner import BatchContext, RoutedTuner, active_modules, add_adapter_module, register_method
+from mixtura.adapters.tuner import AdapterLayer, RoutedTuner, TwoPartLayer, register_method
 from mixtura.config import UserError
 from mixtura.layers import MixtureOfTokens
 
@@ -96,37 +95,25 @@ class MotExperts(nn.Module):
         return (y_BLD * self.scale).to(x_BLD.dtype), stats
 
 
-class MotAdapterLayer(nn.Module, BaseTunerLayer):
+class MotAdapterLayer(TwoPartLayer):
     """A frozen feed-forward layer and mixtures of tokens beside it.
 
-    Of a split layer (BERT), this replaces the first half, and a forward hook on the linear layer that ends the second
-    adds the update there, before dropout, residual and norm.
+    Of a layer of two modules, the update is added where the second ends, before dropout, residual and norm.
     """
 
     adapter_layer_names = (_ATTRIBUTE,)
-    other_param_names = ()
+    unmergeable = "A mixture-of-tokens adapter cannot be merged into its base: keep it as an adapter."
+    mixture_of_tokens_layer: nn.ModuleDict
 
-    def __init__(self, base_layer: nn.Module, *, key: str, context: BatchContext, down: nn.Module | None) -> None:
-        """`key` is the layer's name in the model; `down` ends a split layer."""
-        super().__init__()
-        self.base_layer, self.key, self.context = base_layer, key, context
-        self.mixture_of_tokens_layer = nn.ModuleDict()
-        self._disable_adapters = False
-        self.merged_adapters = []
-        self._outside = (down,)  # in a tuple, so that its parameters are not registered twice
-        self._pending: Tensor | None = None
-        if down is not None:
-            down.register_forward_hook(self.leave)
-
-    def add(self, name: str, hidden_size: int, config: MotAdapterConfig) -> None:
-        """Adds an adapter for inputs of width `hidden_size`."""
-        add_adapter_module(self, name, MotExperts(hidden_size, config), _ATTRIBUTE)
+    def add(self, name: str, config: MotAdapterConfig) -> None:
+        """Adds an adapter."""
+        self.add_module_named(name, MotExperts(input_width(self.get_base_layer()), config))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """(B, L, D) -> the frozen layer's output, with the update added."""
         output = self.base_layer(x, *args, **kwargs)
-        self._pending = None
-        active = active_modules(self, _ATTRIBUTE)
+        self.pending = None
+        active = self.active_modules()
         if not active:
             return output
         if x.dim() != 3:
@@ -135,8 +122,8 @@ class MotAdapterLayer(nn.Module, BaseTunerLayer):
                 "hidden_size); use another adapter for this model."
             )
         update = torch.stack([self._update(experts, x) for experts in active]).sum(0)
-        if self._outside[0] is not None:
-            self._pending = update
+        if self.down is not None:
+            self.pending = update
             return output
         if isinstance(output, tuple):
             return (output[0] + update.to(output[0].dtype), *output[1:])
@@ -149,17 +136,9 @@ class MotAdapterLayer(nn.Module, BaseTunerLayer):
             self.context.stats[self.key] = stats
         return y_BLD
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Forward hook of a split layer's last linear layer."""
-        pending, self._pending = self._pending, None
-        return output if pending is None else output + pending.to(output.dtype)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuses: experts with an activation are no matrix that could be merged."""
-        raise UserError("A mixture-of-tokens adapter cannot be merged into its base: keep it as an adapter.")
-
-    def unmerge(self) -> None:
-        """Nothing to do: nothing is ever merged."""
+    def finish(self, output: Tensor, pending: Tensor) -> Tensor:
+        """The frozen layer's output and the update."""
+        return output + pending.to(output.dtype)
 
 
 class MotAdapterModel(RoutedTuner):
@@ -169,28 +148,11 @@ class MotAdapterModel(RoutedTuner):
     tuner_layer_cls = MotAdapterLayer
     attribute = _ATTRIBUTE
 
-    def _create_and_replace(
-        self,
-        peft_config: PeftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        assert isinstance(peft_config, MotAdapterConfig)
-        if isinstance(target, MotAdapterLayer):
-            target.add(adapter_name, input_width(target.get_base_layer()), peft_config)
-            return
-        split = target_name == "intermediate" and isinstance(getattr(target, "dense", None), nn.Linear)
+    def new_layer(self, config: Any, target: nn.Module, name: str, parent: nn.Module, key: str) -> AdapterLayer:
+        """A whole feed-forward layer's."""
+        split = name == "intermediate" and isinstance(getattr(target, "dense", None), nn.Linear)
         down = parent.get_submodule(SPLIT.down) if split else None
-        layer = MotAdapterLayer(target, key=current_key, context=self.context, down=down)
-        layer._active_adapter = adapter_name
-        layer.add(adapter_name, input_width(target), peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        return MotAdapterLayer(target, key=key, context=self.context, down=down)
 
 
 def input_width(block: nn.Module) -> int:

@@ -111,6 +111,81 @@ class BatchContext:
         return self.task_ids_B.to(x.device).repeat_interleave(tokens // tasks)
 
 
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """What the layers of our methods share: the frozen layer, its adapters by name, and the batch context.
+
+    A subclass names the attribute with its adapters in `adapter_layer_names`, makes an adapter in `add`, and says in
+    `unmergeable` why it cannot be merged, if it cannot.
+    """
+
+    other_param_names = ()
+    unmergeable: str
+
+    def __init__(self, base_layer: nn.Module, *, key: str, context: BatchContext) -> None:
+        """`key` is the layer's name in the model, under which it leaves its statistics."""
+        super().__init__()
+        self.base_layer, self.key, self.context = base_layer, key, context
+        setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def add(self, name: str, config: Any) -> None:
+        """Makes the adapter that `config` asks for, and hands it to `add_module_named`."""
+        raise NotImplementedError
+
+    def add_module_named(self, name: str, adapter: nn.Module) -> None:
+        """Keeps an adapter, on the base layer's device and in its type, and activates it."""
+        like = next(self.get_base_layer().parameters())
+        if like.device.type != "meta" and all(p.device.type != "meta" for p in adapter.parameters()):
+            adapter = adapter.to(like.device, like.dtype if like.is_floating_point() else torch.float32)
+        getattr(self, self.adapter_layer_names[0])[name] = adapter
+        self.set_adapter(self.active_adapters)
+
+    def active_modules(self) -> list[Any]:
+        """The adapters that the layer applies now."""
+        if self.disable_adapters:
+            return []
+        modules = getattr(self, self.adapter_layer_names[0])
+        return [modules[name] for name in self.active_adapters if name in modules]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuses."""
+        raise UserError(self.unmergeable)
+
+    def unmerge(self) -> None:
+        """Nothing to do: nothing is ever merged."""
+
+
+class TwoPartLayer(AdapterLayer):
+    """An adapter of a whole feed-forward layer, which in BERT is two modules.
+
+    Of such a layer this replaces the first half. The linear layer that ends the second half, `down`, stays where it is,
+    and a forward hook there hands on what the first half left in `pending`.
+    """
+
+    def __init__(self, base_layer: nn.Module, *, key: str, context: BatchContext, down: nn.Module | None) -> None:
+        """`down` is given for a layer of two modules."""
+        super().__init__(base_layer, key=key, context=context)
+        self._outside = (down,)  # in a tuple, so that its parameters are not registered twice
+        self.pending: Tensor | None = None
+        if down is not None:
+            down.register_forward_hook(self.leave)
+
+    @property
+    def down(self) -> nn.Module | None:
+        """The linear layer that ends a layer of two modules."""
+        return self._outside[0]
+
+    def finish(self, output: Tensor, pending: Tensor) -> Tensor:
+        """What the second half gives out, from its own output and what the first half left."""
+        raise NotImplementedError
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Forward hook of `down`."""
+        pending, self.pending = self.pending, None
+        return output if pending is None else self.finish(output, pending)
+
+
 class RoutedTuner(BaseTuner):
     """A PEFT tuner whose layers share one `BatchContext`. Subclasses are PEFT's own kind of extension point."""
 
@@ -133,6 +208,30 @@ class RoutedTuner(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT's own also copies `weight`, which a whole feed-forward layer does not have."""
         setattr(parent, child_name, new_module)
+
+    def new_layer(self, config: Any, target: nn.Module, name: str, parent: nn.Module, key: str) -> AdapterLayer:
+        """The layer that takes the place of `target`, which is `parent`'s child `name` and the model's module `key`."""
+        raise NotImplementedError
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, AdapterLayer):
+            target.add(adapter_name, peft_config)
+            return
+        layer = self.new_layer(peft_config, target, target_name, parent, current_key)
+        layer._active_adapter = adapter_name
+        layer.add(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -197,20 +296,3 @@ def observe_routing(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         context.observe = False
-
-
-def add_adapter_module(layer: BaseTunerLayer, name: str, adapter: nn.Module, attribute: str) -> None:
-    """Puts an adapter into a layer's ModuleDict, on the base layer's device and in its type, and activates it."""
-    like = next(layer.get_base_layer().parameters())
-    if like.device.type != "meta" and all(p.device.type != "meta" for p in adapter.parameters()):
-        adapter = adapter.to(like.device, like.dtype if like.is_floating_point() else torch.float32)
-    getattr(layer, attribute)[name] = adapter
-    layer.set_adapter(layer.active_adapters)
-
-
-def active_modules(layer: BaseTunerLayer, attribute: str) -> list[Any]:
-    """The adapters that a layer applies now."""
-    if layer.disable_adapters:
-        return []
-    modules = getattr(layer, attribute)
-    return [modules[name] for name in layer.active_adapters if name in modules]

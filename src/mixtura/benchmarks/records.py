@@ -1,10 +1,10 @@
 """The record of a benchmark: what was measured, with versions, hardware and date."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from mixtura.comparison.folder import environment, now, write_text
+from mixtura.comparison.folder import environment, now
+from mixtura.files import write_json
 
 
 def store_record(folder: Path, kind: str, *, settings: dict[str, Any], suffix: str = "", **measured: Any) -> Path:
@@ -19,5 +19,5 @@ def store_record(folder: Path, kind: str, *, settings: dict[str, Any], suffix: s
     """
     record = {"created": now(), "environment": environment(), "settings": settings, **measured}
     path = folder / f"{kind}-{record['environment']['device'].replace(' ', '-').lower()}{suffix}.json"
-    write_text(path, json.dumps(record, indent=1) + "\n")
+    write_json(path, record)
     return path

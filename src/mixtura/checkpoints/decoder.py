@@ -3,14 +3,13 @@
 import copy
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mixtura.checkpoints.pretrained import resolve_base
-from mixtura.checkpoints.source import open_source, read_json
-from mixtura.config import UserError
+from mixtura.checkpoints.source import open_source
 from mixtura.models import MixtureConfig, MixtureForCausalLM
+from mixtura.models.loading import folder_settings, load_config, load_weights
 
 
 def decoder_config(name: str) -> MixtureConfig:
@@ -23,7 +22,7 @@ def decoder_config(name: str) -> MixtureConfig:
         UserError: there is none, it cannot be read, or it is of another architecture.
     """
     folder = _own_folder(name)
-    return open_source(name).config if folder is None else _read(MixtureConfig, folder, name)
+    return open_source(name).config if folder is None else load_config(MixtureConfig, folder)
 
 
 def load_decoder(name: str, config: MixtureConfig) -> MixtureForCausalLM:
@@ -34,13 +33,7 @@ def load_decoder(name: str, config: MixtureConfig) -> MixtureForCausalLM:
     """
     config, folder = copy.deepcopy(config), _own_folder(name)
     if folder is not None:
-        settings = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-        model, found = _read(MixtureForCausalLM, folder, name, **settings)
-        # transformers fills what is missing with random numbers. What training adds starts as that of zeros.
-        added = (".expert_bias", ".population.")
-        for tensor in sorted(key for key in found["missing_keys"] if not any(part in key for part in added)):
-            raise UserError(f"The checkpoint '{name}' is damaged: {tensor} is missing; make or fetch it again.")
-        return model
+        return load_weights(MixtureForCausalLM, folder, may_lack=_is_added, config=config, dtype=torch.float32)
     source = open_source(name)
     model = MixtureForCausalLM(config)
     state = {tensor: source.tensor(tensor).float() for tensor in source.files}
@@ -85,12 +78,9 @@ def _own_folder(name: str) -> Path | None:
     folder = Path(resolve_base(name))
     if not (folder / "config.json").is_file():
         return None
-    return folder if read_json(folder / "config.json", name).get("model_type") == "mixtura" else None
+    return folder if folder_settings(folder).get("model_type") == "mixtura" else None
 
 
-def _read(kind: Any, folder: Path, name: str, **settings: Any) -> Any:
-    try:
-        return kind.from_pretrained(folder, **settings)
-    except Exception as error:  # files and parsers raise many unrelated classes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
-        raise UserError(f"The checkpoint '{name}' cannot be loaded ({reason}): make or fetch it again.") from error
+def _is_added(tensor: str) -> bool:
+    """Whether training adds the tensor to a checkpoint of before; it starts as that of zeros."""
+    return ".expert_bias" in tensor or ".population." in tensor

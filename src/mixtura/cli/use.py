@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+import mixtura
 from mixtura.cli.application import ModelArgument, app, hush, open_page
 
 
-@app.command()
+@app.command(rich_help_panel="Use")
 def evaluate(
     model: ModelArgument,
     text: Annotated[Path, typer.Option(help="Held-out text: a file or folder of .txt or tables.")],
@@ -23,20 +24,18 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a model's loss on a text, in each of its modes."""
-    from mixtura.evaluation import evaluate_folder
-
     hush()
-    losses = evaluate_folder(
+    losses = mixtura.evaluate(
         model, text, text_column=text_column, batch_size=batch_size, sequence_length=sequence_length
     )
-    for mode, values in losses.items():
+    for mode, measured in losses.items():
         typer.echo(
-            f"{mode:10} {values['loss']:.4f} nats a token  {values['bits_per_byte']:.4f} bits a byte  "
-            f"perplexity {values['perplexity']:.2f}"
+            f"{mode:10} {measured.loss:.4f} nats a token  {measured.bits_per_byte:.4f} bits a byte  "
+            f"perplexity {measured.perplexity:.2f}"
         )
 
 
-@app.command()
+@app.command(rich_help_panel="Use")
 def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
@@ -54,7 +53,7 @@ def generate(
     typer.echo(generate_text(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
 
 
-@app.command()
+@app.command(rich_help_panel="Use")
 def translate(
     model: Annotated[
         Path, typer.Argument(help="A translation model, such as runs/translation/arms/dense/seed0/checkpoint.")
@@ -75,7 +74,7 @@ def translate(
     )
 
 
-@app.command()
+@app.command(rich_help_panel="Use")
 def classify(
     model: Annotated[
         Path, typer.Argument(help="A classifier, such as runs/classification/arms/layer_mix/seed0/checkpoint.")
@@ -90,7 +89,7 @@ def classify(
         typer.echo(f"{answer.label:12} {answer.probability:6.1%}  {text}")
 
 
-@app.command()
+@app.command(rich_help_panel="Use")
 def diagnose(
     model: ModelArgument,
     text: Annotated[
@@ -108,11 +107,9 @@ def diagnose(
 
     Load, texts and token types by expert, and sentences coloured by expert.
     """
-    from mixtura.tasks.inspection import diagnose_folder
-
     hush()
     folder = out or Path("diagnosis")
-    results = diagnose_folder(
+    found = mixtura.diagnose(
         model,
         text or [],
         out=folder,
@@ -121,6 +118,6 @@ def diagnose(
         command=shlex.join(["mixtura", *sys.argv[1:]]),
     )
     page = folder / "diagnosis.html"
-    typer.echo(f"{results['verdict']['headline']}\n\nPage: {page}")
+    typer.echo(f"{found.headline}\n\nPage: {page}")
     if show:
         open_page(page)

@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import tomllib
-from collections.abc import Collection
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +18,9 @@ from typing import Any
 import torch
 
 from mixtura.config import FinetuneRecipe, Recipe, UserError, recipe_to_dict, recipe_to_toml
+from mixtura.files import write_json, write_text
 from mixtura.kernels import native
+from mixtura.results.files import read_json
 from mixtura.training.experiment import Experiment
 
 
@@ -110,7 +111,8 @@ def check_same_data(out: Path, experiment: Experiment) -> None:
 
 
 def _has_runs(out: Path) -> bool:
-    return any(out.glob("arms/*/*/run.json")) or any(out.glob("search/*/*/run.json"))
+    """Whether a run has begun, a trial of the search among them: `arms/<arm>/seed<k>/`, one folder deeper there."""
+    return any(out.glob("arms/*/*/run.json")) or any(out.glob("search/*/*/*/run.json"))
 
 
 def _first_difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any] | None:
@@ -122,7 +124,7 @@ def _first_difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any] | 
     return None if old == new else (where, old, new)
 
 
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, str | int | None]:
     """Versions and hardware, as results.json has them."""
     return {
         **{name: _version(name) for name in ("mixtura", "torch", "transformers", "accelerate", "tokenizers", "numpy")},
@@ -156,36 +158,3 @@ def _processor() -> str:
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: under a temporary name, renamed last."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all; NaN is refused, since no other reader takes it."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def read_json(path: Path, *, keys: Collection[str] = ()) -> Any:
-    """The JSON object in `path`, or None when there is no such file.
-
-    Raises:
-        UserError: the file is damaged, or lacks one of `keys`.
-    """
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        stored = None
-    if not isinstance(stored, dict) or not stored.keys() >= set(keys):
-        raise UserError(f"'{path}' is damaged: delete it, and that part is computed again.")
-    return stored

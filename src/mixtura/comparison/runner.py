@@ -3,13 +3,14 @@
 Every part is kept as it is done, so a finished comparison is not repeated and a killed one goes on where it stopped.
 """
 
-import dataclasses
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from mixtura.comparison.arms import (
+from mixtura.comparison.folder import check_same_data, environment, now, open_folder
+from mixtura.comparison.preparing import (
     AnyRecipe,
     check_arms,
     leak_warning,
@@ -17,25 +18,41 @@ from mixtura.comparison.arms import (
     task_of,
     tokens_per_step,
 )
-from mixtura.comparison.folder import check_same_data, environment, now, open_folder, read_json, write_json
-from mixtura.comparison.runs import run_arm, trial_loss
-from mixtura.comparison.search import fingerprint, load_record, search_learning_rates
+from mixtura.comparison.search import load_record, search_learning_rates, write_record
 from mixtura.comparison.timing import time_arms
 from mixtura.config import (
-    FinetuneRecipe,
-    Recipe,
+    Interrupted,
     TrainingConfig,
     UserError,
-    load_recipe,
+    as_recipe,
     recipe_to_dict,
     recipe_to_toml,
 )
-from mixtura.report.html import write_report
+from mixtura.errors import need
+from mixtura.files import write_json
 from mixtura.report.summary import summarize
-from mixtura.training import ProgressReporter, SilentProgress, TrainingDiverged
+from mixtura.results import LOSS, ArmResult, ArmTiming, Leaks, Results, RunResult, SearchRecord
+from mixtura.results.document import DataFacts
+from mixtura.results.files import (
+    RESULT,
+    RESULTS,
+    read_json,
+    read_records,
+    read_run,
+    write_results,
+    write_run,
+)
+from mixtura.results.json_form import to_plain
+from mixtura.training import (
+    METRICS,
+    ProgressReporter,
+    SilentProgress,
+    TrainingDiverged,
+    read_metrics,
+    summarize_metrics,
+    train,
+)
 from mixtura.training.experiment import Arm, Experiment
-
-SCHEMA_VERSION = 2
 
 
 def planned_steps(recipe: AnyRecipe) -> int:
@@ -53,7 +70,7 @@ def compare(
     resume: bool = True,
     command: str | None = None,
     reporter: ProgressReporter | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Trains and compares the arms of a recipe, and writes the report.
 
     Args:
@@ -65,14 +82,14 @@ def compare(
         reporter: shows progress and says what happens; None shows nothing.
 
     Returns:
-        The content of results.json; docs/report.md documents it.
+        What results.json holds, its summary included; docs/report.md documents it.
 
     Raises:
         UserError: the recipe, the data or the folder is unusable.
         Interrupted: Ctrl-C was pressed; the same call goes on from there.
     """
-    given = isinstance(recipe, Recipe | FinetuneRecipe)
-    path, loaded = (None, recipe) if given else (Path(recipe), load_recipe(Path(recipe), overrides))
+    need("mixtura.report.html")  # a missing package is named before hours of training, not after
+    path, loaded = as_recipe(recipe, overrides)
     folder = Path(out) if out is not None else Path("runs") / loaded.name
     open_folder(folder, loaded, resume=resume)
     return _Comparison(loaded, path, folder, reporter or SilentProgress()).run(
@@ -86,7 +103,7 @@ class _Comparison:
     def __init__(self, recipe: AnyRecipe, recipe_path: Path | None, out: Path, reporter: ProgressReporter) -> None:
         self.recipe, self.recipe_path, self.out, self.reporter = recipe, recipe_path, out, reporter
 
-    def run(self, command: str) -> dict[str, Any]:
+    def run(self, command: str) -> Results:
         started = time.monotonic()
         experiment = make_experiment(self.recipe, self.out, self.reporter)
         check_same_data(self.out, experiment)
@@ -95,37 +112,50 @@ class _Comparison:
         leaks = self._probe_leaks(arms)
         searched = self._search(arms)
         rates = {
-            name: searched[name]["best"] if self.recipe.search.learning_rates else arm.learning_rate
+            name: searched[name].best if self.recipe.search.learning_rates else arm.learning_rate
             for name, arm in arms.items()
         }
         timing = self._time(arms)
         runs = self._train(arms, rates)
-        results = self._results(experiment, command, runs=runs, rates=rates, searched=searched, timing=timing)
-        for name, arm_leaks in leaks.items():
-            results["arms"][name]["leaks"] = arm_leaks
-        results["across_arms"] = experiment.across_arms(self.out)
+        baseline = arms[self.recipe.baseline]
+        described = {
+            name: ArmResult(
+                **vars(arm.describe(baseline)),
+                **vars(timing[name]),
+                family=arm.family,
+                label=arm.label,
+                training_mode=arm.training_mode,
+                deployed_mode=arm.deployed_mode,
+                learning_rate=rates[name],
+                learning_rate_search=searched.get(name),
+                leaks=leaks[name],
+                runs=runs[name],
+            )
+            for name, arm in arms.items()
+        }
         # A comparison that was stopped and went on has taken at least the time of all its runs.
-        before = (read_json(self.out / "results.json") or {}).get("total_seconds", 0.0)
-        trained = sum(run["train_seconds"] for arm_runs in runs.values() for run in arm_runs)
-        results["total_seconds"] = max(before, trained, time.monotonic() - started)
-        results["summary"] = summarize(results)
-        write_json(self.out / "results.json", results)
-        write_report(results, self.out)
+        before = (read_json(self.out / RESULTS) or {}).get("total_seconds") or 0.0
+        trained = sum(run.train_seconds for arm_runs in runs.values() for run in arm_runs)
+        results = self._results(experiment, described, command)
+        results = replace(results, total_seconds=max(before, trained, time.monotonic() - started))
+        results = replace(results, summary=summarize(results))
+        write_results(self.out / RESULTS, results)
+        need("mixtura.report.html").write_report(results, self.out)
         return results
 
-    def _probe_leaks(self, arms: dict[str, Arm]) -> dict[str, dict[str, bool]]:
+    def _probe_leaks(self, arms: dict[str, Arm]) -> dict[str, Leaks]:
         leaks = {name: arm.leaks() for name, arm in arms.items()}
         for name, arm in arms.items():
             if warning := leak_warning(arm, leaks[name], task_of(self.recipe)):
                 self.reporter.note(warning)
         return leaks
 
-    def _search(self, arms: dict[str, Arm]) -> dict[str, dict[str, Any]]:
+    def _search(self, arms: dict[str, Arm]) -> dict[str, SearchRecord]:
         if not self.recipe.search.learning_rates:
             return load_record(self.recipe, self.recipe_path)
         search = self.recipe.search
         steps = search.steps or self.recipe.training.steps
-        training = dataclasses.replace(self.recipe.training, steps=steps, eval_every=steps)
+        training = replace(self.recipe.training, steps=steps, eval_every=steps)
 
         def run_trial(name: str, rate: float, seed: int) -> float:
             arm = arms[name]
@@ -146,20 +176,22 @@ class _Comparison:
             return trial_loss(arm, result)
 
         records = search_learning_rates(self.recipe, run_trial)
-        write_json(self.out / "search" / "record.json", {"fingerprint": fingerprint(self.recipe), "arms": records})
+        write_record(self.out / "search" / "record.json", self.recipe, records)
         return records
 
-    def _time(self, arms: dict[str, Arm]) -> dict[str, dict[str, Any]]:
-        stored = read_json(self.out / "timing.json", keys=arms)
-        if stored is None:
-            self.reporter.note("timing a step of every arm, side by side")
-            stored = time_arms(arms, self.recipe.training, self.recipe.baseline)
-            write_json(self.out / "timing.json", stored)
-        return stored
+    def _time(self, arms: dict[str, Arm]) -> dict[str, ArmTiming]:
+        path = self.out / "timing.json"
+        stored = read_json(path, keys=arms)
+        if stored is not None:
+            return read_records(path, ArmTiming, stored)
+        self.reporter.note("timing a step of every arm, side by side")
+        timing = time_arms(arms, self.recipe.training, self.recipe.baseline)
+        write_json(path, to_plain(timing))
+        return timing
 
-    def _train(self, arms: dict[str, Arm], rates: dict[str, float]) -> dict[str, list[dict[str, Any]]]:
+    def _train(self, arms: dict[str, Arm], rates: dict[str, float]) -> dict[str, list[RunResult]]:
         # Seed by seed, so that a comparison stopped half-way has complete pairs.
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+        runs: dict[str, list[RunResult]] = {name: [] for name in arms}
         for seed in self.recipe.seeds:
             for name, arm in arms.items():
                 runs[name].append(
@@ -175,70 +207,47 @@ class _Comparison:
                 )
         return runs
 
-    def _results(
-        self,
-        experiment: Experiment,
-        command: str,
-        *,
-        runs: dict[str, list[dict[str, Any]]],
-        rates: dict[str, float],
-        searched: dict[str, dict[str, Any]],
-        timing: dict[str, dict[str, Any]],
-    ) -> dict[str, Any]:
+    def _results(self, experiment: Experiment, arms: dict[str, ArmResult], command: str) -> Results:
         recipe = self.recipe
         baseline = experiment.arms[recipe.baseline]
-        described = {
-            name: {
-                "family": arm.family,
-                "label": arm.label,
-                **arm.describe(baseline),
-                "training_mode": arm.training_mode,
-                "deployed_mode": arm.deployed_mode,
-                **timing[name],
-                "learning_rate": rates[name],
-                "learning_rate_search": searched.get(name),
-            }
-            for name, arm in experiment.arms.items()
-        }
-        for name, arm in described.items():
-            arm["runs"] = [_with_costs(run, arm) for run in runs[name]]
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "created": now(),
-            "command": command,
-            "task": task_of(recipe),
-            "measure": dataclasses.asdict(baseline.task.measure),
-            "recipe": recipe_to_dict(recipe),
-            "recipe_toml": recipe_to_toml(recipe),
-            "environment": environment(),
-            "data": {**experiment.data, **_budget(baseline, experiment, recipe.training)},
-            "held_equal": experiment.held_equal(described),
-            "baseline": recipe.baseline,
-            "arms": described,
-        }
+        return Results(
+            created=now(),
+            command=command,
+            task=task_of(recipe),
+            measure=baseline.task.measure,
+            recipe=recipe_to_dict(recipe),
+            recipe_toml=recipe_to_toml(recipe),
+            environment=environment(),
+            data=_data_facts(baseline, experiment, recipe.training),
+            held_equal=experiment.held_equal(arms),
+            baseline=recipe.baseline,
+            total_seconds=None,
+            arms={name: replace(arm, runs=[_with_costs(run, arm) for run in arm.runs]) for name, arm in arms.items()},
+            across_arms=experiment.across_arms(self.out),
+        )
 
 
-def _budget(arm: Arm, experiment: Experiment, training: TrainingConfig) -> dict[str, Any]:
-    """Tokens of a step and a run, and how often a run reads its training data."""
+def _data_facts(arm: Arm, experiment: Experiment, training: TrainingConfig) -> DataFacts:
+    """The data, with the tokens of a step and a run, and how often a run reads its training data."""
     per_step = tokens_per_step(arm, training)
-    facts, tokens = experiment.data, per_step * training.steps
+    facts, tokens = dict(experiment.data), per_step * training.steps
     examples = training.steps * training.batch_size * training.gradient_accumulation_steps
     known = [(tokens, facts.get("tokens_train")), (examples, facts.get("examples_train"))]
-    epochs = next((read / amount for read, amount in known if amount), None)
-    return {"tokens_per_step": per_step, "tokens_per_run": tokens, "epochs": epochs}
+    epochs = next((read / amount for read, amount in known if isinstance(amount, int) and amount), None)
+    description = str(facts.pop("description"))
+    return DataFacts(
+        description=description, tokens_per_step=per_step, tokens_per_run=tokens, epochs=epochs, facts=facts
+    )
 
 
-def _with_costs(run: dict[str, Any], arm: dict[str, Any]) -> dict[str, Any]:
+def _with_costs(run: RunResult, arm: ArmResult) -> RunResult:
     """The run with FLOPs and seconds at every point of its curve; seconds at the rate measured side by side."""
+    assert arm.seconds_per_step is not None, "every arm was timed"
     curve = [
-        {
-            **point,
-            "flops": point["tokens"] * arm["flops_per_token"],
-            "seconds": point["step"] * arm["seconds_per_step"],
-        }
-        for point in run["curve"]
+        replace(point, flops=point.tokens * arm.flops_per_token, seconds=point.step * arm.seconds_per_step)
+        for point in run.curve
     ]
-    return {**run, "curve": curve}
+    return replace(run, curve=curve)
 
 
 def train_arm(
@@ -249,8 +258,8 @@ def train_arm(
     out: Path,
     resume: bool = True,
     reporter: ProgressReporter | None = None,
-) -> dict[str, Any]:
-    """Trains one arm of a recipe with one seed in folder `out`; returns its result as `runs` of results.json has it.
+) -> RunResult:
+    """Trains one arm of a recipe with one seed in folder `out`; returns its result, which is stored there.
 
     Raises:
         UserError: see `compare`.
@@ -275,3 +284,87 @@ def train_arm(
         label=f"{name} seed {seed}",
         reporter=reporter,
     )
+
+
+def run_arm(
+    arm: Arm,
+    *,
+    seed: int,
+    learning_rate: float,
+    training: TrainingConfig,
+    out: Path,
+    label: str,
+    reporter: ProgressReporter,
+    trial: bool = False,
+) -> RunResult:
+    """Trains and evaluates one run in folder `out`, or reads its result when it is finished.
+
+    A `trial` of a learning rate is judged by its held-out loss alone. Where the task's own measure is another, it is
+    evaluated as on the way of a run: nothing is decoded, and the test examples stay unseen.
+
+    Raises:
+        UserError: the folder's files are damaged.
+        Interrupted: the user pressed Ctrl-C; the run is saved.
+        TrainingDiverged: the loss is no number any more.
+    """
+    stored = read_run(out / RESULT)
+    if stored is not None:
+        _check_same_run(stored, out, seed=seed, learning_rate=learning_rate, steps=training.steps)
+        reporter.start_run(label, step=stored.steps, steps=stored.steps)
+        reporter.end_run()
+        return stored
+    model, task = arm.build(seed), arm.task
+    outcome = train(
+        model,
+        task=task,
+        config=training,
+        learning_rate=learning_rate,
+        seed=seed,
+        out=out,
+        label=label,
+        resume=True,
+        reporter=reporter,
+    )
+    if outcome.interrupted:
+        raise Interrupted(f"Stopped in '{label}' at step {outcome.steps}: everything is saved.")
+    if outcome.steps != training.steps:
+        raise UserError(f"'{out / METRICS}' is damaged: delete '{out}', and that run is done again.")
+    final = task.evaluate(model, final=not trial or task.measure.key == LOSS.key)
+    if not all(math.isfinite(measure) for of in final.values() for measure in of.values()):
+        raise TrainingDiverged(
+            f"{label} diverged: its final held-out loss is out of range; lower its learning rate, which is "
+            f"{learning_rate:g}.",
+            step=outcome.steps,
+        )
+    history = summarize_metrics(read_metrics(out / METRICS))
+    result = RunResult(
+        **vars(history),
+        seed=seed,
+        learning_rate=learning_rate,
+        steps=outcome.steps,
+        train_seconds=outcome.train_seconds,
+        final={mode: dict(measures) for mode, measures in final.items()},
+        details=None if trial else task.details(model, out=out),
+    )
+    write_run(out / RESULT, result)
+    return result
+
+
+def _check_same_run(stored: RunResult, out: Path, **asked: float) -> None:
+    """Refuses a finished run of other settings, such as one that was trained at another rate before a search."""
+    for key, value in asked.items():
+        before = getattr(stored, key)
+        if before != value:
+            raise UserError(
+                f"The finished run in '{out}' has {key} {before:g}, and now it is {value:g}: choose another "
+                f"folder with --out, or delete '{out}', and that run is done again."
+            )
+
+
+def trial_loss(arm: Arm, result: RunResult) -> float:
+    """The held-out loss that a trial is judged by: as deployed, where that is measured on the way of a run."""
+    final = result.final
+    mode = next(mode for mode in (arm.deployed_mode, arm.training_mode, *final) if mode in final)
+    loss = final[mode]["loss"]
+    assert loss is not None, "a run that diverged has no result"
+    return loss

@@ -12,14 +12,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from mixtura.comparison.arms import AnyRecipe
-from mixtura.comparison.folder import read_json
+from mixtura.comparison.preparing import AnyRecipe
 from mixtura.config import UserError
+from mixtura.files import write_json
+from mixtura.results import Facts, SearchRecord
+from mixtura.results.document import Trial
+from mixtura.results.files import read_json, read_records
+from mixtura.results.json_form import to_plain
 
 
-def search_learning_rates(
-    recipe: AnyRecipe, run_trial: Callable[[str, float, int], float]
-) -> dict[str, dict[str, Any]]:
+def search_learning_rates(recipe: AnyRecipe, run_trial: Callable[[str, float, int], float]) -> dict[str, SearchRecord]:
     """Tries every rate of the recipe on every arm.
 
     Args:
@@ -46,17 +48,22 @@ def search_learning_rates(
     return {name: _record(recipe, rates, losses[name]) for name in recipe.arms}
 
 
-def _record(recipe: AnyRecipe, rates: list[float], losses: list[float]) -> dict[str, Any]:
+def _record(recipe: AnyRecipe, rates: list[float], losses: list[float]) -> SearchRecord:
     best = rates[losses.index(min(losses))]
     finite = [loss if loss != float("inf") else None for loss in losses]
-    return {
-        "trials": [{"learning_rate": rate, "loss": loss} for rate, loss in zip(rates, finite, strict=True)],
-        "steps": recipe.search.steps or recipe.training.steps,
-        "seeds": list(recipe.search.seeds),
-        "best": best,
-        "at_edge": len(rates) > 1 and best in (rates[0], rates[-1]),
-        "source": "this run",
-    }
+    return SearchRecord(
+        trials=[Trial(rate, loss) for rate, loss in zip(rates, finite, strict=True)],
+        steps=recipe.search.steps or recipe.training.steps,
+        seeds=list(recipe.search.seeds),
+        best=best,
+        at_edge=len(rates) > 1 and best in (rates[0], rates[-1]),
+        source="this run",
+    )
+
+
+def write_record(path: Path, recipe: AnyRecipe, records: dict[str, SearchRecord]) -> None:
+    """Writes the record of a recipe's search; put beside the recipe, it says where the recipe's rates come from."""
+    write_json(path, {"fingerprint": fingerprint(recipe), "arms": to_plain(records)})
 
 
 def fingerprint(recipe: AnyRecipe) -> str:
@@ -66,13 +73,15 @@ def fingerprint(recipe: AnyRecipe) -> str:
     """
     table = _changed(recipe)
     # What is only measured or saved has no effect on the best rate.
+    training = table.get("training", {})
+    assert isinstance(training, dict)
     for key in ("eval_every", "eval_sequences", "final_eval_sequences", "save_every", "threads"):
-        table.get("training", {}).pop(key, None)
+        training.pop(key, None)
     tuned_for = {key: table.get(key, {}) for key in ("task", "data", "base", "model", "training", "arms")}
     return hashlib.sha256(json.dumps(tuned_for, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _changed(config: Any) -> dict[str, Any]:
+def _changed(config: Any) -> Facts:
     """The keys of a section whose values are not the default ones, as plain values, without learning rates."""
     changed = {}
     for field in dataclasses.fields(config):
@@ -98,13 +107,14 @@ def record_path(recipe_path: Path) -> Path:
     return recipe_path.with_suffix(".search.json")
 
 
-def load_record(recipe: AnyRecipe, recipe_path: Path | None) -> dict[str, dict[str, Any]]:
+def load_record(recipe: AnyRecipe, recipe_path: Path | None) -> dict[str, SearchRecord]:
     """The recorded search that the recipe's rates came from; empty if there is none or it was for other settings."""
-    stored = None if recipe_path is None else read_json(record_path(recipe_path), keys=("fingerprint", "arms"))
-    if stored is None or stored["fingerprint"] != fingerprint(recipe):
+    path = None if recipe_path is None else record_path(recipe_path)
+    stored = None if path is None else read_json(path, keys=("fingerprint", "arms"))
+    if path is None or stored is None or stored["fingerprint"] != fingerprint(recipe):
         return {}
     return {
-        name: {**record, "source": "recorded with the recipe"}
-        for name, record in stored["arms"].items()
-        if name in recipe.arms and recipe.arms[name].learning_rate == record["best"]
+        name: dataclasses.replace(record, source="recorded with the recipe")
+        for name, record in read_records(path, SearchRecord, stored["arms"]).items()
+        if name in recipe.arms and recipe.arms[name].learning_rate == record.best
     }

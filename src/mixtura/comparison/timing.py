@@ -16,20 +16,19 @@ from mixtura.config import TrainingConfig
 from mixtura.diagnostics.memory import live_bytes, measure_peak_memory
 from mixtura.models import MixtureForCausalLM
 from mixtura.models.alone_schedule import step_kinds
+from mixtura.results import ArmTiming
 from mixtura.training.experiment import Arm
 from mixtura.training.optimization import build_optimizer, clip_gradients
 from mixtura.training.process import keep_freed_memory
+from mixtura.training.task import Batch
 
 WARM_UP_ROUNDS, ROUNDS = 2, 12
 
 
-def time_arms(arms: Mapping[str, Arm], training: TrainingConfig, baseline: str) -> dict[str, dict[str, Any]]:
+def time_arms(arms: Mapping[str, Arm], training: TrainingConfig, baseline: str) -> dict[str, ArmTiming]:
     """Median seconds of a step and peak bytes of each arm.
 
     Where a run has several kinds of steps, seconds are the mean over them, each as often as it comes.
-
-    Returns:
-        {arm: {"seconds_per_step", "seconds_ratio", "peak_memory_bytes", "optimizer_state_bytes"}}.
     """
     if training.threads:
         torch.set_num_threads(training.threads)
@@ -44,13 +43,13 @@ def time_arms(arms: Mapping[str, Arm], training: TrainingConfig, baseline: str) 
             if round_number >= WARM_UP_ROUNDS:
                 seconds[name].append(elapsed)
     return {
-        name: {
-            "seconds_per_step": statistics.median(seconds[name]),
+        name: ArmTiming(
+            seconds_per_step=statistics.median(seconds[name]),
             # The median of the ratios within a round: a slow spell hits both steps of a round alike.
-            "seconds_ratio": statistics.median(a / b for a, b in zip(seconds[name], seconds[baseline], strict=True)),
-            "peak_memory_bytes": peaks[name],
-            "optimizer_state_bytes": steps[name].optimizer_state(),
-        }
+            seconds_ratio=statistics.median(a / b for a, b in zip(seconds[name], seconds[baseline], strict=True)),
+            peak_memory_bytes=peaks[name],
+            optimizer_state_bytes=steps[name].optimizer_state(),
+        )
         for name in arms
     }
 
@@ -86,7 +85,7 @@ class _Step:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _loss(self, batch: dict[str, Any]) -> Tensor:
+    def _loss(self, batch: Batch) -> Tensor:
         losses = self.task.losses(self.model, batch, num_targets=self.num_targets)
         weights = self.task.router_loss_weights(self.model)
         parts = zip(weights, (losses.aux_loss, losses.z_loss), strict=True)
@@ -116,7 +115,7 @@ class _Step:
         return live_bytes(self.model, self.optimizer) - live_bytes(self.model)
 
 
-def _batches(arm: Arm, training: TrainingConfig, device: torch.device) -> list[dict[str, Any]]:
+def _batches(arm: Arm, training: TrainingConfig, device: torch.device) -> list[Batch]:
     """The micro-batches of a run's first step, the same examples for every arm."""
     size, number = training.batch_size, training.gradient_accumulation_steps
     dataset: Any = arm.task.dataset(length=size * number, seed=0)

@@ -10,8 +10,8 @@ from typing import Any
 from mixtura.config.arms import SETTINGS, ArmConfig, has_setting
 from mixtura.config.families import facts_of
 from mixtura.config.from_checkpoint import check_starts, starts_from_checkpoints
-from mixtura.config.mistakes import UserError
 from mixtura.config.schema import DataConfig, ModelConfig, Recipe, SearchConfig, TrainingConfig
+from mixtura.errors import UserError
 
 
 def check_recipe(recipe: Recipe) -> None:

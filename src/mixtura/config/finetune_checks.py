@@ -15,7 +15,7 @@ from mixtura.config.finetuning import (
     TranslationRecipe,
 )
 from mixtura.config.languages import Pair, check_distinct_names, parse_pairs
-from mixtura.config.mistakes import UserError
+from mixtura.errors import UserError
 
 
 def check_finetune_recipe(recipe: FinetuneRecipe) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mixtura.config.arms import SETTINGS, ArmConfig
-from mixtura.config.mistakes import UserError
 from mixtura.config.schema import DataConfig, ModelConfig, Recipe
+from mixtura.errors import UserError
 
 SHAPE_KEYS = tuple(name for name, each in SETTINGS.items() if each.role in ("shape", "function"))
 """Settings of an arm that a checkpoint decides; the others say how it is trained."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from mixtura.config.mistakes import UserError
+from mixtura.errors import UserError
 
 # Code, codes of three letters for the same (ISO 639-3, macrolanguages with their main member), the script that goes
 # without saying ("-" where there are several), and the English name.

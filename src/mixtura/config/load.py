@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 import tomllib
 import types
 import typing
@@ -16,8 +15,8 @@ from mixtura.config.checks import check_recipe
 from mixtura.config.finetune_checks import check_finetune_recipe
 from mixtura.config.finetuning import AnyRecipe, ClassificationRecipe, TranslationRecipe
 from mixtura.config.from_checkpoint import fill_from_checkpoints
-from mixtura.config.mistakes import UserError
 from mixtura.config.schema import Recipe
+from mixtura.errors import UserError
 
 PRESETS = (
     "quick",
@@ -91,42 +90,6 @@ def recipe_from_dict(table: dict[str, Any]) -> AnyRecipe:
     recipe = _build(TASKS[task], table, "")
     check_finetune_recipe(recipe)
     return recipe
-
-
-def data_overrides(
-    task: str, *, data: str | None, columns: str | None, pairs: str | None, base: str | None
-) -> list[str]:
-    """The changes of a fine-tuning recipe that its user's own data asks for, in the form of `--set`.
-
-    Args:
-        task: "translation" or "classification".
-        data: a file, or "hub:NAME".
-        columns: "SOURCE,TARGET" or "TEXT,LABEL".
-        pairs: directions of translation, separated by commas.
-        base: the pretrained model.
-
-    Raises:
-        UserError: `columns` are not two, or a text cannot stand in a recipe.
-    """
-    values: dict[str, str | list[str]] = {}
-    if data is not None:
-        hub = data.startswith("hub:")
-        values |= {"data.source": "hub", "data.name": data[4:]} if hub else {"data.source": "local", "data.path": data}
-    if columns is not None:
-        names = [name.strip() for name in columns.split(",")]
-        if len(names) != 2 or not all(names):
-            wanted = {"translation": "SOURCE,TARGET", "classification": "TEXT,LABEL"}[task]
-            raise UserError(f"--columns is '{columns}': give two names, {wanted}.")
-        keys = {"translation": ("source", "target"), "classification": ("text", "label")}[task]
-        values |= {f"data.{key}_column": name for key, name in zip(keys, names, strict=True)}
-    if pairs is not None:
-        if task != "translation":
-            raise UserError(f"--pairs is '{pairs}', but {task} has no directions: leave it out.")
-        values["data.pairs"] = [pair.strip() for pair in pairs.split(",")]
-    if base is not None:
-        values["base.name"] = base
-    # JSON's strings and lists are TOML's.
-    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
 
 
 def recipe_to_dict(recipe: AnyRecipe) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from mixtura.config.mistakes import UserError
+from mixtura.errors import UserError
 
 Bounds = Literal["positive", "not negative", "share"]
 Role = Literal["shape", "function", "training", "run"]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mixtura.config import UserError
+from mixtura.errors import reason_of
 
 _PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z")
 _SPREADSHEETS = (".xlsx", ".xls", ".ods")
@@ -107,12 +108,6 @@ def format_of(path: Path, *, besides: bytes = b"") -> str | None:
         start = file.read(32)
     known = (told for signature, told in _SIGNATURES.items() if signature != besides and start.startswith(signature))
     return next(known, None)
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of an error's message, to stand inside a sentence."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (text.strip() or type(error).__name__).splitlines()[0].rstrip(".:")
 
 
 def _walk(folder: Path) -> list[Path]:

@@ -17,8 +17,9 @@ from lxml.html import HtmlElement
 from mixtura.config import TranslationDataConfig, UserError
 from mixtura.config.assets import package_path
 from mixtura.config.languages import code_advice, language_code
-from mixtura.data.files import reason_of
 from mixtura.data.libreoffice import help_table, write_help_table
+from mixtura.errors import reason_of
+from mixtura.files import replacing
 
 _DEFAULT = sorted({language for pair in TranslationDataConfig().pairs for language in pair.split("-")})
 
@@ -61,10 +62,8 @@ def fetch_help(languages: Sequence[str], say: Callable[[str], None]) -> None:
     for language in missing:
         path = help_table(language)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-", ignore_cleanup_errors=True) as temporary:
-                rows, version = _make_table(language, Path(temporary))
-                Path(temporary, "table").rename(path)
+            with replacing(path) as table, tempfile.TemporaryDirectory() as scratch:
+                rows, version = _make_table(language, Path(scratch), table)
         except OSError as error:
             raise UserError(
                 f"'{path}' cannot be written ({reason_of(error)}): make room, or set MIXTURA_CACHE."
@@ -76,8 +75,8 @@ def _has_apt() -> bool:
     return bool(shutil.which("apt-get") and shutil.which("dpkg-deb"))
 
 
-def _make_table(language: str, folder: Path) -> tuple[int, str]:
-    """Writes `folder`/table; returns its number of rows and the version of LibreOffice."""
+def _make_table(language: str, folder: Path, table: Path) -> tuple[int, str]:
+    """Writes the table, unpacking in `folder`; returns its number of rows and the version of LibreOffice."""
     package = f"libreoffice-help-{ {'en': 'en-us'}.get(language, language.replace('_', '-')) }"
     _download(package, folder)
     archive = next(folder.glob("*.deb"))
@@ -85,7 +84,7 @@ def _make_table(language: str, folder: Path) -> tuple[int, str]:
     version = _run(["dpkg-deb", "-f", str(archive), "Version"], folder).stdout.strip()
     upstream = version.partition(":")[2].partition("-")[0] or version
     pages = next((folder / "files" / "usr" / "share" / "libreoffice" / "help").glob("*/text"))
-    return write_help_table(folder_paragraphs(pages), upstream, folder / "table"), upstream
+    return write_help_table(folder_paragraphs(pages), upstream, table), upstream
 
 
 def _download(package: str, folder: Path) -> None:

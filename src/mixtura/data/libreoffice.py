@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from mixtura.config import UserError
 from mixtura.config.assets import cache_folder
-from mixtura.data.files import reason_of
 from mixtura.data.units import Unit
+from mixtura.errors import reason_of
 
 _COLUMNS = ("file", "element", "text")
 

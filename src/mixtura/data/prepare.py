@@ -8,11 +8,8 @@ from, and the library versions that decide the tokens. It holds arrays without p
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,10 +19,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mixtura.config import DataConfig, UserError
-from mixtura.data.files import reason_of
 from mixtura.data.packing import PackedTokens, epoch_order, pack
 from mixtura.data.sources import load_corpus, source_files
 from mixtura.data.tokenizer import load_tokenizer, train_tokenizer
+from mixtura.errors import reason_of
+from mixtura.files import cache_entry
 
 # Raise it when the same recipe and text would give other tokens than before.
 CACHE_FORMAT = 1
@@ -140,18 +138,13 @@ def _cache_key(data: DataConfig) -> str:
 
 
 def _store(prepared: PreparedData, entry: Path) -> None:
-    """Writes an entry under a temporary name and puts it in its place, complete, with one rename."""
-    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".new-", ignore_cleanup_errors=True) as temporary:
-        new = Path(temporary, "entry")
+    with cache_entry(entry) as new:
         _write_files(prepared, new)
         if entry.exists() and _load(entry) is None:
             shutil.rmtree(entry, ignore_errors=True)
-        with suppress(OSError):  # The place is taken by an equal entry that another process stored meanwhile.
-            os.rename(new, entry)
 
 
 def _write_files(prepared: PreparedData, folder: Path) -> None:
-    folder.mkdir()
     prepared.tokenizer.save_pretrained(folder / "tokenizer")
     splits = {"train": prepared.train, "validation": prepared.validation}
     for name, packed in splits.items():

@@ -12,10 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import datasets
-
 from mixtura.config import UserError
-from mixtura.data.files import reason_of
+from mixtura.errors import need, reason_of
 
 COMMON_SHARE = 0.01
 """A column that a smaller share of the rows has is taken for a mistake; else the rows without it are left out."""
@@ -39,6 +37,7 @@ def hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
     Raises:
         UserError: it cannot be read, or the connection breaks.
     """
+    datasets = need("datasets")
     where = f"the hub dataset '{name}'"
     try:
         for row in datasets.load_dataset(name, subset, split=split, streaming=True):

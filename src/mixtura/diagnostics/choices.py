@@ -89,7 +89,9 @@ def unread_layers(model: nn.Module) -> list[str]:
     ]
 
 
-_Reader = Callable[[dict[str, Any], tuple, Any, int], Choices | None]
+Keywords = dict[str, Any]
+"""Keyword arguments of a module's forward."""
+_Reader = Callable[[Keywords, tuple, Any, int], Choices | None]
 _Spot = tuple[RoutedLayer, nn.Module, _Reader]
 
 
@@ -137,7 +139,7 @@ def _depth(name: str, place: int) -> int:
 
 
 def _hook(recorder: ChoiceRecorder, layer: RoutedLayer, read: _Reader) -> Callable:
-    def look(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def look(_module: nn.Module, args: tuple, kwargs: Keywords, output: Any) -> None:
         choices = read(kwargs, args, output, layer.num_experts)
         if choices is not None:
             recorder.note(layer.name, choices)
@@ -145,7 +147,7 @@ def _hook(recorder: ChoiceRecorder, layer: RoutedLayer, read: _Reader) -> Callab
     return look
 
 
-def _read_tap(_kwargs: dict[str, Any], args: tuple, _output: Any, num_experts: int) -> Choices:
+def _read_tap(_kwargs: Keywords, args: tuple, _output: Any, num_experts: int) -> Choices:
     if len(args) == 2:
         return _strongest_first(*args)
     weight_TE = args[0].detach().unflatten(-1, (num_experts, -1)).sum(-1).float()
@@ -155,12 +157,12 @@ def _read_tap(_kwargs: dict[str, Any], args: tuple, _output: Any, num_experts: i
     return Choices(expert_TE, weight_TE / weight_TE.sum(-1, keepdim=True))
 
 
-def _read_experts(kwargs: dict[str, Any], args: tuple, _output: Any, _num_experts: int) -> Choices | None:
+def _read_experts(kwargs: Keywords, args: tuple, _output: Any, _num_experts: int) -> Choices | None:
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     return _strongest_first(tensors[2], tensors[1]) if len(tensors) == 3 and _are_indices(tensors[1]) else None
 
 
-def _read_router(_kwargs: dict[str, Any], _args: tuple, output: Any, _num_experts: int) -> Choices | None:
+def _read_router(_kwargs: Keywords, _args: tuple, output: Any, _num_experts: int) -> Choices | None:
     if not isinstance(output, tuple) or len(output) != 3 or not _are_indices(output[2]):
         return None
     return _strongest_first(output[1], output[2])

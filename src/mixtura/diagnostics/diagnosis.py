@@ -8,9 +8,7 @@ Shapes: T tokens that are counted, R routed rows, E experts, K experts a token i
 import dataclasses
 import datetime
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mixtura.config import DataConfig, UserError
 from mixtura.data.sources import read_documents
 from mixtura.diagnostics.choices import routed_layers, unread_layers
+from mixtura.diagnostics.diagnosed import (
+    ByTokenType,
+    Diagnosis,
+    LayerDiagnosis,
+    LayerLoad,
+    LeakFindings,
+    ModelFacts,
+    ShownExcerpt,
+)
 from mixtura.diagnostics.excerpts import Excerpts, batches, cut_excerpts
 from mixtura.diagnostics.findings import cautions, verdict
 from mixtura.diagnostics.leak import probe_causal_lm
@@ -28,11 +35,11 @@ from mixtura.diagnostics.load import summarize_load
 from mixtura.diagnostics.page import render_page
 from mixtura.diagnostics.specialization import ObservedChoices, describe_layer, observe
 from mixtura.diagnostics.token_types import TOKEN_TYPES, token_surfaces, token_types, typical_tokens
-from mixtura.models.generation import load_model
+from mixtura.files import replacing
+from mixtura.layers import MixtureOfTokens
 from mixtura.models.inference import grouped_layers, running_in
-
-SCHEMA_VERSION = 1
-"""The version of diagnosis.json."""
+from mixtura.models.loading import load_model
+from mixtura.results.json_form import to_plain
 
 LONGEST_EXCERPT = 128
 """Tokens of an excerpt, if the model takes so many: short ones make many, and chance is counted by excerpts."""
@@ -41,7 +48,7 @@ MAX_PROBED_PARAMETERS = 200_000_000
 """Larger models are not probed for leaks, which copies them to float64."""
 
 
-def diagnose(
+def diagnose_texts(
     model_folder: Path,
     texts: Mapping[str, Sequence[str]],
     *,
@@ -51,7 +58,7 @@ def diagnose(
     group_word: str = "text",
     command: str = "",
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Diagnosis:
     """Diagnoses the model in a folder on named texts; writes `diagnosis.json` and `diagnosis.html` into `out`.
 
     Args:
@@ -66,7 +73,7 @@ def diagnose(
         seed: of the permutations that measure chance.
 
     Returns:
-        The content of diagnosis.json, see docs/diagnose.md.
+        What diagnosis.json holds, see docs/diagnose.md.
 
     Raises:
         UserError: the model or a text cannot be used, or `out` cannot be written.
@@ -82,7 +89,7 @@ def diagnose(
         group_word=group_word,
         seed=seed,
     )
-    results["command"] = command
+    results = dataclasses.replace(results, command=command)
     write_diagnosis(results, out)
     return results
 
@@ -114,8 +121,8 @@ def diagnose_model(
     batch_size: int = 8,
     group_word: str = "text",
     seed: int = 0,
-) -> dict[str, Any]:
-    """As `diagnose`, for a model that is loaded, and without writing; the model is left as it was found.
+) -> Diagnosis:
+    """As `diagnose_texts`, for a model that is loaded, and without writing; the model is left as it was found.
 
     Raises:
         UserError: there is no text, or the model needs groups that the texts are not.
@@ -139,7 +146,7 @@ def diagnose_excerpts(
     command: str = "",
     seed: int = 0,
     tell: Callable[[Tensor], object] | None = None,
-) -> dict[str, Any]:
+) -> Diagnosis:
     """As `diagnose_model`, for text that is tokens already.
 
     `tell` is called with the groups (B,) of every batch before it, for a model that routes by them and is not told in
@@ -157,71 +164,77 @@ def diagnose_excerpts(
             starts=excerpts.starts_T.tolist(),
         )
     )
-    results: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": command,
-        "model": _describe_model(model, name),
-        "group_word": group_word,
-        "groups": excerpts.describe(types_T),
-        "token_types": list(TOKEN_TYPES),
-        "layers": [],
-        "samples": excerpts.samples(tokenizer, surfaces),
-        "leaks": _probe(model, told=tell is not None),
-    }
+    facts, groups = _describe_model(model, name), excerpts.describe(types_T)
+    leaks = _probe(model, told=tell is not None)
+    layers: list[LayerDiagnosis] = []
+    samples = excerpts.samples(tokenizer, surfaces)
     if routed_layers(model):
         with running_in(grouped_layers(model), "alone"):  # which is how they are deployed
             observed = observe(model, batches(model, tokenizer, excerpts, batch_size, tell))
-        results["layers"] = [
+        layers = [
             _layer(observed, place, excerpts, types_T, surfaces, seed=seed) for place in range(len(observed.layers))
         ]
-        _add_experts(results["samples"], observed, excerpts)
-    results["cautions"] = cautions(results)
-    results["verdict"] = verdict(results)
-    return results
+        _add_experts(samples, observed, excerpts)
+    return Diagnosis(
+        created=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        command=command,
+        model=facts,
+        group_word=group_word,
+        groups=groups,
+        token_types=list(TOKEN_TYPES),
+        layers=layers,
+        samples=samples,
+        leaks=leaks,
+        cautions=cautions(facts, groups, layers, leaks),
+        verdict=verdict(facts, groups, layers, group_word=group_word),
+    )
 
 
-def write_diagnosis(results: dict[str, Any], out: Path) -> None:
+def write_diagnosis(results: Diagnosis, out: Path) -> None:
     """Writes `diagnosis.json` and `diagnosis.html`, which appear under these names only when both are whole.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    contents = {
-        out / "diagnosis.json": json.dumps(results, ensure_ascii=False, allow_nan=False, indent=1) + "\n",
-        out / "diagnosis.html": render_page(results),
-    }
-    partial = {path: path.with_name(f".{path.name}.partial") for path in contents}
+    numbers = json.dumps(to_plain(results), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+    page = render_page(results)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path, text in contents.items():
-            partial[path].write_text(text, encoding="utf-8", newline="\n")
-        for path in contents:
-            os.replace(partial[path], path)
+        with replacing(out / "diagnosis.json") as json_file, replacing(out / "diagnosis.html") as html_file:
+            json_file.write_text(numbers, encoding="utf-8", newline="\n")
+            html_file.write_text(page, encoding="utf-8", newline="\n")
     except OSError as error:
         raise UserError(
             f"'{out}' cannot be written ({error.strerror or error}): make room, or choose another folder with --out."
         ) from error
-    finally:
-        for path in partial.values():
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
 
 
-def _describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
+def _describe_model(model: PreTrainedModel, name: str) -> ModelFacts:
     config: Any = model.config
-    return {
-        "name": name,
-        "class": type(model).__name__,
-        "parameters": model.num_parameters(),
-        "num_layers": getattr(config, "num_hidden_layers", None),
-        "routed_layers": [layer.name for layer in routed_layers(model)],
-        "unread_layers": unread_layers(model),
-        "families": sorted(set(getattr(config, "mlp_layer_types", None) or [])),
-        "route_by": getattr(config, "route_by", "token"),
-        "expert_names": getattr(config, "expert_names", None),
-        "mode": "alone" if hasattr(config, "inference_mode") else "causal",
-    }
+    return ModelFacts(
+        name=name,
+        architecture=type(model).__name__,
+        parameters=model.num_parameters(),
+        num_layers=getattr(config, "num_hidden_layers", None),
+        routed_layers=[layer.name for layer in routed_layers(model)],
+        unread_layers=unread_layers(model),
+        families=sorted(set(getattr(config, "mlp_layer_types", None) or [])),
+        route_by=getattr(config, "route_by", "token"),
+        expert_names=getattr(config, "expert_names", None),
+        mode=_deployed_mode(model),
+    )
+
+
+def _mixing_layers(model: nn.Module) -> list[MixtureOfTokens]:
+    """Mixture-of-tokens layers, of the model or of an adapter on it."""
+    return [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
+
+
+def _deployed_mode(model: nn.Module) -> str:
+    """The mode that the diagnosis runs the model in, in the words of `mixtura.evaluation.evaluation_modes`."""
+    modes = {layer.inference_mode for layer in _mixing_layers(model)}
+    if modes:
+        return "population" if "population" in modes else "alone"
+    return "group" if unread_layers(model) else "causal"
 
 
 def _layer(
@@ -232,7 +245,7 @@ def _layer(
     surfaces: Mapping[int, str],
     *,
     seed: int,
-) -> dict[str, Any]:
+) -> LayerDiagnosis:
     """One layer against the groups and the kinds of tokens, with its load and every expert's typical tokens."""
     by_group = describe_layer(observed, place, num_groups=len(excerpts.names), seed=seed)
     by_token = observed._replace(unit_T=numpy.arange(len(types_T)), group_U=types_T)
@@ -242,53 +255,48 @@ def _layer(
         numpy.repeat(excerpts.token_T, expert_TK.shape[1]),
         expert_TK.ravel().astype(numpy.int64),
         rows_TK.ravel(),
-        num_experts=by_group["num_experts"],
+        num_experts=by_group.num_experts,
     )
-    kept = (
-        "rows",
-        "share",
-        "mutual_information",
-        "chance",
-        "chance_high",
-        "corrected",
-        "p_value",
-        "max_bits",
-        "group_bits",
-    )
-    load_E = numpy.array(by_group["rows"]).sum(1)
-    return {
-        **by_group,
-        "token_types": {key: by_type[key] for key in kept},
-        "typical_tokens": [
+    load_E = numpy.array(by_group.rows).sum(1)
+    return LayerDiagnosis(
+        **vars(by_group),
+        token_types=ByTokenType(
+            **{field.name: getattr(by_type, field.name) for field in dataclasses.fields(ByTokenType)}
+        ),
+        typical_tokens=[
             [
-                {"text": surfaces[token["id"]], **token, "share": token["share"] * by_group["rows_per_token"]}
+                dataclasses.replace(token, text=surfaces[token.id], share=token.share * by_group.rows_per_token)
                 for token in own
             ]
             for own in typical
         ],
-        "load": {"share": (load_E / load_E.sum()).tolist(), **dataclasses.asdict(summarize_load(load_E))},
-    }
+        load=LayerLoad(share=(load_E / load_E.sum()).tolist(), **dataclasses.asdict(summarize_load(load_E))),
+    )
 
 
-def _add_experts(samples: list[dict[str, Any]], observed: ObservedChoices, excerpts: Excerpts) -> None:
+def _add_experts(samples: list[ShownExcerpt], observed: ObservedChoices, excerpts: Excerpts) -> None:
     """For every layer and token of the samples its experts, the strongest first; at most the first three."""
     ends = numpy.cumsum([len(ids) for ids in excerpts.ids])
     for sample in samples:
-        start = int(ends[sample["excerpt"]]) - len(excerpts.ids[sample["excerpt"]])
-        shown = slice(start, start + len(sample["pieces"]))
+        start = int(ends[sample.excerpt]) - len(excerpts.ids[sample.excerpt])
+        shown = slice(start, start + len(sample.pieces))
         for expert_TK, rows_TK in zip(observed.expert_TK, observed.rows_TK, strict=True):
             pairs = zip(expert_TK[shown, :3].tolist(), rows_TK[shown, :3].tolist(), strict=True)
-            sample["experts"].append([[e for e, rows in zip(*pair, strict=True) if rows > 0] for pair in pairs])
+            sample.experts.append([[e for e, rows in zip(*pair, strict=True) if rows > 0] for pair in pairs])
 
 
-def _probe(model: PreTrainedModel, *, told: bool) -> dict[str, Any]:
+def _probe(model: PreTrainedModel, *, told: bool) -> LeakFindings:
     """Whether a token's logits depend on what it must not see, as deployed; or why that was not tried."""
     if model.num_parameters() > MAX_PROBED_PARAMETERS:
         limit = MAX_PROBED_PARAMETERS // 10**6
-        return {"probed": False, "reason": f"The model has more than {limit} million parameters, too many to probe."}
+        return LeakFindings(
+            probed=False, reason=f"The model has more than {limit} million parameters, too many to probe."
+        )
     config: Any = model.config
     if told or getattr(config, "route_by", "token") != "token":
-        return {"probed": False, "reason": "Its experts are named for whole examples, and the probe has no languages."}
+        return LeakFindings(
+            probed=False, reason="Its experts are named for whole examples, and the probe has no languages."
+        )
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
     group_size = getattr(config, "group_size", None) if unread_layers(model) else None
@@ -296,4 +304,4 @@ def _probe(model: PreTrainedModel, *, told: bool) -> dict[str, Any]:
         report = probe_causal_lm(
             model, vocab_size=embeddings.num_embeddings, batch=group_size or 4, length=12, num_probes=12
         )
-    return {"probed": True, **report._asdict()}
+    return LeakFindings(probed=True, **report._asdict())

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mixtura.config import UserError
 from mixtura.config.languages import language_code, split_pair
+from mixtura.diagnostics.diagnosed import GroupFacts, ShownExcerpt
 from mixtura.diagnostics.specialization import Batch
 from mixtura.diagnostics.token_types import TOKEN_TYPES
 
@@ -42,29 +43,29 @@ class Excerpts(NamedTuple):
         """Where an excerpt begins."""
         return numpy.concatenate([numpy.arange(len(ids)) == 0 for ids in self.ids])
 
-    def describe(self, types_T: numpy.ndarray) -> list[dict[str, Any]]:
+    def describe(self, types_T: numpy.ndarray) -> list[GroupFacts]:
         """Amounts of each group."""
         lengths = numpy.array([len(ids) for ids in self.ids])
         group_T = numpy.repeat(self.group, lengths)
         return [
-            {
-                "name": name,
-                "excerpts": self.group.count(index),
-                "tokens": int((group_T == index).sum()),
-                "token_types": numpy.bincount(types_T[group_T == index], minlength=len(TOKEN_TYPES)).tolist(),
-            }
+            GroupFacts(
+                name=name,
+                excerpts=self.group.count(index),
+                tokens=int((group_T == index).sum()),
+                token_types=numpy.bincount(types_T[group_T == index], minlength=len(TOKEN_TYPES)).tolist(),
+            )
             for index, name in enumerate(self.names)
         ]
 
-    def samples(self, tokenizer: PreTrainedTokenizerBase, surfaces: Mapping[int, str]) -> list[dict[str, Any]]:
+    def samples(self, tokenizer: PreTrainedTokenizerBase, surfaces: Mapping[int, str]) -> list[ShownExcerpt]:
         """Some excerpts of every group, spread over its text, as pieces; those that are mere scraps are passed over."""
-        chosen: list[dict[str, Any]] = []
+        chosen: list[ShownExcerpt] = []
         for index, name in enumerate(self.names):
             own = [place for place, group in enumerate(self.group) if group == index]
             long = [place for place in own if len(self.ids[place]) >= SHOWN_TOKENS // 3] or own
             for place in long[:: max(1, len(long) // SHOWN_EXCERPTS)][:SHOWN_EXCERPTS]:
                 pieces = text_pieces(tokenizer, self.ids[place][:SHOWN_TOKENS], surfaces)
-                chosen.append({"group": name, "excerpt": place, "pieces": pieces, "experts": []})
+                chosen.append(ShownExcerpt(name, place, pieces))
         return chosen
 
 

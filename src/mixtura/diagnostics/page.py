@@ -5,6 +5,8 @@ written in sentences, tables and coloured texts is there without JavaScript, for
 """
 
 import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,13 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from mixtura.diagnostics.diagnosed import Diagnosis, ShownExcerpt
 from mixtura.diagnostics.findings import bits
 from mixtura.diagnostics.token_types import TOKEN_TYPES
+from mixtura.results.details import Association
+
+Drawing = dict[str, Any]
+"""A figure or a part of one, as plotly and the page's script take it."""
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _CELLS_WITH_NUMBERS = 160
@@ -36,7 +43,7 @@ _COLOURS = (
 """Of the experts, in turn, light theme and dark; the number beside a token is what tells experts apart."""
 
 
-def render_page(results: dict[str, Any]) -> str:
+def render_page(results: Diagnosis) -> str:
     """The page as text, from the content of diagnosis.json."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -47,18 +54,18 @@ def render_page(results: dict[str, Any]) -> str:
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters |= {"bits": bits, "percent": percent, "shown": shown_token}
-    layers = results["layers"]
-    first = results["verdict"]["layer"]
+    layers = results.layers
+    first = results.verdict.layer
     return environment.get_template("diagnosis.html.j2").render(
         results=results,
         layers=layers,
         first=first,
-        many_groups=len(results["groups"]) > 1,
-        created=_date(results["created"]),
+        many_groups=len(results.groups) > 1,
+        created=_date(results.created),
         palette=[_MAP_COLOUR, *((f"expert-{index}", *colours) for index, colours in enumerate(_COLOURS))],
         num_colours=len(_COLOURS),
-        samples=[_sample(sample, first) for sample in results["samples"]] if layers else [],
-        expert_names=results["model"]["expert_names"] or [],
+        samples=[] if first is None else [_sample(sample, first) for sample in results.samples],
+        expert_names=results.model.expert_names or [],
         page_data=_page_data(results),
         plotly_js=Markup(get_plotlyjs()),
     )
@@ -88,45 +95,62 @@ def _date(created: str) -> str:
     return f"{moment.day} {moment:%B %Y, %H:%M} {moment.tzname() or ''}".strip()
 
 
-def _sample(sample: dict[str, Any], first: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _ColouredToken:
+    text: str
+    experts: list[int]
+    """In the layer that is shown first."""
+    every: str
+    """Its first expert in every layer."""
+
+
+@dataclass(frozen=True)
+class _ColouredExcerpt:
+    group: str
+    tokens: list[_ColouredToken]
+
+
+def _sample(sample: ShownExcerpt, first: int) -> _ColouredExcerpt:
     """A text as tokens with their experts in the layer that is shown first, and their first expert in every layer."""
     tokens = [
-        {
-            "text": text,
-            "experts": sample["experts"][first][place],
-            "every": ",".join(str(layer[place][0]) if layer[place] else "" for layer in sample["experts"]),
-        }
-        for place, text in enumerate(sample["pieces"])
+        _ColouredToken(
+            text,
+            sample.experts[first][place],
+            ",".join(str(layer[place][0]) if layer[place] else "" for layer in sample.experts),
+        )
+        for place, text in enumerate(sample.pieces)
     ]
-    return {"group": sample["group"], "tokens": tokens}
+    return _ColouredExcerpt(sample.group, tokens)
 
 
-def _page_data(results: dict[str, Any]) -> dict[str, Any]:
+def _page_data(results: Diagnosis) -> Drawing:
     """What the page's script draws: one figure over the layers, and for every layer its maps."""
-    layers, names = results["layers"], [group["name"] for group in results["groups"]]
+    layers, names = results.layers, [group.name for group in results.groups]
     return {
-        "first": results["verdict"]["layer"],
+        "first": results.verdict.layer,
         "overview": _overview(results) if layers else None,
         "numColours": len(_COLOURS),
         "maps": [
             {
-                "groups": _heat_map(layer["share"], names) if len(names) > 1 else None,
-                "types": _heat_map(layer["token_types"]["share"], list(TOKEN_TYPES)),
+                "groups": _heat_map(layer.share, names) if len(names) > 1 else None,
+                "types": _heat_map(layer.token_types.share, list(TOKEN_TYPES)),
             }
             for layer in layers
         ],
     }
 
 
-def _overview(results: dict[str, Any]) -> dict[str, Any]:
+def _overview(results: Diagnosis) -> Drawing:
     """Bits about the groups and about kinds of tokens in every layer, each with what chance reaches."""
-    layers = results["layers"]
-    names = [f"layer {layer['layer']}" for layer in layers]
+    layers = results.layers
+    names = [f"layer {layer.layer}" for layer in layers]
     if len(set(names)) < len(names):  # several routings in one layer, as adapters have
-        names = [layer["name"] for layer in layers]
-    series = [("the kind of token", [layer["token_types"] for layer in layers], "expert-1", "square")]
-    if len(results["groups"]) > 1:
-        series.insert(0, (f"the {results['group_word']}", layers, "expert-0", "circle"))
+        names = [layer.name for layer in layers]
+    series: list[tuple[str, Sequence[Association], str, str]] = [
+        ("the kind of token", [layer.token_types for layer in layers], "expert-1", "square")
+    ]
+    if len(results.groups) > 1:
+        series.insert(0, (f"the {results.group_word}", layers, "expert-0", "circle"))
     traces = []
     for about, found, paint, symbol in series:
         traces.append(
@@ -135,7 +159,7 @@ def _overview(results: dict[str, Any]) -> dict[str, Any]:
                 "mode": "lines+markers",
                 "name": _safe(about),
                 "x": names,
-                "y": [one["mutual_information"] for one in found],
+                "y": [one.mutual_information for one in found],
                 "marker": {"symbol": symbol, "size": 9},
                 "meta": {"paint": paint},
                 "hovertemplate": "%{x}: %{y:.3f} bits<extra></extra>",
@@ -147,7 +171,7 @@ def _overview(results: dict[str, Any]) -> dict[str, Any]:
                 "mode": "lines",
                 "name": _safe(f"{about}, by chance"),
                 "x": names,
-                "y": [one["chance_high"] for one in found],
+                "y": [one.chance_high for one in found],
                 "line": {"dash": "dot", "width": 1.5},
                 "meta": {"paint": paint},
                 "hovertemplate": "%{x}: chance stays below %{y:.3f} bits<extra></extra>",
@@ -161,7 +185,7 @@ def _overview(results: dict[str, Any]) -> dict[str, Any]:
     return {"data": traces, "layout": layout}
 
 
-def _heat_map(share: list[list[float]], names: list[str]) -> dict[str, Any]:
+def _heat_map(share: list[list[float]], names: list[str]) -> Drawing:
     """Experts down, groups across; a column sums to one."""
     kept = [i for i in range(len(names)) if any(row[i] for row in share)]
     z = [[row[i] for i in kept] for row in share]

@@ -7,7 +7,6 @@ Shapes: B batch, L length, T = B*L tokens, D hidden, S mixtures.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,19 +15,7 @@ from torch import Tensor, nn
 from mixtura.config import UserError
 from mixtura.layers import MixtureOfTokens
 from mixtura.models.modeling_mixture import MixtureDecoderLayer, MixturePreTrainedModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Peakedness:
-    """The weights of one layer, each token's sorted from the largest, then averaged over all tokens."""
-
-    layer: int
-    """Depth, from 0."""
-    sorted_weights: list[float]
-    """S means: of the largest weight of a token, of the second largest, and so on."""
-    gate_shares: list[float]
-    """S means: the part of a token's summed output weights (with ReLU experts, m^2) that lies in its largest one, two,
-    three, ...; the last is 1."""
+from mixtura.results.details import Peakedness
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ Shapes: B batch, L length, T tokens that are counted, U units that labels belong
 E experts, G groups, K experts a token is given.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from mixtura.config import UserError
 from mixtura.diagnostics.choices import ChoiceRecorder, RoutedLayer, record_choices
 from mixtura.diagnostics.load import DEAD_SHARE, summarize_load
+from mixtura.results.details import Association, LayerSpecialization, Specialization
 
-Batch = tuple[dict[str, Any], Tensor, Tensor]
+Batch = tuple[Mapping[str, Any], Tensor, Tensor]
 """Inputs of the model; the group of every example (B,) or token (B, L); a mask (B, L) of the tokens to count."""
 
 NUM_PERMUTATIONS = 200
@@ -48,7 +49,7 @@ def measure_specialization(
     groups: Sequence[str],
     num_permutations: int = NUM_PERMUTATIONS,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Specialization:
     """How far each routed layer's experts divide the groups among them; the model is left as it was found.
 
     Args:
@@ -58,9 +59,6 @@ def measure_specialization(
         groups: names, by index.
         num_permutations: times the labels are dealt out anew.
         seed: of those.
-
-    Returns:
-        `groups` and `layers`, see `describe_layer`.
 
     Raises:
         UserError: the model routes nothing, there is nothing to count, or a group index has no name.
@@ -73,7 +71,7 @@ def measure_specialization(
         describe_layer(observed, place, num_groups=len(groups), num_permutations=num_permutations, seed=seed)
         for place in range(len(observed.layers))
     ]
-    return {"groups": list(groups), "layers": layers}
+    return Specialization(list(groups), layers)
 
 
 def observe(model: nn.Module, batches: Iterable[Batch]) -> ObservedChoices:
@@ -140,15 +138,11 @@ def describe_layer(
     num_groups: int,
     num_permutations: int = NUM_PERMUTATIONS,
     seed: int = 0,
-) -> dict[str, Any]:
-    """One layer's experts against the groups, as plain values.
+) -> LayerSpecialization:
+    """One layer's experts against the groups.
 
-    Returns:
-        `layer` (depth), `name`, `num_experts`, `rows_per_token`; `rows` and `share`, E lists of G: routed rows, and the
-        part of a group's rows that go to the expert; the fields of `association`; `max_bits`, the most that so many
-        experts can tell of so many groups of one size, log2 min(E / K, G), for a token's K experts are different ones;
-        `group_bits`, the entropy of the groups as they are; `entropy` of the load of the experts in bits, `imbalance`
-        of it, and the indices of `dead` experts.
+    `max_bits`, the most that so many experts can tell of so many groups of one size, is log2 min(E / K, G), for a
+    token's K experts are different ones.
     """
     layer = observed.layers[place]
     unit_R, expert_R, rows_R = _flat_rows(observed, place)
@@ -159,27 +153,28 @@ def describe_layer(
     share_GE = numpy.divide(rows_GE, total_G1, out=numpy.zeros_like(rows_GE), where=total_G1 > 0)
     load_E = rows_GE.sum(0)
     rows_per_token = float(load_E.sum() / max(1, len(observed.unit_T)))
-    return {
-        "layer": layer.depth,
-        "name": layer.name,
-        "num_experts": layer.num_experts,
-        "rows_per_token": rows_per_token,
-        "rows": rows_GE.T.tolist(),
-        "share": share_GE.T.tolist(),
-        **association(
-            (unit_R, expert_R, rows_R),
-            observed.group_U,
-            num_groups=num_groups,
-            num_experts=layer.num_experts,
-            num_permutations=num_permutations,
-            seed=seed,
-        ),
-        "max_bits": float(numpy.log2(max(1.0, min(layer.num_experts / rows_per_token, num_groups)))),
-        "group_bits": entropy_bits(total_G1.ravel()),
-        "entropy": entropy_bits(load_E),
-        "imbalance": summarize_load(load_E).imbalance,
-        "dead": numpy.flatnonzero(load_E < DEAD_SHARE * load_E.mean()).tolist(),
-    }
+    found = association(
+        (unit_R, expert_R, rows_R),
+        observed.group_U,
+        num_groups=num_groups,
+        num_experts=layer.num_experts,
+        num_permutations=num_permutations,
+        seed=seed,
+    )
+    return LayerSpecialization(
+        **vars(found),
+        layer=layer.depth,
+        name=layer.name,
+        num_experts=layer.num_experts,
+        rows_per_token=rows_per_token,
+        rows=rows_GE.T.tolist(),
+        share=share_GE.T.tolist(),
+        max_bits=float(numpy.log2(max(1.0, min(layer.num_experts / rows_per_token, num_groups)))),
+        group_bits=entropy_bits(total_G1.ravel()),
+        entropy=entropy_bits(load_E),
+        imbalance=summarize_load(load_E).imbalance,
+        dead=numpy.flatnonzero(load_E < DEAD_SHARE * load_E.mean()).tolist(),
+    )
 
 
 def association(
@@ -190,7 +185,7 @@ def association(
     num_experts: int,
     num_permutations: int = NUM_PERMUTATIONS,
     seed: int = 0,
-) -> dict[str, float]:
+) -> Association:
     """Mutual information of expert and group against what chance gives.
 
     Args:
@@ -200,11 +195,6 @@ def association(
         num_experts: E.
         num_permutations: times the groups are dealt out anew among the units.
         seed: of those.
-
-    Returns:
-        In bits `mutual_information` as counted; `chance`, the mean over the permutations, and `chance_high`, which 95 %
-        of them stay below; `corrected`, counted less chance, at least zero; `p_value`, the share of permutations that
-        reach what was counted, the real labels among them.
     """
     unit_R, expert_R, rows_R = _merged(*rows, num_experts=num_experts)
 
@@ -216,13 +206,13 @@ def association(
     found = measure(group_U)
     generator = numpy.random.default_rng(seed)
     chance_P = numpy.array([measure(generator.permutation(group_U)) for _ in range(num_permutations)])
-    return {
-        "mutual_information": found,
-        "chance": float(chance_P.mean()),
-        "chance_high": float(numpy.quantile(chance_P, 0.95)),
-        "corrected": max(0.0, found - float(chance_P.mean())),
-        "p_value": float(1 + (chance_P >= found - 1e-12).sum()) / (1 + num_permutations),
-    }
+    return Association(
+        mutual_information=found,
+        chance=float(chance_P.mean()),
+        chance_high=float(numpy.quantile(chance_P, 0.95)),
+        corrected=max(0.0, found - float(chance_P.mean())),
+        p_value=float(1 + (chance_P >= found - 1e-12).sum()) / (1 + num_permutations),
+    )
 
 
 def mutual_information(rows_GE: numpy.ndarray) -> float:

@@ -16,10 +16,11 @@ Shapes: T tokens, R routed rows, E experts, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy
 from transformers import PreTrainedTokenizerBase
+
+from mixtura.diagnostics.diagnosed import TypicalToken
 
 TOKEN_TYPES = ("word start", "continuation", "punctuation", "digits", "space or markup", "byte", "special")
 """In the order in which the page shows them."""
@@ -90,16 +91,12 @@ def typical_tokens(
     num_experts: int,
     minimum_count: int = MINIMUM_COUNT,
     most: int = 12,
-) -> list[list[dict[str, Any]]]:
+) -> list[list[TypicalToken]]:
     """For each expert the tokens that most exceed what independence would send there, the strongest first.
 
     Pointwise mutual information, log2 p(token, expert) / (p(token) p(expert)) (Church and Hanks 1990), of tokens with
     at least `minimum_count` rows; of equal tokens the more frequent comes first. A token is only listed where its
     information is positive.
-
-    Returns:
-        For each expert dictionaries of `id`, `count` (the token's rows in this expert), `share` (part of the token's
-        rows that go here) and `pmi` in bits.
     """
     known_V, place_R = numpy.unique(token_R, return_inverse=True)
     counted = numpy.bincount(place_R * num_experts + expert_R, weights=rows_R, minlength=len(known_V) * num_experts)
@@ -113,12 +110,12 @@ def typical_tokens(
         order = sorted(range(len(listed_V)), key=lambda v: (-round(pmi_V[v], 9), -total_V[listed_V[v]], v))[:most]
         lists.append(
             [
-                {
-                    "id": int(known_V[listed_V[v]]),
-                    "count": float(rows_VE[listed_V[v], expert]),
-                    "share": float(rows_VE[listed_V[v], expert] / total_V[listed_V[v]]),
-                    "pmi": float(pmi_V[v]),
-                }
+                TypicalToken(
+                    id=int(known_V[listed_V[v]]),
+                    count=float(rows_VE[listed_V[v], expert]),
+                    share=float(rows_VE[listed_V[v], expert] / total_V[listed_V[v]]),
+                    pmi=float(pmi_V[v]),
+                )
                 for v in order
             ]
         )

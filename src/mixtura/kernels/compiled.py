@@ -11,13 +11,13 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mixtura.config.assets import cache_folder
+from mixtura.files import replacing
 
 _SOURCES = sorted(Path(__file__).parent.glob("native*.c"))
 _HEADERS = sorted(Path(__file__).parent.glob("native*.h"))
@@ -66,12 +66,9 @@ def _compiled(compiler: str, folder: Path) -> Path:
     digest = hashlib.blake2b(source + version + _processor() + " ".join(_FLAGS).encode(), digest_size=12)
     path = folder / f"{digest.hexdigest()}.so"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch, path.name)
+        with replacing(path) as made:  # whole or not at all: other processes may be compiling it too
             command = [compiler, *_FLAGS, "-o", str(made), *map(str, _SOURCES)]
             subprocess.run(command, capture_output=True, check=True, timeout=120)
-            made.replace(path)  # whole or not at all: other processes may be compiling it too
     return path
 
 

@@ -1,39 +1,12 @@
 """Text from a trained model, one token after the other."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixtura.config import UserError
 from mixtura.config.families import never_served
-
-
-def load_model(folder: Path) -> tuple:
-    """The causal language model and tokenizer in a folder, ready for inference.
-
-    Raises:
-        UserError: the folder is missing, is no model's, or its files are damaged.
-    """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"'{folder}' is no model folder (it has no config.json): give one such as .../checkpoint.")
-    try:
-        # transformers fills what is missing or does not fit with random numbers, so ask what that was.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        model, found = loaded
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers, safetensors and json each have their own errors for a broken file
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise UserError(f"The model in '{folder}' cannot be loaded ({reason}): train or export it again.") from error
-    for name in sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]):
-        raise UserError(
-            f"The model in '{folder}' is damaged: {name} is missing or does not fit its config.json; train or export "
-            "it again."
-        )
-    return model.eval(), tokenizer
+from mixtura.models.loading import load_model
 
 
 def generate_text(model_folder: Path, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> str:

@@ -1,14 +1,17 @@
 """What a reader must know before believing the table: warnings drawn from the results, the gravest first.
 
-Each is a dictionary {"level", "kind", "arm", "text"}. Level "serious" means that a number does not mean what its name
+Level "serious" means that a number does not mean what its name
 says; "warning", that the comparison may be unfair or its winner dear; "note", a property of an arm worth knowing.
 """
 
-from typing import Any
+from typing import Literal, get_args
 
 from mixtura.planning.matching import FLOPS_TOLERANCE
 from mixtura.report.measures import Yardstick, yardstick
 from mixtura.report.wording import NBSP, TIMES, capital, count, listing, number, percent, quantity, rate, times
+from mixtura.results import ArmResult, ArmSummary, Results
+from mixtura.results.conclusions import Budget, Caution, Limit
+from mixtura.results.details import TranslationDetails
 
 SLOW_STEP = 1.25
 """Seconds a step over the baseline's, from which a reader is warned."""
@@ -20,10 +23,11 @@ MANY_EPOCHS = 4.0
 MOST_LABELS = 5
 """Labels that a caution names."""
 
-_LEVELS = ("serious", "warning", "note")
+Level = Literal["serious", "warning", "note"]
+_LEVELS: tuple[Level, ...] = get_args(Level)
 
 
-def find_cautions(results: dict[str, Any], arms: dict[str, Any]) -> list[dict[str, Any]]:
+def find_cautions(results: Results, arms: dict[str, ArmSummary]) -> list[Caution]:
     """All warnings of a comparison.
 
     Args:
@@ -33,48 +37,52 @@ def find_cautions(results: dict[str, Any], arms: dict[str, Any]) -> list[dict[st
     stick = yardstick(results)
     found = [*_about_seeds(results, arms), *_about_data(results), *_about_search(results, arms, stick)]
     found += [*_about_copying(results, arms), *_about_classes(results)]
-    for name, arm in results["arms"].items():
-        label = arms[name]["label"]
+    for name, arm in results.arms.items():
+        label = arms[name].label
         found += _about_validity(name, arm, label, arms[name], stick)
         found += _about_leaks(name, arm, label, stick)
-        found += _about_cost(name, arm, label, arms[results["baseline"]]["label"], stick)
-        found += _about_noise(name, arm, label, results["arms"][results["baseline"]])
+        found += _about_cost(name, arm, label, arms[results.baseline].label, stick)
+        found += _about_noise(name, arm, label, results.arms[results.baseline])
         found += _about_rate(name, arm, label)
-        if (arms[name]["averages"]["dropped_share"] or 0) > DROPPED_TOLERANCE:
-            text = f"{label} drops {percent(arms[name]['averages']['dropped_share'])} of its routed rows."
+        if (arms[name].averages.dropped_share or 0) > DROPPED_TOLERANCE:
+            text = f"{label} drops {percent(arms[name].averages.dropped_share)} of its routed rows."
             found.append(_caution("note", "dropped", name, text))
     # Unequal FLOPs come first among their like: every other number rests on them.
-    return sorted(found, key=lambda caution: (_LEVELS.index(caution["level"]), caution["kind"] != "flops"))
+    return sorted(found, key=lambda caution: (_LEVELS.index(caution.level), caution.kind != "flops"))
 
 
-def _caution(level: str, kind: str, arm: str | None, text: str) -> dict[str, Any]:
-    return {"level": level, "kind": kind, "arm": arm, "text": capital(text)}
+def _caution(level: Level, kind: str, arm: str | None, text: str) -> Caution:
+    return Caution(level, kind, arm, capital(text))
 
 
-def _about_seeds(results: dict[str, Any], arms: dict[str, Any]) -> list[dict[str, Any]]:
-    fewest = min(len(arm["runs"]) for arm in results["arms"].values())
+def _about_seeds(results: Results, arms: dict[str, ArmSummary]) -> list[Caution]:
+    fewest = min(len(arm.runs) for arm in results.arms.values())
     if fewest < 2:
         text = "One seed: there is no interval and no verdict. Add seeds to the recipe to get both."
         return [_caution("warning", "one_seed", None, text)]
     if fewest < 3:
         text = "Two seeds: an interval from two differences is very wide, so only large effects can show."
         return [_caution("note", "few_seeds", None, text)]
-    if len({tuple(arm["seeds"]) for arm in arms.values()}) > 1:
+    if len({tuple(arm.seeds) for arm in arms.values()}) > 1:
         text = "Not every arm ran every seed: differences use the seeds that both sides share."
         return [_caution("warning", "missing_seeds", None, text)]
     return []
 
 
-def _about_copying(results: dict[str, Any], arms: dict[str, Any]) -> list[dict[str, Any]]:
+def _about_copying(results: Results, arms: dict[str, ArmSummary]) -> list[Caution]:
     """Translation: arms that the source itself, left as it is, outscores."""
     behind, copied = [], 0.0
-    for name, arm in results["arms"].items():
-        scores = [pair for run in arm["runs"] for pair in run.get("details", {}).get("pairs", {}).values()]
+    for name, arm in results.arms.items():
+        scores = [
+            pair
+            for run in arm.runs
+            for pair in (run.details.pairs if isinstance(run.details, TranslationDetails) else {}).values()
+        ]
         if not scores:
             continue
-        copied = sum(pair["copy_chrf"] for pair in scores) / len(scores)
-        if sum(pair["chrf"] for pair in scores) / len(scores) <= copied:
-            behind.append(arms[name]["label"])
+        copied = sum(pair.copy_chrf for pair in scores) / len(scores)
+        if sum(pair.chrf for pair in scores) / len(scores) <= copied:
+            behind.append(arms[name].label)
     if not behind:
         return []
     text = (
@@ -84,25 +92,26 @@ def _about_copying(results: dict[str, Any], arms: dict[str, Any]) -> list[dict[s
     return [_caution("warning", "below_copying", None, text)]
 
 
-def _about_classes(results: dict[str, Any]) -> list[dict[str, Any]]:
+def _about_classes(results: Results) -> list[Caution]:
     """Classification: classes that only one of training and test has."""
     found = []
-    if untested := results["data"].get("labels_untested"):
+    if untested := results.data.facts.get("labels_untested"):
         text = f"No test text has the label {_labels(untested)}: the scores say nothing of how well it is recognised."
         found.append(_caution("warning", "untested_class", None, text))
-    if unlearnt := results["data"].get("labels_unlearnt"):
+    if unlearnt := results.data.facts.get("labels_unlearnt"):
         text = f"No training text has the label {_labels(unlearnt)}: its texts were left out of the test as well."
         found.append(_caution("warning", "unlearnt_class", None, text))
     return found
 
 
-def _labels(labels: list[str]) -> str:
+def _labels(labels: object) -> str:
+    assert isinstance(labels, list)
     shown = [f"'{label}'" for label in labels[:MOST_LABELS]]
     return f"{', '.join(shown)} or {len(labels) - len(shown)} more" if len(labels) > len(shown) else " or ".join(shown)
 
 
-def _about_data(results: dict[str, Any]) -> list[dict[str, Any]]:
-    epochs = results["data"].get("epochs") or 0.0
+def _about_data(results: Results) -> list[Caution]:
+    epochs = results.data.epochs or 0.0
     if epochs <= MANY_EPOCHS:
         return []
     text = (
@@ -111,8 +120,8 @@ def _about_data(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [_caution("warning", "epochs", None, text)]
 
 
-def _about_search(results: dict[str, Any], arms: dict[str, Any], stick: Yardstick) -> list[dict[str, Any]]:
-    missing = [arms[name]["label"] for name, arm in results["arms"].items() if not is_searched(arm)]
+def _about_search(results: Results, arms: dict[str, ArmSummary], stick: Yardstick) -> list[Caution]:
+    missing = [arms[name].label for name, arm in results.arms.items() if arm.searched is None]
     if not missing:
         return []
     whose = "any arm" if len(missing) == len(arms) else listing(missing)
@@ -124,104 +133,96 @@ def _about_search(results: dict[str, Any], arms: dict[str, Any], stick: Yardstic
     return [_caution("warning", "not_searched", None, text)]
 
 
-def is_searched(arm: dict[str, Any]) -> bool:
-    """Whether an arm's learning rate was chosen among several."""
-    search = arm.get("learning_rate_search")
-    return bool(search) and len(search["trials"]) > 1
-
-
-def _about_validity(
-    name: str, arm: dict[str, Any], label: str, summary: dict[str, Any], stick: Yardstick
-) -> list[dict[str, Any]]:
+def _about_validity(name: str, arm: ArmResult, label: str, said: ArmSummary, stick: Yardstick) -> list[Caution]:
     found = []
-    if arm["deployed_mode"] is None:
+    if arm.deployed_mode is None:
         text = (
             f"{label} cannot be deployed: it needs other examples' tokens to compute a token's output. Its "
             f"{stick.short} as trained is listed, but it takes no part in the verdict."
         )
         found.append(_caution("serious", "not_deployable", name, text))
-    if arm["leaks"]["future"] and stick.causal:
+    if arm.leaks.future and stick.causal:
         text = (
             f"{label} sees the future: a token's output depends on later tokens, so its loss is not a language "
             "model's loss, and it takes no part in the verdict."
         )
         found.append(_caution("serious", "leaks_future", name, text))
-    if summary["diverged"]:
+    if said.diverged:
         text = (
-            f"{label} diverged in {summary['diverged']} of {count(len(arm['runs']), 'run')}: its mean would hide that, "
+            f"{label} diverged in {said.diverged} of {count(len(arm.runs), 'run')}: its mean would hide that, "
             "so it takes no part in the verdict."
         )
         found.append(_caution("serious", "diverged", name, text))
     return found
 
 
-def _about_leaks(name: str, arm: dict[str, Any], label: str, stick: Yardstick) -> list[dict[str, Any]]:
-    if arm["leaks"].get("batch_deployed"):
+def _about_leaks(name: str, arm: ArmResult, label: str, stick: Yardstick) -> list[Caution]:
+    if arm.leaks.batch_deployed:
         text = f"{label} leaks the batch even as deployed: the same text gets another loss beside other examples."
         return [_caution("serious", "leaks_batch_deployed", name, text)]
-    if arm["leaks"]["batch"] and arm["training_mode"] == arm["deployed_mode"]:
+    if arm.leaks.batch and arm.training_mode == arm.deployed_mode:
         text = (
             f"{label} leaks the batch while it trains in groups: a token's output depends on other examples. The "
             "finished model has no groups, and its numbers are measured without."
         )
         return [_caution("note", "leaks_batch", name, text)]
-    if arm["leaks"]["batch"]:
+    if arm.leaks.batch:
         text = (
             f"{label} leaks the batch while it trains: a token's output depends on other examples. Its {stick.short} "
-            f"in training mode ({arm['training_mode']}) is measured with such neighbours and is never the headline."
+            f"in training mode ({arm.training_mode}) is measured with such neighbours and is never the headline."
         )
         return [_caution("note", "leaks_batch", name, text)]
     return []
 
 
-def _about_cost(name: str, arm: dict[str, Any], label: str, baseline: str, stick: Yardstick) -> list[dict[str, Any]]:
+def _about_cost(name: str, arm: ArmResult, label: str, baseline: str, stick: Yardstick) -> list[Caution]:
     found = []
-    if (arm["seconds_ratio"] or 1.0) > SLOW_STEP:
+    if (arm.seconds_ratio or 1.0) > SLOW_STEP:
         text = (
-            f"A step of {label} takes {times(arm['seconds_ratio'])} as long as one of {baseline} on this hardware: "
+            f"A step of {label} takes {times(arm.seconds_ratio)} as long as one of {baseline} on this hardware: "
             "equal tokens and FLOPs are not equal time."
         )
         found.append(_caution("warning", "slow_step", name, text))
-    if abs(arm["flops_ratio"] - 1) > FLOPS_TOLERANCE:
-        text = f"{label} uses {number(arm['flops_ratio'], 3)}{TIMES} the FLOPs a token of {baseline}: not held equal."
+    if abs(arm.flops_ratio - 1) > FLOPS_TOLERANCE:
+        text = f"{label} uses {number(arm.flops_ratio, 3)}{TIMES} the FLOPs a token of {baseline}: not held equal."
         # Arms of pretraining are to be matched in FLOPs; those of fine-tuning differ in what they train.
         found.append(_caution("warning" if stick.task == "pretraining" else "note", "flops", name, text))
     return found
 
 
-def _about_noise(name: str, arm: dict[str, Any], label: str, base: dict[str, Any]) -> list[dict[str, Any]]:
+def _about_noise(name: str, arm: ArmResult, label: str, base: ArmResult) -> list[Caution]:
     """Medians of the steps and the median of the paired ratios agree on a quiet machine."""
-    if not (arm["seconds_per_step"] and base["seconds_per_step"] and arm["seconds_ratio"]):
+    if not (arm.seconds_per_step and base.seconds_per_step and arm.seconds_ratio):
         return []
-    of_medians = arm["seconds_per_step"] / base["seconds_per_step"]
-    if abs(of_medians / arm["seconds_ratio"] - 1) <= TIMING_TOLERANCE:
+    of_medians = arm.seconds_per_step / base.seconds_per_step
+    if abs(of_medians / arm.seconds_ratio - 1) <= TIMING_TOLERANCE:
         return []
     text = (
-        f"The time a step of {label} was measured on a busy machine: {times(arm['seconds_ratio'])} the baseline's by "
+        f"The time a step of {label} was measured on a busy machine: {times(arm.seconds_ratio)} the baseline's by "
         f"paired steps, {times(of_medians)} by medians. Do not trust its times before they are measured again."
     )
     return [_caution("warning", "noisy_timing", name, text)]
 
 
-def _about_rate(name: str, arm: dict[str, Any], label: str) -> list[dict[str, Any]]:
-    if not is_searched(arm):
+def _about_rate(name: str, arm: ArmResult, label: str) -> list[Caution]:
+    search, found = arm.searched, []
+    if search is None:
         return []
-    search, found = arm["learning_rate_search"], []
-    if search["at_edge"]:
-        rates = [trial["learning_rate"] for trial in search["trials"]]
-        end = "highest" if search["best"] >= max(rates) else "lowest"
+    if search.at_edge:
+        rates = [trial.learning_rate for trial in search.trials]
+        end = "highest" if search.best >= max(rates) else "lowest"
         text = (
-            f"{label}'s best learning rate, {rate(search['best'])}, is the {end} of those tried: a better one may lie "
+            f"{label}'s best learning rate, {rate(search.best)}, is the {end} of those tried: a better one may lie "
             f"beyond, so {label} may be shown worse than it is."
         )
         found.append(_caution("warning", "rate_at_edge", name, text))
-    if arm["learning_rate"] != search["best"]:
-        text = f"{label} ran at {rate(arm['learning_rate'])}, not at the searched best rate, {rate(search['best'])}."
+    if arm.learning_rate != search.best:
+        text = f"{label} ran at {rate(arm.learning_rate)}, not at the searched best rate, {rate(search.best)}."
         found.append(_caution("warning", "rate_not_best", name, text))
-    if search.get("steps") and search["steps"] < arm["runs"][0]["steps"]:
+    if search.steps and search.steps < arm.runs[0].steps:
         text = (
-            f"{label}'s learning rate was searched with {search['steps']}{NBSP}steps, fewer than the run's "
-            f"{arm['runs'][0]['steps']}: the best rate of a longer run is often lower."
+            f"{label}'s learning rate was searched with {search.steps}{NBSP}steps, fewer than the run's "
+            f"{arm.runs[0].steps}: the best rate of a longer run is often lower."
         )
         found.append(_caution("note", "short_search", name, text))
     return found
@@ -245,18 +246,18 @@ _USES = {
 }
 
 
-def list_limits(results: dict[str, Any], budget: dict[str, Any]) -> list[dict[str, str]]:
-    """What the comparison cannot tell, whatever its numbers: {"title", "text"} each."""
-    environment, others, task = results["environment"], len(results["arms"]) - 1, results["task"]
+def list_limits(results: Results, budget: Budget) -> list[Limit]:
+    """What the comparison cannot tell, whatever its numbers."""
+    environment, others, task = results.environment, len(results.arms) - 1, results.task
     processor = environment.get("processor") or "unnamed processor"
     varied = "data order" if yardstick(results).continued else "initialisation and data order"
-    largest = quantity(max(arm["parameters_total"] for arm in results["arms"].values()))
+    largest = quantity(max(arm.parameters_total for arm in results.arms.values()))
     limits = {
-        "Longer training": f"Each run saw {quantity(budget['tokens'])} tokens. The order of the arms can change with "
+        "Longer training": f"Each run saw {quantity(budget.tokens)} tokens. The order of the arms can change with "
         "more, and a cosine schedule is tied to its length: a point on the way of a run is no finished shorter run.",
         "Larger models": f"The largest arm has {largest} parameters. Nothing here says that the order holds at another "
         f"{_LARGER[task]}.",
-        "Other text": f"One source ({results['data']['description']}), one split. The intervals cover {varied}, "
+        "Other text": f"One source ({results.data.description}), one split. The intervals cover {varied}, "
         "not the choice of the held-out text, which is the same for all arms.",
         "Other settings": "At most the learning rate was searched for each arm. Weight decay, warm-up, "
         f"{_SETTINGS[task]} are those of the recipe.",
@@ -264,9 +265,9 @@ def list_limits(results: dict[str, Any], budget: dict[str, Any]) -> list[dict[st
         "kernels; what mixtures cost beside dense layers differs between machines.",
         "Use of the model": _USES[task],
     }
-    if others > 1 and budget["seeds"] > 1:
+    if others > 1 and budget.seeds > 1:
         limits["All intervals at once"] = (
             f"Each interval is a 95{NBSP}% interval of its own. With {others} arms beside the baseline, the chance "
             f"that at least one misses can be as high as about {percent(1 - 0.95**others, 0)}."
         )
-    return [{"title": title, "text": text} for title, text in limits.items()]
+    return [Limit(title, text) for title, text in limits.items()]

@@ -6,12 +6,17 @@ serves light and dark. `meta.scale` says what a step is in tokens, FLOPs and sec
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mixtura.report.measures import difference_unit, titled_unit, yardstick
 from mixtura.report.wording import NBSP, capital, rate
+from mixtura.results import ArmResult, Results, Summary
+from mixtura.results.conclusions import Crossing, Difference
+from mixtura.results.run import LoadHistory
 
 Figure = dict[str, Any]
+"""A figure, a trace or a part of one, as plotly takes it."""
 Points = Sequence[tuple[float, float]]
 
 AXES = {
@@ -30,7 +35,7 @@ _SMOOTHING = 0.06
 """Share of the training-loss points averaged into one."""
 
 
-def build_figures(results: dict[str, Any], summary: dict[str, Any]) -> dict[str, Figure]:
+def build_figures(results: Results, summary: Summary) -> dict[str, Figure]:
     """Every interactive figure of the report by name; those without data are left out."""
     figures = {
         "differences": difference_figure(results, summary),
@@ -42,20 +47,19 @@ def build_figures(results: dict[str, Any], summary: dict[str, Any]) -> dict[str,
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def difference_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None:
+def difference_figure(results: Results, summary: Summary) -> Figure | None:
     """Each arm's measure minus the baseline's: the mean with its interval, and every seed."""
     measure = yardstick(results).measure
-    names = list(summary["arms"])
-    shown = [name for name in reversed(names) if summary["arms"][name]["difference"]["deployed"]]
+    names = list(summary.arms)
+    found = {name: arm.difference.deployed for name, arm in reversed(summary.arms.items())}
+    shown = {name: difference for name, difference in found.items() if difference is not None}
     if not shown:
         return None
     traces, extent = [], [0.0]
-    for row, name in enumerate(shown):
-        arm = summary["arms"][name]
-        traces += _difference_traces(arm, names.index(name), row)
-        difference = arm["difference"]["deployed"]
-        extent += [*difference["values"], difference["low"] or 0.0, difference["high"] or 0.0]
-    base = safe_text(next(arm["label"] for arm in summary["arms"].values() if arm["baseline"]))
+    for row, (name, difference) in enumerate(shown.items()):
+        traces += _difference_traces(summary.arms[name].label, difference, names.index(name), row)
+        extent += [*difference.values, difference.low or 0.0, difference.high or 0.0]
+    base = safe_text(next(arm.label for arm in summary.arms.values() if arm.baseline))
     reach = 1.12 * max(abs(value) for value in extent) or 0.01
     title, unit = f"{capital(measure.name)} minus {base}'s", difference_unit(measure)
     sides = ("better", "worse") if measure.better == "lower" else ("worse", "better")
@@ -69,7 +73,7 @@ def difference_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figur
         },
         "yaxis": {
             "tickvals": list(range(len(shown))),
-            "ticktext": [safe_text(summary["arms"][name]["label"]) for name in shown],
+            "ticktext": [safe_text(summary.arms[name].label) for name in shown],
             "range": [-0.6, len(shown) - 0.35],
             "showgrid": False,
         },
@@ -80,51 +84,51 @@ def difference_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figur
     return {"data": traces, "layout": layout}
 
 
-def _difference_traces(arm: dict[str, Any], index: int, row: int) -> list[dict[str, Any]]:
-    difference, label = arm["difference"]["deployed"], safe_text(arm["label"])
-    half = 0.0 if difference["high"] is None else difference["high"] - difference["mean"]
+def _difference_traces(label: str, difference: Difference, index: int, row: int) -> list[Figure]:
+    name = safe_text(label)
+    half = 0.0 if difference.high is None else difference.high - difference.mean
     seeds = make_trace(
-        [(value, row - 0.24) for value in difference["values"]],
-        arm["label"],
+        [(value, row - 0.24) for value in difference.values],
+        label,
         index,
         "seed",
         mode="markers",
-        customdata=difference["seeds"],
+        customdata=difference.seeds,
         marker={"size": 7, "symbol": "circle-open", "line": {"width": 1.5}},
-        hovertemplate=f"{label}, seed %{{customdata}}: %{{x:+.4f}}<extra></extra>",
+        hovertemplate=f"{name}, seed %{{customdata}}: %{{x:+.4f}}<extra></extra>",
     )
     mean = make_trace(
-        [(difference["mean"], row)],
-        arm["label"],
+        [(difference.mean, row)],
+        label,
         index,
         "mean",
         mode="markers",
         marker={"size": 12, "symbol": SYMBOLS[index % len(SYMBOLS)]},
         error_x={"type": "data", "array": [half], "thickness": 2.5, "width": 7, "visible": half > 0},
-        hovertemplate=f"{label}, mean: %{{x:+.4f}}<extra></extra>",
+        hovertemplate=f"{name}, mean: %{{x:+.4f}}<extra></extra>",
     )
     return [seeds, mean]
 
 
-def _loss_title(results: dict[str, Any], words: str) -> dict[str, str]:
+def _loss_title(results: Results, words: str) -> dict[str, str]:
     return {"text": titled_unit(words, yardstick(results).loss.unit)}
 
 
-def _note(x: float, anchor: str, text: str) -> dict[str, Any]:
+def _note(x: float, anchor: str, text: str) -> Figure:
     place = {"x": x, "y": 1, "xref": "paper", "yref": "paper", "xanchor": anchor, "yanchor": "bottom"}
     return {**place, "text": text, "showarrow": False}
 
 
-def curve_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None:
+def curve_figure(results: Results, summary: Summary) -> Figure | None:
     """Held-out loss over training: a bold mean and a thin line a seed, solid as deployed and dotted as trained."""
     traces = []
-    for index, (name, arm) in enumerate(results["arms"].items()):
-        modes = {arm["deployed_mode"]: "as deployed", arm["training_mode"]: "as trained"}
+    for index, (name, arm) in enumerate(results.arms.items()):
+        modes = {arm.deployed_mode: "as deployed", arm.training_mode: "as trained"}
         modes.pop(None, None)
-        for mode in dict.fromkeys((arm["deployed_mode"] or arm["training_mode"], arm["training_mode"])):
+        for mode in dict.fromkeys((arm.deployed_mode or arm.training_mode, arm.training_mode)):
             lines = held_out_lines(arm, mode)
-            deployed = mode == (arm["deployed_mode"] or mode)
-            label = summary["arms"][name]["label"]
+            deployed = mode == (arm.deployed_mode or mode)
+            label = summary.arms[name].label
             if len(modes) > 1:
                 label += ", as deployed" if deployed else ", as trained"
             for trace in seeds_and_mean(lines, label, index, "%{y:.4f}", dash="solid" if deployed else "dot"):
@@ -147,13 +151,11 @@ def curve_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | N
     return {"data": traces, "layout": layout}
 
 
-def held_out_lines(arm: dict[str, Any], mode: str) -> dict[int, list[tuple[float, float]]]:
+def held_out_lines(arm: ArmResult, mode: str) -> dict[int, list[tuple[float, float]]]:
     """The held-out curve of each seed in one inference mode, as (step, loss)."""
-    lines = {
-        run["seed"]: [
-            (point["step"], point["loss"][mode]) for point in run["curve"] if point["loss"].get(mode) is not None
-        ]
-        for run in arm["runs"]
+    lines: dict[int, list[tuple[float, float]]] = {
+        run.seed: [(point.step, loss) for point in run.curve if (loss := point.loss.get(mode)) is not None]
+        for run in arm.runs
     }
     return {seed: points for seed, points in lines.items() if points}
 
@@ -165,16 +167,16 @@ def mean_line(lines: Mapping[int, Points]) -> list[tuple[float, float]]:
     return [(step, math.fsum(table[step] for table in tables) / len(tables)) for step in steps]
 
 
-def _scale(arm: dict[str, Any]) -> dict[str, float]:
+def _scale(arm: ArmResult) -> dict[str, float]:
     """What one step is on each horizontal axis; seconds are those measured side by side."""
-    last = next(run["curve"][-1] for run in arm["runs"] if run["curve"])
-    pace = arm["seconds_per_step"] or last["seconds"] / last["step"]
-    return {"steps": 1, "tokens": last["tokens"] / last["step"], "flops": last["flops"] / last["step"], "seconds": pace}
+    last = next(run.curve[-1] for run in arm.runs if run.curve)
+    pace = arm.seconds_per_step or last.seconds / last.step
+    return {"steps": 1, "tokens": last.tokens / last.step, "flops": (last.flops or 0.0) / last.step, "seconds": pace}
 
 
 def seeds_and_mean(
     lines: Mapping[int, Points], label: str, index: int, hover: str, *, dash: str = "solid", markers: bool = True
-) -> list[dict[str, Any]]:
+) -> list[Figure]:
     """A thin line for each seed (none for a single one) and a bold one for their mean."""
     mean = mean_line(lines)
     if not mean:
@@ -190,7 +192,7 @@ def seeds_and_mean(
     return [*traces, make_trace(mean, label, index, "mean", **bold)]
 
 
-def _late_range(traces: Sequence[dict[str, Any]]) -> list[float]:
+def _late_range(traces: Sequence[Figure]) -> list[float]:
     """Vertical range that shows where the arms part: from the lowest loss to the highest after a quarter of the run."""
     means = [trace for trace in traces if trace["meta"]["role"] == "mean"]
     end = max(trace["x"][-1] for trace in means)
@@ -199,12 +201,12 @@ def _late_range(traces: Sequence[dict[str, Any]]) -> list[float]:
     return [min(late) - pad, max(late) + pad]
 
 
-def gap_lines(arm: dict[str, Any], base: dict[str, Any]) -> dict[int, list[tuple[float, float]]]:
+def gap_lines(arm: ArmResult, base: ArmResult) -> dict[int, list[tuple[float, float]]]:
     """Loss minus the baseline's at the same step, by seed, both as deployed."""
-    if arm["deployed_mode"] is None or base["deployed_mode"] is None:
+    if arm.deployed_mode is None or base.deployed_mode is None:
         return {}
-    own = held_out_lines(arm, arm["deployed_mode"])
-    others = {seed: dict(points) for seed, points in held_out_lines(base, base["deployed_mode"]).items()}
+    own = held_out_lines(arm, arm.deployed_mode)
+    others = {seed: dict(points) for seed, points in held_out_lines(base, base.deployed_mode).items()}
     gaps = {
         seed: [(step, loss - others[seed][step]) for step, loss in points if step in others[seed]]
         for seed, points in own.items()
@@ -213,17 +215,17 @@ def gap_lines(arm: dict[str, Any], base: dict[str, Any]) -> dict[int, list[tuple
     return {seed: points for seed, points in gaps.items() if points}
 
 
-def gap_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None:
+def gap_figure(results: Results, summary: Summary) -> Figure | None:
     """The gap to the baseline over training, with the fitted line where it is closing."""
     traces = []
-    for index, (name, arm) in enumerate(results["arms"].items()):
-        found, label = summary["arms"][name]["crossing"], summary["arms"][name]["label"]
+    for index, (name, arm) in enumerate(results.arms.items()):
+        found, label = summary.arms[name].crossing, summary.arms[name].label
         if found:
-            traces += seeds_and_mean(gap_lines(arm, results["arms"][results["baseline"]]), label, index, "%{y:+.4f}")
+            traces += seeds_and_mean(gap_lines(arm, results.arms[results.baseline]), label, index, "%{y:+.4f}")
             traces += _extrapolation(found, label, index)
     if not traces:
         return None
-    base = safe_text(summary["arms"][results["baseline"]]["label"])
+    base = safe_text(summary.arms[results.baseline].label)
     first, farthest = min(trace["x"][0] for trace in traces), max(trace["x"][-1] for trace in traces)
     doublings = [first * 2**power for power in range(1 + max(1, math.ceil(math.log2(farthest / first))))]
     layout = {
@@ -240,13 +242,13 @@ def gap_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | Non
     return {"data": traces, "layout": layout}
 
 
-def _extrapolation(found: dict[str, Any], label: str, index: int) -> list[dict[str, Any]]:
+def _extrapolation(found: Crossing, label: str, index: int) -> list[Figure]:
     """The fitted line, from the first step it was fitted on to where it meets zero."""
-    if found["status"] != "closing":
+    fit, end = found.fit, found.step
+    if fit is None or end is None:
         return []
-    fit = found["fit"]
-    points = [(step, fit["intercept"] + fit["slope"] * math.log(step)) for step in (fit["first_step"], found["step"])]
-    hover = f"{safe_text(label)}: zero at step {found['step']:,.0f}<extra></extra>"
+    points = [(step, fit.intercept + fit.slope * math.log(step)) for step in (fit.first_step, end)]
+    hover = f"{safe_text(label)}: zero at step {end:,.0f}<extra></extra>"
     style = {"mode": "lines+markers", "line": {"width": 1.5, "dash": "dash"}, "hovertemplate": hover}
     return [
         make_trace(
@@ -255,18 +257,16 @@ def _extrapolation(found: dict[str, Any], label: str, index: int) -> list[dict[s
     ]
 
 
-def training_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None:
+def training_figure(results: Results, summary: Summary) -> Figure | None:
     """Training loss, smoothed: what the optimizer sees, with spikes where there are any."""
     traces = []
-    for index, (name, arm) in enumerate(results["arms"].items()):
+    for index, (name, arm) in enumerate(results.arms.items()):
         lines = {
-            run["seed"]: smooth(
-                [(point["step"], point["loss"]) for point in run["train_curve"] if point["loss"] is not None]
-            )
-            for run in arm["runs"]
+            run.seed: smooth([(point.step, point.loss) for point in run.train_curve if point.loss is not None])
+            for run in arm.runs
         }
         lines = {seed: points for seed, points in lines.items() if points}
-        traces += seeds_and_mean(lines, summary["arms"][name]["label"], index, "%{y:.3f}", markers=False)
+        traces += seeds_and_mean(lines, summary.arms[name].label, index, "%{y:.3f}", markers=False)
     if not traces:
         return None
     late = [y for trace in traces for y in trace["y"][len(trace["y"]) // 8 :]]
@@ -292,15 +292,15 @@ def smooth(points: Points) -> list[tuple[float, float]]:
     return smoothed
 
 
-def search_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | None:
+def search_figure(results: Results, summary: Summary) -> Figure | None:
     """The learning-rate search: held-out loss of each trial, the chosen rate filled."""
     traces = []
-    for index, (name, arm) in enumerate(results["arms"].items()):
-        search, label = arm.get("learning_rate_search") or {"trials": []}, summary["arms"][name]["label"]
-        trials = sorted((t["learning_rate"], t["loss"]) for t in search["trials"] if t["loss"] is not None)
-        if trials:
+    for index, (name, arm) in enumerate(results.arms.items()):
+        search, label = arm.learning_rate_search, summary.arms[name].label
+        trials = sorted((t.learning_rate, t.loss) for t in search.trials if t.loss is not None) if search else []
+        if search and trials:
             symbol = SYMBOLS[index % len(SYMBOLS)]
-            marks = [symbol if tried == search["best"] else f"{symbol}-open" for tried, _ in trials]
+            marks = [symbol if tried == search.best else f"{symbol}-open" for tried, _ in trials]
             marker = {"size": 10, "symbol": marks, "line": {"width": 1.8}}
             hover = f"{safe_text(label)}, rate %{{x:.3g}}: %{{y:.4f}}<extra></extra>"
             style = {"mode": "lines+markers", "line": {"width": 2}, "marker": marker, "hovertemplate": hover}
@@ -321,45 +321,50 @@ def search_figure(results: dict[str, Any], summary: dict[str, Any]) -> Figure | 
     return {"data": traces, "layout": layout}
 
 
-def load_maps(results: dict[str, Any], summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """A heat map for each arm and mixture layer: the load of every expert over training, 1 being an even share.
+@dataclass(frozen=True)
+class LoadMap:
+    """The load of one layer's experts over training, 1 being an even share."""
 
-    Experts have no identity across seeds, so a map shows one seed and carries all of them in `seeds`. Arms whose load
-    is even throughout have no map (see `is_even`).
-    """
+    arm: str
+    label: str
+    layer: int
+    steps: list[int]
+    experts: int
+    seeds: dict[str, list[list[float]]]
+    """For each seed (experts, steps). Experts have no identity across seeds, so a page shows one seed at a time."""
+
+
+def load_maps(results: Results, summary: Summary) -> list[LoadMap]:
+    """A heat map for each arm and mixture layer; arms whose load is even throughout have none (see `is_even`)."""
     maps = []
-    for name, arm in results["arms"].items():
-        runs = [] if is_even(arm) else _runs_with_load(arm)
-        for position, layer in enumerate(runs[0]["load"]["layers"] if runs else []):
-            loads = {str(run["seed"]): _load_matrix(run["load"], position) for run in runs}
-            entry = {"arm": name, "label": summary["arms"][name]["label"], "layer": layer, "seeds": loads}
-            maps.append({**entry, "steps": runs[0]["load"]["steps"], "experts": len(next(iter(loads.values())))})
+    for name, arm in results.arms.items():
+        loads = {} if is_even(arm) else _loads(arm)
+        first = next(iter(loads.values()), None)
+        for position, layer in enumerate(first.layers if first else []):
+            seeds = {str(seed): _load_matrix(load, position) for seed, load in loads.items()}
+            experts = len(next(iter(seeds.values())))
+            maps.append(LoadMap(name, summary.arms[name].label, layer, first.steps if first else [], experts, seeds))
     return maps
 
 
-def is_even(arm: dict[str, Any]) -> bool:
+def is_even(arm: ArmResult) -> bool:
     """Whether every expert had an even share at every evaluation, as Mixture of Tokens forces."""
-    shares = [
-        share * len(row)
-        for run in _runs_with_load(arm)
-        for step in run["load"]["share"]
-        for row in step
-        for share in row
-    ]
+    shares = [share * len(row) for load in _loads(arm).values() for step in load.share for row in step for share in row]
     return bool(shares) and max(abs(share - 1) for share in shares) < _EVEN
 
 
-def _runs_with_load(arm: dict[str, Any]) -> list[dict[str, Any]]:
-    return [run for run in arm["runs"] if run.get("load") and run["load"]["steps"]]
+def _loads(arm: ArmResult) -> dict[int, LoadHistory]:
+    """By seed, of the runs that have one."""
+    return {run.seed: run.load for run in arm.runs if run.load is not None and run.load.steps}
 
 
-def _load_matrix(load: dict[str, Any], position: int) -> list[list[float]]:
+def _load_matrix(load: LoadHistory, position: int) -> list[list[float]]:
     """(experts, steps): share of the load times the number of experts."""
-    rows = [[share * len(step[position]) for share in step[position]] for step in load["share"]]
+    rows = [[share * len(step[position]) for share in step[position]] for step in load.share]
     return [[round(value, 4) for value in column] for column in zip(*rows, strict=True)]
 
 
-def make_trace(points: Points, label: str, index: int, role: str, **style: Any) -> dict[str, Any]:
+def make_trace(points: Points, label: str, index: int, role: str, **style: Any) -> Figure:
     """A trace of the arm at place `index`; the page colours it and shows or hides it by its `role`."""
     return {
         "type": "scatter",

@@ -6,68 +6,69 @@ and each file appears under its name only once it is whole.
 
 import datetime
 import math
-import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from mixtura.config import UserError
-from mixtura.report import facts, tables
-from mixtura.report.cautions import is_searched
-from mixtura.report.colours import arm_colours
+from mixtura.files import write_text
+from mixtura.report import every_run, facts, tables
 from mixtura.report.deployment import deployment_figures
 from mixtura.report.figures import AXES, SYMBOLS, build_figures, is_even, load_maps
 from mixtura.report.markdown import render_markdown
 from mixtura.report.measures import Yardstick, difference_unit, value_note, yardstick
 from mixtura.report.pictures import write_pictures
 from mixtura.report.sections import classification_section, specialization_maps, task_figures, translation_section
-from mixtura.report.summary import SUMMARY_VERSION, summarize
+from mixtura.report.summary import summarize
 from mixtura.report.verdict import difference_words
-from mixtura.report.wording import NBSP, NONE, capital, count, listing, number, quantity, rate
-
-SCHEMA_VERSION = 2
-"""The version of results.json that this module reads."""
+from mixtura.report.wording import NBSP, NONE, arm_colours, capital, count, listing, number, quantity, rate
+from mixtura.results import ArmResult, ArmSummary, Results, Summary, read_results
+from mixtura.results.files import RESULTS
+from mixtura.results.json_form import to_plain
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _KEY_SHAPES = ("circle", "square", "diamond", "triangle-up")
 
 
-def write_report(results: dict[str, Any], out: Path) -> Path:
+def write_report(results: Results, out: Path) -> Path:
     """Writes `report.html`, `report.md` and `figures/*.png` into folder `out`; returns the path of `report.html`.
 
     Args:
-        results: the content of results.json; its "summary" is computed if it is missing or of another version.
+        results: a comparison; its summary is computed if it has none.
         out: folder of the run; made if it is missing.
-
-    Raises:
-        UserError: the results are of a schema version this release cannot read.
     """
-    version = results.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"The results are of schema version {version}, and this release reads version {SCHEMA_VERSION}: "
-            "run the comparison again, or use the release that wrote them."
-        )
-    summary = results.get("summary")
-    if summary is None or summary.get("version") != SUMMARY_VERSION:
-        summary = summarize(results)
-    out.mkdir(parents=True, exist_ok=True)
+    summary = results.summary or summarize(results)
     write_pictures(results, summary, out / "figures")
-    _write(out / "report.md", render_markdown(results, summary))
-    _write(out / "report.html", render_html(results, summary))
+    write_text(out / "report.md", render_markdown(results, summary))
+    write_text(out / "report.html", render_html(results, summary))
     return out / "report.html"
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+def report_folder(folder: Path) -> Path:
+    """Writes the report of a folder again, from its results.json alone; returns the path of `report.html`.
+
+    Raises:
+        UserError: there is no results.json, it is damaged or of a version that is not read, or the folder cannot be
+            written.
+    """
+    results = read_results(folder / RESULTS)
+    if results is None:
+        raise UserError(
+            f"'{folder}' has no {RESULTS}: give the folder of a finished comparison; an unfinished one goes on with "
+            "'mixtura compare'."
+        )
+    try:
+        return write_report(results, folder)
+    except OSError as error:
+        raise UserError(
+            f"'{folder}' cannot be written ({error.strerror}): make room or check its permissions."
+        ) from None
 
 
-def render_html(results: dict[str, Any], summary: dict[str, Any]) -> str:
+def render_html(results: Results, summary: Summary) -> str:
     """The page as text: the template filled with plain values; every text in it is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -80,27 +81,27 @@ def render_html(results: dict[str, Any], summary: dict[str, Any]) -> str:
     figures = build_figures(results, summary) | task_figures(results, summary) | deployment_figures(results, summary)
     maps, shares = load_maps(results, summary), specialization_maps(results, summary)
     stick = yardstick(results)
-    arms = _arms(results, summary, stick)
-    seeds, base = summary["budget"]["seeds"], summary["arms"][results["baseline"]]["label"]
-    map_seeds = list(dict.fromkeys(seed for entry in maps + shares for seed in entry["seeds"]))
+    arms = _cards(results, summary, stick)
+    seeds, base = summary.budget.seeds, summary.arms[results.baseline].label
+    map_seeds = list(dict.fromkeys(seed for entry in [*maps, *shares] for seed in entry.seeds))
     return environment.get_template("report.html.j2").render(
-        title=f"{question(summary)} {results['recipe'].get('name', '')}".strip(),
+        title=f"{question(summary)} {results.name or ''}".strip(),
         question=question(summary),
-        recipe_name=results["recipe"].get("name", "unnamed"),
-        created=_date(results["created"]),
+        recipe_name=results.name or "unnamed",
+        created=_date(results.created),
         results=results,
-        held_equal=[item.replace(" %", f"{NBSP}%") for item in results["held_equal"]],
+        held_equal=[item.replace(" %", f"{NBSP}%") for item in results.held_equal],
         summary=summary,
-        verdict=summary["verdict"],
+        verdict=summary.verdict,
         arms=arms,
-        by_name={arm["name"]: arm for arm in arms},
+        by_name={arm.name: arm for arm in arms},
         base_label=base,
         many_seeds=seeds > 1,
         table_text=_table_text(seeds),
-        two_modes=any(arm["deployed_mode"] not in (None, arm["training_mode"]) for arm in results["arms"].values()),
+        two_modes=any(arm.deployed_mode not in (None, arm.training_mode) for arm in results.arms.values()),
         table=tables.main_table(results, summary),
-        seed_table=tables.seed_table(results, summary),
-        pairs=tables.pair_table(results, summary),
+        seed_table=every_run.seed_table(results, summary),
+        pairs=every_run.pair_table(results, summary),
         data_facts=facts.data_facts(results, summary),
         environment_facts=facts.environment_facts(results),
         axes=[(axis, "FLOPs" if axis == "flops" else axis.capitalize()) for axis in AXES],
@@ -116,16 +117,16 @@ def render_html(results: dict[str, Any], summary: dict[str, Any]) -> str:
         shares=shares,
         translation=translation_section(results),
         classification=classification_section(results),
-        even=[said["label"] for name, said in summary["arms"].items() if is_even(results["arms"][name])],
+        even=[said.label for name, said in summary.arms.items() if is_even(results.arms[name])],
         map_seeds=map_seeds,
-        page_data={"figures": figures, "maps": maps + shares, "mapSeeds": map_seeds},
+        page_data={"figures": figures, "maps": to_plain([*maps, *shares]), "mapSeeds": map_seeds},
         plotly_js=Markup(get_plotlyjs()),
     )
 
 
-def question(summary: dict[str, Any]) -> str:
+def question(summary: Summary) -> str:
     """The question a comparison answers, by its arms: "dense, token-choice MoE or MoT?"."""
-    text = listing([arm["label"] for arm in summary["arms"].values()], "or")
+    text = listing([arm.label for arm in summary.arms.values()], "or")
     return f"{capital(text)}?"
 
 
@@ -155,46 +156,69 @@ def _curves_note(stick: Yardstick) -> str:
     return f"{capital(stick.measure.name)} is measured only at the end of a run; the curves are of the held-out loss."
 
 
-def _describe_differences(summary: dict[str, Any], stick: Yardstick) -> str:
+def _describe_differences(summary: Summary, stick: Yardstick) -> str:
     """The difference figure in words, for readers who cannot see it."""
     measure = stick.measure
     title = f"{capital(measure.name)} minus the baseline's"
     title += f", in {difference_unit(measure)}" if measure.unit else ""
-    differences = {arm["label"]: arm["difference"]["deployed"] for arm in summary["arms"].values()}
+    differences = {arm.label: arm.difference.deployed for arm in summary.arms.values()}
     said = [
         f"{label} {difference_words(found, digits=measure.digits)}" for label, found in differences.items() if found
     ]
     return f"{title}: {'; '.join(said)}"
 
 
-def _arms(results: dict[str, Any], summary: dict[str, Any], stick: Yardstick) -> list[dict[str, Any]]:
-    """What the page needs to know of each arm besides the tables."""
-    colours = arm_colours(results["arms"])
-    base = summary["arms"][results["baseline"]]["label"]
-    arms = []
-    for index, (name, arm) in enumerate(results["arms"].items()):
-        said = summary["arms"][name]
+@dataclass(frozen=True)
+class _Card:
+    """What the page needs to know of an arm besides the tables."""
+
+    name: str
+    index: int
+    label: str
+    light: str
+    dark: str
+    """Its colours in the two themes."""
+    symbol: str
+    outcome: str
+    decided: bool
+    settings: str
+    rate: str
+    rate_source: str
+    score: str
+    score_note: str
+    difference: str
+
+
+def _cards(results: Results, summary: Summary, stick: Yardstick) -> list[_Card]:
+    colours = arm_colours(results.arms)
+    base = summary.arms[results.baseline].label
+    cards = []
+    for index, (name, arm) in enumerate(results.arms.items()):
+        said = summary.arms[name]
         shape = SYMBOLS[index % len(SYMBOLS)]
-        arms.append(
-            {
-                "name": name,
-                "index": index,
-                "label": said["label"],
-                "light": colours[name][0],
-                "dark": colours[name][1],
-                "symbol": shape if shape in _KEY_SHAPES else "circle",
-                "outcome": outcome_words(said, base),
-                "decided": said["outcome"] in ("beats", "loses"),
-                "settings": _settings(arm),
-                "rate": rate(arm["learning_rate"]),
-                "rate_source": _rate_source(arm),
-                **_card(said, stick),
-            }
+        score, score_note, difference = _headline_numbers(said, stick)
+        cards.append(
+            _Card(
+                name=name,
+                index=index,
+                label=said.label,
+                light=colours[name][0],
+                dark=colours[name][1],
+                symbol=shape if shape in _KEY_SHAPES else "circle",
+                outcome=outcome_words(said, base),
+                decided=said.outcome in ("beats", "loses"),
+                settings=_settings(arm),
+                rate=rate(arm.learning_rate),
+                rate_source=_rate_source(arm),
+                score=score,
+                score_note=score_note,
+                difference=difference,
+            )
         )
-    return arms
+    return cards
 
 
-def outcome_words(arm: dict[str, Any], base: str) -> str:
+def outcome_words(arm: ArmSummary, base: str) -> str:
     """What the rule says of an arm, in two or three words."""
     reasons = {"not_deployable": "cannot be deployed", "leaks_future": "sees the future", "diverged": "diverged"}
     words = {
@@ -203,43 +227,39 @@ def outcome_words(arm: dict[str, Any], base: str) -> str:
         "loses": f"loses to {base}",
         "draw": f"draw with {base}",
         "one_seed": "one seed: no verdict",
-        "excluded": reasons.get(arm["excluded"] or "", "no verdict"),
+        "excluded": reasons.get(arm.excluded or "", "no verdict"),
     }
-    return words[arm["outcome"]]
+    return words[arm.outcome]
 
 
-def _card(arm: dict[str, Any], stick: Yardstick) -> dict[str, str]:
+def _headline_numbers(arm: ArmSummary, stick: Yardstick) -> tuple[str, str, str]:
+    """The verdict's number of an arm, what belongs to it, and its difference to the baseline in words."""
     measure = stick.measure
-    if arm["excluded"] == "diverged":
-        runs = count(len(arm["seeds"]), "run")
-        return {"score": NONE, "score_note": f"{arm['diverged']} of {runs} diverged", "difference": ""}
-    if arm["score"]["deployed"] is None:
-        trained = number(arm["score"]["trained"], measure.digits)
+    if arm.excluded == "diverged":
+        return NONE, f"{arm.diverged} of {count(len(arm.seeds), 'run')} diverged", ""
+    if arm.score.deployed is None:
         note = f"{value_note(measure)} as trained; no deployed form"
-        return {"score": trained, "score_note": note, "difference": ""}
-    mode = "" if arm["deployed_mode"] == arm["training_mode"] else f" (mode {arm['deployed_mode']})"
-    difference = arm["difference"]["deployed"]
-    reference = "the arm the others are compared with" if arm["baseline"] else ""
-    return {
-        "score": number(arm["score"]["deployed"], measure.digits),
-        "score_note": f"{value_note(measure)}, as deployed{mode}",
-        "difference": difference_words(difference, digits=measure.digits) if difference else reference,
-    }
+        return number(arm.score.trained, measure.digits), note, ""
+    mode = "" if arm.deployed_mode == arm.training_mode else f" (mode {arm.deployed_mode})"
+    difference = arm.difference.deployed
+    reference = "the arm the others are compared with" if arm.baseline else ""
+    words = difference_words(difference, digits=measure.digits) if difference else reference
+    return number(arm.score.deployed, measure.digits), f"{value_note(measure)}, as deployed{mode}", words
 
 
-def _settings(arm: dict[str, Any]) -> str:
-    words = [f"{key} {value}" for key, value in arm["settings"].items() if value is not None]
-    return f"{arm['family']}: {', '.join(words)}" if words else arm["family"]
+def _settings(arm: ArmResult) -> str:
+    words = [f"{key} {value}" for key, value in arm.settings.items() if value is not None]
+    return f"{arm.family}: {', '.join(words)}" if words else arm.family
 
 
-def _rate_source(arm: dict[str, Any]) -> str:
-    if not is_searched(arm):
+def _rate_source(arm: ArmResult) -> str:
+    search = arm.searched
+    if search is None:
         return "not searched: the recipe's"
-    search = arm["learning_rate_search"]
-    seeds = " and ".join(map(str, search["seeds"]))
-    trials = f"{count(len(search['trials']), 'trial')} of {search['steps']} steps with seed {seeds}"
-    text = f"{trials}, {search['source']}"
-    return f"{text}; best at the edge of the grid" if search["at_edge"] else text
+    seeds = " and ".join(map(str, search.seeds))
+    trials = f"{count(len(search.trials), 'trial')} of {search.steps} steps with seed {seeds}"
+    text = f"{trials}, {search.source}"
+    return f"{text}; best at the edge of the grid" if search.at_edge else text
 
 
 def _decade(power: int) -> str:
@@ -248,22 +268,47 @@ def _decade(power: int) -> str:
     return f"{10 ** (power % 3)}{NBSP}{prefixes.get(power // 3, f'e{power // 3 * 3}')}"
 
 
-def _ruler(summary: dict[str, Any]) -> dict[str, Any] | None:
-    """Budgets on a logarithmic axis of tokens: this one, the estimated crossings, and the published curve's."""
-    budget = summary["budget"]["tokens"]
+@dataclass(frozen=True)
+class _RulerRow:
+    """One budget on the ruler: where it begins and how wide it is, in per cent of the axis."""
+
+    label: str
+    index: int | None
+    """Of the arm it is about."""
+    text: str
+    left: float
+    width: float
+
+    @property
+    def flip(self) -> bool:
+        """Whether its text stands on the left, where there is room."""
+        return self.left + self.width > 55
+
+
+@dataclass(frozen=True)
+class _Ruler:
+    """Budgets on a logarithmic axis of tokens, and its ticks with their places."""
+
+    rows: list[_RulerRow]
+    ticks: list[tuple[float, str]]
+
+
+def _ruler(summary: Summary) -> _Ruler | None:
+    """This budget, the estimated crossings, and the published curve's; None for this budget alone."""
+    budget = summary.budget.tokens
     rows: list[tuple[str, int | None, float, float, str]] = [("This budget", None, budget, budget, quantity(budget))]
-    for index, arm in enumerate(summary["arms"].values()):
-        if arm["crossing"] and arm["crossing"]["status"] == "closing":
-            found = arm["crossing"]
-            low, high = (end or found["tokens"] for end in found["token_range"])
-            rows.append((f"Estimated crossing, {arm['label']}", index, low, high, f"about {quantity(found['tokens'])}"))
-    if summary["anchor"]:
-        anchor = summary["anchor"]
-        low, high = anchor["behind_until_tokens"]
+    for index, arm in enumerate(summary.arms.values()):
+        found = arm.crossing
+        if found and found.tokens is not None and found.token_range is not None:
+            low, high = (end or found.tokens for end in found.token_range)
+            rows.append((f"Estimated crossing, {arm.label}", index, low, high, f"about {quantity(found.tokens)}"))
+    if summary.anchor:
+        anchor = summary.anchor
+        low, high = anchor.behind_until_tokens
         text = f"{low / 1e9:.2f} to {high / 1e9:.2f}{NBSP}billion"
         rows.append(("Published: MoT behind dense until", None, low, high, text))
-        end = anchor["end_tokens"]
-        label = f"Published: {anchor['end_ratio_steps']:.1f} times fewer steps at"
+        end = anchor.end_tokens
+        label = f"Published: {anchor.end_ratio_steps:.1f} times fewer steps at"
         rows.append((label, None, end, end, quantity(end)))
     if len(rows) == 1:
         return None
@@ -273,9 +318,10 @@ def _ruler(summary: dict[str, Any]) -> dict[str, Any] | None:
     def place(tokens: float) -> float:
         return round(100 * (math.log10(tokens) - first) / (last - first), 2)
 
-    ticks = [{"at": place(10**power), "text": _decade(power)} for power in range(first, last + 1)]
-    drawn = [
-        {"label": label, "index": index, "text": text, "left": place(low), "width": round(place(high) - place(low), 2)}
-        for label, index, low, high, text in rows
-    ]
-    return {"rows": [{**row, "flip": row["left"] + row["width"] > 55} for row in drawn], "ticks": ticks}
+    return _Ruler(
+        rows=[
+            _RulerRow(label, index, text, place(low), round(place(high) - place(low), 2))
+            for label, index, low, high, text in rows
+        ],
+        ticks=[(place(10**power), _decade(power)) for power in range(first, last + 1)],
+    )

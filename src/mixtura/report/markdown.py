@@ -1,41 +1,41 @@
 """The report in short as Markdown, for forges and messages: verdict, table, every run, limits, how to reproduce it."""
 
 import re
-from typing import Any
 
-from mixtura.report import facts, tables
+from mixtura.report import every_run, facts, tables
 from mixtura.report.sections import classification_section, specialization_maps, translation_section, weight_rows
 from mixtura.report.wording import NBSP, capital, listing, number
+from mixtura.results import Results, Summary
 
 
-def render_markdown(results: dict[str, Any], summary: dict[str, Any]) -> str:
+def render_markdown(results: Results, summary: Summary) -> str:
     """The Markdown report; names and descriptions are escaped, so that they cannot become markup."""
-    verdict = summary["verdict"]
-    title = capital(listing([arm["label"] for arm in summary["arms"].values()], "or"))
+    verdict = summary.verdict
+    title = capital(listing([arm.label for arm in summary.arms.values()], "or"))
     parts = [
         f"# {escape(title)}?",
-        f"*The rule, fixed before the runs.* {escape(summary['rule'])}",
-        f"**{escape(verdict['headline'])}**",
-        escape(verdict["answer"] or ""),
-        escape(" ".join(verdict["speed"])),
-        "\n".join(f"- {caution['level'].capitalize()}: {escape(caution['text'])}" for caution in summary["cautions"]),
-        f"Held equal: {escape('; '.join(results['held_equal']))}.",
+        f"*The rule, fixed before the runs.* {escape(summary.rule)}",
+        f"**{escape(verdict.headline)}**",
+        escape(verdict.answer or ""),
+        escape(" ".join(verdict.speed)),
+        "\n".join(f"- {caution.level.capitalize()}: {escape(caution.text)}" for caution in summary.cautions),
+        f"Held equal: {escape('; '.join(results.held_equal))}.",
         "![Held-out loss over training](figures/loss.png)",
         "## The arms side by side",
         _main_table(results, summary),
         *_task_parts(results, summary),
         "## Longer training",
-        *(escape(sentence) for sentence in verdict["longer"]),
+        *(escape(sentence) for sentence in verdict.longer),
         "## Every run",
         _seed_table(results, summary),
         "## What this cannot tell you",
-        "\n".join(f"- {escape(limit['title'])}: {escape(limit['text'])}" for limit in summary["limits"]),
+        "\n".join(f"- {escape(limit.title)}: {escape(limit.text)}" for limit in summary.limits),
         "## Reproduce this",
-        fence(results["command"]),
+        fence(results.command),
         "\n".join(f"- {escape(term)}: {escape(value)}" for term, value in facts.environment_facts(results)),
         "\n".join(f"- {escape(term)}: {escape(value)}" for term, value in facts.data_facts(results, summary)),
         "The resolved recipe:",
-        fence(results["recipe_toml"], "toml"),
+        fence(results.recipe_toml, "toml"),
         "Every number here is in results.json; the page with interactive figures is report.html.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -61,20 +61,19 @@ def _rule(columns: int) -> str:
     return f"| --- |{' ---: |' * columns}"
 
 
-def _main_table(results: dict[str, Any], summary: dict[str, Any]) -> str:
-    labels = [escape(arm["label"]) for arm in summary["arms"].values()]
+def _main_table(results: Results, summary: Summary) -> str:
+    labels = [escape(arm.label) for arm in summary.arms.values()]
     lines = [_row(["", *labels]), _rule(len(labels))]
     for group in tables.main_table(results, summary):
-        lines.append(_row([f"**{group['title']}**", *[""] * len(labels)]))
-        for row in group["rows"]:
-            cells = [f"{cell['text']} ({cell['note']})" if cell["note"] else cell["text"] for cell in row["cells"]]
-            lines.append(_row([escape(row["label"]), *map(escape, cells)]))
+        lines.append(_row([f"**{group.title}**", *[""] * len(labels)]))
+        for row in group.rows:
+            lines.append(_row([escape(row.label), *(escape(cell.both) for cell in row.cells)]))
     return "\n".join(lines)
 
 
-def _task_parts(results: dict[str, Any], summary: dict[str, Any]) -> list[str]:
+def _task_parts(results: Results, summary: Summary) -> list[str]:
     """The sections that only one task has."""
-    labels = {name: escape(arm["label"]) for name, arm in summary["arms"].items()}
+    labels = {name: escape(arm.label) for name, arm in summary.arms.items()}
     return [
         *_translation_parts(results, labels),
         *_classification_parts(results, labels),
@@ -82,58 +81,55 @@ def _task_parts(results: dict[str, Any], summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def _translation_parts(results: dict[str, Any], labels: dict[str, str]) -> list[str]:
+def _translation_parts(results: Results, labels: dict[str, str]) -> list[str]:
     section = translation_section(results)
     if section is None:
         return []
     parts = ["## Language pairs"]
-    for table in section["tables"]:
-        lines = [_row([escape(table["title"]), "source copied", *labels.values()]), _rule(len(labels) + 1)]
-        for row in table["rows"]:
-            cells = [f"{cell['text']} ({cell['note']})" if cell["note"] else cell["text"] for cell in row["cells"]]
-            lines.append(_row([escape(row["label"]), *map(escape, cells)]))
+    for table in section.tables:
+        lines = [_row([escape(table.title), "source copied", *labels.values()]), _rule(len(labels) + 1)]
+        for row in table.rows:
+            lines.append(_row([escape(row.label), *(escape(cell.both) for cell in row.cells)]))
         parts.append("\n".join(lines))
-    if section["bootstrap"]:
+    if section.bootstrap:
         parts.append(
             escape("* p below 0.05 for every seed by paired bootstrap against the baseline, over the sentences.")
         )
-    return [*parts, "\n".join(f"- {escape(name)}: {escape(text)}" for name, text in section["signatures"])]
+    return [*parts, "\n".join(f"- {escape(name)}: {escape(text)}" for name, text in section.signatures)]
 
 
-def _classification_parts(results: dict[str, Any], labels: dict[str, str]) -> list[str]:
+def _classification_parts(results: Results, labels: dict[str, str]) -> list[str]:
     section = classification_section(results)
     names, rows = weight_rows(results)
     parts = []
-    for found in section["confusions"] if section else ():
+    for found in section.confusions if section else ():
         lines = [
-            _row([f"{labels[found['arm']]}: true", *map(escape, found["labels"])]),
-            _rule(len(found["labels"])),
-            *(_row([escape(row["label"]), *(escape(cell["text"]) for cell in row["cells"])]) for row in found["rows"]),
+            _row([f"{labels[found.arm]}: true", *map(escape, found.labels)]),
+            _rule(len(found.labels)),
+            *(_row([escape(row.label), *(escape(cell.text) for cell in row.cells)]) for row in found.rows),
         ]
         parts.append("\n".join(lines))
-    if section and section["tests"]:
-        parts.append(
-            "\n".join(f"- {labels[name]} by paired bootstrap: {escape(text)}" for name, text in section["tests"])
-        )
+    if section and section.tests:
+        parts.append("\n".join(f"- {labels[name]} by paired bootstrap: {escape(text)}" for name, text in section.tests))
     if names:
         lines = [_row(["weight of layer", *(labels[name] for name in names)]), _rule(len(names))]
         parts.append("\n".join([*lines, *(_row([str(layer), *cells]) for layer, cells in enumerate(rows))]))
     return ["## Classes", *parts] if parts else []
 
 
-def _specialization_parts(results: dict[str, Any], summary: dict[str, Any]) -> list[str]:
+def _specialization_parts(results: Results, summary: Summary) -> list[str]:
     maps = specialization_maps(results, summary)
     if not maps:
         return []
     lines = [_row(["experts and groups", "mutual information (bits)", "at most"]), _rule(2)]
     for found in maps:
-        name = escape(f"{found['label']}, layer {found['layer']}")
-        lines.append(_row([name, number(found["bits"], 3), number(found["max_bits"], 2)]))
+        name = escape(f"{found.label}, layer {found.layer}")
+        lines.append(_row([name, number(found.bits, 3), number(found.max_bits, 2)]))
     return ["## What experts specialise in", "\n".join(lines)]
 
 
-def _seed_table(results: dict[str, Any], summary: dict[str, Any]) -> str:
-    table = tables.seed_table(results, summary)
-    heads = [escape(f"{summary['arms'][column['arm']]['label']}, {column['mode']}") for column in table["columns"]]
-    rows = [_row([str(row["seed"]), *map(escape, row["cells"])]) for row in table["rows"]]
-    return "\n".join([_row(["seed", *heads]), _rule(len(heads)), *rows, _row(["mean", *table["mean"]])])
+def _seed_table(results: Results, summary: Summary) -> str:
+    table = every_run.seed_table(results, summary)
+    heads = [escape(f"{summary.arms[name].label}, {mode}") for name, mode in table.columns]
+    rows = [_row([str(seed), *map(escape, cells)]) for seed, cells in table.rows]
+    return "\n".join([_row(["seed", *heads]), _rule(len(heads)), *rows, _row(["mean", *table.mean])])

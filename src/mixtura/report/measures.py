@@ -6,12 +6,12 @@ the way of a run.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from mixtura.planning.matching import FLOPS_TOLERANCE
 from mixtura.report.wording import NBSP, digits_for, number
-from mixtura.training.task import LOSS, Measure
+from mixtura.results import LOSS, Measure, Results
 
 FURTHER = {
     measure.key: measure
@@ -74,13 +74,11 @@ class Yardstick:
         return difference > 0 if self.measure.better == "lower" else difference < 0
 
 
-def yardstick(results: dict[str, Any]) -> Yardstick:
+def yardstick(results: Results) -> Yardstick:
     """What the results are judged by."""
-    task, measure = results["task"], Measure(**results["measure"])
+    task, measure = results.task, results.measure
     loss = dataclasses.replace(LOSS, unit=_LOSS_UNITS.get(task, LOSS.unit))
-    arms = results["recipe"].get("arms", {}).values()
-    continued = any(arm.get("init_from") is not None for arm in arms)
-    return Yardstick(task, measure, measure if measure.key == LOSS.key else loss, continued)
+    return Yardstick(task, measure, measure if measure.key == LOSS.key else loss, results.continued)
 
 
 def further_measure(key: str, stick: Yardstick) -> Measure:
@@ -111,6 +109,16 @@ def written_amount(measure: Measure, difference: float, *, unit: bool = True) ->
         return f"{text} {measure.unit}"
     words = difference_unit(measure)
     return f"{text} {words} of {measure.name}" if words else f"{text} in {measure.name}"
+
+
+def final_sentence(mode: str, measures: Mapping[str, float | None], *, task: str) -> str:
+    """What one run measured in one mode in the end: the loss first, then the task's own measures."""
+    unit = _LOSS_UNITS.get(task, LOSS.unit)
+    said = [f"held-out loss, {mode}: {number(measures['loss'], 4)} {unit}"]
+    if "bits_per_byte" in measures:
+        said.append(f"{number(measures['bits_per_byte'], 4)} bits a byte")
+    own = [measure for key, measure in FURTHER.items() if key in measures and measure.better == "higher"]
+    return ", ".join([*said, *(written_value(measure, measures[measure.key]) for measure in own)])
 
 
 def value_note(measure: Measure) -> str:

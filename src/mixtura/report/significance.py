@@ -11,9 +11,21 @@ has a higher loss than a finished run of that length, so speed-ups and crossings
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from scipy import stats
+
+from mixtura.results.conclusions import (
+    Anchor,
+    Crossing,
+    Difference,
+    EqualCostDifference,
+    Fit,
+    Interval,
+    SpeedUp,
+    Trend,
+)
 
 CONFIDENCE = 0.95
 FARTHEST_EXTRAPOLATION = 10
@@ -21,36 +33,36 @@ FARTHEST_EXTRAPOLATION = 10
 
 Curve = Sequence[tuple[float, float]]
 
-MOT_ANCHOR: dict[str, Any] = {
-    "source": "the curves in the Mixture of Tokens authors' blog post",
-    "setting": "4 layers of width 256, all of them mixtures of 512 experts, each arm at its own learning rate",
-    "measure": "training loss in groups",
-    "tokens_per_step": 65_536,
-    "behind_until_steps": [5_000, 10_000],
-    "behind_until_tokens": [327_680_000, 655_360_000],
-    "slower_until_steps": [10_000, 25_000],
-    "slower_until_tokens": [655_360_000, 1_638_400_000],
-    "end_steps": 250_000,
-    "end_tokens": 16_384_000_000,
-    "end_ratio_steps": 3.97,
-    "end_ratio_seconds": 3.20,
-    "replicated": False,
-}
+MOT_ANCHOR = Anchor(
+    source="the curves in the Mixture of Tokens authors' blog post",
+    setting="4 layers of width 256, all of them mixtures of 512 experts, each arm at its own learning rate",
+    measure="training loss in groups",
+    tokens_per_step=65_536,
+    behind_until_steps=[5_000, 10_000],
+    behind_until_tokens=[327_680_000, 655_360_000],
+    slower_until_steps=[10_000, 25_000],
+    slower_until_tokens=[655_360_000, 1_638_400_000],
+    end_steps=250_000,
+    end_tokens=16_384_000_000,
+    end_ratio_steps=3.97,
+    end_ratio_seconds=3.20,
+    replicated=False,
+)
 """Where MoT overtook dense in the only published long curve: the yardstick for a budget that shows no crossing."""
 
 
-def mean_interval(values: Sequence[float]) -> dict[str, Any]:
+def mean_interval(values: Sequence[float]) -> Interval:
     """The mean and its 95 % Student t-interval; `low` and `high` are None for fewer than two values."""
     n = len(values)
     mean = math.fsum(values) / n
     if n < 2:
-        return {"mean": mean, "low": None, "high": None, "n": n}
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) * spread / math.sqrt(n)
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+        return Interval(mean, None, None, n)
+    # Not stats.t.interval, which has no answer where all values are equal.
+    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * stats.sem(values))
+    return Interval(mean, mean - half, mean + half, n)
 
 
-def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> dict[str, Any] | None:
+def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
     """Arm minus baseline over the seeds both have: mean, interval, n, and the value of each seed.
 
     Args:
@@ -64,7 +76,8 @@ def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -
     if not seeds:
         return None
     values = [arm[seed] - baseline[seed] for seed in seeds]
-    return {**mean_interval(values), "seeds": seeds, "values": values}
+    interval = mean_interval(values)
+    return Difference(interval.mean, interval.low, interval.high, interval.n, seeds, values)
 
 
 def first_reach(curve: Curve, target: float) -> float | None:
@@ -87,9 +100,7 @@ def loss_at(curve: Curve, step: float) -> float | None:
     return None
 
 
-def speed_up(
-    arm: Mapping[int, Curve], baseline: Mapping[int, Curve], *, seconds_ratio: float | None
-) -> dict[str, Any] | None:
+def speed_up(arm: Mapping[int, Curve], baseline: Mapping[int, Curve], *, seconds_ratio: float | None) -> SpeedUp | None:
     """How much sooner an arm reaches the baseline's final held-out loss, seed by seed.
 
     Args:
@@ -107,31 +118,34 @@ def speed_up(
     steps = [first_reach(arm[seed], baseline[seed][-1][1]) for seed in seeds]
     totals = [baseline[seed][-1][0] for seed in seeds]
     reached = [(total, step) for total, step in zip(totals, steps, strict=True) if step is not None]
-    result: dict[str, Any] = {
-        "n": len(seeds),
-        "seeds": seeds,
-        "reached": len(reached),
-        "steps": steps,
-        "ratio_steps": None,
-        "ratio_seconds": None,
-        "baseline_steps": totals[0],
-        "baseline_steps_to_arm_final": [first_reach(baseline[seed], arm[seed][-1][1]) for seed in seeds],
-    }
+    ratio_steps = ratio_seconds = None
     if len(reached) == len(seeds):
         logs = mean_interval([math.log(total / step) for total, step in reached])
-        result["ratio_steps"] = _exponential(logs, 1.0)
-        result["ratio_seconds"] = _exponential(logs, seconds_ratio) if seconds_ratio else None
-    return result
+        ratio_steps = _exponential(logs, 1.0)
+        ratio_seconds = _exponential(logs, seconds_ratio) if seconds_ratio else None
+    return SpeedUp(
+        n=len(seeds),
+        seeds=seeds,
+        reached=len(reached),
+        steps=steps,
+        ratio_steps=ratio_steps,
+        ratio_seconds=ratio_seconds,
+        baseline_steps=totals[0],
+        baseline_steps_to_arm_final=[first_reach(baseline[seed], arm[seed][-1][1]) for seed in seeds],
+    )
 
 
-def _exponential(logs: dict[str, Any], divisor: float) -> dict[str, Any]:
-    ends = {key: None if logs[key] is None else math.exp(logs[key]) / divisor for key in ("mean", "low", "high")}
-    return {**ends, "n": logs["n"]}
+def _exponential(logs: Interval, divisor: float) -> Interval:
+    def end(log: float) -> float:
+        return math.exp(log) / divisor
+
+    low, high = (None if log is None else end(log) for log in (logs.low, logs.high))
+    return Interval(end(logs.mean), low, high, logs.n)
 
 
 def equal_cost_difference(
     arm: Mapping[int, Curve], baseline: Mapping[int, Curve], *, cost_ratio: float
-) -> dict[str, Any] | None:
+) -> EqualCostDifference | None:
     """Arm minus baseline where the cheaper of the two ends: the same time, or FLOPs, instead of the same tokens.
 
     Args:
@@ -155,12 +169,14 @@ def equal_cost_difference(
         return None
     first, second = ({seed: value for seed, value in side.items() if value is not None} for side in sides)
     difference = paired_difference(first, second)
-    return None if difference is None else {**difference, "arm_step": arm_step, "baseline_step": baseline_step}
+    return (
+        None
+        if difference is None
+        else EqualCostDifference(**vars(difference), arm_step=arm_step, baseline_step=baseline_step)
+    )
 
 
-def crossing(
-    arm: Mapping[int, Curve], baseline: Mapping[int, Curve], *, tokens_per_step: float
-) -> dict[str, Any] | None:
+def crossing(arm: Mapping[int, Curve], baseline: Mapping[int, Curve], *, tokens_per_step: float) -> Crossing | None:
     """Whether the gap between two arms is closing, and at which budget it would be zero.
 
     For each seed the gap (arm minus baseline) over the last half of the run is fitted as a + b ln(step). The gap is
@@ -181,37 +197,34 @@ def crossing(
         return None
     end = max(gap[-1][0] for gap in gaps.values())
     late = {seed: [point for point in gap if point[0] >= end / 2] for seed, gap in gaps.items()}
-    result: dict[str, Any] = {
-        "status": "one_seed",
-        "n": len(gaps),
-        "seeds": list(gaps),
-        "end_step": end,
-        "end_tokens": end * tokens_per_step,
-        "gap": mean_interval([gap[-1][1] for gap in gaps.values()]),
-        "slope_per_doubling": None,
-        "fit": None,
-        "step": None,
-        "tokens": None,
-        "step_range": None,
-        "token_range": None,
-    }
+    result = Crossing(
+        status="one_seed",
+        n=len(gaps),
+        seeds=list(gaps),
+        end_step=end,
+        end_tokens=end * tokens_per_step,
+        gap=mean_interval([gap[-1][1] for gap in gaps.values()]),
+    )
     if min(len(points) for points in late.values()) < 3:
-        return {**result, "status": "few_points"}
+        return replace(result, status="few_points")
     fits = [_fit([(math.log(step), gap) for step, gap in points]) for points in late.values()]
     slope = mean_interval([slope for _, slope in fits])
-    gap_end = mean_interval([intercept + slope * math.log(end) for intercept, slope in fits])
     intercept = math.fsum(fit[0] for fit in fits) / len(fits)
-    result["gap"] = gap_end
-    result["slope_per_doubling"] = {
-        key: value if key == "n" or value is None else value * math.log(2) for key, value in slope.items()
-    }
-    result["fit"] = {"intercept": intercept, "slope": slope["mean"], "first_step": min(p[0][0] for p in late.values())}
+    result = replace(
+        result,
+        gap=mean_interval([intercept + slope * math.log(end) for intercept, slope in fits]),
+        slope_per_doubling=_scaled(slope, math.log(2)),
+        fit=Fit(intercept, slope.mean, min(points[0][0] for points in late.values())),
+    )
     if len(gaps) < 2:
         return result
-    result["status"] = _trend(gap_end, slope)
-    if result["status"] == "closing":
-        result.update(_crossing_step(fits, intercept, slope["mean"], end, tokens_per_step))
-    return result
+    result = replace(result, status=_trend(result.gap, slope))
+    return _with_crossing(result, fits, intercept, slope.mean) if result.status == "closing" else result
+
+
+def _scaled(interval: Interval, factor: float) -> Interval:
+    low, high = (None if end is None else end * factor for end in (interval.low, interval.high))
+    return Interval(interval.mean * factor, low, high, interval.n)
 
 
 def _gap(arm: Curve, baseline: Curve) -> list[tuple[float, float]]:
@@ -221,33 +234,38 @@ def _gap(arm: Curve, baseline: Curve) -> list[tuple[float, float]]:
 
 def _fit(points: Curve) -> tuple[float, float]:
     """Intercept and slope of the least-squares line."""
-    n = len(points)
-    mean_x, mean_y = (math.fsum(column) / n for column in zip(*points, strict=True))
-    slope = math.fsum((x - mean_x) * (y - mean_y) for x, y in points) / math.fsum((x - mean_x) ** 2 for x, _ in points)
-    return mean_y - slope * mean_x, slope
+    x, y = zip(*points, strict=True)
+    found: Any = stats.linregress(x, y)
+    return float(found.intercept), float(found.slope)
 
 
-def _trend(gap: dict[str, Any], slope: dict[str, Any]) -> str:
-    if gap["low"] <= 0 <= gap["high"]:
+def _trend(gap: Interval, slope: Interval) -> Trend:
+    if _holds_zero(gap):
         return "level"
-    if slope["low"] <= 0 <= slope["high"]:
+    if _holds_zero(slope):
         return "steady"
-    return "closing" if (slope["mean"] > 0) != (gap["mean"] > 0) else "widening"
+    return "closing" if (slope.mean > 0) != (gap.mean > 0) else "widening"
 
 
-def _crossing_step(
-    fits: list[tuple[float, float]], intercept: float, slope: float, end: float, tokens_per_step: float
-) -> dict[str, Any]:
-    farthest = FARTHEST_EXTRAPOLATION * end
+def _holds_zero(interval: Interval) -> bool:
+    assert interval.low is not None and interval.high is not None, "there are several seeds"
+    return interval.low <= 0 <= interval.high
+
+
+def _with_crossing(found: Crossing, fits: list[tuple[float, float]], intercept: float, slope: float) -> Crossing:
+    """Where the fitted line meets zero, unless that is too far away to say."""
+    farthest = math.log(FARTHEST_EXTRAPOLATION * found.end_step)
     exponent = -intercept / slope
-    if exponent > math.log(farthest):
-        return {"status": "too_far"}
+    if exponent > farthest:
+        return replace(found, status="too_far")
     # A seed whose own slope points the other way crosses nowhere: its end of the range is open.
     exponents = [-a / b if b * slope > 0 else math.inf for a, b in fits]
-    steps = [math.exp(value) if value <= math.log(farthest) else None for value in (min(exponents), max(exponents))]
-    return {
-        "step": math.exp(exponent),
-        "tokens": math.exp(exponent) * tokens_per_step,
-        "step_range": steps,
-        "token_range": [None if step is None else step * tokens_per_step for step in steps],
-    }
+    steps = [math.exp(value) if value <= farthest else None for value in (min(exponents), max(exponents))]
+    tokens_per_step = found.end_tokens / found.end_step
+    return replace(
+        found,
+        step=math.exp(exponent),
+        tokens=math.exp(exponent) * tokens_per_step,
+        step_range=steps,
+        token_range=[None if step is None else step * tokens_per_step for step in steps],
+    )

@@ -1,13 +1,9 @@
-"""The report's tables as plain values: groups of rows, a cell for each arm, ready for HTML and for Markdown.
-
-A cell is {"text", "note"}: the number, and in smaller type what belongs to it.
-"""
+"""The report's tables: groups of rows, a cell for each arm, ready for HTML and for Markdown."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-from mixtura.report.cautions import is_searched
 from mixtura.report.measures import Yardstick, difference_unit, further_measure, yardstick
 from mixtura.report.wording import (
     NBSP,
@@ -26,32 +22,57 @@ from mixtura.report.wording import (
     signed,
     times,
 )
-from mixtura.training.task import Measure
-
-Cell = dict[str, str]
-Row = tuple[str, str, Callable[[dict[str, Any], dict[str, Any]], Cell]]
-"""Its label, a hint, and what makes an arm's cell of results and summary."""
+from mixtura.results import ArmResult, ArmSummary, Interval, Measure, Results, Summary
+from mixtura.results.conclusions import SpeedUp
 
 
-def main_table(results: dict[str, Any], summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The main table: {"title", "rows": [{"label", "hint", "cells"}]}, cells in the order of the arms."""
+@dataclass(frozen=True)
+class Cell:
+    """A number, and in smaller type what belongs to it."""
+
+    text: str
+    note: str = ""
+
+    @property
+    def both(self) -> str:
+        """In one line."""
+        return f"{self.text} ({self.note})" if self.note else self.text
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table, with a cell for each arm in their order."""
+
+    label: str
+    cells: list[Cell]
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows under one title."""
+
+    title: str
+    rows: list[Row]
+
+
+RowRule = tuple[str, str, Callable[[ArmResult, ArmSummary], Cell]]
+"""A row's label, a hint, and what makes an arm's cell of what was measured and what is said of it."""
+
+
+def main_table(results: Results, summary: Summary) -> list[Group]:
+    """The main table."""
     stick = yardstick(results)
-    rows = _pretraining_rows if stick.task == "pretraining" else _finetuning_rows
-    pairs = [(results["arms"][name], summary["arms"][name]) for name in results["arms"]]
+    rules = _pretraining_rows if stick.task == "pretraining" else _finetuning_rows
+    pairs = [(results.arms[name], summary.arms[name]) for name in results.arms]
     return [
-        {
-            "title": title,
-            "rows": [
-                {"label": label, "hint": hint, "cells": [cell(arm, said) for arm, said in pairs]}
-                for label, hint, cell in of
-            ],
-        }
-        for title, of in rows(results, summary, stick).items()
+        Group(title, [Row(label, [cell(arm, said) for arm, said in pairs], hint) for label, hint, cell in of])
+        for title, of in rules(results, summary, stick).items()
         if of
     ]
 
 
-def _pretraining_rows(results: dict[str, Any], summary: dict[str, Any], stick: Yardstick) -> dict[str, list[Row]]:
+def _pretraining_rows(results: Results, summary: Summary, stick: Yardstick) -> dict[str, list[RowRule]]:
     base, spread = _base_and_spread(summary)
     return {
         "Held-out loss": [
@@ -74,22 +95,22 @@ def _pretraining_rows(results: dict[str, Any], summary: dict[str, Any], stick: Y
     }
 
 
-def _equal_flops_rows(summary: dict[str, Any]) -> list[Row]:
+def _equal_flops_rows(summary: Summary) -> list[RowRule]:
     """Only where arms are not matched in FLOPs."""
-    if not any(arm["equal_flops"] for arm in summary["arms"].values()):
+    if not any(arm.equal_flops for arm in summary.arms.values()):
         return []
     return [("Loss difference at equal FLOPs", "where the cheaper of the two ends", _equal_flops)]
 
 
-def _finetuning_rows(results: dict[str, Any], summary: dict[str, Any], stick: Yardstick) -> dict[str, list[Row]]:
+def _finetuning_rows(results: Results, summary: Summary, stick: Yardstick) -> dict[str, list[RowRule]]:
     base, spread = _base_and_spread(summary)
     measure = stick.measure
-    arms = results["arms"].values()
-    mixes = any(arm["deployed_mode"] not in (None, arm["training_mode"]) for arm in arms)
-    routes = any(run.get("load") for arm in arms for run in arm["runs"])
-    leaks = any(arm["leaks"]["batch"] or (stick.causal and arm["leaks"]["future"]) for arm in arms)
+    arms = results.arms.values()
+    mixes = any(arm.deployed_mode not in (None, arm.training_mode) for arm in arms)
+    routes = any(run.load for arm in arms for run in arm.runs)
+    leaks = any(arm.leaks.batch or (stick.causal and arm.leaks.future) for arm in arms)
     name, deployed = capital(measure.name), _joined(measure.unit, "as deployed", "the verdict's number")
-    as_trained: list[Row] = [
+    as_trained: list[RowRule] = [
         (f"{name} as trained", "never the headline", partial(_trained, stick)),
         ("Deployed minus trained", "what leaving the training groups costs", partial(_mode_gap, stick)),
     ]
@@ -115,20 +136,18 @@ def _finetuning_rows(results: dict[str, Any], summary: dict[str, Any], stick: Ya
     }
 
 
-def _base_and_spread(summary: dict[str, Any]) -> tuple[str, str]:
-    base = next(arm["label"] for arm in summary["arms"].values() if arm["baseline"])
-    seeds = summary["budget"]["seeds"]
+def _base_and_spread(summary: Summary) -> tuple[str, str]:
+    base = next(arm.label for arm in summary.arms.values() if arm.baseline)
+    seeds = summary.budget.seeds
     return base, f"as deployed; 95{NBSP}% interval over seeds" if seeds > 1 else "as deployed"
 
 
-def _further_rows(results: dict[str, Any], stick: Yardstick) -> list[Row]:
+def _further_rows(results: Results, stick: Yardstick) -> list[RowRule]:
     """What every run of every arm also measured in the end, in the mode that counts."""
     finals = [
-        run["final"].get(arm["deployed_mode"] or arm["training_mode"], {})
-        for arm in results["arms"].values()
-        for run in arm["runs"]
+        run.final.get(arm.deployed_mode or arm.training_mode, {}) for arm in results.arms.values() for run in arm.runs
     ]
-    rows: list[Row] = []
+    rows: list[RowRule] = []
     for key in finals[0] if finals else ():
         if key != stick.measure.key and all(key in final for final in finals):
             measure = further_measure(key, stick)
@@ -136,7 +155,7 @@ def _further_rows(results: dict[str, Any], stick: Yardstick) -> list[Row]:
     return rows
 
 
-def _time_rows(base: str) -> list[Row]:
+def _time_rows(base: str) -> list[RowRule]:
     return [
         ("Seconds a step", f"side by side; {TIMES} {base}'s, by paired steps", _pace),
         (f"Steps to {base}'s final loss", "times fewer", _steps_to),
@@ -146,7 +165,7 @@ def _time_rows(base: str) -> list[Row]:
     ]
 
 
-def _expert_rows() -> list[Row]:
+def _expert_rows() -> list[RowRule]:
     return [
         ("Load imbalance", "busiest expert over the average; 1 is even", _imbalance),
         ("Dropped", "share of routed rows", _dropped),
@@ -154,14 +173,14 @@ def _expert_rows() -> list[Row]:
     ]
 
 
-def _leak_rows(stick: Yardstick) -> list[Row]:
+def _leak_rows(stick: Yardstick) -> list[RowRule]:
     return [
         ("Leaks while training", "what a token's output depends on", partial(_leaks, stick)),
         ("Leaks as deployed", "", partial(_leaks_deployed, stick)),
     ]
 
 
-def _stability_rows() -> list[Row]:
+def _stability_rows() -> list[RowRule]:
     return [
         ("Gradient norm", "mean, and largest", _gradient),
         ("Spikes", "of the loss, and of the gradient norm, over all seeds", _spikes),
@@ -169,229 +188,165 @@ def _stability_rows() -> list[Row]:
     ]
 
 
-def _cell(text: str, note: str = "") -> Cell:
-    return {"text": text, "note": note}
-
-
 def _joined(*hints: str) -> str:
     return "; ".join(filter(None, hints))
 
 
-def _deployed(stick: Yardstick, arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    if arm["deployed_mode"] is None:
-        return _cell(NONE, "cannot be deployed")
-    if said["diverged"]:
-        return _cell(NONE, f"{said['diverged']} of {count(len(said['seeds']), 'run')} diverged")
-    return _cell(number(said["score"]["deployed"], stick.measure.digits), _mode_note(arm, arm["deployed_mode"]))
+def _deployed(stick: Yardstick, arm: ArmResult, said: ArmSummary) -> Cell:
+    if arm.deployed_mode is None:
+        return Cell(NONE, "cannot be deployed")
+    if said.diverged:
+        return Cell(NONE, f"{said.diverged} of {count(len(said.seeds), 'run')} diverged")
+    return Cell(number(said.score.deployed, stick.measure.digits), _mode_note(arm, arm.deployed_mode))
 
 
-def _mode_note(arm: dict[str, Any], mode: str) -> str:
+def _mode_note(arm: ArmResult, mode: str) -> str:
     """Named where the arm has another."""
-    return "" if arm["deployed_mode"] == arm["training_mode"] else f"mode {mode}"
+    return "" if arm.deployed_mode == arm.training_mode else f"mode {mode}"
 
 
-def _difference_cell(difference: dict[str, Any] | None, missing: str = "", *, digits: int = 3) -> Cell:
+def difference_cell(difference: Interval | None, missing: str = "", *, digits: int = 3) -> Cell:
+    """A difference with its interval; `missing` says why there is none."""
     if difference is None:
-        return _cell(NONE, missing)
-    digits = digits_for(difference["mean"], difference["low"], difference["high"], least=digits)
-    spread = "one seed" if difference["low"] is None else interval(difference["low"], difference["high"], digits)
-    return _cell(signed(difference["mean"], digits), spread)
+        return Cell(NONE, missing)
+    digits = digits_for(difference.mean, difference.low, difference.high, least=digits)
+    spread = "one seed" if difference.low is None else interval(difference.low, difference.high, digits)
+    return Cell(signed(difference.mean, digits), spread)
 
 
-def _difference(stick: Yardstick, arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    missing = "baseline" if said["baseline"] else ""
-    return _difference_cell(said["difference"]["deployed"], missing, digits=stick.measure.digits)
+def _difference(stick: Yardstick, arm: ArmResult, said: ArmSummary) -> Cell:
+    missing = "baseline" if said.baseline else ""
+    return difference_cell(said.difference.deployed, missing, digits=stick.measure.digits)
 
 
-def _bits(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _cell(NONE if said["diverged"] else number(_deployed_mean(arm, said, "bits_per_byte")))
+def _bits(arm: ArmResult, said: ArmSummary) -> Cell:
+    return Cell(NONE if said.diverged else number(_deployed_mean(arm, said, "bits_per_byte")))
 
 
-def _further(measure: Measure, arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    if said["diverged"]:
-        return _cell(NONE, "diverged")
-    mode = arm["deployed_mode"] or arm["training_mode"]
-    note = "" if arm["deployed_mode"] else "as trained"
-    return _cell(number(said["modes"][mode][measure.key]["mean"], measure.digits), note)
+def _further(measure: Measure, arm: ArmResult, said: ArmSummary) -> Cell:
+    if said.diverged:
+        return Cell(NONE, "diverged")
+    mode = arm.deployed_mode or arm.training_mode
+    note = "" if arm.deployed_mode else "as trained"
+    return Cell(number(said.modes[mode][measure.key].mean, measure.digits), note)
 
 
-def _deployed_mean(arm: dict[str, Any], said: dict[str, Any], key: str) -> float | None:
-    return said["modes"].get(arm["deployed_mode"], {}).get(key, {}).get("mean")
+def _deployed_mean(arm: ArmResult, said: ArmSummary, key: str) -> float | None:
+    score = said.modes.get(arm.deployed_mode or "", {}).get(key)
+    return None if score is None else score.mean
 
 
-def _trained(stick: Yardstick, arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    if said["diverged"]:
-        return _cell(NONE, "diverged")
-    return _cell(number(said["score"]["trained"], stick.measure.digits), _mode_note(arm, arm["training_mode"]))
+def _trained(stick: Yardstick, arm: ArmResult, said: ArmSummary) -> Cell:
+    if said.diverged:
+        return Cell(NONE, "diverged")
+    return Cell(number(said.score.trained, stick.measure.digits), _mode_note(arm, arm.training_mode))
 
 
-def _mode_gap(stick: Yardstick, arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    missing = "" if arm["deployed_mode"] is None else "one mode"
-    return _difference_cell(said["mode_gap"], missing, digits=stick.measure.digits)
+def _mode_gap(stick: Yardstick, arm: ArmResult, said: ArmSummary) -> Cell:
+    missing = "" if arm.deployed_mode is None else "one mode"
+    return difference_cell(said.mode_gap, missing, digits=stick.measure.digits)
 
 
-def _pace(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    pace = arm["seconds_per_step"]
-    return _cell(number(pace, 3 if pace is None or pace >= 0.1 else 4), times(arm["seconds_ratio"]))
+def _pace(arm: ArmResult, said: ArmSummary) -> Cell:
+    pace = arm.seconds_per_step
+    return Cell(number(pace, 3 if pace is None or pace >= 0.1 else 4), times(arm.seconds_ratio))
 
 
-def _ratio_cell(said: dict[str, Any], key: str) -> Cell:
-    speed = said["speed_up"]
+def _ratio_cell(said: ArmSummary, of: Callable[[SpeedUp], Interval | None]) -> Cell:
+    speed = said.speed_up
     if speed is None:
-        return _cell(NONE, "baseline" if said["baseline"] else "")
-    if speed["ratio_steps"] is None:
-        return _cell("not reached", f"in {speed['n'] - speed['reached']} of {count(speed['n'], 'seed')}")
-    ratio = speed[key]
-    return _cell(NONE) if ratio is None else _cell(times(ratio["mean"]), _ratio_note(ratio))
+        return Cell(NONE, "baseline" if said.baseline else "")
+    if speed.ratio_steps is None:
+        return Cell("not reached", f"in {speed.n - speed.reached} of {count(speed.n, 'seed')}")
+    ratio = of(speed)
+    return Cell(NONE) if ratio is None else Cell(times(ratio.mean), _ratio_note(ratio))
 
 
-def _ratio_note(ratio: dict[str, Any]) -> str:
-    return "one seed" if ratio["low"] is None else interval(ratio["low"], ratio["high"], 2)
+def _ratio_note(ratio: Interval) -> str:
+    return "one seed" if ratio.low is None else interval(ratio.low, ratio.high, 2)
 
 
-def _steps_to(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _ratio_cell(said, "ratio_steps")
+def _steps_to(arm: ArmResult, said: ArmSummary) -> Cell:
+    return _ratio_cell(said, lambda speed: speed.ratio_steps)
 
 
-def _time_to(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _ratio_cell(said, "ratio_seconds")
+def _time_to(arm: ArmResult, said: ArmSummary) -> Cell:
+    return _ratio_cell(said, lambda speed: speed.ratio_seconds)
 
 
-def _equal_time(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _difference_cell(said["equal_time"], "baseline" if said["baseline"] else "")
+def _equal_time(arm: ArmResult, said: ArmSummary) -> Cell:
+    return difference_cell(said.equal_time, "baseline" if said.baseline else "")
 
 
-def _equal_flops(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _difference_cell(said["equal_flops"], "baseline" if said["baseline"] else "")
+def _equal_flops(arm: ArmResult, said: ArmSummary) -> Cell:
+    return difference_cell(said.equal_flops, "baseline" if said.baseline else "")
 
 
-def _train_time(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _cell(duration(said["averages"]["train_seconds"]))
+def _train_time(arm: ArmResult, said: ArmSummary) -> Cell:
+    return Cell(duration(said.averages.train_seconds))
 
 
-def _trainable(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    trained, total = arm["parameters_trainable"], arm["parameters_total"]
-    return _cell(compact(trained), percent(trained / total, 1 if trained > 0.01 * total else 2))
+def _trainable(arm: ArmResult, said: ArmSummary) -> Cell:
+    trained, total = arm.parameters_trainable, arm.parameters_total
+    return Cell(compact(trained), percent(trained / total, 1 if trained > 0.01 * total else 2))
 
 
-def _optimizer(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _cell(memory(arm["optimizer_state_bytes"]))
+def _optimizer(arm: ArmResult, said: ArmSummary) -> Cell:
+    return Cell(memory(arm.optimizer_state_bytes))
 
 
-def _parameters(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _cell(compact(arm["parameters_total"]))
+def _parameters(arm: ArmResult, said: ArmSummary) -> Cell:
+    return Cell(compact(arm.parameters_total))
 
 
-def _active(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _cell(compact(arm["parameters_active"]))
+def _active(arm: ArmResult, said: ArmSummary) -> Cell:
+    return Cell(compact(arm.parameters_active))
 
 
-def _flops(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _cell(compact(arm["flops_per_token"], "FLOP"), times(arm["flops_ratio"], 3))
+def _flops(arm: ArmResult, said: ArmSummary) -> Cell:
+    return Cell(compact(arm.flops_per_token, "FLOP"), times(arm.flops_ratio, 3))
 
 
-def _memory(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _cell(memory(arm["peak_memory_bytes"]))
+def _memory(arm: ArmResult, said: ArmSummary) -> Cell:
+    return Cell(memory(arm.peak_memory_bytes))
 
 
-def _imbalance(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _cell(number(said["averages"]["load_imbalance"], 2))
+def _imbalance(arm: ArmResult, said: ArmSummary) -> Cell:
+    return Cell(number(said.averages.load_imbalance, 2))
 
 
-def _dropped(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _cell(percent(said["averages"]["dropped_share"]))
+def _dropped(arm: ArmResult, said: ArmSummary) -> Cell:
+    return Cell(percent(said.averages.dropped_share))
 
 
-def _entropy(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _cell(number(said["averages"]["router_entropy"], 2))
+def _entropy(arm: ArmResult, said: ArmSummary) -> Cell:
+    return Cell(number(said.averages.router_entropy, 2))
 
 
-def _leaks(stick: Yardstick, arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _cell(_leak_words(arm, "batch", stick))
+def _leaks(stick: Yardstick, arm: ArmResult, said: ArmSummary) -> Cell:
+    return Cell(_leak_words(arm, arm.leaks.batch, stick))
 
 
-def _leaks_deployed(stick: Yardstick, arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _cell(NONE if arm["deployed_mode"] is None else _leak_words(arm, "batch_deployed", stick))
+def _leaks_deployed(stick: Yardstick, arm: ArmResult, said: ArmSummary) -> Cell:
+    return Cell(NONE if arm.deployed_mode is None else _leak_words(arm, arm.leaks.batch_deployed, stick))
 
 
-def _leak_words(arm: dict[str, Any], batch: str, stick: Yardstick) -> str:
-    found = ["later tokens"] if arm["leaks"]["future"] and stick.causal else []
-    return " and ".join([*found, *(["other examples"] if arm["leaks"].get(batch) else [])]) or "none"
+def _leak_words(arm: ArmResult, batch: bool | None, stick: Yardstick) -> str:
+    found = ["later tokens"] if arm.leaks.future and stick.causal else []
+    return " and ".join([*found, *(["other examples"] if batch else [])]) or "none"
 
 
-def _gradient(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    averages = said["averages"]
-    return _cell(number(averages["grad_norm_mean"], 2), f"max {number(averages['grad_norm_max'], 2)}")
+def _gradient(arm: ArmResult, said: ArmSummary) -> Cell:
+    averages = said.averages
+    return Cell(number(averages.grad_norm_mean, 2), f"max {number(averages.grad_norm_max, 2)}")
 
 
-def _spikes(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    return _cell(f"{said['averages']['spikes_loss']} / {said['averages']['spikes_grad_norm']}")
+def _spikes(arm: ArmResult, said: ArmSummary) -> Cell:
+    return Cell(f"{said.averages.spikes_loss} / {said.averages.spikes_grad_norm}")
 
 
-def _rate(arm: dict[str, Any], said: dict[str, Any]) -> Cell:
-    if not is_searched(arm):
-        return _cell(rate(arm["learning_rate"]), "not searched")
-    edge = ", at the edge" if arm["learning_rate_search"]["at_edge"] else ""
-    return _cell(rate(arm["learning_rate"]), f"searched{edge}")
-
-
-def seed_table(results: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
-    """The final measure of every run: {"columns": [{"arm", "mode"}], "rows": [{"seed", "cells"}], "mean": cells}.
-
-    A column for each arm and mode, the deployed mode first.
-    """
-    measure = yardstick(results).measure
-    columns = [
-        (name, mode)
-        for name, arm in summary["arms"].items()
-        for mode in _ordered_modes(arm)
-        if measure.key in arm["modes"][mode]
-    ]
-    seeds = sorted({seed for arm in summary["arms"].values() for seed in arm["seeds"]})
-    rows = [
-        {"seed": seed, "cells": [_run_score(summary["arms"][name], mode, seed, measure) for name, mode in columns]}
-        for seed in seeds
-    ]
-    return {
-        "columns": [{"arm": name, "mode": _mode_words(summary["arms"][name], mode)} for name, mode in columns],
-        "rows": rows,
-        "mean": [_mean_score(summary["arms"][name], mode, measure) for name, mode in columns],
-    }
-
-
-def _ordered_modes(arm: dict[str, Any]) -> list[str]:
-    return sorted(arm["modes"], key=lambda mode: (mode != arm["deployed_mode"], mode != arm["training_mode"]))
-
-
-def _mode_words(arm: dict[str, Any], mode: str) -> str:
-    roles = [word for word, key in (("deployed", "deployed_mode"), ("trained", "training_mode")) if arm[key] == mode]
-    said = "alone, all experts" if mode == "alone_all" else mode
-    return said if len(roles) != 1 else f"{said}, as {roles[0]}"
-
-
-def _run_score(arm: dict[str, Any], mode: str, seed: int, measure: Measure) -> str:
-    if seed not in arm["seeds"]:
-        return NONE
-    value = arm["modes"][mode][measure.key]["values"][arm["seeds"].index(seed)]
-    return "diverged" if value is None else number(value, measure.digits + 1)
-
-
-def _mean_score(arm: dict[str, Any], mode: str, measure: Measure) -> str:
-    # The mean of the runs that did not diverge would flatter the arm.
-    score = arm["modes"][mode][measure.key]
-    return NONE if None in score["values"] else number(score["mean"], measure.digits + 1)
-
-
-def pair_table(results: dict[str, Any], summary: dict[str, Any]) -> list[dict[str, str]]:
-    """Every pair of arms in the verdict: {"first", "second", "text", "note", "outcome"}."""
-    digits = yardstick(results).measure.digits
-    words = {"beats": "beats", "loses": "loses to", "draw": "draws with", "one_seed": "against"}
-    return [
-        {
-            "first": pair["arm"],
-            "second": pair["against"],
-            "outcome": words.get(pair["outcome"], NONE),
-            **_difference_cell(pair["difference"], digits=digits),
-        }
-        for pair in summary["pairs"]
-    ]
+def _rate(arm: ArmResult, said: ArmSummary) -> Cell:
+    if arm.searched is None:
+        return Cell(rate(arm.learning_rate), "not searched")
+    edge = ", at the edge" if arm.searched.at_edge else ""
+    return Cell(rate(arm.learning_rate), f"searched{edge}")

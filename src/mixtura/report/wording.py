@@ -1,12 +1,15 @@
 """Numbers and names as the report writes them: pure functions from values to short texts.
 
-One place decides how many digits a loss has and what a family is called, so that the page, the tables, the figures and
-the Markdown say the same thing in the same way. None is written as an en dash: no number, for a stated reason.
+One place decides how many digits a loss has, and what a family is called and coloured, so that the page, the tables,
+the figures and the Markdown say the same thing in the same way. None is written as an en dash: no number, for a stated
+reason.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 from mixtura.config.families import FAMILIES
+from mixtura.results import ArmResult
 
 NONE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -23,6 +26,17 @@ FAMILY_WORDS = {
     "layer_mix": "layer mix",
 }
 """What a family is called in running text."""
+
+_FAMILY_COLOURS = {
+    **{family: facts.colours for family, facts in FAMILIES.items()},
+    "lora": ("#59636e", "#aab4c0"),
+    "mixture_of_lora": ("#0a6ebd", "#5cb3f2"),
+    "expert_specialized": ("#0b7d5e", "#3ec79c"),
+    "full": ("#9c4a94", "#e19bd8"),
+    "last_layer": ("#59636e", "#aab4c0"),
+    "layer_mix": ("#0a6ebd", "#5cb3f2"),
+}
+_SPARE_COLOURS = (("#a37500", "#e8bf52"), ("#5b4fc4", "#a9a0f5"), ("#00808a", "#4fc6d0"), ("#b0305c", "#f286a9"))
 
 _SCALES = ((1e12, "trillion", "T"), (1e9, "billion", "G"), (1e6, "million", "M"), (1e3, "thousand", "k"))
 
@@ -125,3 +139,15 @@ def capital(text: str) -> str:
     plain = first.replace("-", "").replace("'", "").rstrip(",.:;")
     own_spelling = first[:1].islower() and plain != plain.lower() and "-" not in first
     return text[:1].upper() + text[1:] if plain.isalpha() and not own_spelling else text
+
+
+def arm_colours(arms: Mapping[str, ArmResult]) -> dict[str, tuple[str, str]]:
+    """A light-theme and a dark-theme colour for each arm: the family's, or a spare one for a family's further arms.
+
+    The hues follow Okabe and Ito's palette, which colour-blind readers can tell apart; dense is grey.
+    """
+    spare, colours = itertools.cycle(_SPARE_COLOURS), {}
+    for name, arm in arms.items():
+        own = _FAMILY_COLOURS.get(arm.family)
+        colours[name] = next(spare) if own is None or own in colours.values() else own
+    return colours

@@ -7,13 +7,14 @@ Shapes: M mixture layers, E experts.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mixtura.layers import ExpertThresholdMoE, ReMoE, RoutingStats
 from mixtura.layers.remoe import update_l1_coef
+from mixtura.results import Facts
 
 
 class StepTotals(NamedTuple):
@@ -124,7 +125,7 @@ def update_thresholds(layers: Sequence[nn.Module], *, rate: float, reduce: Calla
             layer.update(reduce(observed), rate=rate)
 
 
-def load_report(totals: StepTotals, *, steps: int, layers: Sequence[int]) -> dict[str, Any]:
+def load_report(totals: StepTotals, *, steps: int, layers: Sequence[int]) -> Facts:
     """What the metrics record about routing over some steps, as plain numbers; empty for a model without mixtures.
 
     Args:

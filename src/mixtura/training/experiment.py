@@ -5,11 +5,13 @@ time, differences and verdicts the same way for all.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
+from mixtura.results import ArmDescription, Facts, Leaks
+from mixtura.results.document import AcrossArms
 from mixtura.training.task import TrainingTask
 
 
@@ -35,18 +37,12 @@ class Arm(ABC):
         """A model as training starts with it; what is random in it follows from the seed by one rule for all arms."""
 
     @abstractmethod
-    def describe(self, baseline: "Arm") -> dict[str, Any]:
-        """What it is and costs before it runs, JSON-able.
-
-        Keys: `settings` (dict of what distinguishes it), `parameters_total`, `parameters_active` (used for one token),
-        `parameters_trainable`, `flops_per_token` (forward and backward, routing and mixing counted), `flops_ratio` (to
-        the baseline's).
-        """
+    def describe(self, baseline: "Arm") -> ArmDescription:
+        """What it is and costs before it runs."""
 
     @abstractmethod
-    def leaks(self) -> dict[str, bool]:
-        """Whether information leaks from the `future` or from the rest of the `batch` while training, and, where a
-        deployed mode exists, `batch_deployed`; measured on an untrained model."""
+    def leaks(self) -> Leaks:
+        """Whether information leaks from the future or from the rest of the batch; measured on an untrained model."""
 
 
 class Experiment(ABC):
@@ -54,19 +50,19 @@ class Experiment(ABC):
 
     arms: dict[str, Arm]
     """By name, in the recipe's order."""
-    data: dict[str, Any]
+    data: Facts
     """Facts on the data for reports, JSON-able: `description` and counts, skipped rows among them."""
     data_digest: str
     """A hash over all training and held-out examples: a folder refuses to go on with others."""
 
     @abstractmethod
-    def held_equal(self, described: dict[str, dict[str, Any]]) -> list[str]:
+    def held_equal(self, described: Mapping[str, ArmDescription]) -> list[str]:
         """What the arms share, as phrases for the report's first lines; `described` is each arm's `describe`."""
 
-    def across_arms(self, out: Path) -> dict[str, Any]:
-        """What only all finished runs together tell, such as paired bootstraps over sentences; JSON-able.
+    def across_arms(self, out: Path) -> AcrossArms:
+        """What only all finished runs together tell, such as paired bootstraps over sentences.
 
         Args:
             out: the comparison's folder, with `arms/<arm>/seed<k>/` in it.
         """
-        return {}
+        return AcrossArms()

@@ -17,6 +17,8 @@ from torch import nn
 from transformers import TrainingArguments
 
 from mixtura.config import TrainingConfig, UserError
+from mixtura.results import Facts
+from mixtura.results.run import CurvePoint
 from mixtura.training import saving as checkpoints
 from mixtura.training.metrics import MetricsFile, evaluation_curve, read_metrics, truncate_metrics
 from mixtura.training.optimization import build_optimizer, build_schedule
@@ -40,8 +42,8 @@ class TrainingOutcome:
     """Optimizer steps taken, over all resumptions."""
     train_seconds: float
     """Seconds of optimisation alone, over all resumptions."""
-    curve: list[dict[str, Any]]
-    """Evaluations on the way: `step`, `tokens`, `seconds`, and `loss` and the task's other measures per mode."""
+    curve: list[CurvePoint]
+    """Evaluations on the way."""
     interrupted: bool
     """Stopped by Ctrl-C; everything up to `steps` is saved."""
 
@@ -183,13 +185,13 @@ def _check_installation(model: nn.Module, config: TrainingConfig) -> None:
 
 
 def _settings(
-    trained: dict[str, Any],
+    trained: Facts,
     config: TrainingConfig,
     *,
     learning_rate: float,
     seed: int,
     world_size: int,
-) -> dict[str, Any]:
+) -> Facts:
     """All that decides the run's numbers."""
     training = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE_TO_CHANGE}
     return {
@@ -201,7 +203,7 @@ def _settings(
     }
 
 
-def _prepare_folder(out: Path, settings: dict[str, Any], *, resume: bool) -> None:
+def _prepare_folder(out: Path, settings: Facts, *, resume: bool) -> None:
     with checkpoints.writing(out):
         out.mkdir(parents=True, exist_ok=True)
         used = (out / RUN_FILE).exists() or (out / METRICS).exists() or checkpoints.newest_checkpoint(out) is not None

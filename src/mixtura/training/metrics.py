@@ -9,7 +9,7 @@ expert's share per layer), `dropped_share` and `router_entropy` over the steps s
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -19,7 +19,20 @@ from accelerate.tracking import GeneralTracker
 from mixtura.config import UserError
 from mixtura.diagnostics.load import summarize_load
 from mixtura.diagnostics.stability import count_spikes
+from mixtura.files import write_text
+from mixtura.results.run import (
+    ByMode,
+    CurvePoint,
+    GradientNorm,
+    LoadHistory,
+    Spikes,
+    TrainingHistory,
+    TrainPoint,
+)
 from mixtura.training.trackers import scalars
+
+Record = dict[str, Any]
+"""One line of the file."""
 
 
 class MetricsFile:
@@ -40,7 +53,7 @@ class MetricsFile:
         for tracker in self._trackers:
             tracker.finish()
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record and hands it to the operating system."""
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
@@ -52,7 +65,7 @@ class MetricsFile:
         os.fsync(self._file.fileno())
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Record]:
     """All records; a last line that a crash cut short is left out. No file is no records.
 
     Raises:
@@ -71,56 +84,54 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def truncate_metrics(path: Path, *, step: int) -> list[dict[str, Any]]:
+def truncate_metrics(path: Path, *, step: int) -> list[Record]:
     """Drops what was measured after `step`, which a resumed run measures again; returns what is kept."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    temporary = path.with_suffix(".partial")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
 
-def evaluation_curve(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The evaluations: `step`, `tokens`, `seconds`, and per mode `loss` and whatever else was measured on the way."""
+def evaluation_curve(records: Sequence[Record]) -> list[CurvePoint]:
+    """The evaluations, with the loss and whatever else was measured on the way."""
     return [
-        {**{key: record[key] for key in ("step", "tokens", "seconds")}, **_by_measure(record["eval"])}
+        CurvePoint(
+            step=record["step"],
+            tokens=record["tokens"],
+            seconds=record["seconds"],
+            measures=_by_measure(record["eval"]),
+        )
         for record in records
         if "eval" in record
     ]
 
 
-def _by_measure(by_mode: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def _by_measure(by_mode: dict[str, dict[str, float]]) -> dict[str, ByMode]:
     """{measure: {mode: value}} from {mode: {measure: value}}; a mode without a measure is left out of it."""
     keys = dict.fromkeys(key for measures in by_mode.values() for key in measures)
     return {key: {mode: of[key] for mode, of in by_mode.items() if key in of} for key in keys}
 
 
-def summarize_metrics(records: Sequence[dict[str, Any]], *, max_points: int = 200) -> dict[str, Any]:
+def summarize_metrics(records: Sequence[Record], *, max_points: int = 200) -> TrainingHistory:
     """What a report says about one run's training.
 
     Args:
         records: as `read_metrics` gives them.
         max_points: the training curve is thinned to so many points, each the mean of a stretch of steps.
-
-    Returns:
-        `curve`, `train_curve`, `grad_norm` (mean and max), `spikes` (of loss and grad_norm), `load` with `layers`,
-        `steps` and `share`, `load_imbalance` (largest over mean load, mean over layers, of the last evaluation),
-        `dropped_share` and `router_entropy` (of the last evaluation); None where a model has no mixtures.
     """
     steps = [record for record in records if "loss" in record]
     loads = [record for record in records if "load" in record]
     norms = [record["grad_norm"] for record in steps]
     last = loads[-1] if loads else None
-    return {
-        "curve": evaluation_curve(records),
-        "train_curve": _thinned(steps, max_points),
-        "grad_norm": {"mean": sum(norms) / len(norms), "max": max(norms)} if norms else None,
-        "spikes": {key: count_spikes([record[key] for record in steps]) for key in ("loss", "grad_norm")},
-        "load": _load_history(loads) if last else None,
-        "load_imbalance": load_imbalance(last["load"]) if last else None,
-        "dropped_share": last["dropped_share"] if last else None,
-        "router_entropy": last["router_entropy"] if last else None,
-    }
+    return TrainingHistory(
+        curve=evaluation_curve(records),
+        train_curve=_thinned(steps, max_points),
+        grad_norm=GradientNorm(sum(norms) / len(norms), max(norms)) if norms else None,
+        spikes=Spikes(*(count_spikes([record[key] for record in steps]) for key in ("loss", "grad_norm"))),
+        load=_load_history(loads) if last else None,
+        load_imbalance=load_imbalance(last["load"]) if last else None,
+        dropped_share=last["dropped_share"] if last else None,
+        router_entropy=last["router_entropy"] if last else None,
+    )
 
 
 def load_imbalance(share_ME: Sequence[Sequence[float]]) -> float:
@@ -128,19 +139,19 @@ def load_imbalance(share_ME: Sequence[Sequence[float]]) -> float:
     return float(np.mean([summarize_load(share_E).imbalance for share_E in share_ME]))
 
 
-def _thinned(steps: Sequence[dict[str, Any]], max_points: int) -> list[dict[str, Any]]:
+def _thinned(steps: Sequence[Record], max_points: int) -> list[TrainPoint]:
     if not steps:
         return []
     stretches = np.array_split(np.arange(len(steps)), min(max_points, len(steps)))
     return [
-        {"step": steps[stretch[-1]]["step"], "loss": float(np.mean([steps[i]["loss"] for i in stretch]))}
+        TrainPoint(steps[stretch[-1]]["step"], float(np.mean([steps[i]["loss"] for i in stretch])))
         for stretch in stretches
     ]
 
 
-def _load_history(loads: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "layers": loads[-1]["layers"],
-        "steps": [record["step"] for record in loads],
-        "share": [record["load"] for record in loads],
-    }
+def _load_history(loads: Sequence[Record]) -> LoadHistory:
+    return LoadHistory(
+        layers=loads[-1]["layers"],
+        steps=[record["step"] for record in loads],
+        share=[record["load"] for record in loads],
+    )

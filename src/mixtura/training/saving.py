@@ -7,7 +7,6 @@ sizes differ was damaged afterwards.
 """
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -24,6 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from mixtura.config import UserError
+from mixtura.files import put_folder
+from mixtura.results import Facts
 from mixtura.training.settings import first_difference
 
 COMPLETE = "complete.json"
@@ -34,7 +35,7 @@ _PARTIAL = ".partial"
 
 
 @contextmanager
-def new_folder(target: Path, *, step: int, settings: dict[str, Any], first: bool = True) -> Iterator[Path]:
+def new_folder(target: Path, *, step: int, settings: Facts, first: bool = True) -> Iterator[Path]:
     """A folder to fill, which becomes `target` when the block ends well and vanishes when it does not.
 
     Args:
@@ -58,7 +59,7 @@ def new_folder(target: Path, *, step: int, settings: dict[str, Any], first: bool
             _close(partial, step=step, settings=settings)
             if target.exists():
                 shutil.rmtree(target)
-            os.rename(partial, target)
+            put_folder(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -111,7 +112,7 @@ def drop_old_checkpoints(out: Path, *, keep: int) -> None:
         shutil.rmtree(folder)
 
 
-def check_checkpoint(folder: Path, settings: dict[str, Any]) -> int:
+def check_checkpoint(folder: Path, settings: Facts) -> int:
     """The step of a checkpoint, after checking that it is whole and was made with these settings.
 
     Raises:
@@ -144,7 +145,7 @@ def check_checkpoint(folder: Path, settings: dict[str, Any]) -> int:
     return step
 
 
-def architecture(config: PreTrainedConfig) -> dict[str, Any]:
+def architecture(config: PreTrainedConfig) -> Facts:
     """A model configuration, plain, without what may change while the model stays the same."""
     volatile = {"transformers_version", "architectures", "dtype", "_name_or_path", "use_cache"}
     plain = json.loads(config.to_json_string(use_diff=False))
@@ -264,7 +265,7 @@ def _unreadable(folder: Path, error: Exception) -> UserError:
     )
 
 
-def _close(folder: Path, *, step: int, settings: dict[str, Any]) -> None:
+def _close(folder: Path, *, step: int, settings: Facts) -> None:
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     marker = {"step": step, "settings": settings, "files": files}
     (folder / COMPLETE).write_text(json.dumps(marker, indent=1), encoding="utf-8")

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from mixtura.config import UserError
+from mixtura.files import write_json
+from mixtura.results import Facts
 
 RUN_FILE = "run.json"
 
 
-def check_settings(out: Path, settings: dict[str, Any]) -> None:
+def check_settings(out: Path, settings: Facts) -> None:
     """Compares with the settings stored in `out`, or stores them when there are none.
 
     Raises:
@@ -20,7 +22,7 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))
     if not path.exists():
         record = {"hash": settings_hash(settings), "settings": settings}
-        path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        write_json(path, record)
         return
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))["settings"]
@@ -35,7 +37,7 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def settings_hash(settings: dict[str, Any]) -> str:
+def settings_hash(settings: Facts) -> str:
     """128 bits over all settings."""
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 

@@ -5,9 +5,8 @@ modelling is one task (`language_modelling.py`), translation and classification 
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +14,11 @@ from torch.utils.data import Dataset
 
 from mixtura.layers import RoutingStats
 from mixtura.models.modeling_mixture import MixturePreTrainedModel
+from mixtura.results import LOSS, Facts, Measure
+from mixtura.results.details import RunDetails
 
-
-@dataclass(frozen=True)
-class Measure:
-    """A number that judges a model on held-out data."""
-
-    key: str
-    """Its key in results, such as "loss" or "chrf"."""
-    name: str
-    """In a sentence or at a table's row: "held-out loss", "chrF", "accuracy"."""
-    unit: str
-    """Behind the number: "nats a token", "points", "%"; may be empty."""
-    better: Literal["lower", "higher"]
-    digits: int = 3
-    """Decimals in tables."""
-
-
-LOSS = Measure("loss", "held-out loss", "nats a token", "lower")
+Batch = dict[str, Any]
+"""One micro-batch or one of its items: tensors by name, as the model's forward takes them."""
 
 
 class StepLosses(NamedTuple):
@@ -59,7 +45,7 @@ class TrainingTask(ABC):
         """Mean training tokens of one example, padding left out, for the budget of a run."""
 
     @abstractmethod
-    def settings(self, model: nn.Module) -> dict[str, Any]:
+    def settings(self, model: nn.Module) -> Facts:
         """All that decides a run's numbers besides the training settings: architecture and data, JSON-able."""
 
     @abstractmethod
@@ -70,16 +56,16 @@ class TrainingTask(ABC):
     def dataset(self, *, length: int, seed: int) -> Dataset:
         """All `length` examples of a run in order: item i is what row i of the run sees, a function of (seed, i)."""
 
-    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, items: list[Batch]) -> Batch:
         """One micro-batch from its items; the same for any way the run is cut into processes."""
         return torch.utils.data.default_collate(items)
 
     @abstractmethod
-    def count_targets(self, batch: dict[str, Any]) -> Tensor:
+    def count_targets(self, batch: Batch) -> Tensor:
         """How many predictions a micro-batch is scored on, a scalar."""
 
     @abstractmethod
-    def losses(self, model: nn.Module, batch: dict[str, Any], *, num_targets: Tensor | int) -> StepLosses:
+    def losses(self, model: nn.Module, batch: Batch, *, num_targets: Tensor | int) -> StepLosses:
         """The losses of one micro-batch of a step that has `num_targets` targets on all ranks."""
 
     def router_loss_weights(self, model: nn.Module) -> tuple[Tensor | float, Tensor | float]:
@@ -99,12 +85,12 @@ class TrainingTask(ABC):
         On the way (`final` is False) only what is cheap: fewer examples, fewer modes, no decoding.
         """
 
-    def details(self, model: nn.Module, *, out: Path) -> dict[str, Any]:
-        """What a finished run tells beyond its measures, JSON-able, such as scores by language pair.
+    def details(self, model: nn.Module, *, out: Path) -> RunDetails | None:
+        """What a finished run tells beyond its measures, such as scores by language pair; None where there is nothing.
 
         Called once, after the final evaluation; files it wants to keep go into the run folder `out`.
         """
-        return {}
+        return None
 
     @abstractmethod
     def save(self, model: nn.Module, folder: Path) -> None:

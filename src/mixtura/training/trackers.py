@@ -1,6 +1,6 @@
 """TensorBoard, Trackio and wandb beside `metrics.jsonl`, through accelerate's trackers: the same numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def start_trackers(names: Sequence[str], *, out: Path, step: int) -> list[Genera
     return trackers
 
 
-def scalars(record: dict[str, Any]) -> dict[str, float]:
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """What a tracker shows of one line of `metrics.jsonl`: `train/...`, `eval/<mode>/...` and `routing/...`."""
     values = {}
     if "eval" in record:

@@ -8,6 +8,7 @@ apart: the task's loss is the mean over all targets of the step, a router loss t
 import contextlib
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from mixtura.config import TrainingConfig, UserError
 from mixtura.models import MixtureForCausalLM
 from mixtura.models.calibration import observe_population, update_population
 from mixtura.models.transition import change_to_token_choice, transition_due
+from mixtura.results import Facts
 from mixtura.training import balance
 from mixtura.training import saving as checkpoints
 from mixtura.training.metrics import MetricsFile
 from mixtura.training.optimization import clip_gradients
 from mixtura.training.process import StopRequest
 from mixtura.training.progress import ProgressReporter
-from mixtura.training.task import StepLosses, TrainingTask
+from mixtura.training.task import Batch, StepLosses, TrainingTask
 
 KEEP_CHECKPOINTS = 2
 _LOAD_FILE = "load.safetensors"
@@ -48,7 +50,7 @@ class RunContext:
     """What a run needs besides the model and its training data."""
 
     task: TrainingTask
-    settings: dict[str, Any]
+    settings: Facts
     """`task.settings` of the model, stored with every checkpoint."""
     label: str
     out: Path
@@ -113,7 +115,7 @@ class MixtureTrainer(Trainer):
         targets = torch.stack([self.run.task.count_targets(batch) for batch in batches]).sum()
         return batches, self._sum_over_ranks(targets.to(device))
 
-    def _prepare_step(self, batches: list[dict[str, Any]]) -> None:
+    def _prepare_step(self, batches: list[Batch]) -> None:
         step, steps = self.state.global_step, self.run.config.steps
         if self._mixture is None:
             return
@@ -125,7 +127,7 @@ class MixtureTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -223,7 +225,7 @@ class MixtureTrainer(Trainer):
         self.restart_clock()
         return {}
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+    def floating_point_ops(self, inputs: Batch) -> int:
         """0: the base class would walk over all parameters at every micro-batch; FLOPs are planned, not measured."""
         return 0
 
@@ -279,7 +281,7 @@ class MixtureTrainer(Trainer):
         return self.model if isinstance(self.model, MixtureForCausalLM) else None
 
     @property
-    def _optimization(self) -> dict[str, Any]:
+    def _optimization(self) -> Mapping[str, Any]:
         return {"optimizer": self.optimizer, "scheduler": self.lr_scheduler}
 
     def _router_losses(self, losses: StepLosses) -> tuple[Tensor | None, Tensor | None]:
@@ -309,12 +311,12 @@ class MixtureTrainer(Trainer):
             return self.run.stop.requested
         return bool(self._sum_over_ranks(torch.tensor(float(self.run.stop.requested), device=self.args.device)))
 
-    def _load_report(self) -> dict[str, Any]:
+    def _load_report(self) -> Facts:
         if self._load_totals is None:
             return {}
         return balance.load_report(self._load_totals, steps=self._load_steps, layers=self._routed_layers)
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def _write(self, record: Facts) -> None:
         if self.run.metrics is not None:
             with checkpoints.writing(self.run.out):
                 self.run.metrics.write(record)

@@ -22,10 +22,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mixtura.checkpoints.folders import check_empty, new_folder
+from mixtura.checkpoints.companions import copy_companions
 from mixtura.checkpoints.shards import write_shards
 from mixtura.checkpoints.source import UPCYCLE_RECEIPT, DenseSource, check_alike, expected_shapes, open_source
 from mixtura.config import UserError
+from mixtura.files import check_empty, new_folder
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.upcycling.columns import GatedWeights, add_noise, generator_for, mean_of, redraw_channels
 from mixtura.upcycling.request import (
@@ -88,12 +89,6 @@ def _start(start: LayerStart) -> dict[str, Any]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-_COPIED = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model"),
-    *("chat_template*", "generation_config.json", "LICENSE*", "NOTICE*"),
-)
 
 
 @dataclass(frozen=True)
@@ -247,20 +242,12 @@ def _write(job: _Job, out: Path, texts: list[Path], max_shard_bytes: int) -> Non
         with new_folder(out) as new:
             write_shards(new, _tensors(job), max_bytes=max_shard_bytes)
             job.config.save_pretrained(new)
-            _copy_files(job.sources[0].folder, new)
+            copy_companions(job.sources[0].folder, new)
             write_receipt(new, job.settings, job.sources, job.starts, texts)
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise UserError(f"The disk of '{out.parent}' is full: make room, or name a folder elsewhere.") from error
         raise UserError(f"'{out}' cannot be written ({error}): check the folder and its disk.") from error
-
-
-def _copy_files(folder: Path, new: Path) -> None:
-    """Tokenizer, chat template, generation settings and licence."""
-    for pattern in _COPIED:
-        for file in sorted(folder.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, new / file.name)
 
 
 def _tensors(job: _Job) -> Iterator[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mixtura.results.details import CalibrationBin
 from mixtura.tasks.classification.accuracy import (
     brier_score,
     calibration_bins,
@@ -32,13 +33,13 @@ def test_a_class_that_nobody_met_does_not_count_in_macro_f1():
 
 def test_bins_hold_their_upper_edge():
     bins = calibration_bins(np.array([0.5, 0.51, 1.0]), np.array([True, False, True]), num_bins=2)
-    assert [part["count"] for part in bins] == [1, 2]
-    assert bins[0] == {"low": 0.0, "high": 0.5, "confidence": 0.5, "accuracy": 1.0, "count": 1}
-    assert bins[1]["confidence"] == pytest.approx(0.755) and bins[1]["accuracy"] == 0.5
+    assert [part.count for part in bins] == [1, 2]
+    assert bins[0] == CalibrationBin(low=0.0, high=0.5, confidence=0.5, accuracy=1.0, count=1)
+    assert bins[1].confidence == pytest.approx(0.755) and bins[1].accuracy == 0.5
 
 
 def test_an_empty_bin_has_no_confidence():
-    assert calibration_bins(np.array([0.9]), np.array([True]), num_bins=2)[0]["confidence"] is None
+    assert calibration_bins(np.array([0.9]), np.array([True]), num_bins=2)[0].confidence is None
 
 
 def test_calibration_error_by_hand():
@@ -63,10 +64,10 @@ def test_all_scores_of_two_answers():
 def test_bootstrap_sees_a_clear_difference_and_no_difference():
     arm, baseline = np.ones(200), np.concatenate([np.zeros(40), np.ones(160)])
     clear = paired_bootstrap(arm, baseline)
-    assert clear["accuracy_difference"] == pytest.approx(20)
-    assert 10 < clear["low"] < 20 < clear["high"] < 30 and clear["p_value"] < 0.001
+    assert clear.difference == pytest.approx(20)
+    assert 10 < clear.low < 20 < clear.high < 30 and clear.p_value < 0.001
     same = paired_bootstrap(arm, arm)
-    assert (same["low"], same["high"], same["p_value"]) == (0, 0, 1)
+    assert (same.low, same.high, same.p_value) == (0, 0, 1)
 
 
 def test_bootstrap_interval_is_that_of_the_sampled_mean():
@@ -74,4 +75,4 @@ def test_bootstrap_interval_is_that_of_the_sampled_mean():
     arm, baseline = rng.integers(0, 2, 1000) * 1.0, rng.integers(0, 2, 1000) * 1.0
     result = paired_bootstrap(arm, baseline)
     error = (arm - baseline).std() / np.sqrt(1000)
-    assert result["high"] - result["low"] == pytest.approx(100 * 2 * 1.96 * error, rel=0.05)
+    assert result.high - result.low == pytest.approx(100 * 2 * 1.96 * error, rel=0.05)

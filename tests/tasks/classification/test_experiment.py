@@ -20,6 +20,7 @@ from mixtura.config import (
     UserError,
 )
 from mixtura.models import MixtureForCausalLM
+from mixtura.results import Leaks
 from mixtura.tasks.classification.classifier import classify, evaluating, load_classifier
 from mixtura.tasks.classification.experiment import make_classification
 from mixtura.tasks.classification.features import FeatureExamples, TokenExamples
@@ -94,7 +95,7 @@ def test_every_arm_trains_and_classifies_new_texts_after_it(make, run, name):
     experiment = make(name)
     arm = experiment.arms[name]
     model, folder, outcome = run(experiment, name)
-    assert outcome.steps == 6 and [record["step"] for record in outcome.curve] == [3, 6]
+    assert outcome.steps == 6 and [point.step for point in outcome.curve] == [3, 6]
     final = arm.task.evaluate(model, final=True)
     assert set(final) == {arm.training_mode, "alone"}
     assert set(final["alone"]) == {"loss", "accuracy", "macro_f1", "ece", "brier"}
@@ -210,24 +211,24 @@ def test_costs_of_arms(make):
     said = {name: arm.describe(arms["last_layer"]) for name, arm in arms.items()}
     base = sum(p.numel() for p in arms["full"].pretrained.model.parameters())
     classifier = 16 * 2 + 2
-    assert said["last_layer"]["parameters_trainable"] == classifier
-    assert said["last_layer"]["parameters_total"] == base + classifier
-    assert said["layer_mix"]["parameters_trainable"] == classifier + 3 + 1
-    assert said["full"]["parameters_trainable"] == said["full"]["parameters_total"] == base + classifier + 4
-    assert said["moe"]["parameters_total"] - said["moe"]["parameters_active"] == 2 * 2 * 16 * 8
+    assert said["last_layer"].parameters_trainable == classifier
+    assert said["last_layer"].parameters_total == base + classifier
+    assert said["layer_mix"].parameters_trainable == classifier + 3 + 1
+    assert said["full"].parameters_trainable == said["full"].parameters_total == base + classifier + 4
+    assert said["moe"].parameters_total - said["moe"].parameters_active == 2 * 2 * 16 * 8
     # A product of (1, 16) with (16, 2), forward and for the weight's gradient, over a text's tokens.
     length = int(np.median(arms["last_layer"].splits.train.length_N))
-    assert said["last_layer"]["flops_per_token"] == pytest.approx(2 * 2 * 16 * 2 / length, rel=0.3)
-    assert said["last_layer"]["flops_ratio"] == 1
-    assert said["full"]["flops_per_token"] > 1.2 * said["lora"]["flops_per_token"]
-    assert "features once" in said["layer_mix"]["settings"]["FLOPs"] and "FLOPs" not in said["lora"]["settings"]
+    assert said["last_layer"].flops_per_token == pytest.approx(2 * 2 * 16 * 2 / length, rel=0.3)
+    assert said["last_layer"].flops_ratio == 1
+    assert said["full"].flops_per_token > 1.2 * said["lora"].flops_per_token
+    assert "features once" in said["layer_mix"].settings["FLOPs"] and "FLOPs" not in said["lora"].settings
 
 
 def test_leaks_are_measured(make):
     experiment = make("last_layer", "moe", "mot", "lora", "mot_adapter")
     leaks = {name: arm.leaks() for name, arm in experiment.arms.items()}
-    alone = {"future": False, "batch": False, "batch_deployed": False}
-    mixing = {"future": False, "batch": True, "batch_deployed": False}
+    alone = Leaks(False, False, False)
+    mixing = Leaks(False, True, False)
     assert leaks == {"last_layer": alone, "moe": alone, "lora": alone, "mot": mixing, "mot_adapter": mixing}
 
 
@@ -238,12 +239,12 @@ def test_details_of_a_finished_run(make, run):
     details = task.details(model, out=folder)
     answers = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     correct = [answer["truth"] == answer["label"] for answer in answers]
-    assert len(answers) == 42 and np.sum(details["confusion"]) == 42
-    assert np.trace(details["confusion"]) == sum(correct)
+    assert len(answers) == 42 and np.sum(details.confusion) == 42
+    assert np.trace(details.confusion) == sum(correct)
     assert 100 * np.mean(correct) == pytest.approx(task.evaluate(model, final=True)["alone"]["accuracy"])
-    assert sum(part["count"] for part in details["calibration"]) == 42
-    assert len(details["layer_weights"]) == 3 and sum(details["layer_weights"]) == pytest.approx(1)
-    assert details["labels"] == ["negative", "positive"]
+    assert sum(part.count for part in details.calibration) == 42
+    assert len(details.layer_weights) == 3 and sum(details.layer_weights) == pytest.approx(1)
+    assert details.labels == ["negative", "positive"]
 
 
 def test_weights_that_depend_on_the_token_are_told_as_their_mean(make, run):
@@ -251,7 +252,7 @@ def test_weights_that_depend_on_the_token_are_told_as_their_mean(make, run):
     details = experiment.arms["by_token"].task.details(
         experiment.arms["by_token"].build(0), out=run(experiment, "by_token")[1]
     )
-    assert details["layer_weights"] == pytest.approx([1 / 3] * 3)
+    assert details.layer_weights == pytest.approx([1 / 3] * 3)
 
 
 def test_arms_are_compared_over_the_same_test_texts(make, run, tmp_path):
@@ -260,11 +261,11 @@ def test_arms_are_compared_over_the_same_test_texts(make, run, tmp_path):
         for seed in (0, 1):
             model, folder, _ = run(experiment, name, seed=seed)
             experiment.arms[name].task.details(model, out=folder)
-    compared = experiment.across_arms(tmp_path)["paired_bootstrap"]
+    compared = experiment.across_arms(tmp_path).paired_bootstrap
     # No run of the third arm is finished.
     assert set(compared) == {"layer_mix"}
-    result = compared["layer_mix"]
-    assert result["low"] <= result["accuracy_difference"] <= result["high"] and 0 < result["p_value"] <= 1
+    result = compared["layer_mix"]["all"]
+    assert result.low <= result.difference <= result.high and 0 < result.p_value <= 1
 
 
 def test_learning_is_possible_at_all(make, run):

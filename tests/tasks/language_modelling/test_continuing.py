@@ -12,11 +12,12 @@ from mixtura import cli, upcycle
 from mixtura.comparison.runner import compare, train_arm
 from mixtura.config import UserError, recipe_from_dict
 from mixtura.data.tokenizer import train_tokenizer
-from mixtura.evaluation import evaluate_folder
-from mixtura.export.writer import export
+from mixtura.evaluation import evaluate
+from mixtura.exporting.writer import export
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.generation import generate_text
 from mixtura.planning import flops_per_token
+from mixtura.results import Leaks
 from mixtura.tasks.language_modelling.experiment import make_pretraining
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -74,11 +75,11 @@ def test_what_an_arm_costs_and_is_comes_from_its_checkpoint(build):
     experiment = make_pretraining(build("dense", "sparse", "mot"), cache_dir=None)
     described = {name: arm.describe(experiment.arms["dense"]) for name, arm in experiment.arms.items()}
     for name, arm in experiment.arms.items():
-        assert described[name]["parameters_total"] == sum(p.numel() for p in arm.build(0).parameters())
-        assert described[name]["flops_per_token"] == flops_per_token(arm.model_config, sequence_length=16)
-    assert described["sparse"]["settings"]["top_k"] == 2 and described["sparse"]["settings"]["num_experts"] == 4
-    assert described["sparse"]["settings"]["expert_width"] == 12
-    assert described["mot"]["settings"]["alone_top_k"] == 2
+        assert described[name].parameters_total == sum(p.numel() for p in arm.build(0).parameters())
+        assert described[name].flops_per_token == flops_per_token(arm.model_config, sequence_length=16)
+    assert described["sparse"].settings["top_k"] == 2 and described["sparse"].settings["num_experts"] == 4
+    assert described["sparse"].settings["expert_width"] == 12
+    assert described["mot"].settings["alone_top_k"] == 2
     held = " ".join(experiment.held_equal(described))
     assert "every arm starts from its checkpoint" in held and "initialisation rule" not in held
 
@@ -88,7 +89,7 @@ def test_flops_that_differ_are_not_said_to_be_equal(build, checkpoints, tmp_path
     recipe = build("dense", "dear")
     experiment = make_pretraining(recipe, cache_dir=None)
     described = {name: arm.describe(experiment.arms["dense"]) for name, arm in experiment.arms.items()}
-    assert described["dear"]["flops_ratio"] > 1.2
+    assert described["dear"].flops_ratio > 1.2
     assert "FLOPs" not in " ".join(experiment.held_equal(described))
 
 
@@ -102,7 +103,7 @@ def test_training_settings_are_the_recipes(build):
 def test_a_comparison_trains_all_checkpoints_on_and_resumes_to_the_same(build, tmp_path):
     recipe = build("dense", "sparse", "mot", steps=4)
     results = compare(recipe, out=tmp_path / "whole")
-    assert results["arms"]["sparse"]["flops_ratio"] == pytest.approx(1, abs=0.02)  # the router
+    assert results.arms["sparse"].flops_ratio == pytest.approx(1, abs=0.02)  # the router
     kept = tmp_path / "whole" / "arms" / "sparse" / "seed0" / "checkpoint"
     # Trained on: no longer the checkpoint that it was, and loadable with its tokenizer.
     before = make_pretraining(recipe, cache_dir=None).arms["sparse"].build(0).state_dict()
@@ -110,8 +111,8 @@ def test_a_comparison_trains_all_checkpoints_on_and_resumes_to_the_same(build, t
     assert any((before[name] != after[name]).any() for name in before)
     assert (kept / "tokenizer.json").is_file()
     again = compare(recipe, out=tmp_path / "again")
-    for name in results["arms"]:
-        assert results["arms"][name]["runs"][0]["final"] == again["arms"][name]["runs"][0]["final"]
+    for name in results.arms:
+        assert results.arms[name].runs[0].final == again.arms[name].runs[0].final
 
 
 @pytest.mark.parametrize(
@@ -165,24 +166,24 @@ def test_a_recipe_of_several_arms_is_asked_which(checkpoints, monkeypatch, capsy
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
-    assert "choose which to start from there" in capsys.readouterr().err
+    assert "choose one with --arm dense|token_choice|mixture_of_tokens" in capsys.readouterr().err
 
 
 def test_one_arm_is_trained_alone_as_in_the_comparison(build, tmp_path):
     recipe = build("sparse", steps=2)
     alone = train_arm(recipe, "sparse", seed=0, out=tmp_path / "alone")
     whole = compare(recipe, out=tmp_path / "whole")
-    assert alone["final"] == whole["arms"]["sparse"]["runs"][0]["final"]
+    assert alone.final == whole.arms["sparse"].runs[0].final
 
 
 def test_a_mixture_of_tokens_trains_as_its_checkpoint_was_made_to(build):
     arm = make_pretraining(build("mot"), cache_dir=None).arms["mot"]
     assert arm.model_config.zero_fill == 1.0
     assert arm.training_mode == arm.deployed_mode == "alone"
-    assert arm.leaks() == {"future": False, "batch": False, "batch_deployed": False}
+    assert arm.leaks() == Leaks(False, False, False)
     grouped = make_pretraining(build("mot", arm={"zero_fill": 0.0}), cache_dir=None).arms["mot"]
     assert grouped.model_config.zero_fill == 0.0 and grouped.training_mode == "group"
-    assert grouped.leaks() == {"future": False, "batch": True, "batch_deployed": False}
+    assert grouped.leaks() == Leaks(False, True, False)
 
 
 @pytest.fixture
@@ -227,28 +228,28 @@ def test_biases_and_norms_of_attention_are_counted(build, checkpoints, kind):
         (folder / file.name).write_bytes(file.read_bytes())
     arm = make_pretraining(build(kind.model_type), cache_dir=None).arms[kind.model_type]
     total = sum(parameter.numel() for parameter in arm.build(0).parameters())
-    assert total == arm.describe(arm)["parameters_total"] == arm.describe(arm)["parameters_active"]
+    assert total == arm.describe(arm).parameters_total == arm.describe(arm).parameters_active
 
 
 def test_layers_that_no_recipe_could_name_are_told(build, checkpoints):
     upcycle(checkpoints / "dense", checkpoints / "first", num_experts=4, layers="0")
     arm = make_pretraining(build("first"), cache_dir=None).arms["first"]
-    assert arm.describe(arm)["settings"]["placement"] == "layers 0"
+    assert arm.describe(arm).settings["placement"] == "layers 0"
 
 
 def test_a_comparison_at_unequal_flops_says_so_first(build, checkpoints, tmp_path):
     upcycle(checkpoints / "dense", checkpoints / "twice", num_experts=4, top_k=2)
     results = compare(build("dense", "twice", steps=4), out=tmp_path / "out")
-    ratio = results["arms"]["twice"]["flops_ratio"]
-    verdict, said = results["summary"]["verdict"], results["summary"]["arms"]["twice"]
-    assert verdict["headline"].startswith(
+    ratio = results.arms["twice"].flops_ratio
+    verdict, said = results.summary.verdict, results.summary.arms["twice"]
+    assert verdict.headline.startswith(
         f"Equal steps, not equal FLOPs: a token of twice costs {ratio:.2f} times one of dense. "
     )
-    assert results["summary"]["cautions"][0]["kind"] == "flops"
-    assert said["equal_flops"]["arm_step"] * ratio == pytest.approx(said["equal_flops"]["baseline_step"])
+    assert results.summary.cautions[0].kind == "flops"
+    assert said.equal_flops.arm_step * ratio == pytest.approx(said.equal_flops.baseline_step)
     assert "Loss difference at equal FLOPs" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert results["summary"]["anchor"] is None
-    limits = {limit["title"]: limit["text"] for limit in results["summary"]["limits"]}
+    assert results.summary.anchor is None
+    limits = {limit.title: limit.text for limit in results.summary.limits}
     assert "The intervals cover data order, not" in limits["Other text"]
 
 
@@ -270,7 +271,7 @@ def test_an_interrupted_run_ends_at_the_same_weights(build, tmp_path):
     shutil.rmtree(run / "checkpoint")
     shutil.rmtree(run / "checkpoint-4")
     (run / "result.json").unlink()
-    assert train_arm(recipe, "sparse", seed=0, out=tmp_path / "cut")["final"] == whole["final"]
+    assert train_arm(recipe, "sparse", seed=0, out=tmp_path / "cut").final == whole.final
     one, other = (
         load_file(tmp_path / name / "arms/sparse/seed0/checkpoint/model.safetensors") for name in ("whole", "cut")
     )
@@ -281,7 +282,7 @@ def test_an_interrupted_run_ends_at_the_same_weights(build, tmp_path):
 def test_what_was_trained_on_is_evaluated_writes_and_is_exported(build, tiny_text, tmp_path, name, container):
     train_arm(build(name), name, seed=0, out=tmp_path / "out")
     trained = tmp_path / "out" / "arms" / name / "seed0" / "checkpoint"
-    assert evaluate_folder(trained, tiny_text, sequence_length=16)["causal"]["loss"] > 0
+    assert evaluate(trained, tiny_text, sequence_length=16)["causal"].loss > 0
     text = generate_text(trained, "the film", max_new_tokens=4, temperature=0, seed=0)
     exported = export(trained, tmp_path / "exported", to=container)
     assert exported.receipt is not None and exported.receipt.passed

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from mixtura.comparison.arms import leak_warning
+from mixtura.comparison.preparing import leak_warning
 from mixtura.config.families import FAMILIES
 from mixtura.data.prepare import prepare_data
 from mixtura.planning import active_parameters, flops_per_token, model_parameters
+from mixtura.results import Leaks
 from mixtura.tasks.language_modelling.experiment import Pretraining
 
 
@@ -37,13 +38,13 @@ def test_an_arm_is_described_by_what_planning_counts(build):
     for name, arm in arms.items():
         described = arm.describe(arms["dense"])
         assert arm.family == arm.label == name
-        assert described["flops_per_token"] == flops_per_token(arm.model_config, sequence_length=16)
-        assert described["parameters_total"] == model_parameters(arm.model_config)
-        assert described["parameters_total"] == sum(p.numel() for p in arm.build(0).parameters())
-        assert described["parameters_trainable"] == described["parameters_total"]
-        assert described["parameters_active"] == active_parameters(arm.model_config, sequence_length=16)
-        assert described["flops_ratio"] == pytest.approx(
-            described["flops_per_token"] / flops_per_token(arms["dense"].model_config, sequence_length=16)
+        assert described.flops_per_token == flops_per_token(arm.model_config, sequence_length=16)
+        assert described.parameters_total == model_parameters(arm.model_config)
+        assert described.parameters_total == sum(p.numel() for p in arm.build(0).parameters())
+        assert described.parameters_trainable == described.parameters_total
+        assert described.parameters_active == active_parameters(arm.model_config, sequence_length=16)
+        assert described.flops_ratio == pytest.approx(
+            described.flops_per_token / flops_per_token(arms["dense"].model_config, sequence_length=16)
         )
 
 
@@ -60,7 +61,7 @@ def test_an_experts_width_is_the_multiple_of_four_nearest_to_the_dense_arms_flop
 
 def test_an_arm_shows_its_familys_settings_and_no_others(build):
     arms = build("token_choice", "mixture_of_tokens", alone_top_k="none", capacity_factor=1.5)
-    shown = {name: arm.describe(arms["dense"])["settings"] for name, arm in arms.items()}
+    shown = {name: arm.describe(arms["dense"]).settings for name, arm in arms.items()}
     assert shown["dense"] == {}
     assert shown["token_choice"]["capacity_factor"] == 1.5 and "group_size" not in shown["token_choice"]
     assert shown["mixture_of_tokens"]["group_size"] == 4 and "capacity_factor" not in shown["mixture_of_tokens"]
@@ -99,8 +100,8 @@ def test_a_models_inference_mode_never_reaches_its_arm(build):
 )
 def test_a_group_leaks_where_it_is_formed(build, group_over, family):
     leaks = build(family, group_over=group_over)[family].leaks()
-    assert leaks["future"] == (group_over != "batch")
-    assert leaks["batch"] == (group_over != "sequence")
+    assert leaks.future == (group_over != "batch")
+    assert leaks.batch == (group_over != "sequence")
 
 
 def test_an_arm_takes_its_own_rate_before_the_recipes(tiny_recipe):
@@ -113,10 +114,10 @@ def test_an_arm_takes_its_own_rate_before_the_recipes(tiny_recipe):
 @pytest.mark.parametrize(
     ("leaks", "words"),
     [
-        ({"future": True, "batch": True, "batch_deployed": True}, "sees the future of a sequence"),
-        ({"future": False, "batch": True, "batch_deployed": True}, "also when deployed"),
-        ({"future": False, "batch": True}, "also when deployed"),
-        ({"future": False, "batch": True, "batch_deployed": False}, "deployed in mode 'alone' it does not"),
+        (Leaks(True, True, True), "sees the future of a sequence"),
+        (Leaks(False, True, True), "also when deployed"),
+        (Leaks(False, True), "also when deployed"),
+        (Leaks(False, True, False), "deployed in mode 'alone' it does not"),
     ],
 )
 def test_a_leak_is_told_in_a_sentence_that_names_the_arm(build, leaks, words):
@@ -127,10 +128,10 @@ def test_a_leak_is_told_in_a_sentence_that_names_the_arm(build, leaks, words):
 
 def test_an_arm_without_leaks_is_passed_over_in_silence(build):
     arm = build()["dense"]
-    assert leak_warning(arm, {"future": False, "batch": False, "batch_deployed": False}, "pretraining") is None
+    assert leak_warning(arm, Leaks(False, False, False), "pretraining") is None
 
 
 def test_a_classifier_may_read_its_whole_text(build):
-    leaks = {"future": True, "batch": False, "batch_deployed": False}
+    leaks = Leaks(True, False, False)
     assert leak_warning(build()["dense"], leaks, "classification") is None
     assert leak_warning(build()["dense"], leaks, "translation") is not None

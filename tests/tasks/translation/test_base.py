@@ -17,7 +17,8 @@ from mixtura.config import (
     UserError,
 )
 from mixtura.data.tokenizer import train_tokenizer
-from mixtura.tasks.inspection import diagnose_folder
+from mixtura.results import Leaks
+from mixtura.tasks.inspection import diagnose
 from mixtura.tasks.translation.experiment import make_translation
 from mixtura.tasks.translation.translator import translate
 from mixtura.training import train
@@ -90,11 +91,11 @@ def run(experiment, name, out, *, resume=False):
 
 def test_arms_say_what_they_train_and_what_leaks(experiment):
     described = {name: arm.describe(experiment.arms["lora"]) for name, arm in experiment.arms.items()}
-    assert described["full"]["parameters_trainable"] == described["full"]["parameters_total"]
-    lora, mixture = described["lora"]["parameters_trainable"], described["mixture"]["parameters_trainable"]
+    assert described["full"].parameters_trainable == described["full"].parameters_total
+    lora, mixture = described["lora"].parameters_trainable, described["mixture"].parameters_trainable
     assert 0.5 * lora < mixture <= lora
-    assert described["lora"]["flops_ratio"] == 1 and described["full"]["flops_ratio"] > 0.5
-    assert [found["family"] for found in described.values()] == [
+    assert described["lora"].flops_ratio == 1 and described["full"].flops_ratio > 0.5
+    assert [arm.family for arm in experiment.arms.values()] == [
         "lora",
         "mixture_of_lora",
         "mixture_of_lora",
@@ -102,8 +103,8 @@ def test_arms_say_what_they_train_and_what_leaks(experiment):
         "full",
     ]
     assert {name: arm.leaks() for name, arm in experiment.arms.items() if name in ("languages", "mot")} == {
-        "languages": {"future": False, "batch": False, "batch_deployed": False},
-        "mot": {"future": False, "batch": True, "batch_deployed": False},
+        "languages": Leaks(False, False, False),
+        "mot": Leaks(False, True, False),
     }
     assert "trained parameters: from" in experiment.held_equal(described)[-1]
 
@@ -124,16 +125,16 @@ def test_a_run_on_a_base_model_trains_resumes_scores_and_translates(experiment, 
     measured = task.evaluate(resumed, final=True)
     assert measured[experiment.arms[name].deployed_mode]["chrf"] >= 0
     details = task.details(resumed, out=tmp_path / "run")
-    sample = details["samples"][0]
-    line = translate(tmp_path / "run" / "checkpoint", sample["source"], source_language="en", target_language="de")
-    assert (sample["pair"], line) == ("en-de", sample["output"])
+    sample = details.samples[0]
+    line = translate(tmp_path / "run" / "checkpoint", sample.source, source_language="en", target_language="de")
+    assert (sample.pair, line) == ("en-de", sample.output)
     again = experiment.arms[name].build(1)
     task.load(again, tmp_path / "run" / "checkpoint")
     assert task.decode_test(again) == task.decode_test(resumed)
-    diagnosis = diagnose_folder(tmp_path / "run" / "checkpoint", [], out=tmp_path / "diagnosis")
-    assert bool(diagnosis["layers"]) == (name not in ("lora", "full"))
+    diagnosis = diagnose(tmp_path / "run" / "checkpoint", [], out=tmp_path / "diagnosis").record
+    assert bool(diagnosis.layers) == (name not in ("lora", "full"))
     if name == "languages":  # its experts are the directions
-        assert diagnosis["layers"][0]["mutual_information"] == pytest.approx(1, abs=0.1)
+        assert diagnosis.layers[0].mutual_information == pytest.approx(1, abs=0.1)
 
 
 def test_languages_reach_their_own_adapters_alone(experiment):
@@ -160,11 +161,11 @@ def test_the_experts_that_the_data_uses_are_tuned_translate_and_are_counted(base
     experiment = make_translation(changed, cache_dir=None)
     model = run(experiment, "experts", tmp_path / "run")
     described = experiment.arms["experts"].describe(experiment.arms["full"])
-    assert 0 < described["parameters_trainable"] < described["parameters_total"] / 2
-    sample = experiment.arms["experts"].task.details(model, out=tmp_path / "run")["samples"][0]
+    assert 0 < described.parameters_trainable < described.parameters_total / 2
+    sample = experiment.arms["experts"].task.details(model, out=tmp_path / "run").samples[0]
     checkpoint = tmp_path / "run" / "checkpoint"
-    line = translate(checkpoint, sample["source"], source_language="en", target_language="de")
-    assert line == sample["output"]
+    line = translate(checkpoint, sample.source, source_language="en", target_language="de")
+    assert line == sample.output
 
 
 def test_base_and_scratch_are_not_confused(recipe):

@@ -35,9 +35,9 @@ def test_languages_without_spaces_have_their_own_tokenizer():
 
 def test_the_bootstrap_tells_a_real_difference_from_none():
     worse = [reference.replace("Garten", "Wald") for reference in REFERENCES]
-    difference, p_value = paired_bootstrap(worse, REFERENCES, REFERENCES)
-    assert difference > 5 and p_value < 0.01
-    swapped, _ = paired_bootstrap(REFERENCES, worse, REFERENCES)
-    assert swapped == pytest.approx(-difference)
-    same, p_value = paired_bootstrap(worse, worse, REFERENCES)
-    assert (same, p_value) == (0, 1)
+    found = paired_bootstrap(worse, REFERENCES, REFERENCES)
+    assert found.difference > 5 and found.p_value < 0.01
+    swapped = paired_bootstrap(REFERENCES, worse, REFERENCES)
+    assert swapped.difference == pytest.approx(-found.difference)
+    same = paired_bootstrap(worse, worse, REFERENCES)
+    assert (same.difference, same.p_value) == (0, 1)

@@ -15,6 +15,10 @@ from mixtura.config import (
     TranslationRecipe,
     UserError,
 )
+from mixtura.results import Leaks
+from mixtura.results.details import TranslationDetails
+from mixtura.results.document import PairedTest
+from mixtura.results.json_form import from_plain, to_plain
 from mixtura.tasks.translation.experiment import make_translation
 from mixtura.tasks.translation.translator import translate
 from mixtura.training import train
@@ -89,12 +93,12 @@ def test_every_arm_costs_what_dense_costs_and_only_groups_leak(experiment):
     baseline = experiment.arms["dense"]
     described = {name: arm.describe(baseline) for name, arm in experiment.arms.items()}
     for name, found in described.items():
-        assert abs(found["flops_ratio"] - 1) < 0.02, name
+        assert abs(found.flops_ratio - 1) < 0.02, name
         model = experiment.arms[name].build(0)
-        assert found["parameters_total"] == found["parameters_trainable"] == sum(p.numel() for p in model.parameters())
+        assert found.parameters_total == found.parameters_trainable == sum(p.numel() for p in model.parameters())
         leaks = experiment.arms[name].leaks()
-        assert leaks == {"future": False, "batch": name == "mixture_of_tokens", "batch_deployed": False}
-    assert described["languages"]["settings"]["route_by"] == "target"
+        assert leaks == Leaks(False, name == "mixture_of_tokens", False)
+    assert described["languages"].settings["route_by"] == "target"
     assert [experiment.arms["mixture_of_tokens"].training_mode, baseline.training_mode] == ["group", "causal"]
     assert "32 sentence pairs" in experiment.held_equal(described)[0]
 
@@ -143,14 +147,14 @@ def test_a_run_is_trained_scored_saved_and_told_of(experiment, name, tmp_path):
     assert set(measured) == ({"group", "alone"} if name == "mixture_of_tokens" else {"causal"})
     assert 0 <= measured[deployed]["chrf"] <= 100 and measured[deployed]["loss"] > 0
     details = task.details(model, out=tmp_path / "run")
-    json.dumps(details)
-    assert list(details["pairs"]) == ["en-xx", "en-yy"]
-    assert sum(found["chrf"] for found in details["pairs"].values()) / 2 == measured[deployed]["chrf"]
-    assert details["pairs"]["en-xx"]["sentences"] == 20 and len(details["samples"]) == 4
-    assert 0 < details["pairs"]["en-yy"]["copy_chrf"] < 100
-    assert ("specialization" in details) == (name != "dense")
+    assert from_plain(TranslationDetails, json.loads(json.dumps(to_plain(details)))) == details
+    assert list(details.pairs) == ["en-xx", "en-yy"]
+    assert sum(found.chrf for found in details.pairs.values()) / 2 == measured[deployed]["chrf"]
+    assert details.pairs["en-xx"].sentences == 20 and len(details.samples) == 4
+    assert 0 < details.pairs["en-yy"].copy_chrf < 100
+    assert (details.specialization is not None) == (name != "dense")
     if name == "languages":
-        assert details["specialization"]["layers"][0]["share"] == [[1.0, 0.0], [0.0, 1.0]]
+        assert details.specialization.layers[0].share == [[1.0, 0.0], [0.0, 1.0]]
     outputs = [json.loads(line) for line in (tmp_path / "run" / "outputs.jsonl").read_text("utf-8").splitlines()]
     assert len(outputs) == 40
     line = translate(tmp_path / "run" / "checkpoint", outputs[0]["source"], source_language="en", target_language="xx")
@@ -180,16 +184,17 @@ def test_the_bootstrap_compares_outputs_of_the_same_seed(experiment, tmp_path):
         records = [
             {
                 "pair": pair.pair,
+                "source": pair.source,
                 "reference": pair.target,
                 "output": pair.target if good and pair.pair == "en-xx" else pair.source,
             }
             for pair in sentences
         ]
         (folder / "outputs.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    found = experiment.across_arms(tmp_path)["paired_bootstrap"]
+    found = experiment.across_arms(tmp_path).paired_bootstrap
     assert set(found) == {"token_choice", "languages", "mixture_of_tokens"}
-    assert found["languages"]["en-xx"]["chrf_difference"] > 50 and found["languages"]["en-xx"]["p_value"] < 0.01
-    assert found["languages"]["en-yy"] == {"chrf_difference": 0.0, "p_value": 1.0}
+    assert found["languages"]["en-xx"].difference > 50 and found["languages"]["en-xx"].p_value < 0.01
+    assert found["languages"]["en-yy"] == PairedTest(difference=0.0, p_value=1.0)
 
 
 def test_two_toy_languages_are_learnt(tmp_path):
@@ -198,7 +203,7 @@ def test_two_toy_languages_are_learnt(tmp_path):
     model = {"hidden_size": 64, "intermediate_size": 128}
     experiment = make_translation(toy_recipe(path, training=training, model=model), cache_dir=None)
     model, outcome = run(experiment, "dense", tmp_path / "run", learning_rate=5e-3)
-    curve = [point["loss"]["causal"] if isinstance(point["loss"], dict) else point["loss"] for point in outcome.curve]
+    curve = [point.loss["causal"] for point in outcome.curve]
     assert curve[1] < curve[0]
     assert experiment.arms["dense"].task.evaluate(model, final=True)["causal"]["chrf"] > 80
     source = experiment.translation.test.sentences[0].source

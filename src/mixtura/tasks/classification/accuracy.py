@@ -3,9 +3,10 @@
 Shapes: N examples, C classes.
 """
 
-from typing import Any
-
 import numpy as np
+
+from mixtura.results.details import CalibrationBin
+from mixtura.results.document import PairedTest
 
 NUM_BINS = 15
 """Calibration bins of equal width, as in Guo et al. (arXiv 1706.04599, section 4)."""
@@ -50,35 +51,33 @@ def macro_f1(confusion_CC: np.ndarray) -> float:
 
 def calibration_bins(
     confidence_N: np.ndarray, correct_N: np.ndarray, *, num_bins: int = NUM_BINS
-) -> list[dict[str, Any]]:
-    """Answers sorted by their probability into bins (low, high] of equal width.
-
-    Returns:
-        For each bin `low`, `high`, the mean `confidence` and `accuracy` of its answers (None where it has none) and
-        their `count`.
-    """
+) -> list[CalibrationBin]:
+    """Answers sorted by their probability into bins (low, high] of equal width."""
     bin_N = np.clip(np.ceil(confidence_N * num_bins).astype(int) - 1, 0, num_bins - 1)
     bins = []
     for index in range(num_bins):
         inside_N = bin_N == index
         count = int(inside_N.sum())
         bins.append(
-            {
-                "low": index / num_bins,
-                "high": (index + 1) / num_bins,
-                "confidence": float(confidence_N[inside_N].mean()) if count else None,
-                "accuracy": float(correct_N[inside_N].mean()) if count else None,
-                "count": count,
-            }
+            CalibrationBin(
+                low=index / num_bins,
+                high=(index + 1) / num_bins,
+                confidence=float(confidence_N[inside_N].mean()) if count else None,
+                accuracy=float(correct_N[inside_N].mean()) if count else None,
+                count=count,
+            )
         )
     return bins
 
 
-def expected_calibration_error(bins: list[dict[str, Any]]) -> float:
+def expected_calibration_error(bins: list[CalibrationBin]) -> float:
     """Mean gap between confidence and accuracy, weighted by count, from 0 to 1 (arXiv 1706.04599, eq. 3)."""
-    total = sum(part["count"] for part in bins)
-    gaps = [part["count"] * abs(part["confidence"] - part["accuracy"]) for part in bins if part["count"]]
-    return sum(gaps) / total
+    gaps = [
+        part.count * abs(part.confidence - part.accuracy)
+        for part in bins
+        if part.confidence is not None and part.accuracy is not None
+    ]
+    return sum(gaps) / sum(part.count for part in bins)
 
 
 def brier_score(probability_NC: np.ndarray, label_N: np.ndarray) -> float:
@@ -89,7 +88,7 @@ def brier_score(probability_NC: np.ndarray, label_N: np.ndarray) -> float:
 
 def paired_bootstrap(
     arm_N: np.ndarray, baseline_N: np.ndarray, *, resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> dict[str, float]:
+) -> PairedTest:
     """Whether two classifiers differ on the same examples, by drawing the examples again with replacement.
 
     Only counts of equal differences matter to a resampled mean, so they are drawn at once from a multinomial.
@@ -101,17 +100,16 @@ def paired_bootstrap(
         seed: of the resampling.
 
     Returns:
-        `accuracy_difference` (arm minus baseline) with the ends `low` and `high` of its 95 % interval, in points, and
-        the two-sided `p_value`.
+        Arm minus baseline in points, with a 95 % interval and the two-sided p-value.
     """
     values, counts = np.unique(arm_N - baseline_N, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=resamples)
     means = drawn @ values / counts.sum()
     low, high = np.quantile(means, (0.025, 0.975))
     rarer_side = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    return {
-        "accuracy_difference": 100 * float((arm_N - baseline_N).mean()),
-        "low": 100 * float(low),
-        "high": 100 * float(high),
-        "p_value": min(1.0, 2 * (rarer_side + 1) / (resamples + 1)),
-    }
+    return PairedTest(
+        difference=100 * float((arm_N - baseline_N).mean()),
+        low=100 * float(low),
+        high=100 * float(high),
+        p_value=min(1.0, 2 * (rarer_side + 1) / (resamples + 1)),
+    )

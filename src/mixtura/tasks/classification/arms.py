@@ -25,11 +25,13 @@ from mixtura.config.arms import has_setting
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm, probe_layer
 from mixtura.models import MixtureConfig
 from mixtura.planning import active_parameters, model_parameters
+from mixtura.results import ArmDescription, Facts, Leaks
 from mixtura.tasks.classification.classifier import SavedClassifier, TextClassifier, evaluation_modes
 from mixtura.tasks.classification.features import FeatureExamples, hidden_states
 from mixtura.tasks.classification.heads import head_settings, inactive_parameters
 from mixtura.tasks.classification.task import Classification, RouterLossWeights, Splits
 from mixtura.training.experiment import Arm
+from mixtura.training.task import Batch
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class ClassificationArm(Arm):
         )
         return TextClassifier(head, base=adapted, frozen_parts=frozen_parts)
 
-    def _sample(self) -> Iterator[dict[str, Any]]:
+    def _sample(self) -> Iterator[Batch]:
         """Some training texts as the model reads them, for adapters that choose experts by them."""
         examples = self.splits.train
         for index in range(min(SAMPLE_SIZE, len(examples.label_N))):
@@ -119,32 +121,32 @@ class ClassificationArm(Arm):
         tokens = count * int(examples.length_N[chosen[0]])
         return measured_flops_per_token(model, lambda: task.losses(model, batch, num_targets=count).task_loss, tokens)
 
-    def describe(self, baseline: Arm) -> dict[str, Any]:
+    def describe(self, baseline: Arm) -> ArmDescription:
         """What it is and costs; the FLOPs of an arm on cached features are those of its head alone, and say so."""
         assert isinstance(baseline, ClassificationArm)
         model = self.build(seed=0)
         total, trainable = count_parameters(model)
         if self.reads_features:
             total += count_parameters(self.pretrained.model)[0]
-        settings: dict[str, Any] = {"tune": self.config.tune, **head_settings(self.config.head)}
+        settings: Facts = {"tune": self.config.tune, **head_settings(self.config.head)}
         if self.config.adapter is not None:
             settings["adapter"] = self.config.adapter.method
         if self.reads_features:
             settings["FLOPs"] = f"head alone; features once, {self._feature_flops():.3g} a token"
-        return {
-            "settings": settings,
-            "parameters_total": total,
-            "parameters_active": total - self._inactive_parameters(),
-            "parameters_trainable": trainable,
-            "flops_per_token": self.flops_per_token,
-            "flops_ratio": self.flops_per_token / baseline.flops_per_token,
-        }
+        return ArmDescription(
+            settings=settings,
+            parameters_total=total,
+            parameters_active=total - self._inactive_parameters(),
+            parameters_trainable=trainable,
+            flops_per_token=self.flops_per_token,
+            flops_ratio=self.flops_per_token / baseline.flops_per_token,
+        )
 
-    def leaks(self) -> dict[str, bool]:
+    def leaks(self) -> Leaks:
         """Whether the texts of a batch see each other; a classifier may read its whole text, so no future leaks."""
         model = _without_zeros(self.build(seed=0))
         trained = self._probe(model.train())
-        return {"future": False, "batch": trained.batch, "batch_deployed": self._probe(model.eval()).batch}
+        return Leaks(future=False, batch=trained.batch, batch_deployed=self._probe(model.eval()).batch)
 
     def _probe(self, model: TextClassifier) -> LeakReport:
         batch = max([4, *(layer.group_size for layer in model.mixing_layers())])
@@ -209,7 +211,7 @@ def _family(config: ClassificationArmConfig) -> str:
     return config.head.feed_forward.family if config.head.feed_forward is not None else config.head.kind
 
 
-def _plain(saved: SavedClassifier) -> dict[str, Any]:
+def _plain(saved: SavedClassifier) -> Facts:
     fields = {
         field.name: getattr(saved, field.name) for field in dataclasses.fields(saved) if field.name != "tokenizer"
     }

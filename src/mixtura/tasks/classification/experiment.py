@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from mixtura.adapters.attach import apply_adapter
 from mixtura.adapters.costs import count_parameters
 from mixtura.config import ClassificationRecipe, HeadConfig, UserError
 from mixtura.data.labelled import LabelledCorpus, LabelledText, load_labelled
+from mixtura.results import ArmDescription, Facts
+from mixtura.results.document import AcrossArms
 from mixtura.tasks.classification.accuracy import paired_bootstrap
 from mixtura.tasks.classification.arms import ClassificationArm, Pretrained
 from mixtura.tasks.classification.classifier import SavedClassifier, load_encoder
@@ -43,11 +45,11 @@ _PARTS = ("train", "validation", "test")
 class ClassificationExperiment(Experiment):
     """A comparison of classifiers on one corpus and one pretrained model."""
 
-    def __init__(self, recipe: ClassificationRecipe, arms: dict[str, Arm], data: dict[str, Any], digest: str) -> None:
+    def __init__(self, recipe: ClassificationRecipe, arms: dict[str, Arm], data: Facts, digest: str) -> None:
         """Puts together what `make_classification` prepared."""
         self.recipe, self.arms, self.data, self.data_digest = recipe, arms, data, digest
 
-    def held_equal(self, described: dict[str, dict[str, Any]]) -> list[str]:
+    def held_equal(self, described: Mapping[str, ArmDescription]) -> list[str]:
         """What all classifiers share."""
         recipe = self.recipe
         phrases = [
@@ -57,14 +59,14 @@ class ClassificationExperiment(Experiment):
             "the first weights of the linear classifier",
             "optimizer, schedule and number of steps",
         ]
-        if len({of["parameters_trainable"] for of in described.values()}) == 1:
+        if len({of.parameters_trainable for of in described.values()}) == 1:
             phrases.append("the number of trained parameters")
         normalizations = {arm.head.normalization for arm in recipe.arms.values()}
         if len(normalizations) == 1:
             phrases.append(f"how hidden states are normalised ({normalizations.pop()})")
         return phrases
 
-    def across_arms(self, out: Path) -> dict[str, Any]:
+    def across_arms(self, out: Path) -> AcrossArms:
         """Paired bootstrap over the test texts, each arm against the baseline, over the seeds that both have."""
         baseline = _correct(out / "arms" / self.recipe.baseline)
         compared = {}
@@ -72,10 +74,9 @@ class ClassificationExperiment(Experiment):
             arm = {} if name == self.recipe.baseline else _correct(out / "arms" / name)
             seeds = sorted(arm.keys() & baseline.keys())
             if seeds:
-                compared[name] = paired_bootstrap(
-                    np.mean([arm[seed] for seed in seeds], axis=0), np.mean([baseline[seed] for seed in seeds], axis=0)
-                )
-        return {"paired_bootstrap": compared}
+                answered = [np.mean([side[seed] for seed in seeds], axis=0) for side in (arm, baseline)]
+                compared[name] = {"all": paired_bootstrap(*answered)}
+        return AcrossArms(compared)
 
 
 def make_classification(
@@ -192,7 +193,7 @@ def _adapter_parameters(recipe: ClassificationRecipe, pretrained: Pretrained) ->
     return count_parameters(apply_adapter(copy.deepcopy(pretrained.model), adapter, seed=0))[1]
 
 
-def _facts(corpus: LabelledCorpus, tokens: TokenExamples) -> dict[str, Any]:
+def _facts(corpus: LabelledCorpus, tokens: TokenExamples) -> Facts:
     tested = {example.label for example in corpus.test}
     untested = [name for label, name in enumerate(corpus.labels) if label not in tested]
     majority = Counter(example.label for example in corpus.train).most_common(1)[0][0]

@@ -11,12 +11,9 @@ Shapes: N texts, B batch, L tokens of a text, M hidden states, D hidden.
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +27,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mixtura.config import HeadConfig, UserError
 from mixtura.data.packing import sequence_index
+from mixtura.files import cache_entry
 from mixtura.tasks.classification.heads import pool_states
+from mixtura.training.task import Batch
 
 # Raise it when the same model and texts would give other features than before.
 CACHE_FORMAT = 1
@@ -48,11 +47,11 @@ class Examples(ABC):
     """(N,) tokens of each text."""
 
     @abstractmethod
-    def item(self, index: int) -> dict[str, Any]:
+    def item(self, index: int) -> Batch:
         """Example `index` with its label."""
 
     @abstractmethod
-    def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(self, items: Sequence[Batch]) -> dict[str, Tensor]:
         """A batch: what the classifier's forward takes, and `labels` (B,)."""
 
     @abstractmethod
@@ -71,11 +70,11 @@ class TokenExamples(Examples):
     """Texts that were longer and lost their end."""
     pad_token_id: int
 
-    def item(self, index: int) -> dict[str, Any]:
+    def item(self, index: int) -> Batch:
         """`input_ids` and the label."""
         return {"input_ids": self.ids[index], "labels": int(self.label_N[index])}
 
-    def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(self, items: Sequence[Batch]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` (B, L) with padding behind the longest, and `labels` (B,)."""
         longest = max(len(item["input_ids"]) for item in items)
         ids_BL = torch.full((len(items), longest), self.pad_token_id)
@@ -99,11 +98,11 @@ class FeatureExamples(Examples):
     label_N: np.ndarray
     length_N: np.ndarray
 
-    def item(self, index: int) -> dict[str, Any]:
+    def item(self, index: int) -> Batch:
         """`features` (M, D) and the label."""
         return {"features": self.features_NMD[index], "labels": int(self.label_N[index])}
 
-    def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(self, items: Sequence[Batch]) -> dict[str, Tensor]:
         """`features` (B, M, D) and `labels` (B,)."""
         stacked_BMD = np.stack([item["features"] for item in items])
         return {"features": torch.from_numpy(stacked_BMD), "labels": _labels(items)}
@@ -128,7 +127,7 @@ class ScheduledExamples(Dataset):
         """Examples in the run, repeats counted."""
         return self.length
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
+    def __getitem__(self, position: int) -> Batch:
         """The example at `position` of the run."""
         if not 0 <= position < self.length:
             raise IndexError(f"position {position} is outside a schedule of {self.length} examples")
@@ -231,7 +230,7 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _labels(items: Sequence[dict[str, Any]]) -> Tensor:
+def _labels(items: Sequence[Batch]) -> Tensor:
     return torch.tensor([item["labels"] for item in items])
 
 
@@ -251,15 +250,10 @@ def _cache_key(base: nn.Module, examples: TokenExamples, head: HeadConfig) -> st
 
 
 def _store(features_NMD: np.ndarray, entry: Path) -> None:
-    """Writes an entry under a temporary name and puts it in its place, complete, with one rename."""
-    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".new-", ignore_cleanup_errors=True) as temporary:
-        new = Path(temporary, "entry")
-        new.mkdir()
+    with cache_entry(entry) as new:
         np.save(new / _FEATURES, features_NMD, allow_pickle=False)
         (new / _MANIFEST).write_text(json.dumps({"checksum": _checksum(new / _FEATURES)}), encoding="utf-8")
-        shutil.rmtree(entry, ignore_errors=True)
-        with suppress(OSError):  # The place is taken by an equal entry that another process stored meanwhile.
-            os.rename(new, entry)
+        shutil.rmtree(entry, ignore_errors=True)  # what is there does not match its checksum
 
 
 def _load(entry: Path) -> np.ndarray | None:

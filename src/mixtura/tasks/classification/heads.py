@@ -14,7 +14,6 @@ Shapes: B batch, L length, D hidden, M hidden states of the model (embeddings an
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,9 +167,9 @@ def inactive_parameters(config: HeadConfig, hidden_size: int) -> int:
     return max(0, layer_parameters(shape) - active_layer_parameters(shape))
 
 
-def head_settings(config: HeadConfig) -> dict[str, Any]:
+def head_settings(config: HeadConfig) -> dict[str, object]:
     """What distinguishes a head in a table, short."""
-    settings: dict[str, Any] = {"pooling": config.pooling, "normalization": config.normalization}
+    settings: dict[str, object] = {"pooling": config.pooling, "normalization": config.normalization}
     if config.kind == "layer_mix":
         settings["weights"] = "by token" if config.per_token else "fixed"
     if config.feed_forward is not None:

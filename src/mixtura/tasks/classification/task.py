@@ -19,6 +19,8 @@ from torch.utils.data import Dataset
 
 from mixtura.config import UserError
 from mixtura.layers.statistics import load_balancing_loss
+from mixtura.results import Facts
+from mixtura.results.details import ClassificationDetails
 from mixtura.tasks.classification.accuracy import calibration_bins, classification_scores, confusion_matrix
 from mixtura.tasks.classification.classifier import (
     Mode,
@@ -31,7 +33,7 @@ from mixtura.tasks.classification.classifier import (
 from mixtura.tasks.classification.features import Examples, ScheduledExamples
 from mixtura.tasks.classification.heads import blends_tokens
 from mixtura.training import saving as checkpoints
-from mixtura.training.task import Measure, StepLosses, TrainingTask
+from mixtura.training.task import Batch, Measure, StepLosses, TrainingTask
 
 ACCURACY = Measure("accuracy", "accuracy", "%", "higher", 2)
 PREDICTIONS = "predictions.jsonl"
@@ -74,7 +76,7 @@ class Classification(TrainingTask):
         splits: Splits,
         saved: SavedClassifier,
         *,
-        settings: dict[str, Any],
+        settings: Facts,
         eval_examples: int,
         batch_size: int,
         weights: RouterLossWeights,
@@ -97,7 +99,7 @@ class Classification(TrainingTask):
         """Mean tokens of a training text, special tokens counted, padding not."""
         return float(self.splits.train.length_N.mean())
 
-    def settings(self, model: Any) -> dict[str, Any]:
+    def settings(self, model: Any) -> Facts:
         """Facts on model and data."""
         return self._settings
 
@@ -129,15 +131,15 @@ class Classification(TrainingTask):
         """The run's examples in order, epochs as needed, the same for every arm."""
         return ScheduledExamples(self.splits.train, length=length, seed=seed)
 
-    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, items: list[Batch]) -> Batch:
         """One micro-batch: padded tokens with their mask, or features; and labels."""
         return self.splits.train.collate(items)
 
-    def count_targets(self, batch: dict[str, Any]) -> Tensor:
+    def count_targets(self, batch: Batch) -> Tensor:
         """Examples."""
         return torch.tensor(len(batch["labels"]))
 
-    def losses(self, model: Any, batch: dict[str, Any], *, num_targets: Tensor | int) -> StepLosses:
+    def losses(self, model: Any, batch: Batch, *, num_targets: Tensor | int) -> StepLosses:
         """Cross-entropy, and the router losses of a head, an adapter and a model tuned whole."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         logits_BC, stats, base_routing = model(**inputs, return_stats=True)
@@ -171,7 +173,7 @@ class Classification(TrainingTask):
             measured[mode] = classification_scores(log_probability_NC, examples.label_N[: len(log_probability_NC)])
         return measured
 
-    def details(self, model: Any, *, out: Path) -> dict[str, Any]:
+    def details(self, model: Any, *, out: Path) -> ClassificationDetails:
         """Confusion, calibration and layer weights as deployed; every answer goes into `predictions.jsonl`."""
         labels, truth_N = self.saved.labels, self.splits.test.label_N
         probability_NC = np.exp(self._answers(model, self.splits.test, "alone", count=len(truth_N)))
@@ -180,12 +182,12 @@ class Classification(TrainingTask):
             for truth, predicted, probability in zip(truth_N, predicted_N, probability_NC.max(1), strict=True):
                 answer = {"truth": labels[truth], "label": labels[predicted], "probability": float(probability)}
                 file.write(json.dumps(answer) + "\n")
-        return {
-            "labels": list(labels),
-            "confusion": confusion_matrix(truth_N, predicted_N, num_classes=len(labels)).tolist(),
-            "calibration": calibration_bins(probability_NC.max(1), predicted_N == truth_N),
-            "layer_weights": self._layer_weights(model),
-        }
+        return ClassificationDetails(
+            labels=list(labels),
+            confusion=confusion_matrix(truth_N, predicted_N, num_classes=len(labels)).tolist(),
+            calibration=calibration_bins(probability_NC.max(1), predicted_N == truth_N),
+            layer_weights=self._layer_weights(model),
+        )
 
     def save(self, model: Any, folder: Path) -> None:
         """Writes the head and what is trained of the base model."""

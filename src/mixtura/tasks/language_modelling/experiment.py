@@ -6,7 +6,7 @@ An arm starts from random weights, or from a checkpoint with an architecture of 
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -27,6 +27,7 @@ from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.build import build_model_config
 from mixtura.planning import active_parameters, flops_per_token, flops_ratio, model_parameters
 from mixtura.planning.matching import FLOPS_TOLERANCE
+from mixtura.results import ArmDescription, Leaks
 from mixtura.tasks.language_modelling.task import LanguageModelling
 from mixtura.training.experiment import Arm, Experiment
 from mixtura.training.optimization import OPTIMIZER_NAMES
@@ -128,7 +129,7 @@ class PretrainingArm(Arm):
         # A copy: a model writes its inference mode into its configuration.
         return MixtureForCausalLM(copy.deepcopy(self.model_config))
 
-    def describe(self, baseline: Arm) -> dict[str, Any]:
+    def describe(self, baseline: Arm) -> ArmDescription:
         """What it is and costs, by the formulas of `planning`."""
         assert isinstance(baseline, PretrainingArm)
         shape: Any = self.model_config
@@ -140,24 +141,23 @@ class PretrainingArm(Arm):
         if self.config.init_from is not None:
             settings["init_from"] = self.config.init_from
             total = count_parameters(shape)
-        return {
-            "settings": settings,
-            "parameters_total": total,
-            "parameters_active": active_parameters(shape, sequence_length=length) + total - planned,
-            "parameters_trainable": total,
-            "flops_per_token": flops_per_token(shape, sequence_length=length),
-            "flops_ratio": flops_ratio(shape, baseline=baseline.model_config, sequence_length=length),
-        }
+        return ArmDescription(
+            settings={key: value for key, value in settings.items() if value is not None},
+            parameters_total=total,
+            parameters_active=active_parameters(shape, sequence_length=length) + total - planned,
+            parameters_trainable=total,
+            flops_per_token=flops_per_token(shape, sequence_length=length),
+            flops_ratio=flops_ratio(shape, baseline=baseline.model_config, sequence_length=length),
+        )
 
-    def leaks(self) -> dict[str, bool]:
+    def leaks(self) -> Leaks:
         """Whether information leaks from the future or from other examples, measured on the arm's untrained model."""
         model = self._untrained().eval()
         deployed = self._probe(model) if self.deployed_mode else None
         if facts_of(self.family).serving == "token by token":
             model.set_inference_mode("alone" if self._always_alone else "group")
         trained = self._probe(model)
-        leaks = {"future": trained.future, "batch": trained.batch}
-        return leaks if deployed is None else {**leaks, "batch_deployed": deployed.batch}
+        return Leaks(trained.future, trained.batch, None if deployed is None else deployed.batch)
 
     def _untrained(self) -> MixtureForCausalLM:
         """A model with the arm's layers and random weights; probes in float64 would take a checkpoint's minutes."""
@@ -224,10 +224,10 @@ class Pretraining(Experiment):
         self.data_digest = _digest(data)
         self.arms: dict[str, Arm] = {name: _make_arm(recipe, data, name) for name in recipe.arms}
 
-    def held_equal(self, described: dict[str, dict[str, Any]]) -> list[str]:
+    def held_equal(self, described: Mapping[str, ArmDescription]) -> list[str]:
         """Tokens and their order, FLOPs with the largest difference, initialisation, and how all are trained."""
         recipe, training = self.recipe, self.recipe.training
-        apart = max(abs(arm["flops_ratio"] - 1) for arm in described.values())
+        apart = max(abs(arm.flops_ratio - 1) for arm in described.values())
         tokens = training.batch_size * training.gradient_accumulation_steps * recipe.data.sequence_length
         flops = f"FLOPs a token within {100 * apart:.2g} %" if apart else "FLOPs a token"
         std = recipe.model.initializer_range

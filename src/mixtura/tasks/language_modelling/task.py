@@ -1,6 +1,5 @@
 """Language modelling on packed text: the training task of every model that is trained from scratch."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ from mixtura.data.prepare import PreparedData
 from mixtura.diagnostics.peakedness import measure_peakedness
 from mixtura.evaluation import check_evaluation, evaluate_loss, evaluation_modes
 from mixtura.models.transition import follow_transition
+from mixtura.results import Facts
+from mixtura.results.details import PretrainingDetails
 from mixtura.training import saving as checkpoints
-from mixtura.training.task import StepLosses, TrainingTask
+from mixtura.training.task import Batch, StepLosses, TrainingTask
 
 _CURVE_MEASURES = ("loss", "bits_per_byte")
 
@@ -31,7 +32,7 @@ class LanguageModelling(TrainingTask):
         """Tokens of a sequence; packing leaves no padding."""
         return self.data.train.sequence_length
 
-    def settings(self, model: Any) -> dict[str, Any]:
+    def settings(self, model: Any) -> Facts:
         """The model's architecture, and the facts on the text."""
         return {"model": checkpoints.architecture(model.config), "data": self.data.summary}
 
@@ -72,11 +73,11 @@ class LanguageModelling(TrainingTask):
         """The run's sequences in order, epochs as needed."""
         return ScheduledDataset(self.data.train, length=length, seed=seed)
 
-    def count_targets(self, batch: dict[str, Any]) -> Tensor:
+    def count_targets(self, batch: Batch) -> Tensor:
         """Predicted tokens: all but the first of a sequence."""
         return batch["labels"][:, 1:].ne(-100).sum()
 
-    def losses(self, model: Any, batch: dict[str, Any], *, num_targets: Tensor | int) -> StepLosses:
+    def losses(self, model: Any, batch: Batch, *, num_targets: Tensor | int) -> StepLosses:
         """The language loss without, and beside it, the router losses."""
         outputs = model(**batch, output_routing=True, num_items_in_batch=num_targets)
         return StepLosses(outputs.language_loss, outputs.aux_loss, outputs.z_loss, outputs.routing)
@@ -101,13 +102,12 @@ class LanguageModelling(TrainingTask):
             measured["causal"] = measured.pop("alone")
         return {mode: {key: of[key] for key in _CURVE_MEASURES} for mode, of in measured.items()}
 
-    def details(self, model: Any, *, out: Path) -> dict[str, Any]:
+    def details(self, model: Any, *, out: Path) -> PretrainingDetails | None:
         """How peaked the weights of mixture-of-tokens layers are, on the first batch held out."""
         if "mixture_of_tokens" not in (model.config.mlp_layer_types or []):
-            return {}
+            return None
         rows = self.data.validation.sequences_NL[: self.config.batch_size]
-        measured = measure_peakedness(model, [torch.from_numpy(rows.astype("int64"))])
-        return {"peakedness": [dataclasses.asdict(layer) for layer in measured]}
+        return PretrainingDetails(peakedness=measure_peakedness(model, [torch.from_numpy(rows.astype("int64"))]))
 
     def save(self, model: Any, folder: Path) -> None:
         """Writes weights and configuration as `from_pretrained` reads them."""

@@ -1,6 +1,8 @@
 """The arms of a comparison of translation models: what each builds, costs and leaks."""
 
 import copy
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, final
@@ -20,6 +22,7 @@ from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.build import build_model_config
 from mixtura.models.inference import mixing_layers, running_in
 from mixtura.planning import active_parameters, flops_per_token, model_parameters
+from mixtura.results import ArmDescription, Facts, Leaks
 from mixtura.tasks.translation.batches import PairDataset, collate_rows
 from mixtura.tasks.translation.decoding import ExampleRouting
 from mixtura.tasks.translation.task import TranslationData, TranslationTask
@@ -48,7 +51,7 @@ class TranslationArm(Arm):
         name: str,
         *,
         family: str,
-        settings: dict[str, Any],
+        settings: Facts,
         task: TranslationTask,
         learning_rate: float,
         build: Callable[[int], nn.Module],
@@ -71,49 +74,43 @@ class TranslationArm(Arm):
         """A freshly initialised model, or the base model with a fresh adapter."""
         return self._build(seed)
 
-    def describe(self, baseline: Arm) -> dict[str, Any]:
+    def describe(self, baseline: Arm) -> ArmDescription:
         """What it is and costs; of a base model with an adapter, FLOPs are measured."""
         assert isinstance(baseline, TranslationArm)
-        own, other = self._costs(), baseline._costs()
-        return {
-            "family": self.family,
-            "label": self.label,
-            "settings": self._settings,
-            **own,
-            "flops_ratio": own["flops_per_token"] / other["flops_per_token"],
-            "training_mode": self.training_mode,
-            "deployed_mode": self.deployed_mode,
-        }
+        own, other = self._costs, baseline._costs
+        return dataclasses.replace(own, flops_ratio=own.flops_per_token / other.flops_per_token)
 
-    def leaks(self) -> dict[str, bool]:
+    def leaks(self) -> Leaks:
         """Whether information leaks from the future or the batch, in training and deployed, found by trying."""
         model = self._probe().eval()
         deployed = self._leak(model)
         with running_in(mixing_layers(model), "group"):
             trained = self._leak(model)
-        return {"future": trained.future, "batch": trained.batch, "batch_deployed": deployed.batch}
+        return Leaks(trained.future, trained.batch, deployed.batch)
 
     def _leak(self, model: nn.Module) -> LeakReport:
         told: Any = _ToldModel(model, self._translation)
         size = told.model.get_input_embeddings().num_embeddings
         return probe_causal_lm(told, vocab_size=size, batch=self._grouped or 4, length=8, num_probes=12)
 
-    def _costs(self) -> dict[str, Any]:
-        if not hasattr(self, "_found_costs"):
-            self._found_costs = self._planned() if self._shape is not None else self._measured()
-        return self._found_costs
+    @functools.cached_property
+    def _costs(self) -> ArmDescription:
+        """What it is and costs, as if it were the baseline."""
+        return self._planned() if self._shape is not None else self._measured()
 
-    def _planned(self) -> dict[str, Any]:
+    def _planned(self) -> ArmDescription:
         shape: Any = self._shape
         length = round(self.task.tokens_per_example)
-        return {
-            "parameters_total": model_parameters(shape),
-            "parameters_active": active_parameters(shape, sequence_length=length),
-            "parameters_trainable": model_parameters(shape),
-            "flops_per_token": flops_per_token(shape, sequence_length=length),
-        }
+        return ArmDescription(
+            settings=self._settings,
+            parameters_total=model_parameters(shape),
+            parameters_active=active_parameters(shape, sequence_length=length),
+            parameters_trainable=model_parameters(shape),
+            flops_per_token=flops_per_token(shape, sequence_length=length),
+            flops_ratio=1.0,
+        )
 
-    def _measured(self) -> dict[str, Any]:
+    def _measured(self) -> ArmDescription:
         """A mixture of adapters runs all its experts, so that all its parameters are active."""
         model = self.build(0).train()
         total, trained = count_parameters(model)
@@ -124,12 +121,14 @@ class TranslationArm(Arm):
         flops = measured_flops_per_token(
             model, lambda: self.task.losses(model, batch, num_targets=1).task_loss, tokens=batch["input_ids"].numel()
         )
-        return {
-            "parameters_total": total,
-            "parameters_active": total,
-            "parameters_trainable": trained,
-            "flops_per_token": flops,
-        }
+        return ArmDescription(
+            settings=self._settings,
+            parameters_total=total,
+            parameters_active=total,
+            parameters_trainable=trained,
+            flops_per_token=flops,
+            flops_ratio=1.0,
+        )
 
 
 @final
@@ -159,7 +158,7 @@ def _scratch_arm(
     config = build_model_config(
         recipe.model,
         feed_forward,
-        vocab_size=data.facts["vocab_size"],
+        vocab_size=data.vocab_size,
         max_position_embeddings=data.max_length,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -294,7 +293,7 @@ def _sample(data: TranslationData, batch_size: int) -> Iterator[dict[str, Tensor
         yield {key: batch[key] for key in ("input_ids", "attention_mask")}
 
 
-def _adapter_settings(arm: TranslationArmConfig) -> dict[str, Any]:
+def _adapter_settings(arm: TranslationArmConfig) -> Facts:
     """What tells an adapter from others: what differs from the defaults, and its method."""
     if arm.adapter is None:
         return {"tuned": "all weights"}

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 from mixtura.data.packing import epoch_order
 from mixtura.data.parallel import SentencePair
 from mixtura.tasks.translation.prompts import Prompts
+from mixtura.training.task import Batch
 
 WINDOW_BATCHES = 50
 """Batches that are sorted by length among each other: enough that rows of a batch are nearly equal in length."""
@@ -116,7 +116,7 @@ class PairDataset(Dataset):
         """Rows in the run, repeats counted."""
         return self.length
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
+    def __getitem__(self, position: int) -> Batch:
         """`tokens` (L,), `prompt` (how many of them are not predicted) and `direction`, an index into the names."""
         if not 0 <= position < self.length:
             raise IndexError(f"position {position} is outside a schedule of {self.length} rows")
@@ -127,13 +127,13 @@ class PairDataset(Dataset):
             self._epoch = (epoch, order)
         return self.item(int(self._epoch[1][offset]))
 
-    def item(self, index: int) -> dict[str, Any]:
+    def item(self, index: int) -> Batch:
         """Pair `index` of the data."""
         tokens_L, prompt = self.pairs.row(index)
         return {"tokens": tokens_L, "prompt": prompt, "direction": self.direction_N[index]}
 
 
-def collate_rows(items: list[dict[str, Any]], *, pad: int) -> dict[str, Tensor]:
+def collate_rows(items: list[Batch], *, pad: int) -> dict[str, Tensor]:
     """One batch, padded on the right: `input_ids`, `attention_mask`, `labels` (B, L) and `directions` (B,).
 
     Labels are -100 on prompts and padding.

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
-from sacrebleu.significance import PairedTest
+from sacrebleu.significance import PairedTest as BootstrapOfScores
+
+from mixtura.results.document import PairedTest
 
 NUM_RESAMPLES = 1000
 _TOKENIZERS = {"zh": "zh", **dict.fromkeys(("ja", "ko", "th", "km", "lo", "my", "bo"), "char")}
@@ -39,17 +41,17 @@ def score(outputs: Sequence[str], references: Sequence[str], *, target_language:
     return Scores(**{name: float(result.score) for name, result in found.items()}), signatures
 
 
-def paired_bootstrap(baseline: Sequence[str], outputs: Sequence[str], references: Sequence[str]) -> tuple[float, float]:
+def paired_bootstrap(baseline: Sequence[str], outputs: Sequence[str], references: Sequence[str]) -> PairedTest:
     """chrF of `outputs` less that of `baseline` on the same sentences, and its p-value by a paired bootstrap."""
     if list(baseline) == list(outputs):  # to which the test's strict inequality would give its smallest p-value
-        return 0.0, 1.0
+        return PairedTest(difference=0.0, p_value=1.0)
     systems: list[tuple[str, Sequence[str]]] = [("baseline", list(baseline)), ("arm", list(outputs))]
     with _quiet():
-        test = PairedTest(systems, {"chrf": CHRF()}, [list(references)], test_type="bs", n_samples=NUM_RESAMPLES)
+        test = BootstrapOfScores(systems, {"chrf": CHRF()}, [list(references)], test_type="bs", n_samples=NUM_RESAMPLES)
         _, results = test()
     found: Any = results["chrF2"]
     before, after = found
-    return float(after.score) - float(before.score), float(after.p_value)
+    return PairedTest(difference=float(after.score) - float(before.score), p_value=float(after.p_value))
 
 
 def _metrics(target_language: str) -> dict[str, CHRF | BLEU]:

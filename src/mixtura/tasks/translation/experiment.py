@@ -3,14 +3,16 @@
 All arms see the same sentence pairs in the same order, and are scored on the same test sentences by the same decoding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import TranslationRecipe, UserError
 from mixtura.data.parallel import ParallelCorpus, load_parallel
 from mixtura.data.tokenizer import load_tokenizer
+from mixtura.results import ArmDescription
+from mixtura.results.document import AcrossArms, PairedTest
 from mixtura.tasks.translation.arms import make_arm
 from mixtura.tasks.translation.batches import encode_pairs
 from mixtura.tasks.translation.chrf import paired_bootstrap
@@ -54,7 +56,7 @@ class TranslationExperiment(Experiment):
         self.data_digest = translation.digest
         self.arms: dict[str, Arm] = {name: make_arm(recipe, name, translation) for name in recipe.arms}
 
-    def held_equal(self, described: dict[str, dict[str, Any]]) -> list[str]:
+    def held_equal(self, described: Mapping[str, ArmDescription]) -> list[str]:
         """Data and its order, steps, decoding, and what every arm costs or trains, with the largest difference."""
         training = self.recipe.training
         rows = training.steps * training.batch_size * training.gradient_accumulation_steps
@@ -64,38 +66,38 @@ class TranslationExperiment(Experiment):
             "the same prompt, tokenizer, test sentences and decoding",
         ]
         if self.recipe.base.name is None:
-            spread = max(abs(arm["flops_ratio"] - 1) for arm in described.values())
+            spread = max(abs(arm.flops_ratio - 1) for arm in described.values())
             return [*phrases, f"FLOPs a token, routing and mixing counted (within {100 * spread:.1f} %)"]
-        trained = sorted({arm["parameters_trainable"] for arm in described.values()})
+        trained = sorted({arm.parameters_trainable for arm in described.values()})
         sizes = f"{trained[0]:,}" if len(trained) == 1 else f"from {trained[0]:,} to {trained[-1]:,}"
         return [*phrases, f"the base model {self.recipe.base.name}; trained parameters: {sizes}"]
 
-    def across_arms(self, out: Path) -> dict[str, Any]:
-        """Paired bootstrap of every arm against the baseline, for each direction.
+    def across_arms(self, out: Path) -> AcrossArms:
+        """Paired bootstrap of every arm against the baseline in chrF, for each direction.
 
-        `chrf_difference` is the mean over seeds, `p_value` the largest: a difference is sure where every seed shows it.
+        The difference is the mean over seeds, the p-value the largest: a difference is sure where every seed shows it.
         """
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, PairedTest]] = {}
         for name in self.arms:
             if name != self.recipe.baseline:
                 tests = [self._bootstrap(out, name, seed) for seed in self.recipe.seeds]
                 found[name] = {
-                    direction: {
-                        "chrf_difference": sum(test[direction][0] for test in tests) / len(tests),
-                        "p_value": max(test[direction][1] for test in tests),
-                    }
+                    direction: PairedTest(
+                        difference=sum(test[direction].difference for test in tests) / len(tests),
+                        p_value=max(test[direction].p_value for test in tests),
+                    )
                     for direction in tests[0]
                 }
-        return {"paired_bootstrap": found}
+        return AcrossArms(found)
 
-    def _bootstrap(self, out: Path, name: str, seed: int) -> dict[str, tuple[float, float]]:
+    def _bootstrap(self, out: Path, name: str, seed: int) -> dict[str, PairedTest]:
         arms = (self.recipe.baseline, name)
         before, after = (read_outputs(out / "arms" / arm / f"seed{seed}" / OUTPUTS_FILE) for arm in arms)
         result = {}
-        for direction in dict.fromkeys(record["pair"] for record in before):
-            pairs = [(b, a) for b, a in zip(before, after, strict=True) if b["pair"] == direction]
+        for direction in dict.fromkeys(record.pair for record in before):
+            pairs = [(b, a) for b, a in zip(before, after, strict=True) if b.pair == direction]
             result[direction] = paired_bootstrap(
-                [b["output"] for b, _ in pairs], [a["output"] for _, a in pairs], [b["reference"] for b, _ in pairs]
+                [b.output for b, _ in pairs], [a.output for _, a in pairs], [b.reference for b, _ in pairs]
             )
         return result
 

@@ -9,8 +9,6 @@ A model from scratch reads with a byte-level BPE over all languages of the compa
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from mixtura.config import UserError
 from mixtura.config.languages import language_name
 from mixtura.data.parallel import SentencePair
 from mixtura.data.tokenizer import load_tokenizer, train_tokenizer
+from mixtura.files import cache_entry
 
 PromptKind = Literal["tokens", "instruction"]
 SEPARATOR = "<sep>"
@@ -147,12 +146,8 @@ def _key(texts: Sequence[str], languages: Sequence[str], vocab_size: int) -> str
 
 
 def _store(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes under a temporary name and renames last, so that a folder is whole or not there."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-", ignore_cleanup_errors=True) as temporary:
-            tokenizer.save_pretrained(Path(temporary, "tokenizer"))
-            with suppress(OSError):  # The place is taken by one that another process stored meanwhile.
-                os.rename(Path(temporary, "tokenizer"), folder)
+        with cache_entry(folder) as new:
+            tokenizer.save_pretrained(new)
     except OSError as error:
         raise UserError(f"The cache folder '{folder.parent}' cannot be written ({error}): name another.") from error

@@ -20,13 +20,17 @@ from mixtura.adapters.attach import restore_adapter, router_losses, routing_stat
 from mixtura.config import AdapterConfig, TrainingConfig, UserError
 from mixtura.diagnostics.choices import routed_layers
 from mixtura.diagnostics.specialization import measure_specialization
+from mixtura.files import write_text
 from mixtura.models import MixtureConfig
+from mixtura.results import Facts
+from mixtura.results.details import PairScores, Sample, Specialization, TranslationDetails
+from mixtura.results.json_form import from_plain, to_plain
 from mixtura.tasks.translation.batches import EncodedPairs, PairDataset, collate_rows
 from mixtura.tasks.translation.chrf import Scores, score
 from mixtura.tasks.translation.decoding import ExampleRouting, decode, inference_modes, running
 from mixtura.tasks.translation.prompts import Prompts
 from mixtura.training import saving as checkpoints
-from mixtura.training.task import Measure, StepLosses, TrainingTask
+from mixtura.training.task import Batch, Measure, StepLosses, TrainingTask
 
 TRANSLATION_FILE = "translation.json"
 OUTPUTS_FILE = "outputs.jsonl"
@@ -45,8 +49,13 @@ class TranslationData:
     validation: EncodedPairs
     test: EncodedPairs
     max_length: int
-    facts: dict[str, Any]
-    """Description and counts, JSON-able."""
+    facts: Facts
+    """Description and counts."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Of a model for these tokens."""
+        return max(self.prompts.tokenizer.get_vocab().values()) + 1
 
     @property
     def digest(self) -> str:
@@ -75,7 +84,7 @@ class TranslationTask(TrainingTask):
         *,
         routing: ExampleRouting,
         adapter: AdapterConfig | None = None,
-        base: dict[str, Any] | None = None,
+        base: Facts | None = None,
         num_beams: int = 1,
     ) -> None:
         """Trains and evaluates as `config` says.
@@ -97,7 +106,7 @@ class TranslationTask(TrainingTask):
         """Mean tokens of prompt and translation."""
         return float(self.data.train.length_N.mean())
 
-    def settings(self, model: Any) -> dict[str, Any]:
+    def settings(self, model: Any) -> Facts:
         """The model's architecture, the adapter, and the facts on the data."""
         adapter = None if self.adapter is None else dataclasses.asdict(self.adapter)
         routing = self.routing.expert_of_direction
@@ -135,15 +144,15 @@ class TranslationTask(TrainingTask):
             self.data.train, names=self.data.directions, length=length, batch_size=self.config.batch_size, seed=seed
         )
 
-    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(self, items: list[Batch]) -> Batch:
         """One micro-batch, padded on the right."""
         return collate_rows(items, pad=self.data.prompts.pad)
 
-    def count_targets(self, batch: dict[str, Any]) -> Tensor:
+    def count_targets(self, batch: Batch) -> Tensor:
         """Tokens of the translations, eos included."""
         return batch["labels"].ne(-100).sum()
 
-    def losses(self, model: Any, batch: dict[str, Any], *, num_targets: Tensor | int) -> StepLosses:
+    def losses(self, model: Any, batch: Batch, *, num_targets: Tensor | int) -> StepLosses:
         """The cross-entropy of the translations, and what a router adds."""
         outputs, summed = self._forward(model, batch, want_routing=True)
         if self.adapter is not None:
@@ -190,7 +199,7 @@ class TranslationTask(TrainingTask):
             beam = self._decode(model, num_beams=self.num_beams) if self.num_beams > 1 else None
         return DecodedTest(greedy, beam)
 
-    def details(self, model: nn.Module, *, out: Path) -> dict[str, Any]:
+    def details(self, model: nn.Module, *, out: Path) -> TranslationDetails:
         """Scores by direction, signatures and samples; writes all outputs to `outputs.jsonl`."""
         last, self._decoded = self._decoded, None
         decoded = last[1] if last is not None and last[0]() is model else self.decode_test(model)
@@ -199,36 +208,33 @@ class TranslationTask(TrainingTask):
         copied, _ = self._scores([pair.source for pair in sentences])
         beams = self._scores(decoded.beam)[0] if decoded.beam is not None else {}
         pairs = {
-            name: {
+            name: PairScores(
                 **found._asdict(),
-                "copy_chrf": copied[name].chrf,
-                "copy_bleu": copied[name].bleu,
-                "sentences": len(self._rows_of(name)),
-                **({"beam_chrf": beams[name].chrf, "beam_bleu": beams[name].bleu} if beams else {}),
-            }
+                copy_chrf=copied[name].chrf,
+                copy_bleu=copied[name].bleu,
+                sentences=len(self._rows_of(name)),
+                beam_chrf=beams[name].chrf if beams else None,
+                beam_bleu=beams[name].bleu if beams else None,
+            )
             for name, found in scores.items()
         }
         records = [
-            {
-                "pair": pair.pair,
-                "source": pair.source,
-                "reference": pair.target,
-                "output": output,
-                **({"beam": decoded.beam[i]} if decoded.beam is not None else {}),
-            }
-            for i, (pair, output) in enumerate(zip(sentences, decoded.greedy, strict=True))
+            Sample(pair=pair.pair, source=pair.source, reference=pair.target, output=output)
+            for pair, output in zip(sentences, decoded.greedy, strict=True)
         ]
+        beamed = [{} if decoded.beam is None else {"beam": decoded.beam[i]} for i in range(len(records))]
         with checkpoints.writing(out):
-            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-            (out / OUTPUTS_FILE).write_text("".join(lines), encoding="utf-8")
-        specialization = self._specialization(model)
-        samples = [
-            {key: records[i][key] for key in ("pair", "source", "reference", "output")}
-            for name in scores
-            for i in self._rows_of(name)[:SAMPLES]
-        ]
-        found = {"pairs": pairs, "signatures": signatures, "samples": samples}
-        return found if specialization is None else {**found, "specialization": specialization}
+            lines = [
+                json.dumps({**to_plain(record), **beam}, ensure_ascii=False) + "\n"
+                for record, beam in zip(records, beamed, strict=True)
+            ]
+            write_text(out / OUTPUTS_FILE, "".join(lines))
+        return TranslationDetails(
+            pairs=pairs,
+            signatures=signatures,
+            samples=[records[i] for name in scores for i in self._rows_of(name)[:SAMPLES]],
+            specialization=self._specialization(model),
+        )
 
     def save(self, model: Any, folder: Path) -> None:
         """Writes the adapter, or all weights where all are trained."""
@@ -263,7 +269,7 @@ class TranslationTask(TrainingTask):
         }
         (folder / TRANSLATION_FILE).write_text(json.dumps(told, indent=1), encoding="utf-8")
 
-    def batches(self, model: nn.Module, split: EncodedPairs, most: int) -> Iterator[dict[str, Any]]:
+    def batches(self, model: nn.Module, split: EncodedPairs, most: int) -> Iterator[Batch]:
         """The first `most` pairs of a split in whole batches of similar lengths, on the model's device."""
         size = self.config.batch_size
         rows = PairDataset(split, names=self.data.directions, length=0, batch_size=size, seed=0)
@@ -274,12 +280,12 @@ class TranslationTask(TrainingTask):
             batch = self.collate([rows.item(i) for i in order[start : start + size]])
             yield {name: value.to(device) for name, value in batch.items()}
 
-    def _specialization(self, model: nn.Module) -> dict[str, Any] | None:
+    def _specialization(self, model: nn.Module) -> Specialization | None:
         """How far experts divide the directions among them, over the tokens of test translations; None without any."""
         if not routed_layers(model):
             return None
 
-        def batches() -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
+        def batches() -> Iterator[tuple[Batch, Tensor, Tensor]]:
             for batch in self.batches(model, self.data.test, self.config.final_eval_sequences):
                 told = self.routing.tell(model, batch["directions"])
                 inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **told}
@@ -288,13 +294,13 @@ class TranslationTask(TrainingTask):
         with running(model, inference_modes(model)[-1]):
             return measure_specialization(model, batches(), groups=self.data.directions)
 
-    def _forward(self, model: Any, batch: dict[str, Any], *, want_routing: bool) -> tuple[Any, Tensor]:
+    def _forward(self, model: Any, batch: Batch, *, want_routing: bool) -> tuple[Any, Tensor]:
         """The model's output, and the summed cross-entropy of the translations."""
         labels_BL = batch["labels"]
         # Logits only from the first token that predicts a target on: the head is a third of a small model.
         first = max(0, int(labels_BL.ne(-100).any(0).int().argmax()) - 1)
         positions = torch.arange(first, labels_BL.size(1) - 1, device=labels_BL.device)
-        told: dict[str, Any] = self.routing.tell(model, batch["directions"])
+        told: Batch = self.routing.tell(model, batch["directions"])
         if want_routing and self.adapter is None and isinstance(_config(model), MixtureConfig):
             told["output_routing"] = True
         outputs = model(
@@ -364,13 +370,13 @@ def _config(model: Any) -> Any:
     return getattr(model, "module", model).config
 
 
-def read_outputs(path: Path) -> list[dict[str, Any]]:
-    """The test sentences of a finished run with its outputs: `pair`, `source`, `reference`, `output`.
+def read_outputs(path: Path) -> list[Sample]:
+    """The test sentences of a finished run with its outputs.
 
     Raises:
         UserError: there is no such file, or it is damaged.
     """
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [from_plain(Sample, json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' cannot be read ({error}): run this arm and seed again.") from error

@@ -11,7 +11,7 @@ from mixtura.config import UserError
 from mixtura.config.languages import code_advice, find_language
 from mixtura.data.parallel import SentencePair
 from mixtura.data.tokenizer import load_tokenizer
-from mixtura.models.generation import load_model
+from mixtura.models.loading import load_model
 from mixtura.tasks.translation.decoding import ExampleRouting, decode, inference_modes, running
 from mixtura.tasks.translation.prompts import Prompts
 from mixtura.tasks.translation.task import TRANSLATION_FILE

@@ -1,0 +1,67 @@
+"""Which experiment a recipe asks for, and what is said and checked of its arms before any is trained."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from mixtura.config import ClassificationRecipe, FinetuneRecipe, Recipe, TrainingConfig, TranslationRecipe
+from mixtura.errors import need
+from mixtura.results import Leaks
+from mixtura.results.document import Task
+from mixtura.tasks.language_modelling.experiment import make_pretraining
+from mixtura.training import ProgressReporter
+from mixtura.training.experiment import Arm, Experiment
+
+AnyRecipe = Recipe | FinetuneRecipe
+
+
+def task_of(recipe: AnyRecipe) -> Task:
+    """What the recipe's arms are trained for: "pretraining", "translation" or "classification"."""
+    return "pretraining" if isinstance(recipe, Recipe) else recipe.task
+
+
+def make_experiment(recipe: AnyRecipe, out: Path, reporter: ProgressReporter) -> Experiment:
+    """Reads the recipe's data and makes its arms; what is slow to prepare is kept in `out`/data.
+
+    Raises:
+        UserError: the data, a model or an arm's settings cannot be used, or fine-tuning is not installed.
+    """
+    cache_dir = out / "data"
+    if isinstance(recipe, TranslationRecipe):
+        make = need("mixtura.tasks.translation.experiment").make_translation
+        return make(recipe, cache_dir=cache_dir, on_progress=reporter.note)
+    if isinstance(recipe, ClassificationRecipe):
+        make = need("mixtura.tasks.classification.experiment").make_classification
+        return make(recipe, cache_dir=cache_dir, on_progress=reporter.note)
+    return make_pretraining(recipe, cache_dir=cache_dir, on_progress=reporter.note)
+
+
+def check_arms(arms: Mapping[str, Arm], training: TrainingConfig) -> None:
+    """Refuses arms that could not be trained or evaluated, before any of them is.
+
+    Raises:
+        UserError: an arm's task says why.
+    """
+    for arm in arms.values():
+        arm.task.check(arm.build(seed=0), batch_size=training.batch_size)
+
+
+def tokens_per_step(arm: Arm, training: TrainingConfig) -> int:
+    """Training tokens of one optimizer step, padding left out."""
+    return round(training.batch_size * training.gradient_accumulation_steps * arm.task.tokens_per_example)
+
+
+def leak_warning(arm: Arm, leaks: Leaks, task: str) -> str | None:
+    """What to say aloud before an arm that leaks is trained; a classifier may read its whole text."""
+    if leaks.future and task != "classification":
+        return (
+            f"'{arm.name}' ({arm.family}) sees the future of a sequence: its loss as a causal language model "
+            "means nothing, and it cannot generate."
+        )
+    if leaks.batch and leaks.batch_deployed is not False:
+        return f"'{arm.name}' ({arm.family}) lets examples of a batch see each other, also when deployed."
+    if leaks.batch:
+        return (
+            f"'{arm.name}' ({arm.family}) lets examples of a batch see each other in training; deployed "
+            f"in mode '{arm.deployed_mode}' it does not."
+        )
+    return None

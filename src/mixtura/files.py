@@ -1,0 +1,93 @@
+"""Files and folders that appear whole or not at all.
+
+Whatever is written gets a temporary name beside its place and is renamed last, so that a reader, or the next run after
+a power cut, finds what was there before or all of what is there now. What users keep is brought to the disk before it
+is renamed: otherwise a rename may outlive the bytes of the file. Caches are not, since they can be made again.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from mixtura.errors import UserError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write a file to; it takes the place of `path` when the block ends.
+
+    Where the block fails nothing is left of it, and what `path` held stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Two processes that write the same file must not write into each other's.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        _to_disk(temporary)
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text as UTF-8 with the line ends it has."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON; NaN is refused, since no other reader takes it."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def check_empty(out: Path) -> None:
+    """Raises UserError where `out` is a file or a folder that holds something."""
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise UserError(f"'{out}' is not empty: name a new folder.")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to be filled; it takes the place of `out` when the block ends.
+
+    Where the block fails nothing is left of it, and an empty folder `out` stays.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".new-", ignore_cleanup_errors=True) as temporary:
+        new = Path(temporary, out.name)
+        new.mkdir()
+        yield new
+        put_folder(new, out)
+
+
+@contextmanager
+def cache_entry(entry: Path) -> Iterator[Path]:
+    """As `new_folder`, for what can be made again: one that another process has stored meanwhile stays, being equal."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".new-", ignore_cleanup_errors=True) as temporary:
+        new = Path(temporary, "entry")
+        new.mkdir()
+        yield new
+        with suppress(OSError):  # the place is taken
+            os.rename(new, entry)
+
+
+def put_folder(new: Path, out: Path) -> None:
+    """Puts a filled folder in a place where there is none, or an empty one."""
+    for path in new.rglob("*"):
+        if path.is_file():
+            _to_disk(path)
+    if out.is_dir():
+        out.rmdir()
+    os.rename(new, out)
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until the file's bytes are on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

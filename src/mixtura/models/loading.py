@@ -1,0 +1,111 @@
+"""Model folders, opened: the one way from files to a model in memory, with the sentences that say what is wrong.
+
+transformers fills what is missing or does not fit with random numbers and goes on. Here that is an error, since the
+model would be another one.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mixtura.config import UserError
+from mixtura.errors import reason_of
+
+
+def folder_settings(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"'{folder}' is no model folder (it has no config.json): give one such as .../checkpoint.")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{file}' is damaged ({error}): copy or train the model again.") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"'{file}' is damaged (it is no JSON object): copy or train the model again.")
+    return settings
+
+
+def load_config(kind: Any, folder: Path) -> Any:
+    """The configuration in a model folder, of a class of configurations or an Auto class.
+
+    Raises:
+        UserError: there is none, or it cannot be used.
+    """
+    folder_settings(folder)
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and its strict dataclasses raise many unrelated classes
+        raise UserError(
+            f"The config.json of '{folder}' cannot be used ({reason_of(error)}): copy or train the model again."
+        ) from error
+
+
+class Opened(NamedTuple):
+    """A model as transformers opens it, and the names of what its folder has not, has besides, or has otherwise."""
+
+    model: Any
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[str]
+
+
+def open_weights(kind: Any, folder: Path, **settings: Any) -> Opened:
+    """Opens a model folder with `from_pretrained` of a class of models or an Auto class; raises what that raises."""
+    model, found = kind.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+    )
+    mismatched = sorted(name for name, *_ in found["mismatched_keys"])
+    return Opened(model, sorted(found["missing_keys"]), sorted(found["unexpected_keys"]), mismatched)
+
+
+def load_weights(
+    kind: Any, folder: Path, *, may_lack: Callable[[str], bool] = lambda name: False, **settings: Any
+) -> Any:
+    """The model in a folder, with all of its weights.
+
+    Args:
+        kind: a class of models, or an Auto class.
+        folder: as `save_pretrained` writes it.
+        may_lack: whether a folder need not have the tensor of a name; it then starts as the class makes it.
+        settings: for `from_pretrained`.
+
+    Raises:
+        UserError: it cannot be read, a tensor is missing, or one has another shape than its config.json says.
+    """
+    folder_settings(folder)
+    try:
+        opened = open_weights(kind, folder, **settings)
+    except Exception as error:  # transformers, safetensors and json each have their own errors for a broken file
+        raise UserError(
+            f"The model in '{folder}' cannot be loaded ({reason_of(error)}): train or export it again."
+        ) from error
+    for name in sorted(name for name in [*opened.missing, *opened.mismatched] if not may_lack(name)):
+        raise UserError(
+            f"The model in '{folder}' is damaged: {name} is missing or does not fit its config.json; train or export "
+            "it again."
+        )
+    return opened.model
+
+
+def load_model(folder: Path) -> tuple[Any, Any]:
+    """The causal language model and the tokenizer in a folder, ready for inference.
+
+    Raises:
+        UserError: see `load_weights`; or the tokenizer cannot be read.
+    """
+    model = load_weights(AutoModelForCausalLM, folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # as above
+        raise UserError(
+            f"The tokenizer in '{folder}' cannot be loaded ({reason_of(error)}): train or export the model again."
+        ) from error
+    return model.eval(), tokenizer

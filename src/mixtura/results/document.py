@@ -1,0 +1,173 @@
+"""What results.json holds: the whole comparison, and each of its arms. docs/report.md says what each field means."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mixtura.results.conclusions import Summary
+from mixtura.results.json_form import Facts
+from mixtura.results.run import Measure, RunResult
+
+SCHEMA_VERSION = 3
+"""The version of results.json and of the files it is made from.
+
+Version 2 kept what a task tells beyond measures without saying which task, a curve's measures beside its costs, and the
+facts on the data beside the budget; see `upgrade`.
+"""
+
+Task = Literal["pretraining", "translation", "classification"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One learning rate of a search."""
+
+    learning_rate: float
+    loss: float | None
+    """Held out, as deployed, mean over the search's seeds; None if it diverged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRecord:
+    """The search that an arm's learning rate came from."""
+
+    trials: list[Trial]
+    steps: int
+    """Of a trial."""
+    seeds: list[int]
+    best: float
+    at_edge: bool
+    """The best rate is the lowest or highest tried: a better one may lie beyond."""
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmDescription:
+    """What an arm is and costs before it runs."""
+
+    settings: Facts
+    """What distinguishes it, as plain values."""
+    parameters_total: int
+    parameters_active: int
+    """Used for one token."""
+    parameters_trainable: int
+    flops_per_token: float
+    """Forward and backward, routing and mixing counted."""
+    flops_ratio: float
+    """To the baseline's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmTiming:
+    """Seconds and memory of a step, measured side by side with the other arms'."""
+
+    seconds_per_step: float | None
+    """Median."""
+    seconds_ratio: float | None
+    """To the baseline's: the median of paired ratios."""
+    peak_memory_bytes: int | None
+    optimizer_state_bytes: int | None
+    """What of the peak the optimizer keeps."""
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """What a token's output depends on and must not."""
+
+    future: bool
+    batch: bool
+    """The rest of the batch, while training."""
+    batch_deployed: bool | None = None
+    """The same as deployed; None without a deployed mode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmResult(ArmDescription, ArmTiming):
+    """One side of the comparison, with all its runs."""
+
+    family: str
+    label: str
+    training_mode: str
+    deployed_mode: str | None
+    """None if it cannot be deployed."""
+    learning_rate: float
+    """Peak rate of the runs."""
+    learning_rate_search: SearchRecord | None
+    leaks: Leaks
+    runs: list[RunResult]
+
+    @property
+    def searched(self) -> SearchRecord | None:
+        """The search of the learning rate, where there was more than one rate to choose from."""
+        search = self.learning_rate_search
+        return search if search is not None and len(search.trials) > 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """The data, and how much of it a run sees."""
+
+    description: str
+    tokens_per_step: int
+    tokens_per_run: int
+    epochs: float | None
+    """How often a run reads its training data."""
+    facts: Facts
+    """Counts of the task's own, what was left out among them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedTest:
+    """An arm minus the baseline on the same test examples, by paired bootstrap."""
+
+    difference: float
+    p_value: float
+    low: float | None = None
+    """Ends of the 95 % interval, where there is one."""
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class AcrossArms:
+    """What only all finished runs together tell."""
+
+    paired_bootstrap: dict[str, dict[str, PairedTest]] = field(default_factory=dict)
+    """For each arm but the baseline, by language pair in translation, under "all" in classification."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """A comparison, all of it."""
+
+    created: str
+    """When, ISO 8601 with time zone."""
+    command: str
+    """What repeats it."""
+    task: Task
+    measure: Measure
+    """The verdict's number."""
+    recipe: Facts
+    """Resolved, as nested tables."""
+    recipe_toml: str
+    environment: dict[str, str | int | None]
+    data: DataFacts
+    held_equal: list[str]
+    baseline: str
+    total_seconds: float | None
+    arms: dict[str, ArmResult]
+    across_arms: AcrossArms
+    summary: Summary | None = None
+    """What the report says; None until it is computed."""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def name(self) -> str | None:
+        """The recipe's."""
+        name = self.recipe.get("name")
+        return name if isinstance(name, str) else None
+
+    @property
+    def continued(self) -> bool:
+        """Whether arms start from checkpoints."""
+        arms = self.recipe.get("arms")
+        tables = arms.values() if isinstance(arms, dict) else ()
+        return any(isinstance(table, dict) and table.get("init_from") is not None for table in tables)

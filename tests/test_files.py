@@ -1,0 +1,71 @@
+"""Files and folders appear whole or not at all."""
+
+import os
+
+import pytest
+
+from mixtura.config import UserError
+from mixtura.files import cache_entry, check_empty, new_folder, replacing, write_json, write_text
+
+
+def test_a_file_that_fails_half_way_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a" / "result.json"
+    write_text(path, "before\n")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "before\n" and os.listdir(path.parent) == ["result.json"]
+
+
+def test_a_text_keeps_its_line_ends_and_characters(tmp_path):
+    write_text(tmp_path / "a.txt", "a\r\nb\n\u2212")
+    assert (tmp_path / "a.txt").read_bytes() == b"a\r\nb\n\xe2\x88\x92"
+
+
+def test_a_number_that_json_has_not_is_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert not os.listdir(tmp_path)
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    done = []
+    fsync, replace, rename = os.fsync, os.replace, os.rename
+    monkeypatch.setattr("os.fsync", lambda *args: (done.append("sync"), fsync(*args)))
+    monkeypatch.setattr("os.replace", lambda *args: (done.append("name"), replace(*args)))
+    monkeypatch.setattr("os.rename", lambda *args: (done.append("name"), rename(*args)))
+    write_text(tmp_path / "a.txt", "a")
+    with new_folder(tmp_path / "model") as new:
+        (new / "sub").mkdir()
+        for name in ("config.json", "sub/weights"):
+            (new / name).write_text("b")
+    assert done == ["sync", "name", "sync", "sync", "name"]
+
+
+def test_a_folder_takes_the_place_of_an_empty_one_and_of_no_other(tmp_path):
+    out = tmp_path / "model"
+    out.mkdir()
+    with new_folder(out) as new:
+        (new / "config.json").write_text("{}")
+    assert os.listdir(tmp_path) == ["model"] and os.listdir(out) == ["config.json"]
+    with pytest.raises(OSError), new_folder(out) as new:
+        (new / "other.json").write_text("{}")
+    assert os.listdir(tmp_path) == ["model"] and os.listdir(out) == ["config.json"]
+    with pytest.raises(UserError, match="is not empty: name a new folder"):
+        check_empty(out)
+
+
+def test_a_folder_that_fails_half_way_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "model") as new:
+        (new / "config.json").write_text("{}")
+        raise RuntimeError
+    assert not os.listdir(tmp_path)
+
+
+def test_a_cache_entry_that_another_process_stored_first_stays(tmp_path):
+    entry = tmp_path / "cache" / "entry"
+    with cache_entry(entry) as slow:
+        (slow / "a").write_text("slow")
+        with cache_entry(entry) as quick:
+            (quick / "a").write_text("quick")
+    assert (entry / "a").read_text() == "quick" and os.listdir(entry.parent) == ["entry"]
