@@ -35,6 +35,12 @@ BUILDERS = {
     "token_choice": lambda **more: TokenChoiceMoE(
         D, **SIZES, **more, num_experts=E, top_k=2, expert_bias=True, num_shared_experts=1
     ),
+    "token_choice_dense_gradient": lambda **more: TokenChoiceMoE(
+        D, **SIZES, **more, num_experts=E, top_k=2, dense_router_gradient=True, normalize_top_k=True
+    ),
+    "token_choice_in_groups": lambda **more: TokenChoiceMoE(
+        D, **SIZES, **more, num_experts=E, top_k=2, expert_groups=2, score_function="sigmoid"
+    ),
     "token_choice_with_capacity": lambda **more: TokenChoiceMoE(
         D, **SIZES, **more, num_experts=E, top_k=2, capacity_factor=1.0
     ),
@@ -98,6 +104,8 @@ def test_gradient_reaches_the_input_and_every_parameter(family):
 
 def test_gradients_are_right_in_float64(family):
     layer, x_BLD = build(family).double(), tokens(torch.float64).requires_grad_()
+    if "dense_gradient" in family:
+        layer.eval()  # what trains its router is no gradient of the output
     parameters = dict(layer.named_parameters())
 
     def function(x_BLD, *values):

@@ -29,6 +29,8 @@ CASES = {
     "loss-free balancing": ("token_choice", {"expert_bias_update_rate": 1e-3, "scoring_func": "sigmoid"}),
     "expert choice": ("expert_choice", {}),
     "expert choice, rounded up": ("expert_choice", {"num_experts": 5, "num_experts_per_tok": 1}),
+    "all experts run in training": ("token_choice", {"dense_router_gradient": True}),
+    "experts in groups": ("token_choice", {"n_group": 2, "topk_group": 1}),
     "expert threshold, choosing over the batch": ("expert_threshold", {}),
     "expert choice and shared experts": ("expert_choice", {"num_shared_experts": 1}),
     "soft and shared experts": ("soft", {"num_shared_experts": 1}),

@@ -78,7 +78,8 @@ def token_choice(layer, p, x_BLD, mask):
         softmax = layer.score_function == "softmax"
         scores = [torch.exp(logit) / total if softmax else 1 / (1 + torch.exp(-logit)) for logit in logits]
         bias = [0.0] * len(scores) if layer.expert_bias is None else layer.expert_bias.tolist()
-        chosen = sorted(range(len(scores)), key=lambda e: -(scores[e].item() + bias[e]))[: layer.top_k]
+        allowed = best_groups(layer, [score.item() + b for score, b in zip(scores, bias, strict=True)])
+        chosen = sorted(allowed, key=lambda e: -(scores[e].item() + bias[e]))[: layer.top_k]
         divisor = sum(scores[e] for e in chosen) if layer.normalize_top_k else 1
         out[b, t] = torch.zeros_like(x_D)
         for e in chosen:
@@ -115,6 +116,15 @@ def remoe(layer, p, x_BLD, mask):
             if gate > 0:
                 out[token] = out[token] + gate * expert(p, e, x_D, layer)
     return out
+
+
+def best_groups(layer, scores):
+    """DeepSeek-V3 section 2.1.2, "node-limited routing": the experts of the groups a token may go to."""
+    size = layer.num_experts // layer.expert_groups
+    groups = [list(range(start, start + size)) for start in range(0, layer.num_experts, size)]
+    counted = max(1, layer.top_k // layer.groups_per_token)
+    groups.sort(key=lambda group: -sum(sorted((scores[e] for e in group), reverse=True)[:counted]))
+    return [e for group in groups[: layer.groups_per_token] for e in group]
 
 
 def expert_choice(layer, p, x_BLD, mask):
@@ -322,6 +332,66 @@ def test_token_choice_computes_its_papers_formula(data, activation, gated):
     if layer.expert_bias is not None:
         layer.expert_bias.normal_()
     assert_agrees(layer, token_choice, x_BLD, mask)
+
+
+@EVERY_EXPERT
+@SETTINGS
+@given(data=st.data())
+def test_experts_in_groups_are_chosen_as_in_their_paper(data, gated):
+    sizes = draw_sizes(data, "relu", gated)
+    groups, size = data.draw(st.integers(1, 4), label="groups"), data.draw(st.integers(1, 3), label="size")
+    kept = data.draw(st.integers(1, groups), label="kept")
+    layer = TokenChoiceMoE(
+        **(sizes | {"num_experts": groups * size}),
+        top_k=data.draw(st.integers(1, kept * size), label="top_k"),
+        score_function=data.draw(st.sampled_from(["softmax", "sigmoid"]), label="score_function"),
+        expert_bias=True,
+        expert_groups=groups,
+        groups_per_token=kept,
+    )
+    scatter_weights(layer)
+    layer.expert_bias.normal_()
+    x_BLD, mask = draw_input(data, hidden_size=sizes["hidden_size"])
+    assert_agrees(layer, token_choice, x_BLD, mask)
+
+
+@EVERY_EXPERT
+@SETTINGS
+@given(data=st.data())
+def test_the_dense_router_gradient_is_the_outputs_gradient_with_the_choice_taken_for_the_identity(data, gated):
+    """DenseMixer: d(choice of s)_i / d s_j is 1 for i = j, chosen or not; everything else as it is."""
+    sizes = draw_sizes(data, "relu", gated)
+    layer = TokenChoiceMoE(
+        **sizes,
+        top_k=data.draw(st.integers(1, sizes["num_experts"]), label="top_k"),
+        score_function=data.draw(st.sampled_from(["softmax", "sigmoid"]), label="score_function"),
+        normalize_top_k=data.draw(st.booleans(), label="normalize_top_k"),
+        dense_router_gradient=True,
+    ).double()
+    scatter_weights(layer)
+    x_BLD, mask = draw_input(data, hidden_size=sizes["hidden_size"])
+    x_BLD, probe_BLD = x_BLD.double(), torch.randn_like(x_BLD, dtype=torch.float64)
+    plain = copy.deepcopy(layer).eval()
+    results = []
+    for each in (layer, plain):
+        own_BLD = x_BLD.clone().requires_grad_()
+        y_BLD = each(own_BLD, mask)
+        (y_BLD * probe_BLD).sum().backward()
+        results.append((y_BLD.detach(), [parameter.grad for parameter in each.experts.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)  # outputs, and gradients of the experts
+    p = dict(layer.named_parameters())
+    expected_ED = torch.zeros_like(layer.gate.weight)
+    for token in real_tokens(x_BLD, None):
+        logits = (p["gate.weight"].detach() @ x_BLD[token]).requires_grad_()
+        scores = logits.softmax(0) if layer.score_function == "softmax" else logits.sigmoid()
+        chosen = scores.topk(layer.top_k).indices.tolist()
+        gains = torch.stack([expert(p, e, x_BLD[token], layer) @ probe_BLD[token] for e in range(layer.num_experts)])
+        gains, total = gains.detach(), sum(scores[e].item() for e in chosen)
+        if layer.normalize_top_k:  # w_i = m_i / sum of m, so an expert gains what it does better than the mixture
+            gains = (gains - sum(scores[e].item() / total * gains[e] for e in chosen)) / total
+        (by_logit_E,) = torch.autograd.grad((gains * scores).sum(), logits)
+        expected_ED += torch.outer(by_logit_E, x_BLD[token])
+    torch.testing.assert_close(layer.gate.weight.grad, expected_ED, rtol=1e-9, atol=1e-10)
 
 
 @EVERY_ACTIVATION

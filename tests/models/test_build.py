@@ -64,6 +64,9 @@ def test_every_setting_of_an_arm_reaches_the_model():
         score_function="sigmoid",
         normalize_top_k=True,
         capacity_factor=1.25,
+        expert_groups=4,
+        groups_per_token=2,
+        dense_router_gradient=True,
         router_aux_loss_coef=0.02,
         router_z_loss_coef=0.001,
         balance_over="global",
@@ -89,7 +92,11 @@ def test_every_setting_of_an_arm_reaches_the_model():
         population_rate=0.02,
     )
     config = build(arm)
-    renamed = {"top_k": "num_experts_per_tok", "score_function": "scoring_func", "normalize_top_k": "norm_topk_prob"}
+    renamed = {"expert_groups": "n_group", "groups_per_token": "topk_group"} | {
+        "top_k": "num_experts_per_tok",
+        "score_function": "scoring_func",
+        "normalize_top_k": "norm_topk_prob",
+    }
     elsewhere = {"family", "init_from", "learning_rate", "placement", "moe_intermediate_size"}
     for name in set(ArmConfig.__dataclass_fields__) - elsewhere:
         assert getattr(arm, name) != ArmConfig.__dataclass_fields__[name].default, f"{name} is not tried here"

@@ -122,6 +122,34 @@ class ArmConfig:
         bounds="positive",
         of_router=True,
     )
+    expert_groups: int = setting(
+        1,
+        says="A token chooses among the experts of its best groups only; this many groups of equal size there are.",
+        families=_TOKEN_CHOICE,
+        role="function",
+        field="n_group",
+        layer=True,
+        bounds="positive",
+        of_router=True,
+    )
+    groups_per_token: int = setting(
+        1,
+        says="How many groups of experts a token chooses from.",
+        families=_TOKEN_CHOICE,
+        role="function",
+        field="topk_group",
+        layer=True,
+        bounds="positive",
+        of_router=True,
+    )
+    dense_router_gradient: bool = setting(
+        False,
+        says="Train the router as if all experts ran (DenseMixer): all do in training, and the output is of top_k.",
+        families=_TOKEN_CHOICE,
+        role="training",
+        layer=True,
+        of_router=True,
+    )
     router_aux_loss_coef: float = setting(
         0.01,
         says="Weight of the loss that evens out the experts' load.",

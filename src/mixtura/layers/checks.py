@@ -46,6 +46,30 @@ def check_token_choice(
         )
 
 
+def check_expert_groups(top_k: int, num_experts: int, groups: int, groups_per_token: int, learned_router: bool) -> None:
+    """Raises ValueError for groups of experts that make no sense."""
+    if groups < 1 or num_experts % groups:
+        raise ValueError(f"expert_groups is {groups}: {num_experts} experts must divide into groups of one size.")
+    if not 1 <= groups_per_token <= groups:
+        raise ValueError(f"groups_per_token is {groups_per_token}: it must lie between 1 and expert_groups, {groups}.")
+    if top_k > groups_per_token * num_experts // groups:
+        raise ValueError(
+            f"top_k is {top_k}, but {groups_per_token} of {groups} groups have "
+            f"{groups_per_token * num_experts // groups} experts: lower it, or raise groups_per_token."
+        )
+    if groups > 1 and not learned_router:
+        raise ValueError(f"expert_groups is {groups}: without a router nothing chooses among groups, so set it to 1.")
+
+
+def check_dense_router_gradient(dense: bool, capacity_factor: float | None, learned_router: bool) -> None:
+    """Raises ValueError where the router cannot train as if all experts ran."""
+    if dense and (capacity_factor is not None or not learned_router):
+        raise ValueError(
+            "dense_router_gradient is True: it needs a router and no capacity_factor, since all experts run on all "
+            "tokens; set it to False."
+        )
+
+
 def check_expert_choice(top_k: int, num_experts: int, group_over: str) -> None:
     """Raises ValueError for a setting of expert choice that makes no sense."""
     check_top_k(top_k, num_experts)

@@ -106,7 +106,7 @@ def layer_flops(layer: FeedForwardShape) -> float:
     A mean over training where mixture of tokens leaves a share of the groups empty: their tokens pay for the mixtures
     that run for them and for the routers, and nothing is mixed.
     """
-    rows = layer.rows_per_token + layer.shared_experts
+    rows = layer.trained_rows_per_token + layer.shared_experts
     grouped = 2 * rows * expert_parameters(layer) + routing_flops(layer)
     if not layer.alone_share:
         return grouped
