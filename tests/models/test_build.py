@@ -72,7 +72,7 @@ def test_every_setting_of_an_arm_reaches_the_model():
         balance_over="global",
         expert_bias_update_rate=0.01,
         num_shared_experts=1,
-        threshold_rate=0.2,
+        threshold_rate=0.5,
         threshold_warmup=0.3,
         l1_coef_start=1e-6,
         l1_coef_growth=0.1,

@@ -193,7 +193,7 @@ class ArmConfig:
         bounds="not negative",
     )
     threshold_rate: float = setting(
-        0.05,
+        0.2,
         says="Least weight of a step in the moving averages that thresholds are.",
         families=_THRESHOLD,
         role="training",

@@ -134,7 +134,7 @@ class TokenChoiceMoE(FeedForward):
         return y_TD.view(x_BLD.shape), stats
 
     def _choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Chosen experts (T, K), their weights (T, K), or those of all (T, E), and every expert's probability (T, E)."""
+        """Chosen experts (T, K), their weights (T, K), or those of all (T, E), and all probabilities (T, E)."""
         softmax = self.score_function == "softmax"
         scores_TE = logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()
         biased_TE = scores_TE if self.expert_bias is None else scores_TE + self.expert_bias
