@@ -41,6 +41,8 @@ class FamilyFacts:
     """Models of Hugging Face with the same mathematics, or "none"."""
     group_over: tuple[str, ...] = ()
     """What its groups may be formed over; empty where it has none of `group_size` tokens."""
+    follows_load: bool = False
+    """Whether it has state that a step's load moves in place of a gradient, which trainers of language models do."""
     router_scalars: int = 0
     """Parameters of a router besides a vector for each of its columns."""
     model_settings: tuple[str, ...] = ()
@@ -102,6 +104,7 @@ FAMILIES: dict[Family, FamilyFacts] = {
         batch="only in the first steps of training",
         alone="yes",
         stock="none",
+        follows_load=True,
     ),
     "remoe": FamilyFacts(
         layer="mixtura.layers.remoe:ReMoE",
@@ -114,6 +117,7 @@ FAMILIES: dict[Family, FamilyFacts] = {
         batch="no",
         alone="yes",
         stock="none",
+        follows_load=True,
     ),
     "soft": FamilyFacts(
         layer="mixtura.layers.soft:SoftMoE",
