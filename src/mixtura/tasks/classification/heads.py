@@ -139,8 +139,8 @@ def _build_feed_forward(arm: ArmConfig, hidden_size: int) -> FeedForward:
         )
     if facts.follows_load:
         raise UserError(
-            f"'head.feed_forward.family' is '{arm.family}', whose router follows the load of a language model's training "
-            "steps, which a head has none of: use token_choice, soft or mixture_of_tokens."
+            f"'head.feed_forward.family' is '{arm.family}', whose router follows the load of a language model in "
+            "training, and a head's is not followed: use token_choice, soft or mixture_of_tokens."
         )
     if facts.group_over and arm.group_over != "batch":
         raise UserError(
