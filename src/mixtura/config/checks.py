@@ -224,8 +224,8 @@ def _check_choice(where: str, arm: ArmConfig) -> None:
         _check_expert_groups(where, arm)
     if arm.dense_router_gradient and (arm.capacity_factor is not None or arm.route_by != "token"):
         raise UserError(
-            f"'{where}.dense_router_gradient' is true, which needs a router and no capacity, since all experts run on "
-            f"every token: set it to false, or '{where}.capacity_factor' to \"none\" and '{where}.route_by' to \"token\"."
+            f"'{where}.dense_router_gradient' is true, which runs all experts and so needs a router and no capacity: "
+            f"set it to false, or '{where}.capacity_factor' to \"none\" and '{where}.route_by' to \"token\"."
         )
 
 
