@@ -13,6 +13,7 @@ import pytest
 
 from mixtura import __version__, cli
 from mixtura.cli import application
+from mixtura.comparison.holding import holding
 from mixtura.config import recipe_to_toml
 
 VERBS = (
@@ -67,20 +68,39 @@ def test_help_lists_every_verb_with_a_whole_sentence(run):
 def test_every_verb_explains_itself(run, verb):
     code, text = run(verb, "--help")
     assert code == 0 and f"mixtura {verb}" in text and "--help" in text
-    assert all(option in text for option in OPTIONS[verb]) and "..." not in text.replace("{texts}...", "").replace(
-        "texts... <", ""
-    )
+    assert all(option in text for option in OPTIONS[verb]) and "..." not in text.replace("[prompts]...", "").replace(
+        "[texts]...", ""
+    ).replace("texts... <", "").replace("prompts... <", "")
 
 
 OPTIONS = {
     "compare": ("--preset", "--out", "--set", "--resume", "--open"),
     "report": ("--open",),
     "train": ("--preset", "--arm", "--seed", "--out", "--set", "--resume"),
-    "evaluate": ("--text", "--text-column", "--batch-size", "--sequence-length"),
-    "generate": ("--max-new-tokens", "--temperature", "--seed"),
+    "evaluate": (
+        "--text",
+        "--text-column",
+        "--batch-size",
+        "--sequence-length",
+        "--tasks",
+        "--shots",
+        "--limit",
+        "--json",
+    ),
+    "generate": (
+        "--in",
+        "--out",
+        "--max-new-tokens",
+        "--temperature",
+        "--top-p",
+        "--top-k",
+        "--seed",
+        "--chat",
+        "--stream",
+    ),
     "finetune": ("--preset", "--data", "--columns", "--pairs", "--base", "--out", "--set", "--resume", "--open"),
-    "translate": ("--from", "--to", "--beams"),
-    "classify": (),
+    "translate": ("--from", "--to", "--in", "--out", "--beams"),
+    "classify": ("--in", "--out"),
     "diagnose": ("--text", "--text-column", "--max-tokens", "--out", "--open"),
     "upcycle": ("--family", "--num-experts", "--top-k", "--layers", "--split", "--with", "--text", "--seed"),
     "calibrate": ("--text", "--text-column", "--max-sequences"),
@@ -180,6 +200,47 @@ def test_ctrl_c_outside_a_run_says_how_to_go_on(run, recipe, tmp_path, monkeypat
     assert run("compare", recipe, "--out", tmp_path / "out")[0] == 0
 
 
+def test_sigterm_before_training_is_ctrl_c_too(recipe, tmp_path, monkeypatch, capsys):
+    def terminate(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("mixtura.comparison.runner.make_experiment", terminate)
+    monkeypatch.setattr("sys.argv", ["mixtura", "compare", str(recipe), "--out", str(tmp_path / "out")])
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130 and "The same command goes on from there." in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_folder_in_use_is_refused_and_a_mistake_leaves_no_folder(recipe, tmp_path, run, capsys):
+    with holding(tmp_path / "out"):
+        assert run("compare", recipe, "--out", tmp_path / "out")[0] == 2
+    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
+    nothing = f'data.path="{tmp_path / "empty.txt"}"'
+    assert run("compare", recipe, "--out", tmp_path / "new" / "out", "--set", nothing)[0] == 2
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_under_torchrun_one_process_says_what_is_wrong(run, monkeypatch, capsys, tmp_path, rank):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr("sys.argv", ["mixtura", "compare", str(tmp_path / "none.toml")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and bool(capsys.readouterr().err) == (rank == "0")
+
+
+@pytest.mark.slow
+def test_under_torchrun_one_process_shows_progress_and_results(recipe, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mixtura"]
+    command = [*launch, "train", str(recipe), "--arm", "dense", "--out", str(tmp_path / "out"), "--no-resume"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Model: ") == 1 and result.stdout.count("step 4/4") == 1
+    assert not list((tmp_path / "out").glob(".in-use*"))
+
+
 def test_the_program_fails_with_one_sentence_as_a_process_of_its_own(tmp_path):
     command = [sys.executable, "-m", "mixtura", "compare", str(tmp_path / "none.toml")]
     failed = subprocess.run(command, capture_output=True, text=True)
@@ -187,7 +248,8 @@ def test_the_program_fails_with_one_sentence_as_a_process_of_its_own(tmp_path):
     assert failed.stderr.startswith("mixtura: ") and failed.stderr.count("\n") == 1
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(recipe, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(recipe, tmp_path, number):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "mixtura", "train", str(recipe), "--arm", "dense", "--out", str(out)]
     command += [
@@ -204,7 +266,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe, tmp_path):
     deadline = time.monotonic() + 90
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "goes on from there" in error and "Traceback" not in error

@@ -1,5 +1,12 @@
-"""What ends a command with one sentence: a user's mistake, an interruption, a package that only an extra installs."""
+"""What ends a command with one sentence: a user's mistake, an interruption, a package that only an extra installs.
 
+Under torchrun one of the processes says it. Which one a process is stands in its environment variables; without
+torchrun it is the first and only one.
+"""
+
+import errno
+import os
+import re
 from importlib import import_module
 from typing import Any
 
@@ -7,6 +14,7 @@ EXTRAS = {
     "datasets": ("datasets", "data"),
     "gguf": ("gguf", "convert"),
     "jinja2": ("jinja2", "report"),
+    "lm_eval": ("lm-eval", "clients"),
     "lxml": ("lxml", "data"),
     "markupsafe": ("markupsafe", "report"),
     "matplotlib": ("matplotlib", "report"),
@@ -17,6 +25,13 @@ EXTRAS = {
     "sacrebleu": ("sacrebleu", "finetune"),
 }
 """By the name of a module: the package that has it, and the extra of Mixtura that installs it."""
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than the disk or this process may have",
+    errno.EROFS: "the disk is read-only",
+}
 
 
 class UserError(ValueError):
@@ -49,6 +64,13 @@ def reason_of(error: Exception) -> str:
     return (text.strip() or type(error).__name__).splitlines()[0].rstrip(".:")
 
 
+def disk_error(error: Exception) -> str | None:
+    """What is wrong with the disk, where that is what an error says; safetensors has it only in its message."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    return _DISK_ERRORS.get(number or 0)
+
+
 def missing_extra(error: ModuleNotFoundError) -> str | None:
     """What to tell a user whose installation lacks an extra; None where the module is of no extra."""
     name = (error.name or "").partition(".")[0]
@@ -59,3 +81,20 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
         f"This needs the package {package}, which is not installed: run pip install 'mixtura[{extra}]', "
         "or 'mixtura[all]' for everything."
     )
+
+
+def rank() -> int:
+    """The number of this process among all; 0 is the one that writes and speaks."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def local_rank() -> int:
+    """The number of this process on its machine; 0 says what went wrong there."""
+    return int(os.environ.get("LOCAL_RANK") or 0)
+
+
+def launch() -> str:
+    """What all processes of one start have in common and no other start has; empty without torchrun."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return ""
+    return ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))

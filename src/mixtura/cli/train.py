@@ -14,9 +14,11 @@ from mixtura.cli.application import (
     ResumeOption,
     SetOption,
     app,
+    naming_flags,
     open_page,
     progress,
     recipe_path,
+    say,
 )
 from mixtura.errors import need
 
@@ -115,13 +117,14 @@ def train(
     path = recipe_path(recipe, preset)
     changes = [*start_overrides(path, arm=arm, start=start, text=text), *(overrides or [])]
     one_arm(load_recipe(path, changes), arm)  # so that a mistake is told before torch is imported
-    with progress(None) as reporter:
+    told = {"'data.path'": "--text"} if text is not None else {}
+    with naming_flags(told), progress(None) as reporter:
         trained = mixtura.train(path, arm=arm, seed=seed, out=out, overrides=changes, resume=resume, reporter=reporter)
     from mixtura.report.measures import final_sentence
 
     for mode, measures in trained.result.final.items():
-        typer.echo(final_sentence(mode, measures, task=getattr(load_recipe(path, changes), "task", "pretraining")))
-    typer.echo(f"Model: {trained.checkpoint}")
+        say(final_sentence(mode, measures, task=getattr(load_recipe(path, changes), "task", "pretraining")))
+    say(f"Model: {trained.checkpoint}")
 
 
 def _compare(path: Path, out: Path | None, overrides: list[str], *, resume: bool, open_report: bool) -> None:
@@ -143,6 +146,6 @@ def _compare(path: Path, out: Path | None, overrides: list[str], *, resume: bool
         )
     page = folder / "report.html"
     verdict = results.summary.verdict.headline if results.summary else ""
-    typer.echo(f"\n{verdict}\n\nReport: {page}")
+    say(f"\n{verdict}\n\nReport: {page}")
     if open_report:
         open_page(page)

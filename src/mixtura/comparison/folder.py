@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+from mixtura.comparison.holding import HOLDER, has_runs
 from mixtura.config import FinetuneRecipe, Recipe, UserError, recipe_to_dict, recipe_to_toml
+from mixtura.errors import rank
 from mixtura.files import write_json, write_text
 from mixtura.kernels import native
 from mixtura.results.files import read_json
@@ -30,6 +32,8 @@ def open_folder(out: Path, recipe: Recipe | FinetuneRecipe, *, resume: bool) -> 
     Raises:
         UserError: the folder cannot be written, holds something else, or was begun with another recipe.
     """
+    if rank():  # the first does it for all
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(out)
@@ -51,7 +55,7 @@ _OURS = ("arms", "search", "data", "figures", "data.json", "timing.json", "resul
 def _refuse_foreign(out: Path) -> None:
     # A recipe alone may be the user's own file.
     ours = all((out / name).exists() for name in ("environment.json", "recipe.toml"))
-    if not ours and any(path.name != "environment.json" for path in out.iterdir()):
+    if not ours and any(path.name not in ("environment.json", HOLDER) for path in out.iterdir()):
         raise UserError(f"'{out}' has files but is no comparison's folder: choose an empty or new one with --out.")
 
 
@@ -68,7 +72,7 @@ def _check_same_recipe(out: Path, recipe: Recipe | FinetuneRecipe) -> None:
     path = out / "recipe.toml"
     if not path.exists():
         return
-    if not _has_runs(out):
+    if not has_runs(out):
         # No run has begun, as after a mistake in the recipe: the corrected one may have the folder.
         (out / "timing.json").unlink(missing_ok=True)
         return
@@ -98,7 +102,7 @@ def check_same_data(out: Path, experiment: Experiment) -> None:
     path = out / "data.json"
     # As JSON gives it back.
     seen = json.loads(json.dumps({"summary": experiment.data, "tokens": experiment.data_digest}))
-    before = read_json(path, keys=seen) if _has_runs(out) else None
+    before = read_json(path, keys=seen) if has_runs(out) else None
     if before is None:
         write_json(path, seen)
     elif difference := _first_difference(before, seen, ""):
@@ -108,11 +112,6 @@ def check_same_data(out: Path, experiment: Experiment) -> None:
             f"The {what} has changed since '{out}' was begun ({key} was {old!r}, now it is {new!r}): put it back, "
             "choose another folder with --out, or --no-resume to start over."
         )
-
-
-def _has_runs(out: Path) -> bool:
-    """Whether a run has begun, a trial of the search among them: `arms/<arm>/seed<k>/`, one folder deeper there."""
-    return any(out.glob("arms/*/*/run.json")) or any(out.glob("search/*/*/*/run.json"))
 
 
 def _first_difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any] | None:

@@ -104,6 +104,8 @@ def test_every_arm_trains_and_classifies_new_texts_after_it(make, run, name):
     saved, loaded = load_classifier(folder / "checkpoint")
     assert saved.labels == ("negative", "positive")
     assert_close([a.probability for a in answers], [max(a.probabilities.values()) for a in answers])
+    assert not any(answer.cut for answer in answers)
+    assert [answer.cut for answer in classify(folder / "checkpoint", ["good", "good " * 99])] == [False, True]
     one_by_one = [classify(folder / "checkpoint", [text])[0].probabilities["positive"] for text in texts]
     assert_close([a.probabilities["positive"] for a in answers], one_by_one, rtol=0, atol=1e-6)
     # The trained model and the loaded one are the same function.

@@ -20,7 +20,7 @@ from mixtura.results.details import TranslationDetails
 from mixtura.results.document import PairedTest
 from mixtura.results.json_form import from_plain, to_plain
 from mixtura.tasks.translation.experiment import make_translation
-from mixtura.tasks.translation.translator import translate
+from mixtura.tasks.translation.translator import translate, translate_lines
 from mixtura.training import train
 
 WORDS = ["ban", "den", "fin", "gat", "lit", "mon", "nab", "pol", "rud", "sef"]
@@ -258,6 +258,13 @@ def test_what_a_model_cannot_translate_is_refused(experiment, tmp_path):
     ):
         with pytest.raises(UserError, match=complaint):
             translate(folder, text, source_language="en", target_language=target)
+    with pytest.raises(UserError, match=r"Line 2 has .*\(and so is line 4\): split it"):
+        translate(folder, "ban\n" + "ban " * 60 + "\nban\n" + "ban " * 60, **languages)
+    done = translate_lines(folder, ["ban", "", "ban ban"], **languages)
+    assert len(done.lines) == 3 and done.lines[1] == "" and not any("\n" in line for line in done.lines)
+    alone = [translate_lines(folder, [line], **languages) for line in ("ban", "ban ban")]
+    assert [done.lines[0], done.lines[2]] == [one.lines[0] for one in alone]
+    assert done.cut == [number for number, one in zip((1, 3), alone, strict=True) if one.cut]
     with pytest.raises(UserError, match="no translation model"):
         translate(tmp_path, "ban", **languages)
     with pytest.raises(UserError, match="num_beams is 0"):

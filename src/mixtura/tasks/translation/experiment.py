@@ -79,8 +79,10 @@ class TranslationExperiment(Experiment):
         """
         found: dict[str, dict[str, PairedTest]] = {}
         for name in self.arms:
-            if name != self.recipe.baseline:
-                tests = [self._bootstrap(out, name, seed) for seed in self.recipe.seeds]
+            # A run that diverged has translated nothing.
+            seeds = [seed for seed in self.recipe.seeds if self._translated(out, self.recipe.baseline, name, seed=seed)]
+            if name != self.recipe.baseline and seeds:
+                tests = [self._bootstrap(out, name, seed) for seed in seeds]
                 found[name] = {
                     direction: PairedTest(
                         difference=sum(test[direction].difference for test in tests) / len(tests),
@@ -89,6 +91,9 @@ class TranslationExperiment(Experiment):
                     for direction in tests[0]
                 }
         return AcrossArms(found)
+
+    def _translated(self, out: Path, *arms: str, seed: int) -> bool:
+        return all((out / "arms" / arm / f"seed{seed}" / OUTPUTS_FILE).exists() for arm in arms)
 
     def _bootstrap(self, out: Path, name: str, seed: int) -> dict[str, PairedTest]:
         arms = (self.recipe.baseline, name)
