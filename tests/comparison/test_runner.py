@@ -249,6 +249,8 @@ FAMILIES = {
     "dense": ("causal", "causal", Leaks(False, False, False), None),
     "token_choice": ("causal", "causal", Leaks(False, False, False), None),
     "expert_choice": ("group", None, Leaks(False, True), "also when deployed"),
+    "expert_threshold": ("causal", "causal", Leaks(False, False, False), None),
+    "remoe": ("causal", "causal", Leaks(False, False, False), None),
     "soft": ("group", None, Leaks(True, False), "sees the future"),
     "mixture_of_tokens": ("group", "alone", Leaks(False, True, False), "does not"),
 }

@@ -256,6 +256,34 @@ def _check_choice(where: str, arm: ArmConfig) -> None:
         raise UserError(
             f"'{where}.top_k' is {arm.top_k} but there are {arm.num_experts} experts: lower top_k or raise num_experts."
         )
+    if arm.family == "token_choice":
+        _check_expert_groups(where, arm)
+    if arm.dense_router_gradient and (arm.capacity_factor is not None or arm.route_by != "token"):
+        raise UserError(
+            f"'{where}.dense_router_gradient' is true, which runs all experts and so needs a router and no capacity: "
+            f"set it to false, or '{where}.capacity_factor' to \"none\" and '{where}.route_by' to \"token\"."
+        )
+
+
+def _check_expert_groups(where: str, arm: ArmConfig) -> None:
+    if arm.num_experts % arm.expert_groups:
+        raise UserError(
+            f"'{where}.expert_groups' is {arm.expert_groups}, into which {arm.num_experts} experts do not divide: "
+            "set it to a divisor, or to 1 for no groups."
+        )
+    if arm.groups_per_token > arm.expert_groups:
+        raise UserError(
+            f"'{where}.groups_per_token' is {arm.groups_per_token} of {arm.expert_groups} groups: lower it or raise "
+            f"'{where}.expert_groups'."
+        )
+    within = arm.groups_per_token * arm.num_experts // arm.expert_groups
+    if arm.top_k > within:
+        raise UserError(
+            f"'{where}.top_k' is {arm.top_k} but a token's groups have {within} experts: lower it, or raise "
+            f"'{where}.groups_per_token'."
+        )
+    if arm.expert_groups > 1 and arm.route_by != "token":
+        raise UserError(f"'{where}.expert_groups' is {arm.expert_groups}, but languages name the experts: set it to 1.")
 
 
 def _check_groups(where: str, arm: ArmConfig, batch_sizes: Mapping[str, int], sequence_length: int | None) -> None:

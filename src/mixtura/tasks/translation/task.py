@@ -164,7 +164,7 @@ class TranslationTask(TrainingTask):
         aux_loss, z_loss = getattr(outputs, "aux_loss", None), getattr(outputs, "z_loss", None)
         return StepLosses(summed / num_targets, aux_loss, z_loss, routing)
 
-    def router_loss_weights(self, model: nn.Module) -> tuple[float, float]:
+    def router_loss_weights(self, model: nn.Module) -> tuple[Tensor | float, Tensor | float]:
         """Those of the adapter, where there is one; a frozen base model is not balanced."""
         if self.adapter is not None:
             return self.adapter.router_aux_loss_coef, 0.0
