@@ -7,10 +7,10 @@ time, differences and verdicts the same way for all.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from mixtura.config import AnyRecipe
 from mixtura.results import ArmDescription, Facts, Leaks
 from mixtura.results.document import AcrossArms
 from mixtura.training.task import TrainingTask
@@ -49,7 +49,7 @@ class Arm(ABC):
 class Experiment(ABC):
     """Everything a comparison runs."""
 
-    recipe: AnyRecipe
+    recipe: Any
     """The recipe as it runs: what it left open, or its data could not fill, is fitted to the data."""
     arms: dict[str, Arm]
     """By name, in the recipe's order."""

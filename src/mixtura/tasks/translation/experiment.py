@@ -6,7 +6,7 @@ All arms see the same sentence pairs in the same order, and are scored on the sa
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import TranslationRecipe, UserError
