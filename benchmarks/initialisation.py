@@ -216,6 +216,7 @@ class Training:
         curve = [sum(self.losses[k : k + size]) / size for k in range(0, len(self.losses) - size + 1, size)]
         return {
             **asdict(self.run),
+            "branches": list(self.run.branches),
             "key": self.run.key,
             "end": end,
             "steps_taken": self.step,
@@ -334,6 +335,17 @@ def read_runs(path: Path) -> list[Run]:
     return [Run(**{**line, "branches": tuple(line.get("branches", ()))}) for line in lines(path)]
 
 
+def store(folder: Folder) -> Path:
+    """Stores the results: the defaults once, and for every row only what differs from them, without its curve."""
+    left_out = {"key", "name", "priority", "training_curve"}
+    defaults = {name: value for name, value in {**asdict(Run()), "branches": []}.items() if name not in left_out}
+    rows = [
+        {name: value for name, value in row.items() if name not in left_out and value != defaults.get(name, ...)}
+        for row in folder.rows()
+    ]
+    return store_record(RESULTS, "initialisation", settings=defaults, rows=rows)
+
+
 def main() -> None:
     """Trains a list of runs, or stores their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -350,7 +362,7 @@ def main() -> None:
         while train_next(read_runs(options.runs), folder):
             pass
     else:
-        print(f"Stored in {store_record(RESULTS, 'initialisation', settings={}, rows=folder.rows())}")
+        print(f"Stored in {store(folder)}")
 
 
 if __name__ == "__main__":
