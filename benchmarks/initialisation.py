@@ -38,7 +38,7 @@ from mixtura.data.prepare import PreparedData, prepare_data
 from mixtura.evaluation import evaluate_loss
 from mixtura.models import MixtureForCausalLM
 from mixtura.models.build import build_model_config
-from mixtura.models.population import calibrate
+from mixtura.models.calibration import calibrate
 from mixtura.training.optimization import build_optimizer, clip_gradients, learning_rate_factor
 
 RESULTS = Path(__file__).parent / "results"
