@@ -169,8 +169,8 @@ def initialisation() -> str:
     text = _top(
         "How much does the scale of the first weights matter?",
         "`benchmarks/results/initialisation-*.json`",
-        "Held-out nats a token after short runs of `benchmarks/initialisation.py`. A scale multiplies 1 / sqrt(fan-in); "
-        "a dash is the standard deviation 0.02. Up and down are the two projections of dense layers and of experts. "
+        "Held-out nats a token after short runs of `benchmarks/initialisation.py`. A scale multiplies "
+        "1 / sqrt(fan-in); a dash is the standard deviation 0.02. Up and down are the two projections of dense layers and of experts. "
         "One row a run. The [log](../log.md) says what follows.",
     )
     head = [
@@ -187,7 +187,8 @@ def initialisation() -> str:
     ]
     for name, record in _records("initialisation-*.json"):
         made, about = record["created"][:10], record["environment"]
-        text += f"{made}, {about['processor']}, torch {about['torch']}, transformers {about['transformers']} (`{name}`).\n\n"
+        text += f"{made}, {about['processor']}, torch {about['torch']}, transformers {about['transformers']} "
+        text += f"(`{name}`).\n\n"
         rows = (_start(record["settings"] | row) for row in record["rows"])
         text += _table(head, rows) + "\n"
     return text.rstrip("\n") + "\n"
