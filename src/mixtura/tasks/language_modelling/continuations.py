@@ -44,7 +44,7 @@ def continue_held_out(model: Any, held_out: PackedTokens, tokenizer: PreTrainedT
 
 
 def _continue(model: Any, row_L: Any, prompt_tokens: int, tokenizer: Any) -> Continuation:
-    prompt_L, rest_L = row_L[:prompt_tokens], row_L[prompt_tokens : prompt_tokens + NEW_TOKENS]
+    prompt_L, next_L = row_L[:prompt_tokens], row_L[prompt_tokens : prompt_tokens + NEW_TOKENS]
     ids_BL = torch.from_numpy(prompt_L)[None].to(model.device)
     room = getattr(model.config, "max_position_embeddings", prompt_tokens + NEW_TOKENS) - prompt_tokens
     output_BL = model.generate(
@@ -54,6 +54,6 @@ def _continue(model: Any, row_L: Any, prompt_tokens: int, tokenizer: Any) -> Con
         max_new_tokens=max(1, min(NEW_TOKENS, room)),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
-    parts = (prompt_L, rest_L, output_BL[0, prompt_tokens:].tolist())
+    parts = (prompt_L, next_L, output_BL[0, prompt_tokens:].tolist())
     prompt, reference, output = (tokenizer.decode(part, skip_special_tokens=True) for part in parts)
     return Continuation(prompt=prompt, reference=reference, output=output)
