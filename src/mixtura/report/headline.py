@@ -42,7 +42,7 @@ def write_headline(
     if not decided:
         return f"No winner: {_names(arms, draws)} {_verb('draw', draws)} with {base}"
     numbered = decided if len(others) <= _MOST_NAMED else [_best(arms, decided, yardstick)]
-    clauses = [_clause(arms[name], outcomes[name], base, yardstick) for name in numbered]
+    clauses = [_clause(arms[name], outcomes[name], base if name == numbered[0] else "", yardstick) for name in numbered]
     for outcome in ("beats", "loses", "draw"):
         left = [name for name in others if outcomes[name] == outcome and name not in numbered]
         if left:
@@ -57,13 +57,15 @@ def _best(arms: Mapping[str, ArmSummary], decided: Sequence[str], yardstick: Yar
 
 
 def _clause(arm: ArmSummary, outcome: Outcome, base: str, yardstick: Yardstick) -> str:
-    """One arm with its number: "MoT loses to dense by 0.118 ± 0.010"."""
+    """One arm with its number: "MoT loses to dense by 0.118 ± 0.010"; `base` is empty where it was named before."""
     difference, measure = arm.difference.deployed, yardstick.measure
     assert difference is not None, f"{arm.label} was not compared with the baseline"
     amount = margin(difference, least=measure.digits)
     amount += f" {'points' if measure.unit == '%' else measure.unit}" if measure.unit in ("%", "points") else ""
     dearer = f" at {number(arm.flops_ratio, 2)}{TIMES} its FLOPs" if yardstick.unmatched(arm.flops_ratio) else ""
-    return f"{arm.label} {'beats' if outcome == 'beats' else 'loses to'} {base} by {amount}{dearer}"
+    if outcome == "beats":
+        return f"{arm.label} beats {base or 'it'} by {amount}{dearer}"
+    return f"{arm.label} loses{f' to {base}' if base else ''} by {amount}{dearer}"
 
 
 def _names(arms: Mapping[str, ArmSummary], names: Sequence[str]) -> str:

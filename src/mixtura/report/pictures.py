@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from mixtura.files import replacing
 from mixtura.report.deployment import MODES, deployed_arms, gaps
@@ -15,7 +16,7 @@ from mixtura.report.figures import final_gap, final_loss, gap_lines, held_out_li
 from mixtura.report.held_out import held_out
 from mixtura.report.load_maps import load_maps
 from mixtura.report.measures import difference_unit, yardstick_of
-from mixtura.report.wording import arm_colours, capital, signed_margin
+from mixtura.report.wording import MINUS, arm_colours, capital, signed_margin
 from mixtura.results import Results, Summary
 
 INK, SOFT, GRID = "#1f2328", "#59636e", "#e3e6ea"
@@ -81,6 +82,7 @@ def draw_loss(results: Results, summary: Summary) -> Figure | None:
     left.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
     base_label = summary.arms[results.baseline].label
     right.axhline(0, color=colours[results.baseline][0], linewidth=1.6)
+    right.yaxis.set_major_formatter(FuncFormatter(_signed_tick))
     right.set_title(f"Loss minus {base_label}'s: below the line is better", loc="left", fontsize=10, color=INK)
     for axes in (left, right):
         axes.set_xlabel("training steps", color=SOFT, fontsize=9)
@@ -117,6 +119,7 @@ def draw_differences(results: Results, summary: Summary) -> Figure | None:
     figure = Figure(figsize=(7.6, 1.5 + 0.62 * len(shown)), layout="constrained")
     axes = figure.subplots()
     _style(axes)
+    axes.xaxis.set_major_formatter(FuncFormatter(_signed_tick))
     axes.grid(False, axis="y")
     axes.axvline(0, color=SOFT, linewidth=1.2)
     for row, (name, difference) in enumerate(shown.items()):
@@ -226,6 +229,11 @@ def _style(axes: Any) -> None:
     axes.grid(True, color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(colors=SOFT, labelsize=9, length=0)
+
+
+def _signed_tick(value: float, place: int | None = None) -> str:
+    """A difference at an axis, with its sign as everywhere."""
+    return f"{value:+g}".replace("-", MINUS) if abs(value) > 1e-9 else "0"
 
 
 def _plain(text: str) -> str:
