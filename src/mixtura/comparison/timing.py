@@ -93,7 +93,7 @@ class _Step:
 
     def parts(self) -> StepParts:
         """Shares of the time of a step; its parts wait for the device, so the whole step is timed without them."""
-        seconds = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+        seconds: dict[str, float] = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
         _synchronize(self.device)
         since = time.perf_counter()
 

@@ -37,11 +37,12 @@ def held_out(results: Results) -> HeldOut:
 
 def _sequences(results: Results) -> HeldOut:
     facts, training = results.data.facts, _training(results)
-    tokens, length = facts.get("tokens_validation"), facts.get("sequence_length")
-    wanted, first, batch = (training.get(key) for key in ("final_eval_sequences", "eval_sequences", "batch_size"))
-    known = (tokens, length, wanted, first, batch)
-    if not all(isinstance(value, int) and value for value in known):
+    values = [facts.get("tokens_validation"), facts.get("sequence_length")]
+    values += [training.get(key) for key in ("final_eval_sequences", "eval_sequences", "batch_size")]
+    known = [value for value in values if isinstance(value, int) and value]
+    if len(known) < len(values):
         return HeldOut("some of the held-out sequences", "more of the held-out sequences")
+    tokens, length, wanted, first, batch = known
     # The final evaluation takes whole batches, so that every group is full.
     final = max(1, min(wanted, tokens // length) // batch) * batch
     return HeldOut(f"the first {first:,} held-out sequences", f"the first {final:,} held-out sequences")
