@@ -59,3 +59,12 @@ def test_details_of_a_run_hold_the_sample(arms_and_data, tmp_path):
     assert len(mixed.peakedness) == 1
     assert len(dense.continuations) == len(mixed.continuations) == 2
     assert dense.continuations[0].prompt == mixed.continuations[0].prompt
+
+
+def test_a_model_that_is_served_in_groups_writes_alone(arms_and_data):
+    arms, data = arms_and_data
+    model = arms["mixture_of_tokens"].build(0)
+    alone = continue_held_out(model, data.validation, data.tokenizer)
+    model.set_inference_mode("group", top_k=model.config.alone_top_k)
+    assert continue_held_out(model, data.validation, data.tokenizer) == alone
+    assert model.config.inference_mode == "group"

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mixtura.config.families import never_served
 from mixtura.data.packing import PackedTokens
+from mixtura.models.inference import grouped_layers, running_in
 from mixtura.results.details import Continuation
 
 TEXTS, PROMPT_TOKENS, NEW_TOKENS = 2, 16, 40
@@ -36,9 +37,9 @@ def continue_held_out(model: Any, held_out: PackedTokens, tokenizer: PreTrainedT
     was_training = model.training
     model.eval()
     try:
-        return [
-            _continue(model, held_out.sequences_NL[place].astype("int64"), prompt_tokens, tokenizer) for place in places
-        ]
+        with running_in(grouped_layers(model), "alone"):  # one text has no group
+            rows = [held_out.sequences_NL[place].astype("int64") for place in places]
+            return [_continue(model, row_L, prompt_tokens, tokenizer) for row_L in rows]
     finally:
         model.train(was_training)
 
