@@ -282,7 +282,7 @@ def test_a_comparison_has_every_key_of_its_contract(finished):
     top = {"schema_version", "created", "command", "recipe", "recipe_toml", "environment", "data", "held_equal"}
     assert results.keys() == top | {"task", "measure", "baseline", "total_seconds", "arms", "across_arms", "summary"}
     costs = {"parameters_total", "parameters_active", "flops_per_token", "flops_ratio", "seconds_per_step"}
-    costs |= {"parameters_trainable", "seconds_ratio", "peak_memory_bytes", "optimizer_state_bytes"}
+    costs |= {"parameters_trainable", "seconds_ratio", "peak_memory_bytes", "optimizer_state_bytes", "step_parts"}
     identity = {"family", "label", "settings", "learning_rate", "learning_rate_search", "leaks", "runs"}
     run_keys = {"seed", "learning_rate", "steps", "train_seconds", "final", "curve", "train_curve", "grad_norm"}
     run_keys |= {"details", "spikes", "load", "load_imbalance", "dropped_share", "router_entropy"}

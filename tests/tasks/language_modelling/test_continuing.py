@@ -239,7 +239,7 @@ def test_a_comparison_at_unequal_flops_says_so_first(build, checkpoints, tmp_pat
     results = compare(build("dense", "twice", steps=4), out=tmp_path / "out")
     ratio = results.arms["twice"].flops_ratio
     verdict, said = results.summary.verdict, results.summary.arms["twice"]
-    assert verdict.headline.startswith(
+    assert verdict.finding.startswith(
         f"Equal steps, not equal FLOPs: a token of twice costs {ratio:.2f} times one of dense. "
     )
     assert results.summary.cautions[0].kind == "flops"

@@ -13,7 +13,8 @@ from mixtura.diagnostics.peakedness import measure_peakedness
 from mixtura.evaluation import check_evaluation, evaluate_loss, evaluation_modes
 from mixtura.models.transition import follow_transition
 from mixtura.results import Facts
-from mixtura.results.details import PretrainingDetails
+from mixtura.results.details import Peakedness, PretrainingDetails
+from mixtura.tasks.language_modelling.continuations import continue_held_out
 from mixtura.training import saving as checkpoints
 from mixtura.training.task import Batch, StepLosses, TrainingTask
 
@@ -98,12 +99,14 @@ class LanguageModelling(TrainingTask):
             measured["causal"] = measured.pop("alone")
         return {mode: {key: of[key] for key in _CURVE_MEASURES} for mode, of in measured.items()}
 
-    def details(self, model: Any, *, out: Path) -> PretrainingDetails | None:
-        """How peaked the weights of mixture-of-tokens layers are, on the first batch held out."""
-        if "mixture_of_tokens" not in (model.config.mlp_layer_types or []):
-            return None
-        rows = self.data.validation.sequences_NL[: self.config.batch_size]
-        return PretrainingDetails(peakedness=measure_peakedness(model, [torch.from_numpy(rows.astype("int64"))]))
+    def details(self, model: Any, *, out: Path) -> PretrainingDetails:
+        """What the model writes; and how peaked the weights of mixture-of-tokens layers are, on one held-out batch."""
+        peakedness: list[Peakedness] = []
+        if "mixture_of_tokens" in (model.config.mlp_layer_types or []):
+            rows = self.data.validation.sequences_NL[: self.config.batch_size]
+            peakedness = measure_peakedness(model, [torch.from_numpy(rows.astype("int64"))])
+        written = continue_held_out(model, self.data.validation, self.data.tokenizer)
+        return PretrainingDetails(peakedness=peakedness, continuations=written)
 
     def save(self, model: Any, folder: Path) -> None:
         """Writes weights and configuration as `from_pretrained` reads them."""
