@@ -37,8 +37,9 @@ def test_a_models_configuration_has_every_setting_with_its_default():
             assert defaults[field] == setting.default
 
 
-def test_a_dense_arm_has_no_setting_but_where_it_starts():
-    assert {name for name in SETTINGS if has_setting("dense", name)} == {"init_from", "learning_rate"}
+def test_a_dense_arm_has_no_setting_but_how_it_starts_and_is_trained():
+    scales = {"feed_forward_scale", "down_scale", "dense_scale"}
+    assert {name for name in SETTINGS if has_setting("dense", name)} == {"init_from", "learning_rate"} | scales
 
 
 @pytest.mark.parametrize("name", [name for name, setting in SETTINGS.items() if setting.bounds])

@@ -18,6 +18,7 @@ Placement = Literal["all", "later_half"]
 _ALL: tuple[Family, ...] = typing.get_args(Family)
 _TOKEN_CHOICE: tuple[Family, ...] = ("token_choice",)
 _CHOOSING: tuple[Family, ...] = ("token_choice", "expert_choice")
+_ROUTED: tuple[Family, ...] = ("token_choice", "expert_choice", "mixture_of_tokens")
 _GROUPED: tuple[Family, ...] = ("expert_choice", "mixture_of_tokens")
 _MIXING: tuple[Family, ...] = ("soft", "mixture_of_tokens")
 _MOT: tuple[Family, ...] = ("mixture_of_tokens",)
@@ -45,6 +46,49 @@ class ArmConfig:
         field=None,
         bounds="positive",
         shown=False,
+    )
+    feed_forward_scale: float = setting(
+        1.0,
+        says="Multiplies the standard deviations that all feed-forward weights are drawn with at the start, of dense "
+        "layers and experts alike; what `search.scales` tries.",
+        families=_ALL,
+        role="shape",
+        bounds="positive",
+        shown=False,
+    )
+    down_scale: float = setting(
+        1.0,
+        says="Multiplies those of the down-projections once more.",
+        families=_ALL,
+        role="shape",
+        bounds="positive",
+        shown=False,
+    )
+    dense_scale: float | None = setting(
+        None,
+        says="Standard deviation at the start, as a multiple of 1 / sqrt(fan-in), of dense feed-forward layers and "
+        "shared experts; None derives it, or takes `model.initializer_range` where the recipe names that.",
+        families=_ALL,
+        role="shape",
+        bounds="positive",
+        shown=False,
+    )
+    expert_scale: float | None = setting(
+        None,
+        says="The same of experts.",
+        families=MIXTURES,
+        role="shape",
+        bounds="positive",
+        shown=False,
+    )
+    router_scale: float | None = setting(
+        None,
+        says="The same of routers.",
+        families=_ROUTED,
+        role="shape",
+        bounds="positive",
+        shown=False,
+        of_router=True,
     )
     placement: Placement = setting(
         "later_half",

@@ -31,6 +31,7 @@ def check_recipe(recipe: Recipe) -> None:
     check_attention_heads(recipe.model)
     check_starts(recipe)
     if starts_from_checkpoints(recipe):
+        refuse_scales(recipe.search)
         return  # what the checkpoints decide is checked when they are read
     sizes, length = batch_sizes(recipe), recipe.data.sequence_length
     for name, arm in recipe.arms.items():
@@ -73,6 +74,19 @@ def check_frame(recipe: Any) -> None:
         _check_name(name)
 
 
+def refuse_scales(search: SearchConfig) -> None:
+    """Refuses a search of scales in a recipe whose models are not language models from random weights.
+
+    Raises:
+        UserError: names the key and the fix.
+    """
+    if search.scales:
+        raise UserError(
+            f"'search.scales' is {list(search.scales)}, but only language models from random weights are searched for "
+            "scales: leave it out."
+        )
+
+
 _MAY_BE_ZERO = {"weight_decay", "threads", "warmup_fraction", "min_learning_rate_fraction", "adam_beta1", "adam_beta2"}
 
 
@@ -105,12 +119,21 @@ def _check_training(training: TrainingConfig, search: SearchConfig) -> None:
             "'training.optimizer' is 'adamw_8bit' but torchao is not installed: pip install torchao, or choose "
             "adamw or adafactor."
         )
-    rates = search.learning_rates
-    if len(set(rates)) != len(rates):
-        raise UserError(f"'search.learning_rates' is {list(rates)}: give each rate once.")
-    for rate in rates:
-        if not 0 < rate < math.inf:
-            raise UserError(f"'search.learning_rates' has {rate}: each must be a finite number greater than zero.")
+    _check_search(search)
+
+
+def _check_search(search: SearchConfig) -> None:
+    for key, tried in (("learning_rates", search.learning_rates), ("scales", search.scales)):
+        if len(set(tried)) != len(tried):
+            raise UserError(f"'search.{key}' is {list(tried)}: give each once.")
+        for value in tried:
+            if not 0 < value < math.inf:
+                raise UserError(f"'search.{key}' has {value}: each must be a finite number greater than zero.")
+    if search.scales and not search.learning_rates:
+        raise UserError(
+            f"'search.scales' is {list(search.scales)} but 'search.learning_rates' is empty: name the rates that each "
+            "scale is tried with, one at least."
+        )
     if search.steps is not None and search.steps < 1:
         raise UserError(f"'search.steps' is {search.steps}: it must be greater than zero.")
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from mixtura.config.checks import check_attention_heads, check_feed_forward, check_frame, check_positive
+from mixtura.config.arms import SETTINGS
+from mixtura.config.checks import check_attention_heads, check_feed_forward, check_frame, check_positive, refuse_scales
 from mixtura.config.families import FAMILIES, facts_of
 from mixtura.config.finetuning import (
     AdapterConfig,
@@ -14,6 +15,7 @@ from mixtura.config.finetuning import (
     TranslationDataConfig,
     TranslationRecipe,
 )
+from mixtura.config.initialization import SCALE_KEYS
 from mixtura.config.languages import Pair, check_distinct_names, parse_pairs
 from mixtura.errors import UserError
 
@@ -25,6 +27,7 @@ def check_finetune_recipe(recipe: FinetuneRecipe) -> None:
         UserError: names the key, the value and the fix.
     """
     check_frame(recipe)
+    refuse_scales(recipe.search)
     check_positive("data", recipe.data)
     if recipe.base.num_layers is not None and recipe.base.num_layers < 1:
         raise UserError(f"'base.num_layers' is {recipe.base.num_layers}: keep at least 1 layer, or leave it out.")
@@ -121,6 +124,12 @@ def _check_classification_arm(where: str, arm: ClassificationArmConfig, recipe: 
     if arm.head.feed_forward is not None:
         sizes = {"training.batch_size": recipe.training.batch_size}
         check_feed_forward(f"{where}.head.feed_forward", arm.head.feed_forward, batch_sizes=sizes, sequence_length=None)
+        for key in SCALE_KEYS:
+            if getattr(arm.head.feed_forward, key) != SETTINGS[key].default:
+                raise UserError(
+                    f"'{where}.head.feed_forward.{key}' is {getattr(arm.head.feed_forward, key)}, but heads start from "
+                    "one rule: leave it out."
+                )
         if arm.head.feed_forward.route_by != "token":
             raise UserError(f"'{where}.head.feed_forward.route_by' is not 'token': a classifier has no languages.")
 

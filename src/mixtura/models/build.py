@@ -6,6 +6,7 @@ from typing import Any
 from mixtura.config import ArmConfig, ModelConfig
 from mixtura.config.arms import model_settings
 from mixtura.config.families import facts_of
+from mixtura.config.initialization import INITIALIZER_RANGE, start_scales
 from mixtura.layers import FeedForward
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.planning.matching import match_intermediate_size
@@ -34,6 +35,7 @@ def build_model_config(
         UserError: routing alone costs more than the dense layer.
     """
     own = {field: getattr(arm, setting.name) for setting, field in model_settings()}
+    own |= start_scales(arm, recipe_model)
     config = MixtureConfig(
         vocab_size=vocab_size,
         max_position_embeddings=max_position_embeddings,
@@ -48,7 +50,7 @@ def build_model_config(
         hidden_act=recipe_model.activation,
         gated=recipe_model.gated,
         tie_word_embeddings=recipe_model.tie_word_embeddings,
-        initializer_range=recipe_model.initializer_range,
+        initializer_range=recipe_model.initializer_range or INITIALIZER_RANGE,
         mlp_layer_types=layer_families(recipe_model.num_hidden_layers, arm),
         expert_names=expert_names,
         population=arm.population_rate > 0,

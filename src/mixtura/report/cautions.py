@@ -210,9 +210,13 @@ def _about_rate(name: str, arm: ArmResult, label: str) -> list[Caution]:
         return []
     if search.at_edge:
         rates = [trial.learning_rate for trial in search.trials]
-        end = "highest" if search.best >= max(rates) else "lowest"
+        scales = [trial.scale for trial in search.trials if trial.scale is not None]
+        what, best, tried = "learning rate", search.best, rates
+        if search.best_scale is not None and (len(set(rates)) == 1 or min(rates) < search.best < max(rates)):
+            what, best, tried = "initialisation scale", search.best_scale, scales
+        end = "highest" if best >= max(tried) else "lowest"
         text = (
-            f"{label}'s best learning rate, {rate(search.best)}, is the {end} of those tried: a better one may lie "
+            f"{label}'s best {what}, {rate(best)}, is the {end} of those tried: a better one may lie "
             f"beyond, so {label} may be shown worse than it is."
         )
         found.append(_caution("warning", "rate_at_edge", name, text))
@@ -246,6 +250,12 @@ _USES = {
 }
 
 
+def _searched(results: Results) -> str:
+    records = [arm.searched for arm in results.arms.values()]
+    scales = any(record is not None and record.best_scale is not None for record in records)
+    return "learning rate and initialisation scale were" if scales else "the learning rate was"
+
+
 def list_limits(results: Results, budget: Budget) -> list[Limit]:
     """What the comparison cannot tell, whatever its numbers."""
     environment, others, task = results.environment, len(results.arms) - 1, results.task
@@ -259,7 +269,7 @@ def list_limits(results: Results, budget: Budget) -> list[Limit]:
         f"{_LARGER[task]}.",
         "Other text": f"One source ({results.data.description}), one split. The intervals cover {varied}, "
         "not the choice of the held-out text, which is the same for all arms.",
-        "Other settings": "At most the learning rate was searched for each arm. Weight decay, warm-up, "
+        "Other settings": f"At most {_searched(results)} searched for each arm. Weight decay, warm-up, "
         f"{_SETTINGS[task]} are those of the recipe.",
         "Other hardware": f"Seconds and memory hold for this machine ({processor}, {environment['device']}) and these "
         "kernels; what mixtures cost beside dense layers differs between machines.",

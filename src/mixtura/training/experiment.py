@@ -36,6 +36,10 @@ class Arm(ABC):
     def build(self, seed: int) -> nn.Module:
         """A model as training starts with it; what is random in it follows from the seed by one rule for all arms."""
 
+    def at_scale(self, scale: float) -> "Arm":
+        """The arm with this `feed_forward_scale`, where its feed-forward weights are drawn at random."""
+        raise NotImplementedError(f"{type(self).__name__} draws no feed-forward weights at {scale:g}")
+
     @abstractmethod
     def describe(self, baseline: "Arm") -> ArmDescription:
         """What it is and costs before it runs."""

@@ -15,10 +15,11 @@ import torch
 from mixtura.checkpoints.decoder import count_parameters, decoder_config, load_decoder, probe_config, weights_digest
 from mixtura.checkpoints.pretrained import resolve_base
 from mixtura.config import ArmConfig, DataConfig, Recipe, UserError, starts_from_checkpoints
-from mixtura.config.arms import has_setting, model_settings, shown_settings
+from mixtura.config.arms import SETTINGS, has_setting, model_settings, shown_settings
 from mixtura.config.checks import batch_sizes, check_feed_forward
 from mixtura.config.families import facts_of
 from mixtura.config.from_checkpoint import SHAPE_KEYS, TRAINED_KEYS
+from mixtura.config.initialization import INITIALIZER_RANGE, SCALE_KEYS
 from mixtura.data.prepare import PreparedData, prepare_data
 from mixtura.data.tokenizer import load_tokenizer
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
@@ -109,6 +110,7 @@ class PretrainingArm(Arm):
         self.family = config.family
         self.label = config.family if name == config.family else name
         self.task, self.learning_rate, self.sequence_length = task, learning_rate, sequence_length
+        self._language_modelling = task
         self.grouped = evaluation_modes(model_config)[0] == "group"
         # What the finished model is: token choice where it has become that.
         self.training_mode = "causal" if config.transition_to or not self.grouped else "group"
@@ -129,6 +131,19 @@ class PretrainingArm(Arm):
         # A copy: a model writes its inference mode into its configuration.
         return MixtureForCausalLM(copy.deepcopy(self.model_config))
 
+    def at_scale(self, scale: float) -> "PretrainingArm":
+        """The same arm but for the scale of its feed-forward weights."""
+        model_config = copy.deepcopy(self.model_config)
+        model_config.feed_forward_scale = scale
+        return PretrainingArm(
+            self.name,
+            dataclasses.replace(self.config, feed_forward_scale=scale),
+            model_config,
+            task=self._language_modelling,
+            learning_rate=self.learning_rate,
+            sequence_length=self.sequence_length,
+        )
+
     def describe(self, baseline: Arm) -> ArmDescription:
         """What it is and costs, by the formulas of `planning`."""
         assert isinstance(baseline, PretrainingArm)
@@ -141,6 +156,8 @@ class PretrainingArm(Arm):
         if self.config.init_from is not None:
             settings["init_from"] = self.config.init_from
             total = count_parameters(shape)
+        else:
+            settings["initialization"] = _scales_in_words(shape)
         return ArmDescription(
             settings={key: value for key, value in settings.items() if value is not None},
             parameters_total=total,
@@ -181,6 +198,19 @@ def _placement(config: MixtureConfig) -> str:
         if depths == list(range(first, len(families))):
             return word
     return f"layers {', '.join(map(str, depths))}"
+
+
+def _scales_in_words(config: MixtureConfig) -> str:
+    """The scales that feed-forward weights and routers are drawn at, as a report shows them."""
+    scales = {"dense": config.dense_scale, "experts": config.expert_scale, "router": config.router_scale}
+    mixture = set(config.mlp_layer_types or []) - {"dense"}
+    words = []
+    for part, scale in scales.items():
+        if part == "dense" or mixture:
+            factor = 1.0 if part == "router" else config.feed_forward_scale
+            absolute = f"{config.initializer_range * factor:g}"
+            words.append(f"{part} {absolute if scale is None else f'{scale * factor:g}/sqrt(fan-in)'}")
+    return ", ".join(words) + ("" if config.down_scale == 1 else f", down-projections {config.down_scale:g} times that")
 
 
 def _deployed_mode(config: ArmConfig) -> str | None:
@@ -230,8 +260,7 @@ class Pretraining(Experiment):
         apart = max(abs(arm.flops_ratio - 1) for arm in described.values())
         tokens = training.batch_size * training.gradient_accumulation_steps * recipe.data.sequence_length
         flops = f"FLOPs a token within {100 * apart:.2g} %" if apart else "FLOPs a token"
-        std = recipe.model.initializer_range
-        start = f"the initialisation rule (normal, standard deviation {std:g}, seeded)"
+        start = _initialization(recipe)
         if starts_from_checkpoints(recipe):
             start = "the tokenizer, and that every arm starts from its checkpoint, the same for all seeds"
         return [
@@ -244,6 +273,17 @@ class Pretraining(Experiment):
             "clipping",
             "the held-out sequences",
         ]
+
+
+def _initialization(recipe: Recipe) -> str:
+    std = recipe.model.initializer_range
+    named = any(getattr(arm, key) != SETTINGS[key].default for arm in recipe.arms.values() for key in SCALE_KEYS)
+    if std is not None and not named and not recipe.search.scales:
+        return f"the initialisation rule (normal, standard deviation {std:g}, seeded)"
+    return (
+        f"seeded normal initialisation (standard deviation {std or INITIALIZER_RANGE:g}; feed-forward weights at each "
+        "arm's own scale)"
+    )
 
 
 def _make_arm(recipe: Recipe, data: PreparedData, name: str) -> PretrainingArm:
