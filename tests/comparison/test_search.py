@@ -108,12 +108,12 @@ def test_every_rate_is_tried_with_every_scale_and_the_best_pair_counts(tiny_reci
 
 
 def test_a_comparison_draws_its_weights_at_the_best_scale_and_says_so(tiny_recipe, tmp_path):
-    recipe = with_search(tiny_recipe(), [1e-3], scales=[1.0, 1e4])
+    recipe = with_search(tiny_recipe(), [1e-3], scales=[0.5, 1e4])
     results = compare(recipe, out=tmp_path / "out")
     for name, arm in results.arms.items():
-        assert arm.learning_rate_search.best_scale == 1.0 and len(arm.learning_rate_search.trials) == 2
-        assert arm.settings["initialization"].startswith("dense 0.25/sqrt(fan-in)"), name
-    assert read_json(tmp_path / "out" / "search" / "record.json")["arms"]["dense"]["best_scale"] == 1.0
+        assert arm.learning_rate_search.best_scale == 0.5 and len(arm.learning_rate_search.trials) == 2
+        assert arm.settings["initialization"].startswith("dense 0.125/sqrt(fan-in)"), name
+    assert read_json(tmp_path / "out" / "search" / "record.json")["arms"]["dense"]["best_scale"] == 0.5
 
 
 @pytest.mark.parametrize(

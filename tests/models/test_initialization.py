@@ -81,9 +81,31 @@ def test_a_checkpoint_says_its_scales_and_is_loaded_as_it_is(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_arm_that_names_no_scale_takes_its_familys(family):
     config = build_model_config(ModelConfig(), ArmConfig(family=family), vocab_size=40, max_position_embeddings=8)
-    derived = derived_scales(family)
+    derived = derived_scales(ArmConfig(family=family), gated=False)
     assert config.dense_scale == derived.dense_scale and config.expert_scale == derived.expert_scale
     assert config.router_scale == derived.router_scale and config.initializer_range == 0.02
+
+
+def update_of(layer, x):
+    with torch.no_grad():
+        return layer(x).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("width", [32, 128])
+@pytest.mark.parametrize("family", ["dense", "token_choice", "mixture_of_tokens"])
+def test_a_gated_layer_adds_as_much_as_a_plain_one_whatever_its_width(family, width):
+    """The derivation in numbers: the update's root mean square at the start, on unit tokens."""
+    arm = ArmConfig(family=family, placement="all", top_k=2, normalize_top_k=True, moe_intermediate_size=64)
+    added = {}
+    for gated in (False, True):
+        sizes = {"hidden_size": width, "num_hidden_layers": 1, "intermediate_size": 4 * width}
+        recipe_model = ModelConfig(**sizes, gated=gated, activation="silu" if gated else "relu")
+        torch.manual_seed(0)
+        model = MixtureForCausalLM(build_model_config(recipe_model, arm, vocab_size=40, max_position_embeddings=8))
+        added[gated] = update_of(model.train().model.layers[0].mlp, torch.randn(16, 64, width))
+    assert added[True] == pytest.approx(added[False], rel=0.35)
+    if family == "dense":
+        assert added[False] == pytest.approx(0.25**2 / math.sqrt(2), rel=0.1)
 
 
 def test_a_recipe_that_names_an_initializer_range_means_every_matrix():

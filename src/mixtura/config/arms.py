@@ -14,6 +14,8 @@ from mixtura.config.setting import Setting, read_settings, setting
 
 InferenceMode = Literal["group", "alone", "population"]
 Placement = Literal["all", "later_half"]
+Control = Literal["uniform_router", "random_routing", "shared_width"]
+"""What is taken from an arm to see whether its gain comes from that."""
 
 _ALL: tuple[Family, ...] = typing.get_args(Family)
 _TOKEN_CHOICE: tuple[Family, ...] = ("token_choice",)
@@ -89,6 +91,21 @@ class ArmConfig:
         bounds="positive",
         shown=False,
         of_router=True,
+    )
+    control: Control | None = setting(
+        None,
+        says='Makes the arm a control: of mixing, with routers of zeros ("uniform_router"); of learnt routing, with '
+        'routers that stay as drawn ("random_routing"); of routed experts, with dense layers as wide as the shared '
+        'experts in their place ("shared_width").',
+        families=_ALL,
+        role="shape",
+    )
+    control_of: str | None = setting(
+        None,
+        says="The arm that a control belongs to, whose settings it has where it names none of its own.",
+        families=_ALL,
+        role="run",
+        field=None,
     )
     placement: Placement = setting(
         "later_half",

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from mixtura.config.arms import SETTINGS, ArmConfig, has_setting
+from mixtura.config.controls import check_controls
 from mixtura.config.families import facts_of
 from mixtura.config.from_checkpoint import check_starts, starts_from_checkpoints
 from mixtura.config.schema import DataConfig, ModelConfig, Recipe, SearchConfig, TrainingConfig
@@ -30,6 +31,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_data(recipe.data)
     check_attention_heads(recipe.model)
     check_starts(recipe)
+    check_controls(recipe)
     if starts_from_checkpoints(recipe):
         refuse_scales(recipe.search)
         return  # what the checkpoints decide is checked when they are read

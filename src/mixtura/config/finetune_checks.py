@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from mixtura.config.arms import SETTINGS
 from mixtura.config.checks import check_attention_heads, check_feed_forward, check_frame, check_positive, refuse_scales
+from mixtura.config.controls import refuse_control
 from mixtura.config.families import FAMILIES, facts_of
 from mixtura.config.finetuning import (
     AdapterConfig,
@@ -15,7 +15,7 @@ from mixtura.config.finetuning import (
     TranslationDataConfig,
     TranslationRecipe,
 )
-from mixtura.config.initialization import SCALE_KEYS
+from mixtura.config.initialization import SCALE_KEYS, names_scales
 from mixtura.config.languages import Pair, check_distinct_names, parse_pairs
 from mixtura.errors import UserError
 
@@ -88,6 +88,7 @@ def _check_translation_arm(
             f"{', '.join(served)} or {last}."
         )
     sizes = {"training.batch_size": recipe.training.batch_size}
+    refuse_control(key, feed_forward)
     check_feed_forward(key, feed_forward, batch_sizes=sizes, sequence_length=None)
     _check_language_experts(key, arm, pairs)
 
@@ -124,12 +125,12 @@ def _check_classification_arm(where: str, arm: ClassificationArmConfig, recipe: 
     if arm.head.feed_forward is not None:
         sizes = {"training.batch_size": recipe.training.batch_size}
         check_feed_forward(f"{where}.head.feed_forward", arm.head.feed_forward, batch_sizes=sizes, sequence_length=None)
-        for key in SCALE_KEYS:
-            if getattr(arm.head.feed_forward, key) != SETTINGS[key].default:
-                raise UserError(
-                    f"'{where}.head.feed_forward.{key}' is {getattr(arm.head.feed_forward, key)}, but heads start from "
-                    "one rule: leave it out."
-                )
+        refuse_control(f"{where}.head.feed_forward", arm.head.feed_forward)
+        if names_scales(arm.head.feed_forward):
+            raise UserError(
+                f"'{where}.head.feed_forward' names one of {', '.join(SCALE_KEYS)}, but heads start from one rule: "
+                "leave it out."
+            )
         if arm.head.feed_forward.route_by != "token":
             raise UserError(f"'{where}.head.feed_forward.route_by' is not 'token': a classifier has no languages.")
 

@@ -117,7 +117,7 @@ class MixtureConfig(ModelSettings, PreTrainedConfig):
         scale = getattr(self, of)
         std = self.initializer_range if scale is None else scale / math.sqrt(fan_in)
         if of == "router_scale":
-            return std
+            return 0.0 if self.control == "uniform_router" else std
         return std * self.feed_forward_scale * (self.down_scale if down else 1.0)
 
     def attention_kinds(self) -> list[str]:

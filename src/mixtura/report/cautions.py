@@ -7,6 +7,7 @@ says; "warning", that the comparison may be unfair or its winner dear; "note", a
 from typing import Literal, get_args
 
 from mixtura.planning.matching import FLOPS_TOLERANCE
+from mixtura.report.controls import about_controls
 from mixtura.report.measures import Yardstick, yardstick
 from mixtura.report.wording import NBSP, TIMES, capital, count, listing, number, percent, quantity, rate, times
 from mixtura.results import ArmResult, ArmSummary, Results
@@ -36,7 +37,7 @@ def find_cautions(results: Results, arms: dict[str, ArmSummary]) -> list[Caution
     """
     stick = yardstick(results)
     found = [*_about_seeds(results, arms), *_about_data(results), *_about_search(results, arms, stick)]
-    found += [*_about_copying(results, arms), *_about_classes(results)]
+    found += [*_about_copying(results, arms), *_about_classes(results), *about_controls(results, arms, stick.measure)]
     for name, arm in results.arms.items():
         label = arms[name].label
         found += _about_validity(name, arm, label, arms[name], stick)
@@ -183,7 +184,7 @@ def _about_cost(name: str, arm: ArmResult, label: str, baseline: str, stick: Yar
             "equal tokens and FLOPs are not equal time."
         )
         found.append(_caution("warning", "slow_step", name, text))
-    if abs(arm.flops_ratio - 1) > FLOPS_TOLERANCE:
+    if abs(arm.flops_ratio - 1) > FLOPS_TOLERANCE and arm.settings.get("control") != "shared_width":
         text = f"{label} uses {number(arm.flops_ratio, 3)}{TIMES} the FLOPs a token of {baseline}: not held equal."
         # Arms of pretraining are to be matched in FLOPs; those of fine-tuning differ in what they train.
         found.append(_caution("warning" if stick.task == "pretraining" else "note", "flops", name, text))

@@ -15,19 +15,21 @@ import torch
 from mixtura.checkpoints.decoder import count_parameters, decoder_config, load_decoder, probe_config, weights_digest
 from mixtura.checkpoints.pretrained import resolve_base
 from mixtura.config import ArmConfig, DataConfig, Recipe, UserError, starts_from_checkpoints
-from mixtura.config.arms import SETTINGS, has_setting, model_settings, shown_settings
+from mixtura.config.arms import has_setting, model_settings, shown_settings
 from mixtura.config.checks import batch_sizes, check_feed_forward
 from mixtura.config.families import facts_of
 from mixtura.config.from_checkpoint import SHAPE_KEYS, TRAINED_KEYS
-from mixtura.config.initialization import INITIALIZER_RANGE, SCALE_KEYS
+from mixtura.config.initialization import INITIALIZER_RANGE, names_scales
 from mixtura.data.prepare import PreparedData, prepare_data
 from mixtura.data.tokenizer import load_tokenizer
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.evaluation import evaluation_modes
 from mixtura.models import MixtureConfig, MixtureForCausalLM
-from mixtura.models.build import build_model_config
+from mixtura.models.build import build_model_config, shared_width_config
 from mixtura.planning import active_parameters, flops_per_token, flops_ratio, model_parameters
+from mixtura.planning.formulas import router_parameters
 from mixtura.planning.matching import FLOPS_TOLERANCE
+from mixtura.planning.shapes import feed_forward_shapes
 from mixtura.results import ArmDescription, Leaks
 from mixtura.tasks.language_modelling.task import LanguageModelling
 from mixtura.training.experiment import Arm, Experiment
@@ -156,13 +158,13 @@ class PretrainingArm(Arm):
         if self.config.init_from is not None:
             settings["init_from"] = self.config.init_from
             total = count_parameters(shape)
-        else:
+        elif names_scales(self.config):
             settings["initialization"] = _scales_in_words(shape)
         return ArmDescription(
             settings={key: value for key, value in settings.items() if value is not None},
             parameters_total=total,
             parameters_active=active_parameters(shape, sequence_length=length) + total - planned,
-            parameters_trainable=total,
+            parameters_trainable=total - _fixed_parameters(shape, sequence_length=length),
             flops_per_token=flops_per_token(shape, sequence_length=length),
             flops_ratio=flops_ratio(shape, baseline=baseline.model_config, sequence_length=length),
         )
@@ -213,6 +215,13 @@ def _scales_in_words(config: MixtureConfig) -> str:
     return ", ".join(words) + ("" if config.down_scale == 1 else f", down-projections {config.down_scale:g} times that")
 
 
+def _fixed_parameters(shape: Any, *, sequence_length: int) -> int:
+    """Those of routers that a control keeps as they are."""
+    if shape.control not in ("uniform_router", "random_routing"):
+        return 0
+    return sum(map(router_parameters, feed_forward_shapes(shape, sequence_length=sequence_length)))
+
+
 def _deployed_mode(config: ArmConfig) -> str | None:
     if config.transition_to is not None:
         return "causal"
@@ -257,7 +266,9 @@ class Pretraining(Experiment):
     def held_equal(self, described: Mapping[str, ArmDescription]) -> list[str]:
         """Tokens and their order, FLOPs with the largest difference, initialisation, and how all are trained."""
         recipe, training = self.recipe, self.recipe.training
-        apart = max(abs(arm.flops_ratio - 1) for arm in described.values())
+        # A control of a shared expert's width costs less by design.
+        matched = [arm for name, arm in described.items() if recipe.arms[name].control != "shared_width"]
+        apart = max(abs(arm.flops_ratio - 1) for arm in matched)
         tokens = training.batch_size * training.gradient_accumulation_steps * recipe.data.sequence_length
         flops = f"FLOPs a token within {100 * apart:.2g} %" if apart else "FLOPs a token"
         start = _initialization(recipe)
@@ -276,14 +287,11 @@ class Pretraining(Experiment):
 
 
 def _initialization(recipe: Recipe) -> str:
+    """How weights start, in words; each arm that names scales of its own shows them among its settings."""
     std = recipe.model.initializer_range
-    named = any(getattr(arm, key) != SETTINGS[key].default for arm in recipe.arms.values() for key in SCALE_KEYS)
-    if std is not None and not named and not recipe.search.scales:
-        return f"the initialisation rule (normal, standard deviation {std:g}, seeded)"
-    return (
-        f"seeded normal initialisation (standard deviation {std or INITIALIZER_RANGE:g}; feed-forward weights at each "
-        "arm's own scale)"
-    )
+    own = std is None or bool(recipe.search.scales) or any(map(names_scales, recipe.arms.values()))
+    scales = "feed-forward weights at each arm's scale, " if own else ""
+    return f"the initialisation rule (normal, standard deviation {std or INITIALIZER_RANGE:g}, {scales}seeded)"
 
 
 def _make_arm(recipe: Recipe, data: PreparedData, name: str) -> PretrainingArm:
@@ -292,9 +300,10 @@ def _make_arm(recipe: Recipe, data: PreparedData, name: str) -> PretrainingArm:
     if config.init_from is not None:
         config, model_config = continued_arm(recipe, name, vocab_size=vocab_size)
     else:
+        of_shared = config.control == "shared_width"
         model_config = build_model_config(
             recipe.model,
-            config,
+            recipe.arms[str(config.control_of)] if of_shared else config,
             vocab_size=vocab_size,
             max_position_embeddings=recipe.data.sequence_length,
             pad_token_id=tokenizer.pad_token_id,
@@ -302,6 +311,7 @@ def _make_arm(recipe: Recipe, data: PreparedData, name: str) -> PretrainingArm:
             eos_token_id=tokenizer.eos_token_id,
             width_multiple=recipe.training.width_multiple,
         )
+        model_config = shared_width_config(model_config) if of_shared else model_config
     return PretrainingArm(
         name,
         config,
