@@ -112,7 +112,7 @@ def test_a_comparison_draws_its_weights_at_the_best_scale_and_says_so(tiny_recip
     results = compare(recipe, out=tmp_path / "out")
     for name, arm in results.arms.items():
         assert arm.learning_rate_search.best_scale == 0.5 and len(arm.learning_rate_search.trials) == 2
-        assert arm.settings["initialization"].startswith("dense 0.125/sqrt(fan-in)"), name
+        assert arm.settings["initialization"].startswith("dense 0.25/sqrt(fan-in)"), name
     assert read_json(tmp_path / "out" / "search" / "record.json")["arms"]["dense"]["best_scale"] == 0.5
 
 

@@ -72,7 +72,7 @@ def _check_routing(where: str, arm: ArmConfig) -> None:
     if facts_of(arm.family).routing not in known or arm.family == "soft" or arm.route_by != "token":
         raise UserError(
             f"'{where}.control' is '{arm.control}', which is no control of {arm.family}: use uniform_router for "
-            "mixtures of tokens, random_routing where a router is learnt, and shared_width for arms with shared experts."
+            "mixtures of tokens, random_routing where a router is learnt, shared_width for arms with shared experts."
         )
 
 

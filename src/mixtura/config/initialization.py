@@ -11,8 +11,8 @@ INITIALIZER_RANGE = 0.02
 """Standard deviation of every matrix that has no scale of its own."""
 SCALE_KEYS = ("feed_forward_scale", "down_scale", "dense_scale", "expert_scale", "router_scale")
 """The settings of an arm that say how its weights are drawn."""
-_DENSE, _EXPERT, _ONLY_EXPERTS = 0.25, 0.125, 0.5
-"""Scales with ReLU: of dense layers, of experts, and of experts that mix tokens in every layer."""
+_DENSE, _MIXING_EXPERT, _CHOSEN_EXPERT = 0.5, 0.5, 0.125
+"""Scales of plain layers: of dense ones, and of experts that get mixtures of tokens, or tokens that were chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,33 +29,31 @@ def derived_scales(arm: ArmConfig, *, gated: bool) -> StartScales:
     """The scales of an arm that names none.
 
     Embeddings start at 0.02, so the residual stream is quiet, and what a layer adds to it must not drown it. A plain
-    layer at scale s adds a root mean square of s^2 / sqrt(2), whatever its width: 0.04 for s = 0.25, which trained best
-    from width 32 on.
+    layer at scale s adds a root mean square of s^2 / sqrt(2), whatever its width and depth: 0.18 for s = 0.5.
 
-    Experts start at half of that. What one adds is content of a few tokens, or of other examples' tokens, and noise
-    until the router has learnt. Where tokens are mixed in every layer nothing else carries the model, and experts must
-    be heard early: there they start at twice the dense scale.
+    A mixture of tokens divides what its experts see and give back: with logits of variance 1, G tokens average as N =
+    G / e would, and at s = 0.5 it adds about 0.03. It can be no louder, since most of what it adds is content of other
+    examples, which is noise for this token. Its router decides nothing at 0.02: the weights are uniform then, and all
+    tokens of a group get one update. At scale 1 its logits have variance 1.
 
-    The router of a mixture of tokens decides nothing at 0.02: its weights are uniform, and all tokens of a group get
-    one update. At scale 1 its logits have a root mean square of 1. Where tokens choose, small logits decide as well as
-    large ones, and large ones would fix the choice before anything is learnt: it stays at `initializer_range`.
+    Where tokens or experts choose, an expert's whole output reaches its tokens, and the choice means nothing before it
+    is learnt: experts start low, at 0.125, and the router at `initializer_range`, since small logits choose as well as
+    large ones and are easier to change.
 
     A gated layer multiplies two projections and adds near s^3 / 2, or s^3 / (2 N) on the mean of N tokens where a plain
-    one adds s^2 / sqrt(2 N). So the same is added at the scale (sqrt(2 N) s^2)^(1/3). Logits of variance 1 leave a
-    mixture of G tokens the variance of a mean of N = G / e.
+    one adds s^2 / sqrt(2 N). So the same is added at the scale (sqrt(2 N) s^2)^(1/3).
 
     Args:
-        arm: of whose family, placement and group the scales are.
+        arm: of whose family and group the scales are.
         gated: whether a layer multiplies two projections.
     """
-    mixes = facts_of(arm.family).routing == "mixing"
-    expert = _ONLY_EXPERTS if mixes and arm.placement == "all" else _EXPERT
+    routing = facts_of(arm.family).routing
+    expert = _MIXING_EXPERT if routing == "mixing" else _CHOSEN_EXPERT
     tokens = arm.group_size / math.e if arm.family == "mixture_of_tokens" else 1.0
-    dense = arm.family == "dense"
     return StartScales(
         dense_scale=_as_gated(_DENSE) if gated else _DENSE,
-        expert_scale=None if dense else _as_gated(expert, tokens) if gated else expert,
-        router_scale=1.0 if mixes else None,
+        expert_scale=None if routing == "none" else _as_gated(expert, tokens) if gated else expert,
+        router_scale=1.0 if routing == "mixing" else None,
     )
 
 
