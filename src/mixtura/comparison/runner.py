@@ -13,6 +13,7 @@ from mixtura.comparison.folder import check_same_data, environment, now, open_fo
 from mixtura.comparison.preparing import (
     AnyRecipe,
     check_arms,
+    export_note,
     leak_warning,
     make_experiment,
     task_of,
@@ -110,6 +111,9 @@ class _Comparison:
         check_same_data(self.out, experiment)
         arms = experiment.arms
         check_arms(arms, self.recipe.training)
+        for arm in arms.values():
+            if said := export_note(arm):
+                self.reporter.note(said)
         leaks = self._probe_leaks(arms)
         searched = self._search(arms)
         rates = {
@@ -279,6 +283,8 @@ def train_arm(
     check_same_data(out, experiment)
     arm = experiment.arms[name]
     check_arms({name: arm}, recipe.training)
+    if said := export_note(arm):
+        reporter.note(said)
     if warning := leak_warning(arm, arm.leaks(), task_of(recipe)):
         reporter.note(warning)
     return run_arm(

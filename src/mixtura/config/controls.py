@@ -29,6 +29,9 @@ def fill_controls(table: dict[str, Any]) -> None:
             raise UserError(f"'arms.{name}.control_of' is {arm['control_of']!r}: name one of the arms {others}.")
         if arm.get("control") == "shared_width":
             arm.setdefault("family", "dense")
+        if arm.get("control") == "uniform_router":
+            # All mixtures weigh the same, so there is none to choose: deployed, it runs all, as it does in groups.
+            arm.setdefault("alone_top_k", "none")
         for key, value in of.items():
             arm.setdefault(key, value)
 

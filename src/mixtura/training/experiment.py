@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from mixtura.models import MixtureConfig
 from mixtura.results import ArmDescription, Facts, Leaks
 from mixtura.results.document import AcrossArms
 from mixtura.training.task import TrainingTask
@@ -31,6 +32,8 @@ class Arm(ABC):
     """The mode of `task.evaluate` that computes what training computes."""
     deployed_mode: str | None
     """The mode in which it answers one request alone; None if it has none."""
+    trained_config: MixtureConfig | None = None
+    """Of the finished model, where that is one of ours; None for a base model with an adapter or a head."""
 
     @abstractmethod
     def build(self, seed: int) -> nn.Module:

@@ -39,6 +39,7 @@ def test_a_control_has_what_it_does_not_name_of_its_arm(with_controls):
     recipe = with_controls("random", top_k=1)
     assert (recipe.arms["random"].family, recipe.arms["random"].num_experts) == ("token_choice", 4)
     assert (recipe.arms["random"].top_k, recipe.arms["random"].learning_rate) == (1, 5e-3)
+    assert recipe.arms["uniform"].alone_top_k is None, "mixtures of one weight leave nothing to choose"
     assert recipe_from_dict(recipe_to_dict(recipe)) == recipe
 
 

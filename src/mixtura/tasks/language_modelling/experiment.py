@@ -26,6 +26,7 @@ from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.evaluation import evaluation_modes
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.build import build_model_config, shared_width_config
+from mixtura.models.transition import finished_config
 from mixtura.planning import active_parameters, flops_per_token, flops_ratio, model_parameters
 from mixtura.planning.formulas import router_parameters
 from mixtura.planning.matching import FLOPS_TOLERANCE
@@ -113,6 +114,7 @@ class PretrainingArm(Arm):
         self.label = config.family if name == config.family else name
         self.task, self.learning_rate, self.sequence_length = task, learning_rate, sequence_length
         self._language_modelling = task
+        self.trained_config = finished_config(model_config)
         self.grouped = evaluation_modes(model_config)[0] == "group"
         # What the finished model is: token choice where it has become that.
         self.training_mode = "causal" if config.transition_to or not self.grouped else "group"
