@@ -133,7 +133,7 @@ def test_a_trained_model_can_be_evaluated_and_writes_text(run, recipe, tiny_text
     ],
 )
 def test_train_says_what_a_task_measures(run, monkeypatch, tmp_path, preset, arm, final, said):
-    monkeypatch.setattr("mixtura.comparison.runner.train_arm", lambda *_, **__: SimpleNamespace(final=final))
+    monkeypatch.setattr("mixtura.comparison.verbs.train_arm", lambda *_, **__: SimpleNamespace(final=final))
     code, text = run("train", "--preset", preset, "--arm", arm, "--out", tmp_path / "out")
     assert code == 0 and said in text
 

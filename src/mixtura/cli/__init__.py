@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import typer
 
+from mixtura import __version__
 from mixtura.cli.application import app as app
 from mixtura.errors import Interrupted, UserError, missing_extra
 
@@ -28,6 +29,10 @@ def main() -> None:
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
+    if sys.argv[1:] == ["--version"]:
+        # Typer imports pydantic when it parses an option, which takes longer than everything else this verb needs.
+        typer.echo(f"mixtura {__version__}")
+        sys.exit(0)
     try:
         cast(Any, app)()
     except UserError as error:

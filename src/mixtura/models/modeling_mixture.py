@@ -108,7 +108,7 @@ class MixturePreTrainedModel(PreTrainedModel):
         for layer in self.mixture_of_tokens_layers():
             layer.set_zero_fill(share)
 
-    def router_losses(self, routing: Routing) -> tuple[Tensor | None, Tensor | None]:
+    def router_losses(self, routing: Routing | None) -> tuple[Tensor | None, Tensor | None]:
         """Unweighted load-balancing and z-loss, see `mixtura.models.router_losses`."""
         return router_losses(self.config, routing)
 
@@ -308,7 +308,7 @@ class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states if isinstance(keep, int) else hidden_states[:, keep])
         loss: Tensor | None = None
         language_loss: Any = None
-        losses = router_losses(self.config, outputs.routing)
+        losses = self.router_losses(outputs.routing)
         if labels is not None:
             language_loss = loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
             shifted = kwargs.get("shift_labels")
@@ -366,7 +366,7 @@ class MixtureForSequenceClassification(GenericForSequenceClassification, Mixture
         last_B = self._last_real_token(input_ids, len(logits_BLC))
         logits_BC = logits_BLC[torch.arange(len(logits_BLC), device=logits_BLC.device), last_B]
         loss: Any = None
-        losses = router_losses(self.config, outputs.routing)
+        losses = self.router_losses(outputs.routing)
         if labels is not None:
             loss = self.loss_function(logits=logits_BLC, labels=labels, pooled_logits=logits_BC, config=self.config)
             added = weighted_router_losses(self.config, losses, share=None) if self.training else None

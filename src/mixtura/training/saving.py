@@ -147,7 +147,7 @@ def check_checkpoint(folder: Path, settings: Facts) -> int:
 
 def architecture(config: PreTrainedConfig) -> Facts:
     """A model configuration, plain, without what may change while the model stays the same."""
-    volatile = {"transformers_version", "architectures", "dtype", "_name_or_path", "use_cache"}
+    volatile = {"transformers_version", "architectures", "dtype", "_name_or_path", "use_cache", "output_router_logits"}
     plain = json.loads(config.to_json_string(use_diff=False))
     return {key: value for key, value in plain.items() if key not in volatile}
 
