@@ -18,7 +18,9 @@ def fill_controls(table: dict[str, Any]) -> None:
         UserError: the arm does not exist, or is a control itself.
     """
     arms = table.get("arms")
-    for name, arm in arms.items() if isinstance(arms, dict) else ():
+    if not isinstance(arms, dict):
+        return  # which is refused where the recipe is built
+    for name, arm in arms.items():
         if not isinstance(arm, dict) or "control_of" not in arm:
             continue
         of = arms.get(arm["control_of"]) if isinstance(arm["control_of"], str) else None
