@@ -170,7 +170,7 @@ def test_alone_top_k_counts_mixtures_not_experts():
 
 
 def test_a_rate_to_search_is_given_once():
-    with pytest.raises(UserError, match=r"search\.learning_rates' is \[0\.001, 0\.001\]: give each rate once"):
+    with pytest.raises(UserError, match=r"search\.learning_rates' is \[0\.001, 0\.001\]: give each once"):
         build(section={"search": {"learning_rates": [1e-3, 1e-3]}})
 
 

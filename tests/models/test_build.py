@@ -59,6 +59,12 @@ def test_an_arm_without_a_router_spends_what_it_saves_on_its_experts():
 def test_every_setting_of_an_arm_reaches_the_model():
     arm = ArmConfig(
         family="mixture_of_tokens",
+        feed_forward_scale=2.0,
+        down_scale=0.5,
+        dense_scale=0.3,
+        expert_scale=0.4,
+        router_scale=0.6,
+        control="uniform_router",
         num_experts=12,
         top_k=3,
         score_function="sigmoid",
@@ -97,7 +103,7 @@ def test_every_setting_of_an_arm_reaches_the_model():
         "score_function": "scoring_func",
         "normalize_top_k": "norm_topk_prob",
     }
-    elsewhere = {"family", "init_from", "learning_rate", "placement", "moe_intermediate_size"}
+    elsewhere = {"family", "init_from", "learning_rate", "placement", "moe_intermediate_size", "control_of"}
     for name in set(ArmConfig.__dataclass_fields__) - elsewhere:
         assert getattr(arm, name) != ArmConfig.__dataclass_fields__[name].default, f"{name} is not tried here"
         assert getattr(config, renamed.get(name, name)) == getattr(arm, name), name

@@ -14,13 +14,14 @@ from mixtura.comparison.limits import check_memory
 from mixtura.comparison.preparing import (
     AnyRecipe,
     check_arms,
+    export_note,
     leak_warning,
     make_experiment,
     task_of,
     tokens_per_step,
 )
 from mixtura.comparison.runs import diverged_run, run_arm, trial_loss
-from mixtura.comparison.search import load_record, search_learning_rates, write_record
+from mixtura.comparison.search import load_record, search_rates_and_scales, write_record
 from mixtura.comparison.timing import time_arms
 from mixtura.config import (
     TrainingConfig,
@@ -56,7 +57,8 @@ from mixtura.training.slowness import slow_settings
 def planned_steps(recipe: AnyRecipe) -> int:
     """Optimizer steps of all the runs that a comparison of this recipe takes, search included."""
     search = recipe.search
-    trials = len(search.learning_rates) * len(search.seeds) * (search.steps or recipe.training.steps)
+    tried = len(search.learning_rates) * max(1, len(search.scales))
+    trials = tried * len(search.seeds) * (search.steps or recipe.training.steps)
     return len(recipe.arms) * (trials + len(recipe.seeds) * recipe.training.steps)
 
 
@@ -112,12 +114,17 @@ class _Comparison:
         self.recipe = experiment.recipe
         arms = experiment.arms
         check_arms(arms, self.recipe.training)
+        for arm in arms.values():
+            if said := export_note(arm):
+                self.reporter.note(said)
         leaks = self._probe_leaks(arms)
         searched = self._search(arms)
         rates = {
             name: searched[name].best if self.recipe.search.learning_rates else arm.learning_rate
             for name, arm in arms.items()
         }
+        scales = {name: record.best_scale for name, record in searched.items() if self.recipe.search.scales}
+        arms = arms | {name: arms[name].at_scale(scale) for name, scale in scales.items() if scale is not None}
         timing = self._time(arms)
         runs = self._train(arms, rates)
         baseline = arms[self.recipe.baseline]
@@ -160,25 +167,28 @@ class _Comparison:
         steps = search.steps or self.recipe.training.steps
         training = replace(self.recipe.training, steps=steps, eval_every=steps)
 
-        def run_trial(name: str, rate: float, seed: int) -> float:
-            arm = arms[name]
+        def run_trial(name: str, rate: float, scale: float | None, seed: int) -> float:
+            arm = arms[name] if scale is None else arms[name].at_scale(scale)
+            tried, label = f"rate{rate}", f"search {name} {rate:g}"
+            if scale is not None:
+                tried, label = f"{tried}-scale{scale}", f"{label} scale {scale:g}"
             try:
                 result = run_arm(
                     arm,
                     seed=seed,
                     learning_rate=rate,
                     training=training,
-                    out=self.out / "search" / name / f"rate{rate}" / f"seed{seed}",
-                    label=f"search {name} {rate:g} seed {seed}",
+                    out=self.out / "search" / name / tried / f"seed{seed}",
+                    label=f"{label} seed {seed}",
                     reporter=self.reporter,
                     trial=True,
                 )
             except TrainingDiverged as error:
-                self.reporter.note(f"{error} This rate counts as lost.")
+                self.reporter.note(f"{error} This trial counts as lost.")
                 return float("inf")
             return trial_loss(arm, result)
 
-        records = search_learning_rates(self.recipe, run_trial)
+        records = search_rates_and_scales(self.recipe, run_trial)
         write_record(self.out / "search" / "record.json", self.recipe, records)
         return records
 
@@ -304,6 +314,8 @@ def _train_arm(recipe: AnyRecipe, name: str, *, seed: int, out: Path, reporter: 
     experiment = _prepare(recipe, out, reporter)
     recipe, arm = experiment.recipe, experiment.arms[name]
     check_arms({name: arm}, recipe.training)
+    if said := export_note(arm):
+        reporter.note(said)
     if warning := leak_warning(arm, arm.leaks(), task_of(recipe)):
         reporter.note(warning)
     return run_arm(

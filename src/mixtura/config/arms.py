@@ -14,12 +14,15 @@ from mixtura.config.setting import Setting, read_settings, setting
 
 InferenceMode = Literal["group", "alone", "population"]
 Placement = Literal["all", "later_half"]
+Control = Literal["uniform_router", "random_routing", "shared_width"]
+"""What is taken from an arm to see whether its gain comes from that."""
 
 _ALL: tuple[Family, ...] = typing.get_args(Family)
 _TOKEN_CHOICE: tuple[Family, ...] = ("token_choice",)
 _THRESHOLD: tuple[Family, ...] = ("expert_threshold",)
 _REMOE: tuple[Family, ...] = ("remoe",)
 _CHOOSING: tuple[Family, ...] = ("token_choice", "expert_choice", "expert_threshold", "remoe")
+_ROUTED: tuple[Family, ...] = (*_CHOOSING, "mixture_of_tokens")
 _GROUPED: tuple[Family, ...] = ("expert_choice", "mixture_of_tokens")
 _MIXING: tuple[Family, ...] = ("soft", "mixture_of_tokens")
 _MOT: tuple[Family, ...] = ("mixture_of_tokens",)
@@ -47,6 +50,64 @@ class ArmConfig:
         field=None,
         bounds="positive",
         shown=False,
+    )
+    feed_forward_scale: float = setting(
+        1.0,
+        says="Multiplies the standard deviations that all feed-forward weights are drawn with at the start, of dense "
+        "layers and experts alike; what `search.scales` tries.",
+        families=_ALL,
+        role="shape",
+        bounds="positive",
+        shown=False,
+    )
+    down_scale: float = setting(
+        1.0,
+        says="Multiplies those of the down-projections once more.",
+        families=_ALL,
+        role="shape",
+        bounds="positive",
+        shown=False,
+    )
+    dense_scale: float | None = setting(
+        None,
+        says="Standard deviation at the start, as a multiple of 1 / sqrt(fan-in), of dense feed-forward layers and "
+        "shared experts; None derives it, or takes `model.initializer_range` where the recipe names that.",
+        families=_ALL,
+        role="shape",
+        bounds="positive",
+        shown=False,
+    )
+    expert_scale: float | None = setting(
+        None,
+        says="The same of experts.",
+        families=MIXTURES,
+        role="shape",
+        bounds="positive",
+        shown=False,
+    )
+    router_scale: float | None = setting(
+        None,
+        says="The same of routers.",
+        families=_ROUTED,
+        role="shape",
+        bounds="positive",
+        shown=False,
+        of_router=True,
+    )
+    control: Control | None = setting(
+        None,
+        says='Makes the arm a control: of mixing, with routers of zeros ("uniform_router"); of learnt routing, with '
+        'routers that stay as drawn ("random_routing"); of routed experts, with dense layers as wide as the shared '
+        'experts in their place ("shared_width").',
+        families=_ALL,
+        role="shape",
+    )
+    control_of: str | None = setting(
+        None,
+        says="The arm that a control belongs to, whose settings it has where it names none of its own.",
+        families=_ALL,
+        role="run",
+        field=None,
     )
     placement: Placement = setting(
         "later_half",

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from mixtura.config.arms import SETTINGS, ArmConfig, has_setting
+from mixtura.config.controls import check_controls
 from mixtura.config.families import facts_of
 from mixtura.config.from_checkpoint import check_starts, starts_from_checkpoints
 from mixtura.config.schema import DataConfig, ModelConfig, Recipe, SearchConfig, TrainingConfig
@@ -31,6 +32,8 @@ def check_recipe(recipe: Recipe) -> None:
             partial(_check_data, data),
             partial(check_attention_heads, model),
             partial(check_starts, recipe),
+            partial(check_controls, recipe),
+            *([partial(refuse_scales, recipe.search)] if starts_from_checkpoints(recipe) else []),
             # What checkpoints decide is checked when they are read.
             *(partial(_check_arm, name, recipe) for name in recipe.arms if not starts_from_checkpoints(recipe)),
         ]
@@ -101,6 +104,19 @@ def _check_seeds(key: str, seeds: tuple[int, ...]) -> None:
             raise UserError(f"'{key}' has {seed}: a seed must lie between 0 and {2**32 - 1}.")
 
 
+def refuse_scales(search: SearchConfig) -> None:
+    """Refuses a search of scales in a recipe whose models are not language models from random weights.
+
+    Raises:
+        UserError: names the key and the fix.
+    """
+    if search.scales:
+        raise UserError(
+            f"'search.scales' is {list(search.scales)}, but only language models from random weights are searched for "
+            "scales: leave it out."
+        )
+
+
 _MAY_BE_ZERO = {"weight_decay", "threads", "warmup_fraction", "min_learning_rate_fraction", "adam_beta1", "adam_beta2"}
 
 
@@ -141,12 +157,17 @@ def _check_training(training: TrainingConfig) -> None:
 
 
 def _check_search(search: SearchConfig) -> None:
-    rates = search.learning_rates
-    if len(set(rates)) != len(rates):
-        raise UserError(f"'search.learning_rates' is {list(rates)}: give each rate once.")
-    for rate in rates:
-        if not 0 < rate < math.inf:
-            raise UserError(f"'search.learning_rates' has {rate}: each must be a finite number greater than zero.")
+    for key, tried in (("learning_rates", search.learning_rates), ("scales", search.scales)):
+        if len(set(tried)) != len(tried):
+            raise UserError(f"'search.{key}' is {list(tried)}: give each once.")
+        for value in tried:
+            if not 0 < value < math.inf:
+                raise UserError(f"'search.{key}' has {value}: each must be a finite number greater than zero.")
+    if search.scales and not search.learning_rates:
+        raise UserError(
+            f"'search.scales' is {list(search.scales)} but 'search.learning_rates' is empty: name the rates that each "
+            "scale is tried with, one at least."
+        )
     if search.steps is not None and search.steps < 1:
         raise UserError(f"'search.steps' is {search.steps}: it must be greater than zero.")
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from mixtura.config.checks import check_attention_heads, check_feed_forward, check_frame, check_positive
+from mixtura.config.checks import check_attention_heads, check_feed_forward, check_frame, check_positive, refuse_scales
+from mixtura.config.controls import refuse_control
 from mixtura.config.families import FAMILIES, facts_of
 from mixtura.config.finetuning import (
     AdapterConfig,
@@ -15,6 +16,7 @@ from mixtura.config.finetuning import (
     TranslationDataConfig,
     TranslationRecipe,
 )
+from mixtura.config.initialization import SCALE_KEYS, names_scales
 from mixtura.config.languages import check_distinct_names, parse_pairs
 from mixtura.errors import UserError, refuse_together
 
@@ -29,6 +31,7 @@ def check_finetune_recipe(recipe: FinetuneRecipe) -> None:
     refuse_together(
         [
             partial(check_frame, recipe),
+            partial(refuse_scales, recipe.search),
             partial(check_positive, "data", recipe.data),
             partial(_check_layers, recipe),
             partial(_check_source, recipe.data),
@@ -95,6 +98,7 @@ def _check_translation_arm(where: str, arm: TranslationArmConfig, recipe: Transl
             f"{', '.join(served)} or {last}."
         )
     sizes = {"training.batch_size": recipe.training.batch_size}
+    refuse_control(key, feed_forward)
     check_feed_forward(key, feed_forward, batch_sizes=sizes, sequence_length=None)
     _check_language_experts(key, arm)
 
@@ -127,6 +131,12 @@ def _check_classification_arm(where: str, arm: ClassificationArmConfig, recipe: 
     if arm.head.feed_forward is not None:
         sizes = {"training.batch_size": recipe.training.batch_size}
         check_feed_forward(f"{where}.head.feed_forward", arm.head.feed_forward, batch_sizes=sizes, sequence_length=None)
+        refuse_control(f"{where}.head.feed_forward", arm.head.feed_forward)
+        if names_scales(arm.head.feed_forward):
+            raise UserError(
+                f"'{where}.head.feed_forward' names one of {', '.join(SCALE_KEYS)}, but heads start from one rule: "
+                "leave it out."
+            )
         if arm.head.feed_forward.route_by != "token":
             raise UserError(f"'{where}.head.feed_forward.route_by' is not 'token': a classifier has no languages.")
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import tomli_w
 
 from mixtura.config.checks import check_recipe
+from mixtura.config.controls import fill_controls
 from mixtura.config.finetune_checks import check_finetune_recipe
 from mixtura.config.finetuning import AnyRecipe, ClassificationRecipe, TranslationRecipe
 from mixtura.config.from_checkpoint import fill_from_checkpoints
@@ -102,6 +103,7 @@ def recipe_from_dict(table: dict[str, Any]) -> AnyRecipe:
         UserError: see `load_recipe`.
     """
     if "task" not in table:
+        fill_controls(table)
         fill_from_checkpoints(table)
         recipe = _build(Recipe, table, "")
         check_recipe(recipe)

@@ -98,6 +98,15 @@ class FeedForward(nn.Module):
         """The family's algorithm, without shared experts; statistics are None unless wanted."""
 
 
+class Projection(nn.Linear):
+    """A projection of a dense layer, without bias; the class tells it from others, whose weights start otherwise."""
+
+    def __init__(self, in_features: int, out_features: int, *, down: bool = False) -> None:
+        """`down` is true of the projection back to the hidden size."""
+        super().__init__(in_features, out_features, bias=False)
+        self.down = down
+
+
 class DenseFFN(FeedForward):
     """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated; no biases; parameter names as in Llama."""
 
@@ -109,9 +118,9 @@ class DenseFFN(FeedForward):
         check_activation(activation)
         self.activation, self.gated = activation, gated
         if gated:
-            self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+            self.gate_proj = Projection(hidden_size, intermediate_size)
+        self.up_proj = Projection(hidden_size, intermediate_size)
+        self.down_proj = Projection(intermediate_size, hidden_size, down=True)
 
     def route_and_run(
         self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None

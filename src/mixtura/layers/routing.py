@@ -73,9 +73,21 @@ class Router(nn.Linear):
     def __init__(self, hidden_size: int, num_logits: int) -> None:
         """E is `num_logits`."""
         super().__init__(hidden_size, num_logits, bias=False)
+        self.fixed = False
+
+    def fix(self) -> None:
+        """Keeps the weights as they are, for controls; hidden states get no gradient through it either.
+
+        As the fixed router of SMoE-Dropout (arXiv 2303.01610, section 3.2), but that nothing before it learns to
+        be routed.
+        """
+        self.fixed = True
+        self.requires_grad_(False)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) -> (..., E)."""
+        if self.fixed:  # transformers loads a checkpoint into parameters that want a gradient again
+            return router_logits(input.detach(), self.weight.detach())
         return router_logits(input, self.weight)
 
 

@@ -29,6 +29,7 @@ from mixtura.layers import (
     SoftMoE,
     TokenChoiceMoE,
 )
+from mixtura.layers.feed_forward import Projection
 from mixtura.layers.routing import Router
 from mixtura.models.alone_schedule import shares_alone
 from mixtura.models.attention import ATTENTION_CLASSES, attention_arguments, causal_masks
@@ -70,14 +71,14 @@ class MixturePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """One rule for every weight matrix, routers and experts alike: normal with `initializer_range`."""
-        super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, Experts):
-            for weight in module.weights:
+        """Every matrix is normal: feed-forward weights and routers by their scales, others by `initializer_range`."""
+        if isinstance(module, Projection | Router | Experts):
+            for weight, std in _start_deviations(self.config, module):
                 init.normal_(weight, mean=0.0, std=std)
-        elif isinstance(module, SoftMoE):
-            init.normal_(module.slots, mean=0.0, std=std)
+            return
+        super()._init_weights(module)
+        if isinstance(module, SoftMoE):
+            init.normal_(module.slots, mean=0.0, std=self.config.initializer_range)
             init.ones_(module.scale)
         elif isinstance(module, LayerMix):
             init.zeros_(module.logits)
@@ -151,6 +152,20 @@ class MixturePreTrainedModel(PreTrainedModel):
         for layer in self.mixture_layers():
             if isinstance(layer, ExpertThresholdMoE):
                 layer.choosing_over_batch = step < round(self.config.threshold_warmup * steps)
+
+
+def _start_deviations(config: MixtureConfig, module: Projection | Router | Experts) -> list[tuple[Tensor, float]]:
+    """The weights of a module of the feed-forward layers, each with the standard deviation it is drawn at."""
+    if isinstance(module, Router):
+        return [(module.weight, config.start_deviation(module.in_features, of="router_scale"))]
+    if isinstance(module, Projection):
+        std = config.start_deviation(module.in_features, of="dense_scale", down=module.down)
+        return [(module.weight, std)]
+    up, down = module.weights
+    return [
+        (up, config.start_deviation(module.hidden_size, of="expert_scale")),
+        (down, config.start_deviation(module.intermediate_size, of="expert_scale", down=True)),
+    ]
 
 
 class MixtureModel(MixturePreTrainedModel):

@@ -133,6 +133,11 @@ def follow_transition(model: MixtureForCausalLM, folder: Path) -> None:
     _take_over(model, converted.to(model.device))
 
 
+def finished_config(config: MixtureConfig) -> MixtureConfig:
+    """The configuration that a model has once it is trained: another's, where its layers change on the way."""
+    return config if config.transition_to is None else _configuration(config, top_k=_planned_top_k(config))
+
+
 def _planned_top_k(config: MixtureConfig) -> int:
     assert config.alone_top_k is not None and config.mixtures_per_expert == 1 and config.combine == "same"
     return config.alone_top_k

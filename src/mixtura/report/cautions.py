@@ -7,6 +7,7 @@ says; "warning", that the comparison may be unfair or its winner dear; "note", a
 from typing import Literal, get_args
 
 from mixtura.planning.matching import FLOPS_TOLERANCE
+from mixtura.report.controls import about_controls
 from mixtura.report.measures import Yardstick, yardstick_of
 from mixtura.report.wording import NBSP, TIMES, count, listing, number, percent, quantity, rate, start, times
 from mixtura.results import ArmResult, ArmSummary, Results
@@ -37,6 +38,7 @@ def find_cautions(results: Results, arms: dict[str, ArmSummary]) -> list[Caution
     yardstick = yardstick_of(results)
     found = [*_about_seeds(results, arms), *_about_data(results), *_about_search(results, arms, yardstick)]
     found += [*_about_copying(results, arms), *_about_classes(results)]
+    found += about_controls(results, arms, yardstick.measure)
     for name, arm in results.arms.items():
         label = arms[name].label
         found += _about_validity(name, arm, label, arms[name], yardstick)
@@ -186,7 +188,7 @@ def _about_cost(name: str, arm: ArmResult, label: str, baseline: str, yardstick:
             "equal tokens and FLOPs are not equal time."
         )
         found.append(_caution("warning", "slow_step", name, text))
-    if abs(arm.flops_ratio - 1) > FLOPS_TOLERANCE:
+    if abs(arm.flops_ratio - 1) > FLOPS_TOLERANCE and arm.settings.get("control") != "shared_width":
         text = (
             f"{start(label)} uses {number(arm.flops_ratio, 3)}{TIMES} the FLOPs a token of {baseline}: not held equal."
         )
@@ -215,9 +217,13 @@ def _about_rate(name: str, arm: ArmResult, label: str) -> list[Caution]:
         return []
     if search.at_edge:
         rates = [trial.learning_rate for trial in search.trials]
-        end = "highest" if search.best >= max(rates) else "lowest"
+        scales = [trial.scale for trial in search.trials if trial.scale is not None]
+        what, best, tried = "learning rate", search.best, rates
+        if search.best_scale is not None and (len(set(rates)) == 1 or min(rates) < search.best < max(rates)):
+            what, best, tried = "initialisation scale", search.best_scale, scales
+        end = "highest" if best >= max(tried) else "lowest"
         text = (
-            f"{start(label)}'s best learning rate, {rate(search.best)}, is the {end} of those tried: a better one may "
+            f"{start(label)}'s best {what}, {rate(best)}, is the {end} of those tried: a better one may "
             f"lie beyond, so {label} may be shown worse than it is."
         )
         found.append(_caution("warning", "rate_at_edge", name, text))
@@ -251,6 +257,12 @@ _USES = {
 }
 
 
+def _searched(results: Results) -> str:
+    records = [arm.searched for arm in results.arms.values()]
+    scales = any(record is not None and record.best_scale is not None for record in records)
+    return "learning rate and initialisation scale were" if scales else "the learning rate was"
+
+
 def list_limits(results: Results, budget: Budget) -> list[Limit]:
     """What the comparison cannot tell, whatever its numbers."""
     environment, others, task = results.environment, len(results.arms) - 1, results.task
@@ -264,7 +276,7 @@ def list_limits(results: Results, budget: Budget) -> list[Limit]:
         f"{_LARGER[task]}.",
         "Other text": f"One source ({results.data.description}), one split. The intervals cover {varied}, "
         "not the choice of the held-out text, which is the same for all arms.",
-        "Other settings": "At most the learning rate was searched for each arm. Weight decay, warm-up, "
+        "Other settings": f"At most {_searched(results)} searched for each arm. Weight decay, warm-up, "
         f"{_SETTINGS[task]} are those of the recipe.",
         "Other hardware": f"Seconds and memory hold for this machine ({processor}, {environment['device']}) and these "
         "kernels; what mixtures cost beside dense layers differs between machines.",

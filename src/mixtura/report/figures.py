@@ -347,7 +347,9 @@ def search_figure(results: Results, summary: Summary) -> Figure | None:
     traces = []
     for index, (name, arm) in enumerate(results.arms.items()):
         search, label = arm.learning_rate_search, summary.arms[name].label
-        trials = sorted((t.learning_rate, t.loss) for t in search.trials if t.loss is not None) if search else []
+        finite = [(t.learning_rate, t.loss) for t in search.trials if t.loss is not None] if search else []
+        # Of the scales that a rate was tried with, the best.
+        trials = sorted(dict(sorted(finite, reverse=True)).items())
         if search and trials:
             symbol = SYMBOLS[index % len(SYMBOLS)]
             marks = [symbol if tried == search.best else f"{symbol}-open" for tried, _ in trials]

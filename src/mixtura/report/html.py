@@ -268,6 +268,8 @@ def _rate_source(arm: ArmResult) -> str:
         return "not searched: the recipe's"
     seeds = " and ".join(map(str, search.seeds))
     trials = f"{count(len(search.trials), 'trial')} of {search.steps} steps with seed {seeds}"
+    if search.best_scale is not None:
+        trials = f"{trials}, best scale {search.best_scale:g}"
     text = f"{trials}, {search.source}"
     return f"{text}; best at the edge of the grid" if search.at_edge else text
 

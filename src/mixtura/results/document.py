@@ -19,11 +19,13 @@ Task = Literal["pretraining", "translation", "classification"]
 
 @dataclass(frozen=True)
 class Trial:
-    """One learning rate of a search."""
+    """One learning rate of a search, at one initialisation scale."""
 
     learning_rate: float
     loss: float | None
     """Held out, as deployed, mean over the search's seeds; None if it diverged."""
+    scale: float | None = None
+    """The `feed_forward_scale` it was tried with; None is the arm's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,10 @@ class SearchRecord:
     seeds: list[int]
     best: float
     at_edge: bool
-    """The best rate is the lowest or highest tried: a better one may lie beyond."""
+    """The best rate or scale is the lowest or highest tried: a better one may lie beyond."""
     source: str
+    best_scale: float | None = None
+    """The `feed_forward_scale` of the best trial; None where scales were not searched."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from mixtura.models import MixtureConfig
 from mixtura.results import ArmDescription, Facts, Leaks
 from mixtura.results.document import AcrossArms
 from mixtura.training.task import TrainingTask
@@ -32,10 +33,16 @@ class Arm(ABC):
     """The mode of `task.evaluate` that computes what training computes."""
     deployed_mode: str | None
     """The mode in which it answers one request alone; None if it has none."""
+    trained_config: MixtureConfig | None = None
+    """Of the finished model, where that is one of ours; None for a base model with an adapter or a head."""
 
     @abstractmethod
     def build(self, seed: int) -> nn.Module:
         """A model as training starts with it; what is random in it follows from the seed by one rule for all arms."""
+
+    def at_scale(self, scale: float) -> "Arm":
+        """The arm with this `feed_forward_scale`, where its feed-forward weights are drawn at random."""
+        raise NotImplementedError(f"{type(self).__name__} draws no feed-forward weights at {scale:g}")
 
     @abstractmethod
     def describe(self, baseline: "Arm") -> ArmDescription:
