@@ -457,7 +457,7 @@ def test_an_evaluation_batch_must_fill_groups(run, recipe, tmp_path, tiny_text):
     assert run("train", recipe, "--arm", "mixture_of_tokens", "--out", tmp_path / "out") == (0, "")
     model = tmp_path / "out" / "arms" / "mixture_of_tokens" / "seed0" / "checkpoint"
     result = run("evaluate", model, "--text", tiny_text, "--batch-size", 6)
-    assert_one_sentence(result, "groups of 4", "a multiple of the group size")
+    assert_one_sentence(result, "groups of 4", "make it a multiple of 4")
 
 
 def test_a_prompt_must_be_text(run, trained):

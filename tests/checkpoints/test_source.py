@@ -152,4 +152,4 @@ def test_a_disk_that_runs_full_leaves_nothing(dense, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mixtura.upcycling.writer.write_receipt", full)
-    refused(dense()[1], tmp_path, "The disk of .* is full")
+    refused(dense()[1], tmp_path, "cannot be written: the disk is full")

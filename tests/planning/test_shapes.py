@@ -30,6 +30,7 @@ class PlainShape:
     zero_fill: float = 0.0
     alone_fraction: float = 0.0
     transition_fraction: float = 0.0
+    dense_router_gradient: bool = False
     layer_mix: bool = False
     tie_word_embeddings: bool = True
 
@@ -71,9 +72,9 @@ def test_expert_choice_pays_for_the_rows_experts_take(top_k: int, group_size: in
     assert layer.rows_per_token == pytest.approx(expected)
 
 
-def test_only_token_choice_has_shared_experts() -> None:
+def test_every_mixture_may_have_shared_experts() -> None:
     shape = PlainShape(mlp_layer_types=["token_choice", "mixture_of_tokens"], num_shared_experts=2)
-    assert [layer.shared_experts for layer in feed_forward_shapes(shape, sequence_length=8)] == [2, 0]
+    assert [layer.shared_experts for layer in feed_forward_shapes(shape, sequence_length=8)] == [2, 2]
 
 
 def test_layers_may_have_widths_of_their_own() -> None:

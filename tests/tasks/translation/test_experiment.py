@@ -226,7 +226,6 @@ def test_two_toy_languages_are_learnt(tmp_path):
             "set num_experts to 2",
             id="top_k",
         ),
-        pytest.param(ArmConfig(family="mixture_of_tokens", group_size=3), "no multiple of", id="groups do not fill"),
         pytest.param(
             ArmConfig(family="mixture_of_tokens", inference_mode="group", group_size=4),
             "has no group",
