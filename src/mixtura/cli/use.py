@@ -64,7 +64,7 @@ def translate(
     num_beams: Annotated[int, typer.Option("--beams", min=1, help="1 is greedy.")] = 1,
 ) -> None:
     """Translate a text with a model that was tuned for it."""
-    from mixtura.tasks.translation.translator import translate as run_translation
+    from mixtura.tasks.translation.trained_model import translate as run_translation
 
     hush()
     typer.echo(

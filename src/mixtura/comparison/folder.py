@@ -20,8 +20,8 @@ import torch
 from mixtura.config import FinetuneRecipe, Recipe, UserError, recipe_to_dict, recipe_to_toml
 from mixtura.files import write_json, write_text
 from mixtura.kernels import native
-from mixtura.results.files import read_json
-from mixtura.training.experiment import Experiment
+from mixtura.results.stored import read_json
+from mixtura.training.interface import Experiment
 
 
 def open_folder(out: Path, recipe: Recipe | FinetuneRecipe, *, resume: bool) -> None:

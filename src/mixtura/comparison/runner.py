@@ -33,7 +33,8 @@ from mixtura.files import write_json
 from mixtura.report.summary import summarize
 from mixtura.results import LOSS, ArmResult, ArmTiming, Leaks, Results, RunResult, SearchRecord
 from mixtura.results.document import DataFacts
-from mixtura.results.files import (
+from mixtura.results.json_form import to_plain
+from mixtura.results.stored import (
     RESULT,
     RESULTS,
     read_json,
@@ -42,7 +43,6 @@ from mixtura.results.files import (
     write_results,
     write_run,
 )
-from mixtura.results.json_form import to_plain
 from mixtura.training import (
     METRICS,
     ProgressReporter,
@@ -52,7 +52,7 @@ from mixtura.training import (
     summarize_metrics,
     train,
 )
-from mixtura.training.experiment import Arm, Experiment
+from mixtura.training.interface import Arm, Experiment
 
 
 def planned_steps(recipe: AnyRecipe) -> int:

@@ -17,8 +17,8 @@ from mixtura.config import UserError
 from mixtura.files import write_json
 from mixtura.results import Facts, SearchRecord
 from mixtura.results.document import Trial
-from mixtura.results.files import read_json, read_records
 from mixtura.results.json_form import to_plain
+from mixtura.results.stored import read_json, read_records
 
 
 def search_learning_rates(recipe: AnyRecipe, run_trial: Callable[[str, float, int], float]) -> dict[str, SearchRecord]:

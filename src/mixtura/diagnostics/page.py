@@ -14,10 +14,9 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from mixtura.diagnostics.diagnosed import Diagnosis, ShownExcerpt
-from mixtura.diagnostics.findings import bits
-from mixtura.diagnostics.token_types import TOKEN_TYPES
-from mixtura.results.details import Association
+from mixtura.diagnostics.excerpts import TOKEN_TYPES
+from mixtura.diagnostics.findings import Diagnosis, ShownExcerpt, bits
+from mixtura.results.run import Association
 
 Drawing = dict[str, Any]
 """A figure or a part of one, as plotly and the page's script take it."""

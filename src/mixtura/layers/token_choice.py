@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from mixtura import kernels
-from mixtura.layers.checks import check_token_choice
 from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import DenseFFN, FeedForward
+from mixtura.layers.limits import check_token_choice
 from mixtura.layers.routing import (
     ChoiceTap,
     Router,

@@ -26,8 +26,8 @@ from mixtura.report.summary import summarize
 from mixtura.report.verdict import difference_words
 from mixtura.report.wording import NBSP, NONE, arm_colours, capital, count, listing, number, quantity, rate
 from mixtura.results import ArmResult, ArmSummary, Results, Summary, read_results
-from mixtura.results.files import RESULTS
 from mixtura.results.json_form import to_plain
+from mixtura.results.stored import RESULTS
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _KEY_SHAPES = ("circle", "square", "diamond", "triangle-up")
