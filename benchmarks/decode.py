@@ -18,8 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mixtura.benchmarks.measure import alternating
-from mixtura.benchmarks.records import store_record
+from mixtura.benchmarks.measure import alternating, store_record
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 
 RESULTS = Path(__file__).parent / "results"

@@ -23,8 +23,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import mixtura.models  # noqa: F401 -- registers the implementation
-from mixtura.benchmarks.measure import alternating
-from mixtura.benchmarks.records import store_record
+from mixtura.benchmarks.measure import alternating, store_record
 
 RESULTS = Path(__file__).parent / "results"
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", "mixtura")

@@ -26,10 +26,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixtura import kernels
-from mixtura.benchmarks.contenders import Size, limit, own_layers, parameters
-from mixtura.benchmarks.measure import Pass, calls, interleaved, passes, ratios
-from mixtura.benchmarks.peers import peers
-from mixtura.benchmarks.records import store_record
+from mixtura.benchmarks.contenders import Size, limit, own_layers, parameters, peers
+from mixtura.benchmarks.measure import Pass, calls, interleaved, passes, ratios, store_record
 from mixtura.benchmarks.speed_table import LIMIT
 from mixtura.benchmarks.whole_steps import model_of, training_step
 from mixtura.config import Family

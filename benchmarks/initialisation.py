@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixtura.benchmarks.records import store_record
+from mixtura.benchmarks.measure import store_record
 from mixtura.config import ArmConfig, DataConfig, Family, ModelConfig, Placement, TrainingConfig
 from mixtura.data.packing import ScheduledDataset
 from mixtura.data.prepare import PreparedData, prepare_data

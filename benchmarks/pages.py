@@ -170,7 +170,8 @@ def initialisation() -> str:
         "How much does the scale of the first weights matter?",
         "`benchmarks/results/initialisation-*.json`",
         "Held-out nats a token after short runs of `benchmarks/initialisation.py`. A scale multiplies "
-        "1 / sqrt(fan-in); a dash is the standard deviation 0.02. Up and down are the two projections of dense layers and of experts. "
+        "1 / sqrt(fan-in); a dash is the standard deviation 0.02. Up and down are the two projections of dense layers "
+        "and of experts. "
         "One row a run. The [log](../log.md) says what follows.",
     )
     head = [

@@ -45,7 +45,7 @@ for name, arm in results.arms.items():
 # ## Translate
 
 # %%
-from mixtura.tasks.translation.translator import translate
+from mixtura.tasks.translation.trained_model import translate
 
 checkpoint = OUT / "arms" / "language_experts" / "seed0" / "checkpoint"
 for language in ("de", "fr"):
@@ -60,7 +60,7 @@ for language in ("de", "fr"):
 # %%
 from transformers import AutoModelForCausalLM
 
-from mixtura.models.extract import extract_language_model
+from mixtura.models.transition import extract_language_model
 
 whole = AutoModelForCausalLM.from_pretrained(checkpoint)
 german = extract_language_model(whole, whole.config.expert_names.index("en-de"))

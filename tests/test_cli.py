@@ -123,7 +123,11 @@ def test_the_version_is_shown(run):
 
 def test_keys_lists_a_section_or_a_key(run):
     code, text = run("keys", "training")
-    assert code == 0 and text.startswith("[training] of every recipe") and "Sequences in one micro-batch." in " ".join(text.split())
+    assert (
+        code == 0
+        and text.startswith("[training] of every recipe")
+        and "Sequences in one micro-batch." in " ".join(text.split())
+    )
     code, text = run("keys", "arms.NAME.top_k")
     assert code == 0 and "arms.NAME.top_k (pretraining): whole number; default 1." in text
     assert "[search]" in run("keys")[1]

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from mixtura.data.libreoffice import help_languages
+from mixtura.data.parallel_sources import help_languages
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

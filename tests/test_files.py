@@ -3,13 +3,23 @@
 import os
 import resource
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from mixtura.config import UserError
-from mixtura.files import cache_entry, check_empty, new_folder, replacing, write_json, write_text
+from mixtura.files import (
+    cache_entry,
+    cache_folder,
+    check_empty,
+    new_folder,
+    package_path,
+    replacing,
+    write_json,
+    write_text,
+)
 
 
 def test_a_file_that_fails_half_way_leaves_what_was_there(tmp_path):
@@ -96,3 +106,19 @@ def test_a_cache_entry_that_another_process_stored_first_stays(tmp_path):
         with cache_entry(entry) as quick:
             (quick / "a").write_text("quick")
     assert (entry / "a").read_text() == "quick" and os.listdir(entry.parent) == ["entry"]
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("MIXTURA_CACHE", "/one")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/two")
+    assert cache_folder() == Path("/one")
+    monkeypatch.delenv("MIXTURA_CACHE")
+    assert cache_folder() == Path("/two/mixtura")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "mixtura"
+
+
+def test_files_of_packages_are_found_and_missing_ones_are_none():
+    assert package_path("mixtura", "config", "arms.py") is not None
+    assert package_path("mixtura", "no-such-file") is None
+    assert package_path("no_such_package", "file") is None

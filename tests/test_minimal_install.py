@@ -19,7 +19,14 @@ DEVELOPMENT = [
     *("codespell_lib", "pre_commit", "build", "mkdocs", "material", "playwright"),
 ]
 NEED_AN_EXTRA = {
-    "report": {"benchmarks", "diagnostics.diagnosis", "diagnostics.page", "pages.environment", "report", "tasks.inspection"},
+    "report": {
+        "benchmarks",
+        "diagnostics.examine",
+        "diagnostics.page",
+        "pages.environment",
+        "report",
+        "tasks.inspection",
+    },
     "finetune": {"adapters", "tasks.classification", "tasks.translation"},
     "convert": {"checkpoints.smollm2"},
     "data": {"data.help_download"},

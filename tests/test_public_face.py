@@ -51,7 +51,7 @@ def test_every_verb_is_a_function_with_a_signature_and_help():
 
 
 def test_a_verb_stays_a_function_when_its_modules_are_imported():
-    need("mixtura.exporting.writer")
+    need("mixtura.exporting.stock_folder")
     assert all(inspect.isfunction(getattr(mixtura, name)) for name in VERBS)
 
 

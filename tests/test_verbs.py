@@ -10,7 +10,7 @@ from mixtura import cli
 from mixtura.data.tokenizer import train_tokenizer
 from mixtura.models import MixtureForCausalLM
 from mixtura.tasks.classification.classifier import Answer
-from mixtura.tasks.translation.translator import Translated
+from mixtura.tasks.translation.trained_model import Translated
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<assistant>"
 
@@ -134,7 +134,7 @@ def test_a_file_is_translated_line_by_line(run, tmp_path, monkeypatch):
     def shout(folder, lines, **_):
         return Translated([line.upper() for line in lines], [3])
 
-    monkeypatch.setattr("mixtura.tasks.translation.translator.translate_lines", shout)
+    monkeypatch.setattr("mixtura.tasks.translation.trained_model.translate_lines", shout)
     (tmp_path / "in.txt").write_text("a b\n\nc\n", encoding="utf-8")
     command = ("translate", tmp_path, "--from", "en", "--to", "de")
     code, text, told = run(*command, "--in", tmp_path / "in.txt", "--out", tmp_path / "out.txt")

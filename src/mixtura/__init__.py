@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from mixtura.evaluation import evaluate as evaluate
     from mixtura.exporting.serving import calibrate as calibrate
     from mixtura.exporting.serving import transition as transition
+    from mixtura.exporting.stock_folder import export as export
     from mixtura.exporting.verification import verify as verify
-    from mixtura.exporting.writer import export as export
     from mixtura.tasks.inspection import diagnose as diagnose
-    from mixtura.upcycling.writer import upcycle as upcycle
+    from mixtura.upcycling.mixture_folder import upcycle as upcycle
 
 __version__ = "0.1.0"
 
@@ -47,12 +47,12 @@ _MODULES = {
     "compare": "mixtura.comparison.runner",
     "diagnose": "mixtura.tasks.inspection",
     "evaluate": "mixtura.evaluation",
-    "export": "mixtura.exporting.writer",
+    "export": "mixtura.exporting.stock_folder",
     "finetune": "mixtura.comparison.verbs",
     "load_recipe": "mixtura.config",
     "train": "mixtura.comparison.verbs",
     "transition": "mixtura.exporting.serving",
-    "upcycle": "mixtura.upcycling.writer",
+    "upcycle": "mixtura.upcycling.mixture_folder",
     "verify": "mixtura.exporting.verification",
 }
 

@@ -1,10 +1,11 @@
-"""Files and folders that appear whole or not at all.
+"""Files and folders that appear whole or not at all, the cache folder, and files inside packages.
 
 Whatever is written gets a temporary name beside its place and is renamed last, so that a reader, or the next run after
 a power cut, finds what was there before or all of what is there now. What users keep is brought to the disk before it
 is renamed: otherwise a rename may outlive the bytes of the file. Caches are not, since they can be made again.
 """
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -99,3 +100,20 @@ def _to_disk(path: Path) -> None:
     """Waits until the file's bytes are on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def cache_folder() -> Path:
+    """`$MIXTURA_CACHE`, else `$XDG_CACHE_HOME/mixtura`, else `~/.cache/mixtura`; it need not exist."""
+    if named := os.environ.get("MIXTURA_CACHE"):
+        return Path(named).expanduser()
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches, "mixtura")
+    return Path("~/.cache/mixtura").expanduser()
+
+
+def package_path(package: str, *parts: str) -> Path | None:
+    """A file or folder inside an installed package, found without running the package; None where there is none."""
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec else None
+    path = Path(next(iter(folders)), *parts) if folders else None
+    return path if path is not None and path.exists() else None

@@ -18,8 +18,8 @@ from mixtura.adapters.attach import (
     router_losses,
     routing_stats,
 )
-from mixtura.adapters.costs import count_parameters
 from mixtura.adapters.mixture_lora import PUBLISHED
+from mixtura.adapters.targets import count_parameters
 from mixtura.adapters.tuner import observe_routing, set_task_ids, task_ids
 from mixtura.config import AdapterConfig, UserError
 

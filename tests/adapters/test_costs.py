@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixtura.adapters.attach import apply_adapter
-from mixtura.adapters.costs import (
+from mixtura.adapters.mot import set_inference_mode
+from mixtura.adapters.targets import (
     RankCost,
     count_parameters,
     lora_cost,
@@ -21,7 +22,6 @@ from mixtura.adapters.costs import (
     mot_adapter_flops,
     optimizer_state_bytes,
 )
-from mixtura.adapters.mot import set_inference_mode
 from mixtura.adapters.tuner import set_task_ids
 from mixtura.config import AdapterConfig
 

@@ -21,8 +21,8 @@ from transformers import (
 
 from fixtures.bases import MIXTURE_SIZES as SIZES
 from mixtura.adapters.attach import apply_adapter, describe, load_adapter, reach
-from mixtura.adapters.costs import count_parameters
 from mixtura.adapters.expert_specialized import expert_shares, select_experts, stacked_weights
+from mixtura.adapters.targets import count_parameters
 from mixtura.config import AdapterConfig, UserError
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 

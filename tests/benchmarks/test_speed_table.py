@@ -9,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixtura import cli
 from mixtura.benchmarks import speed_table as layers
-from mixtura.benchmarks.contenders import Size, limit, own_layers
-from mixtura.benchmarks.peers import PlainMixtureOfTokens, peers
+from mixtura.benchmarks.contenders import PlainMixtureOfTokens, Size, limit, own_layers, peers
 
 TINY = Size(tokens=64, hidden=24, experts=4, top_k=2)
 

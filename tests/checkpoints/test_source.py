@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mixtura.checkpoints.source import open_source
 from mixtura.config import UserError
-from mixtura.upcycling.writer import upcycle
+from mixtura.upcycling.mixture_folder import upcycle
 
 
 def reweigh(folder, change):
@@ -151,5 +151,5 @@ def test_a_disk_that_runs_full_leaves_nothing(dense, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mixtura.upcycling.writer.write_receipt", full)
+    monkeypatch.setattr("mixtura.upcycling.mixture_folder.write_receipt", full)
     refused(dense()[1], tmp_path, "cannot be written: the disk is full")

@@ -28,7 +28,7 @@ from mixtura.config import (
     UserError,
 )
 from mixtura.results import read_results
-from mixtura.results.files import read_run
+from mixtura.results.stored import read_run
 from mixtura.tasks.translation.task import TranslationTask
 
 WORDS = ("ban", "den", "fin", "gat", "lit", "mon", "nab", "pol", "rud", "sef")

@@ -10,7 +10,7 @@ from mixtura.comparison.folder import check_same_data, environment, now, open_fo
 from mixtura.config import UserError, recipe_from_dict
 from mixtura.data.prepare import prepare_data
 from mixtura.files import write_json, write_text
-from mixtura.results.files import read_json
+from mixtura.results.stored import read_json
 from mixtura.tasks.language_modelling.experiment import Pretraining
 
 

@@ -11,9 +11,8 @@ from mixtura.comparison.runs import run_arm, trial_loss
 from mixtura.config import UserError
 from mixtura.data.prepare import prepare_data
 from mixtura.results import Measure, RunResult
-from mixtura.results.details import PretrainingDetails
-from mixtura.results.files import read_run
-from mixtura.results.run import Spikes
+from mixtura.results.run import PretrainingDetails, Spikes
+from mixtura.results.stored import read_run
 from mixtura.tasks.language_modelling import task as language_modelling
 from mixtura.tasks.language_modelling.experiment import Pretraining
 from mixtura.tasks.language_modelling.task import LanguageModelling
@@ -106,7 +105,9 @@ def test_too_little_held_out_text_is_refused_before_training(tiny_recipe):
     data = prepare_data(recipe.data, cache_dir=None)
     wanted = dataclasses.replace(recipe.training, eval_sequences=100_000)
     check_arms(Pretraining(recipe, data).arms, recipe.training)
-    with pytest.raises(UserError, match=f"'training.eval_sequences' is 100000 but only {data.validation.num_sequences} sequences"):
+    with pytest.raises(
+        UserError, match=f"'training.eval_sequences' is 100000 but only {data.validation.num_sequences} sequences"
+    ):
         check_arms(Pretraining(dataclasses.replace(recipe, training=wanted), data).arms, wanted)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mixtura.data.bible import clean_verse
+from mixtura.data.parallel_sources import clean_verse
 
 MARKED = {
     "other numbering": ("(3:3) Combien qui disent", False, "Combien qui disent"),

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from mixtura.config import ClassificationDataConfig, UserError
+from mixtura.data.held_out import normalise
 from mixtura.data.labelled import LabelledCorpus, label_name, load_labelled
-from mixtura.data.units import normalise
 
 
 def rows(number: int = 60, labels: tuple[object, ...] = ("bad", "good")) -> list[dict]:

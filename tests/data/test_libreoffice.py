@@ -6,10 +6,10 @@ import subprocess
 import pytest
 
 from mixtura.config import TranslationDataConfig, UserError
-from mixtura.config.assets import cache_folder
 from mixtura.data.help_download import fetch_help, page_paragraphs
-from mixtura.data.libreoffice import help_table, help_version, write_help_table
 from mixtura.data.parallel import load_parallel
+from mixtura.data.parallel_sources import help_table, help_version, write_help_table
+from mixtura.files import cache_folder
 
 PAGE = """<html><body>
 <div id="Contents"><p id="bm_1">bookmark</p></div>

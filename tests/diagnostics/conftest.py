@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mixtura.data import train_tokenizer
-from mixtura.diagnostics.diagnosed import Diagnosis
-from mixtura.diagnostics.diagnosis import diagnose_model
+from mixtura.diagnostics.examine import diagnose_model
+from mixtura.diagnostics.findings import Diagnosis
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 
 LATIN = ["the old house stands near the long river and the garden is quiet in winter"] * 12

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from mixtura.diagnostics.diagnosed import Diagnosis
-from mixtura.diagnostics.findings import bits
+from mixtura.diagnostics.findings import Diagnosis, bits
 from mixtura.diagnostics.page import percent, render_page, shown_token
 
 MakeDiagnosis = Callable[..., Diagnosis]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mixtura.diagnostics.diagnosed import Diagnosis
+from mixtura.diagnostics.findings import Diagnosis
 from mixtura.diagnostics.page import render_page
 
 pytestmark = pytest.mark.browser

@@ -8,11 +8,10 @@ import torch
 from mixtura.config import PRESETS, Recipe, TranslationRecipe, load_recipe, preset_path
 from mixtura.config.families import never_served
 from mixtura.exporting.outlook import export_outlook, stock_containers
-from mixtura.exporting.writer import export
+from mixtura.exporting.stock_folder import export
 from mixtura.models import MixtureForCausalLM
 from mixtura.models.build import build_model_config, shared_width_config
-from mixtura.models.extract import extract_language_model
-from mixtura.models.transition import finished_config
+from mixtura.models.transition import extract_language_model, finished_config
 
 SIZES = ["model.hidden_size=32", "model.num_hidden_layers=2", "model.num_attention_heads=2"]
 STOCK = {

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from mixtura.config import UserError
 from mixtura.exporting.containers import check_standalone, remote_code
 from mixtura.exporting.engines import EngineFailed, load_causal
-from mixtura.exporting.writer import export
+from mixtura.exporting.stock_folder import export
 from mixtura.models import MixtureConfig, MixtureForCausalLM, standalone
 from mixtura.models.calibration import calibrate
 from mixtura.models.standalone import MixturaForCausalLM

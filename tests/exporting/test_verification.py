@@ -12,6 +12,7 @@ from mixtura.cli import main
 from mixtura.config import UserError
 from mixtura.exporting import engines
 from mixtura.exporting.engines import Engine, Ran, load_causal, model_log_probs, parse_engine, run_engine
+from mixtura.exporting.stock_folder import export
 from mixtura.exporting.verification import (
     PROBE_TOKENS,
     Comparison,
@@ -21,7 +22,6 @@ from mixtura.exporting.verification import (
     verify,
     write_dense_twin,
 )
-from mixtura.exporting.writer import export
 from mixtura.models.transition import to_token_choice
 
 # A script in an engine's place: every token of a vocabulary of SIZE is as likely.

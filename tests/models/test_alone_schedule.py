@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixtura.models import MixtureConfig, MixtureForCausalLM
-from mixtura.models.alone_schedule import shares_alone, step_kinds
+from mixtura.models.inference import shares_alone, step_kinds
 
 
 def schedule(share, unit, *, steps=32, layers=3, last_fraction=0.0):

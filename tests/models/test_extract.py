@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from mixtura.config import UserError
 from mixtura.models import MixtureForCausalLM
-from mixtura.models.extract import extract_language_model
+from mixtura.models.transition import extract_language_model
 from mixtura.planning import model_parameters
 
 IDS_BL = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(1))

@@ -21,7 +21,7 @@ from mixtura.report.load_maps import load_maps
 from mixtura.report.markdown import escape, fence, render_markdown
 from mixtura.report.wording import arm_colours
 from mixtura.results import Results
-from mixtura.results.files import write_results
+from mixtura.results.stored import write_results
 
 MakeResults = Callable[..., dict[str, Any]]
 HOSTILE = '</script><img src=x onerror=alert(1)>{{ 7 * 7 }}|`"'

@@ -24,7 +24,7 @@ from mixtura.report.sections import (
 )
 from mixtura.report.verdict import judge_difference, write_rule
 from mixtura.results import Interval
-from mixtura.training.task import LOSS, Measure
+from mixtura.training.interface import LOSS, Measure
 
 MakeResults = Callable[..., dict[str, Any]]
 SPACE = "\N{NO-BREAK SPACE}"

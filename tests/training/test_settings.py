@@ -1,7 +1,7 @@
 import pytest
 
 from mixtura.config import UserError
-from mixtura.training.settings import check_settings, first_difference, settings_hash
+from mixtura.training.saving import check_settings, first_difference, settings_hash
 
 
 def test_equal_settings_are_accepted_again(tmp_path):

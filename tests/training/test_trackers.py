@@ -6,9 +6,8 @@ import sqlite3
 import pytest
 
 from mixtura.config import UserError, recipe_from_dict
-from mixtura.training import read_metrics
-from mixtura.training import trackers as trackers_module
-from mixtura.training.trackers import scalars
+from mixtura.training import metrics, read_metrics
+from mixtura.training.metrics import scalars
 
 STEP = {"step": 3, "loss": 2.0, "aux_loss": None, "grad_norm": 0.5, "learning_rate": 1e-3, "tokens": 64, "seconds": 1.0}
 
@@ -34,7 +33,7 @@ def test_an_evaluation_is_shown_by_mode_with_the_routing():
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(run, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(trackers_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"'training.trackers' has 'trackio', which is not installed: run pip install"):
         run(tiny_model(), trackers=("trackio",))
     assert not (tmp_path / "run").exists()

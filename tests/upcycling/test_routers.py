@@ -10,9 +10,15 @@ from torch.testing import assert_close
 
 from mixtura.checkpoints.source import open_source
 from mixtura.config import UserError
-from mixtura.upcycling.columns import GatedWeights, generator_for, redraw_channels
-from mixtura.upcycling.routers import calibrated_rows, feed_forward_inputs, uncalibrated_rows
-from mixtura.upcycling.writer import upcycle
+from mixtura.upcycling.mixture_folder import upcycle
+from mixtura.upcycling.routers import (
+    GatedWeights,
+    calibrated_rows,
+    feed_forward_inputs,
+    generator_for,
+    redraw_channels,
+    uncalibrated_rows,
+)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral, window", "qwen3"])

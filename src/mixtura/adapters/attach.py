@@ -20,11 +20,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mixtura.adapters.costs import RankCost, count_parameters, lora_cost, mixture_lora_cost, mot_adapter_cost
 from mixtura.adapters.expert_specialized import apply_expert_specialized
 from mixtura.adapters.mixture_lora import MixtureLoraConfig, MixtureLoraLayer
 from mixtura.adapters.mot import MotAdapterConfig, input_width
-from mixtura.adapters.targets import Block, feed_forward_linears, find_blocks, has_mixtures, match_linears
+from mixtura.adapters.targets import (
+    Block,
+    RankCost,
+    count_parameters,
+    feed_forward_linears,
+    find_blocks,
+    has_mixtures,
+    lora_cost,
+    match_linears,
+    mixture_lora_cost,
+    mot_adapter_cost,
+)
 from mixtura.adapters.tuner import RoutedTuner, batch_context
 from mixtura.config import AdapterConfig, UserError
 from mixtura.errors import reason_of

@@ -1,4 +1,4 @@
-"""Seconds, kept bytes and operator calls of a layer.
+"""Seconds, kept bytes and operator calls of a layer, and how they are recorded: with versions, hardware and date.
 
 Contenders run in alternating rounds and ratios are taken within a round, so that a slow spell of the machine hits all
 alike. On one thread the processor time of the process counts, which other people's programs do not add to; on several
@@ -8,11 +8,15 @@ threads or an accelerator it is the time on the wall.
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from mixtura.comparison.folder import environment, now
+from mixtura.files import write_json
 
 Pass = Literal["forward", "training", "step"]
 """Forward without gradients; forward and backward, with the input's gradient; the same and a fused AdamW update."""
@@ -135,3 +139,19 @@ def _seconds(run: Callable[[], None], clock: Callable[[], float]) -> float:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def store_record(folder: Path, kind: str, *, settings: dict[str, Any], suffix: str = "", **measured: Any) -> Path:
+    """Writes `<kind>-<device><suffix>.json` into the folder, and returns its path.
+
+    Args:
+        folder: made if it is missing.
+        kind: what was timed, such as "layers".
+        settings: what it was timed with.
+        suffix: tells records of one kind and device apart.
+        measured: the rest of the record, by key.
+    """
+    record = {"created": now(), "environment": environment(), "settings": settings, **measured}
+    path = folder / f"{kind}-{record['environment']['device'].replace(' ', '-').lower()}{suffix}.json"
+    write_json(path, record)
+    return path

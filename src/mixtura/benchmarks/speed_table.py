@@ -12,10 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from mixtura.benchmarks.contenders import Size, limit, own_layers, parameters
-from mixtura.benchmarks.measure import Pass, calls, interleaved, kept_bytes, passes, ratios
-from mixtura.benchmarks.peers import peers
-from mixtura.benchmarks.records import store_record
+from mixtura.benchmarks.contenders import Size, limit, own_layers, parameters, peers
+from mixtura.benchmarks.measure import Pass, calls, interleaved, kept_bytes, passes, ratios, store_record
 
 LIMIT = "one large product"
 PASSES: tuple[Pass, ...] = ("forward", "training", "step")

@@ -1,16 +1,22 @@
-"""Checkpoint files, tensor by tensor: read without loading a model, and written in shards of bounded size."""
+"""Checkpoint files, tensor by tensor: read without loading a model, and written in shards of bounded size.
+
+`StoredWeights` reads, `write_shards` writes safetensors as the hub lays them out (one file, or numbered files with an
+index), and `copy_companions` brings along what belongs to the weights: tokenizer, chat template, generation settings
+and licence.
+"""
 
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from mixtura.checkpoints.shards import INDEX, WHOLE, write_shards
 from mixtura.config import UserError
 
 _DTYPES = {
@@ -105,7 +111,7 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def write_planned(tensors: list[PlannedTensor], folder: Path, max_bytes: int) -> None:
-    """Writes tensors in order with `mixtura.checkpoints.shards.write_shards`, each made when it is its turn."""
+    """Writes tensors in order with `mixtura.checkpoints.tensors.write_shards`, each made when it is its turn."""
     write_shards(folder, ((tensor.name, _made(tensor)) for tensor in tensors), max_bytes=max_bytes)
 
 
@@ -113,3 +119,70 @@ def _made(tensor: PlannedTensor) -> Tensor:
     value = tensor.make()
     assert (tuple(value.shape), value.dtype) == (tensor.shape, tensor.dtype), f"{tensor.name} is not as planned"
     return value
+
+
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, max_bytes: int) -> int:
+    """Writes tensors as they come and keeps no more of them than one shard and the next tensor.
+
+    Args:
+        folder: exists.
+        tensors: names and tensors, each made when it is asked for.
+        max_bytes: of a shard; a tensor that is larger gets one of its own.
+
+    Returns:
+        Bytes of all tensors.
+    """
+    shards: list[tuple[Path, list[str]]] = []
+    pending: dict[str, Tensor] = {}
+    waiting = total = 0
+    for name, tensor in tensors:
+        if pending and waiting + tensor.nbytes > max_bytes:
+            shards.append(_write(folder, len(shards), pending))
+            pending, waiting = {}, 0
+        pending[name] = tensor.contiguous()
+        waiting += tensor.nbytes
+        total += tensor.nbytes
+        del tensor  # else it would outlive its shard while the next one is made
+    shards.append(_write(folder, len(shards), pending))
+    _name(folder, shards, total)
+    return total
+
+
+def _write(folder: Path, number: int, tensors: dict[str, Tensor]) -> tuple[Path, list[str]]:
+    path = folder / f"part-{number:05d}.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files that only their owner reads
+    return path, list(tensors)
+
+
+def _name(folder: Path, shards: list[tuple[Path, list[str]]], total: int) -> None:
+    """Gives the files their names, which say how many there are, and writes the index."""
+    if len(shards) == 1:
+        shards[0][0].rename(folder / WHOLE)
+        return
+    places: dict[str, str] = {}
+    for number, (path, names) in enumerate(shards, start=1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        path.rename(folder / final)
+        places |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model"),
+    *("chat_template*", "generation_config.json", "LICENSE*", "NOTICE*"),
+)
+"""Patterns of file names. The licence goes along because the weights may be passed on under it alone."""
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies the files that are there; those of the same name in `folder` are replaced."""
+    for pattern in COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)

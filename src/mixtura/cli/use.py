@@ -171,7 +171,7 @@ def translate(
 
     Line by line: empty lines stay.
     """
-    from mixtura.tasks.translation.translator import translate_lines
+    from mixtura.tasks.translation.trained_model import translate_lines
 
     hush()
     check_out(out)

@@ -22,8 +22,8 @@ from mixtura.config import AnyRecipe, UserError, recipe_to_dict, recipe_to_toml
 from mixtura.errors import rank
 from mixtura.files import write_json, write_text
 from mixtura.kernels import native
-from mixtura.results.files import read_json
-from mixtura.training.experiment import Experiment
+from mixtura.results.stored import read_json
+from mixtura.training.interface import Experiment
 
 
 def open_folder(out: Path, recipe: AnyRecipe, *, resume: bool) -> None:

@@ -13,7 +13,7 @@ from mixtura.config import AnyRecipe, TrainingConfig
 from mixtura.config.adapt import changes
 from mixtura.results import ArmTiming
 from mixtura.training import ProgressReporter
-from mixtura.training.experiment import Arm
+from mixtura.training.interface import Arm
 
 PROBE_ROUNDS = 3
 """Steps of every arm that are timed, after those that warm up."""

@@ -9,7 +9,7 @@ from mixtura.results import Leaks
 from mixtura.results.document import Task
 from mixtura.tasks.language_modelling.experiment import make_pretraining
 from mixtura.training import ProgressReporter
-from mixtura.training.experiment import Arm, Experiment
+from mixtura.training.interface import Arm, Experiment
 
 AnyRecipe = Recipe | FinetuneRecipe
 

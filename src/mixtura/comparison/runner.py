@@ -36,7 +36,8 @@ from mixtura.files import write_json
 from mixtura.report.summary import summarize
 from mixtura.results import ArmResult, ArmTiming, Leaks, Results, RunResult, SearchRecord
 from mixtura.results.document import DataFacts
-from mixtura.results.files import (
+from mixtura.results.json_form import to_plain
+from mixtura.results.stored import (
     RESULT,
     RESULTS,
     read_json,
@@ -44,13 +45,12 @@ from mixtura.results.files import (
     write_results,
     write_run,
 )
-from mixtura.results.json_form import to_plain
 from mixtura.training import (
     ProgressReporter,
     SilentProgress,
     TrainingDiverged,
 )
-from mixtura.training.experiment import Arm, Experiment
+from mixtura.training.interface import Arm, Experiment
 from mixtura.training.slowness import slow_settings
 
 

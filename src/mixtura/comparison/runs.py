@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mixtura.config import Interrupted, TrainingConfig, UserError
 from mixtura.results import LOSS, RunResult
-from mixtura.results.files import RESULT, read_run, write_run
+from mixtura.results.stored import RESULT, read_run, write_run
 from mixtura.training import (
     METRICS,
     ProgressReporter,
@@ -17,7 +17,7 @@ from mixtura.training import (
     summarize_metrics,
     train,
 )
-from mixtura.training.experiment import Arm
+from mixtura.training.interface import Arm
 
 
 def run_arm(

@@ -19,8 +19,8 @@ from mixtura.config.initialization import start_scales
 from mixtura.files import write_json
 from mixtura.results import Facts, SearchRecord
 from mixtura.results.document import Trial
-from mixtura.results.files import read_json, read_records
 from mixtura.results.json_form import to_plain
+from mixtura.results.stored import read_json, read_records
 
 
 def search_rates_and_scales(

@@ -15,13 +15,12 @@ from torch import Tensor
 from mixtura.config import TrainingConfig
 from mixtura.diagnostics.memory import live_bytes, measure_peak_memory
 from mixtura.models import MixtureForCausalLM
-from mixtura.models.alone_schedule import step_kinds
+from mixtura.models.inference import step_kinds
 from mixtura.results import ArmTiming
 from mixtura.results.document import StepParts
-from mixtura.training.experiment import Arm
+from mixtura.training.interface import Arm, Batch
 from mixtura.training.optimization import build_optimizer, clip_gradients
 from mixtura.training.process import keep_freed_memory
-from mixtura.training.task import Batch
 
 WARM_UP_ROUNDS, ROUNDS = 2, 12
 ROUNDS_IN_PARTS = 2

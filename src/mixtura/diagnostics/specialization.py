@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mixtura.config import UserError
 from mixtura.diagnostics.choices import ChoiceRecorder, RoutedLayer, record_choices
-from mixtura.diagnostics.load import DEAD_SHARE, summarize_load
-from mixtura.results.details import Association, LayerSpecialization, Specialization
+from mixtura.diagnostics.health import DEAD_SHARE, summarize_load
+from mixtura.results.run import Association, LayerSpecialization, Specialization
 
 Batch = tuple[Mapping[str, Any], Tensor, Tensor]
 """Inputs of the model; the group of every example (B,) or token (B, L); a mask (B, L) of the tokens to count."""

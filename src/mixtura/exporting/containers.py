@@ -18,7 +18,7 @@ from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights
 from mixtura.config import UserError
 from mixtura.config.model_settings import written_out
 from mixtura.exporting import fields, layouts
-from mixtura.exporting.traits import Traits, check_stock
+from mixtura.exporting.fields import Traits, check_stock
 from mixtura.models import MixtureConfig, configuration_mixture, standalone
 
 _SOFTMAX = frozenset({"normalised softmax"})

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights
-from mixtura.exporting.fields import PLACEHOLDER_WIDTH
-from mixtura.exporting.traits import Traits
+from mixtura.exporting.fields import PLACEHOLDER_WIDTH, Traits
 from mixtura.models import MixtureConfig
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")

@@ -3,7 +3,7 @@
 from mixtura.checkpoints.source import expected_shapes
 from mixtura.config import UserError
 from mixtura.exporting.containers import CONTAINERS, check_standalone, missing_traits
-from mixtura.exporting.traits import check_deployable, check_stock, traits_of
+from mixtura.exporting.fields import check_deployable, check_stock, traits_of
 from mixtura.models import MixtureConfig
 
 

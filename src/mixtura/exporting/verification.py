@@ -31,7 +31,7 @@ from mixtura.exporting.engines import (
     parse_engine,
     run_engine,
 )
-from mixtura.exporting.traits import traits_of
+from mixtura.exporting.fields import traits_of
 from mixtura.files import write_text
 from mixtura.models import MixtureConfig
 from mixtura.models.inference import grouped_layers, running_in

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mixtura.kernels.expert_weights import ExpertWeights, at_autocast_dtype
-from mixtura.kernels.indices import as_int64, check_shape
+from mixtura.kernels.expert_weights import ExpertWeights, as_int64, at_autocast_dtype, check_shape
 
 TRITON = find_spec("triton") is not None
 """Whether Triton is installed: torch brings it along with its builds for CUDA."""

@@ -1,13 +1,22 @@
-"""The weights of a layer's experts and how they are used: one value in place of four arguments to every kernel.
+"""What kernels take: the weights of a layer's experts, their activation, and checks before compiled code is entered.
 
-Shapes: E experts, D hidden, F expert width, H = 2F when gated (gate rows first, as `gate_up_proj` of Hugging Face) else
-F.
+`ExpertWeights` is one value in place of four arguments to every kernel.
+
+Indices are checked because compiled code follows them wherever they point. Python refuses an index that is out of
+range; C reads or writes past the end of an array, and takes the bytes of int32 for half as many int64. So the dtype is
+brought to int64 here. Whether every index is in range is found out by the functions in C, which return it: that costs
+less than two reductions by torch.
+
+Shapes: E experts, D hidden, F expert width, R rows, H = 2F when gated (gate rows first, as `gate_up_proj` of Hugging
+Face), else F.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class ExpertWeights(NamedTuple):
@@ -60,3 +69,77 @@ def at_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def as_int64(name: str, index: Tensor) -> Tensor:
+    """The index as contiguous int64, which is itself if it is that already.
+
+    Raises:
+        TypeError: it holds no whole numbers.
+    """
+    if index.dtype is not torch.int64:
+        if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype is torch.bool:
+            raise TypeError(f"{name} has dtype {index.dtype}: indices must be whole numbers, such as torch.int64.")
+        index = index.to(torch.int64)
+    return index if index.is_contiguous() else index.contiguous()
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless the tensor has that shape."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be {shape}.")
+
+
+def check_counts(counts: Sequence[int], num_experts: int, rows: int) -> None:
+    """Raises ValueError unless there is a count of rows for every expert, none negative, and all add up to the rows."""
+    if len(counts) != num_experts or sum(counts) != rows or min(counts, default=0) < 0:
+        raise ValueError(
+            f"tokens_per_expert_E is {list(counts)} for {num_experts} experts and {rows} rows: it must have one count "
+            "for each expert, and they must add up to the rows."
+        )
+
+
+def refuse(name: str, index: Tensor, limit: int) -> NoReturn:
+    """Raises IndexError for an index of which some number is not in range(limit), and names one of those."""
+    outside = index[(index < 0) | (index >= limit)]
+    raise IndexError(f"{name} contains {outside[0].item()}: every index must lie between 0 and {limit - 1}.")
+
+
+Activation = Literal["relu", "gelu", "silu"]
+
+_FORWARD: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+_BACKWARD: dict[str, Callable[..., Tensor]] = {
+    "relu": lambda grad, u, out: torch.ops.aten.threshold_backward(grad, u, 0, grad_input=out),
+    "gelu": lambda grad, u, out: torch.ops.aten.gelu_backward(grad, u, grad_input=out),
+    "silu": lambda grad, u, out: torch.ops.aten.silu_backward(grad, u, grad_input=out),
+}
+
+
+def check_activation(name: str) -> None:
+    """Raises ValueError unless `name` is an activation of this module."""
+    if name not in _FORWARD:
+        raise ValueError(f"activation is {name!r}: it must be one of {', '.join(_FORWARD)}.")
+
+
+def activate(u_RH: Tensor, activation: str, gated: bool) -> Tensor:
+    """(R, H) projected rows -> (R, F) activated rows: act(u), or act(gate) * up when gated."""
+    if not gated:
+        return _FORWARD[activation](u_RH)
+    gate_RF, up_RF = u_RH.chunk(2, dim=-1)
+    return _FORWARD[activation](gate_RF) * up_RF
+
+
+def activate_backward(grad_RF: Tensor, u_RH: Tensor, activation: str, gated: bool) -> Tensor:
+    """Gradient of `activate` with respect to its input: (R, F), (R, H) -> (R, H).
+
+    Both halves of a gated gradient are written where they belong: putting them together afterwards is one more pass
+    over the widest tensor of the layer.
+    """
+    grad_u_RH = torch.empty_like(u_RH)
+    if not gated:
+        return _BACKWARD[activation](grad_RF, u_RH, grad_u_RH)
+    gate_RF, up_RF = u_RH.chunk(2, dim=-1)
+    grad_gate_RF, grad_up_RF = grad_u_RH.chunk(2, dim=-1)
+    torch.mul(grad_RF, _FORWARD[activation](gate_RF), out=grad_up_RF)
+    _BACKWARD[activation](grad_RF * up_RF, gate_RF, grad_gate_RF)
+    return grad_u_RH

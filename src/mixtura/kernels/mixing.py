@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mixtura.kernels import native
-from mixtura.kernels.activation import activate, activate_backward
-from mixtura.kernels.expert_weights import ExpertWeights, at_autocast_dtype
+from mixtura.kernels.expert_weights import ExpertWeights, activate, activate_backward, at_autocast_dtype
 
 
 def mixed_ffn(

@@ -12,10 +12,8 @@ import threading
 import torch
 from torch import Tensor
 
-from mixtura.kernels.compiled import call, sgemm
-from mixtura.kernels.expert_weights import ExpertWeights
-from mixtura.kernels.indices import check_shape, refuse
-from mixtura.kernels.native import ACTIVATIONS, BLOCK_ROWS, ExpertsStruct
+from mixtura.kernels.expert_weights import ExpertWeights, check_shape, refuse
+from mixtura.kernels.native import ACTIVATIONS, BLOCK_ROWS, ExpertsStruct, call, sgemm
 
 _KEPT = 8
 """Workspaces that a thread keeps: a model has one or two kinds of steps for each batch size."""

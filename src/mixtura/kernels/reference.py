@@ -9,8 +9,7 @@ group, C mixtures (slots) an expert has in a group.
 import torch
 from torch import Tensor
 
-from mixtura.kernels.activation import activate
-from mixtura.kernels.expert_weights import ExpertWeights
+from mixtura.kernels.expert_weights import ExpertWeights, activate
 
 
 def expert_ffn(x_RD: Tensor, up_HD: Tensor, down_DF: Tensor, activation: str, gated: bool) -> Tensor:

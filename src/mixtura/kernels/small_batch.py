@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from mixtura.kernels import native, native_decoding
-from mixtura.kernels.activation import activate
-from mixtura.kernels.expert_weights import ExpertWeights, at_autocast_dtype
-from mixtura.kernels.indices import as_int64, check_shape, refuse
+from mixtura.kernels.expert_weights import ExpertWeights, activate, as_int64, at_autocast_dtype, check_shape, refuse
 
 TORCH_ROWS = 16
 """Rows up to which this is quicker than sorting them: measured, at twice as many it depends on the width."""

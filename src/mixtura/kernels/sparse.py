@@ -19,9 +19,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mixtura.kernels import accelerator, native
-from mixtura.kernels.activation import activate, activate_backward
-from mixtura.kernels.expert_weights import ExpertWeights, at_autocast_dtype
-from mixtura.kernels.indices import as_int64, check_counts, check_shape
+from mixtura.kernels.expert_weights import (
+    ExpertWeights,
+    activate,
+    activate_backward,
+    as_int64,
+    at_autocast_dtype,
+    check_counts,
+    check_shape,
+)
 
 CHUNK_ROWS = 4096
 """Rows that are gathered, activated and added back at once on the CPU: few enough for the cache."""

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixtura.kernels.indices import as_int64
+from mixtura.kernels.expert_weights import as_int64
 
 BLOCK_ROWS = 128
 """Choices of a program; ranks within a block cost its square."""

@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mixtura.layers.checks import check_expert_choice
 from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
+from mixtura.layers.limits import check_expert_choice
 from mixtura.layers.routing import (
     Router,
     SparseRouting,

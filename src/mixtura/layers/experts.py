@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtura.kernels import ExpertWeights
-from mixtura.kernels.activation import check_activation
+from mixtura.kernels.expert_weights import check_activation
 
 
 class Experts(nn.Module):

@@ -8,7 +8,7 @@ from typing import Literal, overload
 
 from torch import Tensor, nn
 
-from mixtura.kernels.activation import activate, check_activation
+from mixtura.kernels.expert_weights import activate, check_activation
 from mixtura.layers.statistics import RoutingStats
 
 

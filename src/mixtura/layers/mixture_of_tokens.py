@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mixtura import kernels
 from mixtura.layers import token_by_token
-from mixtura.layers.checks import check_mixture_of_tokens
 from mixtura.layers.experts import Experts
 from mixtura.layers.group_mixing import real_places, run_a_share, run_groups, warn_partial_group
+from mixtura.layers.limits import check_mixture_of_tokens
 from mixtura.layers.neighbours import Neighbours, ServedTokenByToken, observe, zero_neighbours
 from mixtura.layers.routing import ChoiceTap, Router, from_groups, to_groups
 from mixtura.layers.statistics import LayerOutput, group_stats, token_stats

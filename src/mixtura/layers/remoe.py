@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixtura.layers.checks import check_top_k
 from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
+from mixtura.layers.limits import check_top_k
 from mixtura.layers.routing import ChoiceTap, Router, active_rows, sparse_experts
 from mixtura.layers.statistics import RoutingStats, varying_choice_stats
 

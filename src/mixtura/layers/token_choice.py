@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from mixtura import kernels
-from mixtura.layers.checks import check_dense_router_gradient, check_expert_groups, check_token_choice
 from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
+from mixtura.layers.limits import check_dense_router_gradient, check_expert_groups, check_token_choice
 from mixtura.layers.routing import (
     ChoiceTap,
     Router,

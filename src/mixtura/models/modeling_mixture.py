@@ -31,12 +31,19 @@ from mixtura.layers import (
 )
 from mixtura.layers.feed_forward import Projection
 from mixtura.layers.routing import Router
-from mixtura.models.alone_schedule import shares_alone
-from mixtura.models.attention import ATTENTION_CLASSES, attention_arguments, causal_masks
 from mixtura.models.configuration_mixture import MixtureConfig
-from mixtura.models.decoder_layer import MixtureDecoderLayer, joined_stats
-from mixtura.models.outputs import MixtureCausalLMOutput, MixtureClassifierOutput, MixtureModelOutput
+from mixtura.models.decoder_layer import (
+    ATTENTION_CLASSES,
+    MixtureDecoderLayer,
+    attention_arguments,
+    causal_masks,
+    joined_stats,
+)
+from mixtura.models.inference import shares_alone
 from mixtura.models.router_losses import (
+    MixtureCausalLMOutput,
+    MixtureClassifierOutput,
+    MixtureModelOutput,
     Routing,
     router_losses,
     share_of_step,

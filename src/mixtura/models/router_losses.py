@@ -1,10 +1,22 @@
-"""Router losses inside a model's own loss, so that any trainer balances the experts without knowing of them."""
+"""What the decoder and its heads return, and the router losses inside a model's own loss.
+
+Since the model adds the router losses itself, any trainer balances the experts without knowing of them.
+
+The fields that transformers' classes for mixtures have come first and in their order, so that code written for Mixtral
+finds them at the same place. Mixtura's own fields come last.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    MoeCausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.utils import logging
 
 from mixtura.config import UserError
@@ -12,6 +24,42 @@ from mixtura.layers import RoutingStats
 from mixtura.layers.remoe import l1_penalty
 from mixtura.layers.statistics import load_balancing_loss
 from mixtura.models.configuration_mixture import MixtureConfig
+
+
+@dataclass
+class MixtureModelOutput(BaseModelOutputWithPast):
+    """The decoder's output.
+
+    `router_logits` are those of every layer of token choice, (T, E) each, where `output_router_logits` asks for them.
+    `routing` has a `RoutingStats` or None for every layer when it was asked for.
+    """
+
+    router_logits: tuple[Tensor, ...] | None = None
+    routing: tuple[RoutingStats | None, ...] | None = None
+
+
+@dataclass
+class MixtureCausalLMOutput(MoeCausalLMOutputWithPast):
+    """Language model output.
+
+    `loss` is `language_loss`, plus the weighted router losses in training mode. `aux_loss` and `z_loss` are unweighted
+    means over the layers that have them. `routing` is as in `MixtureModelOutput`.
+    """
+
+    z_loss: Tensor | None = None
+    language_loss: Tensor | None = None
+    routing: tuple[RoutingStats | None, ...] | None = None
+
+
+@dataclass
+class MixtureClassifierOutput(SequenceClassifierOutputWithPast):
+    """Classifier output: `loss` has the weighted router losses in training mode; the rest as for language models."""
+
+    aux_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    routing: tuple[RoutingStats | None, ...] | None = None
+
 
 logger = logging.get_logger(__name__)
 

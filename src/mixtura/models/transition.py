@@ -1,17 +1,22 @@
-"""From mixture of tokens to what is served token by token, with the same parameters.
+"""A trained mixture with the same parameters in a form that is served: token choice, `alone`, or one language's model.
 
 To token choice (the transition tuning of arXiv 2310.15961): the controller becomes the router, and the experts stay. A
 token alone gets the sum of m_e^2 f_e(x) from a mixture-of-tokens layer with ReLU experts, m = sigmoid(l - ln(G - 1)),
 and the sum of p_e f_e(x) with p = softmax(l) from token choice. Both weights grow with the logit, so the same experts
-are chosen, but the outputs differ in size: undecided, m^2 is 1 / G^2 and p is 1 / E. So every layer's second projection
-is multiplied by one number, the one that brings its outputs closest to what the layer gave, in least squares over some
-tokens.
+are chosen, but the outputs differ in size: where the router is undecided, m^2 is 1 / G^2 and p is 1 / E. So the second
+projection of every layer is multiplied by one number: the one that brings its outputs closest, in least squares over
+some tokens, to the outputs of the mixture-of-tokens layer.
 
-To `alone`: nothing but the mode of training changes.
+To `alone`: nothing changes but the mode of training.
 
-`transition_due` and `change_to_token_choice` do it to a model in training, whose optimizer goes on.
+`transition_due` and `change_to_token_choice` convert a model in the middle of its training; its optimizer goes on.
 
-Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, C mixtures of an expert.
+To one language's model, where the experts of a mixture are languages (Kudugunta et al. 2021, "Beyond Distillation:
+Task-level Mixture-of-Experts for Efficient Inference", arXiv 2110.03742, section 3): the examples of a language use one
+expert a layer, so the other experts need not be deployed. The outputs of the shared and of the named expert are added,
+and so the two become one dense layer of their summed width: f_s(x) + f_e(x) = down [act(up_s x); act(up_e x)].
+
+Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, C mixtures of an expert, H and F rows of projections.
 """
 
 import copy
@@ -235,3 +240,56 @@ def _match_outputs(
 
 def _decoder_layers(model: MixtureForCausalLM) -> list[MixtureDecoderLayer]:
     return [module for module in model.modules() if isinstance(module, MixtureDecoderLayer)]
+
+
+@torch.no_grad()
+def extract_language_model(model: MixtureForCausalLM, expert_id: int) -> MixtureForCausalLM:
+    """The dense model that `model` is for examples of expert `expert_id`: equal logits, no `expert_ids` to give.
+
+    Args:
+        model: routed by pair, source or target language; it stays as it is.
+        expert_id: the language or pair, a position in `model.config.expert_names`.
+
+    Raises:
+        UserError: tokens choose their experts, or there is no such expert.
+    """
+    config = model.config
+    if config.route_by == "token":
+        raise UserError("A model whose tokens choose their experts has no language's part: train it with route_by.")
+    if not 0 <= expert_id < config.num_experts:
+        raise UserError(f"There is no expert {expert_id}: choose one from 0 to {config.num_experts - 1}.")
+    layers = [layer.mlp for layer in model.model.layers]
+    dense = {
+        f"model.layers.{depth}.mlp.{name}.weight": weight
+        for depth, layer in enumerate(layers)
+        if isinstance(layer, TokenChoiceMoE)
+        for name, weight in _dense_weights(layer, expert_id).items()
+    }
+    replaced = tuple(f"model.layers.{d}.mlp." for d, layer in enumerate(layers) if isinstance(layer, TokenChoiceMoE))
+    kept = {name: value for name, value in model.state_dict().items() if not name.startswith(replaced)}
+    widths = config.intermediate_sizes or [config.intermediate_size] * config.num_hidden_layers
+    extracted = copy.deepcopy(config)
+    extracted.mlp_layer_types = ["dense" if f == "token_choice" else f for f in config.mlp_layer_types or []]
+    extracted.intermediate_sizes = [
+        dense.get(f"model.layers.{depth}.mlp.up_proj.weight", torch.empty(width, 0)).size(0)
+        for depth, width in enumerate(widths)
+    ]
+    extracted.route_by, extracted.expert_names, extracted.num_shared_experts = "token", None, 0
+    result = MixtureForCausalLM(extracted)
+    nn.Module.to(result, device=model.device, dtype=model.dtype)
+    result.load_state_dict(kept | dense, strict=True)
+    return result.train(model.training)
+
+
+def _dense_weights(layer: TokenChoiceMoE, expert_id: int) -> dict[str, Tensor]:
+    """The weights of the dense layer: the shared expert's rows, then the named expert's."""
+    up_EHD, down_EDF = layer.experts.weights
+    parts = {"down_proj": [down_EDF[expert_id]]}
+    if layer.experts.gated:
+        gate_FD, up_FD = up_EHD[expert_id].chunk(2)
+        parts |= {"gate_proj": [gate_FD], "up_proj": [up_FD]}
+    else:
+        parts["up_proj"] = [up_EHD[expert_id]]
+    if layer.shared_expert is not None:
+        parts = {name: [getattr(layer.shared_expert, name).weight, *weights] for name, weights in parts.items()}
+    return {name: torch.cat(weights, dim=1 if name == "down_proj" else 0) for name, weights in parts.items()}

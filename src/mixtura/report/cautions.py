@@ -12,7 +12,7 @@ from mixtura.report.measures import Yardstick, yardstick_of
 from mixtura.report.wording import NBSP, TIMES, count, listing, number, percent, quantity, rate, start, times
 from mixtura.results import ArmResult, ArmSummary, Results
 from mixtura.results.conclusions import Budget, Caution, Limit
-from mixtura.results.details import TranslationDetails
+from mixtura.results.run import TranslationDetails
 
 SLOW_STEP = 1.25
 """Seconds a step over the baseline's, from which a reader is warned."""

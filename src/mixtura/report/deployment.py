@@ -4,7 +4,7 @@ from mixtura.report.figures import SYMBOLS, Figure, make_trace, safe_text
 from mixtura.report.measures import titled_unit, yardstick_of
 from mixtura.results import ArmResult, Results, Summary
 from mixtura.results.conclusions import MeanScore
-from mixtura.results.details import PretrainingDetails
+from mixtura.results.run import PretrainingDetails
 
 MODES = {"group": "group", "alone": "alone, top k", "alone_all": "alone, all", "population": "population"}
 """The modes of a mixture-of-tokens model and their words."""

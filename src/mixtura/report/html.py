@@ -43,8 +43,8 @@ from mixtura.report.wording import (
 )
 from mixtura.report.writings import continuations_section
 from mixtura.results import ArmResult, ArmSummary, Results, Summary, read_results
-from mixtura.results.files import RESULTS
 from mixtura.results.json_form import to_plain
+from mixtura.results.stored import RESULTS
 
 _TEMPLATES = Path(__file__).parent / "templates"
 WORDS_BEFORE_THE_PICTURE = 40

@@ -14,13 +14,13 @@ from mixtura.report.measures import FURTHER
 from mixtura.report.tables import Cell, Group, Row
 from mixtura.report.wording import NONE, number, percent, signed
 from mixtura.results import Results, Summary
-from mixtura.results.details import (
+from mixtura.results.document import PairedTest
+from mixtura.results.run import (
     ClassificationDetails,
     PairScores,
     Specialization,
     TranslationDetails,
 )
-from mixtura.results.document import PairedTest
 
 SIGNIFICANT = 0.05
 """A p-value below this is marked."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mixtura.results import Results
-from mixtura.results.details import PretrainingDetails
+from mixtura.results.run import PretrainingDetails
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,160 @@
-"""What one run leaves: its held-out measures, its curves and how its training went.
+"""What one run leaves: its held-out measures, its curves, how its training went, and details that differ by task.
 
 A run is stored in `arms/<arm>/seed<k>/result.json` and again, with what its curve cost, among the `runs` of an arm in
-results.json. docs/report.md says what each field means.
+results.json. docs/report.md says what each field means. The details of a task are told apart by their `kind`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from mixtura.results.details import RunDetails
+
+@dataclass(frozen=True, kw_only=True)
+class Peakedness:
+    """The weights of one mixture-of-tokens layer, each token's sorted from the largest, then averaged over tokens."""
+
+    layer: int
+    """Depth, from 0."""
+    sorted_weights: list[float]
+    """S means: of the largest weight of a token, of the second largest, and so on."""
+    gate_shares: list[float]
+    """S means: the part of a token's summed output weights (with ReLU experts, m^2) that lies in its largest one, two,
+    three, ...; the last is 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """The beginning of a held-out text, how it really goes on, and how the run goes on, as deployed and greedily."""
+
+    prompt: str
+    reference: str
+    output: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingDetails:
+    """Of a language model."""
+
+    peakedness: list[Peakedness]
+    """Of each mixture-of-tokens layer."""
+    continuations: list[Continuation] = field(default_factory=list)
+    """Empty in files of before they were kept."""
+    kind: Literal["pretraining"] = "pretraining"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairScores:
+    """Scores of one language pair, from 0 to 100."""
+
+    chrf: float
+    chrf_pp: float
+    bleu: float
+    copy_chrf: float
+    """What the source itself would score."""
+    copy_bleu: float
+    sentences: int
+    beam_chrf: float | None = None
+    """By beam search, where it was asked for."""
+    beam_bleu: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A test sentence and what the run makes of it."""
+
+    pair: str
+    source: str
+    reference: str
+    output: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Association:
+    """What the expert of a routed row tells about the group of its token, in bits, against chance."""
+
+    mutual_information: float
+    """As counted."""
+    chance: float
+    """Mean over permutations of the labels."""
+    chance_high: float
+    """95 % of the permutations stay below."""
+    corrected: float
+    """Counted less chance, at least zero."""
+    p_value: float
+    """Share of permutations that reach what was counted, the real labels among them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpecialization(Association):
+    """One layer's experts against the groups; E lists of G where there are two axes."""
+
+    layer: int
+    """Depth, from 0."""
+    name: str
+    num_experts: int
+    rows_per_token: float
+    rows: list[list[float]]
+    """Routed rows of each expert and group."""
+    share: list[list[float]]
+    """The part of a group's rows that go to the expert."""
+    max_bits: float
+    """The most that so many experts can tell of so many groups of one size."""
+    group_bits: float
+    """Entropy of the groups as they are."""
+    entropy: float
+    """Of the load of the experts, in bits."""
+    imbalance: float
+    """Largest over mean load."""
+    dead: list[int]
+    """Experts with next to no load."""
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """How far each routed layer's experts divide the groups among them."""
+
+    groups: list[str]
+    layers: list[LayerSpecialization]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationDetails:
+    """Of a translation model."""
+
+    pairs: dict[str, PairScores]
+    signatures: dict[str, str]
+    """Sacrebleu's, by measure."""
+    samples: list[Sample]
+    specialization: Specialization | None = None
+    """None where nothing is routed."""
+    kind: Literal["translation"] = "translation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationBin:
+    """Answers whose confidence lies in (low, high]."""
+
+    low: float
+    high: float
+    confidence: float | None
+    """Mean, None without answers; so is the accuracy."""
+    accuracy: float | None
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationDetails:
+    """Of a classifier."""
+
+    labels: list[str]
+    confusion: list[list[int]]
+    """Counts, a row for each true class, a column for each answer."""
+    calibration: list[CalibrationBin]
+    layer_weights: list[float] | None = None
+    """The blend of layers, the embeddings first; None without one."""
+    kind: Literal["classification"] = "classification"
+
+
+RunDetails = PretrainingDetails | TranslationDetails | ClassificationDetails
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtura.diagnostics.diagnosed import Diagnosis
-from mixtura.diagnostics.diagnosis import diagnose_texts, read_texts, write_diagnosis
+from mixtura.diagnostics.examine import diagnose_texts, read_texts, write_diagnosis
+from mixtura.diagnostics.findings import Diagnosis
 from mixtura.errors import need
 
 
@@ -48,7 +48,7 @@ def diagnose(
     sources = [f"{name}={path}" for name, path in texts.items()] if isinstance(texts, Mapping) else texts
     record = None
     if not sources:
-        find = need("mixtura.tasks.translation.language_pairs").diagnose_language_pairs
+        find = need("mixtura.tasks.translation.trained_model").diagnose_language_pairs
         record = find(folder, max_tokens=max_tokens, command=command)
     if record is not None:
         write_diagnosis(record, out)

@@ -1,9 +1,9 @@
 """Training of one model at a time, on transformers' Trainer and accelerate."""
 
+from mixtura.training.interface import LOSS, Measure, StepLosses, TrainingTask
 from mixtura.training.loop import METRICS, TrainingOutcome, sequences_per_step, train
 from mixtura.training.metrics import load_imbalance, read_metrics, summarize_metrics
 from mixtura.training.progress import LineProgress, ProgressReporter, RichProgress, SilentProgress
-from mixtura.training.task import LOSS, Measure, StepLosses, TrainingTask
 from mixtura.training.trainer import TrainingDiverged
 
 __all__ = [

@@ -20,14 +20,20 @@ from mixtura.config import TrainingConfig, UserError
 from mixtura.results import Facts
 from mixtura.results.run import CurvePoint
 from mixtura.training import saving as checkpoints
-from mixtura.training.metrics import MetricsFile, evaluation_curve, read_metrics, truncate_metrics
+from mixtura.training.interface import TrainingTask
+from mixtura.training.metrics import (
+    MetricsFile,
+    check_trackers,
+    evaluation_curve,
+    read_metrics,
+    start_trackers,
+    truncate_metrics,
+)
 from mixtura.training.optimization import build_optimizer, build_schedule
 from mixtura.training.process import StopRequest, keep_freed_memory
 from mixtura.training.progress import ProgressReporter, SilentProgress
-from mixtura.training.settings import RUN_FILE, check_settings
+from mixtura.training.saving import RUN_FILE, check_settings
 from mixtura.training.slowness import slow_memory
-from mixtura.training.task import TrainingTask
-from mixtura.training.trackers import check_trackers, start_trackers
 from mixtura.training.trainer import MixtureTrainer, RunContext
 
 METRICS = "metrics.jsonl"

@@ -1,11 +1,14 @@
-"""Checkpoints: folders that are either whole or not there.
+"""What a run keeps in its folder: the settings that it was started with, and checkpoints that are whole or not there.
 
-A folder is filled under another name, closed with `complete.json` (its step, what was trained, the names and sizes of
-its files) and renamed last. Weights are safetensors, everything else JSON or tensors that
-`torch.load(weights_only=True)` reads. A `checkpoint-N` without `complete.json` is therefore none of ours, and one whose
-sizes differ was damaged afterwards.
+A run is only ever continued with the settings that it was started with; `check_settings` compares them.
+
+A checkpoint is written into a folder with a temporary name. Its last file is `complete.json` (the step, what was
+trained, names and sizes of the files), and then the folder is renamed. So a `checkpoint-N` without `complete.json` was
+not written here, and one whose sizes differ was damaged later. Weights are safetensors; everything else is JSON, or
+tensors that `torch.load(weights_only=True)` reads.
 """
 
+import hashlib
 import json
 import random
 import shutil
@@ -24,9 +27,8 @@ from transformers.utils import logging
 
 from mixtura.config import UserError
 from mixtura.errors import reason_of
-from mixtura.files import put_folder
+from mixtura.files import put_folder, write_json
 from mixtura.results import Facts
-from mixtura.training.settings import first_difference
 
 COMPLETE = "complete.json"
 WEIGHTS = "model.safetensors"
@@ -285,3 +287,53 @@ def _numbered(out: Path) -> list[Path]:
 
 def _number(folder: Path) -> int:
     return int(folder.name[len(_PREFIX) :])
+
+
+RUN_FILE = "run.json"
+
+
+def check_settings(out: Path, settings: Facts) -> None:
+    """Compares with the settings stored in `out`, or stores them when there are none.
+
+    Raises:
+        UserError: the run was started with other settings; names the first that differs.
+    """
+    path = out / RUN_FILE
+    settings = json.loads(json.dumps(settings))
+    if not path.exists():
+        record = {"hash": settings_hash(settings), "settings": settings}
+        write_json(path, record)
+        return
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"'{path}' is not readable: choose another output folder, or remove '{out}'.") from None
+    difference = first_difference(stored, settings)
+    if difference is not None:
+        key, before, now = difference
+        raise UserError(
+            f"The run in '{out}' was started with {key} = {_shown(before)}, and now it is {_shown(now)}: set it back "
+            "to resume, or choose another output folder."
+        )
+
+
+def settings_hash(settings: Facts) -> str:
+    """128 bits over all settings."""
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def first_difference(before: Any, now: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """The first key, dotted, at which two nested dictionaries differ, with both values; None when they are equal."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            path = f"{where}.{key}" if where else key
+            difference = first_difference(before.get(key), now.get(key), path)
+            if difference is not None:
+                return difference
+        return None
+    return None if before == now else (where, before, now)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -26,11 +26,11 @@ from mixtura.models.transition import change_to_token_choice, transition_due
 from mixtura.results import Facts
 from mixtura.training import balance
 from mixtura.training import saving as checkpoints
+from mixtura.training.interface import Batch, StepLosses, TrainingTask
 from mixtura.training.metrics import MetricsFile
 from mixtura.training.optimization import clip_gradients
 from mixtura.training.process import StopRequest
 from mixtura.training.progress import ProgressReporter
-from mixtura.training.task import Batch, StepLosses, TrainingTask
 
 KEEP_CHECKPOINTS = 2
 _LOAD_FILE = "load.safetensors"

@@ -19,12 +19,14 @@ Shapes: N sequences, L tokens of each, T = N*L tokens, D hidden, C copies of the
 that a token runs.
 """
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from scipy.cluster.vq import kmeans2
@@ -37,11 +39,77 @@ from mixtura.data.packing import pack
 from mixtura.data.sources import read_documents
 from mixtura.data.tokenizer import load_tokenizer
 from mixtura.layers import FeedForward
-from mixtura.models.attention import causal_masks
 from mixtura.models.configuration_mixture import MixtureConfig
+from mixtura.models.decoder_layer import causal_masks
 from mixtura.models.modeling_mixture import MixtureDecoderLayer
-from mixtura.upcycling.columns import generator_for, mean_of
 from mixtura.upcycling.request import UpcycleSettings, chosen_layers
+
+
+class GatedWeights(NamedTuple):
+    """The matrices of one gated feed-forward layer, or of one expert."""
+
+    gate_FD: Tensor
+    up_FD: Tensor
+    down_DF: Tensor
+
+    def channels(self, index: Tensor) -> "GatedWeights":
+        """The layer of some of the intermediate channels; the layers of a partition add up to the whole."""
+        return GatedWeights(self.gate_FD[index], self.up_FD[index], self.down_DF[:, index])
+
+    def scaled(self, first: float, second: float) -> "GatedWeights":
+        """Gate and up times `first`, down times `second`, each in its own dtype."""
+        return GatedWeights(*_multiplied((*self,), (first, first, second)))
+
+
+def _multiplied(weights: Sequence[Tensor], factors: Sequence[float]) -> list[Tensor]:
+    return [weight if factor == 1 else weight * factor for weight, factor in zip(weights, factors, strict=True)]
+
+
+def generator_for(*names: object) -> torch.Generator:
+    """Random numbers that depend on names alone, so that nothing depends on the order in which layers are written."""
+    digest = hashlib.blake2b("/".join(map(str, names)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def redraw_channels(weights: GatedWeights, share: float, generator: torch.Generator) -> GatedWeights:
+    """Draws a share of the intermediate channels anew, the same channels in all three matrices.
+
+    Drop-Upcycling (arXiv 2502.19261): rows of gate and up and columns of down come from a normal
+    distribution with mean and standard deviation of the values they replace, in each matrix its own.
+    """
+    width = weights.gate_FD.size(0)
+    index = torch.randperm(width, generator=generator)[: int(share * width)]
+    if not len(index):
+        return weights
+    drawn = []
+    for weight, dim in zip(weights, (0, 0, 1), strict=True):
+        old = weight.index_select(dim, index).float()
+        new = torch.randn(old.shape, generator=generator) * old.std(correction=0) + old.mean()
+        drawn.append(weight.index_copy(dim, index, new.to(weight.dtype)))
+    return GatedWeights(*drawn)
+
+
+def add_noise(weights: GatedWeights, relative_std: float, generator: torch.Generator) -> GatedWeights:
+    """Adds normal noise of `relative_std` times each matrix's own standard deviation."""
+    if not relative_std:
+        return weights
+    noisy = []
+    for weight in weights:
+        exact = weight.float()
+        noise = torch.randn(exact.shape, generator=generator) * (relative_std * exact.std(correction=0))
+        noisy.append((exact + noise).to(weight.dtype))
+    return GatedWeights(*noisy)
+
+
+def mean_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The mean in float32, in the dtype of the first; one tensor is returned as it is."""
+    if len(tensors) == 1:
+        return tensors[0]
+    total = tensors[0].float()
+    for tensor in tensors[1:]:
+        total = total + tensor.float()
+    return (total / len(tensors)).to(tensors[0].dtype)
+
 
 _SEQUENCE_LENGTH = 128
 _BATCH = 8

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mixtura.results.details import CalibrationBin
+from mixtura.results.run import CalibrationBin
 from mixtura.tasks.classification.accuracy import (
     brier_score,
     calibration_bins,

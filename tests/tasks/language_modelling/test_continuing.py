@@ -13,7 +13,7 @@ from mixtura.comparison.runner import compare, train_arm
 from mixtura.config import UserError, recipe_from_dict
 from mixtura.data.tokenizer import train_tokenizer
 from mixtura.evaluation import evaluate
-from mixtura.exporting.writer import export
+from mixtura.exporting.stock_folder import export
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.generation import generate_text
 from mixtura.planning import flops_per_token

@@ -20,7 +20,7 @@ from mixtura.data.tokenizer import train_tokenizer
 from mixtura.results import Leaks
 from mixtura.tasks.inspection import diagnose
 from mixtura.tasks.translation.experiment import make_translation
-from mixtura.tasks.translation.translator import translate
+from mixtura.tasks.translation.trained_model import translate
 from mixtura.training import train
 
 ADAPTERS = {

@@ -17,11 +17,11 @@ from mixtura.config import (
     UserError,
 )
 from mixtura.results import Leaks
-from mixtura.results.details import TranslationDetails
 from mixtura.results.document import PairedTest
 from mixtura.results.json_form import from_plain, to_plain
+from mixtura.results.run import TranslationDetails
 from mixtura.tasks.translation.experiment import make_translation
-from mixtura.tasks.translation.translator import translate, translate_lines
+from mixtura.tasks.translation.trained_model import translate, translate_lines
 from mixtura.training import train
 
 WORDS = ["ban", "den", "fin", "gat", "lit", "mon", "nab", "pol", "rud", "sef"]

@@ -5,8 +5,8 @@ Shapes: N examples, C classes.
 
 import numpy as np
 
-from mixtura.results.details import CalibrationBin
 from mixtura.results.document import PairedTest
+from mixtura.results.run import CalibrationBin
 
 NUM_BINS = 15
 """Calibration bins of equal width, as in Guo et al. (arXiv 1706.04599, section 4)."""

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerBase
 
 from mixtura.adapters.attach import apply_adapter
-from mixtura.adapters.costs import count_parameters, measured_flops_per_token
 from mixtura.adapters.expert_specialized import SAMPLE_SIZE
+from mixtura.adapters.targets import count_parameters, measured_flops_per_token
 from mixtura.config import ClassificationArmConfig, ClassificationRecipe
 from mixtura.config.arms import has_setting
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm, probe_layer
@@ -30,8 +30,7 @@ from mixtura.tasks.classification.classifier import SavedClassifier, TextClassif
 from mixtura.tasks.classification.features import FeatureExamples, hidden_states
 from mixtura.tasks.classification.heads import head_settings, inactive_parameters
 from mixtura.tasks.classification.task import Classification, RouterLossWeights, Splits
-from mixtura.training.experiment import Arm
-from mixtura.training.task import Batch
+from mixtura.training.interface import Arm, Batch
 
 
 @dataclass(frozen=True)

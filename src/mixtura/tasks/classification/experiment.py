@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from mixtura.adapters.attach import apply_adapter
-from mixtura.adapters.costs import count_parameters
+from mixtura.adapters.targets import count_parameters
 from mixtura.config import ClassificationRecipe, HeadConfig, UserError
 from mixtura.config.adapt import MOST_TEXT_TOKENS, Amounts, common_length, with_batches_for
 from mixtura.data.labelled import LabelledCorpus, LabelledText, load_labelled
@@ -39,7 +39,7 @@ from mixtura.tasks.classification.features import (
 )
 from mixtura.tasks.classification.heads import blends_tokens
 from mixtura.tasks.classification.task import PREDICTIONS, Splits
-from mixtura.training.experiment import Arm, Experiment
+from mixtura.training.interface import Arm, Experiment
 
 _PARTS = ("train", "validation", "test")
 

@@ -29,7 +29,7 @@ from mixtura.config import HeadConfig, UserError
 from mixtura.data.packing import sequence_index
 from mixtura.files import cache_entry
 from mixtura.tasks.classification.heads import pool_states
-from mixtura.training.task import Batch
+from mixtura.training.interface import Batch
 
 # Raise it when the same model and texts would give other features than before.
 CACHE_FORMAT = 1

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from mixtura.config import UserError
 from mixtura.layers.statistics import load_balancing_loss
 from mixtura.results import Facts
-from mixtura.results.details import ClassificationDetails
+from mixtura.results.run import ClassificationDetails
 from mixtura.tasks.classification.accuracy import calibration_bins, classification_scores, confusion_matrix
 from mixtura.tasks.classification.classifier import (
     Mode,
@@ -33,7 +33,7 @@ from mixtura.tasks.classification.classifier import (
 from mixtura.tasks.classification.features import Examples, ScheduledExamples
 from mixtura.tasks.classification.heads import blends_tokens
 from mixtura.training import saving as checkpoints
-from mixtura.training.task import Batch, Measure, StepLosses, TrainingTask
+from mixtura.training.interface import Batch, Measure, StepLosses, TrainingTask
 
 ACCURACY = Measure("accuracy", "accuracy", "%", "higher", 2)
 PREDICTIONS = "predictions.jsonl"

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from mixtura.config.families import never_served
 from mixtura.data.packing import PackedTokens
 from mixtura.models.inference import grouped_layers, running_in
-from mixtura.results.details import Continuation
+from mixtura.results.run import Continuation
 
 TEXTS, PROMPT_TOKENS, NEW_TOKENS = 2, 16, 40
 

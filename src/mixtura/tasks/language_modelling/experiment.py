@@ -12,8 +12,8 @@ from typing import Any, final
 
 import torch
 
-from mixtura.checkpoints.decoder import count_parameters, decoder_config, load_decoder, probe_config, weights_digest
 from mixtura.checkpoints.pretrained import resolve_base
+from mixtura.checkpoints.source import count_parameters, decoder_config, load_decoder, probe_config, weights_digest
 from mixtura.config import ArmConfig, DataConfig, Recipe, UserError, starts_from_checkpoints
 from mixtura.config.adapt import Amounts, with_batches_for
 from mixtura.config.arms import has_setting, model_settings, shown_settings
@@ -34,7 +34,7 @@ from mixtura.planning.matching import FLOPS_TOLERANCE
 from mixtura.planning.shapes import feed_forward_shapes
 from mixtura.results import ArmDescription, Leaks
 from mixtura.tasks.language_modelling.task import LanguageModelling
-from mixtura.training.experiment import Arm, Experiment
+from mixtura.training.interface import Arm, Experiment
 from mixtura.training.optimization import OPTIMIZER_NAMES
 
 

@@ -9,14 +9,14 @@ from torch import Tensor
 from mixtura.config import TrainingConfig, UserError
 from mixtura.data.packing import ScheduledDataset
 from mixtura.data.prepare import PreparedData
-from mixtura.diagnostics.peakedness import measure_peakedness
+from mixtura.diagnostics.choices import measure_peakedness
 from mixtura.evaluation import check_evaluation, evaluate_loss, evaluation_modes
 from mixtura.models.transition import follow_transition
 from mixtura.results import Facts
-from mixtura.results.details import Peakedness, PretrainingDetails
+from mixtura.results.run import Peakedness, PretrainingDetails
 from mixtura.tasks.language_modelling.continuations import continue_held_out
 from mixtura.training import saving as checkpoints
-from mixtura.training.task import Batch, StepLosses, TrainingTask
+from mixtura.training.interface import Batch, StepLosses, TrainingTask
 
 _CURVE_MEASURES = ("loss", "bits_per_byte")
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mixtura.adapters.attach import apply_adapter
-from mixtura.adapters.costs import count_parameters, measured_flops_per_token
 from mixtura.adapters.expert_specialized import SAMPLE_SIZE
+from mixtura.adapters.targets import count_parameters, measured_flops_per_token
 from mixtura.checkpoints.pretrained import load_base, load_base_config
 from mixtura.config import ArmConfig, TranslationArmConfig, TranslationRecipe, UserError
 from mixtura.config.arms import has_setting, shown_settings
@@ -26,7 +26,7 @@ from mixtura.results import ArmDescription, Facts, Leaks
 from mixtura.tasks.translation.batches import PairDataset, collate_rows
 from mixtura.tasks.translation.decoding import ExampleRouting
 from mixtura.tasks.translation.task import TranslationData, TranslationTask
-from mixtura.training.experiment import Arm
+from mixtura.training.interface import Arm
 
 _PROBED_LAYERS = 2
 """Layers of a base model that a leak probe keeps: a leak shows in any layer, and float64 is slow."""

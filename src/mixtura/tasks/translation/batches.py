@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from mixtura.data.packing import epoch_order
 from mixtura.data.parallel import SentencePair
 from mixtura.tasks.translation.prompts import Prompts
-from mixtura.training.task import Batch
+from mixtura.training.interface import Batch
 
 WINDOW_BATCHES = 50
 """Batches that are sorted by length among each other: enough that rows of a batch are nearly equal in length."""

@@ -20,7 +20,7 @@ from mixtura.tasks.translation.batches import encode_pairs
 from mixtura.tasks.translation.chrf import paired_bootstrap
 from mixtura.tasks.translation.prompts import Prompts, add_prompt_tokens, train_translation_tokenizer
 from mixtura.tasks.translation.task import OUTPUTS_FILE, TranslationData, read_outputs
-from mixtura.training.experiment import Arm, Experiment
+from mixtura.training.interface import Arm, Experiment
 
 
 def make_translation(

@@ -24,14 +24,14 @@ from mixtura.files import write_text
 from mixtura.models import MixtureConfig
 from mixtura.models.inference import mixing_layers
 from mixtura.results import Facts
-from mixtura.results.details import PairScores, Sample, Specialization, TranslationDetails
 from mixtura.results.json_form import from_plain, to_plain
+from mixtura.results.run import PairScores, Sample, Specialization, TranslationDetails
 from mixtura.tasks.translation.batches import EncodedPairs, PairDataset, collate_rows
 from mixtura.tasks.translation.chrf import Scores, score
 from mixtura.tasks.translation.decoding import ExampleRouting, decode, inference_modes, running
 from mixtura.tasks.translation.prompts import Prompts
 from mixtura.training import saving as checkpoints
-from mixtura.training.task import Batch, Measure, StepLosses, TrainingTask
+from mixtura.training.interface import Batch, Measure, StepLosses, TrainingTask
 
 TRANSLATION_FILE = "translation.json"
 OUTPUTS_FILE = "outputs.jsonl"

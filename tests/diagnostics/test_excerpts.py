@@ -6,8 +6,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mixtura.data import train_tokenizer
-from mixtura.diagnostics.diagnosed import TypicalToken
-from mixtura.diagnostics.token_types import TOKEN_TYPES, token_surfaces, token_types, typical_tokens
+from mixtura.diagnostics.excerpts import TOKEN_TYPES, token_surfaces, token_types, typical_tokens
+from mixtura.diagnostics.findings import TypicalToken
 
 
 @pytest.mark.parametrize(

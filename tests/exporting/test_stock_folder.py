@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mixtura.config import UserError
-from mixtura.exporting.writer import export
+from mixtura.exporting.stock_folder import export
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 
 DENSE = {"mlp_layer_types": ["dense"] * 3}

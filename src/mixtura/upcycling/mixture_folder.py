@@ -1,7 +1,7 @@
 """Sparse upcycling: a dense checkpoint becomes a mixture, one tensor after the other, with a receipt of what was done.
 
 Komatsuzaki et al. 2022 (arXiv 2212.05055). The settings are in `mixtura.upcycling.request`, the arithmetic of one
-layer in `mixtura.upcycling.columns`.
+layer in `mixtura.upcycling.routers`.
 
 Shapes: E experts, D hidden, F width of an expert, C copies of the dense layer.
 """
@@ -21,13 +21,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mixtura.checkpoints.companions import copy_companions
-from mixtura.checkpoints.shards import write_shards
 from mixtura.checkpoints.source import UPCYCLE_RECEIPT, DenseSource, check_alike, expected_shapes, open_source
+from mixtura.checkpoints.tensors import copy_companions, write_shards
 from mixtura.config import UserError
 from mixtura.files import check_empty, new_folder
 from mixtura.models.configuration_mixture import MixtureConfig
-from mixtura.upcycling.columns import GatedWeights, add_noise, generator_for, mean_of, redraw_channels
 from mixtura.upcycling.request import (
     RouterStartKind,
     UpcycledFamily,
@@ -37,7 +35,15 @@ from mixtura.upcycling.request import (
     learning_warnings,
     mixture_config,
 )
-from mixtura.upcycling.routers import LayerStart, layer_starts
+from mixtura.upcycling.routers import (
+    GatedWeights,
+    LayerStart,
+    add_noise,
+    generator_for,
+    layer_starts,
+    mean_of,
+    redraw_channels,
+)
 
 _FORMAT = 1
 

@@ -1,16 +1,91 @@
-"""The files of a comparison as records: read with a sentence for whatever is wrong, written whole or not at all."""
+"""The files of a comparison as records: read with a sentence for whatever is wrong, written whole or not at all.
+
+A file of an older schema is brought to today's one version at a time. These steps see plain values only; whatever they
+leave wrong, reading the records finds and names.
+"""
 
 import json
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mixtura.errors import UserError
 from mixtura.files import write_json
 from mixtura.results.document import SCHEMA_VERSION, Results
 from mixtura.results.json_form import NotThatRecord, from_plain, to_plain
 from mixtura.results.run import RunResult
-from mixtura.results.upgrade import Plain, upgrade_results, upgrade_run
+
+Plain = dict[str, Any]
+"""A stored table."""
+
+
+def upgrade_results(stored: Plain) -> Plain:
+    """The content of a results.json of version 2, in today's form; others are returned as they are."""
+    return _results_from_2(stored) if stored.get("schema_version") == 2 else stored
+
+
+def upgrade_run(stored: Plain) -> Plain:
+    """The content of a result.json, which says its version since version 3, in today's form."""
+    return _run_from_2(stored) if "schema_version" not in stored else stored
+
+
+def _results_from_2(stored: Plain) -> Plain:
+    budget = ("description", "tokens_per_step", "tokens_per_run", "epochs")
+    data = stored["data"]
+    arms = {
+        name: {**arm, "runs": [_run_from_2({"learning_rate": arm["learning_rate"], **run}) for run in arm["runs"]]}
+        for name, arm in stored["arms"].items()
+    }
+    # What the report said then is computed anew.
+    kept = {key: value for key, value in stored.items() if key != "summary"}
+    return {
+        **kept,
+        "schema_version": SCHEMA_VERSION,
+        "data": {
+            **{key: data.get(key) for key in budget},
+            "facts": {key: value for key, value in data.items() if key not in budget},
+        },
+        "arms": arms,
+        "across_arms": {"paired_bootstrap": _tests_from_2(stored.get("across_arms") or {})},
+    }
+
+
+def _tests_from_2(across: Plain) -> Plain:
+    found = across.get("paired_bootstrap") or {}
+    return {
+        name: {"all": _test_from_2(tests)}
+        if "accuracy_difference" in tests
+        else {pair: _test_from_2(test) for pair, test in tests.items()}
+        for name, tests in found.items()
+    }
+
+
+def _test_from_2(test: Plain) -> Plain:
+    names = {"accuracy_difference": "difference", "chrf_difference": "difference"}
+    return {names.get(key, key): value for key, value in test.items()}
+
+
+def _run_from_2(run: Plain) -> Plain:
+    return {**run, "details": _details_from_2(run.get("details") or {}), "curve": [*map(_point_from_2, run["curve"])]}
+
+
+def _point_from_2(point: Plain) -> Plain:
+    costs = ("step", "tokens", "seconds", "flops")
+    return {
+        **{key: point[key] for key in costs if key in point},
+        "measures": {key: value for key, value in point.items() if key not in costs},
+    }
+
+
+def _details_from_2(details: Plain) -> Plain | None:
+    kinds = {"pairs": "translation", "confusion": "classification", "peakedness": "pretraining"}
+    kind = next((kind for key, kind in kinds.items() if key in details), None)
+    if kind is None:
+        return None
+    if "labels" in details:
+        details = {**details, "labels": [str(label) for label in details["labels"]]}
+    return {**details, "kind": kind}
+
 
 RESULTS = "results.json"
 RESULT = "result.json"

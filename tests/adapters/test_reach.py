@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from fixtures.bases import MIXTURE_SIZES as SIZES
-from mixtura.adapters.check import check_adapter
+from mixtura.adapters.reach import check_adapter
 from mixtura.config import UserError
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 

@@ -2,7 +2,7 @@
 
 import os
 
-from mixtura.checkpoints.companions import copy_companions
+from mixtura.checkpoints.tensors import copy_companions
 
 
 def test_tokenizer_template_settings_and_licence_go_along_and_nothing_else(tmp_path):

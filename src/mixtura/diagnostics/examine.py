@@ -19,7 +19,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mixtura.config import DataConfig, UserError
 from mixtura.data.sources import read_documents
 from mixtura.diagnostics.choices import routed_layers, unread_layers
-from mixtura.diagnostics.diagnosed import (
+from mixtura.diagnostics.excerpts import (
+    TOKEN_TYPES,
+    Excerpts,
+    batches,
+    cut_excerpts,
+    token_surfaces,
+    token_types,
+    typical_tokens,
+)
+from mixtura.diagnostics.findings import (
     ByTokenType,
     Diagnosis,
     LayerDiagnosis,
@@ -27,14 +36,13 @@ from mixtura.diagnostics.diagnosed import (
     LeakFindings,
     ModelFacts,
     ShownExcerpt,
+    cautions,
+    verdict,
 )
-from mixtura.diagnostics.excerpts import Excerpts, batches, cut_excerpts
-from mixtura.diagnostics.findings import cautions, verdict
+from mixtura.diagnostics.health import summarize_load
 from mixtura.diagnostics.leak import probe_causal_lm
-from mixtura.diagnostics.load import summarize_load
 from mixtura.diagnostics.page import render_page
 from mixtura.diagnostics.specialization import ObservedChoices, describe_layer, observe
-from mixtura.diagnostics.token_types import TOKEN_TYPES, token_surfaces, token_types, typical_tokens
 from mixtura.files import replacing
 from mixtura.layers import MixtureOfTokens
 from mixtura.models.inference import grouped_layers, running_in

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mixtura.kernels.activation import activate, activate_backward, check_activation
+from mixtura.kernels.expert_weights import activate, activate_backward, check_activation
 
 
 @pytest.mark.parametrize(

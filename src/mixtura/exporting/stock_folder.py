@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from mixtura.checkpoints.companions import copy_companions
 from mixtura.checkpoints.source import EMBEDDING, HEAD, expected_shapes
-from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights, write_planned
+from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights, copy_companions, write_planned
 from mixtura.config import UserError
 from mixtura.exporting.card import Origin, origin_of, write_card
 from mixtura.exporting.containers import (
@@ -27,7 +26,7 @@ from mixtura.exporting.containers import (
     plan_tensors,
     remote_code,
 )
-from mixtura.exporting.traits import Traits, check_deployable, traits_of
+from mixtura.exporting.fields import Traits, check_deployable, traits_of
 from mixtura.exporting.verification import Receipt, verify
 from mixtura.files import new_folder
 from mixtura.models import MixtureConfig

@@ -16,8 +16,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from mixtura.adapters.attach import adapter_parameters, change_when_perturbed, first_output
-from mixtura.adapters.costs import count_parameters
 from mixtura.adapters.expert_specialized import ExpertSpecializedLayer
+from mixtura.adapters.targets import count_parameters
 from mixtura.config import UserError
 
 _PROBE_SHAPE = (2, 16)

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mixtura.config import UserError
-from mixtura.data.files import format_of, read_lines
 from mixtura.data.rows import Row
+from mixtura.data.text_files import format_of, read_lines
 from mixtura.errors import reason_of
 
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mixtura.benchmarks.contenders import Size, own_layers
+from mixtura.benchmarks.contenders import Size, own_layers, peers
 from mixtura.benchmarks.measure import kept_bytes
-from mixtura.benchmarks.peers import peers
 
 SIZE = Size(tokens=64, hidden=32, experts=8, top_k=4)
 interpreted = pytest.mark.skipif(

@@ -12,10 +12,9 @@ import torch
 from transformers import LlamaConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfig
 
 from mixtura.config import UserError
-from mixtura.diagnostics.diagnosed import Diagnosis
-from mixtura.diagnostics.diagnosis import diagnose_model, diagnose_texts, read_texts, write_diagnosis
-from mixtura.diagnostics.excerpts import batches, cut_excerpts, text_pieces
-from mixtura.diagnostics.token_types import TOKEN_TYPES, token_surfaces
+from mixtura.diagnostics.examine import diagnose_model, diagnose_texts, read_texts, write_diagnosis
+from mixtura.diagnostics.excerpts import TOKEN_TYPES, batches, cut_excerpts, text_pieces, token_surfaces
+from mixtura.diagnostics.findings import Diagnosis
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.results.json_form import from_plain
 

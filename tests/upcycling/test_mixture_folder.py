@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import mixtura
 from mixtura.layers import MixtureOfTokens, TokenChoiceMoE
 from mixtura.models import MixtureForCausalLM
-from mixtura.upcycling.writer import upcycle
+from mixtura.upcycling.mixture_folder import upcycle
 
 ARCHITECTURES = ["llama", "llama, tied, biases", "mistral, window", "qwen2", "qwen2, window", "qwen3", "mixtura"]
 STYLES = {
