@@ -1,4 +1,4 @@
-"""What diagnosis.json holds: a model, its layers against groups of texts and kinds of tokens, and what is said of it.
+"""What diagnosis.json holds: a model, its layers against groups of texts and kinds of tokens, and the findings.
 
 docs/diagnose.md says what each field means.
 """

@@ -19,10 +19,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from mixtura.layers import (
     Experts,
+    ExpertThresholdMoE,
     FeedForward,
     LayerMix,
     MixtureOfTokens,
     Population,
+    ReMoE,
     RoutingStats,
     SoftMoE,
     TokenChoiceMoE,
@@ -41,6 +43,7 @@ from mixtura.models.router_losses import (
     warn_of_a_loss_outside,
     weighted_router_losses,
 )
+from mixtura.models.start import start_deviations
 
 
 class MixturePreTrainedModel(PreTrainedModel):
@@ -71,7 +74,7 @@ class MixturePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Every matrix is normal: feed-forward weights and routers by their scales, others by `initializer_range`."""
         if isinstance(module, Projection | Router | Experts):
-            for weight, std in _start_deviations(self.config, module):
+            for weight, std in start_deviations(self.config, module):
                 init.normal_(weight, mean=0.0, std=std)
             return
         super()._init_weights(module)
@@ -84,6 +87,11 @@ class MixturePreTrainedModel(PreTrainedModel):
                 init.ones_(module.scale)
         elif isinstance(module, TokenChoiceMoE) and module.expert_bias is not None:
             init.zeros_(module.expert_bias)
+        elif isinstance(module, ExpertThresholdMoE):
+            init.zeros_(module.threshold)
+            init.zeros_(module.updates)
+        elif isinstance(module, ReMoE):
+            init.constant_(module.l1_coef, module.l1_coef_start)
         elif isinstance(module, Population):
             module.reset()
 
@@ -112,6 +120,13 @@ class MixturePreTrainedModel(PreTrainedModel):
         """Unweighted load-balancing and z-loss, see `mixtura.models.router_losses`."""
         return router_losses(self.config, routing)
 
+    def router_loss_weights(self) -> tuple[Tensor | float, Tensor | float]:
+        """Their weights: those of the configuration, or ReMoE's of the moment, which is the same in all layers."""
+        for layer in self.mixture_layers():
+            if isinstance(layer, ReMoE):
+                return layer.l1_coef, 0.0
+        return self.config.router_aux_loss_coef, self.config.router_z_loss_coef
+
     def _wants_router_losses(self, labels: Tensor | None, kwargs: dict[str, Any]) -> bool:
         """In training with labels, and where a caller asks for router logits as of Mixtral."""
         if labels is None and self.training:
@@ -121,9 +136,11 @@ class MixturePreTrainedModel(PreTrainedModel):
         return bool(asked) or (labels is not None and self.training)
 
     def prepare_step(self, step: int, *, steps: int) -> None:
-        """Sets what depends on how far training is: which layers leave which share of their groups empty.
+        """Sets what depends on how far training is: which layers leave which share of their groups empty, and whether
+        those with thresholds still choose over the batch.
 
-        Until it is first called, and where a trainer never does, every layer has the share `zero_fill` at every step.
+        Until it is first called, and where a trainer never does, every layer has the share `zero_fill` at every step,
+        and layers with thresholds use them from the first update on.
 
         Args:
             step: optimizer steps taken.
@@ -133,20 +150,9 @@ class MixturePreTrainedModel(PreTrainedModel):
         shares = shares_alone(self.config, step, steps=steps, layers=len(layers))
         for layer, share in zip(layers, shares, strict=True):
             layer.set_zero_fill(share)
-
-
-def _start_deviations(config: MixtureConfig, module: Projection | Router | Experts) -> list[tuple[Tensor, float]]:
-    """The weights of a module of the feed-forward layers, each with the standard deviation it is drawn at."""
-    if isinstance(module, Router):
-        return [(module.weight, config.start_deviation(module.in_features, of="router_scale"))]
-    if isinstance(module, Projection):
-        std = config.start_deviation(module.in_features, of="dense_scale", down=module.down)
-        return [(module.weight, std)]
-    up, down = module.weights
-    return [
-        (up, config.start_deviation(module.hidden_size, of="expert_scale")),
-        (down, config.start_deviation(module.intermediate_size, of="expert_scale", down=True)),
-    ]
+        for layer in self.mixture_layers():
+            if isinstance(layer, ExpertThresholdMoE):
+                layer.choosing_over_batch = step < round(self.config.threshold_warmup * steps)
 
 
 class MixtureModel(MixturePreTrainedModel):
@@ -313,7 +319,7 @@ class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):
             language_loss = loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
             shifted = kwargs.get("shift_labels")
             share = share_of_step(labels[..., 1:] if shifted is None else shifted, kwargs.get("num_items_in_batch"))
-            added = weighted_router_losses(self.config, losses, share=share) if self.training else None
+            added = weighted_router_losses(self.router_loss_weights(), losses, share=share) if self.training else None
             loss = language_loss if added is None else language_loss + added
         return MixtureCausalLMOutput(
             loss=loss,
@@ -369,7 +375,7 @@ class MixtureForSequenceClassification(GenericForSequenceClassification, Mixture
         losses = self.router_losses(outputs.routing)
         if labels is not None:
             loss = self.loss_function(logits=logits_BLC, labels=labels, pooled_logits=logits_BC, config=self.config)
-            added = weighted_router_losses(self.config, losses, share=None) if self.training else None
+            added = weighted_router_losses(self.router_loss_weights(), losses, share=None) if self.training else None
             loss = loss if added is None else loss + added
             share = share_of_step(labels, num_items_in_batch)
             loss = loss if share is None else loss * share

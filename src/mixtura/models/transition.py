@@ -147,7 +147,7 @@ def _take_over(model: MixtureForCausalLM, converted: MixtureForCausalLM) -> None
     """Puts the other model's token-choice layers, with this model's parameters, and its settings in place."""
     for old, new in zip(_decoder_layers(model), _decoder_layers(converted), strict=True):
         if isinstance(old.mlp, MixtureOfTokens) and isinstance(new.mlp, TokenChoiceMoE):
-            new.mlp.gate, new.mlp.experts = old.mlp.gate, old.mlp.experts
+            new.mlp.gate, new.mlp.experts, new.mlp.shared_expert = old.mlp.gate, old.mlp.experts, old.mlp.shared_expert
             old.mlp = new.mlp.train(model.training)
     for key, value in _changes(model.config, top_k=converted.config.num_experts_per_tok).items():
         setattr(model.config, key, value)
@@ -164,7 +164,7 @@ def _changes(config: MixtureConfig, *, top_k: int) -> dict[str, Any]:
     """What of a configuration is another after the conversion.
 
     Settings that no layer has any more, and those of token choice's layers, go back to their defaults, under which a
-    layer chooses by softmax, drops nothing and has no shared expert. How token choice is trained stays.
+    layer chooses by softmax and drops nothing. How token choice is trained stays, and shared experts do.
     """
     swap = {"mixture_of_tokens": "token_choice"}
     families = [swap.get(family, family) for family in config.mlp_layer_types or []]
@@ -173,7 +173,7 @@ def _changes(config: MixtureConfig, *, top_k: int) -> dict[str, Any]:
         for setting, field in model_settings()
         if not set(families) & set(setting.families) or setting.argument("token_choice") is not None
     }
-    kept = {"moe_intermediate_size": config.moe_intermediate_size}
+    kept = {key: getattr(config, key) for key in ("moe_intermediate_size", "num_shared_experts")}
     experts = {"num_experts": config.num_experts * config.mixtures_per_expert, "num_experts_per_tok": top_k}
     outside = {"mlp_layer_types": families, "routed_scaling_factor": 1.0, "population": False}
     return reset | kept | experts | outside
@@ -211,7 +211,10 @@ def _match_outputs(
     products = torch.zeros(len(pairs), 2, dtype=torch.float64)
 
     def compare(index: int, _: nn.Module, inputs: tuple[Tensor, ...], y_BLD: Any) -> None:
-        new_y_BLD = pairs[index][1](inputs[0]).double()
+        layer, new_y_BLD = pairs[index][1], pairs[index][1](inputs[0]).double()
+        if layer.shared_expert is not None:  # both have the same, which nothing scales
+            shared_BLD = layer.shared_expert(inputs[0]).double()
+            y_BLD, new_y_BLD = y_BLD - shared_BLD, new_y_BLD - shared_BLD
         products[index] += torch.stack([(y_BLD.double() * new_y_BLD).sum(), new_y_BLD.square().sum()]).cpu()
 
     hooks = [old.register_forward_hook(partial(compare, index)) for index, (old, _) in enumerate(pairs)]

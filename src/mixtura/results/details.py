@@ -1,6 +1,6 @@
 """What a finished run tells beyond its measures: one type for each task, told apart by `kind`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -18,10 +18,22 @@ class Peakedness:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """The beginning of a held-out text, how it really goes on, and how the run goes on, as deployed and greedily."""
+
+    prompt: str
+    reference: str
+    output: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainingDetails:
-    """Of a language model with mixture-of-tokens layers."""
+    """Of a language model."""
 
     peakedness: list[Peakedness]
+    """Of each mixture-of-tokens layer."""
+    continuations: list[Continuation] = field(default_factory=list)
+    """Empty in files of before they were kept."""
     kind: Literal["pretraining"] = "pretraining"
 
 

@@ -61,6 +61,17 @@ class ArmDescription:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepParts:
+    """Shares of the time of a step; they sum to one."""
+
+    forward: float
+    """The loss with it."""
+    backward: float
+    optimizer: float
+    """Gradient clipping with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ArmTiming:
     """Seconds and memory of a step, measured side by side with the other arms'."""
 
@@ -71,6 +82,8 @@ class ArmTiming:
     peak_memory_bytes: int | None
     optimizer_state_bytes: int | None
     """What of the peak the optimizer keeps."""
+    step_parts: StepParts | None = None
+    """Where the time of a step goes; None in files of before it was measured."""
 
 
 @dataclass(frozen=True)

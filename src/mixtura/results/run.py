@@ -118,3 +118,8 @@ class RunResult(TrainingHistory):
     """For each mode the measures by key; what needs decoding is measured in the deployed mode alone."""
     details: RunDetails | None = None
     """What its task tells beyond measures; None for a trial of the search, and where a task has nothing to add."""
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it ended without measures."""
+        return all(value is None for measures in self.final.values() for value in measures.values())

@@ -7,6 +7,7 @@ time, differences and verdicts the same way for all.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -55,6 +56,8 @@ class Arm(ABC):
 class Experiment(ABC):
     """Everything a comparison runs."""
 
+    recipe: Any
+    """The recipe as it runs: what it left open, or its data could not fill, is fitted to the data."""
     arms: dict[str, Arm]
     """By name, in the recipe's order."""
     data: Facts

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mixtura.layers import RoutingStats
+from mixtura.models.modeling_mixture import MixturePreTrainedModel
 from mixtura.results import LOSS, Facts, Measure
 from mixtura.results.details import RunDetails
 
@@ -67,11 +68,13 @@ class TrainingTask(ABC):
     def losses(self, model: nn.Module, batch: Batch, *, num_targets: Tensor | int) -> StepLosses:
         """The losses of one micro-batch of a step that has `num_targets` targets on all ranks."""
 
-    def router_loss_weights(self, model: nn.Module) -> tuple[float, float]:
-        """Weights of `aux_loss` and `z_loss` in what is minimised: by default those of the model's configuration.
+    def router_loss_weights(self, model: nn.Module) -> tuple[Tensor | float, Tensor | float]:
+        """Weights of `aux_loss` and `z_loss` in what is minimised: by default the model's, or its configuration's.
 
         A task whose router losses come from elsewhere, such as an adapter, says its own.
         """
+        if isinstance(model, MixturePreTrainedModel):
+            return model.router_loss_weights()
         config = getattr(model, "config", None)
         return getattr(config, "router_aux_loss_coef", 0.0), getattr(config, "router_z_loss_coef", 0.0)
 

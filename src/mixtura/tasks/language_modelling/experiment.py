@@ -15,12 +15,13 @@ import torch
 from mixtura.checkpoints.decoder import count_parameters, decoder_config, load_decoder, probe_config, weights_digest
 from mixtura.checkpoints.pretrained import resolve_base
 from mixtura.config import ArmConfig, DataConfig, Recipe, UserError, starts_from_checkpoints
+from mixtura.config.adapt import Amounts, with_batches_for
 from mixtura.config.arms import has_setting, model_settings, shown_settings
 from mixtura.config.checks import batch_sizes, check_feed_forward
 from mixtura.config.families import facts_of
 from mixtura.config.from_checkpoint import SHAPE_KEYS, TRAINED_KEYS
 from mixtura.config.initialization import INITIALIZER_RANGE, names_scales
-from mixtura.data.prepare import PreparedData, prepare_data
+from mixtura.data.prepare import PreparedData, fit_held_out, prepare_data
 from mixtura.data.tokenizer import load_tokenizer
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.evaluation import evaluation_modes
@@ -247,13 +248,46 @@ def make_pretraining(
     Raises:
         UserError: the text cannot be used.
     """
-    data = with_checkpoints_tokenizer(recipe) if starts_from_checkpoints(recipe) else recipe.data
-    return Pretraining(recipe, prepare_data(data, cache_dir=cache_dir, on_progress=on_progress))
+    group_sizes = None
+    if starts_from_checkpoints(recipe):
+        tokenizer = with_checkpoints_tokenizer(recipe).tokenizer
+        recipe, group_sizes = _fitted_to_checkpoints(recipe)
+    else:
+        tokenizer = recipe.data.tokenizer
+
+    def prepare(section: DataConfig) -> PreparedData:
+        section = dataclasses.replace(section, tokenizer=tokenizer)
+        return prepare_data(section, cache_dir=cache_dir, on_progress=on_progress)
+
+    section, data = fit_held_out(recipe.data, prepare, wanted=max(recipe.training.batch_size, *(group_sizes or (1,))))
+    held_out = data.validation.num_sequences
+    recipe = with_batches_for(
+        dataclasses.replace(recipe, data=section),
+        Amounts(data.train.num_sequences, held_out, held_out),
+        group_sizes=group_sizes,
+    )
+    return Pretraining(recipe, data)
+
+
+def _fitted_to_checkpoints(recipe: Recipe) -> tuple[Recipe, tuple[int, ...]]:
+    """The recipe with sequences that all checkpoints have positions for, and the sizes of their groups over a batch."""
+    configs: list[Any] = [decoder_config(str(arm.init_from)) for arm in recipe.arms.values()]
+    length = min(recipe.data.sequence_length, *(config.max_position_embeddings for config in configs))
+    sizes = []
+    for config in configs:
+        grouped = any(facts_of(family).group_over for family in config.mlp_layer_types or [])
+        if grouped and config.group_over == "sequence":
+            length = max(1, length // config.group_size) * config.group_size
+        elif grouped:
+            sizes.append(config.group_size)
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sequence_length=length)), tuple(sizes)
 
 
 @final
 class Pretraining(Experiment):
     """Everything a comparison of pretraining runs."""
+
+    recipe: Recipe
 
     def __init__(self, recipe: Recipe, data: PreparedData) -> None:
         """Makes the recipe's arms, with the vocabulary of the data."""

@@ -33,7 +33,9 @@ def diagnose_language_pairs(folder: Path, *, max_tokens: int, command: str) -> D
     excerpts = _sentences(folder, prompts, directions, max_tokens)
     direction_G = torch.tensor([directions.index(name) for name in excerpts.names])
 
-    def tell(group_B: Tensor) -> None:
+    by_direction = routing.expert_of_direction is not None
+
+    def before_batch(group_B: Tensor) -> None:
         routing.tell(model, direction_G[group_B])
 
     return diagnose_excerpts(
@@ -43,7 +45,7 @@ def diagnose_language_pairs(folder: Path, *, max_tokens: int, command: str) -> D
         name=str(folder),
         group_word="language pair",
         command=command,
-        tell=tell if routing.through == "task_ids" and routing.expert_of_direction is not None else None,
+        before_batch=before_batch if routing.through == "task_ids" and by_direction else None,
     )
 
 
