@@ -18,7 +18,6 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from mixtura.layers import (
-    Experts,
     ExpertThresholdMoE,
     FeedForward,
     LayerMix,
@@ -29,7 +28,6 @@ from mixtura.layers import (
     SoftMoE,
     TokenChoiceMoE,
 )
-from mixtura.layers.feed_forward import Projection
 from mixtura.layers.routing import Router
 from mixtura.models.alone_schedule import shares_alone
 from mixtura.models.attention import ATTENTION_CLASSES, attention_arguments, causal_masks
@@ -43,7 +41,7 @@ from mixtura.models.router_losses import (
     warn_of_a_loss_outside,
     weighted_router_losses,
 )
-from mixtura.models.start import start_deviations
+from mixtura.models.start import draw_at_scale
 
 
 class MixturePreTrainedModel(PreTrainedModel):
@@ -73,9 +71,7 @@ class MixturePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Every matrix is normal: feed-forward weights and routers by their scales, others by `initializer_range`."""
-        if isinstance(module, Projection | Router | Experts):
-            for weight, std in start_deviations(self.config, module):
-                init.normal_(weight, mean=0.0, std=std)
+        if draw_at_scale(self.config, module):
             return
         super()._init_weights(module)
         if isinstance(module, SoftMoE):
