@@ -198,7 +198,6 @@ def test_a_rate_that_was_not_the_best_is_no_searched_rate(recorded):
     assert load_record(dataclasses.replace(recipe, arms={"dense": arm}), path) == {}
 
 
-@pytest.mark.xfail(strict=True, reason="the search is to be run again: the recipe's layers became gated")
 def test_the_default_recipe_runs_at_searched_rates_inside_their_grid():
     path = preset_path("default")
     recipe = load_recipe(path)

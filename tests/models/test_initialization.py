@@ -93,7 +93,7 @@ def update_of(layer, x):
 
 @pytest.mark.parametrize("width", [32, 128])
 @pytest.mark.parametrize("family", ["dense", "token_choice", "mixture_of_tokens"])
-def test_a_gated_layer_adds_about_as_much_as_a_plain_one_whatever_its_width(family, width):
+def test_a_gated_layer_drowns_the_residual_stream_no_more_than_a_plain_one(family, width):
     """The derivation in numbers: the update's root mean square at the start, on unit tokens."""
     arm = ArmConfig(family=family, placement="all", top_k=2, normalize_top_k=True, moe_intermediate_size=64)
     added = {}
@@ -103,7 +103,7 @@ def test_a_gated_layer_adds_about_as_much_as_a_plain_one_whatever_its_width(fami
         torch.manual_seed(0)
         model = MixtureForCausalLM(build_model_config(recipe_model, arm, vocab_size=40, max_position_embeddings=8))
         added[gated] = update_of(model.train().model.layers[0].mlp, torch.randn(16, 64, width))
-    assert 0.5 < added[True] / added[False] < 2, added
+    assert added[True] < 1.5 * added[False], added
     if family == "dense":
         assert added[False] == pytest.approx(0.5**2 / math.sqrt(2), rel=0.1)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mixtura.config.families import MIXTURES, Family
-from mixtura.config.setting import Setting, read_settings, setting
+from mixtura.config.setting import Setting, read_settings, scale_setting, setting
 
 InferenceMode = Literal["group", "alone", "population"]
 Placement = Literal["all", "later_half"]
@@ -51,49 +51,21 @@ class ArmConfig:
         bounds="positive",
         shown=False,
     )
-    feed_forward_scale: float = setting(
+    feed_forward_scale: float = scale_setting(
         1.0,
         says="Multiplies the standard deviations that all feed-forward weights are drawn with at the start, of dense "
         "layers and experts alike; what `search.scales` tries.",
         families=_ALL,
-        role="shape",
-        bounds="positive",
-        shown=False,
     )
-    down_scale: float = setting(
-        1.0,
-        says="Multiplies those of the down-projections once more.",
-        families=_ALL,
-        role="shape",
-        bounds="positive",
-        shown=False,
-    )
-    dense_scale: float | None = setting(
+    down_scale: float = scale_setting(1.0, says="Multiplies those of the down-projections once more.", families=_ALL)
+    dense_scale: float | None = scale_setting(
         None,
         says="Standard deviation at the start, as a multiple of 1 / sqrt(fan-in), of dense feed-forward layers and "
         "shared experts; None derives it, or takes `model.initializer_range` where the recipe names that.",
         families=_ALL,
-        role="shape",
-        bounds="positive",
-        shown=False,
     )
-    expert_scale: float | None = setting(
-        None,
-        says="The same of experts.",
-        families=MIXTURES,
-        role="shape",
-        bounds="positive",
-        shown=False,
-    )
-    router_scale: float | None = setting(
-        None,
-        says="The same of routers.",
-        families=_ROUTED,
-        role="shape",
-        bounds="positive",
-        shown=False,
-        of_router=True,
-    )
+    expert_scale: float | None = scale_setting(None, says="The same of experts.", families=MIXTURES)
+    router_scale: float | None = scale_setting(None, says="The same of routers.", families=_ROUTED)
     control: Control | None = setting(
         None,
         says='Makes the arm a control: of mixing, with routers of zeros ("uniform_router"); of learnt routing, with '

@@ -117,6 +117,11 @@ def setting(
     return dataclasses.field(default=default, metadata={_KEY: declared})
 
 
+def scale_setting(default: float | None, *, says: str, families: tuple[str, ...]) -> Any:
+    """A field that says how wide weights are drawn: positive, kept with the model, and shown by reports in words."""
+    return setting(default, says=says, families=families, role="shape", bounds="positive", shown=False)
+
+
 def read_settings(kind: type, hints: Mapping[str, Any]) -> dict[str, Setting]:
     """The settings that a dataclass declares, in order, by name; `hints` are the types of its fields."""
     found = {}

@@ -18,7 +18,6 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from mixtura.layers import (
-    Experts,
     ExpertThresholdMoE,
     FeedForward,
     LayerMix,
@@ -29,7 +28,6 @@ from mixtura.layers import (
     SoftMoE,
     TokenChoiceMoE,
 )
-from mixtura.layers.feed_forward import Projection
 from mixtura.layers.routing import Router
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.models.decoder_layer import (
@@ -50,6 +48,7 @@ from mixtura.models.router_losses import (
     warn_of_a_loss_outside,
     weighted_router_losses,
 )
+from mixtura.models.start import draw_at_scale
 
 
 class MixturePreTrainedModel(PreTrainedModel):
@@ -79,9 +78,7 @@ class MixturePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Every matrix is normal: feed-forward weights and routers by their scales, others by `initializer_range`."""
-        if isinstance(module, Projection | Router | Experts):
-            for weight, std in _start_deviations(self.config, module):
-                init.normal_(weight, mean=0.0, std=std)
+        if draw_at_scale(self.config, module):
             return
         super()._init_weights(module)
         if isinstance(module, SoftMoE):
@@ -159,20 +156,6 @@ class MixturePreTrainedModel(PreTrainedModel):
         for layer in self.mixture_layers():
             if isinstance(layer, ExpertThresholdMoE):
                 layer.choosing_over_batch = step < round(self.config.threshold_warmup * steps)
-
-
-def _start_deviations(config: MixtureConfig, module: Projection | Router | Experts) -> list[tuple[Tensor, float]]:
-    """The weights of a module of the feed-forward layers, each with the standard deviation it is drawn at."""
-    if isinstance(module, Router):
-        return [(module.weight, config.start_deviation(module.in_features, of="router_scale"))]
-    if isinstance(module, Projection):
-        std = config.start_deviation(module.in_features, of="dense_scale", down=module.down)
-        return [(module.weight, std)]
-    up, down = module.weights
-    return [
-        (up, config.start_deviation(module.hidden_size, of="expert_scale")),
-        (down, config.start_deviation(module.intermediate_size, of="expert_scale", down=True)),
-    ]
 
 
 class MixtureModel(MixturePreTrainedModel):

@@ -223,8 +223,8 @@ def _about_rate(name: str, arm: ArmResult, label: str) -> list[Caution]:
             what, best, tried = "initialisation scale", search.best_scale, scales
         end = "highest" if best >= max(tried) else "lowest"
         text = (
-            f"{start(label)}'s best {what}, {rate(best)}, is the {end} of those tried: a better one may "
-            f"lie beyond, so {label} may be shown worse than it is."
+            f"{start(label)}'s best {what}, {rate(best)}, is the {end} of those tried: a better one may lie beyond, "
+            f"so {label} may be shown worse than it is."
         )
         found.append(_caution("warning", "rate_at_edge", name, text))
     if arm.learning_rate != search.best:
