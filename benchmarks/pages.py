@@ -24,7 +24,14 @@ PARTS = ("attention", "feed-forward", "head and loss", "rest", "clipping", "opti
 
 def pages() -> dict[str, str]:
     """Content of every page by file name."""
-    makers = {"layers": layers, "steps": steps, "decoding": decoding, "experts": experts, "rates": rates}
+    makers = {
+        "layers": layers,
+        "steps": steps,
+        "decoding": decoding,
+        "experts": experts,
+        "rates": rates,
+        "initialisation": initialisation,
+    }
     return {f"{name}.md": make() for name, make in makers.items()}
 
 
@@ -155,6 +162,55 @@ def rates() -> str:
         )
         text += _table(["arm", "steps", "seeds", *(f"{rate:g}" for rate in tried)], rows) + "\n"
     return text.rstrip("\n") + "\n"
+
+
+def initialisation() -> str:
+    """Losses of models whose weights start at different scales."""
+    text = _top(
+        "How much does the scale of the first weights matter?",
+        "`benchmarks/results/initialisation-*.json`",
+        "Held-out nats a token after short runs of `benchmarks/initialisation.py`. A scale multiplies "
+        "1 / sqrt(fan-in); a dash is the standard deviation 0.02. Up and down are the two projections of dense layers and of experts. "
+        "One row a run. The [log](../log.md) says what follows.",
+    )
+    head = [
+        "family",
+        "layers",
+        "width",
+        "rate",
+        "seed",
+        "dense up, down",
+        "expert up, down",
+        "router",
+        "tokens",
+        "loss",
+    ]
+    for name, record in _records("initialisation-*.json"):
+        made, about = record["created"][:10], record["environment"]
+        text += f"{made}, {about['processor']}, torch {about['torch']}, transformers {about['transformers']} "
+        text += f"(`{name}`).\n\n"
+        rows = (_start(record["settings"] | row) for row in record["rows"])
+        text += _table(head, rows) + "\n"
+    return text.rstrip("\n") + "\n"
+
+
+def _start(run: dict[str, Any]) -> list[str]:
+    scale = {
+        key: "-" if run[key] is None else f"{run[key]:g}" for key in run if key.endswith(("_up", "_down", "router"))
+    }
+    losses = ", ".join(f"{mode.replace('_', ' ')} {loss:.3f}" for mode, loss in run["losses"].items())
+    return [
+        run["family"].replace("_", " "),
+        run["placement"].replace("_", " "),
+        str(run["width"]),
+        f"{run['rate']:g}",
+        str(run["seed"]),
+        f"{scale['dense_up']}, {scale['dense_down']}",
+        f"{scale['expert_up']}, {scale['expert_down']}",
+        scale["router"],
+        f"{run['tokens']:,}",
+        losses,
+    ]
 
 
 def _of_pass(entry: dict[str, Any], what: str) -> dict[str, str]:

@@ -26,6 +26,7 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "core
 MAY_IMPORT_LATE = {
     "__init__.py",
     "cli/train.py",
+    "cli/recipes.py",
     "cli/use.py",
     "cli/convert.py",
     "cli/machine.py",

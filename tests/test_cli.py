@@ -13,6 +13,8 @@ import pytest
 
 from mixtura import __version__, cli
 from mixtura.cli import application
+from mixtura.cli.flags import name_flags
+from mixtura.comparison.holding import holding
 from mixtura.config import recipe_to_toml
 
 VERBS = (
@@ -20,6 +22,8 @@ VERBS = (
     "finetune",
     "train",
     "report",
+    "keys",
+    "init",
     "evaluate",
     "generate",
     "translate",
@@ -67,20 +71,41 @@ def test_help_lists_every_verb_with_a_whole_sentence(run):
 def test_every_verb_explains_itself(run, verb):
     code, text = run(verb, "--help")
     assert code == 0 and f"mixtura {verb}" in text and "--help" in text
-    assert all(option in text for option in OPTIONS[verb]) and "..." not in text.replace("{texts}...", "").replace(
-        "texts... <", ""
-    )
+    assert all(option in text for option in OPTIONS[verb]) and "..." not in text.replace("[prompts]...", "").replace(
+        "[texts]...", ""
+    ).replace("texts... <", "").replace("prompts... <", "")
 
 
 OPTIONS = {
-    "compare": ("--preset", "--out", "--set", "--resume", "--open"),
+    "compare": ("--preset", "--out", "--set", "--resume", "--dry-run", "--open"),
     "report": ("--open",),
-    "train": ("--preset", "--arm", "--seed", "--out", "--set", "--resume"),
-    "evaluate": ("--text", "--text-column", "--batch-size", "--sequence-length"),
-    "generate": ("--max-new-tokens", "--temperature", "--seed"),
-    "finetune": ("--preset", "--data", "--columns", "--pairs", "--base", "--out", "--set", "--resume", "--open"),
-    "translate": ("--from", "--to", "--beams"),
-    "classify": (),
+    "train": ("--preset", "--arm", "--seed", "--out", "--set", "--resume", "--dry-run"),
+    "keys": (),
+    "init": ("--data", "--task", "--columns", "--pairs", "--out"),
+    "evaluate": (
+        "--text",
+        "--text-column",
+        "--batch-size",
+        "--sequence-length",
+        "--tasks",
+        "--shots",
+        "--limit",
+        "--json",
+    ),
+    "generate": (
+        "--in",
+        "--out",
+        "--max-new-tokens",
+        "--temperature",
+        "--top-p",
+        "--top-k",
+        "--seed",
+        "--chat",
+        "--stream",
+    ),
+    "finetune": ("--preset", "--data", "--columns", "--pairs", "--base", "--out", "--set", "--dry-run", "--open"),
+    "translate": ("--from", "--to", "--in", "--out", "--beams"),
+    "classify": ("--in", "--out"),
     "diagnose": ("--text", "--text-column", "--max-tokens", "--out", "--open"),
     "upcycle": ("--family", "--num-experts", "--top-k", "--layers", "--split", "--with", "--text", "--seed"),
     "calibrate": ("--text", "--text-column", "--max-sequences"),
@@ -94,6 +119,43 @@ OPTIONS = {
 
 def test_the_version_is_shown(run):
     assert run("--version") == (0, f"mixtura {__version__}\n")
+
+
+def test_keys_lists_a_section_or_a_key(run):
+    code, text = run("keys", "training")
+    assert code == 0 and text.startswith("[training] of every recipe") and "Sequences in one micro-batch." in text
+    code, text = run("keys", "arms.NAME.top_k")
+    assert code == 0 and "arms.NAME.top_k (pretraining): whole number; default 1." in text
+    assert "[search]" in run("keys")[1]
+
+
+def test_init_writes_a_recipe_once(run, tiny_text, tmp_path):
+    out = tmp_path / "mine.toml"
+    assert run("init", "--data", tiny_text)[1].startswith("# A recipe for pretraining")
+    code, text = run("init", "--data", tiny_text, "--out", out)
+    assert code == 0 and f"Recipe: {out}" in text and 'name = "mine"' in out.read_text(encoding="utf-8")
+    assert run("init", "--data", tiny_text, "--out", out)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "message", "said"),
+    [
+        ("finetune translation --data x", "set 'data.source_column' or 'data.target_column'", "set --columns"),
+        ("finetune translation", "'training.batch_size' is 3", "--set training.batch_size is 3"),
+        ("finetune translation mine.toml --data=x", "'data.path' or 'data.pairs'", "--data or 'data.pairs'"),
+        ("train --from x --text y", "'arms.model.init_from' and 'data.path'", "--from and --text"),
+        ("compare mine.toml", "'data.path' is missing", "'data.path' is missing"),
+        ("evaluate model", "'data.text_column'", "'data.text_column'"),
+    ],
+)
+def test_messages_name_flags_in_place_of_keys_that_nobody_wrote(command, message, said):
+    assert name_flags(message, command.split()) == said
+
+
+def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(run, recipe, tmp_path):
+    out = tmp_path / "out"
+    code, text = run("train", recipe, "--arm", "dense", "--out", out, "--dry-run")
+    assert code == 0 and "1 run of 4 steps" in text and "peak memory" in text and not out.exists()
 
 
 def test_doctor_names_versions_and_what_is_missing(run):
@@ -133,7 +195,7 @@ def test_a_trained_model_can_be_evaluated_and_writes_text(run, recipe, tiny_text
     ],
 )
 def test_train_says_what_a_task_measures(run, monkeypatch, tmp_path, preset, arm, final, said):
-    monkeypatch.setattr("mixtura.comparison.runner.train_arm", lambda *_, **__: SimpleNamespace(final=final))
+    monkeypatch.setattr("mixtura.comparison.verbs.train_arm", lambda *_, **__: SimpleNamespace(final=final))
     code, text = run("train", "--preset", preset, "--arm", arm, "--out", tmp_path / "out")
     assert code == 0 and said in text
 
@@ -180,6 +242,47 @@ def test_ctrl_c_outside_a_run_says_how_to_go_on(run, recipe, tmp_path, monkeypat
     assert run("compare", recipe, "--out", tmp_path / "out")[0] == 0
 
 
+def test_sigterm_before_training_is_ctrl_c_too(recipe, tmp_path, monkeypatch, capsys):
+    def terminate(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("mixtura.comparison.runner.make_experiment", terminate)
+    monkeypatch.setattr("sys.argv", ["mixtura", "compare", str(recipe), "--out", str(tmp_path / "out")])
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130 and "The same command goes on from there." in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_folder_in_use_is_refused_and_a_mistake_leaves_no_folder(recipe, tmp_path, run, capsys):
+    with holding(tmp_path / "out"):
+        assert run("compare", recipe, "--out", tmp_path / "out")[0] == 2
+    (tmp_path / "empty.txt").write_text("", encoding="utf-8")
+    nothing = f'data.path="{tmp_path / "empty.txt"}"'
+    assert run("compare", recipe, "--out", tmp_path / "new" / "out", "--set", nothing)[0] == 2
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_under_torchrun_one_process_says_what_is_wrong(run, monkeypatch, capsys, tmp_path, rank):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr("sys.argv", ["mixtura", "compare", str(tmp_path / "none.toml")])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and bool(capsys.readouterr().err) == (rank == "0")
+
+
+@pytest.mark.slow
+def test_under_torchrun_one_process_shows_progress_and_results(recipe, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mixtura"]
+    command = [*launch, "train", str(recipe), "--arm", "dense", "--out", str(tmp_path / "out"), "--no-resume"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Model: ") == 1 and result.stdout.count("step 4/4") == 1
+    assert not list((tmp_path / "out").glob(".in-use*"))
+
+
 def test_the_program_fails_with_one_sentence_as_a_process_of_its_own(tmp_path):
     command = [sys.executable, "-m", "mixtura", "compare", str(tmp_path / "none.toml")]
     failed = subprocess.run(command, capture_output=True, text=True)
@@ -187,7 +290,8 @@ def test_the_program_fails_with_one_sentence_as_a_process_of_its_own(tmp_path):
     assert failed.stderr.startswith("mixtura: ") and failed.stderr.count("\n") == 1
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(recipe, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_and_say_how_to_go_on(recipe, tmp_path, number):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "mixtura", "train", str(recipe), "--arm", "dense", "--out", str(out)]
     command += [
@@ -204,7 +308,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(recipe, tmp_path):
     deadline = time.monotonic() + 90
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "goes on from there" in error and "Traceback" not in error

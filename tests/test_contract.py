@@ -9,8 +9,10 @@ from torch.testing import assert_close
 from mixtura.layers import (
     DenseFFN,
     ExpertChoiceMoE,
+    ExpertThresholdMoE,
     FeedForward,
     MixtureOfTokens,
+    ReMoE,
     RoutingStats,
     SoftMoE,
     TokenChoiceMoE,
@@ -18,15 +20,40 @@ from mixtura.layers import (
 
 B, L, D, E = 4, 6, 8, 4
 SIZES = {"intermediate_size": 8, "activation": "silu"}
+
+
+def expert_threshold(**more):
+    layer = ExpertThresholdMoE(D, **SIZES, **more, num_experts=E, top_k=2)
+    layer.updates.fill_(
+        1.0
+    )  # thresholds of zero from a batch of the past; without one, training chooses over the batch
+    return layer
+
+
 BUILDERS = {
     "dense": lambda **more: DenseFFN(D, **SIZES, **more),
     "token_choice": lambda **more: TokenChoiceMoE(
         D, **SIZES, **more, num_experts=E, top_k=2, expert_bias=True, num_shared_experts=1
     ),
+    "token_choice_dense_gradient": lambda **more: TokenChoiceMoE(
+        D, **SIZES, **more, num_experts=E, top_k=2, dense_router_gradient=True, normalize_top_k=True
+    ),
+    "token_choice_in_groups": lambda **more: TokenChoiceMoE(
+        D, **SIZES, **more, num_experts=E, top_k=2, expert_groups=2, score_function="sigmoid"
+    ),
     "token_choice_with_capacity": lambda **more: TokenChoiceMoE(
         D, **SIZES, **more, num_experts=E, top_k=2, capacity_factor=1.0
     ),
     "expert_choice": lambda **more: ExpertChoiceMoE(D, **SIZES, **more, num_experts=E, top_k=2, group_size=2),
+    "expert_threshold": expert_threshold,
+    "remoe": lambda **more: ReMoE(D, **SIZES, **more, num_experts=E, top_k=2, num_shared_experts=1),
+    "expert_choice_shared": lambda **more: ExpertChoiceMoE(
+        D, **SIZES, **more, num_experts=E, group_size=2, num_shared_experts=1
+    ),
+    "soft_shared": lambda **more: SoftMoE(D, **SIZES, **more, num_experts=E, num_shared_experts=2),
+    "mixture_of_tokens_shared": lambda **more: MixtureOfTokens(
+        D, **SIZES, **more, num_experts=E, group_size=2, inference_mode="group", num_shared_experts=1
+    ),
     "soft": lambda **more: SoftMoE(D, **SIZES, **more, num_experts=E, num_slots=2),
     "mixture_of_tokens": lambda **more: MixtureOfTokens(
         D, **SIZES, **more, num_experts=E, group_size=2, combine="separate", inference_mode="group"
@@ -77,6 +104,8 @@ def test_gradient_reaches_the_input_and_every_parameter(family):
 
 def test_gradients_are_right_in_float64(family):
     layer, x_BLD = build(family).double(), tokens(torch.float64).requires_grad_()
+    if "dense_gradient" in family:
+        layer.eval()  # what trains its router is no gradient of the output
     parameters = dict(layer.named_parameters())
 
     def function(x_BLD, *values):
@@ -140,11 +169,12 @@ def test_statistics_are_tensors_that_add_up(family):
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in stats)
     assert [value.shape for value in stats] == [(E,), (E,), (), (), (), ()]
     assert not stats.tokens_per_expert_E.requires_grad
-    assert_close(stats.importance_E.sum().item(), 1.0)
+    if family != "remoe":  # its gates are no probabilities
+        assert_close(stats.importance_E.sum().item(), 1.0)
     assert stats.routed_rows == B * L * (2 if "token_choice" in family else 1)
     assert 0 <= stats.dropped_tokens < stats.routed_rows
     assert 0 < stats.entropy < 1
-    if "token_choice" in family or family == "soft":
+    if "token_choice" in family or "soft" in family:
         assert_close(stats.tokens_per_expert_E.sum(), stats.routed_rows)
 
 
@@ -227,4 +257,10 @@ def test_compiling_in_one_graph_changes_nothing(family, backend, masked):
 
 
 def test_every_family_is_a_feed_forward_layer():
-    assert {type(build(family)) for family in BUILDERS} == set(FeedForward.__subclasses__())
+    assert {type(build(family)) for family in BUILDERS} == _layer_classes(FeedForward)
+
+
+def _layer_classes(of: type) -> set[type]:
+    """Those that are built: classes that others inherit from only hold what these share."""
+    below = set(of.__subclasses__())
+    return set().union(*({each} if not each.__subclasses__() else _layer_classes(each) for each in below))

@@ -1,9 +1,13 @@
 """Files and folders appear whole or not at all."""
 
 import os
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mixtura.config import UserError
 from mixtura.files import (
@@ -25,6 +29,29 @@ def test_a_file_that_fails_half_way_leaves_what_was_there(tmp_path):
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "before\n" and os.listdir(path.parent) == ["result.json"]
+
+
+@contextmanager
+def files_of_at_most(size):
+    """As a disk that fills up: what is written beyond a size fails within the system's own call."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("write", [lambda path: path.write_bytes(b"0" * 9999), lambda path: save_numbers(path)])
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_no_folder(tmp_path, write):
+    told = f"'{tmp_path / 'model'}' cannot be written: .* Make room, or name a folder elsewhere"
+    with pytest.raises(UserError, match=told), new_folder(tmp_path / "model") as new, files_of_at_most(1000):
+        write(new / "model.safetensors")
+    assert not os.listdir(tmp_path)
+
+
+def save_numbers(path):
+    save_file({"weight": torch.zeros(9999)}, path)
 
 
 def test_a_text_keeps_its_line_ends_and_characters(tmp_path):

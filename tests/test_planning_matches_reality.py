@@ -1,5 +1,6 @@
 """The formulas of `mixtura.planning` against the real modules: parameters, FLOPs and bytes."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -28,6 +29,13 @@ CASES = {
     "loss-free balancing": ("token_choice", {"expert_bias_update_rate": 1e-3, "scoring_func": "sigmoid"}),
     "expert choice": ("expert_choice", {}),
     "expert choice, rounded up": ("expert_choice", {"num_experts": 5, "num_experts_per_tok": 1}),
+    "all experts run in training": ("token_choice", {"dense_router_gradient": True}),
+    "experts in groups": ("token_choice", {"n_group": 2, "topk_group": 1}),
+    "expert threshold, choosing over the batch": ("expert_threshold", {}),
+    "expert choice and shared experts": ("expert_choice", {"num_shared_experts": 1}),
+    "soft and shared experts": ("soft", {"num_shared_experts": 1}),
+    "mixture of tokens and shared experts": ("mixture_of_tokens", {"num_shared_experts": 2}),
+    "shared experts, a quarter alone": ("mixture_of_tokens", {"num_shared_experts": 1, "zero_fill": 0.25}),
     "soft": ("soft", {}),
     "soft, three slots": ("soft", {"mixtures_per_expert": 3}),
     "mixture of tokens": ("mixture_of_tokens", {}),
@@ -74,6 +82,22 @@ def test_forward_flops_are_exact_in_every_module(
     assert counted["Global"] == pytest.approx(whole, rel=1e-6)
 
 
+@pytest.mark.parametrize("family", ["expert_threshold", "remoe"])
+def test_flops_are_exact_for_the_mean_number_of_experts_that_tokens_run(
+    tiny_config: Callable[..., MixtureConfig], family: str
+) -> None:
+    config = tiny_config(family, num_shared_experts=1)
+    model = MixtureForCausalLM._from_config(config, attn_implementation="eager").eval()
+    ids = torch.randint(64, (BATCH, LENGTH))
+    with FlopCounterMode(display=False) as counter:
+        stats = model(ids, output_routing=True).routing[1]
+    rows = (stats.tokens_per_expert_E.sum() / stats.routed_rows).item()
+    assert 0 < rows < 4 and rows != 2
+    layer = dataclasses.replace(feed_forward_shapes(config, sequence_length=LENGTH)[1], top_k=rows)
+    counted = sum(counter.get_flop_counts()["MixtureForCausalLM.model.layers.1.mlp"].values()) / (BATCH * LENGTH)
+    assert counted == pytest.approx(layer_flops(layer), rel=1e-6)
+
+
 @case
 def test_training_flops_are_exact(tiny_config: Callable[..., MixtureConfig], family: str, settings: dict) -> None:
     config = tiny_config(family, **settings)
@@ -85,7 +109,7 @@ def test_training_flops_are_exact(tiny_config: Callable[..., MixtureConfig], fam
     assert counted == pytest.approx(flops_per_token(config, sequence_length=LENGTH), rel=1e-6)
 
 
-@pytest.mark.parametrize("family", ["token_choice", "expert_choice", "mixture_of_tokens"])
+@pytest.mark.parametrize("family", ["token_choice", "expert_choice", "expert_threshold", "remoe", "mixture_of_tokens"])
 def test_an_arm_without_a_width_costs_the_dense_arm(family: str) -> None:
     sizes = {"vocab_size": 1024, "max_position_embeddings": 128}
     dense, mixture = (

@@ -1,5 +1,13 @@
-"""What ends a command with one sentence: a user's mistake, an interruption, a package that only an extra installs."""
+"""What ends a command with one sentence: a user's mistake, an interruption, a package that only an extra installs.
 
+Under torchrun one of the processes says it. Which one a process is stands in its environment variables; without
+torchrun it is the first and only one.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
 
@@ -7,6 +15,7 @@ EXTRAS = {
     "datasets": ("datasets", "data"),
     "gguf": ("gguf", "convert"),
     "jinja2": ("jinja2", "report"),
+    "lm_eval": ("lm-eval", "clients"),
     "lxml": ("lxml", "data"),
     "markupsafe": ("markupsafe", "report"),
     "matplotlib": ("matplotlib", "report"),
@@ -18,9 +27,49 @@ EXTRAS = {
 }
 """By the name of a module: the package that has it, and the extra of Mixtura that installs it."""
 
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than the disk or this process may have",
+    errno.EROFS: "the disk is read-only",
+}
+
 
 class UserError(ValueError):
-    """A mistake in what the user gave: one sentence that names the value and the fix; the command line exits with 2."""
+    """A mistake in what the user gave: one sentence that names the value and the fix; the command line exits with 2.
+
+    Several mistakes in a recipe are reported together, a sentence a line.
+    """
+
+
+class TooLittleText(UserError):
+    """Training or held-out text that does not fill one sequence."""
+
+    def __init__(self, sentence: str, *, held_out: bool) -> None:
+        """`held_out` says which side has too little."""
+        super().__init__(sentence)
+        self.held_out = held_out
+
+
+def refuse_together(checks: Iterable[Callable[[], object]]) -> None:
+    """Runs checks that each raise a UserError, and raises all they found as one, a sentence a line.
+
+    What one mistake makes impossible to check, such as a division by a number of zero heads, is left out beside it.
+
+    Raises:
+        UserError: any of the checks found a mistake.
+    """
+    found: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            found.append(str(error))
+        except (ArithmeticError, LookupError):
+            if not found:
+                raise
+    if found:
+        raise UserError("\n".join(dict.fromkeys(found)))
 
 
 class Interrupted(Exception):
@@ -49,6 +98,13 @@ def reason_of(error: Exception) -> str:
     return (text.strip() or type(error).__name__).splitlines()[0].rstrip(".:")
 
 
+def disk_error(error: Exception) -> str | None:
+    """What is wrong with the disk, where that is what an error says; safetensors has it only in its message."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    return _DISK_ERRORS.get(number or 0)
+
+
 def missing_extra(error: ModuleNotFoundError) -> str | None:
     """What to tell a user whose installation lacks an extra; None where the module is of no extra."""
     name = (error.name or "").partition(".")[0]
@@ -59,3 +115,20 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
         f"This needs the package {package}, which is not installed: run pip install 'mixtura[{extra}]', "
         "or 'mixtura[all]' for everything."
     )
+
+
+def rank() -> int:
+    """The number of this process among all; 0 is the one that writes and speaks."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def local_rank() -> int:
+    """The number of this process on its machine; 0 says what went wrong there."""
+    return int(os.environ.get("LOCAL_RANK") or 0)
+
+
+def launch() -> str:
+    """What all processes of one start have in common and no other start has; empty without torchrun."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return ""
+    return ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))

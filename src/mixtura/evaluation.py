@@ -33,6 +33,19 @@ class HeldOutLoss:
     """Nats a token."""
     bits_per_byte: float
     perplexity: float
+    tokens: int
+    """Predicted tokens that the loss is the mean of; the first of a sequence is not predicted."""
+    sequences: int
+    """Measured sequences."""
+    sequence_length: int
+    """Tokens of one."""
+    sequences_left_out: int
+    """Sequences of the text that were not measured: beyond the most that were asked for, or no full batch."""
+
+    def extent(self) -> str:
+        """How much of the text was measured, in one sentence."""
+        of = f" of {self.sequences + self.sequences_left_out:,}" if self.sequences_left_out else ""
+        return f"{self.tokens:,} tokens in {self.sequences:,}{of} sequences of {self.sequence_length:,}."
 
 
 def evaluation_modes(config: Any) -> tuple[str, ...]:
@@ -202,6 +215,7 @@ def evaluate(
     loaded, tokenizer = load_model(Path(model))
     documents = read_documents(DataConfig(source="local", path=str(text), text_column=text_column))
     length = sequence_length or min(loaded.config.max_position_embeddings, 512)
+    _check_settings(loaded.config, length=length, batch_size=batch_size)
     packed = pack(documents, tokenizer, sequence_length=length, name=f"'{text}'")
     whole = min(packed.num_sequences, max_sequences) // batch_size * batch_size
     if not whole:
@@ -210,4 +224,28 @@ def evaluate(
             f"{batch_size}: give more text, or lower --batch-size or --sequence-length."
         )
     losses = evaluate_loss(loaded, packed, num_sequences=whole, batch_size=batch_size)
-    return {mode: HeldOutLoss(**measured) for mode, measured in losses.items()}
+    extent = {
+        "tokens": whole * (length - 1),
+        "sequences": whole,
+        "sequence_length": length,
+        "sequences_left_out": packed.num_sequences - whole,
+    }
+    return {mode: HeldOutLoss(**measured, **extent) for mode, measured in losses.items()}
+
+
+def _check_settings(config: Any, *, length: int, batch_size: int) -> None:
+    """Refuses, in the words of `evaluate`, what the model or its groups cannot take."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise UserError(
+            f"The model has {positions:,} positions, fewer than {length:,} tokens: lower --sequence-length."
+        )
+    grouped = any(facts_of(family).group_over for family in _families(config))
+    sizes = {"sequence": (length, "--sequence-length"), "batch": (batch_size, "--batch-size")}
+    if not grouped or config.group_over not in sizes:
+        return
+    whole, flag = sizes[config.group_over]
+    if whole % config.group_size:
+        raise UserError(
+            f"{flag} {whole} does not fill groups of {config.group_size}: make it a multiple of {config.group_size}."
+        )

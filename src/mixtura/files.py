@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mixtura.errors import UserError
+from mixtura.errors import UserError, disk_error
 
 
 @contextmanager
@@ -57,13 +57,21 @@ def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to be filled; it takes the place of `out` when the block ends.
 
     Where the block fails nothing is left of it, and an empty folder `out` stays.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".new-", ignore_cleanup_errors=True) as temporary:
         new = Path(temporary, out.name)
-        new.mkdir()
-        yield new
-        put_folder(new, out)
+        try:
+            new.mkdir()
+            yield new
+            put_folder(new, out)
+        except Exception as error:
+            if (reason := disk_error(error)) is None:
+                raise
+            raise UserError(f"'{out}' cannot be written: {reason}. Make room, or name a folder elsewhere.") from error
 
 
 @contextmanager

@@ -382,6 +382,14 @@ def test_a_folder_without_an_adapter_is_refused(make_base: MakeBase, tmp_path: P
         load_adapter(make_base("llama"), tmp_path)
 
 
+def test_an_adapter_that_was_cut_is_one_sentence(make_base: MakeBase, tmp_path: Path) -> None:
+    _adapted(make_base("llama"), "top_k").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"The adapter in '.*' cannot be loaded \(.*\): train it again\."):
+        load_adapter(make_base("llama"), tmp_path)
+
+
 def test_a_routed_adapter_is_not_merged(make_base: MakeBase) -> None:
     for name in ("top_k", "mixture_of_tokens"):
         with pytest.raises(UserError, match="cannot be merged"):

@@ -1,12 +1,14 @@
 """lm-eval and transformers' pipeline on a tiny Mixtura model: scores do not depend on what shares a batch."""
 
 import importlib
+import json
 from typing import Any
 
 import pytest
 import torch
 from transformers import pipeline
 
+from mixtura import cli
 from mixtura.data import train_tokenizer
 from mixtura.models import MixtureForCausalLM
 
@@ -67,3 +69,59 @@ def test_a_pipeline_writes_the_same_text_alone_and_in_a_batch(family: str, tiny_
     alone = [writer(prompt, **settings)[0]["generated_text"] for prompt in PROMPTS]
     together = [output[0]["generated_text"] for output in writer(PROMPTS, batch_size=4, **settings)]
     assert together == alone and any(alone)
+
+
+TASK = """
+task: ships
+dataset_path: json
+dataset_kwargs:
+  data_files: {test: "%s"}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{start}}"
+doc_to_choice: "{{ends}}"
+doc_to_target: 0
+metric_list:
+  - metric: acc
+    higher_is_better: true
+metadata: {version: 1.0}
+"""
+
+
+@pytest.mark.filterwarnings("ignore")  # lm-eval's own
+def test_a_task_of_ones_own_is_scored_as_deployed(
+    tiny_config: Any, tokenizer: Any, tmp_path: Any, monkeypatch: Any, capsys: Any
+) -> None:
+    """The scores are those of the model itself, and of no task that does not exist."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    ends = [" leaves the harbour", " at night", " ship number 3"]
+    rows = [{"start": prompt, "ends": ends} for prompt in PROMPTS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "ships.yaml").write_text(TASK % (tmp_path / "rows.jsonl"), encoding="utf-8")
+    model = build(tiny_config, tokenizer, "mixture_of_tokens")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    def run(*flags: str) -> tuple[Any, str, str]:
+        monkeypatch.setattr("sys.argv", ["mixtura", "evaluate", str(tmp_path / "model"), *flags])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, *capsys.readouterr()
+
+    code, text, _ = run("--tasks", "ships", "--task-folder", str(tmp_path), "--json")
+    (found,) = json.loads(text)
+    right = [max(ends, key=lambda end: log_likelihood(model, tokenizer, prompt, end)) == ends[0] for prompt in PROMPTS]
+    assert code == 0 and (found["task"], found["metric"], found["examples"]) == ("ships", "acc", len(PROMPTS))
+    assert found["value"] == pytest.approx(sum(right) / len(PROMPTS))
+    code, text, _ = run("--tasks", "ships", "--task-folder", str(tmp_path), "--limit", "2")
+    assert code == 0 and text.startswith("ships ") and "(2 examples)" in text
+    code, _, told = run("--tasks", "ship", "--task-folder", str(tmp_path))
+    assert code == 2 and "lm-eval has no task 'ship': there are ships" in told
+
+
+def log_likelihood(model: Any, tokenizer: Any, prompt: str, end: str) -> float:
+    start = len(tokenizer(prompt)["input_ids"])
+    ids = torch.tensor([tokenizer(prompt + end)["input_ids"]])
+    with torch.no_grad():
+        log_probs = model(ids).logits[0].log_softmax(-1)
+    return sum(float(log_probs[place - 1, ids[0, place]]) for place in range(start, ids.shape[1]))

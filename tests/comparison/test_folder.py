@@ -6,7 +6,7 @@ import tomllib
 
 import pytest
 
-from mixtura.comparison.folder import check_same_data, environment, now, open_folder
+from mixtura.comparison.folder import check_same_data, environment, now, open_folder, store_fitted
 from mixtura.config import UserError, recipe_from_dict
 from mixtura.data.prepare import prepare_data
 from mixtura.files import write_json, write_text
@@ -32,6 +32,19 @@ def test_opening_writes_the_resolved_recipe_and_the_environment(begun):
 def test_the_same_recipe_opens_its_folder_again(begun):
     open_folder(*begun, resume=True)
     assert (begun[0] / "arms" / "dense" / "seed0" / "run.json").exists()
+
+
+def test_a_folder_goes_on_with_the_recipe_as_given_and_as_fitted(begun):
+    out, given = begun
+    fitted = dataclasses.replace(given, training=dataclasses.replace(given.training, batch_size=2))
+    store_fitted(out, given, fitted)
+    for recipe in (given, fitted):
+        open_folder(out, recipe, resume=True)
+        store_fitted(out, recipe, fitted)
+        assert tomllib.loads((out / "recipe.toml").read_text(encoding="utf-8"))["training"]["batch_size"] == 2
+    other = dataclasses.replace(given, training=dataclasses.replace(given.training, steps=9))
+    with pytest.raises(UserError, match=r"training\.steps = 4, now it is 9"):
+        open_folder(out, other, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,8 @@ FAMILIES = {
     "dense": ("causal", "causal", Leaks(False, False, False), None),
     "token_choice": ("causal", "causal", Leaks(False, False, False), None),
     "expert_choice": ("group", None, Leaks(False, True), "also when deployed"),
+    "expert_threshold": ("causal", "causal", Leaks(False, False, False), None),
+    "remoe": ("causal", "causal", Leaks(False, False, False), None),
     "soft": ("group", None, Leaks(True, False), "sees the future"),
     "mixture_of_tokens": ("group", "alone", Leaks(False, True, False), "does not"),
 }
@@ -280,7 +282,7 @@ def test_a_comparison_has_every_key_of_its_contract(finished):
     top = {"schema_version", "created", "command", "recipe", "recipe_toml", "environment", "data", "held_equal"}
     assert results.keys() == top | {"task", "measure", "baseline", "total_seconds", "arms", "across_arms", "summary"}
     costs = {"parameters_total", "parameters_active", "flops_per_token", "flops_ratio", "seconds_per_step"}
-    costs |= {"parameters_trainable", "seconds_ratio", "peak_memory_bytes", "optimizer_state_bytes"}
+    costs |= {"parameters_trainable", "seconds_ratio", "peak_memory_bytes", "optimizer_state_bytes", "step_parts"}
     identity = {"family", "label", "settings", "learning_rate", "learning_rate_search", "leaks", "runs"}
     run_keys = {"seed", "learning_rate", "steps", "train_seconds", "final", "curve", "train_curve", "grad_norm"}
     run_keys |= {"details", "spikes", "load", "load_imbalance", "dropped_share", "router_entropy"}
@@ -375,3 +377,28 @@ compare({str(toml)!r}, out={str(out)!r}, reporter=Kill())
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=120).returncode == -9
     assert (out / "arms" / "mixture_of_tokens" / "seed0" / "checkpoint-2").is_dir()
     assert losses(compare(toml, out=out)) == losses(finished[1])
+
+
+@pytest.mark.parametrize(("arm", "seeds"), [("token_choice", (0, 1)), ("dense", (0,))])
+def test_an_arm_that_diverges_is_marked_and_the_others_finish(recipe, tmp_path, arm, seeds):
+    arms = {name: recipe.arms[name] for name in ARMS}
+    wild = dataclasses.replace(arms[arm], learning_rate=1e30)
+    recipe = dataclasses.replace(recipe, arms=arms | {arm: wild}, seeds=seeds)
+    listen = Listen()
+    results = compare(recipe, out=tmp_path / "out", reporter=listen)
+    assert any(f"{arm} seed 0 diverged" in note and "The other runs go on." in note for note in listen.notes)
+    for name, found in results.summary.arms.items():
+        assert found.diverged == (len(seeds) if name == arm else 0)
+        assert (found.excluded == "diverged") == (name == arm)
+    assert all(run.diverged and run.steps < 4 for run in results.arms[arm].runs)
+    assert "diverged" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    # The same command does not try again.
+    again = Listen()
+    assert losses(compare(recipe, out=tmp_path / "out", reporter=again)) == losses(results)
+    assert not any("diverged" in note for note in again.notes)
+
+
+def test_where_every_arm_diverges_there_is_nothing_to_compare(recipe, tmp_path):
+    wild = {name: dataclasses.replace(arm, learning_rate=1e30) for name, arm in recipe.arms.items()}
+    with pytest.raises(UserError, match="Every run of every arm diverged: lower the learning rates"):
+        compare(dataclasses.replace(recipe, arms=wild, seeds=(0,)), out=tmp_path / "out")

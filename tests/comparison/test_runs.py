@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from mixtura.comparison import runner
+from mixtura.comparison import runs
 from mixtura.comparison.preparing import check_arms, tokens_per_step
-from mixtura.comparison.runner import run_arm, trial_loss
+from mixtura.comparison.runs import run_arm, trial_loss
 from mixtura.config import UserError
 from mixtura.data.prepare import prepare_data
 from mixtura.results import Measure, RunResult
@@ -60,7 +60,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(run):
 
 def test_a_finished_run_is_read_and_not_repeated(run, monkeypatch):
     first = run()
-    monkeypatch.setattr(runner, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(runs, "train", lambda *_, **__: pytest.fail("trained again"))
     assert run() == first
 
 

@@ -73,3 +73,12 @@ def test_activation_checkpointing_shows_in_the_memory(tiny_recipe):
         data = prepare_data(recipe.data, cache_dir=None)
         peaks.append(time_arms(Pretraining(recipe, data).arms, recipe.training, "dense")["dense"].peak_memory_bytes)
     assert peaks[1] < 0.9 * peaks[0]
+
+
+def test_the_parts_of_a_step_are_shares_of_it(tiny_recipe):
+    recipe = tiny_recipe(gradient_accumulation_steps=2)
+    data = prepare_data(recipe.data, cache_dir=None)
+    for timed in time_arms(Pretraining(recipe, data).arms, recipe.training, "dense").values():
+        shares = (timed.step_parts.forward, timed.step_parts.backward, timed.step_parts.optimizer)
+        assert min(shares) > 0
+        assert abs(sum(shares) - 1) < 1e-9

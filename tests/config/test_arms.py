@@ -37,8 +37,9 @@ def test_a_models_configuration_has_every_setting_with_its_default():
             assert defaults[field] == setting.default
 
 
-def test_a_dense_arm_has_no_setting_but_where_it_starts():
-    assert {name for name in SETTINGS if has_setting("dense", name)} == {"init_from", "learning_rate"}
+def test_a_dense_arm_has_no_setting_but_how_it_starts_and_is_trained():
+    scales = {"feed_forward_scale", "down_scale", "dense_scale", "control", "control_of"}
+    assert {name for name in SETTINGS if has_setting("dense", name)} == {"init_from", "learning_rate"} | scales
 
 
 @pytest.mark.parametrize("name", [name for name, setting in SETTINGS.items() if setting.bounds])
@@ -50,7 +51,7 @@ def test_bounded_settings_refuse_what_lies_outside(name):
 
 
 def test_words_that_no_layer_refuses_are_refused_by_the_configuration():
-    assert set(CHOICES) == {"route_by", "balance_over", "zero_fill_unit", "transition_to"}
+    assert set(CHOICES) == {"control", "route_by", "balance_over", "zero_fill_unit", "transition_to"}
     with pytest.raises(StrictDataclassError, match="balance_over is 'week': it must be one of batch, global"):
         MixtureConfig(balance_over="week")
 

@@ -39,6 +39,14 @@ def build(section=None, arm=None, **top):
             marks=pytest.mark.skipif(find_spec("torchao") is not None, reason="torchao is installed"),
         ),
         ({"arm": {"family": "token_choice", "top_k": 17}}, "lower top_k or raise num_experts"),
+        ({"arm": {"family": "remoe", "top_k": 17}}, "lower top_k or raise num_experts"),
+        ({"arm": {"family": "token_choice", "expert_groups": 3}}, "expert_groups' is 3, into which 16 experts do not"),
+        ({"arm": {"family": "token_choice", "groups_per_token": 2}}, "groups_per_token' is 2 of 1 groups"),
+        ({"arm": {"family": "token_choice", "expert_groups": 8, "top_k": 3}}, "a token's groups have 2 experts"),
+        (
+            {"arm": {"family": "token_choice", "dense_router_gradient": True, "capacity_factor": 1.0}},
+            r"dense_router_gradient' is true.*capacity_factor' to \"none\"",
+        ),
         ({"arm": {"family": "token_choice", "capacity_factor": 0.0}}, r"capacity_factor' is 0\.0"),
         ({"arm": {"family": "token_choice", "num_experts": 0}}, "num_experts' is 0"),
         ({"arm": MOT | {"alone_top_k": 17}}, "there are only 16 mixtures"),
@@ -162,7 +170,7 @@ def test_alone_top_k_counts_mixtures_not_experts():
 
 
 def test_a_rate_to_search_is_given_once():
-    with pytest.raises(UserError, match=r"search\.learning_rates' is \[0\.001, 0\.001\]: give each rate once"):
+    with pytest.raises(UserError, match=r"search\.learning_rates' is \[0\.001, 0\.001\]: give each once"):
         build(section={"search": {"learning_rates": [1e-3, 1e-3]}})
 
 
@@ -175,3 +183,47 @@ def test_a_recipes_name_may_be_that_of_any_plain_file(name):
 def test_a_recipes_name_must_be_able_to_name_a_folder(name):
     with pytest.raises(UserError, match="cannot be a folder: set 'name'"):
         build(name=name)
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    table = {
+        "name": "a/b",
+        "baseline": "nobody",
+        "seeds": [1, 1],
+        "training": {"steps": 0, "batch_size": -3},
+        "model": {"hidden_size": 30, "num_attention_heads": 0},
+        "arms": {"dense": {"family": "dense", "top_k": -1}, "mot": {"family": "mixture_of_tokens", "group_size": 1}},
+    }
+    with pytest.raises(UserError) as refused:
+        recipe_from_dict(table)
+    said = str(refused.value).splitlines()
+    for part in (
+        "a/b",
+        "nobody",
+        "seeds",
+        "training.steps",
+        "training.batch_size",
+        "num_attention_heads",
+        "group_size",
+    ):
+        assert any(part in line for line in said), part
+    assert len(said) == len(set(said))
+
+
+def test_all_keys_and_types_that_are_wrong_are_said_at_once():
+    table = {"name": "x", "training": {"stps": 1, "batch_size": "many"}, "arms": {"dense": {"famly": "dense"}, "b": 3}}
+    with pytest.raises(UserError) as refused:
+        recipe_from_dict(table)
+    said = str(refused.value)
+    assert len(said.splitlines()) == 5  # 'family' is lacking too
+    assert "did you mean 'training.steps'" in said and "'training.batch_size' is 'many'" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "suggested"), [("batchsize", "batch_size"), ("Steps", "steps"), ("lr", None), ("foo", None)]
+)
+def test_a_key_is_suggested_only_where_it_is_close(key, suggested):
+    with pytest.raises(UserError) as refused:
+        recipe_from_dict({"name": "x", "training": {key: 1}, "arms": {"dense": {"family": "dense"}}})
+    found = "did you mean" in str(refused.value)
+    assert found == (suggested is not None) and (suggested or "known keys") in str(refused.value)

@@ -61,7 +61,7 @@ def test_a_resolved_recipe_reads_back_equal(recipe):
         ({"arms": {"lora": LORA}}, r"'base\.name' is missing"),
         ({"arms": {"x": EXPERTS}, "base": {"name": "smollm2"}}, "is for models from scratch"),
         ({"arms": {"x": {"feed_forward": {"family": "soft"}}}}, "cannot translate one sentence alone"),
-        ({"arms": {"x": {"feed_forward": EXPERTS["feed_forward"] | {"num_experts": 4}}}}, "set it to 8"),
+        ({"arms": {"x": {"feed_forward": EXPERTS["feed_forward"] | {"top_k": 2}}}}, "names one expert: set it to 1"),
         ({"arms": {"x": {"feed_forward": {"family": "dense", "route_by": "pair"}}}}, "which dense does not have"),
         ({"arms": {"x": {"learning_rate": 0.0}}}, "greater than zero"),
         ({"base": {"num_layers": 0}}, "keep at least 1 layer"),

@@ -168,3 +168,19 @@ def test_columns_must_be_two(columns):
 def test_classification_has_no_directions():
     with pytest.raises(UserError, match="has no directions"):
         data_overrides("classification", data=None, columns=None, pairs="en-de", base=None)
+
+
+@pytest.mark.parametrize(
+    ("columns", "pairs", "expected"),
+    [
+        ("English,German", None, '["en-de"]'),
+        ("en_text,deu", None, '["en-de"]'),
+        ("a,b", None, None),
+        ("en,de", "fr-nl", '["fr-nl"]'),
+    ],
+)
+def test_columns_named_after_languages_say_the_direction(columns, pairs, expected):
+    changes = data_overrides("translation", data="x.csv", columns=columns, pairs=pairs, base=None)
+    assert [change.partition("=")[2] for change in changes if change.startswith("data.pairs")] == (
+        [expected] if expected else []
+    )

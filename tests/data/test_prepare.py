@@ -11,7 +11,7 @@ import pytest
 
 from mixtura.config import DataConfig, UserError
 from mixtura.data import prepare
-from mixtura.data.prepare import PreparedData, prepare_data
+from mixtura.data.prepare import PreparedData, fit_held_out, prepare_data
 from mixtura.data.tokenizer import train_tokenizer
 
 SLOW_PARTS = ["reading", "training tokenizer", "encoding"]
@@ -250,3 +250,30 @@ def test_the_default_recipe_is_prepared():
         0.04 < summary["documents_validation"] / (summary["documents_train"] + summary["documents_validation"]) < 0.06
     )
     assert summary["rows_skipped"]["duplicate"] > 0
+
+
+def test_more_is_held_out_where_it_would_fill_no_batch(data):
+    data = dataclasses.replace(data, validation_fraction=0.02)
+    fitted, found = fit_held_out(data, lambda section: prepare_data(section, cache_dir=None), wanted=8)
+    assert fitted.validation_fraction > 0.02 and found.validation.num_sequences >= 8
+    same, _ = fit_held_out(fitted, lambda section: prepare_data(section, cache_dir=None), wanted=8)
+    assert same == fitted
+
+
+def test_sequences_are_shorter_where_a_text_fills_none(data, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("\n\n".join(f"The cat {n} sat on the mat and ran." for n in range(24)), encoding="utf-8")
+    data = dataclasses.replace(data, path=str(short), sequence_length=256)
+    fitted, found = fit_held_out(data, lambda section: prepare_data(section, cache_dir=None), wanted=4)
+    assert fitted.sequence_length in (32, 64, 128) and found.validation.num_sequences >= 1
+    data = dataclasses.replace(data, sequence_length=100_000)
+    with pytest.raises(UserError, match="fewer than the 100000"):
+        fit_held_out(data, lambda section: prepare_data(section, cache_dir=None), wanted=4)
+
+
+def test_the_end_of_a_single_document_is_held_out(data, tmp_path):
+    single = tmp_path / "single.txt"
+    single.write_text("\n".join(f"line {n} of one long document" for n in range(200)), encoding="utf-8")
+    found = prepare_data(dataclasses.replace(data, path=str(single)), cache_dir=None)
+    assert "whose end is held out" in found.summary["description"]
+    assert found.train.num_sequences > found.validation.num_sequences > 0

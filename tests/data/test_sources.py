@@ -95,13 +95,16 @@ def test_documents_after_max_bytes_are_never_read(tmp_path):
         load_corpus(local(path))
 
 
-@pytest.mark.parametrize(
-    ("fraction", "side"), [(1e-9, "held-out"), (1 - 1e-9, "training")], ids=["held-out", "training"]
-)
-def test_an_empty_side_is_refused_with_the_number_of_documents(tmp_path, fraction, side):
+def test_an_empty_training_side_is_refused_with_the_number_of_documents(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in documents(5)])
-    with pytest.raises(UserError, match=rf"No {side} text: .* the 5 documents .*'data.validation_fraction'"):
-        load_corpus(local(path, validation_fraction=fraction))
+    with pytest.raises(UserError, match=r"No training text: .* the 5 documents .*'data.validation_fraction'"):
+        load_corpus(local(path, validation_fraction=1 - 1e-9))
+
+
+def test_one_document_is_held_out_where_the_share_would_hold_out_none(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in documents(5)])
+    corpus = load_corpus(local(path, validation_fraction=1e-9))
+    assert (len(corpus.train), len(corpus.validation)) == (4, 1)
 
 
 def test_a_source_without_any_text_is_refused(tmp_path):

@@ -90,6 +90,9 @@ def test_one_mild_probe_misses_what_many_strong_ones_find() -> None:
         ("token_choice", True, False, False),
         ("expert_choice", True, False, True),
         ("expert_choice", False, False, True),
+        ("expert_threshold", True, True, True),  # before the first update experts choose over the batch
+        ("expert_threshold", False, False, False),
+        ("remoe", True, False, False),
         ("soft", True, True, False),
         ("mixture_of_tokens", True, False, True),
         ("mixture_of_tokens", False, False, False),

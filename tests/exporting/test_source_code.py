@@ -25,7 +25,7 @@ MODELS = [
     TOKENS | PLAIN | {"alone_top_k": None},
     TOKENS | PLAIN | {"combine": "separate", "temperature": 0.5, "alone_top_k": 3, "mixtures_per_expert": 2},
     TOKENS | PLAIN | {"combine": "separate", "alone_top_k": None, "mixtures_per_expert": 2},
-    TOKENS | {"hidden_act": "gelu"},
+    TOKENS | {"hidden_act": "gelu", "num_shared_experts": 1},
     PLAIN | {"layer_mix": True},
     PLAIN | {"mlp_layer_types": ["dense"] * 3, "intermediate_sizes": [48, 32, 16], "tie_word_embeddings": False},
     {"num_shared_experts": 2, "scoring_func": "sigmoid", "routed_scaling_factor": 2.5, "expert_bias_update_rate": 0.1},
@@ -141,6 +141,15 @@ def test_the_configuration_says_where_its_classes_are(saved, tmp_path):
     assert set(settings["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert settings["architectures"] == ["MixturaForCausalLM"]
     assert "custom_code" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("family", ["expert_threshold", "remoe"])
+def test_families_of_varying_choice_are_not_exported(saved, tmp_path, family):
+    folder = saved(mlp_layer_types=["dense", "dense", family])
+    for container in ("remote_code", "qwen3_moe"):
+        with pytest.raises(UserError, match=f"{family} layers"):
+            export(folder, tmp_path / "out", to=container)
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_family_that_the_bundled_file_lacks_is_not_exported(monkeypatch):

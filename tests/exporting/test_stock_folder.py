@@ -242,6 +242,7 @@ def test_the_card_counts_what_a_token_uses(saved, tmp_path):
         ({"mlp_layer_types": ["expert_choice"] * 3}, "remote_code", "cannot be served"),
         ({"mlp_layer_types": ["soft"] * 3}, "auto", "cannot be served"),
         ({"capacity_factor": 1.25}, "auto", "capacity_factor of 1.25.*null"),
+        ({"n_group": 2}, "remote_code", "1 of 2 groups of experts .* train with expert_groups = 1"),
         ({"route_by": "target", "num_experts_per_tok": 1}, "auto", "routes by target"),
         ({"layer_mix": True}, "mixtral", "mixes the outputs of its layers.*remote_code"),
         (DENSE | {"intermediate_sizes": [48, 32, 48]}, "auto", "2 different widths"),

@@ -43,6 +43,38 @@ def exported(saved, tmp_path):
     return tmp_path / "source", tmp_path / "out"
 
 
+def cut(folder):
+    """A copy that broke off."""
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def verify_on_the_command_line(monkeypatch, capsys, *folders):
+    monkeypatch.setattr("sys.argv", ["mixtura", "verify", *map(str, folders)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code, capsys.readouterr().err.strip()
+
+
+def test_a_source_that_was_cut_is_one_sentence(exported, monkeypatch, capsys):
+    cut(exported[0])
+    code, told = verify_on_the_command_line(monkeypatch, capsys, *exported)
+    assert code == 2 and "\n" not in told
+    assert told.startswith(f"mixtura: The model in '{exported[0]}' cannot be loaded (")
+
+
+def test_an_export_that_was_cut_fails_in_one_sentence(exported, monkeypatch, capsys):
+    cut(exported[1])
+    code, told = verify_on_the_command_line(monkeypatch, capsys, *exported)
+    assert code == 1 and "\n" not in told and told.startswith("mixtura: transformers cannot run it (")
+
+
+def test_a_tokenizer_that_was_cut_is_one_sentence(exported, monkeypatch, capsys):
+    (exported[0] / "tokenizer_config.json").write_text("{", encoding="utf-8")
+    code, told = verify_on_the_command_line(monkeypatch, capsys, *exported)
+    assert code == 2 and told.startswith(f"mixtura: The tokenizer in '{exported[0]}' cannot be loaded (")
+
+
 @pytest.fixture
 def script(tmp_path, monkeypatch):
     """Puts a script in vLLM's place."""

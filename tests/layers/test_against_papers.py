@@ -16,7 +16,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixtura.layers import DenseFFN, ExpertChoiceMoE, MixtureOfTokens, SoftMoE, TokenChoiceMoE
+from mixtura.layers import (
+    DenseFFN,
+    ExpertChoiceMoE,
+    ExpertThresholdMoE,
+    MixtureOfTokens,
+    ReMoE,
+    SoftMoE,
+    TokenChoiceMoE,
+)
+from mixtura.layers.remoe import l1_penalty, update_l1_coef
 
 EVERY_EXPERT = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 EVERY_ACTIVATION = pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
@@ -69,18 +78,53 @@ def token_choice(layer, p, x_BLD, mask):
         softmax = layer.score_function == "softmax"
         scores = [torch.exp(logit) / total if softmax else 1 / (1 + torch.exp(-logit)) for logit in logits]
         bias = [0.0] * len(scores) if layer.expert_bias is None else layer.expert_bias.tolist()
-        chosen = sorted(range(len(scores)), key=lambda e: -(scores[e].item() + bias[e]))[: layer.top_k]
+        allowed = best_groups(layer, [score.item() + b for score, b in zip(scores, bias, strict=True)])
+        chosen = sorted(allowed, key=lambda e: -(scores[e].item() + bias[e]))[: layer.top_k]
         divisor = sum(scores[e] for e in chosen) if layer.normalize_top_k else 1
         out[b, t] = torch.zeros_like(x_D)
         for e in chosen:
             arrived[e] += 1
             if arrived[e] <= room:
                 out[b, t] += layer.routed_scaling_factor * scores[e] / divisor * expert(p, e, x_D, layer)
-        if layer.shared_expert is not None:
-            gate_FD = p["shared_expert.gate_proj.weight"] if layer.experts.gated else None
-            up_FD, down_DF = p["shared_expert.up_proj.weight"], p["shared_expert.down_proj.weight"]
-            out[b, t] += feed_forward(x_D, gate_FD, up_FD, down_DF, layer.experts.activation)
     return out
+
+
+def expert_threshold(layer, p, x_BLD, mask):
+    """Expert Threshold equation 6; where it chooses over the batch, every expert's best tokens enter."""
+    tokens = real_tokens(x_BLD, mask)
+    logits = {token: p["gate.weight"] @ x_BLD[token] for token in tokens}
+    out = {token: 0 * x_BLD[token] for token in tokens}
+    for e in range(layer.num_experts):
+        entering = [token for token in tokens if logits[token][e] > layer.threshold[e].double()]
+        if layer.training and layer.choosing_over_batch:
+            takes = math.ceil(Fraction(len(tokens) * layer.top_k, layer.num_experts))
+            entering = sorted(tokens, key=lambda token: -logits[token][e].item())[:takes]
+        for token in entering:
+            weight = 1 / (1 + torch.exp(-logits[token][e]))
+            out[token] = out[token] + weight * expert(p, e, x_BLD[token], layer)
+    return out
+
+
+def remoe(layer, p, x_BLD, mask):
+    """ReMoE equation 4."""
+    out = {}
+    for token in real_tokens(x_BLD, mask):
+        x_D = x_BLD[token]
+        out[token] = 0 * x_D
+        for e in range(layer.num_experts):
+            gate = p["gate.weight"][e] @ x_D
+            if gate > 0:
+                out[token] = out[token] + gate * expert(p, e, x_D, layer)
+    return out
+
+
+def best_groups(layer, scores):
+    """DeepSeek-V3 section 2.1.2, "node-limited routing": the experts of the groups a token may go to."""
+    size = layer.num_experts // layer.expert_groups
+    groups = [list(range(start, start + size)) for start in range(0, layer.num_experts, size)]
+    counted = max(1, layer.top_k // layer.groups_per_token)
+    groups.sort(key=lambda group: -sum(sorted((scores[e] for e in group), reverse=True)[:counted]))
+    return [e for group in groups[: layer.groups_per_token] for e in group]
 
 
 def expert_choice(layer, p, x_BLD, mask):
@@ -169,6 +213,15 @@ def mixed_group(layer, p, members, mixtures):
     return outputs
 
 
+def with_shared_expert(layer, p, x_BLD, out):
+    """DeepSeekMoE section 3.2: what every token gets besides, whatever its family."""
+    if layer.shared_expert is None:
+        return out
+    gate_FD = p["shared_expert.gate_proj.weight"] if layer.experts.gated else None
+    weights = (gate_FD, p["shared_expert.up_proj.weight"], p["shared_expert.down_proj.weight"])
+    return {t: y_D + feed_forward(x_BLD[t], *weights, layer.experts.activation) for t, y_D in out.items()}
+
+
 def real_tokens(x_BLD, mask):
     batch, length, _ = x_BLD.shape
     return [(b, t) for b in range(batch) for t in range(length) if mask is None or mask[b, t]]
@@ -185,7 +238,7 @@ def assert_agrees(layer, reference, x_BLD, mask):
         probe_BLD *= mask.unsqueeze(-1)
 
     def from_reference(x_BLD):
-        rows = reference(layer, exact, x_BLD, mask)
+        rows = with_shared_expert(layer, exact, x_BLD, reference(layer, exact, x_BLD, mask))
         batch, length, hidden_size = x_BLD.shape
         empty_D = torch.zeros(hidden_size, dtype=torch.float64)
         return torch.stack([torch.stack([rows.get((b, t), empty_D) for t in range(length)]) for b in range(batch)])
@@ -235,6 +288,10 @@ def draw_sizes(data, activation, gated):
     }
 
 
+def draw_shared(data):
+    return data.draw(st.integers(0, 2), label="num_shared_experts")
+
+
 def scatter_weights(layer):
     """Weights of order one: at the usual start every router is close to undecided."""
     for parameter in layer.parameters():
@@ -269,12 +326,72 @@ def test_token_choice_computes_its_papers_formula(data, activation, gated):
         routed_scaling_factor=data.draw(st.sampled_from([1.0, 2.5]), label="routed_scaling_factor"),
         capacity_factor=data.draw(st.sampled_from([None, 0.25, 0.5, 1.0, 1.25]), label="capacity_factor"),
         expert_bias=data.draw(st.booleans(), label="expert_bias"),
-        num_shared_experts=data.draw(st.integers(0, 2), label="num_shared_experts"),
+        num_shared_experts=draw_shared(data),
     )
     scatter_weights(layer)
     if layer.expert_bias is not None:
         layer.expert_bias.normal_()
     assert_agrees(layer, token_choice, x_BLD, mask)
+
+
+@EVERY_EXPERT
+@SETTINGS
+@given(data=st.data())
+def test_experts_in_groups_are_chosen_as_in_their_paper(data, gated):
+    sizes = draw_sizes(data, "relu", gated)
+    groups, size = data.draw(st.integers(1, 4), label="groups"), data.draw(st.integers(1, 3), label="size")
+    kept = data.draw(st.integers(1, groups), label="kept")
+    layer = TokenChoiceMoE(
+        **(sizes | {"num_experts": groups * size}),
+        top_k=data.draw(st.integers(1, kept * size), label="top_k"),
+        score_function=data.draw(st.sampled_from(["softmax", "sigmoid"]), label="score_function"),
+        expert_bias=True,
+        expert_groups=groups,
+        groups_per_token=kept,
+    )
+    scatter_weights(layer)
+    layer.expert_bias.normal_()
+    x_BLD, mask = draw_input(data, hidden_size=sizes["hidden_size"])
+    assert_agrees(layer, token_choice, x_BLD, mask)
+
+
+@EVERY_EXPERT
+@SETTINGS
+@given(data=st.data())
+def test_the_dense_router_gradient_is_the_outputs_gradient_with_the_choice_taken_for_the_identity(data, gated):
+    """DenseMixer: d(choice of s)_i / d s_j is 1 for i = j, chosen or not; everything else as it is."""
+    sizes = draw_sizes(data, "relu", gated)
+    layer = TokenChoiceMoE(
+        **sizes,
+        top_k=data.draw(st.integers(1, sizes["num_experts"]), label="top_k"),
+        score_function=data.draw(st.sampled_from(["softmax", "sigmoid"]), label="score_function"),
+        normalize_top_k=data.draw(st.booleans(), label="normalize_top_k"),
+        dense_router_gradient=True,
+    ).double()
+    scatter_weights(layer)
+    x_BLD, mask = draw_input(data, hidden_size=sizes["hidden_size"])
+    x_BLD, probe_BLD = x_BLD.double(), torch.randn_like(x_BLD, dtype=torch.float64)
+    plain = copy.deepcopy(layer).eval()
+    results = []
+    for each in (layer, plain):
+        own_BLD = x_BLD.clone().requires_grad_()
+        y_BLD = each(own_BLD, mask)
+        (y_BLD * probe_BLD).sum().backward()
+        results.append((y_BLD.detach(), [parameter.grad for parameter in each.experts.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)  # outputs, and gradients of the experts
+    p = dict(layer.named_parameters())
+    expected_ED = torch.zeros_like(layer.gate.weight)
+    for token in real_tokens(x_BLD, None):
+        logits = (p["gate.weight"].detach() @ x_BLD[token]).requires_grad_()
+        scores = logits.softmax(0) if layer.score_function == "softmax" else logits.sigmoid()
+        chosen = scores.topk(layer.top_k).indices.tolist()
+        gains = torch.stack([expert(p, e, x_BLD[token], layer) @ probe_BLD[token] for e in range(layer.num_experts)])
+        gains, total = gains.detach(), sum(scores[e].item() for e in chosen)
+        if layer.normalize_top_k:  # w_i = m_i / sum of m, so an expert gains what it does better than the mixture
+            gains = (gains - sum(scores[e].item() / total * gains[e] for e in chosen)) / total
+        (by_logit_E,) = torch.autograd.grad((gains * scores).sum(), logits)
+        expected_ED += torch.outer(by_logit_E, x_BLD[token])
+    torch.testing.assert_close(layer.gate.weight.grad, expected_ED, rtol=1e-9, atol=1e-10)
 
 
 @EVERY_ACTIVATION
@@ -292,6 +409,94 @@ def test_expert_choice_computes_its_papers_formula(data, activation, gated):
     )
     scatter_weights(layer)
     assert_agrees(layer, expert_choice, x_BLD, mask)
+
+
+@EVERY_ACTIVATION
+@EVERY_EXPERT
+@SETTINGS
+@given(data=st.data())
+def test_expert_threshold_computes_its_papers_formula(data, activation, gated):
+    sizes = draw_sizes(data, activation, gated)
+    x_BLD, mask = draw_input(data, hidden_size=sizes["hidden_size"])
+    top_k = data.draw(st.integers(1, sizes["num_experts"]), label="top_k")
+    layer = ExpertThresholdMoE(**sizes, top_k=top_k, num_shared_experts=draw_shared(data))
+    scatter_weights(layer)
+    layer.threshold.normal_()
+    layer.updates.fill_(1.0)
+    layer.choosing_over_batch = data.draw(st.booleans(), label="choosing_over_batch")
+    layer.train(data.draw(st.booleans(), label="training"))
+    assert_agrees(layer, expert_threshold, x_BLD, mask)
+
+
+@SETTINGS
+@given(data=st.data())
+def test_thresholds_are_averages_of_the_k_th_best_scores_of_steps(data):
+    """Expert Threshold algorithm 1, lines 6 to 8, with micro-batches pooled into steps."""
+    sizes = draw_sizes(data, "relu", False)
+    layer = ExpertThresholdMoE(**sizes, top_k=data.draw(st.integers(1, sizes["num_experts"]), label="top_k")).double()
+    scatter_weights(layer)
+    expected = torch.zeros(layer.num_experts, dtype=torch.float64)
+    rate = data.draw(st.sampled_from([0.0, 0.3, 1.0]), label="rate")
+    for step in range(1, 4):
+        best, total = torch.zeros_like(expected), 0
+        for _ in range(2):
+            x_BLD, mask = draw_input(data, hidden_size=sizes["hidden_size"])
+            layer(x_BLD.double(), mask)
+            tokens = real_tokens(x_BLD, mask)
+            k = math.ceil(Fraction(len(tokens) * layer.top_k, layer.num_experts))
+            for e in range(layer.num_experts):
+                scores = sorted((layer.gate.weight[e] @ x_BLD[token].double()).item() for token in tokens)
+                best[e] += scores[-k] * len(tokens)
+            total += len(tokens)
+        layer.update(layer.observed, rate=rate)
+        layer.observed = None
+        expected += max(rate, 1 / step) * (best / total - expected)
+        torch.testing.assert_close(layer.threshold, expected, rtol=1e-12, atol=1e-12)
+
+
+@EVERY_ACTIVATION
+@EVERY_EXPERT
+@SETTINGS
+@given(data=st.data())
+def test_remoe_computes_its_papers_formula(data, activation, gated):
+    sizes = draw_sizes(data, activation, gated)
+    x_BLD, mask = draw_input(data, hidden_size=sizes["hidden_size"])
+    layer = ReMoE(**sizes, num_shared_experts=draw_shared(data))
+    scatter_weights(layer)
+    assert_agrees(layer, remoe, x_BLD, mask)
+
+
+@SETTINGS
+@given(data=st.data())
+def test_remoes_penalty_is_its_papers(data):
+    """ReMoE equations 10 and 11 for one layer, with the gradient of the router."""
+    sizes = draw_sizes(data, "relu", False)
+    x_BLD, mask = draw_input(data, hidden_size=sizes["hidden_size"])
+    layer = ReMoE(**sizes, top_k=data.draw(st.integers(1, sizes["num_experts"]), label="top_k"))
+    scatter_weights(layer)
+    _, stats = layer(x_BLD, mask, return_stats=True)
+    penalty = l1_penalty(stats, layer.top_k)
+    penalty.backward()
+    weight_ED = layer.gate.weight.detach().clone().requires_grad_()
+    tokens = real_tokens(x_BLD, mask)
+    expected = weight_ED.sum() * 0
+    for e in range(layer.num_experts):
+        gates = [torch.relu(weight_ED[e] @ x_BLD[token]) for token in tokens]
+        load = layer.num_experts / (layer.top_k * len(tokens)) * sum(gate.item() > 0 for gate in gates)
+        expected = expected + load * sum(gates) / len(tokens)
+    expected.backward()
+    torch.testing.assert_close(penalty, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.gate.weight.grad, weight_ED.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_remoes_penalty_weighs_more_while_too_many_experts_run():
+    layers = [ReMoE(2, intermediate_size=1, num_experts=8, top_k=2).double() for _ in range(2)]
+    weight = 1e-8  # ReMoE equation 8, of the sparsity of all layers together
+    for active in ([4.0, 1.0], [8.0, 3.0], [1.0, 3.0], [0.0, 1.0]):
+        sparsity, due = 1 - sum(active) / 2 / 8, 1 - 2 / 8
+        weight *= 1.2 ** ((sparsity < due) - (sparsity > due))
+        update_l1_coef(layers, torch.tensor(active), factor=1.2)
+        assert [layer.l1_coef.item() for layer in layers] == pytest.approx([weight] * 2, rel=1e-6)
 
 
 @EVERY_ACTIVATION
@@ -348,3 +553,21 @@ def test_mixture_of_tokens_alone_computes_a_group_of_one_token_and_zeros(data, a
     layer.eval().set_inference_mode("alone", top_k=top_k)
     x_BLD, mask = draw_input(data, hidden_size=layer.experts.hidden_size)
     assert_agrees(layer, mixture_of_tokens_alone, x_BLD, mask)
+
+
+@EVERY_EXPERT
+@pytest.mark.parametrize(
+    ("family", "reference", "own"),
+    [
+        (ExpertChoiceMoE, expert_choice, {}),
+        (SoftMoE, soft, {}),
+        (MixtureOfTokens, mixture_of_tokens, {"group_size": 2, "inference_mode": "group"}),
+        (MixtureOfTokens, mixture_of_tokens_alone, {"group_size": 2}),
+    ],
+    ids=["expert_choice", "soft", "mixture_of_tokens", "alone"],
+)
+def test_shared_experts_are_added_to_what_a_family_computes(family, reference, own, gated):
+    layer = family(4, intermediate_size=3, num_experts=3, num_shared_experts=2, gated=gated, **own).eval()
+    scatter_weights(layer)
+    assert layer.shared_expert.down_proj.in_features == 2 * 3
+    assert_agrees(layer, reference, torch.randn(4, 3, 4), torch.rand(4, 3) < 0.8)

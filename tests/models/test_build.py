@@ -59,16 +59,29 @@ def test_an_arm_without_a_router_spends_what_it_saves_on_its_experts():
 def test_every_setting_of_an_arm_reaches_the_model():
     arm = ArmConfig(
         family="mixture_of_tokens",
+        feed_forward_scale=2.0,
+        down_scale=0.5,
+        dense_scale=0.3,
+        expert_scale=0.4,
+        router_scale=0.6,
+        control="uniform_router",
         num_experts=12,
         top_k=3,
         score_function="sigmoid",
         normalize_top_k=True,
         capacity_factor=1.25,
+        expert_groups=4,
+        groups_per_token=2,
+        dense_router_gradient=True,
         router_aux_loss_coef=0.02,
         router_z_loss_coef=0.001,
         balance_over="global",
         expert_bias_update_rate=0.01,
         num_shared_experts=1,
+        threshold_rate=0.5,
+        threshold_warmup=0.3,
+        l1_coef_start=1e-6,
+        l1_coef_growth=0.1,
         route_by="pair",
         group_size=8,
         group_over="sequence",
@@ -85,8 +98,12 @@ def test_every_setting_of_an_arm_reaches_the_model():
         population_rate=0.02,
     )
     config = build(arm)
-    renamed = {"top_k": "num_experts_per_tok", "score_function": "scoring_func", "normalize_top_k": "norm_topk_prob"}
-    elsewhere = {"family", "init_from", "learning_rate", "placement", "moe_intermediate_size"}
+    renamed = {"expert_groups": "n_group", "groups_per_token": "topk_group"} | {
+        "top_k": "num_experts_per_tok",
+        "score_function": "scoring_func",
+        "normalize_top_k": "norm_topk_prob",
+    }
+    elsewhere = {"family", "init_from", "learning_rate", "placement", "moe_intermediate_size", "control_of"}
     for name in set(ArmConfig.__dataclass_fields__) - elsewhere:
         assert getattr(arm, name) != ArmConfig.__dataclass_fields__[name].default, f"{name} is not tried here"
         assert getattr(config, renamed.get(name, name)) == getattr(arm, name), name

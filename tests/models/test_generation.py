@@ -15,6 +15,9 @@ from mixtura.models.loading import load_model
 DEPLOYABLE = [
     pytest.param("dense", {}, id="dense"),
     pytest.param("token_choice", {}, id="token choice"),
+    pytest.param("expert_threshold", {}, id="expert threshold"),
+    pytest.param("remoe", {"num_shared_experts": 1}, id="remoe"),
+    pytest.param("mixture_of_tokens", {"num_shared_experts": 1}, id="mixture of tokens and a shared expert"),
     pytest.param("mixture_of_tokens", {"alone_top_k": None}, id="mixture of tokens alone"),
     pytest.param("mixture_of_tokens", {"alone_top_k": 2}, id="mixture of tokens alone, top 2"),
 ]

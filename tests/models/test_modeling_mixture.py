@@ -19,8 +19,10 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from mixtura.config import UserError
 from mixtura.config.families import FAMILIES
 from mixtura.layers import LayerMix
+from mixtura.layers.remoe import l1_penalty
 from mixtura.layers.statistics import load_balancing_loss
 from mixtura.models import MixtureForCausalLM, MixtureForSequenceClassification, MixtureModel
 
@@ -169,7 +171,27 @@ def test_router_losses_reach_the_router(build):
     assert not model.model.norm.weight.grad.any(), "the language loss cancels, and only it passes the last norm"
 
 
-@pytest.mark.parametrize("family", ["dense", "expert_choice", "soft", "mixture_of_tokens"])
+def test_remoes_penalty_is_added_with_the_weight_of_the_moment(build):
+    model = build("remoe", num_hidden_layers=3, mlp_layer_types=["remoe", "dense", "remoe"]).train()
+    model.model.layers[0].mlp.l1_coef.fill_(0.5)
+    output = model(IDS_BL, labels=IDS_BL, output_routing=True)
+    penalty = (l1_penalty(output.routing[0], 2) + l1_penalty(output.routing[2], 2)) / 2
+    assert_close(output.aux_loss, penalty)
+    assert_close(output.loss, output.language_loss + 0.5 * penalty)
+    assert torch.equal(model.eval()(IDS_BL, labels=IDS_BL).loss, output.language_loss)
+    with pytest.raises(UserError, match="A model with token_choice and remoe layers cannot be trained"):
+        build("remoe", mlp_layer_types=["token_choice", "remoe"]).train()(IDS_BL, labels=IDS_BL)
+
+
+def test_thresholds_wait_for_the_first_steps_to_pass(build):
+    model = build("expert_threshold", threshold_warmup=0.25).train()
+    layer = model.model.layers[1].mlp
+    for step, over_batch in ((0, True), (1, True), (2, False), (7, False)):
+        model.prepare_step(step, steps=8)
+        assert layer.choosing_over_batch is over_batch
+
+
+@pytest.mark.parametrize("family", ["dense", "expert_choice", "expert_threshold", "soft", "mixture_of_tokens"])
 def test_families_that_balance_by_construction_have_no_router_loss(build, family):
     output = build(family).train()(IDS_BL[:, :8], labels=IDS_BL[:, :8], output_routing=True)
     assert output.aux_loss is None and output.z_loss is None
@@ -224,6 +246,9 @@ def test_attention_implementations_agree(build, family):
     [
         pytest.param("dense", {}, id="dense"),
         pytest.param("token_choice", {"num_shared_experts": 1}, id="token choice"),
+        pytest.param("expert_threshold", {}, id="expert threshold"),
+        pytest.param("remoe", {}, id="remoe"),
+        pytest.param("mixture_of_tokens", {"num_shared_experts": 1}, id="mixture of tokens and a shared expert"),
         pytest.param("mixture_of_tokens", {"alone_top_k": None}, id="mixture of tokens alone"),
         pytest.param("mixture_of_tokens", {"alone_top_k": 1}, id="mixture of tokens alone, top 1"),
     ],

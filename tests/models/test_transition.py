@@ -41,10 +41,12 @@ def outputs(model, ids_BL):
     return seen[0]
 
 
+@pytest.mark.parametrize("shared", [0, 1], ids=["", "beside a shared expert"])
 @pytest.mark.parametrize(("mixtures_per_expert", "combine"), [(1, "same"), (3, "same"), (1, "separate")])
-def test_a_router_that_knows_nothing_converts_exactly(build, mixtures_per_expert, combine):
+def test_a_router_that_knows_nothing_converts_exactly(build, mixtures_per_expert, combine, shared):
     # m = 1/G and p = 1/S for all S mixtures: with all of them the factor is S / G^2 and nothing else differs.
-    model, ids = build(mixtures_per_expert=mixtures_per_expert, combine=combine), tokens()
+    settings = {"mixtures_per_expert": mixtures_per_expert, "combine": combine, "num_shared_experts": shared}
+    model, ids = build(**settings), tokens()
     layer = model.mixture_of_tokens_layers()[0]
     for gate in [layer.gate] + ([layer.combine_gate] if combine == "separate" else []):
         torch.nn.init.zeros_(gate.weight)

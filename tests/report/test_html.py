@@ -15,8 +15,9 @@ import pytest
 from fixtures.results import as_results, summary_of
 from mixtura.config import UserError
 from mixtura.report import every_run, tables
-from mixtura.report.figures import build_figures, load_maps, smooth
+from mixtura.report.figures import build_figures, smooth
 from mixtura.report.html import render_html, report_folder, write_report
+from mixtura.report.load_maps import load_maps
 from mixtura.report.markdown import escape, fence, render_markdown
 from mixtura.report.wording import arm_colours
 from mixtura.results import Results
@@ -122,7 +123,8 @@ def test_page_shows_every_final_loss_and_the_verdict_first(make_results: MakeRes
             for mode in run["final"].values():
                 assert f"{mode['loss']:.4f}" in page.text
     headline = page.text.index(summary.verdict.headline)
-    assert page.text.index("The rule, fixed before the runs") < headline < page.text.index("The arms side by side")
+    places = ("The rule, fixed before the runs", "What is held equal", "The arms side by side")
+    assert headline < page.text.index(summary.verdict.finding) < min(map(page.text.index, places))
     for caution in summary.cautions:
         assert caution.text in page.text
 
@@ -319,7 +321,7 @@ def test_incomplete_results_still_make_a_report(make_results: MakeResults, tmp_p
         mot["runs"][0]["final"]["alone"]["loss"] = None
     page = Page(write_report(as_results(results), tmp_path).read_text(encoding="utf-8"))
     said = {
-        "one_seed": "One seed cannot decide",
+        "one_seed": "No verdict: one seed",
         "no_search": "not searched",
         "no_curves": "No evaluations were made",
         "not_deployable": "cannot be deployed",

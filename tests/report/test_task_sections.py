@@ -84,8 +84,8 @@ def test_the_arm_with_the_higher_score_is_the_answer_with_its_price(make_transla
     }  # fmt: skip
     assert verdict.best == verdict.leader == "token_choice" and verdict.tied == []
     amount = -arms["mixture_of_tokens"].difference.deployed.mean
-    assert verdict.headline.startswith(f"MoT loses to dense by {amount:.2f} points of chrF and")
-    assert "token-choice MoE beats dense by" in verdict.headline
+    assert verdict.finding.startswith(f"MoT loses to dense by {amount:.2f} points of chrF and")
+    assert "token-choice MoE beats dense by" in verdict.finding
     score = arms["token_choice"].score.deployed
     assert f"the answer is token-choice MoE: chrF {score:.2f} as deployed, against" in verdict.answer
     assert f"2.89{SPACE}M trained parameters instead of 919{SPACE}k" in verdict.answer
@@ -103,10 +103,10 @@ def test_a_higher_loss_does_not_lose_where_chrf_decides(make_translation: MakeRe
 def test_a_tie_is_named_with_the_cheapest_of_the_tied(make_translation: MakeResults) -> None:
     verdict = summary_of(make_translation(gains=(0.01, -0.01), noise=0.5)).verdict
     assert verdict.best is None and len(verdict.tied) == 2
-    assert verdict.headline.startswith("No winner")
+    assert verdict.finding.startswith("No winner")
     assert "has the highest mean chrF as deployed" in verdict.answer
-    assert f"dense trains the fewest parameters (919{SPACE}k)" in verdict.answer
-    assert f"dense needs the least memory (584{SPACE}MiB)" in verdict.answer
+    assert "dense takes the least time a step, trains the fewest parameters" in verdict.answer
+    assert f"needs the least memory (584{SPACE}MiB)" in verdict.answer
 
 
 def test_the_baseline_as_answer_says_what_it_trains(make_classification: MakeResults) -> None:
@@ -117,9 +117,9 @@ def test_the_baseline_as_answer_says_what_it_trains(make_classification: MakeRes
 
 def test_one_seed_says_above_and_below_and_decides_nothing(make_translation: MakeResults) -> None:
     verdict = summary_of(make_translation(seeds=(0,))).verdict
-    assert verdict.headline.startswith("One seed cannot decide")
-    assert re.search(r"MoT ended \d\.\d\d points of chrF below dense", verdict.headline)
-    assert re.search(r"token-choice MoE ended \d\.\d\d above dense", verdict.headline)
+    assert verdict.finding.startswith("One seed cannot decide")
+    assert re.search(r"MoT ended \d\.\d\d points of chrF below dense", verdict.finding)
+    assert re.search(r"token-choice MoE ended \d\.\d\d above dense", verdict.finding)
     assert verdict.answer is None
 
 
@@ -262,7 +262,7 @@ def test_differences_point_to_the_better_side(make_results: MakeResults, make_tr
         )
     assert ends["pretraining"][0] == ["\N{LEFTWARDS ARROW}", "worse"]
     assert ends["translation"][0] == ["\N{LEFTWARDS ARROW}", "better"]
-    assert ends["translation"][1] == {"text": "chrF minus dense's, as deployed (points)"}
+    assert ends["translation"][1] == {"text": "Difference (points)"}
 
 
 @pytest.mark.parametrize("task", ["translation", "classification"])

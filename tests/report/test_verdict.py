@@ -45,10 +45,10 @@ def test_losing_mot_is_named_first_with_its_number(make_results: MakeResults) ->
     arms, verdict = summary.arms, summary.verdict
     amount = arms["mixture_of_tokens"].difference.deployed.mean
     assert amount > 0
-    assert verdict.headline.startswith(f"MoT loses to dense by {amount:.3f} nats a token")
-    assert "token-choice MoE beats dense" in verdict.headline
-    assert "3\N{NO-BREAK SPACE}seeds" in verdict.headline
-    assert "open for longer training" in verdict.headline
+    assert verdict.finding.startswith(f"MoT loses to dense by {amount:.3f} nats a token")
+    assert "token-choice MoE beats dense" in verdict.finding
+    assert "3\N{NO-BREAK SPACE}seeds" in verdict.finding
+    assert "open for longer training" in verdict.finding
     assert verdict.best == "token_choice"
     assert arms["dense"].outcome == "baseline"
 
@@ -70,8 +70,8 @@ def test_dense_is_the_answer_when_nothing_beats_it(make_results: MakeResults) ->
 def test_draws_are_called_draws(make_results: MakeResults) -> None:
     summary = summary_of(make_results(offsets=(-0.002, 0.003), noise=0.02))
     assert {arm.outcome for arm in summary.arms.values()} == {"baseline", "draw"}
-    assert summary.verdict.headline.startswith("No winner")
-    assert "95\N{NO-BREAK SPACE}% interval" in summary.verdict.headline
+    assert summary.verdict.finding.startswith("No winner")
+    assert "95\N{NO-BREAK SPACE}% interval" in summary.verdict.finding
     assert summary.verdict.best is None
     assert len(summary.verdict.tied) == 2
     assert "no single best arm" in summary.verdict.answer
@@ -80,7 +80,7 @@ def test_draws_are_called_draws(make_results: MakeResults) -> None:
 def test_one_seed_gives_no_verdict_and_says_so(make_results: MakeResults) -> None:
     summary = summary_of(make_results(seeds=(0,)))
     verdict = summary.verdict
-    assert verdict.headline.startswith("One seed cannot decide")
+    assert verdict.finding.startswith("One seed cannot decide")
     assert verdict.answer is None
     assert summary.arms["mixture_of_tokens"].outcome == "one_seed"
     assert summary.arms["mixture_of_tokens"].difference.deployed.low is None
@@ -117,7 +117,7 @@ def test_arm_that_sees_the_future_takes_no_part(make_results: MakeResults) -> No
     summary = summary_of(results)
     assert summary.arms["token_choice"].outcome == "excluded"
     assert ("leaks_future", "token_choice") in kinds(summary)
-    assert "token-choice" not in summary.verdict.headline
+    assert "token-choice" not in summary.verdict.finding
 
 
 def test_diverged_seed_is_not_dropped_from_the_mean(make_results: MakeResults) -> None:
@@ -133,7 +133,7 @@ def test_excluded_baseline_gives_no_verdict(make_results: MakeResults) -> None:
     results = make_results()
     results["arms"]["dense"]["runs"][0]["final"]["causal"]["loss"] = None
     verdict = summary_of(results).verdict
-    assert verdict.headline.startswith("No verdict: the baseline, dense")
+    assert verdict.finding.startswith("No verdict: the baseline, dense")
     assert verdict.answer is None
 
 
@@ -141,7 +141,7 @@ def test_single_arm_gives_no_verdict(make_results: MakeResults) -> None:
     results = make_results()
     results["arms"] = {"dense": results["arms"]["dense"]}
     verdict = summary_of(results).verdict
-    assert "the only arm" in verdict.headline
+    assert "the only arm" in verdict.finding
     assert verdict.longer == []
 
 
@@ -151,7 +151,7 @@ def test_clean_comparison_warns_only_of_what_is_true_of_it(make_results: MakeRes
     results["arms"]["token_choice"].update(seconds_ratio=1.2, seconds_per_step=1.2 * 0.151)
     summary = summary_of(results)
     assert kinds(summary) == {("leaks_batch", "mixture_of_tokens")}
-    assert "at these learning rates" not in summary.verdict.headline
+    assert "at these learning rates" not in summary.verdict.finding
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_rate_at_the_edge_is_warned_of_and_weakens_the_headline(make_results: Ma
     caution = next(caution for caution in summary.cautions if caution.kind == "rate_at_edge")
     assert caution.arm == "mixture_of_tokens"
     assert "the highest of those tried" in caution.text
-    assert "at these learning rates" in summary.verdict.headline
+    assert "at these learning rates" in summary.verdict.finding
 
 
 def test_search_of_one_rate_is_no_search(make_results: MakeResults) -> None:
@@ -242,7 +242,7 @@ def test_an_answer_at_unequal_flops_has_their_price_and_the_difference_at_equal_
     results = make_results()
     results["arms"]["token_choice"]["flops_ratio"] = 1.6
     summary = summary_of(results)
-    assert summary.verdict.headline.startswith(
+    assert summary.verdict.finding.startswith(
         "Equal steps, not equal FLOPs: a token of token-choice MoE costs 1.60 times one of dense. MoT loses"
     )
     assert "1.60 times the FLOPs a token" in summary.verdict.answer

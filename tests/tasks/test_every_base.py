@@ -150,7 +150,7 @@ def classification_arm(base, files, name):
 
 def check(arm):
     """One step moves what is trained, the probe answers in float64, and the model evaluates as deployed."""
-    assert arm.leaks()["batch_deployed"] is False
+    assert arm.leaks().batch_deployed is False
     model = arm.build(0).train()
     items = arm.task.dataset(length=4, seed=0)
     batch = arm.task.collate([items[index] for index in range(4)])

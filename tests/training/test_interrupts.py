@@ -16,6 +16,15 @@ def test_the_first_ctrl_c_is_a_request_and_the_second_stops_at_once():
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_sigterm_is_a_request_however_often_it_comes():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_the_handler_from_before_comes_back():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(ZeroDivisionError), StopRequest():

@@ -141,3 +141,10 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     draws = [(random.random(), np.random.rand(), torch.rand(()).item()) for _ in range(2)]
     checkpoints.set_random_state(checkpoints.load_tensors(tmp_path / "rng.pt"))
     assert [(random.random(), np.random.rand(), torch.rand(()).item()) for _ in range(2)] == draws
+
+
+def test_tensors_that_were_cut_are_one_sentence(tmp_path):
+    checkpoints.save_tensors({"weight": torch.zeros(100)}, tmp_path / "optimizer.pt")
+    (tmp_path / "optimizer.pt").write_bytes((tmp_path / "optimizer.pt").read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"is damaged: optimizer\.pt cannot be read \(.*\); remove the folder"):
+        checkpoints.load_tensors(tmp_path / "optimizer.pt")

@@ -9,6 +9,7 @@ from mixtura.data import PackedTokens, ScheduledDataset
 from mixtura.tasks.language_modelling.task import LanguageModelling
 from mixtura.training import TrainingDiverged, read_metrics
 from mixtura.training import trainer as trainer_module
+from mixtura.training.balance import update_thresholds
 
 BALANCED = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1, "num_experts_per_tok": 2}
 
@@ -108,7 +109,8 @@ def test_global_balance_uses_the_load_of_all_micro_batches_so_far(run, tiny_mode
     router_losses = type(model).router_losses
 
     def spy(self, routing):
-        used.append(routing[1].tokens_per_expert_E.clone())
+        if routing is not None:  # an evaluation asks for none
+            used.append(routing[1].tokens_per_expert_E.clone())
         return router_losses(self, routing)
 
     monkeypatch.setattr(type(model), "router_losses", spy)
@@ -140,6 +142,40 @@ def test_expert_bias_moves_by_the_rate_against_the_load_of_the_whole_step(
     expected = [0.125 * np.sign(0.25 - share) for share in share_E]
     assert any(expected)
     assert model.mixture_layers()[0].expert_bias.tolist() == expected
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("activation_checkpointing", [False, True], ids=["plain", "recomputed"])
+def test_remoes_penalty_weighs_more_or_less_once_a_step(run, tiny_model, accumulation, activation_checkpointing):
+    model = tiny_model("remoe", l1_coef_start=0.25, l1_coef_growth=0.5)
+    run(
+        model,
+        steps=2,
+        gradient_accumulation_steps=accumulation,
+        activation_checkpointing=activation_checkpointing,
+    )
+    # At the start about two of the four experts run for a token, and one is asked for.
+    assert model.mixture_layers()[0].l1_coef.item() == 0.25 * 1.5**2
+
+
+def test_thresholds_are_those_of_the_tokens_of_a_step(run, tiny_model):
+    models = [tiny_model("expert_threshold") for _ in range(3)]
+    run(models[0], steps=1, batch_size=4, out="one")
+    run(models[1], steps=1, batch_size=4, out="recomputed", activation_checkpointing=True)
+    run(models[2], steps=1, batch_size=2, out="parts", gradient_accumulation_steps=2)
+    first, recomputed, parts = (model.mixture_layers()[0] for model in models)
+    assert first.updates == recomputed.updates == parts.updates == 1
+    assert torch.equal(first.threshold, recomputed.threshold)
+    assert not torch.equal(first.threshold, parts.threshold)  # a mean of two k-th best scores, close to that of all
+    assert torch.allclose(first.threshold, parts.threshold, atol=0.02) and first.observed is None
+
+
+def test_ranks_move_thresholds_together(tiny_model):
+    layer = tiny_model("expert_threshold").mixture_layers()[0]
+    layer.observed = torch.tensor([2.0, 4.0, 6.0, 8.0, 2.0])
+    other = torch.tensor([6.0, 0.0, 0.0, 0.0, 2.0])
+    update_thresholds([layer, torch.nn.Identity()], rate=0.1, reduce=lambda own: own + other)
+    assert layer.threshold.tolist() == [2.0, 1.0, 1.5, 2.0]
 
 
 @pytest.mark.parametrize("family", ["dense", "token_choice", "mixture_of_tokens"])

@@ -37,6 +37,7 @@ from mixtura.adapters.targets import (
 )
 from mixtura.adapters.tuner import RoutedTuner, batch_context
 from mixtura.config import AdapterConfig, UserError
+from mixtura.errors import reason_of
 from mixtura.layers import RoutingStats
 from mixtura.layers.statistics import load_balancing_loss
 
@@ -94,12 +95,15 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     """`PeftModel.from_pretrained` for a folder that `save_pretrained` wrote, without the warnings of PEFT's own.
 
     Raises:
-        UserError: the folder holds no adapter.
+        UserError: the folder holds no adapter, or one that cannot be read or is another model's.
     """
     if not (Path(folder) / "adapter_config.json").is_file():
         raise UserError(f"'{folder}' holds no adapter: name a folder with an adapter_config.json.")
-    with _without_deprecations():
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    try:
+        with _without_deprecations():
+            return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except Exception as error:  # PEFT, safetensors and torch each have their own for a file that does not fit
+        raise UserError(f"The adapter in '{folder}' cannot be loaded ({reason_of(error)}): train it again.") from error
 
 
 def restore_adapter(model: PeftModel, folder: Path) -> None:

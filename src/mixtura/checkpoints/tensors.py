@@ -63,7 +63,7 @@ class StoredWeights:
             with _opened(file) as opened:
                 for name in opened.keys():  # noqa: SIM118 - the handle is no mapping
                     part = opened.get_slice(name)
-                    self.tensors[name] = StoredTensor(file, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                    self.tensors[name] = StoredTensor(file, tuple(part.get_shape()), _dtype(part, name, file))
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """The tensor of that name, or its part `index` along the first axis."""
@@ -74,6 +74,15 @@ class StoredWeights:
         """The tensor unchanged, under the same or another name."""
         stored = self.tensors[name]
         return PlannedTensor(new_name or name, stored.shape, stored.dtype, lambda: self.read(name))
+
+
+def _dtype(part: Any, name: str, file: Path) -> torch.dtype:
+    kind = part.get_dtype()
+    if kind not in _DTYPES:
+        raise UserError(
+            f"{name} in '{file}' is stored as {kind}: give the model in float32, bfloat16 or float16, not quantised."
+        )
+    return _DTYPES[kind]
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -1,25 +1,26 @@
 """The command line: one verb a function, parsing only. Importing a module of verbs registers them, in this order.
 
-A user's mistake is one sentence on standard error and exit code 2; an interrupted run exits with 130 and says how to go
-on. Anything else is a bug and shows its traceback.
+A mistake of the user is one sentence on standard error and exit code 2; an interrupted run exits with 130 and says how
+to go on; SIGTERM, which a batch system sends before it takes the machine away, is Ctrl-C. Else it is a bug and shows
+its traceback. Under torchrun one process of a machine says what is wrong, and the first of all says the rest.
 """
 
-import errno
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, cast
 
 import typer
 
+from mixtura import __version__
 from mixtura.cli.application import app as app
-from mixtura.errors import Interrupted, UserError, missing_extra
+from mixtura.cli.flags import name_flags
+from mixtura.errors import Interrupted, UserError, disk_error, local_rank, missing_extra
 
-from mixtura.cli import train, use, convert, machine  # isort: skip  # noqa: F401
-
-_DISK_ERRORS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "it is read-only",
-}
+from mixtura.cli import train, recipes, use, convert, machine  # isort: skip  # noqa: F401
 
 
 def main() -> None:
@@ -28,24 +29,55 @@ def main() -> None:
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
+    if sys.argv[1:] == ["--version"]:
+        # Typer imports pydantic when it parses an option, which takes longer than everything else this verb needs.
+        typer.echo(f"mixtura {__version__}")
+        sys.exit(0)
     try:
-        cast(Any, app)()
+        with _terminated_as_interrupted():
+            cast(Any, app)()
     except UserError as error:
-        _fail(str(error))
+        _fail(name_flags(str(error), sys.argv[1:]))
     except Interrupted as interruption:
-        typer.echo(f"\nmixtura: {interruption} The same command goes on from there.", err=True)
+        _say(f"\nmixtura: {interruption} The same command goes on from there.")
         sys.exit(130)
     except ModuleNotFoundError as error:
         if (sentence := missing_extra(error)) is None:
             raise
         _fail(sentence)
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+    except Exception as error:
+        if (reason := disk_error(error)) is None:
             raise
-        where = f"'{error.filename}' cannot be written" if error.filename else "Writing failed"
-        _fail(f"{where}: {_DISK_ERRORS[error.errno]}. Free some space or choose another folder with --out.")
+        filename = getattr(error, "filename", None)
+        where = f"'{filename}' cannot be written" if filename else "Writing failed"
+        _fail(f"{where}: {reason}. Free some space or choose another folder with --out.")
 
 
-def _fail(sentence: str) -> None:
-    typer.echo(f"mixtura: {sentence}", err=True)
+def _fail(sentences: str) -> None:
+    first, *others = sentences.splitlines()
+    if others:
+        first = "\n- ".join(["the recipe has several mistakes:", first, *others])
+    _say(f"mixtura: {first}")
     sys.exit(2)
+
+
+def _say(text: str) -> None:
+    if local_rank() == 0:
+        typer.echo(text, err=True)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Makes SIGTERM a KeyboardInterrupt, so that whatever runs cleans up after itself as it does after Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -3,7 +3,7 @@
 import os
 import sys
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from mixtura import __version__
-from mixtura.errors import Interrupted, UserError
+from mixtura.errors import Interrupted, UserError, rank
 
 
 class VerbsByUse(TyperGroup):
@@ -56,6 +56,9 @@ SetOption = Annotated[
 ResumeOption = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Go on with what the folder holds, or start over.")
 ]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what it would take on this machine, and write nothing.")
+]
 ModelArgument = Annotated[
     Path, typer.Argument(help="A model folder, such as runs/default/arms/dense/seed0/checkpoint.")
 ]
@@ -71,21 +74,55 @@ def root(version: Annotated[bool, typer.Option("--version", help="Show the versi
 
 @contextmanager
 def progress(total_steps: int | None) -> Iterator[Any]:
-    """Bars on a terminal, lines in a log; Ctrl-C where a run does not catch it stops at once."""
+    """Bars on a terminal, lines in a log; Ctrl-C where a run does not catch it stops at once.
+
+    Under torchrun the first process alone shows progress, and what `say` is told.
+    """
     from rich.console import Console
 
-    from mixtura.training import LineProgress, RichProgress
+    from mixtura.training import LineProgress, RichProgress, SilentProgress
 
     hush()
     console = Console()
-    shown = (
-        RichProgress(console, total_steps=total_steps) if console.is_terminal else nullcontext(LineProgress(console))
-    )
+    shown: Any = nullcontext(SilentProgress() if rank() else LineProgress(console))
+    if console.is_terminal and not rank():
+        shown = RichProgress(console, total_steps=total_steps)
     try:
         with shown as reporter:
             yield reporter
     except KeyboardInterrupt:
         raise Interrupted("Stopped: all up to the last checkpoint is saved.") from None
+
+
+DATA_FLAGS = {
+    "'data.path'": "--text",
+    "'data.text_column'": "--text-column",
+    " or change 'data.validation_fraction'": "",
+    "'data.sequence_length'": "--sequence-length",
+    "'base.name'": "the model",
+}
+
+
+@contextmanager
+def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
+    """Lets a mistake be told in the flags of a verb where it is told in the keys of a recipe.
+
+    Args:
+        flags: by what is said of a recipe, what to say instead.
+    """
+    try:
+        yield
+    except UserError as error:
+        told = str(error)
+        for key, flag in flags.items():
+            told = told.replace(key, flag)
+        raise UserError(told) from error
+
+
+def say(text: str) -> None:
+    """Shows a result; under torchrun the first process alone does."""
+    if not rank():
+        typer.echo(text)
 
 
 def hush() -> None:

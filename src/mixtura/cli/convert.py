@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import mixtura
-from mixtura.cli.application import ModelArgument, app, hush
+from mixtura.cli.application import DATA_FLAGS, ModelArgument, app, hush, naming_flags
 
 NewFolderArgument = Annotated[Path, typer.Argument(help="The folder to write, a new one.")]
 
@@ -51,24 +51,25 @@ def upcycle(
     hush()
     # The choices are checked where they are used, for Python and the command line alike.
     choices: dict[str, Any] = {"family": family, "score_function": score_function, "router": router}
-    result = mixtura.upcycle(
-        source,
-        destination,
-        num_experts=num_experts,
-        top_k=top_k,
-        layers=layers,
-        split=split,
-        shared=shared,
-        drop=drop,
-        noise=noise,
-        normalize_top_k=normalize,
-        router_spread=router_spread,
-        group_size=group_size,
-        others=others or [],
-        texts=text or [],
-        seed=seed,
-        **choices,
-    )
+    with naming_flags(DATA_FLAGS):
+        result = mixtura.upcycle(
+            source,
+            destination,
+            num_experts=num_experts,
+            top_k=top_k,
+            layers=layers,
+            split=split,
+            shared=shared,
+            drop=drop,
+            noise=noise,
+            normalize_top_k=normalize,
+            router_spread=router_spread,
+            group_size=group_size,
+            others=others or [],
+            texts=text or [],
+            seed=seed,
+            **choices,
+        )
     for warning in result.warnings:
         typer.echo(f"Warning: {warning}", err=True)
     output = "equal to the dense model's, up to rounding" if result.exact else "near the dense model's, not equal"
@@ -100,7 +101,8 @@ def calibrate(
     The new model answers in mode "population"; `mixtura evaluate` compares all modes on a held-out text.
     """
     hush()
-    made = mixtura.calibrate(model, out, text, text_column=text_column, max_sequences=max_sequences)
+    with naming_flags(DATA_FLAGS):
+        made = mixtura.calibrate(model, out, text, text_column=text_column, max_sequences=max_sequences)
     typer.echo(f"{made.layers} layers keep averages over {made.groups:,} groups each.\nModel: {made.folder}")
 
 
@@ -123,7 +125,8 @@ def transition(
     All parameters are kept.
     """
     hush()
-    made = mixtura.transition(model, out, to=to.value, text=text, text_column=text_column, top_k=top_k)
+    with naming_flags(DATA_FLAGS):
+        made = mixtura.transition(model, out, to=to.value, text=text, text_column=text_column, top_k=top_k)
     config = made.model.config
     experts = config.num_experts_per_tok if to is TransitionTarget.token_choice else config.alone_top_k
     typer.echo(f"Layers: {to.value}, {experts or 'all'} of {config.num_experts} experts a token.\nModel: {out}")

@@ -9,6 +9,7 @@ import typer
 
 import mixtura
 from mixtura.cli.application import (
+    DryRunOption,
     PresetOption,
     RecipeArgument,
     ResumeOption,
@@ -17,7 +18,9 @@ from mixtura.cli.application import (
     open_page,
     progress,
     recipe_path,
+    say,
 )
+from mixtura.config import AnyRecipe
 from mixtura.errors import need
 
 
@@ -28,13 +31,20 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="runs/NAME")] = None,
     overrides: SetOption = None,
     resume: ResumeOption = True,
+    dry_run: DryRunOption = False,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
     """Train the arms of a recipe on the same data, and report.
 
     Parts that are done are not repeated, and a comparison that was stopped goes on where it stopped.
     """
-    _compare(recipe_path(recipe, preset), out, overrides or [], resume=resume, open_report=open_report)
+    path, changes = recipe_path(recipe, preset), overrides or []
+    if dry_run:
+        from mixtura.config import load_recipe
+
+        _plan(load_recipe(path, changes), out)
+        return
+    _compare(path, out, changes, resume=resume, open_report=open_report)
 
 
 @app.command(rich_help_panel="Train")
@@ -61,17 +71,21 @@ def finetune(
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="runs/NAME")] = None,
     overrides: SetOption = None,
     resume: ResumeOption = True,
+    dry_run: DryRunOption = False,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
     """Fine-tune for translation or classification, and report.
 
     The finished models lie in the folder's arms; `mixtura translate` and `mixtura classify` use them.
     """
-    from mixtura.config import finetune_recipe
+    from mixtura.config import finetune_recipe, load_recipe
 
     path, changes = finetune_recipe(
         task, recipe, preset=preset, data=data, columns=columns, pairs=pairs, base=base, overrides=overrides or []
     )
+    if dry_run:
+        _plan(load_recipe(path, changes), out)
+        return
     _compare(path, out, changes, resume=resume, open_report=open_report)
 
 
@@ -103,6 +117,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="runs/NAME-ARM")] = None,
     overrides: SetOption = None,
     resume: ResumeOption = True,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Train one arm of a recipe, or a checkpoint on, with one seed.
 
@@ -114,14 +129,27 @@ def train(
         preset = "continue"
     path = recipe_path(recipe, preset)
     changes = [*start_overrides(path, arm=arm, start=start, text=text), *(overrides or [])]
-    one_arm(load_recipe(path, changes), arm)  # so that a mistake is told before torch is imported
+    loaded = load_recipe(path, changes)  # so that a mistake is found before torch is imported
+    name = one_arm(loaded, arm)
+    if dry_run:
+        _plan(loaded, out or Path("runs") / f"{loaded.name}-{name}", arm=name, seeds=(seed,))
+        return
     with progress(None) as reporter:
         trained = mixtura.train(path, arm=arm, seed=seed, out=out, overrides=changes, resume=resume, reporter=reporter)
     from mixtura.report.measures import final_sentence
 
     for mode, measures in trained.result.final.items():
-        typer.echo(final_sentence(mode, measures, task=getattr(load_recipe(path, changes), "task", "pretraining")))
-    typer.echo(f"Model: {trained.checkpoint}")
+        say(final_sentence(mode, measures, task=getattr(load_recipe(path, changes), "task", "pretraining")))
+    say(f"Model: {trained.checkpoint}")
+
+
+def _plan(recipe: AnyRecipe, out: Path | None, *, arm: str | None = None, seeds: tuple[int, ...] = ()) -> None:
+    """Says what a recipe would take."""
+    from mixtura.comparison.plan import plan
+
+    with progress(None) as reporter:
+        planned = plan(recipe, out=out or Path("runs") / recipe.name, reporter=reporter, arm=arm, seeds=seeds)
+    typer.echo("\n".join(planned.lines()))
 
 
 def _compare(path: Path, out: Path | None, overrides: list[str], *, resume: bool, open_report: bool) -> None:
@@ -143,6 +171,6 @@ def _compare(path: Path, out: Path | None, overrides: list[str], *, resume: bool
         )
     page = folder / "report.html"
     verdict = results.summary.verdict.headline if results.summary else ""
-    typer.echo(f"\n{verdict}\n\nReport: {page}")
+    say(f"\n{verdict}\n\nReport: {page}")
     if open_report:
         open_page(page)

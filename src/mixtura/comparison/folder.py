@@ -1,8 +1,8 @@
 """The folder of a comparison: what is in it, and that it belongs to this recipe and this text.
 
-`recipe.toml` (resolved), `environment.json`, `data.json` (which examples), `arms/<arm>/seed<k>/` with metrics,
-checkpoints and `result.json`, `search/<arm>/rate<r>/seed<k>/`, `timing.json`, `results.json`, `report.html`,
-`report.md`, `figures/`.
+`recipe.toml` (resolved, and fitted to the data), `given.toml` (before that, where it differs), `environment.json`,
+`data.json` (which examples), `arms/<arm>/seed<k>/` with metrics, checkpoints and `result.json`,
+`search/<arm>/rate<r>/seed<k>/`, `timing.json`, `results.json`, `report.html`, `report.md`, `figures/`.
 """
 
 import json
@@ -17,19 +17,23 @@ from typing import Any
 
 import torch
 
-from mixtura.config import FinetuneRecipe, Recipe, UserError, recipe_to_dict, recipe_to_toml
+from mixtura.comparison.holding import HOLDER, has_runs
+from mixtura.config import AnyRecipe, UserError, recipe_to_dict, recipe_to_toml
+from mixtura.errors import rank
 from mixtura.files import write_json, write_text
 from mixtura.kernels import native
 from mixtura.results.stored import read_json
 from mixtura.training.interface import Experiment
 
 
-def open_folder(out: Path, recipe: Recipe | FinetuneRecipe, *, resume: bool) -> None:
+def open_folder(out: Path, recipe: AnyRecipe, *, resume: bool) -> None:
     """Makes `out` the folder of this recipe; with `resume` off, what an earlier comparison left there is removed.
 
     Raises:
         UserError: the folder cannot be written, holds something else, or was begun with another recipe.
     """
+    if rank():  # the first does it for all
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(out)
@@ -37,7 +41,10 @@ def open_folder(out: Path, recipe: Recipe | FinetuneRecipe, *, resume: bool) -> 
             _clear(out)
         _check_same_recipe(out, recipe)
         write_json(out / "environment.json", environment())
-        write_text(out / "recipe.toml", recipe_to_toml(recipe))
+        # A folder that was begun keeps the recipe as it runs; `recipe` may be the one that it was fitted from.
+        if not (out / GIVEN_FILE).exists() or not has_runs(out):
+            (out / GIVEN_FILE).unlink(missing_ok=True)
+            write_text(out / "recipe.toml", recipe_to_toml(recipe))
     except (NotADirectoryError, FileExistsError):
         file = next((path for path in (out, *out.parents) if path.is_file()), out)
         raise UserError(f"'{file}' is a file: give a folder with --out.") from None
@@ -45,13 +52,26 @@ def open_folder(out: Path, recipe: Recipe | FinetuneRecipe, *, resume: bool) -> 
         raise UserError(f"'{out}' cannot be written ({error.strerror}): choose another folder with --out.") from None
 
 
-_OURS = ("arms", "search", "data", "figures", "data.json", "timing.json", "results.json", "report.html", "report.md")
+GIVEN_FILE = "given.toml"
+"""The recipe as the user gave it, where `recipe.toml` is one that was fitted to the data."""
+_OURS = (
+    GIVEN_FILE,
+    "arms",
+    "search",
+    "data",
+    "figures",
+    "data.json",
+    "timing.json",
+    "results.json",
+    "report.html",
+    "report.md",
+)
 
 
 def _refuse_foreign(out: Path) -> None:
     # A recipe alone may be the user's own file.
     ours = all((out / name).exists() for name in ("environment.json", "recipe.toml"))
-    if not ours and any(path.name != "environment.json" for path in out.iterdir()):
+    if not ours and any(path.name not in ("environment.json", HOLDER) for path in out.iterdir()):
         raise UserError(f"'{out}' has files but is no comparison's folder: choose an empty or new one with --out.")
 
 
@@ -64,11 +84,14 @@ def _clear(out: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _check_same_recipe(out: Path, recipe: Recipe | FinetuneRecipe) -> None:
+def _check_same_recipe(out: Path, recipe: AnyRecipe) -> None:
     path = out / "recipe.toml"
     if not path.exists():
         return
-    if not _has_runs(out):
+    given = out / GIVEN_FILE
+    if given.exists() and not _same_text(path, recipe):
+        path = given
+    if not has_runs(out):
         # No run has begun, as after a mistake in the recipe: the corrected one may have the folder.
         (out / "timing.json").unlink(missing_ok=True)
         return
@@ -87,6 +110,20 @@ def _check_same_recipe(out: Path, recipe: Recipe | FinetuneRecipe) -> None:
         )
 
 
+def _same_text(path: Path, recipe: AnyRecipe) -> bool:
+    return path.read_text(encoding="utf-8", errors="replace") == recipe_to_toml(recipe)
+
+
+def store_fitted(out: Path, given: AnyRecipe, fitted: AnyRecipe) -> None:
+    """Makes the recipe that runs the folder's `recipe.toml`, and keeps the one it was fitted from beside it.
+
+    Both may then be given to go on with the folder.
+    """
+    if given != fitted and _same_text(out / "recipe.toml", given):
+        write_text(out / GIVEN_FILE, recipe_to_toml(given))
+        write_text(out / "recipe.toml", recipe_to_toml(fitted))
+
+
 def check_same_data(out: Path, experiment: Experiment) -> None:
     """Notes in `data.json` which examples the runs of this folder see, and refuses others once a run has begun.
 
@@ -98,7 +135,7 @@ def check_same_data(out: Path, experiment: Experiment) -> None:
     path = out / "data.json"
     # As JSON gives it back.
     seen = json.loads(json.dumps({"summary": experiment.data, "tokens": experiment.data_digest}))
-    before = read_json(path, keys=seen) if _has_runs(out) else None
+    before = read_json(path, keys=seen) if has_runs(out) else None
     if before is None:
         write_json(path, seen)
     elif difference := _first_difference(before, seen, ""):
@@ -108,11 +145,6 @@ def check_same_data(out: Path, experiment: Experiment) -> None:
             f"The {what} has changed since '{out}' was begun ({key} was {old!r}, now it is {new!r}): put it back, "
             "choose another folder with --out, or --no-resume to start over."
         )
-
-
-def _has_runs(out: Path) -> bool:
-    """Whether a run has begun, a trial of the search among them: `arms/<arm>/seed<k>/`, one folder deeper there."""
-    return any(out.glob("arms/*/*/run.json")) or any(out.glob("search/*/*/*/run.json"))
 
 
 def _first_difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any] | None:

@@ -50,6 +50,13 @@ def tokens_per_step(arm: Arm, training: TrainingConfig) -> int:
     return round(training.batch_size * training.gradient_accumulation_steps * arm.task.tokens_per_example)
 
 
+def export_note(arm: Arm) -> str | None:
+    """What an arm's result can be exported to, said before it is trained; None where it is no model of ours."""
+    if arm.trained_config is None:
+        return None
+    return f"'{arm.name}' {need('mixtura.exporting.outlook').export_outlook(arm.trained_config)}"
+
+
 def leak_warning(arm: Arm, leaks: Leaks, task: str) -> str | None:
     """What to say aloud before an arm that leaks is trained; a classifier may read its whole text."""
     if leaks.future and task != "classification":

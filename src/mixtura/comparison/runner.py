@@ -3,35 +3,38 @@
 Every part is kept as it is done, so a finished comparison is not repeated and a killed one goes on where it stopped.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mixtura.comparison.folder import check_same_data, environment, now, open_folder
+from mixtura.comparison.folder import check_same_data, environment, now, open_folder, store_fitted
+from mixtura.comparison.holding import holding, ready
+from mixtura.comparison.limits import check_memory
 from mixtura.comparison.preparing import (
     AnyRecipe,
     check_arms,
+    export_note,
     leak_warning,
     make_experiment,
     task_of,
     tokens_per_step,
 )
-from mixtura.comparison.search import load_record, search_learning_rates, write_record
+from mixtura.comparison.runs import diverged_run, run_arm, trial_loss
+from mixtura.comparison.search import load_record, search_rates_and_scales, write_record
 from mixtura.comparison.timing import time_arms
 from mixtura.config import (
-    Interrupted,
     TrainingConfig,
     UserError,
     as_recipe,
     recipe_to_dict,
     recipe_to_toml,
 )
+from mixtura.config.adapt import changes
 from mixtura.errors import need
 from mixtura.files import write_json
 from mixtura.report.summary import summarize
-from mixtura.results import LOSS, ArmResult, ArmTiming, Leaks, Results, RunResult, SearchRecord
+from mixtura.results import ArmResult, ArmTiming, Leaks, Results, RunResult, SearchRecord
 from mixtura.results.document import DataFacts
 from mixtura.results.json_form import to_plain
 from mixtura.results.stored import (
@@ -39,26 +42,23 @@ from mixtura.results.stored import (
     RESULTS,
     read_json,
     read_records,
-    read_run,
     write_results,
     write_run,
 )
 from mixtura.training import (
-    METRICS,
     ProgressReporter,
     SilentProgress,
     TrainingDiverged,
-    read_metrics,
-    summarize_metrics,
-    train,
 )
 from mixtura.training.interface import Arm, Experiment
+from mixtura.training.slowness import slow_settings
 
 
 def planned_steps(recipe: AnyRecipe) -> int:
     """Optimizer steps of all the runs that a comparison of this recipe takes, search included."""
     search = recipe.search
-    trials = len(search.learning_rates) * len(search.seeds) * (search.steps or recipe.training.steps)
+    tried = len(search.learning_rates) * max(1, len(search.scales))
+    trials = tried * len(search.seeds) * (search.steps or recipe.training.steps)
     return len(recipe.arms) * (trials + len(recipe.seeds) * recipe.training.steps)
 
 
@@ -91,10 +91,13 @@ def compare(
     need("mixtura.report.html")  # a missing package is named before hours of training, not after
     path, loaded = as_recipe(recipe, overrides)
     folder = Path(out) if out is not None else Path("runs") / loaded.name
-    open_folder(folder, loaded, resume=resume)
-    return _Comparison(loaded, path, folder, reporter or SilentProgress()).run(
-        command or f"mixtura compare {path or folder / 'recipe.toml'} --out {folder}"
-    )
+    check_memory(loaded)
+    with holding(folder):
+        open_folder(folder, loaded, resume=resume)
+        ready(folder)
+        return _Comparison(loaded, path, folder, reporter or SilentProgress()).run(
+            command or f"mixtura compare {path or folder / 'recipe.toml'} --out {folder}"
+        )
 
 
 class _Comparison:
@@ -105,16 +108,23 @@ class _Comparison:
 
     def run(self, command: str) -> Results:
         started = time.monotonic()
-        experiment = make_experiment(self.recipe, self.out, self.reporter)
-        check_same_data(self.out, experiment)
+        for warning in slow_settings(self.recipe.training):
+            self.reporter.note(warning)
+        experiment = _prepare(self.recipe, self.out, self.reporter)
+        self.recipe = experiment.recipe
         arms = experiment.arms
         check_arms(arms, self.recipe.training)
+        for arm in arms.values():
+            if said := export_note(arm):
+                self.reporter.note(said)
         leaks = self._probe_leaks(arms)
         searched = self._search(arms)
         rates = {
             name: searched[name].best if self.recipe.search.learning_rates else arm.learning_rate
             for name, arm in arms.items()
         }
+        scales = {name: record.best_scale for name, record in searched.items() if self.recipe.search.scales}
+        arms = arms | {name: arms[name].at_scale(scale) for name, scale in scales.items() if scale is not None}
         timing = self._time(arms)
         runs = self._train(arms, rates)
         baseline = arms[self.recipe.baseline]
@@ -157,25 +167,28 @@ class _Comparison:
         steps = search.steps or self.recipe.training.steps
         training = replace(self.recipe.training, steps=steps, eval_every=steps)
 
-        def run_trial(name: str, rate: float, seed: int) -> float:
-            arm = arms[name]
+        def run_trial(name: str, rate: float, scale: float | None, seed: int) -> float:
+            arm = arms[name] if scale is None else arms[name].at_scale(scale)
+            tried, label = f"rate{rate}", f"search {name} {rate:g}"
+            if scale is not None:
+                tried, label = f"{tried}-scale{scale}", f"{label} scale {scale:g}"
             try:
                 result = run_arm(
                     arm,
                     seed=seed,
                     learning_rate=rate,
                     training=training,
-                    out=self.out / "search" / name / f"rate{rate}" / f"seed{seed}",
-                    label=f"search {name} {rate:g} seed {seed}",
+                    out=self.out / "search" / name / tried / f"seed{seed}",
+                    label=f"{label} seed {seed}",
                     reporter=self.reporter,
                     trial=True,
                 )
             except TrainingDiverged as error:
-                self.reporter.note(f"{error} This rate counts as lost.")
+                self.reporter.note(f"{error} This trial counts as lost.")
                 return float("inf")
             return trial_loss(arm, result)
 
-        records = search_learning_rates(self.recipe, run_trial)
+        records = search_rates_and_scales(self.recipe, run_trial)
         write_record(self.out / "search" / "record.json", self.recipe, records)
         return records
 
@@ -194,18 +207,29 @@ class _Comparison:
         runs: dict[str, list[RunResult]] = {name: [] for name in arms}
         for seed in self.recipe.seeds:
             for name, arm in arms.items():
-                runs[name].append(
-                    run_arm(
-                        arm,
-                        seed=seed,
-                        learning_rate=rates[name],
-                        training=self.recipe.training,
-                        out=self.out / "arms" / name / f"seed{seed}",
-                        label=f"{name} seed {seed}",
-                        reporter=self.reporter,
-                    )
-                )
+                runs[name].append(self._run_or_mark(arm, name, seed=seed, learning_rate=rates[name]))
+        if all(run.diverged for of_arm in runs.values() for run in of_arm):
+            raise UserError("Every run of every arm diverged: lower the learning rates, with --set or in the recipe.")
         return runs
+
+    def _run_or_mark(self, arm: Arm, name: str, *, seed: int, learning_rate: float) -> RunResult:
+        """A run; where it diverges, what is left of it, so that the other arms go on."""
+        out = self.out / "arms" / name / f"seed{seed}"
+        try:
+            return run_arm(
+                arm,
+                seed=seed,
+                learning_rate=learning_rate,
+                training=self.recipe.training,
+                out=out,
+                label=f"{name} seed {seed}",
+                reporter=self.reporter,
+            )
+        except TrainingDiverged as error:
+            self.reporter.note(f"{error} The other runs go on.")
+            result = diverged_run(arm, out, seed=seed, learning_rate=learning_rate)
+            write_run(out / RESULT, result)
+            return result
 
     def _results(self, experiment: Experiment, arms: dict[str, ArmResult], command: str) -> Results:
         recipe = self.recipe
@@ -225,6 +249,16 @@ class _Comparison:
             arms={name: replace(arm, runs=[_with_costs(run, arm) for run in arm.runs]) for name, arm in arms.items()},
             across_arms=experiment.across_arms(self.out),
         )
+
+
+def _prepare(recipe: AnyRecipe, out: Path, reporter: ProgressReporter) -> Experiment:
+    """The experiment of a recipe in its folder, which notes how the recipe was fitted to the data, and which data."""
+    experiment = make_experiment(recipe, out, reporter)
+    check_same_data(out, experiment)
+    if fitted := changes(recipe, experiment.recipe):
+        reporter.note(f"fitted to the data: {'; '.join(fitted)}")
+        store_fitted(out, recipe, experiment.recipe)
+    return experiment
 
 
 def _data_facts(arm: Arm, experiment: Experiment, training: TrainingConfig) -> DataFacts:
@@ -267,12 +301,21 @@ def train_arm(
     """
     if name not in recipe.arms:
         raise UserError(f"The recipe has no arm '{name}': choose one of {', '.join(recipe.arms)}.")
-    reporter = reporter or SilentProgress()
-    open_folder(out, recipe, resume=resume)
-    experiment = make_experiment(recipe, out, reporter)
-    check_same_data(out, experiment)
-    arm = experiment.arms[name]
+    check_memory(recipe)
+    with holding(out):
+        open_folder(out, recipe, resume=resume)
+        ready(out)
+        return _train_arm(recipe, name, seed=seed, out=out, reporter=reporter or SilentProgress())
+
+
+def _train_arm(recipe: AnyRecipe, name: str, *, seed: int, out: Path, reporter: ProgressReporter) -> RunResult:
+    for warning in slow_settings(recipe.training):
+        reporter.note(warning)
+    experiment = _prepare(recipe, out, reporter)
+    recipe, arm = experiment.recipe, experiment.arms[name]
     check_arms({name: arm}, recipe.training)
+    if said := export_note(arm):
+        reporter.note(said)
     if warning := leak_warning(arm, arm.leaks(), task_of(recipe)):
         reporter.note(warning)
     return run_arm(
@@ -284,87 +327,3 @@ def train_arm(
         label=f"{name} seed {seed}",
         reporter=reporter,
     )
-
-
-def run_arm(
-    arm: Arm,
-    *,
-    seed: int,
-    learning_rate: float,
-    training: TrainingConfig,
-    out: Path,
-    label: str,
-    reporter: ProgressReporter,
-    trial: bool = False,
-) -> RunResult:
-    """Trains and evaluates one run in folder `out`, or reads its result when it is finished.
-
-    A `trial` of a learning rate is judged by its held-out loss alone. Where the task's own measure is another, it is
-    evaluated as on the way of a run: nothing is decoded, and the test examples stay unseen.
-
-    Raises:
-        UserError: the folder's files are damaged.
-        Interrupted: the user pressed Ctrl-C; the run is saved.
-        TrainingDiverged: the loss is no number any more.
-    """
-    stored = read_run(out / RESULT)
-    if stored is not None:
-        _check_same_run(stored, out, seed=seed, learning_rate=learning_rate, steps=training.steps)
-        reporter.start_run(label, step=stored.steps, steps=stored.steps)
-        reporter.end_run()
-        return stored
-    model, task = arm.build(seed), arm.task
-    outcome = train(
-        model,
-        task=task,
-        config=training,
-        learning_rate=learning_rate,
-        seed=seed,
-        out=out,
-        label=label,
-        resume=True,
-        reporter=reporter,
-    )
-    if outcome.interrupted:
-        raise Interrupted(f"Stopped in '{label}' at step {outcome.steps}: everything is saved.")
-    if outcome.steps != training.steps:
-        raise UserError(f"'{out / METRICS}' is damaged: delete '{out}', and that run is done again.")
-    final = task.evaluate(model, final=not trial or task.measure.key == LOSS.key)
-    if not all(math.isfinite(measure) for of in final.values() for measure in of.values()):
-        raise TrainingDiverged(
-            f"{label} diverged: its final held-out loss is out of range; lower its learning rate, which is "
-            f"{learning_rate:g}.",
-            step=outcome.steps,
-        )
-    history = summarize_metrics(read_metrics(out / METRICS))
-    result = RunResult(
-        **vars(history),
-        seed=seed,
-        learning_rate=learning_rate,
-        steps=outcome.steps,
-        train_seconds=outcome.train_seconds,
-        final={mode: dict(measures) for mode, measures in final.items()},
-        details=None if trial else task.details(model, out=out),
-    )
-    write_run(out / RESULT, result)
-    return result
-
-
-def _check_same_run(stored: RunResult, out: Path, **asked: float) -> None:
-    """Refuses a finished run of other settings, such as one that was trained at another rate before a search."""
-    for key, value in asked.items():
-        before = getattr(stored, key)
-        if before != value:
-            raise UserError(
-                f"The finished run in '{out}' has {key} {before:g}, and now it is {value:g}: choose another "
-                f"folder with --out, or delete '{out}', and that run is done again."
-            )
-
-
-def trial_loss(arm: Arm, result: RunResult) -> float:
-    """The held-out loss that a trial is judged by: as deployed, where that is measured on the way of a run."""
-    final = result.final
-    mode = next(mode for mode in (arm.deployed_mode, arm.training_mode, *final) if mode in final)
-    loss = final[mode]["loss"]
-    assert loss is not None, "a run that diverged has no result"
-    return loss

@@ -1,19 +1,21 @@
-"""The learning-rate search, the same effort for every arm, and the record of it that ships with a recipe.
+"""The search of rates and scales, the same effort for every arm, and the record of it that ships with a recipe.
 
 Without one a comparison compares how well each arm likes a shared rate: at one rate for all, a prototype had Mixture of
-Tokens 1.4 times faster than dense, and halving dense's rate erased it.
+Tokens 1.4 times faster than dense, and halving dense's rate erased it. The scale that weights are drawn at is such a
+value too.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from mixtura.comparison.preparing import AnyRecipe
-from mixtura.config import UserError
+from mixtura.config import Recipe, TranslationRecipe, UserError
+from mixtura.config.initialization import start_scales
 from mixtura.files import write_json
 from mixtura.results import Facts, SearchRecord
 from mixtura.results.document import Trial
@@ -21,44 +23,55 @@ from mixtura.results.json_form import to_plain
 from mixtura.results.stored import read_json, read_records
 
 
-def search_learning_rates(recipe: AnyRecipe, run_trial: Callable[[str, float, int], float]) -> dict[str, SearchRecord]:
-    """Tries every rate of the recipe on every arm.
+def search_rates_and_scales(
+    recipe: AnyRecipe, run_trial: Callable[[str, float, float | None, int], float]
+) -> dict[str, SearchRecord]:
+    """Tries every rate of the recipe on every arm, with every scale where the recipe names some.
 
     Args:
-        recipe: its `search.learning_rates` are tried.
-        run_trial: (arm, rate, seed) -> held-out loss of a trial, as deployed; infinite where it diverged. It is the
-            loss in every task: it needs no decoding and no test examples, while the verdict uses the task's measure.
+        recipe: its `search.learning_rates` and `search.scales` are tried.
+        run_trial: (arm, rate, scale or None, seed) -> held-out loss of a trial, as deployed; infinite where it
+            diverged. It is the loss in every task: it needs no decoding and no test examples, while the verdict uses
+            the task's measure.
 
     Returns:
-        For each arm the trials, the rate of the lowest mean loss over the search's seeds, and whether it lies at an
-        edge of the grid, where a better one may lie beyond.
+        For each arm the trials, the rate and the scale of the lowest mean loss over the search's seeds, and whether
+        they lie at an edge of the grid, where better ones may lie beyond.
 
     Raises:
         UserError: an arm diverged at every rate.
     """
     rates = sorted(recipe.search.learning_rates)
     seeds = recipe.search.seeds
-    losses = {name: [mean(run_trial(name, rate, seed) for seed in seeds) for rate in rates] for name in recipe.arms}
+    grid = [(rate, scale) for rate in rates for scale in sorted(recipe.search.scales) or [None]]
+    losses = {name: [mean(run_trial(name, *pair, seed) for seed in seeds) for pair in grid] for name in recipe.arms}
     for name, tried in losses.items():
         if min(tried) == float("inf"):
             raise UserError(
                 f"Every learning rate diverged for '{name}', even {rates[0]:g}: add lower ones to "
                 "'search.learning_rates'."
             )
-    return {name: _record(recipe, rates, losses[name]) for name in recipe.arms}
+    return {name: _record(recipe, grid, losses[name]) for name in recipe.arms}
 
 
-def _record(recipe: AnyRecipe, rates: list[float], losses: list[float]) -> SearchRecord:
-    best = rates[losses.index(min(losses))]
+def _record(recipe: AnyRecipe, grid: list[tuple[float, float | None]], losses: list[float]) -> SearchRecord:
+    best, best_scale = grid[losses.index(min(losses))]
     finite = [loss if loss != float("inf") else None for loss in losses]
+    rates = [rate for rate, _ in grid]
+    scales = recipe.search.scales
     return SearchRecord(
-        trials=[Trial(rate, loss) for rate, loss in zip(rates, finite, strict=True)],
+        trials=[Trial(rate, loss, scale) for (rate, scale), loss in zip(grid, finite, strict=True)],
         steps=recipe.search.steps or recipe.training.steps,
         seeds=list(recipe.search.seeds),
         best=best,
-        at_edge=len(rates) > 1 and best in (rates[0], rates[-1]),
+        best_scale=best_scale,
+        at_edge=_at_edge(best, rates) or (best_scale is not None and _at_edge(best_scale, scales)),
         source="this run",
     )
+
+
+def _at_edge(best: float, tried: Sequence[float]) -> bool:
+    return len(set(tried)) > 1 and best in (min(tried), max(tried))
 
 
 def write_record(path: Path, recipe: AnyRecipe, records: dict[str, SearchRecord]) -> None:
@@ -67,7 +80,7 @@ def write_record(path: Path, recipe: AnyRecipe, records: dict[str, SearchRecord]
 
 
 def fingerprint(recipe: AnyRecipe) -> str:
-    """A hash of everything that a learning rate is tuned for: data, model, training and arms, but not the rates.
+    """A hash of everything that rates and scales are tuned for: data, model, training and arms, but not those.
 
     Only what differs from the defaults counts, so that a key which a later version adds leaves a record valid.
     """
@@ -78,14 +91,28 @@ def fingerprint(recipe: AnyRecipe) -> str:
     for key in ("eval_every", "eval_sequences", "final_eval_sequences", "save_every", "threads"):
         training.pop(key, None)
     tuned_for = {key: table.get(key, {}) for key in ("task", "data", "base", "model", "training", "arms")}
+    if derived := _derived_scales(recipe):
+        tuned_for["start"] = derived
     return hashlib.sha256(json.dumps(tuned_for, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _derived_scales(recipe: AnyRecipe) -> Facts:
+    """How the arms' weights are drawn where that is derived and not named: another derivation outdates a record."""
+    if isinstance(recipe, Recipe):
+        arms = {name: arm for name, arm in recipe.arms.items() if arm.init_from is None}
+    elif isinstance(recipe, TranslationRecipe) and recipe.base.name is None:
+        arms = {name: arm.feed_forward for name, arm in recipe.arms.items()}
+    else:
+        return {}
+    scales = {name: start_scales(arm, recipe.model) for name, arm in arms.items()}
+    return {name: of for name, of in scales.items() if any(of.values())}
+
+
 def _changed(config: Any) -> Facts:
-    """The keys of a section whose values are not the default ones, as plain values, without learning rates."""
+    """The keys of a section whose values are not the default ones, as plain values, without what is searched."""
     changed = {}
     for field in dataclasses.fields(config):
-        if field.name == "learning_rate":
+        if field.name in ("learning_rate", "feed_forward_scale"):
             continue
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         value = _plain(getattr(config, field.name))
@@ -116,5 +143,7 @@ def load_record(recipe: AnyRecipe, recipe_path: Path | None) -> dict[str, Search
     return {
         name: dataclasses.replace(record, source="recorded with the recipe")
         for name, record in read_records(path, SearchRecord, stored["arms"]).items()
-        if name in recipe.arms and recipe.arms[name].learning_rate == record.best
+        if name in recipe.arms
+        and recipe.arms[name].learning_rate == record.best
+        and (record.best_scale is None or getattr(recipe.arms[name], "feed_forward_scale", None) == record.best_scale)
     }

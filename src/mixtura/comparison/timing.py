@@ -6,7 +6,7 @@ alternate, and medians are compared.
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,17 +17,22 @@ from mixtura.diagnostics.memory import live_bytes, measure_peak_memory
 from mixtura.models import MixtureForCausalLM
 from mixtura.models.inference import step_kinds
 from mixtura.results import ArmTiming
+from mixtura.results.document import StepParts
 from mixtura.training.interface import Arm, Batch
 from mixtura.training.optimization import build_optimizer, clip_gradients
 from mixtura.training.process import keep_freed_memory
 
 WARM_UP_ROUNDS, ROUNDS = 2, 12
+ROUNDS_IN_PARTS = 2
 
 
-def time_arms(arms: Mapping[str, Arm], training: TrainingConfig, baseline: str) -> dict[str, ArmTiming]:
+def time_arms(
+    arms: Mapping[str, Arm], training: TrainingConfig, baseline: str, *, rounds: int = ROUNDS
+) -> dict[str, ArmTiming]:
     """Median seconds of a step and peak bytes of each arm.
 
-    Where a run has several kinds of steps, seconds are the mean over them, each as often as it comes.
+    Where a run has several kinds of steps, seconds are the mean over them, each as often as it comes. Every arm takes
+    `rounds` steps that count.
     """
     if training.threads:
         torch.set_num_threads(training.threads)
@@ -36,7 +41,7 @@ def time_arms(arms: Mapping[str, Arm], training: TrainingConfig, baseline: str) 
     steps = {name: _Step(arm, training, device) for name, arm in arms.items()}
     peaks = {name: step.peak_memory() for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for round_number in range(WARM_UP_ROUNDS + ROUNDS):
+    for round_number in range(WARM_UP_ROUNDS + rounds):
         for name, step in steps.items():
             elapsed = step.timed()
             if round_number >= WARM_UP_ROUNDS:
@@ -48,6 +53,7 @@ def time_arms(arms: Mapping[str, Arm], training: TrainingConfig, baseline: str) 
             seconds_ratio=statistics.median(a / b for a, b in zip(seconds[name], seconds[baseline], strict=True)),
             peak_memory_bytes=peaks[name],
             optimizer_state_bytes=steps[name].optimizer_state(),
+            step_parts=steps[name].parts(),
         )
         for name in arms
     }
@@ -73,16 +79,37 @@ class _Step:
             self.kinds = step_kinds(self.model.config, steps=training.steps)
         self.num_targets = sum(int(self.task.count_targets(batch)) for batch in self.batches)
 
-    def run(self) -> None:
-        """Runs one optimizer step over all its micro-batches."""
+    def run(self, finished: Callable[[str], None] = lambda part: None) -> None:
+        """Runs one optimizer step over all its micro-batches; `finished` is called with each part that is done."""
         bfloat16 = self.training.dtype == "bfloat16"
         for batch in self.batches:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bfloat16):
                 loss = self._loss(batch)
+            finished("forward")
             loss.backward()
+            finished("backward")
         clip_gradients(self.model.parameters(), self.training.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        finished("optimizer")
+
+    def parts(self) -> StepParts:
+        """Shares of the time of a step; its parts wait for the device, so the whole step is timed without them."""
+        seconds: dict[str, float] = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+        _synchronize(self.device)
+        since = time.perf_counter()
+
+        def finished(part: str) -> None:
+            nonlocal since
+            _synchronize(self.device)
+            now = time.perf_counter()
+            seconds[part] += now - since
+            since = now
+
+        for _ in range(ROUNDS_IN_PARTS):
+            self.run(finished)
+        total = sum(seconds.values())
+        return StepParts(**{part: value / total for part, value in seconds.items()})
 
     def _loss(self, batch: Batch) -> Tensor:
         losses = self.task.losses(self.model, batch, num_targets=self.num_targets)

@@ -14,10 +14,15 @@ from mixtura.config.setting import Setting, read_settings, setting
 
 InferenceMode = Literal["group", "alone", "population"]
 Placement = Literal["all", "later_half"]
+Control = Literal["uniform_router", "random_routing", "shared_width"]
+"""What is taken from an arm to see whether its gain comes from that."""
 
 _ALL: tuple[Family, ...] = typing.get_args(Family)
 _TOKEN_CHOICE: tuple[Family, ...] = ("token_choice",)
-_CHOOSING: tuple[Family, ...] = ("token_choice", "expert_choice")
+_THRESHOLD: tuple[Family, ...] = ("expert_threshold",)
+_REMOE: tuple[Family, ...] = ("remoe",)
+_CHOOSING: tuple[Family, ...] = ("token_choice", "expert_choice", "expert_threshold", "remoe")
+_ROUTED: tuple[Family, ...] = (*_CHOOSING, "mixture_of_tokens")
 _GROUPED: tuple[Family, ...] = ("expert_choice", "mixture_of_tokens")
 _MIXING: tuple[Family, ...] = ("soft", "mixture_of_tokens")
 _MOT: tuple[Family, ...] = ("mixture_of_tokens",)
@@ -45,6 +50,64 @@ class ArmConfig:
         field=None,
         bounds="positive",
         shown=False,
+    )
+    feed_forward_scale: float = setting(
+        1.0,
+        says="Multiplies the standard deviations that all feed-forward weights are drawn with at the start, of dense "
+        "layers and experts alike; what `search.scales` tries.",
+        families=_ALL,
+        role="shape",
+        bounds="positive",
+        shown=False,
+    )
+    down_scale: float = setting(
+        1.0,
+        says="Multiplies those of the down-projections once more.",
+        families=_ALL,
+        role="shape",
+        bounds="positive",
+        shown=False,
+    )
+    dense_scale: float | None = setting(
+        None,
+        says="Standard deviation at the start, as a multiple of 1 / sqrt(fan-in), of dense feed-forward layers and "
+        "shared experts; None derives it, or takes `model.initializer_range` where the recipe names that.",
+        families=_ALL,
+        role="shape",
+        bounds="positive",
+        shown=False,
+    )
+    expert_scale: float | None = setting(
+        None,
+        says="The same of experts.",
+        families=MIXTURES,
+        role="shape",
+        bounds="positive",
+        shown=False,
+    )
+    router_scale: float | None = setting(
+        None,
+        says="The same of routers.",
+        families=_ROUTED,
+        role="shape",
+        bounds="positive",
+        shown=False,
+        of_router=True,
+    )
+    control: Control | None = setting(
+        None,
+        says='Makes the arm a control: of mixing, with routers of zeros ("uniform_router"); of learnt routing, with '
+        'routers that stay as drawn ("random_routing"); of routed experts, with dense layers as wide as the shared '
+        'experts in their place ("shared_width").',
+        families=_ALL,
+        role="shape",
+    )
+    control_of: str | None = setting(
+        None,
+        says="The arm that a control belongs to, whose settings it has where it names none of its own.",
+        families=_ALL,
+        role="run",
+        field=None,
     )
     placement: Placement = setting(
         "later_half",
@@ -74,7 +137,7 @@ class ArmConfig:
     )
     top_k: int = setting(
         1,
-        says="Experts a token is sent to (token choice), or gets on average (expert choice).",
+        says="Experts a token is sent to (token choice), or gets on average (the others).",
         families=_CHOOSING,
         role="function",
         field="num_experts_per_tok",
@@ -120,6 +183,34 @@ class ArmConfig:
         bounds="positive",
         of_router=True,
     )
+    expert_groups: int = setting(
+        1,
+        says="A token chooses among the experts of its best groups only; this many groups of equal size there are.",
+        families=_TOKEN_CHOICE,
+        role="function",
+        field="n_group",
+        layer=True,
+        bounds="positive",
+        of_router=True,
+    )
+    groups_per_token: int = setting(
+        1,
+        says="How many groups of experts a token chooses from.",
+        families=_TOKEN_CHOICE,
+        role="function",
+        field="topk_group",
+        layer=True,
+        bounds="positive",
+        of_router=True,
+    )
+    dense_router_gradient: bool = setting(
+        False,
+        says="Train the router as if all experts ran (DenseMixer): all do in training, and the output is of top_k.",
+        families=_TOKEN_CHOICE,
+        role="training",
+        layer=True,
+        of_router=True,
+    )
     router_aux_loss_coef: float = setting(
         0.01,
         says="Weight of the loss that evens out the experts' load.",
@@ -157,10 +248,40 @@ class ArmConfig:
     num_shared_experts: int = setting(
         0,
         says="Experts that every token passes through besides the routed ones.",
-        families=_TOKEN_CHOICE,
+        families=MIXTURES,
         role="shape",
         layer=True,
         bounds="not negative",
+    )
+    threshold_rate: float = setting(
+        0.2,
+        says="Least weight of a step in the moving averages that thresholds are.",
+        families=_THRESHOLD,
+        role="training",
+        bounds="share",
+    )
+    threshold_warmup: float = setting(
+        0.1,
+        says="Share of the steps, the first ones, in which experts choose among all tokens of the batch instead.",
+        families=_THRESHOLD,
+        role="training",
+        bounds="share",
+    )
+    l1_coef_start: float = setting(
+        1e-8,
+        says="Weight, at the start, of the penalty that closes gates.",
+        families=_REMOE,
+        role="training",
+        layer=True,
+        bounds="positive",
+    )
+    l1_coef_growth: float = setting(
+        0.2,
+        says="How much that weight grows in a step in which more than top_k experts ran for a token on average; after "
+        "one with fewer it shrinks as much.",
+        families=_REMOE,
+        role="training",
+        bounds="positive",
     )
     group_size: int = setting(
         16,

@@ -4,14 +4,16 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 from mixtura.config.arms import SETTINGS, ArmConfig, has_setting
+from mixtura.config.controls import check_controls
 from mixtura.config.families import facts_of
 from mixtura.config.from_checkpoint import check_starts, starts_from_checkpoints
 from mixtura.config.schema import DataConfig, ModelConfig, Recipe, SearchConfig, TrainingConfig
-from mixtura.errors import UserError
+from mixtura.errors import UserError, refuse_together
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -20,26 +22,39 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         UserError: names the key, the value and the fix.
     """
-    check_frame(recipe)
-    for name, section in (("data", recipe.data), ("model", recipe.model)):
-        check_positive(name, section)
-    if not 0 < recipe.data.validation_fraction < 1:
+    data, model = recipe.data, recipe.model
+    refuse_together(
+        [
+            partial(check_frame, recipe),
+            partial(check_positive, "data", data),
+            partial(check_positive, "model", model),
+            partial(_check_fraction, data),
+            partial(_check_data, data),
+            partial(check_attention_heads, model),
+            partial(check_starts, recipe),
+            partial(check_controls, recipe),
+            *([partial(refuse_scales, recipe.search)] if starts_from_checkpoints(recipe) else []),
+            # What checkpoints decide is checked when they are read.
+            *(partial(_check_arm, name, recipe) for name in recipe.arms if not starts_from_checkpoints(recipe)),
+        ]
+    )
+
+
+def _check_fraction(data: DataConfig) -> None:
+    if not 0 < data.validation_fraction < 1:
+        raise UserError(f"'data.validation_fraction' is {data.validation_fraction}: it must lie between 0 and 1.")
+
+
+def _check_arm(name: str, recipe: Recipe) -> None:
+    arm = recipe.arms[name]
+    check_feed_forward(
+        f"arms.{name}", arm, batch_sizes=batch_sizes(recipe), sequence_length=recipe.data.sequence_length
+    )
+    if arm.route_by != "token":
         raise UserError(
-            f"'data.validation_fraction' is {recipe.data.validation_fraction}: it must lie between 0 and 1."
+            f"'arms.{name}.route_by' is '{arm.route_by}', but plain text has no language pairs: "
+            'use "token", or a recipe with task = "translation".'
         )
-    _check_data(recipe.data)
-    check_attention_heads(recipe.model)
-    check_starts(recipe)
-    if starts_from_checkpoints(recipe):
-        return  # what the checkpoints decide is checked when they are read
-    sizes, length = batch_sizes(recipe), recipe.data.sequence_length
-    for name, arm in recipe.arms.items():
-        check_feed_forward(f"arms.{name}", arm, batch_sizes=sizes, sequence_length=length)
-        if arm.route_by != "token":
-            raise UserError(
-                f"'arms.{name}.route_by' is '{arm.route_by}', but plain text has no language pairs: "
-                'use "token", or a recipe with task = "translation".'
-            )
 
 
 def batch_sizes(recipe: Recipe) -> dict[str, int]:
@@ -54,23 +69,52 @@ def check_frame(recipe: Any) -> None:
     Raises:
         UserError: names the key, the value and the fix.
     """
-    if not re.fullmatch(r"\w[\w. -]*", recipe.name):
+    refuse_together(
+        [
+            partial(_check_recipe_name, recipe.name),
+            partial(_check_baseline, recipe),
+            partial(_check_seeds, "search.seeds", recipe.search.seeds),
+            partial(_check_seeds, "seeds", recipe.seeds),
+            partial(check_positive, "training", recipe.training),
+            partial(_check_training, recipe.training),
+            partial(_check_search, recipe.search),
+            *(partial(_check_name, name) for name in recipe.arms),
+        ]
+    )
+
+
+def _check_recipe_name(name: str) -> None:
+    if not re.fullmatch(r"\w[\w. -]*", name):
         raise UserError(
-            f"The recipe's name '{recipe.name}' cannot be a folder: set 'name' to letters, digits, '-', '_', '.' and "
+            f"The recipe's name '{name}' cannot be a folder: set 'name' to letters, digits, '-', '_', '.' and "
             "spaces only."
         )
+
+
+def _check_baseline(recipe: Any) -> None:
     if recipe.baseline not in recipe.arms:
         raise UserError(f"'baseline' is '{recipe.baseline}', which is no arm: choose one of {', '.join(recipe.arms)}.")
-    for key, seeds in (("search.seeds", recipe.search.seeds), ("seeds", recipe.seeds)):
-        if not seeds or len(set(seeds)) != len(seeds):
-            raise UserError(f"'{key}' is {list(seeds)}: give at least one seed, each once.")
-        for seed in seeds:
-            if not 0 <= seed < 2**32:
-                raise UserError(f"'{key}' has {seed}: a seed must lie between 0 and {2**32 - 1}.")
-    check_positive("training", recipe.training)
-    _check_training(recipe.training, recipe.search)
-    for name in recipe.arms:
-        _check_name(name)
+
+
+def _check_seeds(key: str, seeds: tuple[int, ...]) -> None:
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise UserError(f"'{key}' is {list(seeds)}: give at least one seed, each once.")
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"'{key}' has {seed}: a seed must lie between 0 and {2**32 - 1}.")
+
+
+def refuse_scales(search: SearchConfig) -> None:
+    """Refuses a search of scales in a recipe whose models are not language models from random weights.
+
+    Raises:
+        UserError: names the key and the fix.
+    """
+    if search.scales:
+        raise UserError(
+            f"'search.scales' is {list(search.scales)}, but only language models from random weights are searched for "
+            "scales: leave it out."
+        )
 
 
 _MAY_BE_ZERO = {"weight_decay", "threads", "warmup_fraction", "min_learning_rate_fraction", "adam_beta1", "adam_beta2"}
@@ -82,18 +126,23 @@ def check_positive(name: str, section: Any) -> None:
     Raises:
         UserError: names the key, the value and the fix.
     """
-    for key, value in dataclasses.asdict(section).items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        where = f"'{name}.{key}' is {value}"
-        if not math.isfinite(value):
-            raise UserError(f"{where}: it must be a finite number.")
-        if value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
-            least = "zero or more" if key in _MAY_BE_ZERO else "greater than zero"
-            raise UserError(f"{where}: it must be {least}.")
+    numbers = [
+        (key, value)
+        for key, value in dataclasses.asdict(section).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    refuse_together(partial(_check_number, f"'{name}.{key}' is {value}", key, value) for key, value in numbers)
 
 
-def _check_training(training: TrainingConfig, search: SearchConfig) -> None:
+def _check_number(where: str, key: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise UserError(f"{where}: it must be a finite number.")
+    if value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
+        least = "zero or more" if key in _MAY_BE_ZERO else "greater than zero"
+        raise UserError(f"{where}: it must be {least}.")
+
+
+def _check_training(training: TrainingConfig) -> None:
     for key in ("warmup_fraction", "min_learning_rate_fraction"):
         if getattr(training, key) > 1:
             raise UserError(f"'training.{key}' is {getattr(training, key)}: it must lie between 0 and 1.")
@@ -105,12 +154,20 @@ def _check_training(training: TrainingConfig, search: SearchConfig) -> None:
             "'training.optimizer' is 'adamw_8bit' but torchao is not installed: pip install torchao, or choose "
             "adamw or adafactor."
         )
-    rates = search.learning_rates
-    if len(set(rates)) != len(rates):
-        raise UserError(f"'search.learning_rates' is {list(rates)}: give each rate once.")
-    for rate in rates:
-        if not 0 < rate < math.inf:
-            raise UserError(f"'search.learning_rates' has {rate}: each must be a finite number greater than zero.")
+
+
+def _check_search(search: SearchConfig) -> None:
+    for key, tried in (("learning_rates", search.learning_rates), ("scales", search.scales)):
+        if len(set(tried)) != len(tried):
+            raise UserError(f"'search.{key}' is {list(tried)}: give each once.")
+        for value in tried:
+            if not 0 < value < math.inf:
+                raise UserError(f"'search.{key}' has {value}: each must be a finite number greater than zero.")
+    if search.scales and not search.learning_rates:
+        raise UserError(
+            f"'search.scales' is {list(search.scales)} but 'search.learning_rates' is empty: name the rates that each "
+            "scale is tried with, one at least."
+        )
     if search.steps is not None and search.steps < 1:
         raise UserError(f"'search.steps' is {search.steps}: it must be greater than zero.")
 
@@ -160,13 +217,13 @@ def check_feed_forward(
     Raises:
         UserError: names the key, the value and the fix.
     """
-    for key, setting in SETTINGS.items():
-        setting.check(f"{where}.{key}", getattr(arm, key))
-    _check_choice(where, arm)
+    checks = [partial(setting.check, f"{where}.{key}", getattr(arm, key)) for key, setting in SETTINGS.items()]
+    checks.append(partial(_check_choice, where, arm))
     if facts_of(arm.family).group_over:
-        _check_groups(where, arm, batch_sizes, sequence_length)
+        checks.append(partial(_check_groups, where, arm, batch_sizes, sequence_length))
     if arm.family == "mixture_of_tokens":
-        _check_mixture_of_tokens(where, arm)
+        checks.append(partial(_check_mixture_of_tokens, where, arm))
+    refuse_together(checks)
 
 
 def _check_mixture_of_tokens(where: str, arm: ArmConfig) -> None:
@@ -220,6 +277,34 @@ def _check_choice(where: str, arm: ArmConfig) -> None:
         raise UserError(
             f"'{where}.top_k' is {arm.top_k} but there are {arm.num_experts} experts: lower top_k or raise num_experts."
         )
+    if arm.family == "token_choice":
+        _check_expert_groups(where, arm)
+    if arm.dense_router_gradient and (arm.capacity_factor is not None or arm.route_by != "token"):
+        raise UserError(
+            f"'{where}.dense_router_gradient' is true, which runs all experts and so needs a router and no capacity: "
+            f"set it to false, or '{where}.capacity_factor' to \"none\" and '{where}.route_by' to \"token\"."
+        )
+
+
+def _check_expert_groups(where: str, arm: ArmConfig) -> None:
+    if arm.num_experts % arm.expert_groups:
+        raise UserError(
+            f"'{where}.expert_groups' is {arm.expert_groups}, into which {arm.num_experts} experts do not divide: "
+            "set it to a divisor, or to 1 for no groups."
+        )
+    if arm.groups_per_token > arm.expert_groups:
+        raise UserError(
+            f"'{where}.groups_per_token' is {arm.groups_per_token} of {arm.expert_groups} groups: lower it or raise "
+            f"'{where}.expert_groups'."
+        )
+    within = arm.groups_per_token * arm.num_experts // arm.expert_groups
+    if arm.top_k > within:
+        raise UserError(
+            f"'{where}.top_k' is {arm.top_k} but a token's groups have {within} experts: lower it, or raise "
+            f"'{where}.groups_per_token'."
+        )
+    if arm.expert_groups > 1 and arm.route_by != "token":
+        raise UserError(f"'{where}.expert_groups' is {arm.expert_groups}, but languages name the experts: set it to 1.")
 
 
 def _check_groups(where: str, arm: ArmConfig, batch_sizes: Mapping[str, int], sequence_length: int | None) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Family = Literal["dense", "token_choice", "expert_choice", "soft", "mixture_of_tokens"]
+Family = Literal["dense", "token_choice", "expert_choice", "expert_threshold", "remoe", "soft", "mixture_of_tokens"]
 Routing = Literal["none", "tokens choose", "experts choose", "mixing"]
-"""How tokens meet experts, on which every formula of cost stands: each token through one network; each token to `top_k`
-experts; each expert to its share of a group's tokens; each expert to mixtures of a group's tokens."""
+"""How tokens meet experts, on which every formula of cost stands: each token through one network; each token to
+`top_k` experts, or to as many on average; each expert to its share of a group's tokens; each expert to mixtures of a
+group's tokens."""
 Serving = Literal["as trained", "token by token", "never"]
 """How a trained layer answers one request: as it was trained; in a mode of its own, without its group; or not at all,
 since a token's output depends on tokens to come."""
@@ -40,6 +41,8 @@ class FamilyFacts:
     """Models of Hugging Face with the same mathematics, or "none"."""
     group_over: tuple[str, ...] = ()
     """What its groups may be formed over; empty where it has none of `group_size` tokens."""
+    follows_load: bool = False
+    """Whether it has state that a step's load moves in place of a gradient, which trainers of language models do."""
     router_scalars: int = 0
     """Parameters of a router besides a vector for each of its columns."""
     model_settings: tuple[str, ...] = ()
@@ -89,6 +92,32 @@ FAMILIES: dict[Family, FamilyFacts] = {
         alone="no",
         stock="none",
         group_over=("batch", "all"),
+    ),
+    "expert_threshold": FamilyFacts(
+        layer="mixtura.layers.expert_threshold:ExpertThresholdMoE",
+        routing="tokens choose",
+        serving="as trained",
+        words="expert-threshold MoE",
+        colours=("#7d6a00", "#e3cf3f"),
+        routes="a token enters every expert whose threshold it passes",
+        future="only in the first steps of training",
+        batch="only in the first steps of training",
+        alone="yes",
+        stock="none",
+        follows_load=True,
+    ),
+    "remoe": FamilyFacts(
+        layer="mixtura.layers.remoe:ReMoE",
+        routing="tokens choose",
+        serving="as trained",
+        words="ReMoE",
+        colours=("#a3173f", "#ff8fa8"),
+        routes="a token runs the experts whose ReLU gates are open",
+        future="no",
+        batch="no",
+        alone="yes",
+        stock="none",
+        follows_load=True,
     ),
     "soft": FamilyFacts(
         layer="mixtura.layers.soft:SoftMoE",

@@ -1,8 +1,10 @@
 """Refuses fine-tuning recipes whose values are well-typed but cannot work together."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
-from mixtura.config.checks import check_attention_heads, check_feed_forward, check_frame, check_positive
+from mixtura.config.checks import check_attention_heads, check_feed_forward, check_frame, check_positive, refuse_scales
+from mixtura.config.controls import refuse_control
 from mixtura.config.families import FAMILIES, facts_of
 from mixtura.config.finetuning import (
     AdapterConfig,
@@ -14,8 +16,9 @@ from mixtura.config.finetuning import (
     TranslationDataConfig,
     TranslationRecipe,
 )
-from mixtura.config.languages import Pair, check_distinct_names, parse_pairs
-from mixtura.errors import UserError
+from mixtura.config.initialization import SCALE_KEYS, names_scales
+from mixtura.config.languages import check_distinct_names, parse_pairs
+from mixtura.errors import UserError, refuse_together
 
 
 def check_finetune_recipe(recipe: FinetuneRecipe) -> None:
@@ -24,15 +27,23 @@ def check_finetune_recipe(recipe: FinetuneRecipe) -> None:
     Raises:
         UserError: names the key, the value and the fix.
     """
-    check_frame(recipe)
-    check_positive("data", recipe.data)
+    own = _translation_checks(recipe) if isinstance(recipe, TranslationRecipe) else _classification_checks(recipe)
+    refuse_together(
+        [
+            partial(check_frame, recipe),
+            partial(refuse_scales, recipe.search),
+            partial(check_positive, "data", recipe.data),
+            partial(_check_layers, recipe),
+            partial(_check_source, recipe.data),
+            *own,
+            partial(_check_ranks, recipe.baseline, {name: arm.adapter for name, arm in recipe.arms.items()}),
+        ]
+    )
+
+
+def _check_layers(recipe: FinetuneRecipe) -> None:
     if recipe.base.num_layers is not None and recipe.base.num_layers < 1:
         raise UserError(f"'base.num_layers' is {recipe.base.num_layers}: keep at least 1 layer, or leave it out.")
-    _check_source(recipe.data)
-    if isinstance(recipe, TranslationRecipe):
-        _check_translation(recipe)
-    else:
-        _check_classification(recipe)
 
 
 def _check_source(data: TranslationDataConfig | ClassificationDataConfig) -> None:
@@ -44,25 +55,27 @@ def _check_source(data: TranslationDataConfig | ClassificationDataConfig) -> Non
         )
 
 
-def _check_translation(recipe: TranslationRecipe) -> None:
+def _translation_checks(recipe: TranslationRecipe) -> list[Callable[[], object]]:
+    checks: list[Callable[[], object]] = [partial(_check_pairs, recipe), partial(_check_translation, recipe)]
+    if recipe.base.name is None:
+        checks += [partial(check_positive, "model", recipe.model), partial(check_attention_heads, recipe.model)]
+    return checks + [partial(_check_translation_arm, f"arms.{name}", arm, recipe) for name, arm in recipe.arms.items()]
+
+
+def _check_pairs(recipe: TranslationRecipe) -> None:
     pairs = parse_pairs(recipe.data.pairs)
     if recipe.base.name is not None:
         check_distinct_names(pairs)
+
+
+def _check_translation(recipe: TranslationRecipe) -> None:
     if recipe.data.tokenizer == "train" and recipe.data.vocab_size < 300:
         raise UserError(f"'data.vocab_size' is {recipe.data.vocab_size}: it must be 300 or more, for bytes and marks.")
     if recipe.num_beams < 1:
         raise UserError(f"'num_beams' is {recipe.num_beams}: it must be 1, which is greedy, or more.")
-    if recipe.base.name is None:
-        check_positive("model", recipe.model)
-        check_attention_heads(recipe.model)
-    for name, arm in recipe.arms.items():
-        _check_translation_arm(f"arms.{name}", arm, recipe, pairs)
-    _check_ranks(recipe.baseline, {name: arm.adapter for name, arm in recipe.arms.items()})
 
 
-def _check_translation_arm(
-    where: str, arm: TranslationArmConfig, recipe: TranslationRecipe, pairs: tuple[Pair, ...]
-) -> None:
+def _check_translation_arm(where: str, arm: TranslationArmConfig, recipe: TranslationRecipe) -> None:
     _check_rate(where, arm.learning_rate)
     pretrained = recipe.base.name is not None
     if arm.adapter is not None and not pretrained:
@@ -85,29 +98,26 @@ def _check_translation_arm(
             f"{', '.join(served)} or {last}."
         )
     sizes = {"training.batch_size": recipe.training.batch_size}
+    refuse_control(key, feed_forward)
     check_feed_forward(key, feed_forward, batch_sizes=sizes, sequence_length=None)
-    _check_language_experts(key, arm, pairs)
+    _check_language_experts(key, arm)
 
 
-def _check_language_experts(where: str, arm: TranslationArmConfig, pairs: tuple[Pair, ...]) -> None:
-    experts, route_by = arm.feed_forward.num_experts, arm.feed_forward.route_by
-    if route_by == "token":
-        return
-    side = {"source": 0, "target": 1}
-    names = {pair[side[route_by]] if route_by in side else str(pair) for pair in pairs}
-    if experts < len(names) * arm.feed_forward.top_k:
-        raise UserError(
-            f"'{where}.num_experts' is {experts}, but routing by {route_by} needs {arm.feed_forward.top_k} for each of "
-            f"{len(names)}: set it to {len(names) * arm.feed_forward.top_k}."
-        )
+def _check_language_experts(where: str, arm: TranslationArmConfig) -> None:
+    """How many experts there are follows from the pairs; see `config.adapt`."""
+    route_by, top_k = arm.feed_forward.route_by, arm.feed_forward.top_k
+    if route_by != "token" and top_k != 1:
+        raise UserError(f"'{where}.top_k' is {top_k}, but a {route_by} names one expert: set it to 1.")
 
 
-def _check_classification(recipe: ClassificationRecipe) -> None:
+def _classification_checks(recipe: ClassificationRecipe) -> list[Callable[[], object]]:
+    arms = [partial(_check_classification_arm, f"arms.{name}", arm, recipe) for name, arm in recipe.arms.items()]
+    return [partial(_check_base, recipe), *arms]
+
+
+def _check_base(recipe: ClassificationRecipe) -> None:
     if recipe.base.name is None:
         raise UserError("'base.name' is missing: name the model to classify with, such as \"minilm\".")
-    for name, arm in recipe.arms.items():
-        _check_classification_arm(f"arms.{name}", arm, recipe)
-    _check_ranks(recipe.baseline, {name: arm.adapter for name, arm in recipe.arms.items()})
 
 
 def _check_classification_arm(where: str, arm: ClassificationArmConfig, recipe: ClassificationRecipe) -> None:
@@ -121,6 +131,12 @@ def _check_classification_arm(where: str, arm: ClassificationArmConfig, recipe: 
     if arm.head.feed_forward is not None:
         sizes = {"training.batch_size": recipe.training.batch_size}
         check_feed_forward(f"{where}.head.feed_forward", arm.head.feed_forward, batch_sizes=sizes, sequence_length=None)
+        refuse_control(f"{where}.head.feed_forward", arm.head.feed_forward)
+        if names_scales(arm.head.feed_forward):
+            raise UserError(
+                f"'{where}.head.feed_forward' names one of {', '.join(SCALE_KEYS)}, but heads start from one rule: "
+                "leave it out."
+            )
         if arm.head.feed_forward.route_by != "token":
             raise UserError(f"'{where}.head.feed_forward.route_by' is not 'token': a classifier has no languages.")
 
@@ -159,7 +175,7 @@ def _check_adapter(where: str, adapter: AdapterConfig | None, batch_size: int) -
 
 def _check_ranks(baseline: str, adapters: Mapping[str, AdapterConfig | None]) -> None:
     """A rank left open is solved for the baseline's trainable parameters, so the baseline must name its own."""
-    adapter = adapters[baseline]
+    adapter = adapters.get(baseline)
     open_ranks = [name for name, other in adapters.items() if other is not None and other.solves_rank]
     if open_ranks and (adapter is None or adapter.solves_rank):
         raise UserError(

@@ -95,16 +95,17 @@ class TranslationDataConfig:
     """Directions as "source-target"; name both "en-de" and "de-en" for both. Codes may have a script or a region."""
     max_pairs: int | None = None
     """Stop after so many sentence pairs of each direction."""
-    max_characters: int = 200
-    """Longer sentences, on either side, are left out and counted."""
+    max_characters: int | None = 200
+    """Longer sentences, on either side, are left out and counted; "none" finds what 95 % of yours stay within."""
     tokenizer: str = "train"
     vocab_size: int = 4096
-    max_length: int = 128
-    """Tokens of prompt and translation together."""
-    validation_sources: int = 100
-    """Source sentences held out for the loss on the way, each in every direction it has."""
-    test_sources: int = 200
-    """Source sentences held out for the scores."""
+    max_length: int | None = 128
+    """Tokens of prompt and translation together; "none" finds what your sentences have."""
+    validation_sources: int | None = None
+    """Source sentences held out for the loss on the way, each in every direction it has; None is a tenth, at most
+    100."""
+    test_sources: int | None = None
+    """Source sentences held out for the scores; None is a fifth, at most 200."""
 
     def __post_init__(self) -> None:
         """Spells the codes in `pairs` in the one way that data and models know; what is no pair is refused later."""
@@ -128,10 +129,12 @@ class ClassificationDataConfig:
     label_column: str = "label"
     max_examples: int | None = None
     """Stop after so many examples, a fixed shuffled choice."""
-    max_length: int = 64
-    """Tokens of an example; longer ones are cut, and counted."""
-    validation_examples: int = 500
-    test_examples: int = 1000
+    max_length: int | None = 64
+    """Tokens of an example; longer ones are cut, and counted. "none" finds what 95 % of yours stay within."""
+    validation_examples: int | None = None
+    """Examples held out for the scores on the way; None is a tenth, at most 500."""
+    test_examples: int | None = None
+    """Examples held out for the final scores; None is a fifth, at most 1,000."""
 
 
 @dataclass(frozen=True, kw_only=True)

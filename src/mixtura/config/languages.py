@@ -157,6 +157,16 @@ def find_language(text: str, known: Collection[str]) -> str | None:
     return next((one for one in shorter if one in known), parts[0])
 
 
+def language_of_column(column: str) -> str | None:
+    """The language that a column's name says: "de" for "German", "de", "text_de" or "deu"; None for any other name."""
+    names = {name.casefold(): code for code, name in _NAMES.items()}
+    for part in (column.strip(), *re.split(r"[\W_]+", column)):
+        word = part.casefold()
+        if code := names.get(word) or (word if word in _NAMES else _SHORTEST.get(word)):
+            return code
+    return None
+
+
 def parse_pairs(pairs: Iterable[str]) -> tuple[Pair, ...]:
     """Directions from "en-de", "pt_BR-en" or "en-zh-Hans".
 

@@ -6,17 +6,19 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
 
 from mixtura.config.checks import check_recipe
+from mixtura.config.controls import fill_controls
 from mixtura.config.finetune_checks import check_finetune_recipe
 from mixtura.config.finetuning import AnyRecipe, ClassificationRecipe, TranslationRecipe
 from mixtura.config.from_checkpoint import fill_from_checkpoints
 from mixtura.config.schema import Recipe
-from mixtura.errors import UserError
+from mixtura.errors import UserError, refuse_together
 
 PRESETS = (
     "quick",
@@ -68,9 +70,30 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' is not a TOML recipe ({error}): see recipes/quick.toml for one that is.") from None
     table.setdefault("name", path.stem)
+    if any(override.partition("=")[0].strip() in _BRINGS_DATA for override in overrides) and _is_preset(path):
+        _leave_open(table)
     for override in overrides:
         _apply_override(table, override)
     return recipe_from_dict(table)
+
+
+_BRINGS_DATA = ("data.source", "data.path", "data.name", "data.subset", "base.name")
+"""Keys that bring data or a base model of the user's own to a preset."""
+_OPEN = {
+    "translation": ("validation_sources", "test_sources", "max_characters", "max_length"),
+    "classification": ("validation_examples", "test_examples", "max_length"),
+}
+"""What a fine-tuning preset sizes for its own data: fitted to the user's where there is such."""
+
+
+def _is_preset(path: Path) -> bool:
+    return path.parent.resolve() == preset_path(PRESETS[0]).parent.resolve()
+
+
+def _leave_open(table: dict[str, Any]) -> None:
+    for key in _OPEN.get(table.get("task", ""), ()):
+        table["data"][key] = "none"
+    table["data"].pop("part", None)  # of the movie reviews
 
 
 def recipe_from_dict(table: dict[str, Any]) -> AnyRecipe:
@@ -80,6 +103,7 @@ def recipe_from_dict(table: dict[str, Any]) -> AnyRecipe:
         UserError: see `load_recipe`.
     """
     if "task" not in table:
+        fill_controls(table)
         fill_from_checkpoints(table)
         recipe = _build(Recipe, table, "")
         check_recipe(recipe)
@@ -120,18 +144,28 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
         table[last] = text.strip()
 
 
+CLOSE = 0.75
+"""How alike a name must be to be suggested: "stps" is near "steps" (0.89), "lr" is near nothing."""
+
+
 def _build(cls: type, table: Any, where: str) -> Any:
     """Makes dataclass `cls` from a TOML table; `where` is the dotted prefix for messages."""
     if not isinstance(table, dict):
         raise UserError(f"'{where.rstrip('.')}' must be a section with keys, not {table!r}.")
     hints = typing.get_type_hints(cls)
-    for key in table:
+    values: dict[str, Any] = {}
+
+    def convert(key: str) -> None:
         if key not in hints:
             raise UserError(_unknown_key(where, key, list(hints)))
-    for name in _required(cls):
+        values[key] = _convert(hints[key], table[key], f"{where}{key}")
+
+    def require(name: str) -> None:
         if name not in table:
             raise UserError(f"The recipe lacks '{where}{name}': add it.")
-    return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in table.items()})
+
+    refuse_together([*(partial(convert, key) for key in table), *(partial(require, name) for name in _required(cls))])
+    return cls(**values)
 
 
 def _required(cls: type) -> list[str]:
@@ -140,7 +174,7 @@ def _required(cls: type) -> list[str]:
 
 
 def _unknown_key(where: str, key: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=CLOSE)
     fix = f"did you mean '{where}{near[0]}'?" if near else f"known keys are {', '.join(sorted(known))}."
     return f"Unknown recipe key '{where}{key}': {fix}"
 
@@ -161,7 +195,13 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def _convert_arms(args: tuple[Any, ...], value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise UserError(f"'{where}' must be a section of named arms, such as [arms.dense], not {value!r}.")
-    return {name: _convert(args[1], item, f"{where}.{name}") for name, item in value.items()}
+    arms: dict[str, Any] = {}
+
+    def convert(name: str) -> None:
+        arms[name] = _convert(args[1], value[name], f"{where}.{name}")
+
+    refuse_together(partial(convert, name) for name in value)
+    return arms
 
 
 def _convert_optional(args: tuple[Any, ...], value: Any, where: str) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixtura.config.finetuning import AnyRecipe, FinetuneRecipe
+from mixtura.config.languages import language_of_column
 from mixtura.config.load import TASKS, load_recipe, preset_path
 from mixtura.config.schema import Recipe
 from mixtura.errors import UserError
@@ -91,6 +92,9 @@ def finetune_recipe(
     if recipe is None and preset not in ("quick", "default"):
         raise UserError(f"There is no preset '{preset}' for {task}: choose quick or default, or give a recipe's path.")
     path = Path(recipe) if recipe is not None else preset_path(task if preset == "default" else f"{task}-{preset}")
+    if recipe is None and task == "translation" and base is not None:
+        # A pretrained model is adapted; what the presets compare are models from scratch.
+        path = path.with_name("translation-smollm2.toml")
     changes = [*data_overrides(task, data=data, columns=columns, pairs=pairs, base=base), *overrides]
     found = getattr(load_recipe(path, changes), "task", "pretraining")
     if found != task:
@@ -107,7 +111,7 @@ def data_overrides(
         task: "translation" or "classification".
         data: a file, or "hub:NAME".
         columns: "SOURCE,TARGET" or "TEXT,LABEL".
-        pairs: directions of translation, separated by commas.
+        pairs: directions of translation, separated by commas; None takes columns that are named after languages.
         base: the pretrained model.
 
     Raises:
@@ -124,6 +128,10 @@ def data_overrides(
             raise UserError(f"--columns is '{columns}': give two names, {wanted}.")
         keys = {"translation": ("source", "target"), "classification": ("text", "label")}[task]
         values |= {f"data.{key}_column": name for key, name in zip(keys, names, strict=True)}
+    if columns is not None and pairs is None and task == "translation":
+        codes = [language_of_column(name) for name in columns.split(",")]
+        if None not in codes and codes[0] != codes[1]:
+            pairs = f"{codes[0]}-{codes[1]}"
     if pairs is not None:
         if task != "translation":
             raise UserError(f"--pairs is '{pairs}', but {task} has no directions: leave it out.")

@@ -51,8 +51,9 @@ class ModelConfig:
     gated: bool = False
     """Multiply a second projection into the activation (SwiGLU and its kin)."""
     tie_word_embeddings: bool = True
-    initializer_range: float = 0.02
-    """Standard deviation of every weight matrix at the start, routers and experts alike."""
+    initializer_range: float | None = None
+    """Standard deviation of every weight matrix at the start, routers and experts alike. None draws feed-forward
+    weights and routers at the scales that are derived for each family, and the rest at 0.02."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +98,12 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """The learning-rate search, the same effort for every arm."""
+    """The search of learning rates and initialisation scales, the same effort for every arm."""
 
     learning_rates: tuple[float, ...] = ()
     """Rates tried for each arm; empty means no search, the arms' own rates are used."""
+    scales: tuple[float, ...] = ()
+    """Each arm's `feed_forward_scale` that every rate is tried with; empty leaves the arms' own."""
     steps: int | None = None
     """Steps of a trial; None means the full run's."""
     seeds: tuple[int, ...] = (1000,)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mixtura.config import ClassificationDataConfig, UserError
+from mixtura.config.adapt import held_out_examples
 from mixtura.data.held_out import is_utf8, normalise, text_hash
 from mixtura.data.rows import Row, hub_rows, select
 from mixtura.data.table_files import TABLES, file_rows
@@ -80,6 +81,8 @@ class LabelledCorpus:
     """One phrase for reports: source, classes and their shares, what was skipped."""
     skipped: dict[str, int]
     """Rows left out, by reason."""
+    config: ClassificationDataConfig
+    """What was read and held out, nothing left open."""
     unlearnt: tuple[str, ...] = ()
     """Classes that came to have no training example; their rows are left out."""
 
@@ -99,6 +102,7 @@ def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
     examples = _shuffled(_clean(rows, skipped))
     found = {label for _, label in examples}
     _check_labels(found, len(examples), skipped, config, description)
+    config = held_out_examples(config, len(examples))
     test, validation, train = _split(examples, config, description)
     if config.max_examples is not None and len(train) > config.max_examples:
         skipped["beyond max_examples"] = len(train) - config.max_examples
@@ -111,7 +115,7 @@ def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
         skipped["label without training examples"] = len(train + validation + test) - sum(map(len, sides))
     _check_learnt(sides, unlearnt, config, description)
     told = _describe(description, sides[0], labels, skipped)
-    return LabelledCorpus(*sides, labels, told, dict(sorted(skipped.items())), unlearnt)
+    return LabelledCorpus(*sides, labels, told, dict(sorted(skipped.items())), config, unlearnt)
 
 
 def _open(config: ClassificationDataConfig, skipped: Counter[str]) -> tuple[Iterator[tuple[object, object]], str]:
@@ -211,7 +215,8 @@ def _split(
     examples: list[tuple[str, str]], config: ClassificationDataConfig, description: str
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[tuple[str, str]]]:
     """Test, validation and training examples, in this order from the shuffled whole."""
-    num_test, num_held_out = config.test_examples, config.test_examples + config.validation_examples
+    num_validation, num_test = config.validation_examples or 0, config.test_examples or 0
+    num_held_out = num_validation + num_test
     if len(examples) <= num_held_out:
         raise UserError(
             f"{description[0].upper()}{description[1:]} has {len(examples):,} usable examples, but "

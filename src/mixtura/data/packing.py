@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mixtura.config import UserError
+from mixtura.errors import TooLittleText
 
+HELD_OUT = "held-out text"
+"""What that side is called in messages."""
 # Text encoded at once: enough to keep the tokenizer busy, little enough that its bookkeeping stays below ~100 MB.
 _CHUNK_CHARACTERS = 1_000_000
 
@@ -75,9 +77,10 @@ def pack(
     tokens = np.concatenate(encoded) if encoded else np.empty(0, dtype=np.int32)
     num_sequences, tokens_dropped = divmod(tokens.size, sequence_length)
     if num_sequences == 0:
-        raise UserError(
+        raise TooLittleText(
             f"The {name} has {tokens.size} tokens, fewer than the {sequence_length} of 'data.sequence_length': "
-            "give more text, lower 'data.sequence_length' or change 'data.validation_fraction'."
+            "give more text, lower 'data.sequence_length' or change 'data.validation_fraction'.",
+            held_out=name == HELD_OUT,
         )
     num_bytes = sum(len(document.encode()) for document in documents)
     return PackedTokens(

@@ -3,6 +3,7 @@
 Every row ends in exactly one place: a side, or a reason in `skipped`. Reasons are counted for each direction.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from itertools import groupby
 from typing import NamedTuple, TypeGuard
 
 from mixtura.config import TranslationDataConfig, UserError
+from mixtura.config.adapt import MOST_CHARACTERS, MOST_SOURCES, common_length, held_out_sources
 from mixtura.config.languages import Pair, parse_pairs
 from mixtura.data.held_out import Candidate, Sides, Unit, anchor_of, hold_out, is_utf8, normalise, text_hash
 from mixtura.data.parallel_sources import Source, open_source
@@ -49,6 +51,8 @@ class ParallelCorpus:
     """Pairs and rows left out, by reason."""
     counts: dict[str, dict[str, int]]
     """Pairs by direction and side: counts["en-de"]["train"]."""
+    config: TranslationDataConfig
+    """What was read and held out, nothing left open."""
 
 
 def load_parallel(config: TranslationDataConfig) -> ParallelCorpus:
@@ -66,10 +70,13 @@ def load_parallel(config: TranslationDataConfig) -> ParallelCorpus:
         description += f", read as far as {HUB_CHOICE} times 'data.max_pairs' needs"
     if not candidates:
         raise UserError(_nothing_left(description, config, skipped))
+    if config.max_characters is None:
+        return load_parallel(dataclasses.replace(config, max_characters=_common_characters(candidates)))
+    config = held_out_sources(config, _num_sources(candidates, source.groups))
     sides = hold_out(
         candidates,
-        num_validation=config.validation_sources,
-        num_test=config.test_sources,
+        num_validation=config.validation_sources or 0,
+        num_test=config.test_sources or 0,
         skipped=skipped,
         groups=source.groups,
     )
@@ -86,7 +93,18 @@ def load_parallel(config: TranslationDataConfig) -> ParallelCorpus:
         description=description + (f"; pairs skipped: {reasons}" if reasons else ""),
         skipped={reason: count for reason, count in sorted(skipped.items()) if count},
         counts=_counts(sides, pairs),
+        config=config,
     )
+
+
+def _common_characters(candidates: list[Candidate]) -> int:
+    """The length that nearly all sentences stay within."""
+    return common_length([max(len(pair.source), len(pair.target)) for pair in candidates], most=MOST_CHARACTERS)
+
+
+def _num_sources(candidates: list[Candidate], groups: tuple[str, ...] | None) -> int:
+    """Different sentences that may be held out."""
+    return len({pair.anchor for pair in candidates if groups is None or pair.group in groups})
 
 
 def _candidates(
@@ -95,7 +113,9 @@ def _candidates(
     """Cleaned pairs without duplicates, and whether reading stopped before the end of a hub dataset."""
     wanted = float("inf")
     if config.source == "hub" and config.max_pairs is not None:
-        wanted = HUB_CHOICE * (config.max_pairs + config.validation_sources + config.test_sources)
+        validation, test = config.validation_sources, config.test_sources
+        held_out = sum(most if n is None else n for n, most in zip((validation, test), MOST_SOURCES, strict=True))
+        wanted = HUB_CHOICE * (config.max_pairs + held_out)
     seen: dict[Pair, set[tuple[str, str]]] = {pair: set() for pair in pairs}
     candidates: list[Candidate] = []
     for unit in source.units:
@@ -142,14 +162,14 @@ def _is_text(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and is_utf8(value)
 
 
-def _fault(texts: dict[str, str], pair: Pair, max_characters: int) -> str | None:
+def _fault(texts: dict[str, str], pair: Pair, max_characters: int | None) -> str | None:
     """Why a pair cannot be used; None when it can."""
     if pair.source not in texts or pair.target not in texts:
         return "missing side"
     lengths = (len(texts[pair.source]), len(texts[pair.target]))
     if min(lengths) == 0:
         return "empty side"
-    return "too long" if max(lengths) > max_characters else None
+    return "too long" if max_characters is not None and max(lengths) > max_characters else None
 
 
 def _choose(train: Iterable[Candidate], max_pairs: int | None, skipped: Counter[str]) -> list[Candidate]:

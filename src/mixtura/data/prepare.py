@@ -19,10 +19,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mixtura.config import DataConfig, UserError
-from mixtura.data.packing import PackedTokens, epoch_order, pack
+from mixtura.data.packing import HELD_OUT, PackedTokens, epoch_order, pack
 from mixtura.data.sources import load_corpus, source_files
 from mixtura.data.tokenizer import load_tokenizer, train_tokenizer
-from mixtura.errors import reason_of
+from mixtura.errors import TooLittleText, reason_of
 from mixtura.files import cache_entry
 
 # Raise it when the same recipe and text would give other tokens than before.
@@ -76,6 +76,48 @@ def prepare_data(
     return prepared
 
 
+MOST_HELD_OUT = 0.25
+"""The largest share that is held out of a text in place of a smaller one that holds out too little."""
+SHORTEST, HALVINGS = 16, 3
+"""Tokens of the shortest sequence, and halvings at most, that a text too short for the recipe's gets in its place."""
+
+
+def fit_held_out(
+    data: DataConfig, prepare: Callable[[DataConfig], PreparedData], *, wanted: int
+) -> tuple[DataConfig, PreparedData]:
+    """Prepared text with at least one sequence on either side, and the recipe's `[data]` that gives it.
+
+    Where that is not the one given, more is held out, up to a quarter, and then sequences are shorter.
+
+    Args:
+        data: the recipe's `[data]`.
+        prepare: `prepare_data`, with a cache folder.
+        wanted: sequences to hold out, unless they are more than a fifth of all.
+
+    Raises:
+        UserError: the text is too short even so, or cannot be used.
+    """
+    fitted, halvings, refusal = data, 0, None
+    while True:
+        try:
+            prepared = prepare(fitted)
+            found = prepared.validation.num_sequences
+            enough = found >= min(wanted, (found + prepared.train.num_sequences) // 5)
+            if enough or fitted.validation_fraction >= MOST_HELD_OUT:
+                return fitted, prepared
+            more = True
+        except TooLittleText as error:
+            refusal = refusal or error
+            more = error.held_out and fitted.validation_fraction < MOST_HELD_OUT
+            if not more and (halvings == HALVINGS or fitted.sequence_length < 2 * SHORTEST):
+                raise refusal from None
+        if more:
+            share = min(MOST_HELD_OUT, 2 * fitted.validation_fraction)
+            fitted = dataclasses.replace(fitted, validation_fraction=share)
+        else:
+            fitted, halvings = dataclasses.replace(fitted, sequence_length=fitted.sequence_length // 2), halvings + 1
+
+
 def _guard(cache_dir: Path, action: Callable[[], None]) -> None:
     try:
         action()
@@ -95,7 +137,7 @@ def _prepare(data: DataConfig, report: Callable[[str], None]) -> PreparedData:
         tokenizer = load_tokenizer(data.tokenizer)
     report("encoding")
     train = pack(corpus.train, tokenizer, sequence_length=data.sequence_length, name="training text")
-    validation = pack(corpus.validation, tokenizer, sequence_length=data.sequence_length, name="held-out text")
+    validation = pack(corpus.validation, tokenizer, sequence_length=data.sequence_length, name=HELD_OUT)
     order = epoch_order(validation.num_sequences, seed=0, epoch=0)
     validation = dataclasses.replace(validation, sequences_NL=validation.sequences_NL[order])
     summary = {

@@ -81,6 +81,7 @@ def _hold_out(rows: Iterator[object], description: str, data: DataConfig, skippe
     train: list[str] = []
     validation: list[str] = []
     seen: set[bytes] = set()
+    first: tuple[bytes, int] | None = None  # the smallest hash of a training document, and its place
     room, cut_off = data.max_bytes, False
     for row in rows:
         if cut_off := room == 0:
@@ -97,14 +98,28 @@ def _hold_out(rows: Iterator[object], description: str, data: DataConfig, skippe
         held_out = int.from_bytes(digest[:8], "big") < data.validation_fraction * 2**64
         # Only the last document is ever cut; the decoder then drops a character cut in two.
         (validation if held_out else train).append(encoded[:room].decode(errors="ignore"))
+        if not held_out:
+            first = min(first or (digest, len(train) - 1), (digest, len(train) - 1))
         cut_off = len(encoded) > room
         room -= min(room, len(encoded))
     description += f", cut off at {data.max_bytes:,} bytes" if cut_off else ""
+    if first is not None and not validation and len(train) > 1:
+        validation.append(train.pop(first[1]))
+    elif len(train) + len(validation) == 1 and (parts := _cut([*train, *validation][0], data.validation_fraction)):
+        train, validation = [parts[0]], [parts[1]]
+        description += ", one document whose end is held out"
     _check_sides(train, validation, skipped, description, data)
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count)
     if reasons:
         description += f"; rows skipped: {reasons}"
     return Corpus(train, validation, description, dict(skipped))
+
+
+def _cut(document: str, share: float) -> tuple[str, str] | None:
+    """A document and its last part, of at least that share, from the beginning of a word; None where it has but one."""
+    near = min(len(document) - 1, int((1 - share) * len(document)))
+    place = max(document.rfind(space, 1, near) for space in (" ", "\n"))
+    return (document[:place], document[place + 1 :]) if place > 0 else None
 
 
 def _encode(row: object) -> bytes | None:

@@ -153,12 +153,12 @@ def diagnose_excerpts(
     group_word: str = "text",
     command: str = "",
     seed: int = 0,
-    tell: Callable[[Tensor], object] | None = None,
+    before_batch: Callable[[Tensor], object] | None = None,
 ) -> Diagnosis:
     """As `diagnose_model`, for text that is tokens already.
 
-    `tell` is called with the groups (B,) of every batch before it, for a model that routes by them and is not told in
-    its forward; such a model is not probed for leaks.
+    `before_batch` is called with the groups (B,) of every batch, for a model that routes by groups and does not get
+    them in its forward; such a model is not probed for leaks.
 
     Raises:
         UserError: the model needs groups that the excerpts are not.
@@ -173,12 +173,12 @@ def diagnose_excerpts(
         )
     )
     facts, groups = _describe_model(model, name), excerpts.describe(types_T)
-    leaks = _probe(model, told=tell is not None)
+    leaks = _probe(model, by_group=before_batch is not None)
     layers: list[LayerDiagnosis] = []
     samples = excerpts.samples(tokenizer, surfaces)
     if routed_layers(model):
         with running_in(grouped_layers(model), "alone"):  # which is how they are deployed
-            observed = observe(model, batches(model, tokenizer, excerpts, batch_size, tell))
+            observed = observe(model, batches(model, tokenizer, excerpts, batch_size, before_batch))
         layers = [
             _layer(observed, place, excerpts, types_T, surfaces, seed=seed) for place in range(len(observed.layers))
         ]
@@ -293,7 +293,7 @@ def _add_experts(samples: list[ShownExcerpt], observed: ObservedChoices, excerpt
             sample.experts.append([[e for e, rows in zip(*pair, strict=True) if rows > 0] for pair in pairs])
 
 
-def _probe(model: PreTrainedModel, *, told: bool) -> LeakFindings:
+def _probe(model: PreTrainedModel, *, by_group: bool) -> LeakFindings:
     """Whether a token's logits depend on what it must not see, as deployed; or why that was not tried."""
     if model.num_parameters() > MAX_PROBED_PARAMETERS:
         limit = MAX_PROBED_PARAMETERS // 10**6
@@ -301,7 +301,7 @@ def _probe(model: PreTrainedModel, *, told: bool) -> LeakFindings:
             probed=False, reason=f"The model has more than {limit} million parameters, too many to probe."
         )
     config: Any = model.config
-    if told or getattr(config, "route_by", "token") != "token":
+    if by_group or getattr(config, "route_by", "token") != "token":
         return LeakFindings(
             probed=False, reason="Its experts are named for whole examples, and the probe has no languages."
         )

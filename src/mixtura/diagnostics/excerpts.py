@@ -126,11 +126,11 @@ def batches(
     tokenizer: PreTrainedTokenizerBase,
     excerpts: Excerpts,
     batch_size: int,
-    tell: Callable[[Tensor], object] | None = None,
+    before_batch: Callable[[Tensor], object] | None = None,
 ) -> Iterator[Batch]:
     """Excerpts in order, filled up on the right; a model with experts that are named for languages gets their indices.
 
-    `tell` is called with the groups (B,) of every batch before the model runs on it.
+    `before_batch` is called with the groups (B,) of every batch before the model runs on it.
 
     Raises:
         UserError: the experts are named and a group has another name.
@@ -147,8 +147,8 @@ def batches(
         }
         if expert_G is not None:
             inputs["expert_ids"] = expert_G[group_B]
-        if tell is not None:
-            tell(group_B)
+        if before_batch is not None:
+            before_batch(group_B)
         yield {key: value.to(model.device) for key, value in inputs.items()}, group_B, inputs["attention_mask"]
 
 

@@ -143,14 +143,14 @@ FEW_EXCERPTS = 10
 def verdict(
     model: ModelFacts, groups: Sequence[GroupFacts], layers: Sequence[LayerDiagnosis], *, group_word: str
 ) -> DiagnosisVerdict:
-    """What is said first, of the layer that tells most."""
+    """The headline, about the layer whose experts tell most, and the sentences below it."""
     if not layers:
         return DiagnosisVerdict(_nothing_routed(model), [], None)
     word, many = group_word, len(groups) > 1
     by_type = _claim([layer.token_types for layer in layers], layers, "the kind of token")
     if not many:
         headline, place = by_type
-        sentences = [f"One {word} was given, so there is nothing to tell apart but kinds of tokens."]
+        sentences = [f"One {word} was given, so only kinds of tokens can be compared."]
     else:
         headline, place = _claim(layers, layers, f"the {word}")
         sentences = [by_type[0]]

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from mixtura.diagnostics.excerpts import TOKEN_TYPES
-from mixtura.diagnostics.findings import Diagnosis, ShownExcerpt, bits
+from mixtura.diagnostics.excerpts import MINIMUM_COUNT, TOKEN_TYPES
+from mixtura.diagnostics.findings import Diagnosis, ShownExcerpt, TypicalToken, bits
+from mixtura.pages.environment import page_environment
 from mixtura.results.run import Association
 
 Drawing = dict[str, Any]
@@ -39,26 +39,20 @@ _COLOURS = (
     ("#59636e", "#aab4c0"),
     ("#2f4b9c", "#8ea8f0"),
 )
-"""Of the experts, in turn, light theme and dark; the number beside a token is what tells experts apart."""
+"""Of the experts, in turn, light theme and dark; the number beside a token names the expert."""
 
 
 def render_page(results: Diagnosis) -> str:
     """The page as text, from the content of diagnosis.json."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    environment.filters |= {"bits": bits, "percent": percent, "shown": shown_token}
+    environment = page_environment(_TEMPLATES)
+    environment.filters |= {"bits": bits, "percent": percent, "shown": shown_token, "occurrences": occurrences}
     layers = results.layers
     first = results.verdict.layer
     return environment.get_template("diagnosis.html.j2").render(
         results=results,
         layers=layers,
         first=first,
+        minimum_count=MINIMUM_COUNT,
         many_groups=len(results.groups) > 1,
         created=_date(results.created),
         palette=[_MAP_COLOUR, *((f"expert-{index}", *colours) for index, colours in enumerate(_COLOURS))],
@@ -73,6 +67,11 @@ def render_page(results: Diagnosis) -> str:
 def percent(value: float) -> str:
     """A share in whole per cent, or with a decimal below ten."""
     return f"{100 * value:.1f}\N{NO-BREAK SPACE}%" if value < 0.0995 else f"{100 * value:.0f}\N{NO-BREAK SPACE}%"
+
+
+def occurrences(token: TypicalToken) -> str:
+    """How often a typical token occurs in the texts, from its rows in one expert and their share."""
+    return f"{token.count / token.share:,.0f}"
 
 
 def shown_token(text: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -111,7 +112,7 @@ def load_causal(folder: Path) -> Any:
             # An expert of width 0, which some containers need, has nothing to draw.
             warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
             opened = open_weights(auto, folder, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise EngineFailed(_first_line(str(error))) from error
     finally:
         logging.set_verbosity(verbosity)

@@ -94,6 +94,11 @@ def check_deployable(config: MixtureConfig) -> None:
             f"Experts drop tokens over a capacity_factor of {config.capacity_factor:g}, so that an answer would "
             "depend on other requests: set it to null in config.json, after which none is dropped."
         )
+    if config.n_group > 1 and "token_choice" in (config.mlp_layer_types or []):
+        raise UserError(
+            f"Tokens choose from {config.topk_group} of {config.n_group} groups of experts (expert_groups), which no "
+            "exported file computes: train with expert_groups = 1."
+        )
     if config.route_by != "token":
         raise UserError(
             f"The model routes by {config.route_by}, which needs an expert's name with every request: take one "

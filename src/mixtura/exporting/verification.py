@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from mixtura import __version__
 from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights, write_planned
@@ -36,7 +35,7 @@ from mixtura.exporting.fields import traits_of
 from mixtura.files import write_text
 from mixtura.models import MixtureConfig
 from mixtura.models.inference import grouped_layers, running_in
-from mixtura.models.loading import folder_settings, load_config
+from mixtura.models.loading import folder_settings, load_config, open_tokenizer
 
 _MAX_BYTES = 5 * 10**9
 
@@ -221,7 +220,7 @@ def probe_tokens(folder: Path, vocab_size: int) -> list[list[int]]:
     draw = random.Random(0)
     probes = [[draw.randrange(vocab_size) for _ in range(PROBE_TOKENS)] for _ in range(_RANDOM_PROBES)]
     if (folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = open_tokenizer(folder)
         probes += [tokenizer(text)["input_ids"][:PROBE_TOKENS] for text in TEXTS]
     return [probe for probe in probes if len(probe) > 1 and max(probe) < vocab_size]
 

@@ -37,6 +37,7 @@ class ExpertChoiceMoE(FeedForward):
         group_over: Literal["batch", "all"] = "batch",
         activation: str = "relu",
         gated: bool = False,
+        num_shared_experts: int = 0,
     ) -> None:
         """Builds the layer.
 
@@ -49,6 +50,7 @@ class ExpertChoiceMoE(FeedForward):
             group_over: "batch" chooses at one position at a time (causal), "all" among all tokens (leaks the future).
             activation: "relu", "gelu" or "silu".
             gated: gated experts.
+            num_shared_experts: experts that every token passes through besides.
 
         Raises:
             ValueError: top_k or group_over make no sense.
@@ -58,13 +60,9 @@ class ExpertChoiceMoE(FeedForward):
         self.num_experts, self.top_k = num_experts, top_k
         self.group_size, self.group_over = group_size, group_over
         self.gate = Router(hidden_size, num_experts)
-        self.experts = Experts(
-            hidden_size,
-            intermediate_size=intermediate_size,
-            num_experts=num_experts,
-            activation=activation,
-            gated=gated,
-        )
+        sizes = {"intermediate_size": intermediate_size, "activation": activation, "gated": gated}
+        self.experts = Experts(hidden_size, num_experts=num_experts, **sizes)
+        self.add_shared_expert(hidden_size, num_shared_experts, **sizes)
 
     def route_and_run(
         self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None

@@ -17,6 +17,27 @@ class FeedForward(nn.Module):
 
     routes_by_example = False
     """Whether the caller names an expert for each example, in place of a router."""
+    shared_expert: "DenseFFN | None"
+
+    def __init__(self) -> None:
+        """Starts without shared experts."""
+        super().__init__()
+        self.shared_expert = None
+
+    def add_shared_expert(
+        self, hidden_size: int, count: int, *, intermediate_size: int, activation: str, gated: bool
+    ) -> None:
+        """Adds experts that every token passes through besides the routed ones, as one layer of their summed width.
+
+        DeepSeekMoE (arXiv 2401.06066, section 3.2) has them for token choice; here every mixture may. Called by
+        constructors, with the width of one expert; a count of zero adds nothing.
+        """
+        if count < 0:
+            raise ValueError(f"num_shared_experts is {count}: it must be zero or more.")
+        if count:
+            self.shared_expert = DenseFFN(
+                hidden_size, intermediate_size=count * intermediate_size, activation=activation, gated=gated
+            )
 
     @overload
     def forward(
@@ -66,13 +87,24 @@ class FeedForward(nn.Module):
                 f"expert_B has shape {tuple(expert_B.shape)} for {len(x_BLD)} examples: give one for each."
             )
         y_BLD, stats = self.route_and_run(x_BLD, mask_BL, return_stats, expert_B)
+        if self.shared_expert is not None:
+            y_BLD = y_BLD + self.shared_expert(x_BLD)
         return (y_BLD, stats) if return_stats else y_BLD
 
     @abstractmethod
     def route_and_run(
         self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
-        """The family's algorithm; statistics are None unless wanted."""
+        """The family's algorithm, without shared experts; statistics are None unless wanted."""
+
+
+class Projection(nn.Linear):
+    """A projection of a dense layer, without bias; the class tells it from others, whose weights start otherwise."""
+
+    def __init__(self, in_features: int, out_features: int, *, down: bool = False) -> None:
+        """`down` is true of the projection back to the hidden size."""
+        super().__init__(in_features, out_features, bias=False)
+        self.down = down
 
 
 class DenseFFN(FeedForward):
@@ -86,9 +118,9 @@ class DenseFFN(FeedForward):
         check_activation(activation)
         self.activation, self.gated = activation, gated
         if gated:
-            self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+            self.gate_proj = Projection(hidden_size, intermediate_size)
+        self.up_proj = Projection(hidden_size, intermediate_size)
+        self.down_proj = Projection(intermediate_size, hidden_size, down=True)
 
     def route_and_run(
         self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None

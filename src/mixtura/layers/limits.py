@@ -19,6 +19,12 @@ def check_mixture_of_tokens(
             raise ValueError(f"{name} is {value!r}: it must be {' or '.join(known)}.")
 
 
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Raises ValueError unless a token can have that many experts."""
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k is {top_k}: it must lie between 1 and num_experts, which is {num_experts}.")
+
+
 def check_token_choice(
     top_k: int,
     num_experts: int,
@@ -28,8 +34,7 @@ def check_token_choice(
     learned_router: bool,
 ) -> None:
     """Raises ValueError for a setting of token choice that makes no sense."""
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k is {top_k}: it must lie between 1 and num_experts, which is {num_experts}.")
+    check_top_k(top_k, num_experts)
     if capacity_factor is not None and capacity_factor <= 0:
         raise ValueError(f"capacity_factor is {capacity_factor}: it must be greater than zero, or None for dropless.")
     if score_function not in ("softmax", "sigmoid"):
@@ -41,9 +46,32 @@ def check_token_choice(
         )
 
 
+def check_expert_groups(top_k: int, num_experts: int, groups: int, groups_per_token: int, learned_router: bool) -> None:
+    """Raises ValueError for groups of experts that make no sense."""
+    if groups < 1 or num_experts % groups:
+        raise ValueError(f"expert_groups is {groups}: {num_experts} experts must divide into groups of one size.")
+    if not 1 <= groups_per_token <= groups:
+        raise ValueError(f"groups_per_token is {groups_per_token}: it must lie between 1 and expert_groups, {groups}.")
+    if top_k > groups_per_token * num_experts // groups:
+        raise ValueError(
+            f"top_k is {top_k}, but {groups_per_token} of {groups} groups have "
+            f"{groups_per_token * num_experts // groups} experts: lower it, or raise groups_per_token."
+        )
+    if groups > 1 and not learned_router:
+        raise ValueError(f"expert_groups is {groups}: without a router nothing chooses among groups, so set it to 1.")
+
+
+def check_dense_router_gradient(dense: bool, capacity_factor: float | None, learned_router: bool) -> None:
+    """Raises ValueError where the router cannot train as if all experts ran."""
+    if dense and (capacity_factor is not None or not learned_router):
+        raise ValueError(
+            "dense_router_gradient is True: it needs a router and no capacity_factor, since all experts run on all "
+            "tokens; set it to False."
+        )
+
+
 def check_expert_choice(top_k: int, num_experts: int, group_over: str) -> None:
     """Raises ValueError for a setting of expert choice that makes no sense."""
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k is {top_k}: it must lie between 1 and num_experts, which is {num_experts}.")
+    check_top_k(top_k, num_experts)
     if group_over not in ("batch", "all"):
         raise ValueError(f"group_over is {group_over!r}: it must be batch or all.")

@@ -42,6 +42,7 @@ class MixtureOfTokens(ServedTokenByToken):
         alone_top_k: int | None = None,
         zero_fill: float = 0.0,
         population: bool = False,
+        num_shared_experts: int = 0,
     ) -> None:
         """Builds the layer.
 
@@ -54,8 +55,7 @@ class MixtureOfTokens(ServedTokenByToken):
             group_over: groups of consecutive examples at one position, or of consecutive positions (encoders only).
             temperature: divides the router's logits.
             combine: spread outputs with the dispatch weights, as in the paper, or with those of a second router.
-            activation: "relu", "gelu" or "silu".
-            gated: gated experts.
+            activation, gated: "relu", "gelu" or "silu"; experts with a gate.
             inference_mode: how eval() runs: "group" as trained, "alone", each token as if the rest of its group were
                 zero, or "population", as if the rest were what it is on average. The last two depend on nothing but the
                 token. train() uses groups, but for `zero_fill`.
@@ -63,6 +63,7 @@ class MixtureOfTokens(ServedTokenByToken):
             zero_fill: share of the groups, drawn anew in every training step, whose tokens each get an otherwise empty
                 group, so that they run in training as `alone` runs them. 1 trains in that mode only.
             population: keep a population's averages, saved with the layer; see `observing`.
+            num_shared_experts: experts that every token passes through besides, unmixed.
 
         Raises:
             ValueError: a setting makes no sense; the message names the fix.
@@ -76,8 +77,9 @@ class MixtureOfTokens(ServedTokenByToken):
         self.gate = Router(hidden_size, num_mixtures)
         self.combine_gate = Router(hidden_size, num_mixtures) if combine == "separate" else None
         self.choice_tap = ChoiceTap()
-        sizes = {"intermediate_size": intermediate_size, "num_experts": num_experts}
-        self.experts = Experts(hidden_size, **sizes, activation=activation, gated=gated)
+        sizes = {"intermediate_size": intermediate_size, "activation": activation, "gated": gated}
+        self.experts = Experts(hidden_size, num_experts=num_experts, **sizes)
+        self.add_shared_expert(hidden_size, num_shared_experts, **sizes)
 
     def route_and_run(
         self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mixtura import kernels
 from mixtura.layers.experts import Experts
+from mixtura.planning.shapes import capacity, even_rows
 
 
 class SparseRouting(NamedTuple):
@@ -72,9 +73,21 @@ class Router(nn.Linear):
     def __init__(self, hidden_size: int, num_logits: int) -> None:
         """E is `num_logits`."""
         super().__init__(hidden_size, num_logits, bias=False)
+        self.fixed = False
+
+    def fix(self) -> None:
+        """Keeps the weights as they are, for controls; hidden states get no gradient through it either.
+
+        As the fixed router of SMoE-Dropout (arXiv 2303.01610, section 3.2), but that nothing before it learns to
+        be routed.
+        """
+        self.fixed = True
+        self.requires_grad_(False)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) -> (..., E)."""
+        if self.fixed:  # transformers loads a checkpoint into parameters that want a gradient again
+            return router_logits(input.detach(), self.weight.detach())
         return router_logits(input, self.weight)
 
 
@@ -92,6 +105,66 @@ def dense_experts(experts: Experts, x_NGD: Tensor, routing: DenseRouting) -> Ten
 def sort_by_expert(expert_TK: Tensor, weight_TK: Tensor, num_experts: int) -> SparseRouting:
     """Turns each token's chosen experts (T, K) into rows sorted by expert, tokens in order within an expert."""
     return SparseRouting(*kernels.rows_by_expert(expert_TK, weight_TK, num_experts))
+
+
+def active_rows(weight_TE: Tensor, active_TE: Tensor) -> SparseRouting:
+    """A row for every token and expert that belong together, where their number differs from token to token.
+
+    An accelerator has to say how many there are. A compiled graph cannot know: there every token is a row of every
+    expert, with a weight of zero where they do not belong together, and costs what that costs.
+
+    Args:
+        weight_TE: the weight of every expert's output, zero where it does not run.
+        active_TE: which experts run.
+    """
+    tokens, num_experts = weight_TE.shape
+    if torch.compiler.is_compiling():
+        token_R = torch.arange(tokens, device=weight_TE.device).repeat(num_experts)
+        return SparseRouting(token_R, weight_TE.T.flatten(), torch.full_like(token_R[:1], tokens).expand(num_experts))
+    active_ET = active_TE.T
+    token_R = active_ET.nonzero(as_tuple=True)[1]
+    return SparseRouting(token_R, weight_TE.T.masked_select(active_ET), active_TE.sum(0))
+
+
+def in_best_groups(scores_TE: Tensor, top_k: int, groups: int, groups_per_token: int) -> Tensor:
+    """The scores of the experts in a token's best groups; minus infinity for the others.
+
+    DeepSeek-V3 (arXiv 2412.19437, section 2.1.2) limits so the devices that a token is sent to. Groups are runs of
+    consecutive experts. A group counts for the sum of its top_k / groups_per_token best scores, at least for the best.
+    """
+    scores_TGe = scores_TE.unflatten(-1, (groups, -1))
+    counted = min(max(1, top_k // groups_per_token), scores_TGe.size(-1))
+    group_TG = scores_TGe.topk(counted, dim=-1).values.sum(-1)
+    best_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(
+        -1, group_TG.topk(groups_per_token, dim=-1).indices, True
+    )
+    return scores_TGe.masked_fill(~best_TG.unsqueeze(-1), -torch.inf).flatten(-2)
+
+
+def straight_through(scores_TE: Tensor, choice_TK: Tensor) -> Tensor:
+    """The scores (T, E) of the chosen experts, zero for the others, with the gradient of all scores.
+
+    DenseMixer (Yao et al. 2025) takes the choice for the identity in the backward pass. Used as weights of all experts,
+    those of weight zero neither change the output nor get a gradient, but say how much better or worse it would have
+    been with them, and so the router learns of experts that it did not choose.
+    """
+    others_TE = scores_TE.detach().scatter(-1, choice_TK, 0.0)
+    return scores_TE - others_TE
+
+
+def row_limit(
+    x_TD: Tensor, real_T: Tensor | None, top_k: int, num_experts: int, capacity_factor: float | None
+) -> int | Tensor | None:
+    """Most rows that an expert keeps, a tensor where only the device knows the real tokens; None keeps all."""
+    if capacity_factor is None:
+        return None
+    sizes = (top_k, num_experts, capacity_factor)
+    if real_T is None:
+        return capacity(len(x_TD), *sizes)
+    if kernels.must_not_wait(x_TD):
+        tokens = real_T.sum()
+        return even_rows(tokens.double(), *sizes).ceil().long().minimum(tokens).clamp_min(1)
+    return capacity(int(real_T.sum()), *sizes)
 
 
 def named_experts(expert_T: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,8 +28,12 @@ class SoftMoE(FeedForward):
         num_slots: int = 1,
         activation: str = "relu",
         gated: bool = False,
+        num_shared_experts: int = 0,
     ) -> None:
-        """Builds the layer with `num_slots` slots for each of `num_experts` experts of width `intermediate_size`."""
+        """Builds the layer with `num_slots` slots for each of `num_experts` experts of width `intermediate_size`.
+
+        Every token passes through `num_shared_experts` more of that width.
+        """
         super().__init__()
         if num_slots < 1:
             raise ValueError(f"num_slots is {num_slots}: it must be at least 1.")
@@ -37,13 +41,9 @@ class SoftMoE(FeedForward):
         self.slots = nn.Parameter(torch.empty(num_experts * num_slots, hidden_size))
         self.scale = nn.Parameter(torch.ones(()))
         nn.init.normal_(self.slots, std=0.02)
-        self.experts = Experts(
-            hidden_size,
-            intermediate_size=intermediate_size,
-            num_experts=num_experts,
-            activation=activation,
-            gated=gated,
-        )
+        sizes = {"intermediate_size": intermediate_size, "activation": activation, "gated": gated}
+        self.experts = Experts(hidden_size, num_experts=num_experts, **sizes)
+        self.add_shared_expert(hidden_size, num_shared_experts, **sizes)
 
     def route_and_run(
         self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None

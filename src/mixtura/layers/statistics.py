@@ -26,7 +26,7 @@ class RoutingStats(NamedTuple):
     tokens_per_expert_E: Tensor
     """(E,) float32: rows an expert was given, before any is dropped; for dense routings, the sum of its weights."""
     importance_E: Tensor
-    """(E,) float32: mean router probability of each expert."""
+    """(E,) float32: mean router probability of each expert, or its mean gate where gates are no probabilities."""
     router_z_loss: Tensor
     """Mean squared log-sum-exp of the router logits (ST-MoE, arXiv 2202.08906, eq. 5)."""
     dropped_tokens: Tensor
@@ -129,6 +129,22 @@ def token_choice_stats(
         dropped_tokens=over.float(),
         routed_rows=rows.float(),
         entropy=normalized_entropy(probs_TE, -1, real_T),
+    )
+
+
+def varying_choice_stats(logits_TE: Tensor, gate_TE: Tensor, active_TE: Tensor, real_T: Tensor | None) -> RoutingStats:
+    """Statistics of tokens that run as many experts as they happen to; one that runs none counts as dropped.
+
+    `gate_TE` are probabilities, or gates that add up to anything; their entropy is that of their shares.
+    """
+    total_T1 = gate_TE.sum(-1, keepdim=True)
+    return RoutingStats(
+        tokens_per_expert_E=sum_of_real(active_TE.float(), real_T),
+        importance_E=mean_of_real(gate_TE.float(), real_T),
+        router_z_loss=router_z_loss(logits_TE, real_T),
+        dropped_tokens=sum_of_real(1.0 - active_TE.any(-1).float(), real_T),
+        routed_rows=count_real(gate_TE, real_T),
+        entropy=normalized_entropy(gate_TE / total_T1.clamp_min(1e-20), -1, real_T),
     )
 
 

@@ -14,18 +14,20 @@ from torch import Tensor
 
 from mixtura import kernels
 from mixtura.layers.experts import Experts
-from mixtura.layers.feed_forward import DenseFFN, FeedForward
-from mixtura.layers.limits import check_token_choice
+from mixtura.layers.feed_forward import FeedForward
+from mixtura.layers.limits import check_dense_router_gradient, check_expert_groups, check_token_choice
 from mixtura.layers.routing import (
     ChoiceTap,
     Router,
     SparseRouting,
+    in_best_groups,
     named_experts,
+    row_limit,
     sort_by_expert,
     sparse_experts,
+    straight_through,
 )
-from mixtura.layers.statistics import RoutingStats, token_choice_stats
-from mixtura.planning.shapes import capacity, even_rows
+from mixtura.layers.statistics import RoutingStats, sum_of_real, token_choice_stats
 
 
 class TokenChoiceMoE(FeedForward):
@@ -47,6 +49,9 @@ class TokenChoiceMoE(FeedForward):
         expert_bias: bool = False,
         num_shared_experts: int = 0,
         learned_router: bool = True,
+        expert_groups: int = 1,
+        groups_per_token: int = 1,
+        dense_router_gradient: bool = False,
     ) -> None:
         """Builds the layer.
 
@@ -65,28 +70,29 @@ class TokenChoiceMoE(FeedForward):
             num_shared_experts: experts that every token passes through, as one layer of that many times F.
             learned_router: False has no router: the caller names an expert for each example, such as its language, and
                 all its tokens go there with weight 1 (task-level routing, arXiv 2110.03742, section 3).
+            expert_groups: a token chooses from `groups_per_token` groups of experts only; see `in_best_groups`.
+            groups_per_token: less than `expert_groups`, or all.
+            dense_router_gradient: train the router as if all experts ran; see `straight_through`.
 
         Raises:
-            ValueError: top_k does not lie between 1 and num_experts, capacity_factor is not positive, or a setting of
-                routers is given to a layer without one.
+            ValueError: a setting makes no sense, or one of routers is given to a layer without one.
         """
         super().__init__()
         check_token_choice(top_k, num_experts, capacity_factor, score_function, expert_bias, learned_router)
+        check_expert_groups(top_k, num_experts, expert_groups, groups_per_token, learned_router)
+        check_dense_router_gradient(dense_router_gradient, capacity_factor, learned_router)
         self.routes_by_example = not learned_router
         self.num_experts, self.top_k, self.score_function = num_experts, top_k, score_function
         self.normalize_top_k, self.routed_scaling_factor = normalize_top_k, routed_scaling_factor
-        self.capacity_factor = capacity_factor
+        self.capacity_factor, self.dense_router_gradient = capacity_factor, dense_router_gradient
+        self.expert_groups, self.groups_per_token = expert_groups, groups_per_token
         self.gate = Router(hidden_size, num_experts) if learned_router else None
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", torch.zeros(num_experts) if expert_bias else None)
         self.choice_tap = ChoiceTap()
         sizes = {"activation": activation, "gated": gated}
         self.experts = Experts(hidden_size, intermediate_size=intermediate_size, num_experts=num_experts, **sizes)
-        self.shared_expert = None
-        if num_shared_experts:
-            self.shared_expert = DenseFFN(
-                hidden_size, intermediate_size=num_shared_experts * intermediate_size, **sizes
-            )
+        self.add_shared_expert(hidden_size, num_shared_experts, intermediate_size=intermediate_size, **sizes)
 
     def route_and_run(
         self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None
@@ -105,43 +111,40 @@ class TokenChoiceMoE(FeedForward):
             assert self.gate is not None, "FeedForward.forward asks for the experts of a layer without a router"
             logits_TE = self.gate(x_TD)
             choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
-        self.choice_tap(weight_TK, choice_TK)
+        everyone = weight_TK.size(1) > choice_TK.size(1)
+        self.choice_tap(weight_TK, None if everyone else choice_TK)
         stats = None
-        if not counted:
+        if everyone:
+            expert_TE = torch.arange(self.num_experts, device=x_TD.device).expand_as(weight_TK)
+            y_TD = self.experts(x_TD, kernels.routed_ffn, expert_TE, weight_TK)
+            rows_E = sum_of_real(torch.zeros_like(probs_TE).scatter(1, choice_TK, 1.0), real_T)
+            stats = token_choice_stats(logits_TE, probs_TE, real_T, rows_E, None) if want_stats else None
+        elif not counted:
             y_TD = self.experts(x_TD, kernels.routed_ffn, choice_TK, weight_TK)
         else:
             routing = sort_by_expert(choice_TK, weight_TK, self.num_experts)
-            rows_E, limit = routing.tokens_per_expert_E, self._limit(x_TD, real_T)
+            limit = row_limit(x_TD, real_T, self.top_k, self.num_experts, self.capacity_factor)
+            rows_E = routing.tokens_per_expert_E
             if real_T is not None or limit is not None:
                 *kept, rows_E = kernels.first_real_rows(*routing[:3], real_T, limit)
                 # Where every row is kept, some with a weight of zero, each token's rows still are where they were.
                 routing = SparseRouting(*kept, row_TK=routing.row_TK if kept[0] is routing.token_R else None)
             y_TD = sparse_experts(self.experts, x_TD, routing)
             stats = token_choice_stats(logits_TE, probs_TE, real_T, rows_E, limit) if want_stats else None
-        if self.shared_expert is not None:
-            y_TD = y_TD + self.shared_expert(x_BLD).flatten(0, 1)
         return y_TD.view(x_BLD.shape), stats
 
     def _choose(self, logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Chosen experts (T, K), their weights (T, K) and every expert's probability (T, E)."""
+        """Chosen experts (T, K), their weights (T, K), or those of all (T, E), and all probabilities (T, E)."""
         softmax = self.score_function == "softmax"
         scores_TE = logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()
         biased_TE = scores_TE if self.expert_bias is None else scores_TE + self.expert_bias
+        if self.expert_groups > 1:
+            biased_TE = in_best_groups(biased_TE, self.top_k, self.expert_groups, self.groups_per_token)
         choice_TK = kernels.top_k(biased_TE, self.top_k)
         weight_TK = scores_TE.gather(-1, choice_TK)
+        if self.dense_router_gradient and self.training and self.top_k < self.num_experts:
+            weight_TK = straight_through(scores_TE, choice_TK)
         if self.normalize_top_k:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(1e-20)
         probs_TE = scores_TE if softmax else scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(1e-20)
         return choice_TK, weight_TK * self.routed_scaling_factor, probs_TE
-
-    def _limit(self, x_TD: Tensor, real_T: Tensor | None) -> int | Tensor | None:
-        """Most rows that an expert keeps, a tensor where only the device knows the real tokens; None keeps all."""
-        if self.capacity_factor is None:
-            return None
-        sizes = (self.top_k, self.num_experts, self.capacity_factor)
-        if real_T is None:
-            return capacity(len(x_TD), *sizes)
-        if kernels.must_not_wait(x_TD):
-            tokens = real_T.sum()
-            return even_rows(tokens.double(), *sizes).ceil().long().minimum(tokens).clamp_min(1)
-        return capacity(int(real_T.sum()), *sizes)

@@ -1,12 +1,15 @@
 """From a recipe to a model configuration, and from that to the layers."""
 
+import copy
 import pkgutil
 from typing import Any
 
 from mixtura.config import ArmConfig, ModelConfig
 from mixtura.config.arms import model_settings
 from mixtura.config.families import facts_of
+from mixtura.config.initialization import INITIALIZER_RANGE, start_scales
 from mixtura.layers import FeedForward
+from mixtura.layers.routing import Router
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.planning.matching import match_intermediate_size
 from mixtura.planning.shapes import feed_forward_shapes
@@ -34,6 +37,7 @@ def build_model_config(
         UserError: routing alone costs more than the dense layer.
     """
     own = {field: getattr(arm, setting.name) for setting, field in model_settings()}
+    own |= start_scales(arm, recipe_model)
     config = MixtureConfig(
         vocab_size=vocab_size,
         max_position_embeddings=max_position_embeddings,
@@ -48,7 +52,7 @@ def build_model_config(
         hidden_act=recipe_model.activation,
         gated=recipe_model.gated,
         tie_word_embeddings=recipe_model.tie_word_embeddings,
-        initializer_range=recipe_model.initializer_range,
+        initializer_range=recipe_model.initializer_range or INITIALIZER_RANGE,
         mlp_layer_types=layer_families(recipe_model.num_hidden_layers, arm),
         expert_names=expert_names,
         population=arm.population_rate > 0,
@@ -62,6 +66,17 @@ def build_model_config(
     return config
 
 
+def shared_width_config(config: MixtureConfig) -> MixtureConfig:
+    """Of a model with shared experts the dense one that is left without the routed experts and their routers."""
+    families = config.mlp_layer_types or []
+    shared = config.num_shared_experts * config.moe_intermediate_size
+    changed = copy.deepcopy(config)
+    changed.intermediate_sizes = [config.intermediate_size if family == "dense" else shared for family in families]
+    changed.mlp_layer_types = ["dense"] * len(families)
+    changed.control = "shared_width"
+    return changed
+
+
 def layer_families(num_layers: int, arm: ArmConfig) -> list[str]:
     """The family of every layer: the arm's in all layers, or in the later half with dense layers before it."""
     first = num_layers // 2 if arm.placement == "later_half" else 0
@@ -72,7 +87,11 @@ def build_feed_forward(config: MixtureConfig, layer_idx: int) -> FeedForward:
     """The feed-forward layer of decoder layer `layer_idx`, given the settings that the table has for its family."""
     family = (config.mlp_layer_types or [])[layer_idx]
     layer_class = pkgutil.resolve_name(facts_of(family).layer)
-    return layer_class(config.hidden_size, **_arguments(config, family, layer_idx))
+    layer = layer_class(config.hidden_size, **_arguments(config, family, layer_idx))
+    for module in layer.modules() if config.control is not None else ():
+        if isinstance(module, Router):
+            module.fix()
+    return layer
 
 
 def _arguments(config: MixtureConfig, family: str, layer_idx: int) -> dict[str, Any]:

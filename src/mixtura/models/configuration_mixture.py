@@ -1,5 +1,8 @@
 """The configuration of a decoder whose feed-forward layers may be mixtures, a family for each layer."""
 
+import math
+from typing import Literal
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
@@ -97,6 +100,25 @@ class MixtureConfig(ModelSettings, PreTrainedConfig):
         """Whether every mixture is one of token choice with a router, whose load a loss must balance."""
         mixtures = set(self.mlp_layer_types or []) - {"dense"}
         return mixtures == {"token_choice"} and self.route_by == "token"
+
+    def start_deviation(
+        self, fan_in: int, *, of: Literal["dense_scale", "expert_scale", "router_scale"], down: bool = False
+    ) -> float:
+        """Standard deviation at the start of a feed-forward matrix or a router.
+
+        A scale is a multiple of 1 / sqrt(fan-in); None is `initializer_range`, as in all checkpoints before there were
+        scales.
+
+        Args:
+            fan_in: inputs of the matrix.
+            of: the field with its scale.
+            down: whether it is a down-projection.
+        """
+        scale = getattr(self, of)
+        std = self.initializer_range if scale is None else scale / math.sqrt(fan_in)
+        if of == "router_scale":
+            return 0.0 if self.control == "uniform_router" else std
+        return std * self.feed_forward_scale * (self.down_scale if down else 1.0)
 
     def attention_kinds(self) -> list[str]:
         """What each layer looks at: "full_attention", or "sliding_attention" for the last `sliding_window` tokens."""

@@ -101,11 +101,18 @@ def load_model(folder: Path) -> tuple[Any, Any]:
     Raises:
         UserError: see `load_weights`; or the tokenizer cannot be read.
     """
-    model = load_weights(AutoModelForCausalLM, folder)
+    return load_weights(AutoModelForCausalLM, folder).eval(), open_tokenizer(folder)
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model folder.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # as above
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and the tokenizers' parser raise many classes, bare Exception too
         raise UserError(
             f"The tokenizer in '{folder}' cannot be loaded ({reason_of(error)}): train or export the model again."
         ) from error
-    return model.eval(), tokenizer

@@ -19,14 +19,17 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from mixtura.layers import (
     Experts,
+    ExpertThresholdMoE,
     FeedForward,
     LayerMix,
     MixtureOfTokens,
     Population,
+    ReMoE,
     RoutingStats,
     SoftMoE,
     TokenChoiceMoE,
 )
+from mixtura.layers.feed_forward import Projection
 from mixtura.layers.routing import Router
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.models.decoder_layer import (
@@ -75,14 +78,14 @@ class MixturePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """One rule for every weight matrix, routers and experts alike: normal with `initializer_range`."""
-        super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, Experts):
-            for weight in module.weights:
+        """Every matrix is normal: feed-forward weights and routers by their scales, others by `initializer_range`."""
+        if isinstance(module, Projection | Router | Experts):
+            for weight, std in _start_deviations(self.config, module):
                 init.normal_(weight, mean=0.0, std=std)
-        elif isinstance(module, SoftMoE):
-            init.normal_(module.slots, mean=0.0, std=std)
+            return
+        super()._init_weights(module)
+        if isinstance(module, SoftMoE):
+            init.normal_(module.slots, mean=0.0, std=self.config.initializer_range)
             init.ones_(module.scale)
         elif isinstance(module, LayerMix):
             init.zeros_(module.logits)
@@ -90,6 +93,11 @@ class MixturePreTrainedModel(PreTrainedModel):
                 init.ones_(module.scale)
         elif isinstance(module, TokenChoiceMoE) and module.expert_bias is not None:
             init.zeros_(module.expert_bias)
+        elif isinstance(module, ExpertThresholdMoE):
+            init.zeros_(module.threshold)
+            init.zeros_(module.updates)
+        elif isinstance(module, ReMoE):
+            init.constant_(module.l1_coef, module.l1_coef_start)
         elif isinstance(module, Population):
             module.reset()
 
@@ -114,9 +122,16 @@ class MixturePreTrainedModel(PreTrainedModel):
         for layer in self.mixture_of_tokens_layers():
             layer.set_zero_fill(share)
 
-    def router_losses(self, routing: Routing) -> tuple[Tensor | None, Tensor | None]:
+    def router_losses(self, routing: Routing | None) -> tuple[Tensor | None, Tensor | None]:
         """Unweighted load-balancing and z-loss, see `mixtura.models.router_losses`."""
         return router_losses(self.config, routing)
+
+    def router_loss_weights(self) -> tuple[Tensor | float, Tensor | float]:
+        """Their weights: those of the configuration, or ReMoE's of the moment, which is the same in all layers."""
+        for layer in self.mixture_layers():
+            if isinstance(layer, ReMoE):
+                return layer.l1_coef, 0.0
+        return self.config.router_aux_loss_coef, self.config.router_z_loss_coef
 
     def _wants_router_losses(self, labels: Tensor | None, kwargs: dict[str, Any]) -> bool:
         """Whether the loss needs them: in training with labels, or where router logits are asked for as in Mixtral."""
@@ -127,9 +142,11 @@ class MixturePreTrainedModel(PreTrainedModel):
         return bool(asked) or (labels is not None and self.training)
 
     def prepare_step(self, step: int, *, steps: int) -> None:
-        """Sets what depends on the progress of training: which share of its groups each layer fills with zeros.
+        """Sets what depends on the progress of training: which share of its groups each layer fills with zeros, and
+        whether layers with thresholds still choose over the batch.
 
-        Trainers other than ours never call it; every layer then has the share `zero_fill` at every step.
+        Trainers other than ours never call it. Every layer then has the share `zero_fill` at every step, and layers
+        with thresholds use them from the first update on.
 
         Args:
             step: optimizer steps taken.
@@ -139,6 +156,23 @@ class MixturePreTrainedModel(PreTrainedModel):
         shares = shares_alone(self.config, step, steps=steps, layers=len(layers))
         for layer, share in zip(layers, shares, strict=True):
             layer.set_zero_fill(share)
+        for layer in self.mixture_layers():
+            if isinstance(layer, ExpertThresholdMoE):
+                layer.choosing_over_batch = step < round(self.config.threshold_warmup * steps)
+
+
+def _start_deviations(config: MixtureConfig, module: Projection | Router | Experts) -> list[tuple[Tensor, float]]:
+    """The weights of a module of the feed-forward layers, each with the standard deviation it is drawn at."""
+    if isinstance(module, Router):
+        return [(module.weight, config.start_deviation(module.in_features, of="router_scale"))]
+    if isinstance(module, Projection):
+        std = config.start_deviation(module.in_features, of="dense_scale", down=module.down)
+        return [(module.weight, std)]
+    up, down = module.weights
+    return [
+        (up, config.start_deviation(module.hidden_size, of="expert_scale")),
+        (down, config.start_deviation(module.intermediate_size, of="expert_scale", down=True)),
+    ]
 
 
 class MixtureModel(MixturePreTrainedModel):
@@ -300,12 +334,12 @@ class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states if isinstance(keep, int) else hidden_states[:, keep])
         loss: Tensor | None = None
         language_loss: Any = None
-        losses = router_losses(self.config, outputs.routing)
+        losses = self.router_losses(outputs.routing)
         if labels is not None:
             language_loss = loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
             shifted = kwargs.get("shift_labels")
             share = share_of_step(labels[..., 1:] if shifted is None else shifted, kwargs.get("num_items_in_batch"))
-            added = weighted_router_losses(self.config, losses, share=share) if self.training else None
+            added = weighted_router_losses(self.router_loss_weights(), losses, share=share) if self.training else None
             loss = language_loss if added is None else language_loss + added
         return MixtureCausalLMOutput(
             loss=loss,
@@ -358,10 +392,10 @@ class MixtureForSequenceClassification(GenericForSequenceClassification, Mixture
         last_B = self._last_real_token(input_ids, len(logits_BLC))
         logits_BC = logits_BLC[torch.arange(len(logits_BLC), device=logits_BLC.device), last_B]
         loss: Any = None
-        losses = router_losses(self.config, outputs.routing)
+        losses = self.router_losses(outputs.routing)
         if labels is not None:
             loss = self.loss_function(logits=logits_BLC, labels=labels, pooled_logits=logits_BC, config=self.config)
-            added = weighted_router_losses(self.config, losses, share=None) if self.training else None
+            added = weighted_router_losses(self.router_loss_weights(), losses, share=None) if self.training else None
             loss = loss if added is None else loss + added
             share = share_of_step(labels, num_items_in_batch)
             loss = loss if share is None else loss * share

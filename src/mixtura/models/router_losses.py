@@ -19,7 +19,9 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import logging
 
+from mixtura.config import UserError
 from mixtura.layers import RoutingStats
+from mixtura.layers.remoe import l1_penalty
 from mixtura.layers.statistics import load_balancing_loss
 from mixtura.models.configuration_mixture import MixtureConfig
 
@@ -62,25 +64,39 @@ class MixtureClassifierOutput(SequenceClassifierOutputWithPast):
 logger = logging.get_logger(__name__)
 
 Routing = tuple[RoutingStats | None, ...]
+_BALANCED = ("token_choice", "remoe")
+"""Families whose load a loss evens out, each with a weight of its own."""
 
 
 def router_losses(config: MixtureConfig, routing: Routing | None) -> tuple[Tensor | None, Tensor | None]:
     """Load-balancing and z-loss, means over the token-choice layers; None where there is no such layer.
 
-    The other families balance their load by construction, and where languages name the experts the data decides.
+    ReMoE's first loss is its penalty. The other families balance their load by construction, and where languages name
+    the experts the data decides.
+
+    Raises:
+        UserError: the model has layers of both, whose losses have weights of their own.
     """
     if routing is None or config.route_by != "token":
         return None, None
     families = config.mlp_layer_types or []
-    stats = [s for s, family in zip(routing, families, strict=True) if s is not None and family == "token_choice"]
+    stats = [s for s, family in zip(routing, families, strict=True) if s is not None and family in _BALANCED]
     if not stats:
         return None, None
-    aux_losses = [load_balancing_loss(s.tokens_per_expert_E, s.importance_E) for s in stats]
+    if set(_BALANCED) <= set(families):
+        raise UserError("A model with token_choice and remoe layers cannot be trained: use one of the two families.")
+    if "remoe" in families:
+        aux_losses = [l1_penalty(s, config.num_experts_per_tok) for s in stats]
+    else:
+        aux_losses = [load_balancing_loss(s.tokens_per_expert_E, s.importance_E) for s in stats]
     return torch.stack(aux_losses).mean(), torch.stack([s.router_z_loss for s in stats]).mean()
 
 
 def weighted_router_losses(
-    config: MixtureConfig, losses: tuple[Tensor | None, Tensor | None], *, share: Tensor | float | None
+    weights: tuple[Tensor | float, Tensor | float],
+    losses: tuple[Tensor | None, Tensor | None],
+    *,
+    share: Tensor | float | None,
 ) -> Tensor | None:
     """What the losses of `router_losses` add to the model's; None where there is nothing to balance.
 
@@ -89,7 +105,7 @@ def weighted_router_losses(
     aux_loss, z_loss = losses
     if aux_loss is None or z_loss is None:
         return None
-    total = config.router_aux_loss_coef * aux_loss + config.router_z_loss_coef * z_loss
+    total = weights[0] * aux_loss + weights[1] * z_loss
     return total if share is None else total * share
 
 

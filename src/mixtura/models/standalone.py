@@ -107,9 +107,7 @@ class MixturaTokenChoice(nn.Module):
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.register_buffer("expert_bias", torch.zeros(config.num_experts) if _has_expert_bias(config) else None)
         self.experts = MixturaExperts(config)
-        self.shared_expert = None
-        if config.num_shared_experts:
-            self.shared_expert = MixturaDense(config, config.num_shared_experts * config.moe_intermediate_size)
+        self.shared_expert = _shared_expert(config)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
@@ -126,6 +124,12 @@ class MixturaTokenChoice(nn.Module):
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         return y_TD.view(x_BLD.shape)
+
+
+def _shared_expert(config: MixtureConfig) -> "MixturaDense | None":
+    if not config.num_shared_experts:
+        return None
+    return MixturaDense(config, config.num_shared_experts * config.moe_intermediate_size)
 
 
 def _has_expert_bias(config: MixtureConfig) -> bool:
@@ -161,6 +165,7 @@ class MixturaOfTokens(nn.Module):
             self.combine_gate = nn.Linear(config.hidden_size, mixtures, bias=False)
         self.population = MixturaPopulation(config) if config.population else None
         self.experts = MixturaExperts(config)
+        self.shared_expert = _shared_expert(config)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
@@ -181,6 +186,8 @@ class MixturaOfTokens(nn.Module):
         if rest is not None:
             # The mixtures that are not run: their inputs are near the mean, whose outputs are kept.
             y_TD = y_TD + weight_TS.scatter(1, chosen_TK, 0.0).to(y_TD.dtype) @ rest.output.to(y_TD.dtype)
+        if self.shared_expert is not None:
+            y_TD = y_TD + self.shared_expert(x_TD)
         return y_TD.view(x_BLD.shape)
 
     def _weights(self, x_TD: Tensor, gate: nn.Linear, log_mass: Tensor | float) -> Tensor:

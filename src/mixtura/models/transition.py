@@ -138,6 +138,11 @@ def follow_transition(model: MixtureForCausalLM, folder: Path) -> None:
     _take_over(model, converted.to(model.device))
 
 
+def finished_config(config: MixtureConfig) -> MixtureConfig:
+    """The configuration that a model has once it is trained: another's, where its layers change on the way."""
+    return config if config.transition_to is None else _configuration(config, top_k=_planned_top_k(config))
+
+
 def _planned_top_k(config: MixtureConfig) -> int:
     assert config.alone_top_k is not None and config.mixtures_per_expert == 1 and config.combine == "same"
     return config.alone_top_k
@@ -147,7 +152,7 @@ def _take_over(model: MixtureForCausalLM, converted: MixtureForCausalLM) -> None
     """Gives `model` the token-choice layers and settings of `converted`; the parameters stay those of `model`."""
     for old, new in zip(_decoder_layers(model), _decoder_layers(converted), strict=True):
         if isinstance(old.mlp, MixtureOfTokens) and isinstance(new.mlp, TokenChoiceMoE):
-            new.mlp.gate, new.mlp.experts = old.mlp.gate, old.mlp.experts
+            new.mlp.gate, new.mlp.experts, new.mlp.shared_expert = old.mlp.gate, old.mlp.experts, old.mlp.shared_expert
             old.mlp = new.mlp.train(model.training)
     for key, value in _changes(model.config, top_k=converted.config.num_experts_per_tok).items():
         setattr(model.config, key, value)
@@ -164,7 +169,7 @@ def _changes(config: MixtureConfig, *, top_k: int) -> dict[str, Any]:
     """The fields of the configuration that the conversion changes, with their new values.
 
     Settings that no layer has any more, and those of token choice's layers, go back to their defaults: a layer then
-    chooses by softmax, drops nothing and has no shared expert. Settings of the training of token choice stay.
+    chooses by softmax and drops nothing. Settings of the training of token choice stay, and shared experts do.
     """
     swap = {"mixture_of_tokens": "token_choice"}
     families = [swap.get(family, family) for family in config.mlp_layer_types or []]
@@ -173,7 +178,7 @@ def _changes(config: MixtureConfig, *, top_k: int) -> dict[str, Any]:
         for setting, field in model_settings()
         if not set(families) & set(setting.families) or setting.argument("token_choice") is not None
     }
-    kept = {"moe_intermediate_size": config.moe_intermediate_size}
+    kept = {key: getattr(config, key) for key in ("moe_intermediate_size", "num_shared_experts")}
     experts = {"num_experts": config.num_experts * config.mixtures_per_expert, "num_experts_per_tok": top_k}
     outside = {"mlp_layer_types": families, "routed_scaling_factor": 1.0, "population": False}
     return reset | kept | experts | outside
@@ -211,7 +216,10 @@ def _match_outputs(
     products = torch.zeros(len(pairs), 2, dtype=torch.float64)
 
     def compare(index: int, _: nn.Module, inputs: tuple[Tensor, ...], y_BLD: Any) -> None:
-        new_y_BLD = pairs[index][1](inputs[0]).double()
+        layer, new_y_BLD = pairs[index][1], pairs[index][1](inputs[0]).double()
+        if layer.shared_expert is not None:  # both have the same, which nothing scales
+            shared_BLD = layer.shared_expert(inputs[0]).double()
+            y_BLD, new_y_BLD = y_BLD - shared_BLD, new_y_BLD - shared_BLD
         products[index] += torch.stack([(y_BLD.double() * new_y_BLD).sum(), new_y_BLD.square().sum()]).cpu()
 
     hooks = [old.register_forward_hook(partial(compare, index)) for index, (old, _) in enumerate(pairs)]

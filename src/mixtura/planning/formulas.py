@@ -106,11 +106,12 @@ def layer_flops(layer: FeedForwardShape) -> float:
     A mean over training where mixture of tokens leaves a share of the groups empty: their tokens pay for the mixtures
     that run for them and for the routers, and nothing is mixed.
     """
-    rows = layer.rows_per_token + layer.shared_experts
+    rows = layer.trained_rows_per_token + layer.shared_experts
     grouped = 2 * rows * expert_parameters(layer) + routing_flops(layer)
     if not layer.alone_share:
         return grouped
-    alone = 2 * layer.alone_rows_per_token * expert_parameters(layer) + 2 * router_parameters(layer)
+    rows_alone = layer.alone_rows_per_token + layer.shared_experts
+    alone = 2 * rows_alone * expert_parameters(layer) + 2 * router_parameters(layer)
     return (1 - layer.alone_share) * grouped + layer.alone_share * alone
 
 

@@ -89,6 +89,11 @@ class ModelShape(Protocol):
         ...
 
     @property
+    def dense_router_gradient(self) -> bool:
+        """Whether all experts run in training, for the router's sake (token choice)."""
+        ...
+
+    @property
     def route_by(self) -> str:
         """ "token" where token choice has a router; else what names an example's expert."""
         ...
@@ -151,6 +156,8 @@ class FeedForwardShape:
     num_experts: int = 1
     top_k: int = 1
     num_shared_experts: int = 0
+    all_train: bool = False
+    """Token choice: whether all experts run for every token in training."""
     learned_router: bool = True
     """Token choice: False where an example's language names its expert."""
     group_size: int = 1
@@ -203,6 +210,11 @@ class FeedForwardShape:
                 return self.num_experts * self.mixtures_per_expert / self.group_size
 
     @property
+    def trained_rows_per_token(self) -> float:
+        """As `rows_per_token`, in training."""
+        return float(self.num_experts) if self.all_train else self.rows_per_token
+
+    @property
     def alone_rows_per_token(self) -> int:
         """Expert rows of a mixture-of-tokens layer for a token without a group: a row for each mixture that runs."""
         return self.num_experts * self.mixtures_per_expert if self.alone_top_k is None else self.alone_top_k
@@ -221,6 +233,7 @@ def feed_forward_shapes(shape: ModelShape, *, sequence_length: int) -> list[Feed
             num_experts=shape.num_experts,
             top_k=shape.num_experts_per_tok,
             num_shared_experts=shape.num_shared_experts,
+            all_train=shape.dense_router_gradient and has_setting(family, "dense_router_gradient"),
             learned_router=shape.route_by == "token",
             group_size=shape.group_size if has_setting(family, "group_size") else sequence_length,
             mixtures_per_expert=shape.mixtures_per_expert,

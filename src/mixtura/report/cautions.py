@@ -7,8 +7,9 @@ says; "warning", that the comparison may be unfair or its winner dear; "note", a
 from typing import Literal, get_args
 
 from mixtura.planning.matching import FLOPS_TOLERANCE
-from mixtura.report.measures import Yardstick, yardstick
-from mixtura.report.wording import NBSP, TIMES, capital, count, listing, number, percent, quantity, rate, times
+from mixtura.report.controls import about_controls
+from mixtura.report.measures import Yardstick, yardstick_of
+from mixtura.report.wording import NBSP, TIMES, count, listing, number, percent, quantity, rate, start, times
 from mixtura.results import ArmResult, ArmSummary, Results
 from mixtura.results.conclusions import Budget, Caution, Limit
 from mixtura.results.run import TranslationDetails
@@ -16,7 +17,7 @@ from mixtura.results.run import TranslationDetails
 SLOW_STEP = 1.25
 """Seconds a step over the baseline's, from which a reader is warned."""
 TIMING_TOLERANCE = 0.1
-"""How far two ways of comparing seconds a step may lie apart before the timing is called noisy."""
+"""How far two ways of comparing seconds a step may differ before the timing is called noisy."""
 DROPPED_TOLERANCE = 0.01
 MANY_EPOCHS = 4.0
 """Text repeated more often than this is worth clearly less than new text (Muennighoff et al., 2023)."""
@@ -34,25 +35,26 @@ def find_cautions(results: Results, arms: dict[str, ArmSummary]) -> list[Caution
         results: see docs/report.md.
         arms: the summary's arms, which hold names and what excludes an arm.
     """
-    stick = yardstick(results)
-    found = [*_about_seeds(results, arms), *_about_data(results), *_about_search(results, arms, stick)]
+    yardstick = yardstick_of(results)
+    found = [*_about_seeds(results, arms), *_about_data(results), *_about_search(results, arms, yardstick)]
     found += [*_about_copying(results, arms), *_about_classes(results)]
+    found += about_controls(results, arms, yardstick.measure)
     for name, arm in results.arms.items():
         label = arms[name].label
-        found += _about_validity(name, arm, label, arms[name], stick)
-        found += _about_leaks(name, arm, label, stick)
-        found += _about_cost(name, arm, label, arms[results.baseline].label, stick)
+        found += _about_validity(name, arm, label, arms[name], yardstick)
+        found += _about_leaks(name, arm, label, yardstick)
+        found += _about_cost(name, arm, label, arms[results.baseline].label, yardstick)
         found += _about_noise(name, arm, label, results.arms[results.baseline])
         found += _about_rate(name, arm, label)
         if (arms[name].averages.dropped_share or 0) > DROPPED_TOLERANCE:
-            text = f"{label} drops {percent(arms[name].averages.dropped_share)} of its routed rows."
+            text = f"{start(label)} drops {percent(arms[name].averages.dropped_share)} of its routed rows."
             found.append(_caution("note", "dropped", name, text))
     # Unequal FLOPs come first among their like: every other number rests on them.
     return sorted(found, key=lambda caution: (_LEVELS.index(caution.level), caution.kind != "flops"))
 
 
 def _caution(level: Level, kind: str, arm: str | None, text: str) -> Caution:
-    return Caution(level, kind, arm, capital(text))
+    return Caution(level, kind, arm, text)
 
 
 def _about_seeds(results: Results, arms: dict[str, ArmSummary]) -> list[Caution]:
@@ -120,12 +122,12 @@ def _about_data(results: Results) -> list[Caution]:
     return [_caution("warning", "epochs", None, text)]
 
 
-def _about_search(results: Results, arms: dict[str, ArmSummary], stick: Yardstick) -> list[Caution]:
+def _about_search(results: Results, arms: dict[str, ArmSummary], yardstick: Yardstick) -> list[Caution]:
     missing = [arms[name].label for name, arm in results.arms.items() if arm.searched is None]
     if not missing:
         return []
     whose = "any arm" if len(missing) == len(arms) else listing(missing)
-    what = "family" if stick.task == "pretraining" else "arm"
+    what = "family" if yardstick.task == "pretraining" else "arm"
     text = (
         f"The learning rate was not searched for {whose}: a rate that suits one {what} can cost another more than "
         "the differences shown here."
@@ -133,49 +135,52 @@ def _about_search(results: Results, arms: dict[str, ArmSummary], stick: Yardstic
     return [_caution("warning", "not_searched", None, text)]
 
 
-def _about_validity(name: str, arm: ArmResult, label: str, said: ArmSummary, stick: Yardstick) -> list[Caution]:
+def _about_validity(name: str, arm: ArmResult, label: str, judged: ArmSummary, yardstick: Yardstick) -> list[Caution]:
     found = []
     if arm.deployed_mode is None:
         text = (
-            f"{label} cannot be deployed: it needs other examples' tokens to compute a token's output. Its "
-            f"{stick.short} as trained is listed, but it takes no part in the verdict."
+            f"{start(label)} cannot be deployed: it needs other examples' tokens to compute a token's output. Its "
+            f"{yardstick.short} as trained is listed, but it takes no part in the verdict."
         )
         found.append(_caution("serious", "not_deployable", name, text))
-    if arm.leaks.future and stick.causal:
+    if arm.leaks.future and yardstick.causal:
         text = (
-            f"{label} sees the future: a token's output depends on later tokens, so its loss is not a language "
+            f"{start(label)} sees the future: a token's output depends on later tokens, so its loss is not a language "
             "model's loss, and it takes no part in the verdict."
         )
         found.append(_caution("serious", "leaks_future", name, text))
-    if said.diverged:
+    if judged.diverged:
         text = (
-            f"{label} diverged in {said.diverged} of {count(len(arm.runs), 'run')}: its mean would hide that, "
+            f"{start(label)} diverged in {judged.diverged} of {count(len(arm.runs), 'run')}: its mean would hide that, "
             "so it takes no part in the verdict."
         )
         found.append(_caution("serious", "diverged", name, text))
     return found
 
 
-def _about_leaks(name: str, arm: ArmResult, label: str, stick: Yardstick) -> list[Caution]:
+def _about_leaks(name: str, arm: ArmResult, label: str, yardstick: Yardstick) -> list[Caution]:
     if arm.leaks.batch_deployed:
-        text = f"{label} leaks the batch even as deployed: the same text gets another loss beside other examples."
+        text = (
+            f"{start(label)} leaks the batch even as deployed: the same text gets another loss beside other examples."
+        )
         return [_caution("serious", "leaks_batch_deployed", name, text)]
     if arm.leaks.batch and arm.training_mode == arm.deployed_mode:
         text = (
-            f"{label} leaks the batch while it trains in groups: a token's output depends on other examples. The "
-            "finished model has no groups, and its numbers are measured without."
+            f"{start(label)} leaks the batch while it trains in groups: a token's output depends on other examples. "
+            "The finished model has no groups, and its numbers are measured without."
         )
         return [_caution("note", "leaks_batch", name, text)]
     if arm.leaks.batch:
         text = (
-            f"{label} leaks the batch while it trains: a token's output depends on other examples. Its {stick.short} "
-            f"in training mode ({arm.training_mode}) is measured with such neighbours and is never the headline."
+            f"{start(label)} leaks the batch while it trains: a token's output depends on other examples. Its "
+            f"{yardstick.short} in training mode ({arm.training_mode}) is measured with such neighbours and is never "
+            "the headline."
         )
         return [_caution("note", "leaks_batch", name, text)]
     return []
 
 
-def _about_cost(name: str, arm: ArmResult, label: str, baseline: str, stick: Yardstick) -> list[Caution]:
+def _about_cost(name: str, arm: ArmResult, label: str, baseline: str, yardstick: Yardstick) -> list[Caution]:
     found = []
     if (arm.seconds_ratio or 1.0) > SLOW_STEP:
         text = (
@@ -183,10 +188,12 @@ def _about_cost(name: str, arm: ArmResult, label: str, baseline: str, stick: Yar
             "equal tokens and FLOPs are not equal time."
         )
         found.append(_caution("warning", "slow_step", name, text))
-    if abs(arm.flops_ratio - 1) > FLOPS_TOLERANCE:
-        text = f"{label} uses {number(arm.flops_ratio, 3)}{TIMES} the FLOPs a token of {baseline}: not held equal."
+    if abs(arm.flops_ratio - 1) > FLOPS_TOLERANCE and arm.settings.get("control") != "shared_width":
+        text = (
+            f"{start(label)} uses {number(arm.flops_ratio, 3)}{TIMES} the FLOPs a token of {baseline}: not held equal."
+        )
         # Arms of pretraining are to be matched in FLOPs; those of fine-tuning differ in what they train.
-        found.append(_caution("warning" if stick.task == "pretraining" else "note", "flops", name, text))
+        found.append(_caution("warning" if yardstick.task == "pretraining" else "note", "flops", name, text))
     return found
 
 
@@ -210,18 +217,22 @@ def _about_rate(name: str, arm: ArmResult, label: str) -> list[Caution]:
         return []
     if search.at_edge:
         rates = [trial.learning_rate for trial in search.trials]
-        end = "highest" if search.best >= max(rates) else "lowest"
+        scales = [trial.scale for trial in search.trials if trial.scale is not None]
+        what, best, tried = "learning rate", search.best, rates
+        if search.best_scale is not None and (len(set(rates)) == 1 or min(rates) < search.best < max(rates)):
+            what, best, tried = "initialisation scale", search.best_scale, scales
+        end = "highest" if best >= max(tried) else "lowest"
         text = (
-            f"{label}'s best learning rate, {rate(search.best)}, is the {end} of those tried: a better one may lie "
-            f"beyond, so {label} may be shown worse than it is."
+            f"{start(label)}'s best {what}, {rate(best)}, is the {end} of those tried: a better one may "
+            f"lie beyond, so {label} may be shown worse than it is."
         )
         found.append(_caution("warning", "rate_at_edge", name, text))
     if arm.learning_rate != search.best:
-        text = f"{label} ran at {rate(arm.learning_rate)}, not at the searched best rate, {rate(search.best)}."
+        text = f"{start(label)} ran at {rate(arm.learning_rate)}, not at the searched best rate, {rate(search.best)}."
         found.append(_caution("warning", "rate_not_best", name, text))
     if search.steps and search.steps < arm.runs[0].steps:
         text = (
-            f"{label}'s learning rate was searched with {search.steps}{NBSP}steps, fewer than the run's "
+            f"{start(label)}'s learning rate was searched with {search.steps}{NBSP}steps, fewer than the run's "
             f"{arm.runs[0].steps}: the best rate of a longer run is often lower."
         )
         found.append(_caution("note", "short_search", name, text))
@@ -246,11 +257,17 @@ _USES = {
 }
 
 
+def _searched(results: Results) -> str:
+    records = [arm.searched for arm in results.arms.values()]
+    scales = any(record is not None and record.best_scale is not None for record in records)
+    return "learning rate and initialisation scale were" if scales else "the learning rate was"
+
+
 def list_limits(results: Results, budget: Budget) -> list[Limit]:
     """What the comparison cannot tell, whatever its numbers."""
     environment, others, task = results.environment, len(results.arms) - 1, results.task
     processor = environment.get("processor") or "unnamed processor"
-    varied = "data order" if yardstick(results).continued else "initialisation and data order"
+    varied = "data order" if yardstick_of(results).continued else "initialisation and data order"
     largest = quantity(max(arm.parameters_total for arm in results.arms.values()))
     limits = {
         "Longer training": f"Each run saw {quantity(budget.tokens)} tokens. The order of the arms can change with "
@@ -259,7 +276,7 @@ def list_limits(results: Results, budget: Budget) -> list[Limit]:
         f"{_LARGER[task]}.",
         "Other text": f"One source ({results.data.description}), one split. The intervals cover {varied}, "
         "not the choice of the held-out text, which is the same for all arms.",
-        "Other settings": "At most the learning rate was searched for each arm. Weight decay, warm-up, "
+        "Other settings": f"At most {_searched(results)} searched for each arm. Weight decay, warm-up, "
         f"{_SETTINGS[task]} are those of the recipe.",
         "Other hardware": f"Seconds and memory hold for this machine ({processor}, {environment['device']}) and these "
         "kernels; what mixtures cost beside dense layers differs between machines.",

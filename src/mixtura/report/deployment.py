@@ -1,7 +1,7 @@
 """What mixture of tokens loses without its group, beside how peaked its weights are, as plotly's JSON."""
 
 from mixtura.report.figures import SYMBOLS, Figure, make_trace, safe_text
-from mixtura.report.measures import titled_unit, yardstick
+from mixtura.report.measures import titled_unit, yardstick_of
 from mixtura.results import ArmResult, Results, Summary
 from mixtura.results.conclusions import MeanScore
 from mixtura.results.run import PretrainingDetails
@@ -60,7 +60,11 @@ def _peaked_figure(arms: dict[str, dict[int, list[float]]], summary: Summary) ->
     layout = {
         "height": 340,
         "xaxis": {"title": {"text": "a token's mixtures, from its largest weight"}},
-        "yaxis": {"title": {"text": "mean weight"}, "type": "log"},
+        "yaxis": {
+            "title": {"text": "mean weight"},
+            "type": "log",
+            "tickvals": [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1],
+        },
     }
     return {"data": traces, "layout": layout}
 
@@ -83,7 +87,7 @@ def _gap_figure(arms: dict[str, dict[int, list[float]]], results: Results, summa
                 hovertemplate=f"{safe_text(label)}: %{{y:+.4f}}<extra></extra>",
             )
         )
-    unit, words = yardstick(results).loss.unit, [MODES[mode] for mode in modes]
+    unit, words = yardstick_of(results).loss.unit, [MODES[mode] for mode in modes]
     layout = {
         "height": 340,
         "xaxis": {"tickvals": list(range(len(words))), "ticktext": words, "range": [-0.5, len(words) - 0.5]},

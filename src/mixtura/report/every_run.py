@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mixtura.report.measures import yardstick
+from mixtura.report.measures import yardstick_of
 from mixtura.report.tables import Cell, difference_cell
 from mixtura.report.wording import NONE, number
 from mixtura.results import ArmSummary, Measure, Results, Summary
@@ -21,7 +21,7 @@ class SeedTable:
 
 def seed_table(results: Results, summary: Summary) -> SeedTable:
     """The final measure of every run."""
-    measure = yardstick(results).measure
+    measure = yardstick_of(results).measure
     columns = [
         (name, mode)
         for name, arm in summary.arms.items()
@@ -45,8 +45,8 @@ def _ordered_modes(arm: ArmSummary) -> list[str]:
 def _mode_words(arm: ArmSummary, mode: str) -> str:
     named = (("deployed", arm.deployed_mode), ("trained", arm.training_mode))
     roles = [word for word, own in named if own == mode]
-    said = "alone, all experts" if mode == "alone_all" else mode
-    return said if len(roles) != 1 else f"{said}, as {roles[0]}"
+    words = "alone, all experts" if mode == "alone_all" else mode
+    return words if len(roles) != 1 else f"{words}, as {roles[0]}"
 
 
 def _run_score(arm: ArmSummary, mode: str, seed: int, measure: Measure) -> str:
@@ -75,7 +75,7 @@ class PairRow:
 
 def pair_table(results: Results, summary: Summary) -> list[PairRow]:
     """Every pair of arms in the verdict."""
-    digits = yardstick(results).measure.digits
+    digits = yardstick_of(results).measure.digits
     words = {"beats": "beats", "loses": "loses to", "draw": "draws with", "one_seed": "against"}
     return [
         PairRow(pair.arm, pair.against, words.get(pair.outcome, NONE), difference_cell(pair.difference, digits=digits))

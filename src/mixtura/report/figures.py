@@ -6,14 +6,12 @@ serves light and dark. `meta.scale` says what a step is in tokens, FLOPs and sec
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from mixtura.report.measures import difference_unit, titled_unit, yardstick
-from mixtura.report.wording import NBSP, capital, rate
-from mixtura.results import ArmResult, Results, Summary
+from mixtura.report.measures import difference_unit, seconds_per_step, titled_unit, yardstick_of
+from mixtura.report.wording import NBSP, rate, signed, signed_margin
+from mixtura.results import ArmResult, ArmSummary, Measure, Results, Summary
 from mixtura.results.conclusions import Crossing, Difference
-from mixtura.results.run import LoadHistory
 
 Figure = dict[str, Any]
 """A figure, a trace or a part of one, as plotly takes it."""
@@ -30,9 +28,13 @@ AXES = {
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "pentagon", "hexagon")
 """Markers of the arms in their order: a second key beside the colour."""
 
-_EVEN = 1e-3
 _SMOOTHING = 0.06
 """Share of the training-loss points averaged into one."""
+
+
+def arms_in(figure: Figure) -> list[int]:
+    """The places of the arms that a figure shows, for its legend."""
+    return sorted({trace["meta"]["arm"] for trace in figure["data"]})
 
 
 def build_figures(results: Results, summary: Summary) -> dict[str, Figure]:
@@ -48,8 +50,8 @@ def build_figures(results: Results, summary: Summary) -> dict[str, Figure]:
 
 
 def difference_figure(results: Results, summary: Summary) -> Figure | None:
-    """Each arm's measure minus the baseline's: the mean with its interval, and every seed."""
-    measure = yardstick(results).measure
+    """Each arm's measure minus the baseline's: the mean with its interval, and every seed where there are several."""
+    measure = yardstick_of(results).measure
     names = list(summary.arms)
     found = {name: arm.difference.deployed for name, arm in reversed(summary.arms.items())}
     shown = {name: difference for name, difference in found.items() if difference is not None}
@@ -59,36 +61,54 @@ def difference_figure(results: Results, summary: Summary) -> Figure | None:
     for row, (name, difference) in enumerate(shown.items()):
         traces += _difference_traces(summary.arms[name].label, difference, names.index(name), row)
         extent += [*difference.values, difference.low or 0.0, difference.high or 0.0]
-    base = safe_text(next(arm.label for arm in summary.arms.values() if arm.baseline))
     reach = 1.12 * max(abs(value) for value in extent) or 0.01
-    title, unit = f"{capital(measure.name)} minus {base}'s", difference_unit(measure)
     sides = ("better", "worse") if measure.better == "lower" else ("worse", "better")
     ends = f"\N{LEFTWARDS ARROW}{NBSP}{sides[0]}", f"{sides[1]}{NBSP}\N{RIGHTWARDS ARROW}"
+    ticks = _even_ticks(reach)
     layout = {
-        "height": 92 + 74 * len(shown),
+        "height": 96 + 52 * len(shown),
         "xaxis": {
-            "title": {"text": titled_unit(f"{title}, as deployed", unit)},
+            "title": {"text": titled_unit("Difference", difference_unit(measure))},
             "range": [-reach, reach],
             "zeroline": True,
+            "tickvals": ticks,
+            "ticktext": [signed(value, _decimals(ticks[-1])) if value else "0" for value in ticks],
         },
         "yaxis": {
             "tickvals": list(range(len(shown))),
-            "ticktext": [safe_text(summary.arms[name].label) for name in shown],
+            "ticktext": [_difference_label(summary.arms[name].label, of, measure) for name, of in shown.items()],
             "range": [-0.6, len(shown) - 0.35],
             "showgrid": False,
         },
         "annotations": [_note(0.0, "left", ends[0]), _note(1.0, "right", ends[1])],
-        "margin": {"t": 34},
-        "meta": {"narrow_title": titled_unit(f"{title},<br>as deployed", unit)},
+        "margin": {"t": 28},
     }
     return {"data": traces, "layout": layout}
+
+
+def _difference_label(label: str, difference: Difference, measure: Measure) -> str:
+    """An arm's name, and below it the difference that its row shows, as the card has it."""
+    return f"{safe_text(label)}<br><b>{signed_margin(difference, least=measure.digits)}</b>"
+
+
+def _even_ticks(reach: float) -> list[float]:
+    """Zero and a round value on either side: more would not fit on a phone."""
+    rough = reach / 1.15
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = max(power * digit for digit in (1, 2, 3, 4, 5, 6, 8) if power * digit <= rough)
+    return [-round(step, 12), 0.0, round(step, 12)]
+
+
+def _decimals(value: float) -> int:
+    """As many as a round value needs."""
+    return max(0, -math.floor(math.log10(value)))
 
 
 def _difference_traces(label: str, difference: Difference, index: int, row: int) -> list[Figure]:
     name = safe_text(label)
     half = 0.0 if difference.high is None else difference.high - difference.mean
     seeds = make_trace(
-        [(value, row - 0.24) for value in difference.values],
+        [(value, row - 0.26) for value in difference.values],
         label,
         index,
         "seed",
@@ -105,13 +125,14 @@ def _difference_traces(label: str, difference: Difference, index: int, row: int)
         mode="markers",
         marker={"size": 12, "symbol": SYMBOLS[index % len(SYMBOLS)]},
         error_x={"type": "data", "array": [half], "thickness": 2.5, "width": 7, "visible": half > 0},
-        hovertemplate=f"{name}, mean: %{{x:+.4f}}<extra></extra>",
+        hovertemplate=f"{name}{', mean' if difference.n > 1 else ''}: %{{x:+.4f}}<extra></extra>",
     )
-    return [seeds, mean]
+    # The mean of one seed is that seed: it is drawn once.
+    return [seeds, mean] if difference.n > 1 else [mean]
 
 
 def _loss_title(results: Results, words: str) -> dict[str, str]:
-    return {"text": titled_unit(words, yardstick(results).loss.unit)}
+    return {"text": titled_unit(words, yardstick_of(results).loss.unit)}
 
 
 def _note(x: float, anchor: str, text: str) -> Figure:
@@ -131,8 +152,10 @@ def curve_figure(results: Results, summary: Summary) -> Figure | None:
             label = summary.arms[name].label
             if len(modes) > 1:
                 label += ", as deployed" if deployed else ", as trained"
-            for trace in seeds_and_mean(lines, label, index, "%{y:.4f}", dash="solid" if deployed else "dot"):
-                trace["meta"]["scale"] = _scale(arm)
+            drawn = seeds_and_mean(lines, label, index, "%{y:.4f}", dash="solid" if deployed else "dot")
+            drawn += _final_ring(arm, summary.arms[name], mode, label, index) if drawn else []
+            for trace in drawn:
+                trace["meta"]["scale"] = _scale(arm, results.arms[results.baseline])
                 traces.append(trace)
     if not traces:
         return None
@@ -167,10 +190,29 @@ def mean_line(lines: Mapping[int, Points]) -> list[tuple[float, float]]:
     return [(step, math.fsum(table[step] for table in tables) / len(tables)) for step in steps]
 
 
-def _scale(arm: ArmResult) -> dict[str, float]:
+def final_loss(arm: ArmSummary, mode: str | None) -> float | None:
+    """The mean final held-out loss in one mode; None where a run has none."""
+    score = arm.modes.get(mode or "", {}).get("loss")
+    return None if score is None or None in score.values else score.mean
+
+
+def _final_ring(arm: ArmResult, summary: ArmSummary, mode: str, label: str, index: int) -> list[Figure]:
+    """A ring at the end of a curve, at the value that the table has."""
+    loss = final_loss(summary, mode)
+    return [] if loss is None else [make_ring(arm.runs[0].steps, loss, label, index, "%{y:.4f}")]
+
+
+def make_ring(step: float, value: float, label: str, index: int, hover: str) -> Figure:
+    """The trace of a final value."""
+    marker = {"size": 13, "symbol": "circle-open", "line": {"width": 2}}
+    text = f"{hover}<extra>{safe_text(label)}, final</extra>"
+    return make_trace([(step, value)], label, index, "final", mode="markers", marker=marker, hovertemplate=text)
+
+
+def _scale(arm: ArmResult, baseline: ArmResult) -> dict[str, float]:
     """What one step is on each horizontal axis; seconds are those measured side by side."""
     last = next(run.curve[-1] for run in arm.runs if run.curve)
-    pace = arm.seconds_per_step or last.seconds / last.step
+    pace = seconds_per_step(arm, baseline) or last.seconds / last.step
     return {"steps": 1, "tokens": last.tokens / last.step, "flops": (last.flops or 0.0) / last.step, "seconds": pace}
 
 
@@ -193,8 +235,8 @@ def seeds_and_mean(
 
 
 def _late_range(traces: Sequence[Figure]) -> list[float]:
-    """Vertical range that shows where the arms part: from the lowest loss to the highest after a quarter of the run."""
-    means = [trace for trace in traces if trace["meta"]["role"] == "mean"]
+    """Vertical range that shows where the arms differ: from the lowest loss to the highest after a quarter of a run."""
+    means = [trace for trace in traces if trace["meta"]["role"] in ("mean", "final")]
     end = max(trace["x"][-1] for trace in means)
     late = [y for trace in means for x, y in zip(trace["x"], trace["y"], strict=True) if x >= end / 4]
     pad = 0.06 * (max(late) - min(late)) or 0.05
@@ -215,6 +257,12 @@ def gap_lines(arm: ArmResult, base: ArmResult) -> dict[int, list[tuple[float, fl
     return {seed: points for seed, points in gaps.items() if points}
 
 
+def final_gap(results: Results, summary: Summary, name: str) -> float | None:
+    """The final held-out loss of an arm minus the baseline's, both as deployed."""
+    own, base = (final_loss(arm, arm.deployed_mode) for arm in (summary.arms[name], summary.arms[results.baseline]))
+    return None if own is None or base is None else own - base
+
+
 def gap_figure(results: Results, summary: Summary) -> Figure | None:
     """The gap to the baseline over training, with the fitted line where it is closing."""
     traces = []
@@ -222,6 +270,8 @@ def gap_figure(results: Results, summary: Summary) -> Figure | None:
         found, label = summary.arms[name].crossing, summary.arms[name].label
         if found:
             traces += seeds_and_mean(gap_lines(arm, results.arms[results.baseline]), label, index, "%{y:+.4f}")
+            gap = final_gap(results, summary, name)
+            traces += [] if gap is None else [make_ring(arm.runs[0].steps, gap, label, index, "%{y:+.4f}")]
             traces += _extrapolation(found, label, index)
     if not traces:
         return None
@@ -237,7 +287,7 @@ def gap_figure(results: Results, summary: Summary) -> Figure | None:
             "tickvals": doublings,
             "range": [math.log10(first / 1.12), math.log10(farthest * 1.2)],
         },
-        "yaxis": {"title": _loss_title(results, f"Loss minus {base}'s"), "zeroline": True},
+        "yaxis": {"title": _loss_title(results, f"Loss minus {base}'s"), "zeroline": True, "tickformat": "+.2f"},
     }
     return {"data": traces, "layout": layout}
 
@@ -297,7 +347,9 @@ def search_figure(results: Results, summary: Summary) -> Figure | None:
     traces = []
     for index, (name, arm) in enumerate(results.arms.items()):
         search, label = arm.learning_rate_search, summary.arms[name].label
-        trials = sorted((t.learning_rate, t.loss) for t in search.trials if t.loss is not None) if search else []
+        finite = [(t.learning_rate, t.loss) for t in search.trials if t.loss is not None] if search else []
+        # Of the scales that a rate was tried with, the best.
+        trials = sorted(dict(sorted(finite, reverse=True)).items())
         if search and trials:
             symbol = SYMBOLS[index % len(SYMBOLS)]
             marks = [symbol if tried == search.best else f"{symbol}-open" for tried, _ in trials]
@@ -319,49 +371,6 @@ def search_figure(results: Results, summary: Summary) -> Figure | None:
         "yaxis": {"title": _loss_title(results, "Held-out loss of the trial"), "tickformat": ".2f"},
     }
     return {"data": traces, "layout": layout}
-
-
-@dataclass(frozen=True)
-class LoadMap:
-    """The load of one layer's experts over training, 1 being an even share."""
-
-    arm: str
-    label: str
-    layer: int
-    steps: list[int]
-    experts: int
-    seeds: dict[str, list[list[float]]]
-    """For each seed (experts, steps). Experts have no identity across seeds, so a page shows one seed at a time."""
-
-
-def load_maps(results: Results, summary: Summary) -> list[LoadMap]:
-    """A heat map for each arm and mixture layer; arms whose load is even throughout have none (see `is_even`)."""
-    maps = []
-    for name, arm in results.arms.items():
-        loads = {} if is_even(arm) else _loads(arm)
-        first = next(iter(loads.values()), None)
-        for position, layer in enumerate(first.layers if first else []):
-            seeds = {str(seed): _load_matrix(load, position) for seed, load in loads.items()}
-            experts = len(next(iter(seeds.values())))
-            maps.append(LoadMap(name, summary.arms[name].label, layer, first.steps if first else [], experts, seeds))
-    return maps
-
-
-def is_even(arm: ArmResult) -> bool:
-    """Whether every expert had an even share at every evaluation, as Mixture of Tokens forces."""
-    shares = [share * len(row) for load in _loads(arm).values() for step in load.share for row in step for share in row]
-    return bool(shares) and max(abs(share - 1) for share in shares) < _EVEN
-
-
-def _loads(arm: ArmResult) -> dict[int, LoadHistory]:
-    """By seed, of the runs that have one."""
-    return {run.seed: run.load for run in arm.runs if run.load is not None and run.load.steps}
-
-
-def _load_matrix(load: LoadHistory, position: int) -> list[list[float]]:
-    """(experts, steps): share of the load times the number of experts."""
-    rows = [[share * len(step[position]) for share in step[position]] for step in load.share]
-    return [[round(value, 4) for value in column] for column in zip(*rows, strict=True)]
 
 
 def make_trace(points: Points, label: str, index: int, role: str, **style: Any) -> Figure:

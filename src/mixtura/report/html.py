@@ -9,28 +9,46 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from mixtura.config import UserError
 from mixtura.files import write_text
+from mixtura.pages.environment import page_environment
 from mixtura.report import every_run, facts, tables
 from mixtura.report.deployment import deployment_figures
-from mixtura.report.figures import AXES, SYMBOLS, build_figures, is_even, load_maps
+from mixtura.report.figures import AXES, SYMBOLS, arms_in, build_figures
+from mixtura.report.held_out import held_out
+from mixtura.report.load_maps import is_even, load_maps
 from mixtura.report.markdown import render_markdown
-from mixtura.report.measures import Yardstick, difference_unit, value_note, yardstick
+from mixtura.report.measures import Yardstick, difference_unit, yardstick_of
 from mixtura.report.pictures import write_pictures
 from mixtura.report.sections import classification_section, specialization_maps, task_figures, translation_section
+from mixtura.report.step_time import time_bars
 from mixtura.report.summary import summarize
 from mixtura.report.verdict import difference_words
-from mixtura.report.wording import NBSP, NONE, arm_colours, capital, count, listing, number, quantity, rate
+from mixtura.report.wording import (
+    NBSP,
+    NONE,
+    arm_colours,
+    capital,
+    count,
+    listing,
+    number,
+    quantity,
+    rate,
+    signed_margin,
+    start,
+    without_interval,
+)
+from mixtura.report.writings import continuations_section
 from mixtura.results import ArmResult, ArmSummary, Results, Summary, read_results
 from mixtura.results.json_form import to_plain
 from mixtura.results.stored import RESULTS
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_KEY_SHAPES = ("circle", "square", "diamond", "triangle-up")
+WORDS_BEFORE_THE_PICTURE = 40
+"""A reader sees who wins before reading: with more words than these, the picture stands above the cards."""
 
 
 def write_report(results: Results, out: Path) -> Path:
@@ -70,25 +88,26 @@ def report_folder(folder: Path) -> Path:
 
 def render_html(results: Results, summary: Summary) -> str:
     """The page as text: the template filled with plain values; every text in it is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment = page_environment(_TEMPLATES)
     figures = build_figures(results, summary) | task_figures(results, summary) | deployment_figures(results, summary)
     maps, shares = load_maps(results, summary), specialization_maps(results, summary)
-    stick = yardstick(results)
-    arms = _cards(results, summary, stick)
+    yardstick = yardstick_of(results)
+    arms = _cards(results, summary, yardstick)
     seeds, base = summary.budget.seeds, summary.arms[results.baseline].label
     map_seeds = list(dict.fromkeys(seed for entry in [*maps, *shares] for seed in entry.seeds))
     return environment.get_template("report.html.j2").render(
         title=f"{question(summary)} {results.name or ''}".strip(),
-        question=question(summary),
         recipe_name=results.name or "unnamed",
         created=_date(results.created),
+        palette=[(f"arm-{arm.index}", arm.light, arm.dark) for arm in arms],
+        measure_words=_measure_words(yardstick),
+        cards_first=_are_few(results, summary, arms, yardstick),
+        main_cautions=[caution for caution in summary.cautions if caution.level != "note"],
+        notes=[caution.text for caution in summary.cautions if caution.level == "note"],
+        legends={name: arms_in(figure) for name, figure in figures.items()},
+        held_out_note=held_out(results).note,
+        writings=continuations_section(results),
+        time_bars=time_bars(results),
         results=results,
         held_equal=[item.replace(" %", f"{NBSP}%") for item in results.held_equal],
         summary=summary,
@@ -107,17 +126,19 @@ def render_html(results: Results, summary: Summary) -> str:
         axes=[(axis, "FLOPs" if axis == "flops" else axis.capitalize()) for axis in AXES],
         ruler=_ruler(summary),
         figures=figures,
-        differences_text=_describe_differences(summary, stick),
-        measure=stick.measure,
-        final_text=f"{stick.measure.name} in {stick.measure.unit}" if stick.measure.unit else stick.measure.name,
-        curves_note=_curves_note(stick),
-        task=stick.task,
-        differences_caption=_difference_caption(seeds),
+        differences_text=_describe_differences(summary, yardstick),
+        measure=yardstick.measure,
+        final_text=f"{yardstick.measure.name} in {yardstick.measure.unit}"
+        if yardstick.measure.unit
+        else yardstick.measure.name,
+        curves_note=_curves_note(yardstick),
+        task=yardstick.task,
+        differences_caption=_difference_caption(seeds, base),
         maps=maps,
         shares=shares,
         translation=translation_section(results),
         classification=classification_section(results),
-        even=[said.label for name, said in summary.arms.items() if is_even(results.arms[name])],
+        even=[judged.label for name, judged in summary.arms.items() if is_even(results.arms[name])],
         map_seeds=map_seeds,
         page_data={"figures": figures, "maps": to_plain([*maps, *shares]), "mapSeeds": map_seeds},
         plotly_js=Markup(get_plotlyjs()),
@@ -126,8 +147,8 @@ def render_html(results: Results, summary: Summary) -> str:
 
 def question(summary: Summary) -> str:
     """The question a comparison answers, by its arms: "dense, token-choice MoE or MoT?"."""
-    text = listing([arm.label for arm in summary.arms.values()], "or")
-    return f"{capital(text)}?"
+    first, *others = [arm.label for arm in summary.arms.values()]
+    return f"{listing([start(first), *others], 'or')}?"
 
 
 def _date(created: str) -> str:
@@ -136,10 +157,25 @@ def _date(created: str) -> str:
     return f"{moment.day} {moment:%B %Y, %H:%M}{zone}"
 
 
-def _difference_caption(seeds: int) -> str:
+def _measure_words(yardstick: Yardstick) -> str:
+    """What the cards show: "Held-out loss, nats a token: lower is better"."""
+    measure = yardstick.measure
+    unit = f", {measure.unit}" if measure.unit else ""
+    return f"{capital(measure.name)}{unit}: {measure.better} is better"
+
+
+def _are_few(results: Results, summary: Summary, arms: list["_Card"], yardstick: Yardstick) -> bool:
+    """Whether the words above the picture are few with the cards among them."""
+    cards = [word for arm in arms for word in (arm.label, arm.score, arm.difference, arm.outcome)]
+    parts = ["Mixtura", results.name or "unnamed", summary.verdict.headline, _measure_words(yardstick), *cards]
+    return len(" ".join(parts).split()) <= WORDS_BEFORE_THE_PICTURE
+
+
+def _difference_caption(seeds: int, base: str) -> str:
+    against = f"Each arm minus {base}, the vertical line; all as deployed."
     if seeds > 1:
-        return f"Filled: the mean, with its 95{NBSP}% interval over seeds. Open: single seeds."
-    return "One seed: a difference without an interval, which decides nothing."
+        return f"{against} Filled: the mean, with its 95{NBSP}% interval over seeds. Open: single seeds."
+    return f"{against} One seed: there is no interval, so nothing is decided."
 
 
 def _table_text(seeds: int) -> str:
@@ -150,22 +186,24 @@ def _table_text(seeds: int) -> str:
     return "One seed: these are single values, without intervals."
 
 
-def _curves_note(stick: Yardstick) -> str:
-    if stick.on_loss:
+def _curves_note(yardstick: Yardstick) -> str:
+    if yardstick.on_loss:
         return ""
-    return f"{capital(stick.measure.name)} is measured only at the end of a run; the curves are of the held-out loss."
+    return (
+        f"{capital(yardstick.measure.name)} is measured only at the end of a run; the curves are of the held-out loss."
+    )
 
 
-def _describe_differences(summary: Summary, stick: Yardstick) -> str:
+def _describe_differences(summary: Summary, yardstick: Yardstick) -> str:
     """The difference figure in words, for readers who cannot see it."""
-    measure = stick.measure
+    measure = yardstick.measure
     title = f"{capital(measure.name)} minus the baseline's"
     title += f", in {difference_unit(measure)}" if measure.unit else ""
     differences = {arm.label: arm.difference.deployed for arm in summary.arms.values()}
-    said = [
+    parts = [
         f"{label} {difference_words(found, digits=measure.digits)}" for label, found in differences.items() if found
     ]
-    return f"{title}: {'; '.join(said)}"
+    return f"{title}: {'; '.join(parts)}"
 
 
 @dataclass(frozen=True)
@@ -179,72 +217,44 @@ class _Card:
     dark: str
     """Its colours in the two themes."""
     symbol: str
+    score: str
+    difference: str
     outcome: str
-    decided: bool
     settings: str
     rate: str
     rate_source: str
-    score: str
-    score_note: str
-    difference: str
 
 
-def _cards(results: Results, summary: Summary, stick: Yardstick) -> list[_Card]:
-    colours = arm_colours(results.arms)
-    base = summary.arms[results.baseline].label
+def _cards(results: Results, summary: Summary, yardstick: Yardstick) -> list[_Card]:
+    colours, digits = arm_colours(results.arms), yardstick.measure.digits
     cards = []
     for index, (name, arm) in enumerate(results.arms.items()):
-        said = summary.arms[name]
-        shape = SYMBOLS[index % len(SYMBOLS)]
-        score, score_note, difference = _headline_numbers(said, stick)
+        judged = summary.arms[name]
+        difference = judged.difference.deployed
         cards.append(
             _Card(
                 name=name,
                 index=index,
-                label=said.label,
+                label=judged.label,
                 light=colours[name][0],
                 dark=colours[name][1],
-                symbol=shape if shape in _KEY_SHAPES else "circle",
-                outcome=outcome_words(said, base),
-                decided=said.outcome in ("beats", "loses"),
+                symbol=SYMBOLS[index % len(SYMBOLS)],
+                score=NONE if judged.excluded else number(judged.score.deployed, digits),
+                difference="" if difference is None else signed_margin(without_interval(difference), least=digits),
+                outcome=outcome_word(judged),
                 settings=_settings(arm),
                 rate=rate(arm.learning_rate),
                 rate_source=_rate_source(arm),
-                score=score,
-                score_note=score_note,
-                difference=difference,
             )
         )
     return cards
 
 
-def outcome_words(arm: ArmSummary, base: str) -> str:
-    """What the rule says of an arm, in two or three words."""
+def outcome_word(arm: ArmSummary) -> str:
+    """What the rule says of an arm beside the baseline; nothing for one seed, of which the headline says so."""
     reasons = {"not_deployable": "cannot be deployed", "leaks_future": "sees the future", "diverged": "diverged"}
-    words = {
-        "baseline": "baseline",
-        "beats": f"beats {base}",
-        "loses": f"loses to {base}",
-        "draw": f"draw with {base}",
-        "one_seed": "one seed: no verdict",
-        "excluded": reasons.get(arm.excluded or "", "no verdict"),
-    }
-    return words[arm.outcome]
-
-
-def _headline_numbers(arm: ArmSummary, stick: Yardstick) -> tuple[str, str, str]:
-    """The verdict's number of an arm, what belongs to it, and its difference to the baseline in words."""
-    measure = stick.measure
-    if arm.excluded == "diverged":
-        return NONE, f"{arm.diverged} of {count(len(arm.seeds), 'run')} diverged", ""
-    if arm.score.deployed is None:
-        note = f"{value_note(measure)} as trained; no deployed form"
-        return number(arm.score.trained, measure.digits), note, ""
-    mode = "" if arm.deployed_mode == arm.training_mode else f" (mode {arm.deployed_mode})"
-    difference = arm.difference.deployed
-    reference = "the arm the others are compared with" if arm.baseline else ""
-    words = difference_words(difference, digits=measure.digits) if difference else reference
-    return number(arm.score.deployed, measure.digits), f"{value_note(measure)}, as deployed{mode}", words
+    words = {"baseline": "baseline", "beats": "better", "loses": "worse", "draw": "draw", "one_seed": ""}
+    return words.get(arm.outcome, reasons.get(arm.excluded or "", "no verdict"))
 
 
 def _settings(arm: ArmResult) -> str:
@@ -258,6 +268,8 @@ def _rate_source(arm: ArmResult) -> str:
         return "not searched: the recipe's"
     seeds = " and ".join(map(str, search.seeds))
     trials = f"{count(len(search.trials), 'trial')} of {search.steps} steps with seed {seeds}"
+    if search.best_scale is not None:
+        trials = f"{trials}, best scale {search.best_scale:g}"
     text = f"{trials}, {search.source}"
     return f"{text}; best at the edge of the grid" if search.at_edge else text
 

@@ -3,31 +3,38 @@
 import re
 
 from mixtura.report import every_run, facts, tables
+from mixtura.report.held_out import held_out
 from mixtura.report.sections import classification_section, specialization_maps, translation_section, weight_rows
-from mixtura.report.wording import NBSP, capital, listing, number
+from mixtura.report.wording import NBSP, listing, number, start
+from mixtura.report.writings import continuations_section
 from mixtura.results import Results, Summary
 
 
 def render_markdown(results: Results, summary: Summary) -> str:
     """The Markdown report; names and descriptions are escaped, so that they cannot become markup."""
     verdict = summary.verdict
-    title = capital(listing([arm.label for arm in summary.arms.values()], "or"))
+    first, *others = [arm.label for arm in summary.arms.values()]
+    title = listing([start(first), *others], "or")
     parts = [
         f"# {escape(title)}?",
-        f"*The rule, fixed before the runs.* {escape(summary.rule)}",
         f"**{escape(verdict.headline)}**",
+        escape(verdict.finding),
         escape(verdict.answer or ""),
-        escape(" ".join(verdict.speed)),
         "\n".join(f"- {caution.level.capitalize()}: {escape(caution.text)}" for caution in summary.cautions),
-        f"Held equal: {escape('; '.join(results.held_equal))}.",
         "![Held-out loss over training](figures/loss.png)",
+        escape(held_out(results).note),
         "## The arms side by side",
         _main_table(results, summary),
+        escape(" ".join(verdict.speed)),
+        *_writings(results, summary),
         *_task_parts(results, summary),
         "## Longer training",
         *(escape(sentence) for sentence in verdict.longer),
         "## Every run",
         _seed_table(results, summary),
+        "## How it was judged",
+        f"*The rule, fixed before the runs.* {escape(summary.rule)}",
+        f"Held equal: {escape('; '.join(results.held_equal))}.",
         "## What this cannot tell you",
         "\n".join(f"- {escape(limit.title)}: {escape(limit.text)}" for limit in summary.limits),
         "## Reproduce this",
@@ -69,6 +76,16 @@ def _main_table(results: Results, summary: Summary) -> str:
         for row in group.rows:
             lines.append(_row([escape(row.label), *(escape(cell.both) for cell in row.cells)]))
     return "\n".join(lines)
+
+
+def _writings(results: Results, summary: Summary) -> list[str]:
+    """What each arm writes, where it was stored."""
+    parts = ["## What they write", "Held-out texts, continued by each arm with the likeliest token each time."]
+    for sample in (samples := continuations_section(results)):
+        lines = [f"- Beginning: {escape(sample.prompt)}", f"- In the text: {escape(sample.reference)}"]
+        lines += [f"- {escape(summary.arms[name].label)}: {escape(text)}" for name, text in sample.outputs]
+        parts.append("\n".join(lines))
+    return parts if samples else []
 
 
 def _task_parts(results: Results, summary: Summary) -> list[str]:

@@ -8,12 +8,15 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from mixtura.files import replacing
 from mixtura.report.deployment import MODES, deployed_arms, gaps
-from mixtura.report.figures import gap_lines, held_out_lines, load_maps, mean_line
-from mixtura.report.measures import difference_unit, yardstick
-from mixtura.report.wording import arm_colours, capital, digits_for, signed
+from mixtura.report.figures import final_gap, final_loss, gap_lines, held_out_lines, mean_line
+from mixtura.report.held_out import held_out
+from mixtura.report.load_maps import load_maps
+from mixtura.report.measures import difference_unit, yardstick_of
+from mixtura.report.wording import MINUS, arm_colours, capital, signed_margin
 from mixtura.results import Results, Summary
 
 INK, SOFT, GRID = "#1f2328", "#59636e", "#e3e6ea"
@@ -41,7 +44,7 @@ def write_pictures(results: Results, summary: Summary, folder: Path) -> list[Pat
 
 
 def draw_loss(results: Results, summary: Summary) -> Figure | None:
-    """Held-out loss as deployed over training, and beside it the difference to the baseline."""
+    """Held-out loss as deployed over training, and beside it the difference to the baseline; rings are final values."""
     lines = {
         name: held_out_lines(arm, arm.deployed_mode)
         for name, arm in results.arms.items()
@@ -59,20 +62,34 @@ def draw_loss(results: Results, summary: Summary) -> Figure | None:
         for name, seeds in shown.items():
             index = list(results.arms).index(name)
             _draw_arm(axes, seeds, colours[name][0], _MARKERS[index % len(_MARKERS)], summary.arms[name].label)
+    steps = {name: arm.runs[0].steps for name, arm in results.arms.items()}
+    losses = {name: final_loss(summary.arms[name], summary.arms[name].deployed_mode) for name in lines}
+    gaps_at_end = {name: final_gap(results, summary, name) for name in gap}
+    for axes, values in ((left, losses), (right, gaps_at_end)):
+        for name, value in values.items():
+            if value is not None:
+                style = {"fillstyle": "none", "markersize": 10, "markeredgewidth": 1.6, "clip_on": False}
+                axes.plot(steps[name], value, "o", color=colours[name][0], **style)
     end, late = _late(lines)
+    late += [value for value in losses.values() if value is not None]
     left.set_ylim(min(late) - 0.04, max(late) + 0.04)
     late_gaps = [0.0, *(_late(gap)[1] if any(gap.values()) else [])]
+    late_gaps += [value for value in gaps_at_end.values() if value is not None]
     pad = 0.08 * (max(late_gaps) - min(late_gaps)) or 0.05
     right.set_ylim(min(late_gaps) - pad, max(late_gaps) + pad)
-    unit = yardstick(results).loss.unit
+    unit = yardstick_of(results).loss.unit
     left.set_title(f"Held-out loss as deployed ({unit})", loc="left", fontsize=10, color=INK)
     left.legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
     base_label = summary.arms[results.baseline].label
     right.axhline(0, color=colours[results.baseline][0], linewidth=1.6)
+    right.yaxis.set_major_formatter(FuncFormatter(_signed_tick))
     right.set_title(f"Loss minus {base_label}'s: below the line is better", loc="left", fontsize=10, color=INK)
     for axes in (left, right):
         axes.set_xlabel("training steps", color=SOFT, fontsize=9)
         axes.set_xlim(left=0, right=end * 1.02)
+    if any(gap.values()):
+        right.legend(frameon=False, fontsize=9, labelcolor=INK)
+    figure.supxlabel(held_out(results).note, x=0.01, ha="left", color=SOFT, fontsize=8)
     return figure
 
 
@@ -98,10 +115,11 @@ def draw_differences(results: Results, summary: Summary) -> Figure | None:
     if not shown:
         return None
     colours, base = arm_colours(results.arms), summary.arms[results.baseline].label
-    measure = yardstick(results).measure
+    measure = yardstick_of(results).measure
     figure = Figure(figsize=(7.6, 1.5 + 0.62 * len(shown)), layout="constrained")
     axes = figure.subplots()
     _style(axes)
+    axes.xaxis.set_major_formatter(FuncFormatter(_signed_tick))
     axes.grid(False, axis="y")
     axes.axvline(0, color=SOFT, linewidth=1.2)
     for row, (name, difference) in enumerate(shown.items()):
@@ -110,9 +128,10 @@ def draw_differences(results: Results, summary: Summary) -> Figure | None:
         axes.errorbar(
             difference.mean, row, xerr=half or None, color=colour, fmt="o", capsize=4, linewidth=2, markersize=8
         )
-        values = difference.values
+        # The mean of one seed is that seed: it is drawn once.
+        values = difference.values if difference.n > 1 else []
         axes.plot(values, [row - 0.22] * len(values), "o", color=colour, fillstyle="none", markersize=5)
-        text = signed(difference.mean, digits_for(difference.mean, least=measure.digits))
+        text = signed_margin(difference, least=measure.digits)
         axes.annotate(text, (difference.mean, row), xytext=(0, 9), textcoords="offset points", ha="center", color=INK)
     axes.set_yticks(range(len(shown)), [_plain(summary.arms[name].label) for name in shown], color=INK)
     axes.set_ylim(-0.6, len(shown) - 0.3)
@@ -120,8 +139,9 @@ def draw_differences(results: Results, summary: Summary) -> Figure | None:
     axes.set_xlim(-reach, reach)
     title = f"{capital(measure.name)} minus {_plain(base)}'s, as deployed"
     axes.set_title(title, loc="left", fontsize=10, color=INK)
+    marks = "open circles: single seeds" if any(difference.n > 1 for difference in shown.values()) else "one seed"
     side = f"{'left' if measure.better == 'lower' else 'right'} of the line is better"
-    axes.set_xlabel("; ".join(filter(None, (difference_unit(measure), side))), color=SOFT, fontsize=9)
+    axes.set_xlabel("; ".join(filter(None, (difference_unit(measure), side, marks))), color=SOFT, fontsize=9)
     return figure
 
 
@@ -187,7 +207,7 @@ def draw_deployment(results: Results, summary: Summary) -> Figure | None:
     left.legend(frameon=False, fontsize=9, labelcolor=INK)
     right.axhline(0, color=SOFT, linewidth=1)
     right.set_xticks(range(len(MODES) - 1), list(MODES.values())[1:])
-    unit = yardstick(results).loss.unit
+    unit = yardstick_of(results).loss.unit
     right.set_title(f"Held-out loss minus that in groups ({unit})", loc="left", fontsize=10, color=INK)
     return figure
 
@@ -209,6 +229,11 @@ def _style(axes: Any) -> None:
     axes.grid(True, color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(colors=SOFT, labelsize=9, length=0)
+
+
+def _signed_tick(value: float, place: int | None = None) -> str:
+    """A difference at an axis, with its sign as everywhere."""
+    return f"{value:+g}".replace("-", MINUS) if abs(value) > 1e-9 else "0"
 
 
 def _plain(text: str) -> str:

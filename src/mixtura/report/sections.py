@@ -1,4 +1,4 @@
-"""What a page says of one task alone, from the runs' details: language pairs, classes, what experts specialise in.
+"""The parts of the report that one task alone has, from the details of its runs: languages, classes, specialisation.
 
 Plain values for the template and the Markdown; texts of the data are left as they are and escaped where they are shown.
 A run without the details has no part in it, and without any there is no section.
@@ -64,7 +64,7 @@ class ShownSample:
 
 
 def translation_section(results: Results) -> TranslationSection | None:
-    """What is said of translations; None without language pairs."""
+    """What the report shows of translations; None without language pairs."""
     details = details_of(results, TranslationDetails)
     if not details:
         return None
@@ -160,7 +160,7 @@ class ClassificationSection:
 
 
 def classification_section(results: Results) -> ClassificationSection | None:
-    """What is said of classifiers; None without confusions."""
+    """What the report shows of classifiers; None without confusions."""
     details = details_of(results, ClassificationDetails)
     if not details:
         return None

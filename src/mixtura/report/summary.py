@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mixtura.report.cautions import find_cautions, list_limits
-from mixtura.report.measures import Yardstick, yardstick
+from mixtura.report.measures import Yardstick, yardstick_of
 from mixtura.report.significance import (
     MOT_ANCHOR,
     Curve,
@@ -38,9 +38,9 @@ from mixtura.results.conclusions import (
 
 def summarize(results: Results) -> Summary:
     """Computes the summary of a comparison's results, without NaN; a summary in the results is ignored."""
-    baseline, stick = results.baseline, yardstick(results)
+    baseline, yardstick = results.baseline, yardstick_of(results)
     labels = _labels(results.arms)
-    unjudged = {name: _summarize_arm(results, name, labels[name], stick) for name in results.arms}
+    unjudged = {name: _summarize_arm(results, name, labels[name], yardstick) for name in results.arms}
     budget = Budget(
         tokens=results.data.tokens_per_run,
         tokens_per_step=results.data.tokens_per_step,
@@ -48,25 +48,25 @@ def summarize(results: Results) -> Summary:
         seeds=min(len(arm.seeds) for arm in unjudged.values()),
         rates_settled=all(_rate_settled(arm) for arm in results.arms.values()),
     )
-    judgement = judge(unjudged, baseline, stick.measure)
+    judgement = judge(unjudged, baseline, yardstick.measure)
     arms = {name: dataclasses.replace(arm, outcome=judgement.outcomes[name]) for name, arm in unjudged.items()}
     return Summary(
-        measure=stick.measure,
-        rule=write_rule(stick.measure),
+        measure=yardstick.measure,
+        rule=write_rule(yardstick.measure),
         budget=budget,
-        verdict=write_verdict(arms, judgement, baseline, budget, stick),
+        verdict=write_verdict(arms, judgement, baseline, budget, yardstick),
         cautions=find_cautions(results, arms),
         limits=list_limits(results, budget),
         arms=arms,
         pairs=judgement.pairs,
-        anchor=_anchor(arms, stick),
+        anchor=_anchor(arms, yardstick),
     )
 
 
-def _anchor(arms: dict[str, ArmSummary], stick: Yardstick) -> Anchor | None:
+def _anchor(arms: dict[str, ArmSummary], yardstick: Yardstick) -> Anchor | None:
     """The published curve is one of pretraining from scratch."""
     mixes = any(arm.family == "mixture_of_tokens" for arm in arms.values())
-    return MOT_ANCHOR if mixes and stick.from_scratch else None
+    return MOT_ANCHOR if mixes and yardstick.from_scratch else None
 
 
 def _rate_settled(arm: ArmResult) -> bool:
@@ -76,21 +76,25 @@ def _rate_settled(arm: ArmResult) -> bool:
 
 
 def _labels(arms: dict[str, ArmResult]) -> dict[str, str]:
-    """What each arm is called: the family's words where the label is only the family's key; never two alike."""
-    labels = {
-        name: FAMILY_WORDS.get(arm.family, arm.label) if arm.label == arm.family else arm.label
-        for name, arm in arms.items()
-    }
+    """What each arm is called; never two alike."""
+    labels = {name: _label(name, arm) for name, arm in arms.items()}
     names = list(labels.values())
     return {name: label if names.count(label) == 1 else f"{label} ({name})" for name, label in labels.items()}
 
 
-def _summarize_arm(results: Results, name: str, label: str, stick: Yardstick) -> ArmSummary:
-    """All that is said of an arm but its outcome, which the rule gives once all arms are known."""
-    arm, key = results.arms[name], stick.measure.key
+def _label(name: str, arm: ArmResult) -> str:
+    """The family's words where the label is only the family's key; else what the user wrote, underscores and all."""
+    if arm.label in (arm.family, arm.family.replace("_", " ")):
+        return FAMILY_WORDS.get(arm.family, name)
+    return name if arm.label == name.replace("_", " ") else arm.label
+
+
+def _summarize_arm(results: Results, name: str, label: str, yardstick: Yardstick) -> ArmSummary:
+    """The summary of one arm without its outcome, which the rule gives once all arms are known."""
+    arm, key = results.arms[name], yardstick.measure.key
     deployed, trained = arm.deployed_mode, arm.training_mode
     modes = {mode: _mode(arm.runs, mode) for mode in dict.fromkeys(m for run in arm.runs for m in run.final)}
-    beside = _compare(results, name, stick)
+    beside = _compare(results, name, yardstick)
     return ArmSummary(
         label=label,
         family=arm.family,
@@ -99,8 +103,8 @@ def _summarize_arm(results: Results, name: str, label: str, stick: Yardstick) ->
         seeds=[run.seed for run in arm.runs],
         training_mode=trained,
         deployed_mode=deployed,
-        diverged=_diverged(arm, stick),
-        excluded=_excluded(arm, stick),
+        diverged=_diverged(arm, yardstick),
+        excluded=_excluded(arm, yardstick),
         modes=modes,
         score=Scores(_score(modes, deployed, key), _score(modes, trained, key)),
         mode_gap=None
@@ -120,21 +124,23 @@ def _summarize_arm(results: Results, name: str, label: str, stick: Yardstick) ->
     )
 
 
-def _diverged(arm: ArmResult, stick: Yardstick) -> int:
+def _diverged(arm: ArmResult, yardstick: Yardstick) -> int:
     """Runs that ended without a finite measure; what needs decoding is measured as deployed alone."""
     mode, key = (
-        (arm.training_mode, stick.loss.key) if arm.deployed_mode is None else (arm.deployed_mode, stick.measure.key)
+        (arm.training_mode, yardstick.loss.key)
+        if arm.deployed_mode is None
+        else (arm.deployed_mode, yardstick.measure.key)
     )
     return sum(_final(run, mode, key) is None for run in arm.runs)
 
 
-def _excluded(arm: ArmResult, stick: Yardstick) -> Exclusion | None:
+def _excluded(arm: ArmResult, yardstick: Yardstick) -> Exclusion | None:
     """Why the verdict leaves an arm out."""
     if arm.deployed_mode is None:
         return "not_deployable"
-    if arm.leaks.future and stick.causal:
+    if arm.leaks.future and yardstick.causal:
         return "leaks_future"
-    return "diverged" if _diverged(arm, stick) else None
+    return "diverged" if _diverged(arm, yardstick) else None
 
 
 def _score(modes: dict[str, dict[str, MeanScore]], mode: str | None, key: str) -> float | None:
@@ -143,7 +149,7 @@ def _score(modes: dict[str, dict[str, MeanScore]], mode: str | None, key: str) -
 
 @dataclass(frozen=True)
 class _Comparison:
-    """What can be said of an arm beside the baseline; nothing for the baseline itself and without a deployed mode."""
+    """How an arm compares with the baseline; nothing for the baseline itself and without a deployed mode."""
 
     difference: Differences
     speed_up: SpeedUp | None = None
@@ -152,19 +158,19 @@ class _Comparison:
     crossing: Crossing | None = None
 
 
-def _compare(results: Results, name: str, stick: Yardstick) -> _Comparison:
+def _compare(results: Results, name: str, yardstick: Yardstick) -> _Comparison:
     arm, baseline = results.arms[name], results.arms[results.baseline]
     if name == results.baseline or baseline.deployed_mode is None:
         return _Comparison(Differences(None, None))
-    key = stick.measure.key
+    key = yardstick.measure.key
     base_scores = _by_seed(baseline, baseline.deployed_mode, key)
     trained = paired_difference(_by_seed(arm, arm.training_mode, key), base_scores)
-    if arm.deployed_mode is None or _excluded(arm, stick) or _excluded(baseline, stick):
+    if arm.deployed_mode is None or _excluded(arm, yardstick) or _excluded(baseline, yardstick):
         return _Comparison(Differences(None, trained))
     curves, base_curves = _curves(arm, arm.deployed_mode), _curves(baseline, baseline.deployed_mode)
     ratio, flops_ratio = arm.seconds_ratio, arm.flops_ratio
     # Where FLOPs are matched, the difference at equal steps is the one at equal FLOPs.
-    unmatched = stick.unmatched(flops_ratio)
+    unmatched = yardstick.unmatched(flops_ratio)
     return _Comparison(
         difference=Differences(paired_difference(_by_seed(arm, arm.deployed_mode, key), base_scores), trained),
         speed_up=speed_up(curves, base_curves, seconds_ratio=ratio),

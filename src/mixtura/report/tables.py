@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from mixtura.report.measures import Yardstick, difference_unit, further_measure, yardstick
+from mixtura.report.measures import Yardstick, difference_unit, further_measure, seconds_per_step, yardstick_of
 from mixtura.report.wording import (
     NBSP,
     NONE,
@@ -15,11 +15,13 @@ from mixtura.report.wording import (
     digits_for,
     duration,
     interval,
+    is_zero,
     memory,
     number,
     percent,
     rate,
     signed,
+    signed_interval,
     times,
 )
 from mixtura.results import ArmResult, ArmSummary, Interval, Measure, Results, Summary
@@ -57,32 +59,32 @@ class Group:
 
 
 RowRule = tuple[str, str, Callable[[ArmResult, ArmSummary], Cell]]
-"""A row's label, a hint, and what makes an arm's cell of what was measured and what is said of it."""
+"""A row's label, a hint, and what makes an arm's cell of what was measured and what the summary holds of it."""
 
 
 def main_table(results: Results, summary: Summary) -> list[Group]:
     """The main table."""
-    stick = yardstick(results)
-    rules = _pretraining_rows if stick.task == "pretraining" else _finetuning_rows
+    yardstick = yardstick_of(results)
+    rules = _pretraining_rows if yardstick.task == "pretraining" else _finetuning_rows
     pairs = [(results.arms[name], summary.arms[name]) for name in results.arms]
     return [
-        Group(title, [Row(label, [cell(arm, said) for arm, said in pairs], hint) for label, hint, cell in of])
-        for title, of in rules(results, summary, stick).items()
+        Group(title, [Row(label, [cell(arm, judged) for arm, judged in pairs], hint) for label, hint, cell in of])
+        for title, of in rules(results, summary, yardstick).items()
         if of
     ]
 
 
-def _pretraining_rows(results: Results, summary: Summary, stick: Yardstick) -> dict[str, list[RowRule]]:
+def _pretraining_rows(results: Results, summary: Summary, yardstick: Yardstick) -> dict[str, list[RowRule]]:
     base, spread = _base_and_spread(summary)
     return {
         "Held-out loss": [
-            ("As deployed", "nats a token; the verdict's number", partial(_deployed, stick)),
-            (f"Minus {base}'s", spread, partial(_difference, stick)),
+            ("As deployed", "nats a token; the verdict's number", partial(_deployed, yardstick)),
+            (f"Minus {base}'s", spread, partial(_difference, yardstick)),
             ("Bits per byte", "as deployed", _bits),
-            ("As trained", "never the headline", partial(_trained, stick)),
-            ("Deployed minus trained", "what leaving the training groups costs", partial(_mode_gap, stick)),
+            ("As trained", "never the headline", partial(_trained, yardstick)),
+            ("Deployed minus trained", "what leaving the training groups costs", partial(_mode_gap, yardstick)),
         ],
-        "Time": _time_rows(base),
+        "Time": _time_rows(results, base),
         "Size and cost": [
             ("Parameters, total", "", _parameters),
             ("Parameters, active", "used for one token", _active),
@@ -90,7 +92,7 @@ def _pretraining_rows(results: Results, summary: Summary, stick: Yardstick) -> d
             *_equal_flops_rows(summary),
             ("Peak memory", "while training", _memory),
         ],
-        "Experts": [*_expert_rows(), *_leak_rows(stick)],
+        "Experts": [*_expert_rows(), *_leak_rows(yardstick)],
         "Stability": _stability_rows(),
     }
 
@@ -102,26 +104,26 @@ def _equal_flops_rows(summary: Summary) -> list[RowRule]:
     return [("Loss difference at equal FLOPs", "where the cheaper of the two ends", _equal_flops)]
 
 
-def _finetuning_rows(results: Results, summary: Summary, stick: Yardstick) -> dict[str, list[RowRule]]:
+def _finetuning_rows(results: Results, summary: Summary, yardstick: Yardstick) -> dict[str, list[RowRule]]:
     base, spread = _base_and_spread(summary)
-    measure = stick.measure
+    measure = yardstick.measure
     arms = results.arms.values()
     mixes = any(arm.deployed_mode not in (None, arm.training_mode) for arm in arms)
     routes = any(run.load for arm in arms for run in arm.runs)
-    leaks = any(arm.leaks.batch or (stick.causal and arm.leaks.future) for arm in arms)
+    leaks = any(arm.leaks.batch or (yardstick.causal and arm.leaks.future) for arm in arms)
     name, deployed = capital(measure.name), _joined(measure.unit, "as deployed", "the verdict's number")
     as_trained: list[RowRule] = [
-        (f"{name} as trained", "never the headline", partial(_trained, stick)),
-        ("Deployed minus trained", "what leaving the training groups costs", partial(_mode_gap, stick)),
+        (f"{name} as trained", "never the headline", partial(_trained, yardstick)),
+        ("Deployed minus trained", "what leaving the training groups costs", partial(_mode_gap, yardstick)),
     ]
     return {
         "Quality": [
-            (name, deployed, partial(_deployed, stick)),
-            (f"Minus {base}'s", _joined(difference_unit(measure), spread), partial(_difference, stick)),
+            (name, deployed, partial(_deployed, yardstick)),
+            (f"Minus {base}'s", _joined(difference_unit(measure), spread), partial(_difference, yardstick)),
             *(as_trained if mixes else []),
-            *_further_rows(results, stick),
+            *_further_rows(results, yardstick),
         ],
-        "Time": _time_rows(base),
+        "Time": _time_rows(results, base),
         "Size and cost": [
             ("Parameters, trained", "gradient and optimizer state", _trainable),
             ("Parameters, total", "", _parameters),
@@ -131,7 +133,7 @@ def _finetuning_rows(results: Results, summary: Summary, stick: Yardstick) -> di
             ("Optimizer state", "part of the peak", _optimizer),
         ],
         "Experts": _expert_rows() if routes else [],
-        "Leaks": _leak_rows(stick) if routes or leaks else [],
+        "Leaks": _leak_rows(yardstick) if routes or leaks else [],
         "Stability": _stability_rows(),
     }
 
@@ -142,26 +144,29 @@ def _base_and_spread(summary: Summary) -> tuple[str, str]:
     return base, f"as deployed; 95{NBSP}% interval over seeds" if seeds > 1 else "as deployed"
 
 
-def _further_rows(results: Results, stick: Yardstick) -> list[RowRule]:
+def _further_rows(results: Results, yardstick: Yardstick) -> list[RowRule]:
     """What every run of every arm also measured in the end, in the mode that counts."""
     finals = [
         run.final.get(arm.deployed_mode or arm.training_mode, {}) for arm in results.arms.values() for run in arm.runs
     ]
     rows: list[RowRule] = []
     for key in finals[0] if finals else ():
-        if key != stick.measure.key and all(key in final for final in finals):
-            measure = further_measure(key, stick)
+        if key != yardstick.measure.key and all(key in final for final in finals):
+            measure = further_measure(key, yardstick)
             rows.append((capital(measure.name), measure.unit, partial(_further, measure)))
     return rows
 
 
-def _time_rows(base: str) -> list[RowRule]:
+def _time_rows(results: Results, base: str) -> list[RowRule]:
+    baseline = results.arms[results.baseline]
+    split = any(arm.step_parts for arm in results.arms.values())
     return [
-        ("Seconds a step", f"side by side; {TIMES} {base}'s, by paired steps", _pace),
-        (f"Steps to {base}'s final loss", "times fewer", _steps_to),
+        ("Seconds a step", f"all arms side by side; {TIMES} {base}'s", partial(_pace, baseline)),
+        *([("Forward, backward, optimizer", "shares of a step", _parts)] if split else []),
+        ("Training time", "of a run, at that time a step", partial(_train_time, baseline)),
+        (f"Steps to {base}'s final loss", "times fewer; on the sentences of the curves", _steps_to),
         (f"Time to {base}'s final loss", "times less", _time_to),
         ("Loss difference at equal time", "where the faster of the two ends", _equal_time),
-        ("Training time", "mean of a run", _train_time),
     ]
 
 
@@ -173,10 +178,10 @@ def _expert_rows() -> list[RowRule]:
     ]
 
 
-def _leak_rows(stick: Yardstick) -> list[RowRule]:
+def _leak_rows(yardstick: Yardstick) -> list[RowRule]:
     return [
-        ("Leaks while training", "what a token's output depends on", partial(_leaks, stick)),
-        ("Leaks as deployed", "", partial(_leaks_deployed, stick)),
+        ("Leaks while training", "what a token's output depends on", partial(_leaks, yardstick)),
+        ("Leaks as deployed", "", partial(_leaks_deployed, yardstick)),
     ]
 
 
@@ -192,12 +197,12 @@ def _joined(*hints: str) -> str:
     return "; ".join(filter(None, hints))
 
 
-def _deployed(stick: Yardstick, arm: ArmResult, said: ArmSummary) -> Cell:
+def _deployed(yardstick: Yardstick, arm: ArmResult, judged: ArmSummary) -> Cell:
     if arm.deployed_mode is None:
         return Cell(NONE, "cannot be deployed")
-    if said.diverged:
-        return Cell(NONE, f"{said.diverged} of {count(len(said.seeds), 'run')} diverged")
-    return Cell(number(said.score.deployed, stick.measure.digits), _mode_note(arm, arm.deployed_mode))
+    if judged.diverged:
+        return Cell(NONE, f"{judged.diverged} of {count(len(judged.seeds), 'run')} diverged")
+    return Cell(number(judged.score.deployed, yardstick.measure.digits), _mode_note(arm, arm.deployed_mode))
 
 
 def _mode_note(arm: ArmResult, mode: str) -> str:
@@ -210,142 +215,170 @@ def difference_cell(difference: Interval | None, missing: str = "", *, digits: i
     if difference is None:
         return Cell(NONE, missing)
     digits = digits_for(difference.mean, difference.low, difference.high, least=digits)
-    spread = "one seed" if difference.low is None else interval(difference.low, difference.high, digits)
-    return Cell(signed(difference.mean, digits), spread)
+    spread = "one seed" if difference.low is None else signed_interval(difference.low, difference.high, digits)
+    return Cell("equal" if is_zero(difference) else signed(difference.mean, digits), spread)
 
 
-def _difference(stick: Yardstick, arm: ArmResult, said: ArmSummary) -> Cell:
-    missing = "baseline" if said.baseline else ""
-    return difference_cell(said.difference.deployed, missing, digits=stick.measure.digits)
+def _difference(yardstick: Yardstick, arm: ArmResult, judged: ArmSummary) -> Cell:
+    missing = "baseline" if judged.baseline else ""
+    return difference_cell(judged.difference.deployed, missing, digits=yardstick.measure.digits)
 
 
-def _bits(arm: ArmResult, said: ArmSummary) -> Cell:
-    return Cell(NONE if said.diverged else number(_deployed_mean(arm, said, "bits_per_byte")))
+def _bits(arm: ArmResult, judged: ArmSummary) -> Cell:
+    return Cell(NONE if judged.diverged else number(_deployed_mean(arm, judged, "bits_per_byte")))
 
 
-def _further(measure: Measure, arm: ArmResult, said: ArmSummary) -> Cell:
-    if said.diverged:
+def _further(measure: Measure, arm: ArmResult, judged: ArmSummary) -> Cell:
+    if judged.diverged:
         return Cell(NONE, "diverged")
     mode = arm.deployed_mode or arm.training_mode
     note = "" if arm.deployed_mode else "as trained"
-    return Cell(number(said.modes[mode][measure.key].mean, measure.digits), note)
+    return Cell(number(judged.modes[mode][measure.key].mean, measure.digits), note)
 
 
-def _deployed_mean(arm: ArmResult, said: ArmSummary, key: str) -> float | None:
-    score = said.modes.get(arm.deployed_mode or "", {}).get(key)
+def _deployed_mean(arm: ArmResult, judged: ArmSummary, key: str) -> float | None:
+    score = judged.modes.get(arm.deployed_mode or "", {}).get(key)
     return None if score is None else score.mean
 
 
-def _trained(stick: Yardstick, arm: ArmResult, said: ArmSummary) -> Cell:
-    if said.diverged:
+def _trained(yardstick: Yardstick, arm: ArmResult, judged: ArmSummary) -> Cell:
+    if judged.diverged:
         return Cell(NONE, "diverged")
-    return Cell(number(said.score.trained, stick.measure.digits), _mode_note(arm, arm.training_mode))
+    return Cell(number(judged.score.trained, yardstick.measure.digits), _mode_note(arm, arm.training_mode))
 
 
-def _mode_gap(stick: Yardstick, arm: ArmResult, said: ArmSummary) -> Cell:
+def _mode_gap(yardstick: Yardstick, arm: ArmResult, judged: ArmSummary) -> Cell:
     missing = "" if arm.deployed_mode is None else "one mode"
-    return difference_cell(said.mode_gap, missing, digits=stick.measure.digits)
+    return difference_cell(judged.mode_gap, missing, digits=yardstick.measure.digits)
 
 
-def _pace(arm: ArmResult, said: ArmSummary) -> Cell:
-    pace = arm.seconds_per_step
-    return Cell(number(pace, 3 if pace is None or pace >= 0.1 else 4), times(arm.seconds_ratio))
+def _pace(baseline: ArmResult, arm: ArmResult, judged: ArmSummary) -> Cell:
+    pace = seconds_per_step(arm, baseline)
+    return Cell(number(pace, _pace_digits(pace)), _times_note(arm.seconds_ratio, judged))
 
 
-def _ratio_cell(said: ArmSummary, of: Callable[[SpeedUp], Interval | None]) -> Cell:
-    speed = said.speed_up
+def _pace_digits(pace: float | None) -> int:
+    """Three decimals, and as many more as leave three digits that count."""
+    return 3 if pace is None or pace >= 0.1 else 4 if pace >= 0.01 else 6
+
+
+def _times_note(ratio: float | None, judged: ArmSummary, digits: int = 2) -> str:
+    """A ratio to the baseline's; nothing at the baseline itself."""
+    if judged.baseline or ratio is None:
+        return ""
+    return _times(ratio, digits)
+
+
+def _parts(arm: ArmResult, judged: ArmSummary) -> Cell:
+    parts = arm.step_parts
+    if parts is None:
+        return Cell(NONE)
+    return Cell(
+        " / ".join(number(100 * share, 0) for share in (parts.forward, parts.backward, parts.optimizer)) + f"{NBSP}%"
+    )
+
+
+def _ratio_cell(judged: ArmSummary, of: Callable[[SpeedUp], Interval | None]) -> Cell:
+    speed = judged.speed_up
     if speed is None:
-        return Cell(NONE, "baseline" if said.baseline else "")
+        return Cell(NONE, "baseline" if judged.baseline else "")
     if speed.ratio_steps is None:
         return Cell("not reached", f"in {speed.n - speed.reached} of {count(speed.n, 'seed')}")
     ratio = of(speed)
-    return Cell(NONE) if ratio is None else Cell(times(ratio.mean), _ratio_note(ratio))
+    return Cell(NONE) if ratio is None else Cell(_times(ratio.mean), _ratio_note(ratio))
+
+
+def _times(ratio: float, digits: int = 2) -> str:
+    return "equal" if number(ratio, digits) == number(1, digits) else times(ratio, digits)
 
 
 def _ratio_note(ratio: Interval) -> str:
     return "one seed" if ratio.low is None else interval(ratio.low, ratio.high, 2)
 
 
-def _steps_to(arm: ArmResult, said: ArmSummary) -> Cell:
-    return _ratio_cell(said, lambda speed: speed.ratio_steps)
+def _steps_to(arm: ArmResult, judged: ArmSummary) -> Cell:
+    return _ratio_cell(judged, lambda speed: speed.ratio_steps)
 
 
-def _time_to(arm: ArmResult, said: ArmSummary) -> Cell:
-    return _ratio_cell(said, lambda speed: speed.ratio_seconds)
+def _time_to(arm: ArmResult, judged: ArmSummary) -> Cell:
+    return _ratio_cell(judged, lambda speed: speed.ratio_seconds)
 
 
-def _equal_time(arm: ArmResult, said: ArmSummary) -> Cell:
-    return difference_cell(said.equal_time, "baseline" if said.baseline else "")
+def _equal_time(arm: ArmResult, judged: ArmSummary) -> Cell:
+    return difference_cell(judged.equal_time, "baseline" if judged.baseline else "")
 
 
-def _equal_flops(arm: ArmResult, said: ArmSummary) -> Cell:
-    return difference_cell(said.equal_flops, "baseline" if said.baseline else "")
+def _equal_flops(arm: ArmResult, judged: ArmSummary) -> Cell:
+    return difference_cell(judged.equal_flops, "baseline" if judged.baseline else "")
 
 
-def _train_time(arm: ArmResult, said: ArmSummary) -> Cell:
-    return Cell(duration(said.averages.train_seconds))
+def _train_time(baseline: ArmResult, arm: ArmResult, judged: ArmSummary) -> Cell:
+    pace = seconds_per_step(arm, baseline)
+    if pace is None:
+        return Cell(duration(judged.averages.train_seconds), "as it ran")
+    return Cell(duration(pace * arm.runs[0].steps))
 
 
-def _trainable(arm: ArmResult, said: ArmSummary) -> Cell:
+def _trainable(arm: ArmResult, judged: ArmSummary) -> Cell:
     trained, total = arm.parameters_trainable, arm.parameters_total
     return Cell(compact(trained), percent(trained / total, 1 if trained > 0.01 * total else 2))
 
 
-def _optimizer(arm: ArmResult, said: ArmSummary) -> Cell:
+def _optimizer(arm: ArmResult, judged: ArmSummary) -> Cell:
     return Cell(memory(arm.optimizer_state_bytes))
 
 
-def _parameters(arm: ArmResult, said: ArmSummary) -> Cell:
+def _parameters(arm: ArmResult, judged: ArmSummary) -> Cell:
     return Cell(compact(arm.parameters_total))
 
 
-def _active(arm: ArmResult, said: ArmSummary) -> Cell:
+def _active(arm: ArmResult, judged: ArmSummary) -> Cell:
     return Cell(compact(arm.parameters_active))
 
 
-def _flops(arm: ArmResult, said: ArmSummary) -> Cell:
-    return Cell(compact(arm.flops_per_token, "FLOP"), times(arm.flops_ratio, 3))
+def _flops(arm: ArmResult, judged: ArmSummary) -> Cell:
+    return Cell(compact(arm.flops_per_token, "FLOP"), _times_note(arm.flops_ratio, judged, 3))
 
 
-def _memory(arm: ArmResult, said: ArmSummary) -> Cell:
+def _memory(arm: ArmResult, judged: ArmSummary) -> Cell:
     return Cell(memory(arm.peak_memory_bytes))
 
 
-def _imbalance(arm: ArmResult, said: ArmSummary) -> Cell:
-    return Cell(number(said.averages.load_imbalance, 2))
+def _imbalance(arm: ArmResult, judged: ArmSummary) -> Cell:
+    return Cell(number(judged.averages.load_imbalance, 2))
 
 
-def _dropped(arm: ArmResult, said: ArmSummary) -> Cell:
-    return Cell(percent(said.averages.dropped_share))
+def _dropped(arm: ArmResult, judged: ArmSummary) -> Cell:
+    return Cell(percent(judged.averages.dropped_share))
 
 
-def _entropy(arm: ArmResult, said: ArmSummary) -> Cell:
-    return Cell(number(said.averages.router_entropy, 2))
+def _entropy(arm: ArmResult, judged: ArmSummary) -> Cell:
+    return Cell(number(judged.averages.router_entropy, 2))
 
 
-def _leaks(stick: Yardstick, arm: ArmResult, said: ArmSummary) -> Cell:
-    return Cell(_leak_words(arm, arm.leaks.batch, stick))
+def _leaks(yardstick: Yardstick, arm: ArmResult, judged: ArmSummary) -> Cell:
+    return Cell(_leak_words(arm, arm.leaks.batch, yardstick))
 
 
-def _leaks_deployed(stick: Yardstick, arm: ArmResult, said: ArmSummary) -> Cell:
-    return Cell(NONE if arm.deployed_mode is None else _leak_words(arm, arm.leaks.batch_deployed, stick))
+def _leaks_deployed(yardstick: Yardstick, arm: ArmResult, judged: ArmSummary) -> Cell:
+    return Cell(NONE if arm.deployed_mode is None else _leak_words(arm, arm.leaks.batch_deployed, yardstick))
 
 
-def _leak_words(arm: ArmResult, batch: bool | None, stick: Yardstick) -> str:
-    found = ["later tokens"] if arm.leaks.future and stick.causal else []
+def _leak_words(arm: ArmResult, batch: bool | None, yardstick: Yardstick) -> str:
+    found = ["later tokens"] if arm.leaks.future and yardstick.causal else []
     return " and ".join([*found, *(["other examples"] if batch else [])]) or "none"
 
 
-def _gradient(arm: ArmResult, said: ArmSummary) -> Cell:
-    averages = said.averages
+def _gradient(arm: ArmResult, judged: ArmSummary) -> Cell:
+    averages = judged.averages
     return Cell(number(averages.grad_norm_mean, 2), f"max {number(averages.grad_norm_max, 2)}")
 
 
-def _spikes(arm: ArmResult, said: ArmSummary) -> Cell:
-    return Cell(f"{said.averages.spikes_loss} / {said.averages.spikes_grad_norm}")
+def _spikes(arm: ArmResult, judged: ArmSummary) -> Cell:
+    return Cell(f"{judged.averages.spikes_loss} / {judged.averages.spikes_grad_norm}")
 
 
-def _rate(arm: ArmResult, said: ArmSummary) -> Cell:
+def _rate(arm: ArmResult, judged: ArmSummary) -> Cell:
     if arm.searched is None:
         return Cell(rate(arm.learning_rate), "not searched")
     edge = ", at the edge" if arm.searched.at_edge else ""

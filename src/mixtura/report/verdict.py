@@ -8,24 +8,26 @@ import itertools
 from dataclasses import dataclass
 from typing import Literal
 
+from mixtura.report.headline import write_headline
+from mixtura.report.longer import write_longer
 from mixtura.report.measures import Yardstick, written_amount, written_value
-from mixtura.report.significance import FARTHEST_EXTRAPOLATION, MOT_ANCHOR, paired_difference
+from mixtura.report.significance import paired_difference
 from mixtura.report.wording import (
     NBSP,
-    capital,
     compact,
     count,
     digits_for,
-    interval,
+    is_zero,
     listing,
     memory,
     number,
-    percent,
     quantity,
     signed,
+    signed_interval,
+    start,
 )
 from mixtura.results import ArmSummary, Interval, Measure
-from mixtura.results.conclusions import Budget, Crossing, Difference, Outcome, Pair, SpeedUp, Verdict
+from mixtura.results.conclusions import Budget, Difference, Outcome, Pair, SpeedUp, Verdict
 
 
 def write_rule(measure: Measure) -> str:
@@ -101,59 +103,43 @@ def _beats(pairs: list[Pair], winner: str, loser: str) -> bool:
 
 
 def write_verdict(
-    arms: dict[str, ArmSummary], judged: Judgement, baseline: str, budget: Budget, stick: Yardstick
+    arms: dict[str, ArmSummary], judged: Judgement, baseline: str, budget: Budget, yardstick: Yardstick
 ) -> Verdict:
     """The sentences at the top of the report, from the judged arms.
 
-    `headline` is one sentence, after another where FLOPs are not equal; `answer` says which arm this data and budget
+    `headline` is a few words; `finding` the same in a sentence with the budget, after another where FLOPs are not
+    equal; `answer` says which arm this data and budget
     ask for; `speed` and `longer` have a sentence or two an arm on training time and on longer training.
     """
     others = [name for name in arms if name != baseline and judged.outcomes[name] != "excluded"]
-    # Our own favourite is told first when it loses: nobody should have to look for that.
-    others.sort(key=lambda name: not (arms[name].family == "mixture_of_tokens" and _behind(arms[name], stick)))
-    longer = [
-        *(
-            _longer(arms[name].label, arms[baseline].label, found, budget)
-            for name in others
-            if (found := arms[name].crossing)
-        ),
-        *_guess([arms[name] for name in others]),
-        *_published(arms, budget, stick),
-    ]
+    # Our own favourite comes first when it loses, so that nobody has to look for that.
+    others.sort(key=lambda name: not (arms[name].family == "mixture_of_tokens" and _behind(arms[name], yardstick)))
     return Verdict(
-        headline=_unequal(arms, others, baseline, stick) + _headline(arms, judged, others, baseline, budget, stick),
-        answer=_answer(arms, judged, baseline, stick),
+        headline=write_headline(arms, judged.outcomes, others, baseline, yardstick),
+        finding=_unequal(arms, others, baseline, yardstick)
+        + _finding(arms, judged, others, baseline, budget, yardstick),
+        answer=_answer(arms, judged, baseline, yardstick),
         speed=[
             _speed(arms[name].label, arms[baseline].label, speed) for name in others if (speed := arms[name].speed_up)
         ],
-        longer=[*_about_loss(stick), *longer] if longer else [],
+        longer=write_longer(arms, others, baseline, budget, yardstick),
         best=judged.best,
         leader=judged.leader,
         tied=judged.tied,
     )
 
 
-def _unequal(arms: dict[str, ArmSummary], others: list[str], baseline: str, stick: Yardstick) -> str:
+def _unequal(arms: dict[str, ArmSummary], others: list[str], baseline: str, yardstick: Yardstick) -> str:
     """Says which arms cost another number of FLOPs than the baseline; nothing where all are matched."""
-    dearer = [arms[name] for name in others if stick.unmatched(arms[name].flops_ratio)]
+    dearer = [arms[name] for name in others if yardstick.unmatched(arms[name].flops_ratio)]
     if not dearer:
         return ""
     costs = listing([f"{arm.label} costs {number(arm.flops_ratio, 2)}" for arm in dearer])
     return f"Equal steps, not equal FLOPs: a token of {costs} times one of {arms[baseline].label}. "
 
 
-def _about_loss(stick: Yardstick) -> list[str]:
-    if stick.on_loss:
-        return []
-    name = stick.measure.name
-    return [
-        f"{capital(name)} is measured only at the end of a run: what follows is about the held-out loss, and where two "
-        f"arms cross in loss they need not cross in {name}."
-    ]
-
-
-def _behind(arm: ArmSummary, stick: Yardstick) -> bool:
-    return stick.behind(_difference(arm).mean)
+def _behind(arm: ArmSummary, yardstick: Yardstick) -> bool:
+    return yardstick.behind(_difference(arm).mean)
 
 
 def _difference(arm: ArmSummary) -> Difference:
@@ -162,13 +148,13 @@ def _difference(arm: ArmSummary) -> Difference:
     return arm.difference.deployed
 
 
-def _headline(
+def _finding(
     arms: dict[str, ArmSummary],
     judged: Judgement,
     others: list[str],
     baseline: str,
     budget: Budget,
-    stick: Yardstick,
+    yardstick: Yardstick,
 ) -> str:
     base, outcomes = arms[baseline].label, judged.outcomes
     if outcomes[baseline] == "excluded":
@@ -177,23 +163,27 @@ def _headline(
         return f"No verdict: {base} is the only arm that can be compared."
     size = f"{quantity(budget.tokens)} training tokens"
     if any(outcomes[name] == "one_seed" for name in others):
-        clauses = [_single(arms[name], base, stick.measure, unit=name == others[0]) for name in others]
+        clauses = [_single(arms[name], base, yardstick.measure, unit=name == others[0]) for name in others]
         again = "it" if len(clauses) == 1 else "any of it"
         return f"One seed cannot decide: after {size} {listing(clauses)}, and another seed may reverse {again}."
     decided = [name for name in others if outcomes[name] in ("loses", "beats")]
-    won = listing([_decided(arms[n], base, outcomes[n], stick.measure, unit=n == decided[0]) for n in decided])
-    draws = ", nor ".join(_draw(arms[name], base, stick.measure) for name in others if outcomes[name] == "draw")
+    won = listing([_decided(arms[n], base, outcomes[n], yardstick.measure, unit=n == decided[0]) for n in decided])
+    first = arms[decided[0]].label if decided else ""
+    won = start(first) + won.removeprefix(first)
+    draws = ", nor ".join(_draw(arms[name], base, yardstick.measure) for name in others if outcomes[name] == "draw")
     size += f" and {count(budget.seeds, 'seed')}"
     if not draws:
         rates = "" if budget.rates_settled else " at these learning rates"
-        return f"{capital(won)}: decided for {size}{rates}, open for longer training."
+        return f"{won}: decided for {size}{rates}, open for longer training."
     if not decided:
         return f"No winner: {size} cannot tell {draws}; longer training is open."
-    return f"{capital(won)}; {size} cannot tell {draws}, and longer training is open."
+    return f"{won}; {size} cannot tell {draws}, and longer training is open."
 
 
 def _single(arm: ArmSummary, base: str, measure: Measure, *, unit: bool) -> str:
     mean = _difference(arm).mean
+    if not mean:
+        return f"{arm.label} ended equal to {base}"
     return f"{arm.label} ended {written_amount(measure, mean, unit=unit)} {'above' if mean > 0 else 'below'} {base}"
 
 
@@ -210,53 +200,59 @@ def difference_words(difference: Interval | None, *, digits: int = 3) -> str:
     """A difference with its interval, in words: "-0.050, 95 % interval -0.071 to -0.029"; `digits` or more decimals."""
     if difference is None:
         return "no difference could be computed"
+    if is_zero(difference):
+        return "equal"
     digits = digits_for(difference.mean, difference.low, difference.high, least=digits)
     mean = signed(difference.mean, digits)
     if difference.low is None:
         return f"{mean}, one seed"
-    return f"{mean}, 95{NBSP}% interval {interval(difference.low, difference.high, digits)}"
+    return f"{mean}, 95{NBSP}% interval {signed_interval(difference.low, difference.high, digits)}"
 
 
-def _answer(arms: dict[str, ArmSummary], judged: Judgement, baseline: str, stick: Yardstick) -> str | None:
+def _answer(arms: dict[str, ArmSummary], judged: Judgement, baseline: str, yardstick: Yardstick) -> str | None:
     """Which arm this data and budget ask for, and its price; None where the rule gives no verdict."""
     kinds = set(judged.outcomes.values())
     if "one_seed" in kinds or judged.leader is None or not judged.pairs or judged.outcomes[baseline] == "excluded":
         return None
-    leader, base, measure = arms[judged.leader], arms[baseline], stick.measure
+    leader, base, measure = arms[judged.leader], arms[baseline], yardstick.measure
     if judged.best is None:
-        return _tie(leader, [arms[name] for name in judged.tied], stick)
+        return _tie(leader, [arms[name] for name in judged.tied], yardstick)
     value = written_value(measure, leader.score.deployed)
     if judged.best == baseline:
-        return f"For this data and budget the answer is {base.label}: {value} as deployed{_own_price(base, stick)}."
+        return f"For this data and budget the answer is {base.label}: {value} as deployed{_own_price(base, yardstick)}."
     against = number(base.score.deployed, measure.digits)
     return (
         f"For this data and budget the answer is {leader.label}: {value} as deployed, against "
-        f"{against} for {base.label}. Its price: {_price(leader, base, stick)}{_at_equal_cost(leader, base, stick)}."
+        f"{against} for {base.label}. Its price: {_price(leader, base, yardstick)}"
+        f"{_at_equal_cost(leader, base, yardstick)}."
     )
 
 
-def _tie(leader: ArmSummary, tied: list[ArmSummary], stick: Yardstick) -> str:
-    measure = stick.measure
-    foremost = f"{'lowest' if measure.better == 'lower' else 'highest'} mean {stick.short}"
-    fastest = min([leader, *tied], key=lambda arm: arm.seconds_ratio or 1.0)
-    text = (
-        f"This budget names no single best arm: {leader.label} has the {foremost} as deployed, "
-        f"{number(leader.score.deployed, measure.digits)}, but {listing([arm.label for arm in tied])} cannot "
-        f"be told apart from it. Among these, {fastest.label} takes the least time a step"
-    )
-    if stick.task == "pretraining":
-        return f"{text}."
-    smallest = min([leader, *tied], key=lambda arm: arm.parameters_trainable)
-    lightest = min([leader, *tied], key=lambda arm: arm.peak_memory_bytes or 0)
+def _tie(leader: ArmSummary, tied: list[ArmSummary], yardstick: Yardstick) -> str:
+    measure, arms = yardstick.measure, [leader, *tied]
+    foremost = f"{'lowest' if measure.better == 'lower' else 'highest'} mean {yardstick.short}"
+    merits = [(min(arms, key=lambda arm: arm.seconds_ratio or 1.0), "takes the least time a step")]
+    if yardstick.task != "pretraining":
+        smallest = min(arms, key=lambda arm: arm.parameters_trainable)
+        lightest = min(arms, key=lambda arm: arm.peak_memory_bytes or 0)
+        merits += [
+            (smallest, f"trains the fewest parameters ({compact(smallest.parameters_trainable)})"),
+            (lightest, f"needs the least memory ({memory(lightest.peak_memory_bytes)})"),
+        ]
+    by_label: dict[str, list[str]] = {}
+    for arm, merit in merits:
+        by_label.setdefault(arm.label, []).append(merit)
     return (
-        f"{text}, {smallest.label} trains the fewest parameters ({compact(smallest.parameters_trainable)}), and "
-        f"{lightest.label} needs the least memory ({memory(lightest.peak_memory_bytes)})."
+        f"This budget names no single best arm: {leader.label} has the {foremost} as deployed, "
+        f"{number(leader.score.deployed, measure.digits)}, but the seeds do not separate "
+        f"{listing([arm.label for arm in tied], 'or')} from it. Among these, "
+        f"{listing([f'{label} {listing(of)}' for label, of in by_label.items()])}."
     )
 
 
-def _own_price(base: ArmSummary, stick: Yardstick) -> str:
+def _own_price(base: ArmSummary, yardstick: Yardstick) -> str:
     """What the baseline costs when it is the answer; pretraining's other arms are matched to it."""
-    if stick.task == "pretraining":
+    if yardstick.task == "pretraining":
         return ""
     return (
         f". It trains {compact(base.parameters_trainable)} of {compact(base.parameters_total)} parameters and "
@@ -264,11 +260,13 @@ def _own_price(base: ArmSummary, stick: Yardstick) -> str:
     )
 
 
-def _price(arm: ArmSummary, base: ArmSummary, stick: Yardstick) -> str:
+def _price(arm: ArmSummary, base: ArmSummary, yardstick: Yardstick) -> str:
     time = f"{number(arm.seconds_ratio, 2)} times the time a step"
-    if stick.task == "pretraining":
+    if yardstick.task == "pretraining":
         sizes = [compact(side.parameters_total) for side in (arm, base)]
-        flops = f", {number(arm.flops_ratio, 2)} times the FLOPs a token" if stick.unmatched(arm.flops_ratio) else ""
+        flops = (
+            f", {number(arm.flops_ratio, 2)} times the FLOPs a token" if yardstick.unmatched(arm.flops_ratio) else ""
+        )
         return f"{sizes[0]} parameters in memory instead of {sizes[1]}{flops}, and {time}"
     trained = [compact(side.parameters_trainable) for side in (arm, base)]
     peaks = [memory(side.peak_memory_bytes) for side in (arm, base)]
@@ -278,15 +276,15 @@ def _price(arm: ArmSummary, base: ArmSummary, stick: Yardstick) -> str:
     )
 
 
-def _at_equal_cost(arm: ArmSummary, base: ArmSummary, stick: Yardstick) -> str:
+def _at_equal_cost(arm: ArmSummary, base: ArmSummary, yardstick: Yardstick) -> str:
     text = ""
     for difference, cost in ((arm.equal_flops, "equal training FLOPs"), (arm.equal_time, "equal training time")):
-        said = _EQUAL_COST.get(judge_difference(difference))
-        if said is None:
+        words = _EQUAL_COST.get(judge_difference(difference))
+        if words is None:
             continue
-        about = f". At {cost} it {said}"
-        if not stick.on_loss:
-            about = f". In held-out loss at {cost} it {said.removeprefix('still ')}"
+        about = f". At {cost} it {words}"
+        if not yardstick.on_loss:
+            about = f". In held-out loss at {cost} it {words.removeprefix('still ')}"
         text += f"{about} {base.label} ({difference_words(difference)})"
     return text
 
@@ -296,7 +294,7 @@ _EQUAL_COST = {"beats": "still beats", "loses": "loses to", "draw": "draws with"
 
 def _speed(label: str, base: str, speed: SpeedUp) -> str:
     if speed.ratio_steps is None:
-        text = f"{capital(label)} does not reach {base}'s final loss"
+        text = f"{start(label)} does not reach {base}'s final loss"
         text += f" in {speed.n - speed.reached} of {count(speed.n, 'seed')}" if speed.reached else ""
         back = [step for step in speed.baseline_steps_to_arm_final if step is not None]
         if back and len(back) == speed.n:
@@ -304,7 +302,7 @@ def _speed(label: str, base: str, speed: SpeedUp) -> str:
             text += f"; {base} passes {label}'s after {mean:.0f} of {speed.baseline_steps:.0f} steps"
         return f"{text}."
     steps, seconds = speed.ratio_steps.mean, speed.ratio_seconds
-    text = f"{capital(label)} reaches {base}'s final loss in {_sooner(steps, 'steps')}"
+    text = f"{start(label)} reaches {base}'s final loss in {_sooner(steps, 'steps')}"
     if seconds is None:
         return f"{text}."
     joined = " and" if (steps >= 1) == (seconds.mean >= 1) else ", but in"
@@ -313,69 +311,7 @@ def _speed(label: str, base: str, speed: SpeedUp) -> str:
 
 def _sooner(ratio: float, noun: str) -> str:
     """A speed-up in words: below one it is a slow-down and is called so."""
+    if number(ratio, 2) == "1.00":
+        return {"steps": "as many steps", "time": "the same time"}[noun]
     fewer = {"steps": ("fewer", "more"), "time": ("less", "more")}[noun][ratio < 1]
     return f"{number(ratio if ratio >= 1 else 1 / ratio, 2)} times {fewer} {noun}"
-
-
-def _longer(label: str, base: str, found: Crossing, budget: Budget) -> str:
-    """At which budget the arm and the baseline would cross, or why this data does not say."""
-    names, status, slope = f"{label} and {base}", found.status, found.slope_per_doubling
-    if status == "one_seed":
-        return f"One seed gives no estimate of the budget at which {names} would cross."
-    if status == "few_points" or slope is None:
-        return f"Too few evaluations in the last half of the run to estimate where {names} would cross."
-    rate = f"{number(abs(slope.mean))} nats each time the steps double"
-    if status == "level":
-        return (
-            f"At the end of this run the curves of {names} cannot be separated: no crossing beyond it can be estimated."
-        )
-    if status == "steady":
-        return (
-            f"Over the last half of this run the gap between {names} neither closes nor widens measurably "
-            f"({signed(slope.mean)} nats each time the steps double, 95{NBSP}% interval "
-            f"{interval(slope.low, slope.high)}): this data gives no budget at which they would cross."
-        )
-    if status == "widening":
-        return f"The gap between {names} widens by {rate}: this data gives no budget at which they would cross."
-    subject = (
-        f"{capital(label)} is closing on {base}"
-        if found.gap.mean > 0
-        else (f"{capital(label)}'s lead over {base} shrinks")
-    )
-    if found.tokens is None or found.token_range is None:
-        return (
-            f"{subject} by {rate}, but the crossing lies beyond {FARTHEST_EXTRAPOLATION} times this budget: too far to "
-            "extrapolate, so this data gives no estimate."
-        )
-    low, high = found.token_range
-    spread = f"{quantity(low)} to {quantity(high)}" if high else f"from {quantity(low)}, for one seed never"
-    return (
-        f"{subject} by {rate}. Extrapolated, the two cross at about {quantity(found.tokens)} tokens, "
-        f"{number(found.tokens / budget.tokens, 1)} times this budget ({spread} over the seeds)."
-    )
-
-
-def _guess(arms: list[ArmSummary]) -> list[str]:
-    if not any(arm.crossing and arm.crossing.status == "closing" for arm in arms):
-        return []
-    return [
-        "Such a crossing is a guess, not a measurement: a cosine schedule is tied to its length, so a point on the way "
-        "is no finished run of that budget. Only a longer run can tell."
-    ]
-
-
-def _published(arms: dict[str, ArmSummary], budget: Budget, stick: Yardstick) -> list[str]:
-    """The published curve that says when MoT overtook dense, beside this run's budget."""
-    if not stick.from_scratch or not any(arm.family == "mixture_of_tokens" for arm in arms.values()):
-        return []
-    anchor = MOT_ANCHOR
-    first, last = anchor.behind_until_tokens
-    share = percent(budget.tokens / first, 1 if budget.tokens > 5e-3 * first else 2)
-    return [
-        "The only published long curve of MoT, its authors' own, is behind dense until between "
-        f"{anchor.behind_until_steps[0]:,} and {anchor.behind_until_steps[1]:,} steps of "
-        f"{anchor.tokens_per_step:,} tokens ({first / 1e9:.2f} to {last / 1e9:.2f}{NBSP}billion tokens) and needs "
-        f"{number(anchor.end_ratio_steps, 1)} times fewer steps at {anchor.end_steps:,} "
-        f"({anchor.measure}; {anchor.setting}). This budget is {share} of {first / 1e9:.2f}{NBSP}billion tokens. "
-        "No independent replication of that speed-up has been found."
-    ]

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from mixtura.config.families import FAMILIES
-from mixtura.results import ArmResult
+from mixtura.results import ArmResult, Interval
 
 NONE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -55,6 +55,34 @@ def signed(value: float | None, digits: int = 3) -> str:
     return f"+{text}" if value is not None and value > 0 and float(f"{value:.{digits}f}") != 0 else text
 
 
+def is_zero(difference: Interval) -> bool:
+    """Whether there is no difference at all, in no seed: what is compared is equal."""
+    return difference.mean == 0 and difference.low in (None, 0.0) and difference.high in (None, 0.0)
+
+
+def margin(difference: Interval, *, least: int = 3) -> str:
+    """The size of a difference and half its interval: "0.040 ± 0.020"; the size alone where there is no interval."""
+    digits = digits_for(difference.mean, least=least)
+    return number(abs(difference.mean), digits) + _half(difference, digits)
+
+
+def without_interval(difference: Interval) -> Interval:
+    """The same mean, as if there were one seed."""
+    return Interval(difference.mean, None, None, difference.n)
+
+
+def signed_margin(difference: Interval, *, least: int = 3) -> str:
+    """The same with its sign, as cards and figures have it: "-0.040 ± 0.020"; "equal" where there is none at all."""
+    digits = digits_for(difference.mean, least=least)
+    return "equal" if is_zero(difference) else signed(difference.mean, digits) + _half(difference, digits)
+
+
+def _half(difference: Interval, digits: int) -> str:
+    if difference.high is None:
+        return ""
+    return f"{NBSP}\N{PLUS-MINUS SIGN}{NBSP}{number(difference.high - difference.mean, digits)}"
+
+
 def digits_for(*values: float | None, least: int = 3) -> int:
     """`least` decimals, or as many as keep the smallest of the values from being written as zero (at most two more)."""
     smallest = min((abs(value) for value in values if value), default=1.0)
@@ -64,6 +92,11 @@ def digits_for(*values: float | None, least: int = 3) -> int:
 def interval(low: float | None, high: float | None, digits: int = 3) -> str:
     """An interval as "a to b"; an en dash where there is none."""
     return NONE if low is None or high is None else f"{number(low, digits)} to {number(high, digits)}"
+
+
+def signed_interval(low: float | None, high: float | None, digits: int = 3) -> str:
+    """The interval of a difference, each end with its sign: "-0.021 to +0.114"."""
+    return NONE if low is None or high is None else f"{signed(low, digits)} to {signed(high, digits)}"
 
 
 def quantity(value: float | None) -> str:
@@ -139,6 +172,11 @@ def capital(text: str) -> str:
     plain = first.replace("-", "").replace("'", "").rstrip(",.:;")
     own_spelling = first[:1].islower() and plain != plain.lower() and "-" not in first
     return text[:1].upper() + text[1:] if plain.isalpha() and not own_spelling else text
+
+
+def start(label: str) -> str:
+    """An arm's name at the start of a sentence: a family's words get a capital, a name that a user gave does not."""
+    return capital(label) if label in FAMILY_WORDS.values() else label
 
 
 def arm_colours(arms: Mapping[str, ArmResult]) -> dict[str, tuple[str, str]]:

@@ -207,6 +207,9 @@ class Verdict:
     """What the rule says, in sentences and in names."""
 
     headline: str
+    """In a few words."""
+    finding: str
+    """The same in a sentence, with the budget."""
     answer: str | None
     """None where the rule gives no verdict."""
     speed: list[str]

@@ -19,11 +19,13 @@ Task = Literal["pretraining", "translation", "classification"]
 
 @dataclass(frozen=True)
 class Trial:
-    """One learning rate of a search."""
+    """One learning rate of a search, at one initialisation scale."""
 
     learning_rate: float
     loss: float | None
     """Held out, as deployed, mean over the search's seeds; None if it diverged."""
+    scale: float | None = None
+    """The `feed_forward_scale` it was tried with; None is the arm's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,10 @@ class SearchRecord:
     seeds: list[int]
     best: float
     at_edge: bool
-    """The best rate is the lowest or highest tried: a better one may lie beyond."""
+    """The best rate or scale is the lowest or highest tried: a better one may lie beyond."""
     source: str
+    best_scale: float | None = None
+    """The `feed_forward_scale` of the best trial; None where scales were not searched."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,17 @@ class ArmDescription:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepParts:
+    """Shares of the time of a step; they sum to one."""
+
+    forward: float
+    """The loss with it."""
+    backward: float
+    optimizer: float
+    """Gradient clipping with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ArmTiming:
     """Seconds and memory of a step, measured side by side with the other arms'."""
 
@@ -67,6 +82,8 @@ class ArmTiming:
     peak_memory_bytes: int | None
     optimizer_state_bytes: int | None
     """What of the peak the optimizer keeps."""
+    step_parts: StepParts | None = None
+    """Where the time of a step goes; None in files of before it was measured."""
 
 
 @dataclass(frozen=True)

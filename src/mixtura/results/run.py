@@ -4,7 +4,7 @@ A run is stored in `arms/<arm>/seed<k>/result.json` and again, with what its cur
 results.json. docs/report.md says what each field means. The details of a task are told apart by their `kind`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -22,10 +22,22 @@ class Peakedness:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """The beginning of a held-out text, how it really goes on, and how the run goes on, as deployed and greedily."""
+
+    prompt: str
+    reference: str
+    output: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PretrainingDetails:
-    """Of a language model with mixture-of-tokens layers."""
+    """Of a language model."""
 
     peakedness: list[Peakedness]
+    """Of each mixture-of-tokens layer."""
+    continuations: list[Continuation] = field(default_factory=list)
+    """Empty in files that were written before continuations were kept."""
     kind: Literal["pretraining"] = "pretraining"
 
 
@@ -253,3 +265,8 @@ class RunResult(TrainingHistory):
     """For each mode the measures by key; what needs decoding is measured in the deployed mode alone."""
     details: RunDetails | None = None
     """What its task tells beyond measures; None for a trial of the search, and where a task has nothing to add."""
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it ended without measures."""
+        return all(value is None for measures in self.final.values() for value in measures.values())

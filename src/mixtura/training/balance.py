@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mixtura.layers import RoutingStats
+from mixtura.layers import ExpertThresholdMoE, ReMoE, RoutingStats
+from mixtura.layers.remoe import update_l1_coef
 from mixtura.results import Facts
 
 
@@ -93,6 +94,35 @@ def update_expert_bias(layers: Sequence[nn.Module], tokens_per_expert_ME: Tensor
         bias_E = getattr(layer, "expert_bias", None)
         if bias_E is not None:
             bias_E.add_(torch.sign(load_E.mean() - load_E), alpha=rate)
+
+
+@torch.no_grad()
+def update_gates(layers: Sequence[nn.Module], totals: StepTotals, *, growth: float) -> None:
+    """Weighs ReMoE's penalty anew, by how many experts a token of the whole step ran; see `layers.remoe`.
+
+    Args:
+        layers: the M mixture layers; those of other families are left alone.
+        totals: sums over the step.
+        growth: how much the weight grows or shrinks.
+    """
+    active_M = totals.tokens_per_expert_ME.sum(-1) / totals.routed_M.clamp_min(1.0)
+    found = [(layer, active) for layer, active in zip(layers, active_M, strict=True) if isinstance(layer, ReMoE)]
+    if found:
+        update_l1_coef([layer for layer, _ in found], torch.stack([active for _, active in found]), factor=1 + growth)
+
+
+def update_thresholds(layers: Sequence[nn.Module], *, rate: float, reduce: Callable[[Tensor], Tensor]) -> None:
+    """Moves the thresholds of experts towards what the step's batches gave; see `layers.expert_threshold`.
+
+    Args:
+        layers: the mixture layers; those of other families are left alone.
+        rate: the least weight of a step.
+        reduce: sums a tensor over the ranks.
+    """
+    for layer in layers:
+        if isinstance(layer, ExpertThresholdMoE) and layer.observed is not None:
+            observed, layer.observed = layer.observed, None
+            layer.update(reduce(observed), rate=rate)
 
 
 def load_report(totals: StepTotals, *, steps: int, layers: Sequence[int]) -> Facts:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mixtura.layers import RoutingStats
+from mixtura.models import MixtureConfig
+from mixtura.models.modeling_mixture import MixturePreTrainedModel
 from mixtura.results import LOSS, ArmDescription, Facts, Leaks, Measure
 from mixtura.results.document import AcrossArms
 from mixtura.results.run import RunDetails
@@ -71,11 +73,13 @@ class TrainingTask(ABC):
     def losses(self, model: nn.Module, batch: Batch, *, num_targets: Tensor | int) -> StepLosses:
         """The losses of one micro-batch of a step that has `num_targets` targets on all ranks."""
 
-    def router_loss_weights(self, model: nn.Module) -> tuple[float, float]:
-        """Weights of `aux_loss` and `z_loss` in what is minimised: by default those of the model's configuration.
+    def router_loss_weights(self, model: nn.Module) -> tuple[Tensor | float, Tensor | float]:
+        """Weights of `aux_loss` and `z_loss` in what is minimised: by default the model's, or its configuration's.
 
         A task whose router losses come from elsewhere, such as an adapter, says its own.
         """
+        if isinstance(model, MixturePreTrainedModel):
+            return model.router_loss_weights()
         config = getattr(model, "config", None)
         return getattr(config, "router_aux_loss_coef", 0.0), getattr(config, "router_z_loss_coef", 0.0)
 
@@ -125,10 +129,16 @@ class Arm(ABC):
     """The mode of `task.evaluate` that computes what training computes."""
     deployed_mode: str | None
     """The mode in which it answers one request alone; None if it has none."""
+    trained_config: MixtureConfig | None = None
+    """Of the finished model, where that is one of ours; None for a base model with an adapter or a head."""
 
     @abstractmethod
     def build(self, seed: int) -> nn.Module:
         """A model as training starts with it; what is random in it follows from the seed by one rule for all arms."""
+
+    def at_scale(self, scale: float) -> "Arm":
+        """The arm with this `feed_forward_scale`, where its feed-forward weights are drawn at random."""
+        raise NotImplementedError(f"{type(self).__name__} draws no feed-forward weights at {scale:g}")
 
     @abstractmethod
     def describe(self, baseline: "Arm") -> ArmDescription:
@@ -142,6 +152,8 @@ class Arm(ABC):
 class Experiment(ABC):
     """Everything a comparison runs."""
 
+    recipe: Any
+    """The recipe as it runs: what it left open, or its data could not fill, is fitted to the data."""
     arms: dict[str, Arm]
     """By name, in the recipe's order."""
     data: Facts

@@ -33,6 +33,7 @@ from mixtura.training.optimization import build_optimizer, build_schedule
 from mixtura.training.process import StopRequest, keep_freed_memory
 from mixtura.training.progress import ProgressReporter, SilentProgress
 from mixtura.training.saving import RUN_FILE, check_settings
+from mixtura.training.slowness import slow_memory
 from mixtura.training.trainer import MixtureTrainer, RunContext
 
 METRICS = "metrics.jsonl"
@@ -257,6 +258,8 @@ def _run_steps(
         return
     length = run.config.steps * sequences_per_step(run.config, arguments.world_size)
     keep_freed_memory()
+    if (warning := slow_memory(model, run.label)) is not None:
+        run.reporter.note(warning)
     optimizer = build_optimizer(model, run.config, learning_rate=run.learning_rate)
     trainer = MixtureTrainer(
         run,

@@ -1,7 +1,7 @@
 """What a training run asks of its process: to keep memory that was freed, and to stop after the step at hand.
 
-On Linux, large tensors are otherwise handed back to the system and zeroed anew at every step. Ctrl-C becomes a request:
-the step is finished and saved, so nothing that was computed is lost.
+On Linux, large tensors are otherwise handed back to the system and zeroed anew at every step. Ctrl-C and SIGTERM become
+a request: the step is finished and saved, so nothing that was computed is lost.
 """
 
 import ctypes
@@ -29,30 +29,31 @@ def keep_freed_memory() -> bool:
 
 
 class StopRequest:
-    """While in its `with` block, the first Ctrl-C only sets `requested`; a second one interrupts at once.
+    """While in its `with` block, Ctrl-C or SIGTERM only sets `requested`; a second Ctrl-C interrupts at once.
 
-    Outside the main thread, where Python takes no signal handlers, Ctrl-C keeps its meaning.
+    A batch system sends SIGTERM before it takes the machine away, often more than once. Outside the main thread, where
+    Python takes no signal handlers, both keep their meaning.
     """
 
     def __init__(self) -> None:
         """Nothing has been requested yet."""
         self.requested = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        """Takes over SIGINT."""
+        """Takes over SIGINT and SIGTERM."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
+            self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Gives SIGINT back."""
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        """Gives them back."""
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True

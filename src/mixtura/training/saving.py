@@ -26,6 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from mixtura.config import UserError
+from mixtura.errors import reason_of
 from mixtura.files import put_folder, write_json
 from mixtura.results import Facts
 
@@ -149,7 +150,7 @@ def check_checkpoint(folder: Path, settings: Facts) -> int:
 
 def architecture(config: PreTrainedConfig) -> Facts:
     """A model configuration, plain, without what may change while the model stays the same."""
-    volatile = {"transformers_version", "architectures", "dtype", "_name_or_path", "use_cache"}
+    volatile = {"transformers_version", "architectures", "dtype", "_name_or_path", "use_cache", "output_router_logits"}
     plain = json.loads(config.to_json_string(use_diff=False))
     return {key: value for key, value in plain.items() if key not in volatile}
 
@@ -204,7 +205,7 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     try:
         saved = safetensors.torch.load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise _unreadable(folder, error) from error
+        raise _unreadable(folder / WEIGHTS, error) from error
     trained = _trained(model)
     shapes = {name: list(tensor.shape) for name, tensor in trained.items()}
     difference = first_difference({name: list(tensor.shape) for name, tensor in saved.items()}, shapes)
@@ -223,12 +224,19 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     try:
         safetensors.torch.load_model(model, folder / WEIGHTS, strict=True)
     except (SafetensorError, RuntimeError) as error:
-        raise _unreadable(folder, error) from error
+        raise _unreadable(folder / WEIGHTS, error) from error
 
 
 def load_tensors(path: Path) -> Any:
-    """What `save_tensors` wrote."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """What `save_tensors` wrote.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the archive, the pickle in it and the file each have errors of their own
+        raise _unreadable(path, error) from error
 
 
 def random_state() -> dict[str, Any]:
@@ -260,9 +268,9 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad} | buffers
 
 
-def _unreadable(folder: Path, error: Exception) -> UserError:
+def _unreadable(file: Path, error: Exception) -> UserError:
     return UserError(
-        f"The checkpoint '{folder}' is damaged: {WEIGHTS} cannot be read ({str(error).splitlines()[0]}); remove "
+        f"The checkpoint '{file.parent}' is damaged: {file.name} cannot be read ({reason_of(error)}); remove "
         "the folder to go on from the one before it, or from the start."
     )
 

@@ -154,10 +154,8 @@ class MixtureTrainer(Trainer):
         totals = balance.reduce_totals(self._step_totals, self._sum_over_ranks)
         self._step_totals, self._global_load_ME = totals, None
         mixture = self._mixture
-        if mixture is not None and mixture.config.expert_bias_update_rate > 0:
-            balance.update_expert_bias(
-                mixture.mixture_layers(), totals.tokens_per_expert_ME, rate=mixture.config.expert_bias_update_rate
-            )
+        if mixture is not None:
+            self._update_routers(mixture, totals)
         if mixture is not None and mixture.config.population_rate > 0:
             update_population(mixture, rate=mixture.config.population_rate, average=self._mean_over_ranks)
         self._load_totals = balance.add_totals(self._load_totals, totals)
@@ -168,6 +166,14 @@ class MixtureTrainer(Trainer):
         control.should_save = step % config.save_every == 0
         if self._stop_requested():
             control.should_save = control.should_training_stop = True
+
+    def _update_routers(self, mixture: MixtureForCausalLM, totals: balance.StepTotals) -> None:
+        """Moves what routers learn from a step's load in place of a gradient."""
+        layers, config = mixture.mixture_layers(), mixture.config
+        if config.expert_bias_update_rate > 0:
+            balance.update_expert_bias(layers, totals.tokens_per_expert_ME, rate=config.expert_bias_update_rate)
+        balance.update_gates(layers, totals, growth=config.l1_coef_growth)
+        balance.update_thresholds(layers, rate=config.threshold_rate, reduce=self._sum_over_ranks)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
         if self.args.device.type != "cpu" or self.accelerator.distributed_type != DistributedType.NO:

@@ -7,7 +7,6 @@ Shapes: E experts, D hidden, F width of an expert, C copies of the dense layer.
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
 import re
@@ -251,8 +250,6 @@ def _write(job: _Job, out: Path, texts: list[Path], max_shard_bytes: int) -> Non
             copy_companions(job.sources[0].folder, new)
             write_receipt(new, job.settings, job.sources, job.starts, texts)
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise UserError(f"The disk of '{out.parent}' is full: make room, or name a folder elsewhere.") from error
         raise UserError(f"'{out}' cannot be written ({error}): check the folder and its disk.") from error
 
 

@@ -104,6 +104,8 @@ def test_every_arm_trains_and_classifies_new_texts_after_it(make, run, name):
     saved, loaded = load_classifier(folder / "checkpoint")
     assert saved.labels == ("negative", "positive")
     assert_close([a.probability for a in answers], [max(a.probabilities.values()) for a in answers])
+    assert not any(answer.cut for answer in answers)
+    assert [answer.cut for answer in classify(folder / "checkpoint", ["good", "good " * 99])] == [False, True]
     one_by_one = [classify(folder / "checkpoint", [text])[0].probabilities["positive"] for text in texts]
     assert_close([a.probabilities["positive"] for a in answers], one_by_one, rtol=0, atol=1e-6)
     # The trained model and the loaded one are the same function.
@@ -305,14 +307,23 @@ def test_mistakes_are_named(make, run, encoder_folder, tmp_path):
         make("no_adapter")
     with pytest.raises(UserError, match="per_token"):
         make("tokens_without_mix")
-    with pytest.raises(UserError, match="reads at most 16"):
-        make("last_layer", data={"max_length": 17})
     with pytest.raises(UserError, match="does not fill groups of 4"):
         run(make("mot"), "mot", batch_size=6)
-    with pytest.raises(UserError, match="validation"):
-        run(make("last_layer", eval_sequences=33), "last_layer", out="many")
     with pytest.raises(UserError, match="holds no classifier"):
         classify(tmp_path, ["good"])
+
+
+def test_lengths_and_evaluations_are_fitted_to_the_model_and_the_texts(make):
+    fitted = make("last_layer", data={"max_length": 17}, eval_sequences=33).recipe
+    assert (fitted.data.max_length, fitted.training.eval_sequences) == (16, 32)
+
+
+def test_what_is_left_open_is_fitted_to_the_texts(make):
+    nothing = {"max_length": None, "validation_examples": None, "test_examples": None}
+    experiment = make("last_layer", "mot", data=nothing)
+    data = experiment.recipe.data
+    assert (data.validation_examples, data.test_examples, data.max_length % 8) == (24, 48, 0)
+    assert experiment.data["examples_test"] == 48
 
 
 def test_a_base_model_that_has_changed_is_refused(make, run, encoder_folder, tmp_path):

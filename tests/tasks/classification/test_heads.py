@@ -120,8 +120,13 @@ def test_a_mixture_of_tokens_head_mixes_texts_while_it_trains():
 
 @pytest.mark.parametrize(
     "arm",
-    [ArmConfig(family="expert_choice"), ArmConfig(family="mixture_of_tokens", group_over="sequence")],
-    ids=["expert choice", "groups over a sequence"],
+    [
+        ArmConfig(family="expert_choice"),
+        ArmConfig(family="expert_threshold"),
+        ArmConfig(family="remoe"),
+        ArmConfig(family="mixture_of_tokens", group_over="sequence"),
+    ],
+    ids=["expert choice", "expert threshold", "remoe", "groups over a sequence"],
 )
 def test_mixtures_that_make_no_sense_on_one_vector_are_refused(arm):
     with pytest.raises(UserError, match=r"head\.feed_forward"):

@@ -1,5 +1,6 @@
 """Comparisons of translation models from scratch, from the data to the bootstrap."""
 
+import dataclasses
 import json
 import random
 
@@ -20,7 +21,7 @@ from mixtura.results.document import PairedTest
 from mixtura.results.json_form import from_plain, to_plain
 from mixtura.results.run import TranslationDetails
 from mixtura.tasks.translation.experiment import make_translation
-from mixtura.tasks.translation.trained_model import translate
+from mixtura.tasks.translation.trained_model import translate, translate_lines
 from mixtura.training import train
 
 WORDS = ["ban", "den", "fin", "gat", "lit", "mon", "nab", "pol", "rud", "sef"]
@@ -61,6 +62,7 @@ def toy_recipe(path, *, arms=None, **changes):
     )
 
 
+PAIRS = ArmConfig(family="token_choice", route_by="pair")
 NAMED = ArmConfig(family="token_choice", route_by="target", num_experts=2, num_shared_experts=1)
 ARMS = {
     "dense": TranslationArmConfig(),
@@ -220,9 +222,9 @@ def test_two_toy_languages_are_learnt(tmp_path):
         pytest.param(ArmConfig(family="soft"), "cannot translate: choose one of dense", id="sees the future"),
         pytest.param(ArmConfig(family="dense", route_by="pair"), "use token_choice", id="no experts"),
         pytest.param(
-            ArmConfig(family="token_choice", route_by="pair"),
-            r"has 2 of those \(en-xx, en-yy\): set num_experts to 2",
-            id="count",
+            ArmConfig(family="token_choice", route_by="pair", num_experts=2, top_k=2),
+            "set num_experts to 2",
+            id="top_k",
         ),
         pytest.param(ArmConfig(family="mixture_of_tokens", group_size=3), "no multiple of", id="groups do not fill"),
         pytest.param(
@@ -240,10 +242,27 @@ def test_arms_that_cannot_work_are_refused(toy, arm, complaint):
 def test_settings_that_leave_too_little_are_refused(toy):
     with pytest.raises(UserError, match="No sentence pair is left for train"):
         make_translation(toy_recipe(toy, data={"max_length": 3}), cache_dir=None)
-    recipe = toy_recipe(toy, training={"batch_size": 64})
-    arm = make_translation(recipe, cache_dir=None).arms["dense"]
+    arm = make_translation(toy_recipe(toy, arms=ARMS), cache_dir=None).arms["mixture_of_tokens"]
     with pytest.raises(UserError, match="32 sentence pairs to hold out, fewer than one batch of 64"):
         arm.task.check(arm.build(0), batch_size=64)
+
+
+def test_what_is_left_open_is_fitted_to_the_sentences(tmp_path):
+    open_keys = {"validation_sources": None, "test_sources": None, "max_characters": None, "max_length": None}
+    arms = {"dense": TranslationArmConfig(), "pairs": TranslationArmConfig(feed_forward=PAIRS)}
+    arms["mot"] = TranslationArmConfig(feed_forward=ArmConfig(family="mixture_of_tokens", group_size=32))
+    recipe = toy_recipe(write_toy(tmp_path / "few.jsonl", sentences=20), arms=arms, training={"batch_size": 32})
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **open_keys))
+    experiment = make_translation(recipe, cache_dir=None)
+    fitted = experiment.recipe
+    assert (fitted.data.validation_sources, fitted.data.test_sources) == (2, 4)
+    assert fitted.data.max_characters % 8 == fitted.data.max_length % 8 == 0
+    assert fitted.arms["pairs"].feed_forward.num_experts == 2
+    assert fitted.training.batch_size == fitted.arms["mot"].feed_forward.group_size == 4
+    for arm in experiment.arms.values():
+        arm.task.check(arm.build(0), batch_size=fitted.training.batch_size)
+    again = make_translation(fitted, cache_dir=None)
+    assert again.recipe == fitted and again.data_digest == experiment.data_digest
 
 
 def test_what_a_model_cannot_translate_is_refused(experiment, tmp_path):
@@ -258,6 +277,13 @@ def test_what_a_model_cannot_translate_is_refused(experiment, tmp_path):
     ):
         with pytest.raises(UserError, match=complaint):
             translate(folder, text, source_language="en", target_language=target)
+    with pytest.raises(UserError, match=r"Line 2 has .*\(and so is line 4\): split it"):
+        translate(folder, "ban\n" + "ban " * 60 + "\nban\n" + "ban " * 60, **languages)
+    done = translate_lines(folder, ["ban", "", "ban ban"], **languages)
+    assert len(done.lines) == 3 and done.lines[1] == "" and not any("\n" in line for line in done.lines)
+    alone = [translate_lines(folder, [line], **languages) for line in ("ban", "ban ban")]
+    assert [done.lines[0], done.lines[2]] == [one.lines[0] for one in alone]
+    assert done.cut == [number for number, one in zip((1, 3), alone, strict=True) if one.cut]
     with pytest.raises(UserError, match="no translation model"):
         translate(tmp_path, "ban", **languages)
     with pytest.raises(UserError, match="num_beams is 0"):

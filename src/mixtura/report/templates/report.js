@@ -2,33 +2,9 @@
 // The page is drawn from one state: every control changes it and draws again. Colours come from the style sheet.
 (() => {
   const page = JSON.parse(document.getElementById("page-data").textContent);
-  const root = document.documentElement;
-  const state = { axis: "steps", log: false, seeds: true, whole: false, hidden: new Set(), mapSeed: page.mapSeeds[0], width: null };
-  const systemDark = matchMedia("(prefers-color-scheme: dark)");
-  const colour = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
-  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : systemDark.matches);
+  const state = { axis: "steps", log: false, seeds: true, whole: false, hidden: new Set(), mapSeed: page.mapSeeds[0] };
 
-  function axisStyle(own) {
-    const line = { gridcolor: colour("grid"), linecolor: colour("line"), tickcolor: colour("line"), automargin: true };
-    const title = own && own.title ? { ...own.title, standoff: 10, font: { color: colour("soft"), size: 13 } } : undefined;
-    return { ...line, zeroline: false, zerolinecolor: colour("soft"), zerolinewidth: 1.5, ...own, title };
-  }
-
-  function layoutOf(node, figure, extra) {
-    const own = figure.layout;
-    const layout = {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, hovermode: "closest",
-      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("soft") },
-      hoverlabel: { bgcolor: colour("paper"), bordercolor: colour("line"), font: { color: colour("ink"), size: 13 } },
-      dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
-      ...own, xaxis: axisStyle(own.xaxis), yaxis: axisStyle(own.yaxis),
-      shapes: (own.shapes || []).map((shape) => ({ ...shape, line: { ...shape.line, width: 1, color: colour("soft") } })),
-      margin: { l: 8, r: 12, t: 12, b: 8, ...own.margin },
-    };
-    if (state.width) layout.width = state.width;
-    if (own.meta && own.meta.narrow_title && node.clientWidth < 560) layout.xaxis.title.text = own.meta.narrow_title;
-    return extra ? extra(layout) : layout;
-  }
+{% include "base.js" %}
 
   function traceOf(trace) {
     const { arm, role, scale } = trace.meta;
@@ -63,12 +39,11 @@
     return layout;
   }
 
-  const config = { responsive: true, displayModeBar: false, displaylogo: false, scrollZoom: false };
   function draw() {
     for (const node of document.querySelectorAll("[data-figure]")) {
       const figure = page.figures[node.dataset.figure];
-      const layout = layoutOf(node, figure, node.dataset.figure === "curves" ? curveLayout : null);
-      Plotly.react(node, figure.data.map(traceOf), layout, config);
+      const layout = themedLayout(figure.layout);
+      Plotly.react(node, figure.data.map(traceOf), node.dataset.figure === "curves" ? curveLayout(layout) : layout, config);
     }
     for (const node of document.querySelectorAll("[data-map]")) drawMap(node, page.maps[Number(node.dataset.map)]);
   }
@@ -86,9 +61,8 @@
     const xaxis = map.groups ? { type: "category", tickangle: map.groups.length > 6 ? -60 : 0, dtick: 1, tickfont: { size: 11 } } : steps;
     const axes = { xaxis, yaxis: { title: { text: "Expert" }, nticks: 6 } };
     const height = Math.min(440, Math.max(190, (map.groups ? 100 : 70) + 9 * map.experts));
-    const figure = { layout: { ...axes, height } };
-    const layout = layoutOf(node, figure);
-    if (state.width) layout.width = state.width / 2 - 12;
+    const layout = themedLayout({ ...axes, height });
+    if (paperWidth) layout.width = paperWidth / 2 - 12;
     layout.xaxis.showgrid = layout.yaxis.showgrid = false;
     Plotly.react(node, [trace], layout, config);
   }
@@ -107,22 +81,6 @@
     state.hidden[input.checked ? "delete" : "add"](Number(input.dataset.arm));
   });
 
-  const toggle = document.getElementById("theme");
-  const label = () => { toggle.textContent = isDark() ? "Light theme" : "Dark theme"; };
-  function setTheme(theme) {
-    root.dataset.theme = theme;
-    try { localStorage.setItem("mixtura-theme", theme); } catch { /* a page from a file may have no storage */ }
-    label();
-    draw();
-  }
-  try {
-    const stored = localStorage.getItem("mixtura-theme");
-    if (stored === "light" || stored === "dark") root.dataset.theme = stored;
-  } catch { /* see above */ }
-  toggle.hidden = false;
-  toggle.addEventListener("click", () => setTheme(isDark() ? "light" : "dark"));
-  systemDark.addEventListener("change", () => { label(); draw(); });
-
   const copy = document.getElementById("copy");
   copy.hidden = false;
   copy.addEventListener("click", () => {
@@ -133,20 +91,5 @@
     copy.textContent = document.execCommand("copy") ? "Copied" : "Selected";
   });
 
-  // Paper is white and narrower than the window.
-  let screenTheme;
-  addEventListener("beforeprint", () => {
-    screenTheme = root.dataset.theme;
-    root.dataset.theme = "light";
-    state.width = 660;
-    draw();
-  });
-  addEventListener("afterprint", () => {
-    if (screenTheme) root.dataset.theme = screenTheme; else delete root.dataset.theme;
-    state.width = null;
-    draw();
-  });
-
-  label();
   draw();
 })();

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softmax
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
 from mixtura.adapters.attach import load_adapter, router_losses, routing_stats
 from mixtura.adapters.tuner import RoutedTuner
@@ -31,6 +31,7 @@ from mixtura.config import AdapterConfig, ArmConfig, HeadConfig, UserError
 from mixtura.layers import MixtureOfTokens, RoutingStats
 from mixtura.models import MixtureModel
 from mixtura.models.inference import mixing_layers, running_in
+from mixtura.models.loading import load_config, open_tokenizer
 from mixtura.tasks.classification.features import encode_texts, hidden_states, weights_digest
 from mixtura.tasks.classification.heads import ClassifierHead, blends_tokens
 from mixtura.training import saving as checkpoints
@@ -208,6 +209,8 @@ class Answer(NamedTuple):
     probability: float
     probabilities: dict[str, float]
     """Of every label."""
+    cut: bool = False
+    """Only the beginning of the text was judged, since it is longer than the classifier reads."""
 
 
 def classify(model_folder: Path, texts: Sequence[str], *, batch_size: int = 32) -> list[Answer]:
@@ -230,6 +233,10 @@ def classify(model_folder: Path, texts: Sequence[str], *, batch_size: int = 32) 
         with torch.no_grad():
             logits_BC = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits_BC
         answers += [_answer(row_C, saved.labels) for row_C in softmax(logits_BC.double(), dim=-1).tolist()]
+    full = [index for index, ids in enumerate(examples.ids) if len(ids) == saved.max_length]
+    tokenizer: Any = saved.tokenizer
+    for index in full:
+        answers[index] = answers[index]._replace(cut=len(tokenizer(texts[index])["input_ids"]) > saved.max_length)
     return answers
 
 
@@ -242,11 +249,17 @@ def load_classifier(folder: Path) -> tuple[SavedClassifier, TextClassifier]:
     saved = _read(folder)
     head = saved.new_head()
     if saved.tune == "full":
-        config = AutoConfig.from_pretrained(folder / "base", local_files_only=True)
+        config = load_config(AutoConfig, folder / "base")
         model = TextClassifier(head, base=without_pooler(AutoModel.from_config(config)))
         checkpoints.load_trained(model, folder)
         return saved, model.eval()
-    base, _ = load_encoder(saved.base, num_layers=saved.num_layers)
+    try:
+        base, _ = load_encoder(saved.base, num_layers=saved.num_layers)
+    except UserError as error:
+        raise UserError(
+            f"The model '{saved.base}' that the classifier in '{folder}' was trained on cannot be loaded: put it back, "
+            "or train again."
+        ) from error
     if weights_digest(base) != saved.base_digest:
         raise UserError(
             f"The base model '{saved.base}' is not the one that the classifier in '{folder}' was trained on: put that "
@@ -274,7 +287,7 @@ def _read(folder: Path) -> SavedClassifier:
         if adapter is not None:
             adapter = AdapterConfig(**{**adapter, "targets": tuple(adapter["targets"])})
         plain["labels"] = tuple(plain["labels"])
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = open_tokenizer(folder)
         return SavedClassifier(**plain, head=HeadConfig(**head), adapter=adapter, tokenizer=tokenizer)
     except FileNotFoundError:
         raise UserError(

@@ -5,6 +5,7 @@ read its pooled hidden states, computed once (`features.py`).
 """
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -20,6 +21,7 @@ import torch
 from mixtura.adapters.attach import apply_adapter
 from mixtura.adapters.targets import count_parameters
 from mixtura.config import ClassificationRecipe, HeadConfig, UserError
+from mixtura.config.adapt import MOST_TEXT_TOKENS, Amounts, common_length, with_batches_for
 from mixtura.data.labelled import LabelledCorpus, LabelledText, load_labelled
 from mixtura.results import ArmDescription, Facts
 from mixtura.results.document import AcrossArms
@@ -44,6 +46,8 @@ _PARTS = ("train", "validation", "test")
 
 class ClassificationExperiment(Experiment):
     """A comparison of classifiers on one corpus and one pretrained model."""
+
+    recipe: ClassificationRecipe
 
     def __init__(self, recipe: ClassificationRecipe, arms: dict[str, Arm], data: Facts, digest: str) -> None:
         """Puts together what `make_classification` prepared."""
@@ -98,11 +102,14 @@ def make_classification(
     on_progress("loading the pretrained model")
     pretrained = _load_pretrained(recipe)
     on_progress("encoding")
+    texts = [example.text for part in _PARTS for example in getattr(corpus, part)]
+    recipe = _fitted(recipe, corpus, pretrained, texts)
+    length = recipe.data.max_length or MOST_TEXT_TOKENS
     tokens = encode_texts(
-        [example.text for part in _PARTS for example in getattr(corpus, part)],
+        texts,
         [example.label for part in _PARTS for example in getattr(corpus, part)],
         pretrained.tokenizer,
-        max_length=recipe.data.max_length,
+        max_length=length,
     )
     data, digest = _facts(corpus, tokens), _digest(corpus)
     baseline_parameters = _adapter_parameters(recipe, pretrained)
@@ -130,7 +137,7 @@ def make_classification(
                 num_states=pretrained.num_states,
                 hidden_size=pretrained.hidden_size,
                 labels=tuple(corpus.labels),
-                max_length=recipe.data.max_length,
+                max_length=length,
                 tokenizer=pretrained.tokenizer,
             ),
             data_digest=digest,
@@ -152,17 +159,26 @@ def _check(recipe: ClassificationRecipe) -> None:
 def _load_pretrained(recipe: ClassificationRecipe) -> Pretrained:
     assert recipe.base.name is not None
     model, tokenizer = load_encoder(recipe.base.name, num_layers=recipe.base.num_layers)
-    config: Any = model.config
-    longest = getattr(config, "max_position_embeddings", None) or recipe.data.max_length
-    if recipe.data.max_length > longest:
-        raise UserError(
-            f"'data.max_length' is {recipe.data.max_length} but '{recipe.base.name}' reads at most {longest} tokens: "
-            "lower it."
-        )
     one = torch.ones(1, 1, dtype=torch.int64)
     with torch.no_grad():
         states = hidden_states(model, one, one)
     return Pretrained(model, tokenizer, weights_digest(model), len(states), states[-1].size(-1))
+
+
+def _fitted(
+    recipe: ClassificationRecipe, corpus: LabelledCorpus, pretrained: Pretrained, texts: list[str]
+) -> ClassificationRecipe:
+    """The recipe with lengths, batches and evaluations that the texts and the pretrained model can fill."""
+    config: Any = pretrained.model.config
+    tokenizer: Any = pretrained.tokenizer
+    longest = getattr(config, "max_position_embeddings", None)
+    length = corpus.config.max_length
+    if length is None:
+        encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+        length = common_length([len(ids) for ids in encoded], most=MOST_TEXT_TOKENS)
+    data = dataclasses.replace(corpus.config, max_length=min(length, longest or length))
+    amounts = Amounts(*(len(getattr(corpus, part)) for part in _PARTS))
+    return with_batches_for(dataclasses.replace(recipe, data=data), amounts)
 
 
 def _examples(

@@ -137,6 +137,11 @@ def _build_feed_forward(arm: ArmConfig, hidden_size: int) -> FeedForward:
             f"'head.feed_forward.family' is '{arm.family}', whose answer to one text depends on the other texts at "
             "hand: use token_choice, soft or mixture_of_tokens."
         )
+    if facts.follows_load:
+        raise UserError(
+            f"'head.feed_forward.family' is '{arm.family}', whose router follows the load of a language model in "
+            "training, and a head's is not followed: use token_choice, soft or mixture_of_tokens."
+        )
     if facts.group_over and arm.group_over != "batch":
         raise UserError(
             f"'head.feed_forward.group_over' is '{arm.group_over}': a head sees one vector of each text, so groups "

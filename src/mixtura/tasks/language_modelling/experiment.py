@@ -15,18 +15,23 @@ import torch
 from mixtura.checkpoints.pretrained import resolve_base
 from mixtura.checkpoints.source import count_parameters, decoder_config, load_decoder, probe_config, weights_digest
 from mixtura.config import ArmConfig, DataConfig, Recipe, UserError, starts_from_checkpoints
+from mixtura.config.adapt import Amounts, with_batches_for
 from mixtura.config.arms import has_setting, model_settings, shown_settings
 from mixtura.config.checks import batch_sizes, check_feed_forward
 from mixtura.config.families import facts_of
 from mixtura.config.from_checkpoint import SHAPE_KEYS, TRAINED_KEYS
-from mixtura.data.prepare import PreparedData, prepare_data
+from mixtura.config.initialization import INITIALIZER_RANGE, names_scales
+from mixtura.data.prepare import PreparedData, fit_held_out, prepare_data
 from mixtura.data.tokenizer import load_tokenizer
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.evaluation import evaluation_modes
 from mixtura.models import MixtureConfig, MixtureForCausalLM
-from mixtura.models.build import build_model_config
+from mixtura.models.build import build_model_config, shared_width_config
+from mixtura.models.transition import finished_config
 from mixtura.planning import active_parameters, flops_per_token, flops_ratio, model_parameters
+from mixtura.planning.formulas import router_parameters
 from mixtura.planning.matching import FLOPS_TOLERANCE
+from mixtura.planning.shapes import feed_forward_shapes
 from mixtura.results import ArmDescription, Leaks
 from mixtura.tasks.language_modelling.task import LanguageModelling
 from mixtura.training.interface import Arm, Experiment
@@ -109,6 +114,8 @@ class PretrainingArm(Arm):
         self.family = config.family
         self.label = config.family if name == config.family else name
         self.task, self.learning_rate, self.sequence_length = task, learning_rate, sequence_length
+        self._language_modelling = task
+        self.trained_config = finished_config(model_config)
         self.grouped = evaluation_modes(model_config)[0] == "group"
         # What the finished model is: token choice where it has become that.
         self.training_mode = "causal" if config.transition_to or not self.grouped else "group"
@@ -129,6 +136,19 @@ class PretrainingArm(Arm):
         # A copy: a model writes its inference mode into its configuration.
         return MixtureForCausalLM(copy.deepcopy(self.model_config))
 
+    def at_scale(self, scale: float) -> "PretrainingArm":
+        """The same arm but for the scale of its feed-forward weights."""
+        model_config = copy.deepcopy(self.model_config)
+        model_config.feed_forward_scale = scale
+        return PretrainingArm(
+            self.name,
+            dataclasses.replace(self.config, feed_forward_scale=scale),
+            model_config,
+            task=self._language_modelling,
+            learning_rate=self.learning_rate,
+            sequence_length=self.sequence_length,
+        )
+
     def describe(self, baseline: Arm) -> ArmDescription:
         """What it is and costs, by the formulas of `planning`."""
         assert isinstance(baseline, PretrainingArm)
@@ -141,11 +161,13 @@ class PretrainingArm(Arm):
         if self.config.init_from is not None:
             settings["init_from"] = self.config.init_from
             total = count_parameters(shape)
+        elif names_scales(self.config):
+            settings["initialization"] = _scales_in_words(shape)
         return ArmDescription(
             settings={key: value for key, value in settings.items() if value is not None},
             parameters_total=total,
             parameters_active=active_parameters(shape, sequence_length=length) + total - planned,
-            parameters_trainable=total,
+            parameters_trainable=total - _fixed_parameters(shape, sequence_length=length),
             flops_per_token=flops_per_token(shape, sequence_length=length),
             flops_ratio=flops_ratio(shape, baseline=baseline.model_config, sequence_length=length),
         )
@@ -183,6 +205,26 @@ def _placement(config: MixtureConfig) -> str:
     return f"layers {', '.join(map(str, depths))}"
 
 
+def _scales_in_words(config: MixtureConfig) -> str:
+    """The scales that feed-forward weights and routers are drawn at, as a report shows them."""
+    scales = {"dense": config.dense_scale, "experts": config.expert_scale, "router": config.router_scale}
+    mixture = set(config.mlp_layer_types or []) - {"dense"}
+    words = []
+    for part, scale in scales.items():
+        if part == "dense" or mixture:
+            factor = 1.0 if part == "router" else config.feed_forward_scale
+            absolute = f"{config.initializer_range * factor:g}"
+            words.append(f"{part} {absolute if scale is None else f'{scale * factor:g}/sqrt(fan-in)'}")
+    return ", ".join(words) + ("" if config.down_scale == 1 else f", down-projections {config.down_scale:g} times that")
+
+
+def _fixed_parameters(shape: Any, *, sequence_length: int) -> int:
+    """Those of routers that a control keeps as they are."""
+    if shape.control not in ("uniform_router", "random_routing"):
+        return 0
+    return sum(map(router_parameters, feed_forward_shapes(shape, sequence_length=sequence_length)))
+
+
 def _deployed_mode(config: ArmConfig) -> str | None:
     if config.transition_to is not None:
         return "causal"
@@ -206,13 +248,46 @@ def make_pretraining(
     Raises:
         UserError: the text cannot be used.
     """
-    data = with_checkpoints_tokenizer(recipe) if starts_from_checkpoints(recipe) else recipe.data
-    return Pretraining(recipe, prepare_data(data, cache_dir=cache_dir, on_progress=on_progress))
+    group_sizes = None
+    if starts_from_checkpoints(recipe):
+        tokenizer = with_checkpoints_tokenizer(recipe).tokenizer
+        recipe, group_sizes = _fitted_to_checkpoints(recipe)
+    else:
+        tokenizer = recipe.data.tokenizer
+
+    def prepare(section: DataConfig) -> PreparedData:
+        section = dataclasses.replace(section, tokenizer=tokenizer)
+        return prepare_data(section, cache_dir=cache_dir, on_progress=on_progress)
+
+    section, data = fit_held_out(recipe.data, prepare, wanted=max(recipe.training.batch_size, *(group_sizes or (1,))))
+    held_out = data.validation.num_sequences
+    recipe = with_batches_for(
+        dataclasses.replace(recipe, data=section),
+        Amounts(data.train.num_sequences, held_out, held_out),
+        group_sizes=group_sizes,
+    )
+    return Pretraining(recipe, data)
+
+
+def _fitted_to_checkpoints(recipe: Recipe) -> tuple[Recipe, tuple[int, ...]]:
+    """The recipe with sequences that all checkpoints have positions for, and the sizes of their groups over a batch."""
+    configs: list[Any] = [decoder_config(str(arm.init_from)) for arm in recipe.arms.values()]
+    length = min(recipe.data.sequence_length, *(config.max_position_embeddings for config in configs))
+    sizes = []
+    for config in configs:
+        grouped = any(facts_of(family).group_over for family in config.mlp_layer_types or [])
+        if grouped and config.group_over == "sequence":
+            length = max(1, length // config.group_size) * config.group_size
+        elif grouped:
+            sizes.append(config.group_size)
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sequence_length=length)), tuple(sizes)
 
 
 @final
 class Pretraining(Experiment):
     """Everything a comparison of pretraining runs."""
+
+    recipe: Recipe
 
     def __init__(self, recipe: Recipe, data: PreparedData) -> None:
         """Makes the recipe's arms, with the vocabulary of the data."""
@@ -227,11 +302,12 @@ class Pretraining(Experiment):
     def held_equal(self, described: Mapping[str, ArmDescription]) -> list[str]:
         """Tokens and their order, FLOPs with the largest difference, initialisation, and how all are trained."""
         recipe, training = self.recipe, self.recipe.training
-        apart = max(abs(arm.flops_ratio - 1) for arm in described.values())
+        # A control of a shared expert's width costs less by design.
+        matched = [arm for name, arm in described.items() if recipe.arms[name].control != "shared_width"]
+        apart = max(abs(arm.flops_ratio - 1) for arm in matched)
         tokens = training.batch_size * training.gradient_accumulation_steps * recipe.data.sequence_length
         flops = f"FLOPs a token within {100 * apart:.2g} %" if apart else "FLOPs a token"
-        std = recipe.model.initializer_range
-        start = f"the initialisation rule (normal, standard deviation {std:g}, seeded)"
+        start = _initialization(recipe)
         if starts_from_checkpoints(recipe):
             start = "the tokenizer, and that every arm starts from its checkpoint, the same for all seeds"
         return [
@@ -246,15 +322,24 @@ class Pretraining(Experiment):
         ]
 
 
+def _initialization(recipe: Recipe) -> str:
+    """How weights start, in words; each arm that names scales of its own shows them among its settings."""
+    std = recipe.model.initializer_range
+    own = std is None or bool(recipe.search.scales) or any(map(names_scales, recipe.arms.values()))
+    scales = "feed-forward weights at each arm's scale, " if own else ""
+    return f"the initialisation rule (normal, standard deviation {std or INITIALIZER_RANGE:g}, {scales}seeded)"
+
+
 def _make_arm(recipe: Recipe, data: PreparedData, name: str) -> PretrainingArm:
     config, vocab_size = recipe.arms[name], data.summary["vocab_size"]
     tokenizer: Any = data.tokenizer
     if config.init_from is not None:
         config, model_config = continued_arm(recipe, name, vocab_size=vocab_size)
     else:
+        of_shared = config.control == "shared_width"
         model_config = build_model_config(
             recipe.model,
-            config,
+            recipe.arms[str(config.control_of)] if of_shared else config,
             vocab_size=vocab_size,
             max_position_embeddings=recipe.data.sequence_length,
             pad_token_id=tokenizer.pad_token_id,
@@ -262,6 +347,7 @@ def _make_arm(recipe: Recipe, data: PreparedData, name: str) -> PretrainingArm:
             eos_token_id=tokenizer.eos_token_id,
             width_multiple=recipe.training.width_multiple,
         )
+        model_config = shared_width_config(model_config) if of_shared else model_config
     return PretrainingArm(
         name,
         config,

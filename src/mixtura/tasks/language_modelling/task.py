@@ -13,7 +13,8 @@ from mixtura.diagnostics.choices import measure_peakedness
 from mixtura.evaluation import check_evaluation, evaluate_loss, evaluation_modes
 from mixtura.models.transition import follow_transition
 from mixtura.results import Facts
-from mixtura.results.run import PretrainingDetails
+from mixtura.results.run import Peakedness, PretrainingDetails
+from mixtura.tasks.language_modelling.continuations import continue_held_out
 from mixtura.training import saving as checkpoints
 from mixtura.training.interface import Batch, StepLosses, TrainingTask
 
@@ -56,11 +57,7 @@ class LanguageModelling(TrainingTask):
             UserError: there are too few held-out sequences, or they do not fill groups.
         """
         held_out = self.data.validation.num_sequences
-        if batch_size > held_out:
-            raise UserError(
-                f"'training.batch_size' is {batch_size} but only {held_out} sequences are held out, fewer than "
-                "one batch: lower it, give more text or raise 'data.validation_fraction'."
-            )
+        batch_size = self._evaluation_batch(batch_size)
         if self.config.eval_sequences > held_out:
             raise UserError(
                 f"'training.eval_sequences' is {self.config.eval_sequences} but only {held_out} sequences are held "
@@ -93,7 +90,7 @@ class LanguageModelling(TrainingTask):
             model,
             self.data.validation,
             num_sequences=self._final_sequences(config.batch_size) if final else config.eval_sequences,
-            batch_size=config.batch_size,
+            batch_size=self._evaluation_batch(config.batch_size),
             modes=None if final else curve_modes(model.config),
         )
         if final:
@@ -102,12 +99,14 @@ class LanguageModelling(TrainingTask):
             measured["causal"] = measured.pop("alone")
         return {mode: {key: of[key] for key in _CURVE_MEASURES} for mode, of in measured.items()}
 
-    def details(self, model: Any, *, out: Path) -> PretrainingDetails | None:
-        """How peaked the weights of mixture-of-tokens layers are, on the first batch held out."""
-        if "mixture_of_tokens" not in (model.config.mlp_layer_types or []):
-            return None
-        rows = self.data.validation.sequences_NL[: self.config.batch_size]
-        return PretrainingDetails(peakedness=measure_peakedness(model, [torch.from_numpy(rows.astype("int64"))]))
+    def details(self, model: Any, *, out: Path) -> PretrainingDetails:
+        """What the model writes; and how peaked the weights of mixture-of-tokens layers are, on one held-out batch."""
+        peakedness: list[Peakedness] = []
+        if "mixture_of_tokens" in (model.config.mlp_layer_types or []):
+            rows = self.data.validation.sequences_NL[: self.config.batch_size]
+            peakedness = measure_peakedness(model, [torch.from_numpy(rows.astype("int64"))])
+        written = continue_held_out(model, self.data.validation, self.data.tokenizer)
+        return PretrainingDetails(peakedness=peakedness, continuations=written)
 
     def save(self, model: Any, folder: Path) -> None:
         """Writes weights and configuration as `from_pretrained` reads them."""
@@ -130,8 +129,12 @@ class LanguageModelling(TrainingTask):
 
     def _final_sequences(self, batch_size: int) -> int:
         """As many as wanted or there are, in whole batches so that every group is full."""
+        batch_size = self._evaluation_batch(batch_size)
         wanted = min(self.config.final_eval_sequences, self.data.validation.num_sequences)
         return max(1, wanted // batch_size) * batch_size
+
+    def _evaluation_batch(self, batch_size: int) -> int:
+        return min(batch_size, self.data.validation.num_sequences)
 
 
 def curve_modes(config: Any) -> tuple[str, ...]:

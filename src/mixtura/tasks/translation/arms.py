@@ -69,6 +69,7 @@ class TranslationArm(Arm):
         self.training_mode, self.deployed_mode = ("group", "alone") if grouped else ("causal", "causal")
         self._settings, self._build, self._probe = settings, build, probe
         self._shape, self._grouped = shape, grouped
+        self.trained_config = shape
 
     def build(self, seed: int) -> nn.Module:
         """A freshly initialised model, or the base model with a fresh adapter."""

@@ -84,7 +84,7 @@ def decode(
     """
     outputs: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    limits = [min(max_length - len(prompt), 2 * len(prompt) + 16) for prompt in prompts]
+    limits = [token_limit(len(prompt), max_length) for prompt in prompts]
     for batch in _batches(order, [len(prompt) for prompt in prompts], num_beams=num_beams):
         longest = max(len(prompts[i]) for i in batch)
         ids_BL = torch.tensor([[pad] * (longest - len(prompts[i])) + list(prompts[i]) for i in batch])
@@ -107,6 +107,11 @@ def decode(
             end = row.index(eos) if eos in row else len(row)
             outputs[i] = row[: min(end, limits[i])]
     return outputs
+
+
+def token_limit(prompt_length: int, max_length: int) -> int:
+    """How many tokens a translation may have, by those of its prompt and of both together."""
+    return min(max_length - prompt_length, 2 * prompt_length + 16)
 
 
 def _batches(order: list[int], lengths: list[int], *, num_beams: int) -> Iterator[list[int]]:

@@ -3,12 +3,14 @@
 All arms see the same sentence pairs in the same order, and are scored on the same test sentences by the same decoding.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import TranslationRecipe, UserError
+from mixtura.config.adapt import MOST_PAIR_TOKENS, Amounts, with_batches_for, with_experts_of
 from mixtura.data.parallel import ParallelCorpus, load_parallel
 from mixtura.data.tokenizer import load_tokenizer
 from mixtura.results import ArmDescription
@@ -40,14 +42,26 @@ def make_translation(
     report = on_progress or (lambda _: None)
     report("reading")
     corpus = load_parallel(recipe.data)
+    recipe = dataclasses.replace(recipe, data=corpus.config)
     prompts = _prompts(recipe, corpus, cache_dir, report)
     report("encoding")
-    return TranslationExperiment(recipe, _encode(recipe, corpus, prompts))
+    encoded = _encode(recipe, corpus, prompts)
+    return TranslationExperiment(_fitted(recipe, encoded), encoded)
+
+
+def _fitted(recipe: TranslationRecipe, encoded: TranslationData) -> TranslationRecipe:
+    """The recipe with a length, batches and experts that fit the sentence pairs."""
+    amounts = Amounts(*(len(split.sentences) for split in (encoded.train, encoded.validation, encoded.test)))
+    data = dataclasses.replace(recipe.data, max_length=encoded.max_length)
+    recipe = with_experts_of(dataclasses.replace(recipe, data=data), encoded.directions)
+    return with_batches_for(recipe, amounts)
 
 
 @final
 class TranslationExperiment(Experiment):
     """Everything a comparison of translation models runs."""
+
+    recipe: TranslationRecipe
 
     def __init__(self, recipe: TranslationRecipe, translation: TranslationData) -> None:
         """Makes the recipe's arms for encoded data."""
@@ -79,8 +93,10 @@ class TranslationExperiment(Experiment):
         """
         found: dict[str, dict[str, PairedTest]] = {}
         for name in self.arms:
-            if name != self.recipe.baseline:
-                tests = [self._bootstrap(out, name, seed) for seed in self.recipe.seeds]
+            # A run that diverged has translated nothing.
+            seeds = [seed for seed in self.recipe.seeds if self._translated(out, self.recipe.baseline, name, seed=seed)]
+            if name != self.recipe.baseline and seeds:
+                tests = [self._bootstrap(out, name, seed) for seed in seeds]
                 found[name] = {
                     direction: PairedTest(
                         difference=sum(test[direction].difference for test in tests) / len(tests),
@@ -89,6 +105,9 @@ class TranslationExperiment(Experiment):
                     for direction in tests[0]
                 }
         return AcrossArms(found)
+
+    def _translated(self, out: Path, *arms: str, seed: int) -> bool:
+        return all((out / "arms" / arm / f"seed{seed}" / OUTPUTS_FILE).exists() for arm in arms)
 
     def _bootstrap(self, out: Path, name: str, seed: int) -> dict[str, PairedTest]:
         arms = (self.recipe.baseline, name)
@@ -123,14 +142,20 @@ def _prompts(
 
 
 def _encode(recipe: TranslationRecipe, corpus: ParallelCorpus, prompts: Prompts) -> TranslationData:
+    sides = (corpus.train, corpus.validation, corpus.test)
+    longest = _longest(recipe)
+    max_length = min(recipe.data.max_length or longest, longest)
+    if recipe.data.max_length is None:
+        found = [encode_pairs(pairs, prompts, max_length=longest).length_N.max(initial=0) for pairs in sides]
+        max_length = min(longest, -(-int(max(found)) // 8) * 8)
     splits = {
-        name: encode_pairs(pairs, prompts, max_length=recipe.data.max_length)
-        for name, pairs in (("train", corpus.train), ("validation", corpus.validation), ("test", corpus.test))
+        name: encode_pairs(pairs, prompts, max_length=max_length)
+        for name, pairs in zip(("train", "validation", "test"), sides, strict=True)
     }
     for name, split in splits.items():
         if not split.sentences:
             raise UserError(
-                f"No sentence pair is left for {name} ({split.too_long} have more than {recipe.data.max_length} "
+                f"No sentence pair is left for {name} ({split.too_long} have more than {max_length} "
                 "tokens): raise 'data.max_length', or hold out more source sentences."
             )
     train = splits["train"]
@@ -149,6 +174,13 @@ def _encode(recipe: TranslationRecipe, corpus: ParallelCorpus, prompts: Prompts)
     known = {pair.pair for split in splits.values() for pair in split.sentences}
     named = recipe.data.pairs
     directions = tuple([name for name in named if name in known] + sorted(known - set(named)))
-    return TranslationData(
-        prompts=prompts, directions=directions, max_length=recipe.data.max_length, facts=facts, **splits
-    )
+    return TranslationData(prompts=prompts, directions=directions, max_length=max_length, facts=facts, **splits)
+
+
+def _longest(recipe: TranslationRecipe) -> int:
+    """Tokens that a prompt and its translation may have: the base model's positions, where there is one."""
+    given = recipe.data.max_length or MOST_PAIR_TOKENS
+    if recipe.base.name is None:
+        return given
+    config: Any = load_base(recipe.base.name, num_layers=1)[0].config
+    return min(given, getattr(config, "max_position_embeddings", None) or given)

@@ -22,6 +22,7 @@ from mixtura.diagnostics.choices import routed_layers
 from mixtura.diagnostics.specialization import measure_specialization
 from mixtura.files import write_text
 from mixtura.models import MixtureConfig
+from mixtura.models.inference import mixing_layers
 from mixtura.results import Facts
 from mixtura.results.json_form import from_plain, to_plain
 from mixtura.results.run import PairScores, Sample, Specialization, TranslationDetails
@@ -129,7 +130,7 @@ class TranslationTask(TrainingTask):
             ("hold out", self.data.validation),
             ("test", self.data.test),
         ):
-            if len(split.sentences) < batch_size:
+            if not split.sentences or (mixing_layers(model) and len(split.sentences) < batch_size):
                 raise UserError(
                     f"There are {len(split.sentences)} sentence pairs to {name}, fewer than one batch of {batch_size}: "
                     "lower 'training.batch_size', or raise 'data.validation_sources' or 'data.test_sources'."
@@ -163,7 +164,7 @@ class TranslationTask(TrainingTask):
         aux_loss, z_loss = getattr(outputs, "aux_loss", None), getattr(outputs, "z_loss", None)
         return StepLosses(summed / num_targets, aux_loss, z_loss, routing)
 
-    def router_loss_weights(self, model: nn.Module) -> tuple[float, float]:
+    def router_loss_weights(self, model: nn.Module) -> tuple[Tensor | float, Tensor | float]:
         """Those of the adapter, where there is one; a frozen base model is not balanced."""
         if self.adapter is not None:
             return self.adapter.router_aux_loss_coef, 0.0

@@ -6,7 +6,7 @@ The model is one trained from scratch, a tuned base model, or an adapter on one.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,29 +16,56 @@ from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import UserError
 from mixtura.config.languages import code_advice, find_language
 from mixtura.data.parallel import SentencePair
-from mixtura.data.tokenizer import load_tokenizer
 from mixtura.diagnostics.examine import diagnose_excerpts
 from mixtura.diagnostics.excerpts import Excerpts
 from mixtura.diagnostics.findings import Diagnosis
-from mixtura.models.loading import load_model
-from mixtura.tasks.translation.decoding import ExampleRouting, decode, inference_modes, running
+from mixtura.models.loading import load_model, open_tokenizer
+from mixtura.tasks.translation.decoding import ExampleRouting, decode, inference_modes, running, token_limit
 from mixtura.tasks.translation.prompts import Prompts
 from mixtura.tasks.translation.task import OUTPUTS_FILE, TRANSLATION_FILE, read_outputs
 
 
+class Translated(NamedTuple):
+    """Lines in another language."""
+
+    lines: list[str]
+    """In the order of what was translated, and empty where that was."""
+    cut: list[int]
+    """Lines, from 1, whose translation ended because it was as long as it may be."""
+
+
 def translate(model_folder: Path, text: str, *, source_language: str, target_language: str, num_beams: int = 1) -> str:
-    """Translates every line of a text by itself; empty lines stay.
+    """Translates every line of a text by itself; empty lines stay. See `translate_lines`."""
+    done = translate_lines(
+        model_folder,
+        text.splitlines(),
+        source_language=source_language,
+        target_language=target_language,
+        num_beams=num_beams,
+    )
+    return "\n".join(done.lines)
+
+
+def translate_lines(
+    model_folder: Path,
+    lines: Sequence[str],
+    *,
+    source_language: str,
+    target_language: str,
+    num_beams: int = 1,
+) -> Translated:
+    """Translates every line by itself, many at once; empty lines stay.
 
     Args:
         model_folder: the `checkpoint` of a translation run.
-        text: lines of a sentence or two, as long as those that the model was trained on.
+        lines: of a sentence or two, as long as those that the model was trained on.
         source_language: code of the text's language, such as "en" or "pt-BR".
         target_language: code of the language to translate into; see `find_language` for what stands for what.
         num_beams: 1 is greedy.
 
     Raises:
-        UserError: the folder is none of a translation run, the model does not know the direction, or a line is too
-            long.
+        UserError: the folder is none of a translation run, the model does not know the direction, all lines are empty,
+            or some are too long.
     """
     told = _read_told(model_folder)
     source_language, target_language = _languages(told["directions"], source_language, target_language)
@@ -49,18 +76,12 @@ def translate(model_folder: Path, text: str, *, source_language: str, target_lan
         )
     if num_beams < 1:
         raise UserError(f"num_beams is {num_beams}: give 1 for greedy decoding, or more.")
-    lines = text.splitlines()
     asked = [i for i, line in enumerate(lines) if line.strip()]
     if not asked:
         raise UserError("The text is empty: give a sentence to translate.")
-    prompts = Prompts(told["prompt"], load_tokenizer(str(model_folder)))
+    prompts = Prompts(told["prompt"], open_tokenizer(model_folder))
     encoded = prompts.encode([SentencePair(lines[i], "", source_language, target_language) for i in asked])
-    for i, ids in zip(asked, encoded, strict=True):
-        if len(ids) + 1 >= told["max_length"]:
-            raise UserError(
-                f"Line {i + 1} has {len(ids)} tokens, but prompt and translation together may have "
-                f"{told['max_length']}: split it into sentences."
-            )
+    _check_lengths(asked, encoded, told["max_length"])
     model = _load(model_folder, told)
     with running(model, inference_modes(model)[-1]):
         generated = decode(
@@ -73,9 +94,25 @@ def translate(model_folder: Path, text: str, *, source_language: str, target_lan
             eos=prompts.eos,
             num_beams=num_beams,
         )
+    done = [""] * len(lines)
     for i, translation in zip(asked, prompts.decode(generated), strict=True):
-        lines[i] = translation
-    return "\n".join(lines)
+        done[i] = " ".join(translation.splitlines())  # a line for a line
+    limits = [token_limit(len(ids), told["max_length"]) for ids in encoded]
+    cut = [i + 1 for i, ids, limit in zip(asked, generated, limits, strict=True) if len(ids) >= limit]
+    return Translated(done, cut)
+
+
+def _check_lengths(asked: Sequence[int], encoded: Sequence[Sequence[int]], max_length: int) -> None:
+    """Refuses lines that leave no room for a translation, all at once."""
+    long = [(i + 1, len(ids)) for i, ids in zip(asked, encoded, strict=True) if len(ids) + 1 >= max_length]
+    if long:
+        number, tokens = long[0]
+        others = ", ".join(str(i) for i, _ in long[1:10]) + (", ..." if len(long) > 10 else "")
+        too = f" (and so is line {others})" if others else ""
+        raise UserError(
+            f"Line {number} has {tokens} tokens, but prompt and translation together may have {max_length}{too}: split "
+            "it into sentences."
+        )
 
 
 def load_translator(model_folder: Path) -> tuple[Any, Prompts, tuple[str, ...], ExampleRouting]:
@@ -85,7 +122,7 @@ def load_translator(model_folder: Path) -> tuple[Any, Prompts, tuple[str, ...], 
         UserError: the folder is none of a translation run, or is damaged.
     """
     told = _read_told(model_folder)
-    prompts = Prompts(told["prompt"], load_tokenizer(str(model_folder)))
+    prompts = Prompts(told["prompt"], open_tokenizer(model_folder))
     return _load(model_folder, told), prompts, tuple(told["directions"]), _routing(told)
 
 
@@ -118,7 +155,14 @@ def _routing(told: dict[str, Any]) -> ExampleRouting:
 def _load(folder: Path, told: dict[str, Any]) -> Any:
     if not (folder / "adapter_config.json").is_file():
         return load_model(folder)[0]
-    base, _ = load_base(told["base"]["name"], num_layers=told["base"]["num_layers"])
+    name = told["base"]["name"]
+    try:
+        base, _ = load_base(name, num_layers=told["base"]["num_layers"])
+    except UserError as error:
+        raise UserError(
+            f"The model '{name}' that the adapter in '{folder}' was trained on cannot be loaded: put it back, or train "
+            "again."
+        ) from error
     return load_adapter(base, folder).eval()
 
 
@@ -139,7 +183,9 @@ def diagnose_language_pairs(folder: Path, *, max_tokens: int, command: str) -> D
     excerpts = _sentences(folder, prompts, directions, max_tokens)
     direction_G = torch.tensor([directions.index(name) for name in excerpts.names])
 
-    def tell(group_B: Tensor) -> None:
+    by_direction = routing.expert_of_direction is not None
+
+    def before_batch(group_B: Tensor) -> None:
         routing.tell(model, direction_G[group_B])
 
     return diagnose_excerpts(
@@ -149,7 +195,7 @@ def diagnose_language_pairs(folder: Path, *, max_tokens: int, command: str) -> D
         name=str(folder),
         group_word="language pair",
         command=command,
-        tell=tell if routing.through == "task_ids" and routing.expert_of_direction is not None else None,
+        before_batch=before_batch if routing.through == "task_ids" and by_direction else None,
     )
 
 

@@ -20,13 +20,18 @@
       hoverlabel: { bgcolor: colour("paper"), bordercolor: colour("line"), font: { color: colour("ink"), size: 13 } },
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
       ...own, xaxis: axisStyle(own.xaxis), yaxis: axisStyle(own.yaxis),
+      shapes: (own.shapes || []).map((shape) => ({ ...shape, line: { ...shape.line, width: 1, color: colour("soft") } })),
       margin: { l: 8, r: 12, t: 12, b: 8, ...own.margin },
       ...(paperWidth ? { width: paperWidth } : {}),
     };
   }
 
   const toggle = document.getElementById("theme");
-  const label = () => { toggle.textContent = isDark() ? "Light theme" : "Dark theme"; };
+  const label = () => {
+    const words = isDark() ? "Light theme" : "Dark theme";
+    toggle.title = words;
+    toggle.setAttribute("aria-label", words);
+  };
   try {
     const stored = localStorage.getItem("mixtura-theme");
     if (stored === "light" || stored === "dark") root.dataset.theme = stored;

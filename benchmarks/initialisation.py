@@ -1,0 +1,369 @@
+"""Trains many small decoders, each family with weights drawn at scales of its own, and records their held-out losses.
+
+A bare loop over the library's parts: its model, data, optimizer, schedule and evaluation. A run is one line of JSON
+with the fields of `Run` that differ from their defaults:
+
+    {"name": "half", "family": "token_choice", "expert_up": 0.5, "expert_down": 0.5, "rate": 0.003}
+
+`train RUNS.jsonl` trains them, the lowest `priority` first, on one thread. It appends a row to FOLDER/results.jsonl for
+every run that ends, skips those that have one, and keeps the state of the current run in FOLDER/states, so it may be
+killed and started again at any time; several may share a folder. The list is read anew before each run. `store` puts
+the rows into benchmarks/results/ with versions and hardware.
+
+A scale is a multiple of 1 / sqrt(fan-in); null leaves the weights at `initializer_range`. With "branches" the schedule
+has no end of its own: after a warm-up the rate is constant, and for every number of steps among the branches a copy of
+the run decays over its last `decay` share, so one run gives the loss at several budgets.
+"""
+
+import argparse
+import copy
+import fcntl
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixtura.benchmarks.measure import store_record
+from mixtura.config import ArmConfig, DataConfig, Family, ModelConfig, Placement, TrainingConfig
+from mixtura.data.packing import ScheduledDataset
+from mixtura.data.prepare import PreparedData, prepare_data
+from mixtura.evaluation import evaluate_loss
+from mixtura.models import MixtureForCausalLM
+from mixtura.models.build import build_model_config
+from mixtura.models.calibration import calibrate
+from mixtura.training.optimization import build_optimizer, clip_gradients, learning_rate_factor
+
+RESULTS = Path(__file__).parent / "results"
+SAVE_SECONDS = 120
+NOT_SETTINGS = ("name", "priority")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The settings of one run; those that the library's recipes have too mean what they mean there."""
+
+    name: str = ""
+    priority: int = 0
+    family: Family = "dense"
+    placement: Placement = "all"
+    width: int = 64
+    layers: int = 4
+    heads: int = 4
+    vocabulary: int = 512
+    context: int = 64
+    max_bytes: int = 16_000_000
+    experts: int = 16
+    top_k: int = 2
+    group: int = 16
+    mixtures: int = 1
+    dense_up: float | None = None
+    """Scale of the first projection of dense feed-forward layers; the next four fields likewise."""
+    dense_down: float | None = None
+    expert_up: float | None = None
+    expert_down: float | None = None
+    router: float | None = None
+    rate: float = 3e-3
+    steps: int = 600
+    batch: int = 16
+    """Sequences of a step."""
+    seed: int = 0
+    branches: tuple[int, ...] = ()
+    """Numbers of steps at which a decayed branch ends; `steps` is then unused."""
+    warmup: int = 100
+    """Steps of warm-up of a run with branches; the others warm up over a twentieth of their steps."""
+    decay: float = 0.2
+    held_out: int = 512
+    """Held-out sequences, the same for all runs."""
+    calibration: int = 32
+    """Batches of 16 training sequences from which `population` takes its averages."""
+
+    @property
+    def key(self) -> str:
+        """A name that follows from the settings."""
+        settings = {name: value for name, value in asdict(self).items() if name not in NOT_SETTINGS}
+        return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The numbers of steps at which the run has results."""
+        return tuple(sorted(self.branches)) or (self.steps,)
+
+    def model(self) -> MixtureForCausalLM:
+        """The model as training starts with it."""
+        torch.manual_seed(self.seed)
+        model = ModelConfig(
+            hidden_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=4 * self.width,
+        )
+        arm = ArmConfig(
+            family=self.family,
+            placement=self.placement,
+            num_experts=self.experts,
+            top_k=self.top_k,
+            normalize_top_k=self.family == "token_choice" and self.top_k > 1,
+            group_size=self.group,
+            mixtures_per_expert=self.mixtures,
+        )
+        config = build_model_config(model, arm, vocab_size=self.vocabulary, max_position_embeddings=self.context)
+        built = MixtureForCausalLM(config)
+        self._rescale(built)
+        return built
+
+    @torch.no_grad()
+    def _rescale(self, model: MixtureForCausalLM) -> None:
+        """Multiplies weights as they were drawn, so that runs of one seed share their draws whatever their scales."""
+        drawn = model.config.initializer_range
+
+        def draw_at(weight: Tensor, scale: float | None) -> None:
+            if scale is not None:
+                weight.mul_(scale / math.sqrt(weight.size(-1)) / drawn)
+
+        for layer, family in zip(model.model.layers, model.config.mlp_layer_types or [], strict=True):
+            mlp: Any = layer.mlp
+            if family == "dense":
+                draw_at(mlp.up_proj.weight, self.dense_up)
+                draw_at(mlp.down_proj.weight, self.dense_down)
+            else:
+                up, down = mlp.experts.weights
+                draw_at(up, self.expert_up)
+                draw_at(down, self.expert_down)
+                draw_at(mlp.gate.weight, self.router)
+
+    def rate_factor(self, step: int, end: int, *, decaying: bool) -> float:
+        """Share of the peak rate at `step`, counted from 0, of a run or branch of `end` steps."""
+        if not self.branches:
+            return learning_rate_factor(step, steps=end, warmup_steps=round(0.05 * end), minimum=0.1)
+        warm = min(1.0, (step + 1) / max(1, self.warmup))
+        start = self.decay_start(end)
+        return warm * (1 - math.sqrt((step + 1 - start) / (end - start + 1))) if decaying else warm
+
+    def decay_start(self, end: int) -> int:
+        """The first step of the decay of a branch of `end` steps."""
+        return end - round(end * self.decay)
+
+
+class Training:
+    """A run under way."""
+
+    def __init__(self, run: Run, data: PreparedData) -> None:
+        """Builds the model and the optimizer."""
+        self.run, self.data = run, data
+        self.model = run.model().train()
+        self.optimizer = build_optimizer(self.model, TrainingConfig(), learning_rate=run.rate)
+        self.rows = ScheduledDataset(data.train, length=max(run.ends) * run.batch, seed=run.seed)
+        self.step, self.seconds = 0, 0.0
+        self.losses: list[float] = []
+
+    def advance(self, end: int, *, decaying: bool) -> None:
+        """Takes one step."""
+        started = time.process_time()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.run.rate * self.run.rate_factor(self.step, end, decaying=decaying)
+        ids_BL = self._rows(self.step * self.run.batch, self.run.batch)
+        output = self.model(input_ids=ids_BL, labels=ids_BL, use_cache=False)
+        assert output.loss is not None and output.language_loss is not None, "labels were given"
+        self.optimizer.zero_grad(set_to_none=True)
+        output.loss.backward()
+        clip_gradients(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        self.losses.append(round(output.language_loss.item(), 5))
+        self.seconds += time.process_time() - started
+
+    def _rows(self, first: int, count: int) -> Tensor:
+        return torch.stack([self.rows[i]["input_ids"] for i in range(first, first + count)])
+
+    def measure(self) -> dict[str, float]:
+        """Held-out loss by mode; mixture of tokens has five, its `population` calibrated on training text."""
+        held_out: dict[str, Any] = {"num_sequences": self.run.held_out, "batch_size": 64}
+        # A copy, as calibration leaves averages in the layers.
+        model, validation = copy.deepcopy(self.model), self.data.validation
+        if self.run.family != "mixture_of_tokens":
+            return {mode: found["loss"] for mode, found in evaluate_loss(model, validation, **held_out).items()}
+        calibrate(model, (self._rows(16 * k, 16) for k in range(self.run.calibration)))
+        losses = {}
+        for name, top_k in (("all", None), ("top2", 2)):
+            model.set_inference_mode("alone", top_k=top_k)
+            modes = ("group", "alone", "population") if top_k is None else ("alone", "population")
+            for mode, found in evaluate_loss(model, validation, modes=modes, **held_out).items():
+                losses[mode if mode == "group" else f"{mode}_{name}"] = found["loss"]
+        return losses
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on."""
+        modules = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {**modules, "step": self.step, "seconds": self.seconds, "losses": list(self.losses)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a state."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.losses = state["step"], state["seconds"], list(state["losses"])
+
+    def row(self, end: int) -> dict[str, Any]:
+        """What is recorded at an end; a run that stopped earlier, at a loss that is no number, has fewer steps."""
+        size = max(1, len(self.losses) // 30)
+        curve = [sum(self.losses[k : k + size]) / size for k in range(0, len(self.losses) - size + 1, size)]
+        return {
+            **asdict(self.run),
+            "branches": list(self.run.branches),
+            "key": self.run.key,
+            "end": end,
+            "steps_taken": self.step,
+            "tokens": self.step * self.run.batch * self.run.context,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "expert_width": self.model.config.moe_intermediate_size if self.run.family != "dense" else None,
+            "losses": {mode: round(loss, 5) for mode, loss in self.measure().items()},
+            "training_curve": [round(loss, 3) for loss in curve],
+            "cpu_seconds": round(self.seconds, 1),
+        }
+
+
+class Folder:
+    """Where results and states are, shared by any number of processes."""
+
+    def __init__(self, path: Path) -> None:
+        """Makes the folder if it is missing."""
+        self.path = path
+        for name in ("states", "locks"):
+            (path / name).mkdir(parents=True, exist_ok=True)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The results so far."""
+        return lines(self.path / "results.jsonl")
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Appends a result."""
+        with (self.path / "results.jsonl").open("a", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(json.dumps(row) + "\n")
+
+    def ends(self, run: Run) -> set[int]:
+        """The ends of a run that have results."""
+        return {row["end"] for row in self.rows() if row["key"] == run.key}
+
+    def state(self, run: Run) -> Path:
+        """Where the state of a run is kept."""
+        return self.path / "states" / f"{run.key}.pt"
+
+    def save(self, training: Training) -> None:
+        """Keeps the state of a run, in place of an earlier one."""
+        path = self.state(training.run)
+        torch.save(training.state(), path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    @contextmanager
+    def claim(self, run: Run) -> Iterator[bool]:
+        """Whether the run is this process's alone, until the block or the process ends."""
+        with (self.path / "locks" / run.key).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+            else:
+                yield True
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; none if it is missing."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def train(run: Run, folder: Folder) -> None:
+    """Trains one run, from its last state if there is one, and records every end that has no result."""
+    data = DataConfig(max_bytes=run.max_bytes, vocab_size=run.vocabulary, sequence_length=run.context)
+    training = Training(run, prepare_data(data, cache_dir=folder.path / "data"))
+    if folder.state(run).exists():
+        training.restore(torch.load(folder.state(run), weights_only=True))
+    done = folder.ends(run)
+    for end in run.ends:
+        if not run.branches:
+            advance_to(training, end, end, folder)
+            folder.add(training.row(end))
+            continue
+        advance_to(training, run.decay_start(end), end, folder)
+        if end in done:
+            continue
+        folder.save(training)
+        trunk = copy.deepcopy(training.state())
+        advance_to(training, end, end, None)
+        folder.add(training.row(end))
+        training.restore(trunk)
+    folder.state(run).unlink(missing_ok=True)
+
+
+def advance_to(training: Training, step: int, end: int, folder: Folder | None) -> None:
+    """Trains up to `step`, saving to the folder now and then; without a folder it is the decay of a branch.
+
+    A run whose loss is no longer a number stops where it is.
+    """
+    saved = time.monotonic()
+    while training.step < step and all(map(math.isfinite, training.losses[-1:])):
+        training.advance(end, decaying=folder is None)
+        if folder is not None and time.monotonic() - saved > SAVE_SECONDS:
+            folder.save(training)
+            saved = time.monotonic()
+
+
+def train_next(runs: list[Run], folder: Folder) -> bool:
+    """Trains the first run that is neither done nor another process's; false if there is none."""
+    for run in sorted(runs, key=lambda run: run.priority):
+        if set(run.ends) <= folder.ends(run):
+            continue
+        with folder.claim(run) as mine:
+            if mine and not set(run.ends) <= folder.ends(run):
+                print(time.strftime("%H:%M:%S"), run.key, run.name, flush=True)
+                train(run, folder)
+                return True
+    return False
+
+
+def read_runs(path: Path) -> list[Run]:
+    """The runs of a list."""
+    return [Run(**{**line, "branches": tuple(line.get("branches", ()))}) for line in lines(path)]
+
+
+def store(folder: Folder) -> Path:
+    """Stores the results: the defaults once, and for every row only what differs from them, without its curve."""
+    left_out = {"key", "name", "priority", "training_curve"}
+    defaults = {name: value for name, value in {**asdict(Run()), "branches": []}.items() if name not in left_out}
+    rows = [
+        {name: value for name, value in row.items() if name not in left_out and value != defaults.get(name, ...)}
+        for row in folder.rows()
+    ]
+    return store_record(RESULTS, "initialisation", settings=defaults, rows=rows)
+
+
+def main() -> None:
+    """Trains a list of runs, or stores their results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    training = verbs.add_parser("train", help="train what has no result yet")
+    training.add_argument("runs", type=Path, help="a file of JSON lines")
+    training.add_argument("--folder", type=Path, default=Path("runs/initialisation"), help="results and states")
+    storing = verbs.add_parser("store", help="store the results with versions and hardware")
+    storing.add_argument("--folder", type=Path, default=Path("runs/initialisation"), help="results and states")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = Folder(options.folder)
+    if options.verb == "train":
+        while train_next(read_runs(options.runs), folder):
+            pass
+    else:
+        print(f"Stored in {store(folder)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Messages in the words that the user typed: flags of the verb in place of keys of a recipe that is not theirs."""
+
+import re
+from collections.abc import Sequence
+
+_FLAGS = {
+    "finetune": {
+        **dict.fromkeys(("data.path", "data.name", "data.source"), "--data"),
+        **dict.fromkeys(
+            ("data.source_column", "data.target_column", "data.text_column", "data.label_column"), "--columns"
+        ),
+        "data.pairs": "--pairs",
+        "base.name": "--base",
+    },
+    "train": {"data.path": "--text", "data.source": "--text", "arms.model.init_from": "--from"},
+}
+_KEY = re.compile(r"'((?:data|base|model|training|search|arms)\.[\w.-]+)'")
+
+
+def name_flags(message: str, arguments: Sequence[str]) -> str:
+    """A message about a recipe's keys, for someone who may not have written the recipe.
+
+    A key that a flag of the verb sets is named by the flag where that was given, or where there is no recipe of the
+    user's own; another key is named as `--set` takes it where there is none.
+
+    Args:
+        message: such as "'data.label_column' is ...".
+        arguments: of the command, the verb first.
+    """
+    verb = arguments[0] if arguments else ""
+    own = any(argument.endswith(".toml") for argument in arguments[1:])
+    flags = _FLAGS.get(verb, {})
+    given = {argument.partition("=")[0] for argument in arguments}
+    if verb not in ("compare", "finetune", "train"):
+        return message
+
+    def word(match: re.Match[str]) -> str:
+        key = match[1]
+        if key in flags and (not own or flags[key] in given):
+            return flags[key]
+        return match[0] if own else f"--set {key}"
+
+    # Two keys that one flag sets, such as both columns, are named once.
+    return re.sub(r"(--[a-z]+)(?:(?:, | and | or )\1\b)+", r"\1", _KEY.sub(word, message))

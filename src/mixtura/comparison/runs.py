@@ -1,0 +1,121 @@
+"""One run of a comparison: an arm and a seed, from initialisation to its final held-out measures.
+
+A finished run has a `result.json` and is never repeated; an unfinished one goes on from its newest checkpoint.
+"""
+
+import math
+from pathlib import Path
+
+from mixtura.config import Interrupted, TrainingConfig, UserError
+from mixtura.results import LOSS, RunResult
+from mixtura.results.stored import RESULT, read_run, write_run
+from mixtura.training import (
+    METRICS,
+    ProgressReporter,
+    TrainingDiverged,
+    read_metrics,
+    summarize_metrics,
+    train,
+)
+from mixtura.training.interface import Arm
+
+
+def run_arm(
+    arm: Arm,
+    *,
+    seed: int,
+    learning_rate: float,
+    training: TrainingConfig,
+    out: Path,
+    label: str,
+    reporter: ProgressReporter,
+    trial: bool = False,
+) -> RunResult:
+    """Trains and evaluates one run in folder `out`, or reads its result when it is finished.
+
+    A `trial` of a learning rate is judged by its held-out loss alone. Where the task's own measure is another, it is
+    evaluated as on the way of a run: nothing is decoded, and the test examples stay unseen.
+
+    Raises:
+        UserError: the folder's files are damaged.
+        Interrupted: the user pressed Ctrl-C; the run is saved.
+        TrainingDiverged: the loss is no number any more.
+    """
+    stored = read_run(out / RESULT)
+    if stored is not None:
+        _check_same_run(stored, out, seed=seed, learning_rate=learning_rate, steps=training.steps)
+        reporter.start_run(label, step=stored.steps, steps=stored.steps)
+        reporter.end_run()
+        return stored
+    model, task = arm.build(seed), arm.task
+    outcome = train(
+        model,
+        task=task,
+        config=training,
+        learning_rate=learning_rate,
+        seed=seed,
+        out=out,
+        label=label,
+        resume=True,
+        reporter=reporter,
+    )
+    if outcome.interrupted:
+        raise Interrupted(f"Stopped in '{label}' at step {outcome.steps}: everything is saved.")
+    if outcome.steps != training.steps:
+        raise UserError(f"'{out / METRICS}' is damaged: delete '{out}', and that run is done again.")
+    final = task.evaluate(model, final=not trial or task.measure.key == LOSS.key)
+    if not all(math.isfinite(measure) for of in final.values() for measure in of.values()):
+        raise TrainingDiverged(
+            f"{label} diverged: its final held-out loss is out of range; lower its learning rate, which is "
+            f"{learning_rate:g}.",
+            step=outcome.steps,
+        )
+    history = summarize_metrics(read_metrics(out / METRICS))
+    result = RunResult(
+        **vars(history),
+        seed=seed,
+        learning_rate=learning_rate,
+        steps=outcome.steps,
+        train_seconds=outcome.train_seconds,
+        final={mode: dict(measures) for mode, measures in final.items()},
+        details=None if trial else task.details(model, out=out),
+    )
+    write_run(out / RESULT, result)
+    return result
+
+
+def diverged_run(arm: Arm, out: Path, *, seed: int, learning_rate: float) -> RunResult:
+    """What is kept of a run that diverged: its history up to there, and no measures."""
+    records = read_metrics(out / METRICS)
+    last = next((record for record in reversed(records) if "loss" in record), {"step": 0, "seconds": 0.0})
+    modes = [mode for mode in (arm.training_mode, arm.deployed_mode) if mode is not None]
+    return RunResult(
+        **vars(summarize_metrics(records)),
+        seed=seed,
+        learning_rate=learning_rate,
+        steps=last["step"],
+        train_seconds=last["seconds"],
+        final={mode: dict.fromkeys((LOSS.key, arm.task.measure.key)) for mode in modes},
+    )
+
+
+def _check_same_run(stored: RunResult, out: Path, **asked: float) -> None:
+    """Refuses a finished run of other settings, such as one that was trained at another rate before a search."""
+    for key, value in asked.items():
+        if key == "steps" and stored.diverged:
+            continue
+        before = getattr(stored, key)
+        if before != value:
+            raise UserError(
+                f"The finished run in '{out}' has {key} {before:g}, and now it is {value:g}: choose another "
+                f"folder with --out, or delete '{out}', and that run is done again."
+            )
+
+
+def trial_loss(arm: Arm, result: RunResult) -> float:
+    """The held-out loss that a trial is judged by: as deployed, where that is measured on the way of a run."""
+    final = result.final
+    mode = next(mode for mode in (arm.deployed_mode, arm.training_mode, *final) if mode in final)
+    loss = final[mode]["loss"]
+    assert loss is not None, "a run that diverged has no result"
+    return loss

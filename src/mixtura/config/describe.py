@@ -1,0 +1,151 @@
+"""Every key that a recipe may have, with its type, its default and a line on what it is, read from the dataclasses.
+
+Quick and without torch, for `mixtura keys` and for recipes that explain themselves.
+"""
+
+import ast
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+from mixtura.config.arms import SETTINGS, ArmConfig
+from mixtura.config.finetuning import (
+    AdapterConfig,
+    BaseConfig,
+    ClassificationArmConfig,
+    ClassificationDataConfig,
+    ClassificationRecipe,
+    HeadConfig,
+    TranslationArmConfig,
+    TranslationDataConfig,
+    TranslationRecipe,
+)
+from mixtura.config.schema import DataConfig, ModelConfig, Recipe, SearchConfig, TrainingConfig
+
+
+class Key(NamedTuple):
+    """One key."""
+
+    name: str
+    values: str
+    """Such as "whole number" or "adamw, adafactor"."""
+    default: str
+    """As a recipe writes it; "required" where there is none."""
+    says: str
+    """What it is; may be empty where the name says it."""
+
+
+class Section(NamedTuple):
+    """The keys of one section of one kind of recipe."""
+
+    name: str
+    """As a recipe writes it: "training", "arms.NAME"; empty for the keys above all sections."""
+    kind: str
+    """Of which recipes: "every recipe", "pretraining", "translation", "classification"."""
+    holds: type
+
+
+_EVERY, _TUNING = "every recipe", "fine-tuning"
+SECTIONS = (
+    Section("", "pretraining", Recipe),
+    Section("", "translation", TranslationRecipe),
+    Section("", "classification", ClassificationRecipe),
+    Section("data", "pretraining", DataConfig),
+    Section("data", "translation", TranslationDataConfig),
+    Section("data", "classification", ClassificationDataConfig),
+    Section("base", _TUNING, BaseConfig),
+    Section("model", "pretraining, and translation from scratch", ModelConfig),
+    Section("training", _EVERY, TrainingConfig),
+    Section("search", _EVERY, SearchConfig),
+    Section("arms.NAME", "pretraining", ArmConfig),
+    Section("arms.NAME", "translation", TranslationArmConfig),
+    Section("arms.NAME", "classification", ClassificationArmConfig),
+    Section("arms.NAME.feed_forward", "translation", ArmConfig),
+    Section("arms.NAME.adapter", _TUNING, AdapterConfig),
+    Section("arms.NAME.head", "classification", HeadConfig),
+    Section("arms.NAME.head.feed_forward", "classification", ArmConfig),
+)
+
+
+@cache
+def keys_of(holds: type) -> tuple[Key, ...]:
+    """The keys of a section, in order; sections inside it are left out, as they have a place of their own."""
+    says, hints = _docstrings(holds), typing.get_type_hints(holds)
+    found = []
+    for field in dataclasses.fields(holds):
+        hint = hints[field.name]
+        if _is_section(hint):
+            continue
+        setting = SETTINGS.get(field.name) if holds is ArmConfig else None
+        said = setting.says if setting is not None else says.get(field.name, "")
+        found.append(Key(field.name, _values(hint), _default(field), said))
+    return tuple(found)
+
+
+def lines_of(section: Section, *, width: int) -> Iterator[str]:
+    """A section for people to read, a key a line as far as `width` characters hold it."""
+    keys = keys_of(section.holds)
+    yield f"[{section.name}] of {section.kind}" if section.name else f"Above all sections, {section.kind}"
+    name, values, default = (max(len(key[column]) for key in keys) for column in range(3))
+    values = min(values, 40)
+    indent = " " * (name + values + default + 8)
+    for key in keys:
+        first = f"  {key.name:{name}}  {key.values:{values}}  {key.default:{default}}"
+        words, line = key.says.split(), ""
+        for word in words:
+            if line and len(indent) + len(line) + len(word) > width:
+                yield (f"{first}  {line}" if first else indent + line).rstrip()
+                first, line = "", ""
+            line += f"{word} "
+        yield (f"{first}  {line}" if first else indent + line).rstrip()
+
+
+@cache
+def _docstrings(holds: type) -> dict[str, str]:
+    """The strings that stand below the fields of a dataclass, as one line each."""
+    body = ast.parse(inspect.getsource(holds)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found, field = {}, None
+    for statement in body.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            field = statement.target.id
+        elif field and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            found[field], field = " ".join(str(statement.value.value).split()), None
+    return found
+
+
+def _is_section(hint: Any) -> bool:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    return typing.get_origin(hint) is dict or any(dataclasses.is_dataclass(option) for option in options)
+
+
+def _values(hint: Any) -> str:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return ", ".join(_values(option) for option in options if option is not type(None)) + ', "none"'
+    if origin is Literal:
+        return ", ".join(map(str, options))
+    if origin is tuple:
+        return f"list of {_values(options[0])}"
+    return {int: "whole number", float: "number", str: "text", bool: "true, false"}[hint]
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.default is dataclasses.MISSING:
+        return "required"
+    return written(field.default)
+
+
+def written(value: Any) -> str:
+    """A value as a recipe writes it."""
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return "[" + ", ".join(map(written, value)) + "]" if isinstance(value, list | tuple) else str(value)

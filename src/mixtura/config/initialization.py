@@ -1,0 +1,77 @@
+"""At which scale an arm draws its weights: what a recipe says, or what is derived for the family."""
+
+import math
+from dataclasses import dataclass
+
+from mixtura.config.arms import SETTINGS, ArmConfig
+from mixtura.config.families import facts_of
+from mixtura.config.schema import ModelConfig
+
+INITIALIZER_RANGE = 0.02
+"""Standard deviation of every matrix that has no scale of its own."""
+SCALE_KEYS = ("feed_forward_scale", "down_scale", "dense_scale", "expert_scale", "router_scale")
+"""The settings of an arm that say how its weights are drawn."""
+_DENSE, _MIXING_EXPERT, _CHOSEN_EXPERT = 0.5, 0.5, 0.125
+"""Scales of plain layers: of dense ones, and of experts that get mixtures of tokens, or tokens that were chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartScales:
+    """Standard deviations at the start, as multiples of 1 / sqrt(fan-in); None is `initializer_range`."""
+
+    dense_scale: float | None = None
+    """Of dense feed-forward layers, wherever they stand, and of shared experts."""
+    expert_scale: float | None = None
+    router_scale: float | None = None
+
+
+def derived_scales(arm: ArmConfig, *, gated: bool) -> StartScales:
+    """The scales of an arm that names none.
+
+    Embeddings start at 0.02, so the residual stream is quiet, and what a layer adds to it must not drown it. A plain
+    layer at scale s adds a root mean square of s^2 / sqrt(2), whatever its width and depth: 0.18 for s = 0.5.
+
+    A mixture of tokens divides what its experts see and give back: with logits of variance 1, G tokens average as N =
+    G / e would, and at s = 0.5 it adds about 0.03. It can be no louder, since most of what it adds is content of other
+    examples, which is noise for this token. Its router decides nothing at 0.02: the weights are uniform then, and all
+    tokens of a group get one update. At scale 1 its logits have variance 1.
+
+    Where tokens or experts choose, an expert's whole output reaches its tokens, and the choice means nothing before it
+    is learnt: experts start low, at 0.125, and the router at `initializer_range`, since small logits choose as well as
+    large ones and are easier to change.
+
+    A gated layer multiplies two projections and adds near s^3 / 2, or s^3 / (2 N) on the mean of N tokens where a plain
+    one adds s^2 / sqrt(2 N). So the same is added at the scale (sqrt(2 N) s^2)^(1/3).
+
+    Args:
+        arm: of whose family and group the scales are.
+        gated: whether a layer multiplies two projections.
+    """
+    routing = facts_of(arm.family).routing
+    expert = _MIXING_EXPERT if routing == "mixing" else _CHOSEN_EXPERT
+    tokens = arm.group_size / math.e if arm.family == "mixture_of_tokens" else 1.0
+    return StartScales(
+        dense_scale=_as_gated(_DENSE) if gated else _DENSE,
+        expert_scale=None if routing == "none" else _as_gated(expert, tokens) if gated else expert,
+        router_scale=1.0 if routing == "mixing" else None,
+    )
+
+
+def _as_gated(scale: float, tokens: float = 1.0) -> float:
+    """The scale at which a gated layer adds as much as a plain one at `scale`, on the mean of some tokens."""
+    return round((math.sqrt(2 * tokens) * scale**2) ** (1 / 3), 2)
+
+
+def start_scales(arm: ArmConfig, model: ModelConfig) -> dict[str, float | None]:
+    """The scales that a model of the arm is drawn with, by their field in the model's configuration.
+
+    What the arm names counts; then `initializer_range`, where the recipe names it, is for every matrix; then the scales
+    are derived.
+    """
+    derived = StartScales() if model.initializer_range is not None else derived_scales(arm, gated=model.gated)
+    return {name: getattr(arm, name) or value for name, value in vars(derived).items()}
+
+
+def names_scales(arm: ArmConfig) -> bool:
+    """Whether an arm says itself how its weights are drawn."""
+    return any(getattr(arm, key) != SETTINGS[key].default for key in SCALE_KEYS)

@@ -1,0 +1,55 @@
+"""What a run would take: planned without writing, and refused where no machine could hold it."""
+
+import dataclasses
+
+import pytest
+
+from mixtura.comparison import limits
+from mixtura.comparison.limits import check_memory, in_words, machine_bytes
+from mixtura.comparison.plan import plan
+from mixtura.comparison.runner import compare
+from mixtura.config import UserError
+from mixtura.training import SilentProgress
+
+
+def test_a_plan_writes_nothing_and_tells_all(tiny_recipe, tmp_path):
+    recipe, out = tiny_recipe(seeds=(0, 1), batch_size=8, eval_sequences=4000), tmp_path / "out"
+    planned = plan(recipe, out=out, reporter=SilentProgress())
+    assert not list(tmp_path.iterdir())
+    assert (planned.steps, planned.tokens_per_step, planned.runs_of_arm) == (4, 8 * 16, 2)
+    assert [arm.name for arm in planned.arms] == ["dense", "mixture_of_tokens"]
+    assert all(arm.peak_bytes > 16 * arm.trained > 0 and arm.minutes > 0 < arm.flops for arm in planned.arms)
+    assert planned.minutes == pytest.approx(2 * sum(arm.minutes for arm in planned.arms))
+    said = "\n".join(planned.lines())
+    for part in ("nothing was written", "training.eval_sequences", "4 runs of 4 steps, 128 tokens", str(out)):
+        assert part in said
+    assert not planned.begun
+
+
+def test_one_arm_is_planned_alone(tiny_recipe, tmp_path):
+    planned = plan(tiny_recipe(), out=tmp_path, reporter=SilentProgress(), arm="mixture_of_tokens", seeds=(3,))
+    assert [arm.name for arm in planned.arms] == ["mixture_of_tokens"] and planned.runs_of_arm == 1
+
+
+def test_an_impossible_size_is_refused_before_anything_is_written(tiny_recipe, tmp_path):
+    recipe = tiny_recipe()
+    wide = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, hidden_size=10**6))
+    for attempt in (
+        lambda: compare(wide, out=tmp_path / "out"),
+        lambda: plan(wide, out=tmp_path / "out", reporter=SilentProgress()),
+    ):
+        with pytest.raises(UserError, match=r"Arm 'dense' needs 128\.\d TB .* has [\d.]+ [GT]B: lower"):
+            attempt()
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_compared_with_what_this_machine_has(tiny_recipe, monkeypatch):
+    check_memory(tiny_recipe())
+    assert machine_bytes() > 10**8
+    monkeypatch.setattr(limits, "machine_bytes", lambda: 100_000)
+    with pytest.raises(UserError, match=r"has 100\.0 kB"):
+        check_memory(tiny_recipe())
+
+
+def test_bytes_are_said_in_words():
+    assert [in_words(number) for number in (12, 1_500, 2.5e9, 3e15)] == ["12 bytes", "1.5 kB", "2.5 GB", "3,000.0 TB"]

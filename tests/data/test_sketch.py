@@ -1,0 +1,87 @@
+"""A recipe for one's own data: the task and the columns are found, and the recipe loads."""
+
+import json
+import random
+
+import pandas as pd
+import pytest
+
+from mixtura.config import ClassificationRecipe, Recipe, TranslationRecipe, UserError, load_recipe
+from mixtura.data.sketch import sketch_recipe
+
+WORDS = ["red", "green", "blue", "small", "large", "old", "new", "house", "river", "cat", "dog", "moon"]
+
+
+def sentences(number):
+    draw = random.Random(0)
+    return [" ".join(draw.choices(WORDS, k=6)) + f" {index}" for index in range(number)]
+
+
+@pytest.fixture
+def sketched(tmp_path):
+    """Writes what is sketched for some data, and reads it as a recipe."""
+
+    def sketch(data, **how):
+        path = tmp_path / "sketched.toml"
+        path.write_text(sketch_recipe(data, name="mine", **how), encoding="utf-8")
+        return load_recipe(path)
+
+    return sketch
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Twelve classes, one with half of the rows."""
+    path = tmp_path / "labelled.parquet"
+    labels = ["common"] * 60 + [f"class {index % 11}" for index in range(60)]
+    pd.DataFrame({"id": range(120), "Body": sentences(120), "Mood": labels}).to_parquet(path)
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    rows = [f"{text}\t{text[::-1]}" for text in sentences(40)]
+    path.write_text("\n".join(["German text\tfr", *rows]), encoding="utf-8")
+    return path
+
+
+def test_labels_make_it_classification(sketched, labelled):
+    recipe = sketched(labelled)
+    assert isinstance(recipe, ClassificationRecipe)
+    assert (recipe.data.text_column, recipe.data.label_column, recipe.data.path) == ("Body", "Mood", str(labelled))
+    assert recipe.data.test_examples is None
+
+
+def test_columns_named_after_languages_make_it_translation(sketched, pairs):
+    recipe = sketched(pairs)
+    assert isinstance(recipe, TranslationRecipe)
+    assert (recipe.data.source_column, recipe.data.target_column) == ("German text", "fr")
+    assert recipe.data.pairs == ("de-fr",)
+
+
+def test_a_text_makes_it_pretraining(sketched, tiny_text):
+    recipe = sketched(tiny_text)
+    assert isinstance(recipe, Recipe) and recipe.data.path == str(tiny_text) and len(recipe.arms) == 3
+
+
+def test_what_the_user_says_counts(sketched, labelled, pairs):
+    assert sketched(pairs, task="pretraining").data.text_column == "German text"
+    assert sketched(labelled, columns="Body,id").data.label_column == "id"
+    assert sketched(pairs, pairs="nl-en").data.pairs == ("nl-en",)
+
+
+def test_columns_that_say_nothing_are_asked_for(tmp_path):
+    path = tmp_path / "plain.jsonl"
+    path.write_text("\n".join(json.dumps({"a": text, "b": text[::-1]}) for text in sentences(9)), encoding="utf-8")
+    with pytest.raises(UserError, match="give --pairs"):
+        sketch_recipe(path, task="translation", name="x")
+    with pytest.raises(UserError, match="name them with --columns"):
+        sketch_recipe(path, task="classification", name="x")
+    with pytest.raises(UserError, match="There is no task 'poetry'"):
+        sketch_recipe(path, task="poetry", name="x")
+
+
+def test_every_key_that_is_shown_says_what_it_is(tiny_text):
+    text = sketch_recipe(tiny_text, name="../odd name")
+    assert "\n# Sequences in one micro-batch.\nbatch_size = 32\n" in text and '\nname = "odd name"\n' in text
