@@ -29,9 +29,9 @@ def build_model_config(
 ) -> MixtureConfig:
     """The configuration of one arm: the recipe's decoder with the arm's feed-forward layers.
 
-    An arm that names no expert width gets the one at which it costs the dense arm's FLOPs a token, routing and mixing
-    counted, rounded to a multiple of `width_multiple`. `expert_names` are the languages or pairs of the experts that
-    they name.
+    An arm that names no expert width gets the one at which it costs as many FLOPs a token as the dense arm, routing and
+    mixing counted, rounded to a multiple of `width_multiple`. `expert_names` are the languages or language pairs that
+    have an expert each, where those choose the expert.
 
     Raises:
         UserError: routing alone costs more than the dense layer.
@@ -78,7 +78,7 @@ def shared_width_config(config: MixtureConfig) -> MixtureConfig:
 
 
 def layer_families(num_layers: int, arm: ArmConfig) -> list[str]:
-    """The family of every layer: the arm's in all layers or in the later half, dense before."""
+    """The family of every layer: the arm's in all layers, or in the later half with dense layers before it."""
     first = num_layers // 2 if arm.placement == "later_half" else 0
     return ["dense"] * first + [arm.family] * (num_layers - first)
 

@@ -20,8 +20,9 @@ from mixtura.models.modeling_mixture import MixturePreTrainedModel
 def calibrate(model: MixturePreTrainedModel, batches: Iterable[Tensor]) -> int:
     """Replaces the averages of every mixture-of-tokens layer by those over the groups that the batches form.
 
-    The model runs in groups meanwhile, as it was trained, and is left in the mode it was found in. Its configuration
-    then says that it keeps averages, so that a checkpoint brings them along. Repeat it whenever the weights change.
+    Meanwhile the model runs in groups, as it was trained; afterwards it is in the mode that it was in before. Its
+    configuration then says that it keeps averages, so that they are saved with its checkpoint. The averages follow from
+    the weights, so calibrate again whenever the weights change.
 
     Args:
         model: a trained model.
@@ -58,7 +59,7 @@ def calibrate(model: MixturePreTrainedModel, batches: Iterable[Tensor]) -> int:
 
 
 def observe_population(model: MixturePreTrainedModel, observing: bool) -> None:
-    """Says whether layers take note of the groups they run, which `update_population` then moves the averages by."""
+    """Switches on or off that layers note the averages over their groups, which `update_population` then uses."""
     for layer in model.mixture_of_tokens_layers():
         layer.observing, layer.observed = observing, None
 
@@ -74,7 +75,7 @@ def update_population(
     Args:
         model: one whose layers keep averages and observe.
         rate: weight of the last batch, see `mixtura.layers.Population.update`.
-        average: means a tensor over all ranks, which then hold the same averages; None for one process.
+        average: returns the mean of a tensor over all ranks, so that all hold the same averages; None for one process.
     """
     for layer in model.mixture_of_tokens_layers():
         if layer.population is None or layer.observed is None:

@@ -29,7 +29,7 @@ class MixtureConfig(ModelSettings, PreTrainedConfig):
     """
 
     model_type = "mixtura"
-    # What Mixtral's evaluation does not return: predictions are then logits alone.
+    # Outputs that the Trainer leaves out of its predictions, as for Mixtral: what remains are the logits.
     keys_to_ignore_at_inference = ["past_key_values", "language_loss", "z_loss", "routing"]
     attribute_map = {"num_local_experts": "num_experts"}
     default_theta = 10000.0
@@ -65,7 +65,7 @@ class MixtureConfig(ModelSettings, PreTrainedConfig):
     layer_mix: bool = False
 
     def __post_init__(self, **kwargs):
-        """Fills what follows from other fields; a head's width left open would break scaled rotary embeddings."""
+        """Fills in what follows from other fields, such as the width of a head, which scaled rotary embeddings need."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -74,10 +74,10 @@ class MixtureConfig(ModelSettings, PreTrainedConfig):
             self.mlp_layer_types = ["dense"] * self.num_hidden_layers
         if self.attention == "llama" and self.sliding_window is not None and not self.attention_bias:
             self.attention = "mistral"
-        # No field of its own: trainers take a model that has it for one whose experts a loss must balance.
+        # Set only here, as no field: trainers balance the experts of any model whose configuration has this attribute.
         if self.has_balanced_layers:
             kwargs.setdefault("output_router_logits", False)
-        # No field of its own: transformers asks whether there is such an attribute, and None would be one.
+        # Set only here, as no field: transformers asks whether the attribute exists, and None would count as existing.
         if self.attention in ("qwen2", "qwen3") and kwargs.get("layer_types") is None:
             kwargs["layer_types"] = self.attention_kinds()
         super().__post_init__(**kwargs)

@@ -32,10 +32,10 @@ def build_attention(config: MixtureConfig, layer_idx: int) -> nn.Module:
 
 
 def attention_arguments(config: MixtureConfig) -> dict[str, Any]:
-    """What the attention of every layer is told besides its inputs.
+    """Arguments of every layer's attention besides its inputs: the sliding window, for Llama's class.
 
-    Implementations without a mask (Flash Attention) need the window itself. Other classes pass theirs on; Llama's has
-    none of its own.
+    Implementations without a mask (Flash Attention) need the size of the window. The other classes read it from the
+    configuration; Llama's class does not know windows and has to be given it.
     """
     windowed = config.attention == "llama" and config.sliding_window is not None
     return {"sliding_window": config.sliding_window} if windowed else {}
@@ -67,7 +67,7 @@ class MixtureDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = build_attention(config, layer_idx)
         self.mlp = build_feed_forward(config, layer_idx)
-        # Kept here, since an adapter may stand around the layer later.
+        # Read now: an adapter that later wraps the layer does not have this attribute.
         self.routes_by_example = self.mlp.routes_by_example
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -82,7 +82,8 @@ class MixtureDecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor | tuple[Tensor, ...]:
         """(B, L, D) -> (B, L, D), followed by the fields of the `RoutingStats` when asked for and if there are any.
 
-        They are not nested: re-entrant checkpointing finds the gradients of a layer's direct outputs only.
+        The fields are returned side by side and not as one tuple, because re-entrant checkpointing finds gradients only
+        in the direct outputs of a layer.
         """
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
@@ -95,7 +96,10 @@ class MixtureDecoderLayer(GradientCheckpointingLayer):
 
 
 def joined_stats(fields: list[Tensor]) -> RoutingStats | None:
-    """The statistics of a layer; re-entrant checkpointing would claim that all of them carry a gradient."""
+    """The statistics of a layer, of which only those keep a gradient that have one.
+
+    After re-entrant checkpointing all outputs seem to require a gradient, counts of tokens among them.
+    """
     if not fields:
         return None
     stats = RoutingStats(*fields)

@@ -41,7 +41,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
 
 
 def _has_rows_of_other_ranks(experts: Any, top_k_index: Tensor) -> bool:
-    """Whether expert parallelism may have put an index of no expert here; older versions of transformers do not say."""
+    """Whether indices may stand for experts on other ranks; older versions of transformers do not say, so they may."""
     if hasattr(experts, "_is_expert_parallel"):
         return experts._is_expert_parallel
     return bool((top_k_index >= experts.num_experts).any())

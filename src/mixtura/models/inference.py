@@ -22,18 +22,18 @@ from mixtura.models.configuration_mixture import MixtureConfig
 
 
 def mixing_layers(model: nn.Module) -> list[MixtureOfTokens]:
-    """The mixture-of-tokens layers of any model, adapters' among them."""
+    """The mixture-of-tokens layers of any model, also those inside adapters."""
     return [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
 
 
 def grouped_layers(model: nn.Module) -> list[MixtureOfTokens]:
-    """Those of them that eval() runs in groups, where a token's output depends on other requests."""
+    """The mixture-of-tokens layers that eval() runs in groups, so that a token's output depends on other requests."""
     return [layer for layer in mixing_layers(model) if layer.inference_mode == "group"]
 
 
 @contextmanager
 def running_in(layers: list[MixtureOfTokens], mode: Any) -> Iterator[None]:
-    """Lets eval() run layers in a mode for the length of a block, with as many mixtures a token as they have.
+    """Sets the mode in which eval() runs the layers, for the length of a block; the mixtures of a token stay as many.
 
     Args:
         layers: some layers of a model, whose configuration is left alone.
@@ -50,15 +50,18 @@ def running_in(layers: list[MixtureOfTokens], mode: Any) -> Iterator[None]:
 
 
 def shares_alone(config: MixtureConfig, step: int, *, steps: int, layers: int) -> list[float]:
-    """The share of its groups that each mixture-of-tokens layer leaves otherwise empty at a step.
+    """The share of its groups that each mixture-of-tokens layer fills with zeros at a step.
 
-    In the last `alone_fraction` of the steps it is 1. Before, `zero_fill_unit` says what `zero_fill` is a share of:
-    "group" gives every layer that share at every step. "layer" draws whether a layer leaves all its groups empty, apart
-    for every layer and step. "step" spreads steps in which all layers do so evenly, every 1 / `zero_fill` steps, so
-    that any stretch of training has its part: a draw would leave that to chance, and there is but one for all layers.
+    A token whose group is otherwise zeros gets the output that it gets alone when deployed. In the last
+    `alone_fraction` of the steps the share is 1. Before, `zero_fill_unit` says what `zero_fill` is a share of:
+
+    - "group": of the groups of every layer, at every step.
+    - "layer": of the layers. For each layer and step it is drawn anew whether all groups of the layer are filled so.
+    - "step": of the steps. Those in which all layers do so come evenly, every 1 / `zero_fill` steps. They are not
+      drawn, because one draw decides for all layers and some stretches of training would have too few of them.
 
     Args:
-        config: says the three.
+        config: has `alone_fraction`, `zero_fill_unit` and `zero_fill`.
         step: optimizer steps taken before this one.
         steps: of the whole run.
         layers: how many layers there are.
@@ -77,10 +80,10 @@ def shares_alone(config: MixtureConfig, step: int, *, steps: int, layers: int) -
 
 
 def step_kinds(config: MixtureConfig, *, steps: int) -> list[tuple[float, float]]:
-    """What steps a run is made of: how often a layer leaves which share of its groups empty, as (part, share).
+    """How often a layer has which share, as (part of the steps, share): what planning needs to time a run.
 
-    Steps after a change to token choice count as steps alone, which have as many expert rows. Layers take their turns
-    apart with the unit "layer", but their times add up, so the parts of one layer are enough for the mean.
+    Steps after a change to token choice count as steps with share 1, since those have as many expert rows. With the
+    unit "layer" each layer has its own draws. The times of layers add up, so the mean follows from the parts of one.
     """
     shares = [shares_alone(config, step, steps=steps, layers=1)[0] for step in range(steps)]
     changed = round(config.transition_fraction * steps)

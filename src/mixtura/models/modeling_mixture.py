@@ -99,13 +99,13 @@ class MixturePreTrainedModel(PreTrainedModel):
             module.reset()
 
     def mixture_layers(self) -> list[FeedForward]:
-        """The feed-forward layers that are no dense layers, from the first to the last."""
+        """The feed-forward layers that are not dense, from the first to the last."""
         families = self.config.mlp_layer_types or []
         layers = [module.mlp for module in self.modules() if isinstance(module, MixtureDecoderLayer)]
         return [layer for layer, family in zip(layers, families, strict=True) if family != "dense"]
 
     def mixture_of_tokens_layers(self) -> list[MixtureOfTokens]:
-        """Those of them that are mixtures of tokens."""
+        """The feed-forward layers that are mixtures of tokens."""
         return [layer for layer in self.mixture_layers() if isinstance(layer, MixtureOfTokens)]
 
     def set_inference_mode(self, mode: Literal["group", "alone", "population"], *, top_k: int | None = None) -> None:
@@ -115,7 +115,7 @@ class MixturePreTrainedModel(PreTrainedModel):
         self.config.inference_mode, self.config.alone_top_k = mode, top_k
 
     def set_zero_fill(self, share: float) -> None:
-        """Sets the share of the groups that training leaves otherwise empty; the configuration keeps its own."""
+        """Sets the share of the groups that training fills with zeros; the value in the configuration stays."""
         for layer in self.mixture_of_tokens_layers():
             layer.set_zero_fill(share)
 
@@ -131,7 +131,7 @@ class MixturePreTrainedModel(PreTrainedModel):
         return self.config.router_aux_loss_coef, self.config.router_z_loss_coef
 
     def _wants_router_losses(self, labels: Tensor | None, kwargs: dict[str, Any]) -> bool:
-        """In training with labels, and where a caller asks for router logits as of Mixtral."""
+        """Whether the loss needs them: in training with labels, or where router logits are asked for as in Mixtral."""
         if labels is None and self.training:
             warn_of_a_loss_outside(self.config, kwargs)
         asked = kwargs.get("output_router_logits")
@@ -139,11 +139,11 @@ class MixturePreTrainedModel(PreTrainedModel):
         return bool(asked) or (labels is not None and self.training)
 
     def prepare_step(self, step: int, *, steps: int) -> None:
-        """Sets what depends on how far training is: which layers leave which share of their groups empty, and whether
-        those with thresholds still choose over the batch.
+        """Sets what depends on the progress of training: which share of its groups each layer fills with zeros, and
+        whether layers with thresholds still choose over the batch.
 
-        Until it is first called, and where a trainer never does, every layer has the share `zero_fill` at every step,
-        and layers with thresholds use them from the first update on.
+        Trainers other than ours never call it. Every layer then has the share `zero_fill` at every step, and layers
+        with thresholds use them from the first update on.
 
         Args:
             step: optimizer steps taken.
@@ -196,8 +196,8 @@ class MixtureModel(MixturePreTrainedModel):
         """
         if (expert_ids is None) != (self.config.route_by == "token"):
             raise ValueError(
-                f"This model routes by {self.config.route_by}: give expert_ids, one for each example, if and only if "
-                "that is not by token."
+                f"This model routes by {self.config.route_by}: give expert_ids, one for each example, unless it routes "
+                "by token."
             )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")

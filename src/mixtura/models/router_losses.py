@@ -30,7 +30,7 @@ from mixtura.models.configuration_mixture import MixtureConfig
 class MixtureModelOutput(BaseModelOutputWithPast):
     """The decoder's output.
 
-    `router_logits` are those of every layer of token choice, (T, E) each, where `output_router_logits` asks for them.
+    `router_logits` has (T, E) logits for every layer of token choice, where `output_router_logits` asks for them.
     `routing` has a `RoutingStats` or None for every layer when it was asked for.
     """
 
@@ -53,7 +53,7 @@ class MixtureCausalLMOutput(MoeCausalLMOutputWithPast):
 
 @dataclass
 class MixtureClassifierOutput(SequenceClassifierOutputWithPast):
-    """Classifier output: `loss` has the weighted router losses in training mode; the rest as for language models."""
+    """Classifier output: `loss` has the weighted router losses in training mode; the rest is as for language models."""
 
     aux_loss: Tensor | None = None
     z_loss: Tensor | None = None
@@ -113,8 +113,8 @@ def share_of_step(counted: Tensor, num_items_in_batch: Tensor | int | None) -> T
     """This batch's share of the targets of its optimizer step; None where the trainer does not count those.
 
     transformers' Trainer gives the number of targets of all micro-batches (and, where it averages tokens across
-    devices, of all ranks) and then only sums losses up. What is a mean over one micro-batch must therefore count by
-    that micro-batch's share, or it grows with their number.
+    devices, of all ranks) and then only adds up losses. A router loss is a mean over one micro-batch, so it has to be
+    multiplied by the share of that micro-batch; otherwise it would grow with the number of micro-batches.
 
     Args:
         counted: labels of the predictions, -100 where there is none; not the first of a row where labels are shifted.
@@ -129,7 +129,8 @@ def share_of_step(counted: Tensor, num_items_in_batch: Tensor | int | None) -> T
 def warn_of_a_loss_outside(config: MixtureConfig, kwargs: Mapping[str, Any]) -> None:
     """Says once that a trainer forms the loss without the model, so that nothing balances the experts.
 
-    A count of targets without labels gives it away: the Trainer's label smoothing and `compute_loss_func` do that.
+    Such a trainer gives the number of targets but no labels: the Trainer does so for label smoothing and for
+    `compute_loss_func`.
     """
     balanced = config.router_aux_loss_coef or config.router_z_loss_coef
     if kwargs.get("num_items_in_batch") is not None and config.has_balanced_layers and balanced:

@@ -44,17 +44,17 @@ def to_token_choice(
     top_k: int,
     add_up: Callable[[Tensor], Tensor] | None = None,
 ) -> MixtureForCausalLM:
-    """A new model with token choice in place of mixture of tokens, outputs as near as one factor a layer brings them.
+    """A new model with token choice in place of mixture of tokens; one factor a layer brings the outputs close.
 
     The temperature goes into the router, and two routers become their mean, which orders mixtures nearly as the product
     of their weights does. An expert with C mixtures becomes C experts with the same weights and a router column each:
-    at first they are one function, and the parameters of the experts grow C-fold.
+    at first these compute the same function, and there are C times as many parameters in experts.
 
     Args:
-        model: left as it is, but for its inference mode, which becomes `alone` with `top_k`.
+        model: stays as it is, except that its inference mode becomes `alone` with `top_k`.
         batches: token ids (B, L), one batch at least.
-        top_k: experts a token gets, and the mixtures it gets alone in the comparison.
-        add_up: sums a tensor over all ranks, each with batches of its own; None for one process.
+        top_k: experts of a token, and mixtures of a token in the model that outputs are compared with.
+        add_up: returns the sum of a tensor over all ranks, which have different batches; None for one process.
 
     Raises:
         UserError: there is no batch, there are fewer experts than asked for, or some layers are token choice already.
@@ -76,7 +76,7 @@ def to_token_choice(
 
 
 def to_alone(model: MixtureForCausalLM, *, top_k: int | None) -> None:
-    """Makes a model train on, and answer, without groups; `top_k` limits the mixtures of a token."""
+    """Makes a model continue training, and answer, without groups; `top_k` limits the mixtures of a token."""
     model.set_inference_mode("alone", top_k=top_k)
     model.config.zero_fill, model.config.zero_fill_unit = 1.0, "group"
     model.set_zero_fill(1.0)
@@ -98,10 +98,10 @@ def transition_due(model: MixtureForCausalLM, step: int, *, steps: int) -> bool:
 def change_to_token_choice(
     model: MixtureForCausalLM, batches: Iterable[Tensor], *, add_up: Callable[[Tensor], Tensor] | None = None
 ) -> None:
-    """Turns a model into token choice where it stands, as `to_token_choice` does, with the parameters it has.
+    """Does what `to_token_choice` does, but in place: the model keeps its own parameter tensors.
 
-    Tensors keep their identity, so an optimizer goes on with its state for all of them; what it remembers of a scaled
-    projection is not scaled.
+    So an optimizer that holds these tensors goes on with its state. Its moments of the second projections stay as they
+    were although the projections are scaled.
 
     Args:
         model: one whose layers have a mixture an expert and one router, with `alone_top_k` experts a token from now on.
@@ -112,7 +112,7 @@ def change_to_token_choice(
         UserError: see `to_token_choice`.
     """
     top_k = _planned_top_k(model.config)
-    # The new model's start values are overwritten: drawing them should not show in what training draws.
+    # Building the new model draws start values, which are then overwritten; training must go on with the same draws.
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         converted = to_token_choice(model, batches, top_k=top_k, add_up=add_up)
     for kept, value in zip(model.parameters(), converted.parameters(), strict=True):
@@ -121,9 +121,9 @@ def change_to_token_choice(
 
 
 def follow_transition(model: MixtureForCausalLM, folder: Path) -> None:
-    """Gives a model that plans a transition the layers of a checkpoint that was saved after it; weights stay as is.
+    """Prepares a model that plans a transition for loading a checkpoint that was saved after it: changes its layers.
 
-    A folder whose configuration cannot be read changes nothing: loading it says what is wrong.
+    If the configuration in the folder cannot be read, nothing changes, and loading the folder says what is wrong.
     """
     if model.config.transition_to is None:
         return
@@ -149,7 +149,7 @@ def _planned_top_k(config: MixtureConfig) -> int:
 
 
 def _take_over(model: MixtureForCausalLM, converted: MixtureForCausalLM) -> None:
-    """Puts the other model's token-choice layers, with this model's parameters, and its settings in place."""
+    """Gives `model` the token-choice layers and settings of `converted`; the parameters stay those of `model`."""
     for old, new in zip(_decoder_layers(model), _decoder_layers(converted), strict=True):
         if isinstance(old.mlp, MixtureOfTokens) and isinstance(new.mlp, TokenChoiceMoE):
             new.mlp.gate, new.mlp.experts, new.mlp.shared_expert = old.mlp.gate, old.mlp.experts, old.mlp.shared_expert
@@ -166,10 +166,10 @@ def _configuration(config: MixtureConfig, *, top_k: int) -> MixtureConfig:
 
 
 def _changes(config: MixtureConfig, *, top_k: int) -> dict[str, Any]:
-    """What of a configuration is another after the conversion.
+    """The fields of the configuration that the conversion changes, with their new values.
 
-    Settings that no layer has any more, and those of token choice's layers, go back to their defaults, under which a
-    layer chooses by softmax and drops nothing. How token choice is trained stays, and shared experts do.
+    Settings that no layer has any more, and those of token choice's layers, go back to their defaults: a layer then
+    chooses by softmax and drops nothing. Settings of the training of token choice stay, and shared experts do.
     """
     swap = {"mixture_of_tokens": "token_choice"}
     families = [swap.get(family, family) for family in config.mlp_layer_types or []]
@@ -185,7 +185,7 @@ def _changes(config: MixtureConfig, *, top_k: int) -> dict[str, Any]:
 
 
 def _weights(model: MixtureForCausalLM) -> dict[str, Tensor]:
-    """The model's state with routers and experts as token choice has them."""
+    """The state of the model, with routers and experts in the form that token choice has."""
     state = dict(model.state_dict())
     for name, layer in model.named_modules():
         if not isinstance(layer, MixtureOfTokens):
@@ -244,7 +244,7 @@ def _decoder_layers(model: MixtureForCausalLM) -> list[MixtureDecoderLayer]:
 
 @torch.no_grad()
 def extract_language_model(model: MixtureForCausalLM, expert_id: int) -> MixtureForCausalLM:
-    """The dense model that `model` is for examples of expert `expert_id`: equal logits, no `expert_ids` to give.
+    """The dense model with the same logits as `model` for examples of expert `expert_id`; it takes no `expert_ids`.
 
     Args:
         model: routed by pair, source or target language; it stays as it is.
@@ -255,7 +255,9 @@ def extract_language_model(model: MixtureForCausalLM, expert_id: int) -> Mixture
     """
     config = model.config
     if config.route_by == "token":
-        raise UserError("A model whose tokens choose their experts has no language's part: train it with route_by.")
+        raise UserError(
+            "The tokens of this model choose their experts, so no language has a part of its own: train with route_by."
+        )
     if not 0 <= expert_id < config.num_experts:
         raise UserError(f"There is no expert {expert_id}: choose one from 0 to {config.num_experts - 1}.")
     layers = [layer.mlp for layer in model.model.layers]

@@ -37,7 +37,7 @@ class PretrainingDetails:
     peakedness: list[Peakedness]
     """Of each mixture-of-tokens layer."""
     continuations: list[Continuation] = field(default_factory=list)
-    """Empty in files of before they were kept."""
+    """Empty in files that were written before continuations were kept."""
     kind: Literal["pretraining"] = "pretraining"
 
 
