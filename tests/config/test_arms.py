@@ -10,8 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from mixtura.config import ArmConfig, UserError
 from mixtura.config.arms import SETTINGS, has_setting, model_settings, shown_settings
+from mixtura.config.describe import settings_page
 from mixtura.config.families import FAMILIES, MIXTURES
-from mixtura.config.keys import settings_page
 from mixtura.config.model_settings import CHOICES, written_out
 from mixtura.models import MixtureConfig
 
@@ -92,5 +92,5 @@ def test_the_table_written_out_is_the_table():
 
 
 def test_the_documentation_has_the_table():
-    """After a change: python -c 'from mixtura.config.keys import settings_page as page; print(page(), end="")'."""
+    """After a change: python -c 'from mixtura.config.describe import settings_page as page; print(page(), end="")'."""
     assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == settings_page()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mixtura.config.describe import families_table
 from mixtura.config.families import FAMILIES, Family, never_served
-from mixtura.config.keys import families_table
 from mixtura.layers import FeedForward
 
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,8 @@ import pytest
 
 from fixtures.results import as_results, summary_of
 from mixtura.report import tables
+from mixtura.report.facts import held_out
 from mixtura.report.figures import build_figures
-from mixtura.report.held_out import held_out
 from mixtura.report.html import WORDS_BEFORE_THE_PICTURE, render_html
 from mixtura.report.pictures import draw_differences, draw_loss
 

@@ -15,9 +15,9 @@ import pytest
 from fixtures.results import as_results, summary_of
 from mixtura.config import UserError
 from mixtura.report import every_run, tables
+from mixtura.report.every_run import load_maps
 from mixtura.report.figures import build_figures, smooth
 from mixtura.report.html import render_html, report_folder, write_report
-from mixtura.report.load_maps import load_maps
 from mixtura.report.markdown import escape, fence, render_markdown
 from mixtura.report.wording import arm_colours
 from mixtura.results import Results

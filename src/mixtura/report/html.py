@@ -17,14 +17,13 @@ from mixtura.files import write_text
 from mixtura.pages.environment import page_environment
 from mixtura.report import every_run, facts, tables
 from mixtura.report.deployment import deployment_figures
+from mixtura.report.every_run import is_even, load_maps, time_bars
+from mixtura.report.facts import continuations_section, held_out
 from mixtura.report.figures import AXES, SYMBOLS, arms_in, build_figures
-from mixtura.report.held_out import held_out
-from mixtura.report.load_maps import is_even, load_maps
 from mixtura.report.markdown import render_markdown
 from mixtura.report.measures import Yardstick, difference_unit, yardstick_of
 from mixtura.report.pictures import write_pictures
 from mixtura.report.sections import classification_section, specialization_maps, task_figures, translation_section
-from mixtura.report.step_time import time_bars
 from mixtura.report.summary import summarize
 from mixtura.report.verdict import difference_words
 from mixtura.report.wording import (
@@ -41,7 +40,6 @@ from mixtura.report.wording import (
     start,
     without_interval,
 )
-from mixtura.report.writings import continuations_section
 from mixtura.results import ArmResult, ArmSummary, Results, Summary, read_results
 from mixtura.results.json_form import to_plain
 from mixtura.results.stored import RESULTS

@@ -3,10 +3,9 @@
 import re
 
 from mixtura.report import every_run, facts, tables
-from mixtura.report.held_out import held_out
+from mixtura.report.facts import continuations_section, held_out
 from mixtura.report.sections import classification_section, specialization_maps, translation_section, weight_rows
 from mixtura.report.wording import NBSP, listing, number, start
-from mixtura.report.writings import continuations_section
 from mixtura.results import Results, Summary
 
 
