@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from mixtura.config.families import FAMILIES
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "mixtura"
 MODULES = sorted(SOURCE.rglob("*.py"))
@@ -21,6 +23,9 @@ OWN_FILES = sorted(path for folder in ("src", "tests", "benchmarks") for path in
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 80
 MAX_DEPTH = 3
+MAX_MODULES = 16
+MAX_FAMILY_LINES = 150
+UNTYPED, MAX_UNTYPED_LINES = "dict[str, Any]", 60
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "core", "lib"}
 # Verbs import what they run, so that `mixtura --help` is quick; everything else says at its top what it needs.
 MAY_IMPORT_LATE = {
@@ -138,6 +143,45 @@ def test_imports_stand_at_the_top(path: Path) -> None:
 def test_modules_are_named_after_a_part_of_the_subject() -> None:
     named = {part.removesuffix(".py").strip("_") for path in MODULES for part in path.relative_to(SOURCE).parts}
     assert not named & FORBIDDEN_NAMES
+
+
+def _rooms() -> dict[Path, list[str]]:
+    """The modules of every folder, by name."""
+    rooms: dict[Path, list[str]] = {}
+    for path in MODULES:
+        if not path.name.startswith("__"):
+            rooms.setdefault(path.parent, []).append(path.stem)
+    return rooms
+
+
+def test_a_folder_has_few_modules() -> None:
+    assert {str(room): len(names) for room, names in _rooms().items() if len(names) > MAX_MODULES} == {}
+
+
+def test_no_module_repeats_the_name_of_its_folder() -> None:
+    assert [f"{room.name}/{name}" for room, names in _rooms().items() for name in names if name == room.name] == []
+
+
+def test_a_name_means_one_thing() -> None:
+    """Only sibling rooms may each have a module of one name, which then plays the same part in each."""
+    places: dict[str, set[Path]] = {}
+    for room, names in _rooms().items():
+        for name in names:
+            places.setdefault(name, set()).add(room.parent if room.parent.name == "tasks" else room)
+    assert {name: rooms for name, rooms in places.items() if len(rooms) > 1} == {}
+
+
+def test_a_family_can_be_read_at_once() -> None:
+    layers = {facts.layer.partition(":")[0].rpartition(".")[2] for facts in FAMILIES.values()}
+    lengths = {
+        name: len((SOURCE / "layers" / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in layers
+    }
+    assert {name: length for name, length in lengths.items() if length > MAX_FAMILY_LINES} == {}
+
+
+def test_results_and_settings_are_typed() -> None:
+    untyped = [path for path in MODULES for line in path.read_text(encoding="utf-8").splitlines() if UNTYPED in line]
+    assert len(untyped) < MAX_UNTYPED_LINES
 
 
 def test_packages_are_not_nested() -> None:

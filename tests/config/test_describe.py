@@ -4,7 +4,7 @@ import tomllib
 
 import pytest
 
-from mixtura.config.arms import ArmConfig
+from mixtura.config.arm import ArmConfig
 from mixtura.config.describe import SECTIONS, keys_of, lines_of, written
 from mixtura.config.schema import TrainingConfig
 

@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -14,6 +13,7 @@ from torch import nn
 
 from mixtura.benchmarks.contenders import Size, limit, own_layers, parameters, peers
 from mixtura.benchmarks.measure import Pass, calls, interleaved, kept_bytes, passes, ratios, store_record
+from mixtura.results.stored import Plain
 
 LIMIT = "one large product"
 PASSES: tuple[Pass, ...] = ("forward", "training", "step")
@@ -64,7 +64,7 @@ class Row:
 
 def bench(
     sizes: Sequence[Size], *, what: Sequence[Pass] = PASSES, rounds: int = 7, only: str = "", seed: int = 0
-) -> list[dict[str, Any]]:
+) -> list[Plain]:
     """Times every contender at every size, and prints a table for each as it is done.
 
     Args:
@@ -87,14 +87,14 @@ def bench(
     return measured
 
 
-def store(measured: list[dict[str, Any]], folder: Path, *, settings: dict[str, Any]) -> Path:
+def store(measured: list[Plain], folder: Path, *, settings: Plain) -> Path:
     """Writes the record, with versions, hardware and date, and the plot beside it; returns the record's path."""
     path = store_record(folder, "layers", settings=settings, sizes=measured)
     plot(measured).savefig(path.with_suffix(".png"), dpi=110, bbox_inches="tight", metadata={"Software": None})
     return path
 
 
-def plot(measured: list[dict[str, Any]], *, what: Pass = "training") -> Figure:
+def plot(measured: list[Plain], *, what: Pass = "training") -> Figure:
     """Utilisation of every contender, one panel a size: 1 is the speed of one large product."""
     figure = Figure(figsize=(9, 2.6 * len(measured)))
     for number, entry in enumerate(measured, start=1):

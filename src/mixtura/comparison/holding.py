@@ -21,6 +21,7 @@ from typing import Any
 
 from mixtura.config import Interrupted, UserError
 from mixtura.errors import launch, rank, reason_of
+from mixtura.results.stored import Plain
 
 try:
     import fcntl
@@ -156,7 +157,7 @@ def _take(handle: int, file: Path) -> None:
             ) from None
 
 
-def _in_use(file: Path, holder: dict[str, Any]) -> str:
+def _in_use(file: Path, holder: Plain) -> str:
     if "pid" not in holder:
         return f"'{file.parent}' is in use by another process"
     return (
@@ -164,7 +165,7 @@ def _in_use(file: Path, holder: dict[str, Any]) -> str:
     )
 
 
-def _may_live(holder: dict[str, Any]) -> bool:
+def _may_live(holder: Plain) -> bool:
     """Whether the process may still run; of one on another machine nothing is known."""
     if "pid" not in holder:
         return False
@@ -185,7 +186,7 @@ def _write_holder(file: Path, **more: Any) -> None:
     file.write_text(json.dumps(told | more) + "\n", encoding="utf-8")
 
 
-def _read_holder(file: Path) -> dict[str, Any]:
+def _read_holder(file: Path) -> Plain:
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mixtura.comparison.folder import has_runs
-from mixtura.comparison.limits import check_memory, in_words
+from mixtura.comparison.machine_memory import check_memory, in_words
 from mixtura.comparison.preparing import check_arms, make_experiment, task_of, tokens_per_step
 from mixtura.comparison.timing import time_arms
 from mixtura.config import AnyRecipe, TrainingConfig

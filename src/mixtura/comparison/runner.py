@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mixtura.comparison.folder import check_same_data, environment, now, open_folder, store_fitted
 from mixtura.comparison.holding import holding, ready
-from mixtura.comparison.limits import check_memory
+from mixtura.comparison.machine_memory import check_memory
 from mixtura.comparison.preparing import (
     AnyRecipe,
     check_arms,

@@ -5,9 +5,9 @@ comparison. Every key is a field of `schema.py`; an unknown key is an error that
 overrides one key. This package knows no torch: planning, layers and the command line all stand on it.
 """
 
-from mixtura.config.arms import ArmConfig as ArmConfig
-from mixtura.config.arms import InferenceMode as InferenceMode
-from mixtura.config.arms import Placement as Placement
+from mixtura.config.arm import ArmConfig as ArmConfig
+from mixtura.config.arm import InferenceMode as InferenceMode
+from mixtura.config.arm import Placement as Placement
 from mixtura.config.checks import check_recipe as check_recipe
 from mixtura.config.families import Family as Family
 from mixtura.config.finetuning import AdapterConfig as AdapterConfig

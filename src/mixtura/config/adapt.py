@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from mixtura.config.arms import ArmConfig
+from mixtura.config.arm import ArmConfig
 from mixtura.config.families import facts_of
 from mixtura.config.finetuning import (
     AdapterConfig,

@@ -8,7 +8,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from mixtura.config.arms import SETTINGS, ArmConfig, has_setting
+from mixtura.config.arm import SETTINGS, ArmConfig, has_setting
 from mixtura.config.controls import check_controls
 from mixtura.config.families import facts_of
 from mixtura.config.from_checkpoint import check_starts, starts_from_checkpoints

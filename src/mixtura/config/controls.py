@@ -1,17 +1,15 @@
 """Controls: arms that lack one thing of another arm, to see whether its gain comes from that thing."""
 
-from typing import Any
-
-from mixtura.config.arms import ArmConfig
+from mixtura.config.arm import ArmConfig
 from mixtura.config.families import facts_of
-from mixtura.config.schema import Recipe
+from mixtura.config.schema import Recipe, TomlTable
 from mixtura.errors import UserError
 
 _ROUTINGS = {"uniform_router": ("mixing",), "random_routing": ("tokens choose", "experts choose", "mixing")}
 """The kinds of routing that a control makes sense for: with a router of zeros, all tokens would choose alike."""
 
 
-def fill_controls(table: dict[str, Any]) -> None:
+def fill_controls(table: TomlTable) -> None:
     """Writes into a recipe's table what its controls have of the arms they belong to: all that they do not name.
 
     Raises:

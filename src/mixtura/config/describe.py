@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-from mixtura.config.arms import SETTINGS, ArmConfig
+from mixtura.config.arm import SETTINGS, ArmConfig
 from mixtura.config.families import FAMILIES, MIXTURES
 from mixtura.config.finetuning import (
     AdapterConfig,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mixtura.config.arms import ArmConfig
+from mixtura.config.arm import ArmConfig
 from mixtura.config.languages import split_pair
 from mixtura.config.schema import ModelConfig, Recipe, SearchConfig, TrainingConfig
 

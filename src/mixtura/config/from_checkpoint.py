@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mixtura.config.arms import SETTINGS, ArmConfig
-from mixtura.config.schema import DataConfig, ModelConfig, Recipe
+from mixtura.config.arm import SETTINGS, ArmConfig
+from mixtura.config.schema import DataConfig, ModelConfig, Recipe, TomlTable
 from mixtura.errors import UserError
 
 SHAPE_KEYS = tuple(name for name, each in SETTINGS.items() if each.role in ("shape", "function"))
@@ -15,7 +15,7 @@ TRAINED_KEYS = tuple(name for name, each in SETTINGS.items() if each.role == "tr
 """How an arm is trained, in the words of a recipe and of a checkpoint's config.json alike."""
 
 
-def fill_from_checkpoints(table: dict[str, Any]) -> None:
+def fill_from_checkpoints(table: TomlTable) -> None:
     """Writes into a recipe's table what it leaves open of the arms that start from checkpoints.
 
     That is the family, and how the checkpoint was trained or made to be trained: what the recipe says itself counts.
@@ -40,7 +40,7 @@ def fill_from_checkpoints(table: dict[str, Any]) -> None:
                 arm.setdefault(trained, settings[trained])
 
 
-def _own_settings(place: str, key: str) -> dict[str, Any] | None:
+def _own_settings(place: str, key: str) -> TomlTable | None:
     """The config.json of a folder, empty for a stock model; None for a name, whose model is looked for when loaded."""
     path = Path(place) / "config.json"
     if not Path(place).is_dir():
@@ -54,7 +54,7 @@ def _own_settings(place: str, key: str) -> dict[str, Any] | None:
         ) from error
 
 
-def _family(settings: dict[str, Any], place: str, key: str) -> str:
+def _family(settings: TomlTable, place: str, key: str) -> str:
     mixtures = sorted(set(settings.get("mlp_layer_types") or []) - {"dense"})
     if len(mixtures) > 1:
         raise UserError(f"'{key}' is '{place}', which mixes {' and '.join(mixtures)}: an arm has one family.")

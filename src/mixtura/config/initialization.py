@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mixtura.config.arms import SETTINGS, ArmConfig
+from mixtura.config.arm import SETTINGS, ArmConfig
 from mixtura.config.families import facts_of
 from mixtura.config.schema import ModelConfig
 

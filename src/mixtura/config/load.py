@@ -17,7 +17,7 @@ from mixtura.config.controls import fill_controls
 from mixtura.config.finetune_checks import check_finetune_recipe
 from mixtura.config.finetuning import AnyRecipe, ClassificationRecipe, TranslationRecipe
 from mixtura.config.from_checkpoint import fill_from_checkpoints
-from mixtura.config.schema import Recipe
+from mixtura.config.schema import Recipe, TomlTable
 from mixtura.errors import UserError, refuse_together
 
 PRESETS = (
@@ -90,13 +90,13 @@ def _is_preset(path: Path) -> bool:
     return path.parent.resolve() == preset_path(PRESETS[0]).parent.resolve()
 
 
-def _leave_open(table: dict[str, Any]) -> None:
+def _leave_open(table: TomlTable) -> None:
     for key in _OPEN.get(table.get("task", ""), ()):
         table["data"][key] = "none"
     table["data"].pop("part", None)  # of the movie reviews
 
 
-def recipe_from_dict(table: dict[str, Any]) -> AnyRecipe:
+def recipe_from_dict(table: TomlTable) -> AnyRecipe:
     """Builds and checks a recipe from nested dictionaries, as TOML gives them; its `task` decides which kind it is.
 
     Raises:
@@ -116,7 +116,7 @@ def recipe_from_dict(table: dict[str, Any]) -> AnyRecipe:
     return recipe
 
 
-def recipe_to_dict(recipe: AnyRecipe) -> dict[str, Any]:
+def recipe_to_dict(recipe: AnyRecipe) -> TomlTable:
     """The recipe as nested dictionaries, without None: TOML has no null.
 
     A key that is None by default is left out; one that was turned off is "none", as in a recipe.
@@ -129,7 +129,7 @@ def recipe_to_toml(recipe: AnyRecipe) -> str:
     return tomli_w.dumps(recipe_to_dict(recipe))
 
 
-def _apply_override(table: dict[str, Any], override: str) -> None:
+def _apply_override(table: TomlTable, override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise UserError(f"--set '{override}' is no change of a key: write --set section.key=value.")
@@ -153,7 +153,7 @@ def _build(cls: type, table: Any, where: str) -> Any:
     if not isinstance(table, dict):
         raise UserError(f"'{where.rstrip('.')}' must be a section with keys, not {table!r}.")
     hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
+    values: TomlTable = {}
 
     def convert(key: str) -> None:
         if key not in hints:
@@ -195,7 +195,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 def _convert_arms(args: tuple[Any, ...], value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise UserError(f"'{where}' must be a section of named arms, such as [arms.dense], not {value!r}.")
-    arms: dict[str, Any] = {}
+    arms: TomlTable = {}
 
     def convert(name: str) -> None:
         arms[name] = _convert(args[1], value[name], f"{where}.{name}")

@@ -8,7 +8,7 @@ import typing
 from dataclasses import field, make_dataclass
 from typing import Any, Literal
 
-from mixtura.config.arms import Family, model_settings
+from mixtura.config.arm import Family, model_settings
 
 FAMILY_NAMES: tuple[str, ...] = typing.get_args(Family)
 

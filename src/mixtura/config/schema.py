@@ -1,11 +1,13 @@
 """What a recipe may say: its sections and keys as frozen dataclasses; `arms` has those of an arm."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from mixtura.config.arms import ArmConfig
+from mixtura.config.arm import ArmConfig
 
 Activation = Literal["relu", "gelu", "silu"]
+TomlTable = dict[str, Any]
+"""A section of a recipe as TOML has it, before it is checked."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from mixtura.config import UserError, data_overrides, load_recipe, preset_path, recipe_to_dict
 from mixtura.config.describe import SECTIONS, keys_of, written
 from mixtura.config.languages import language_of_column
+from mixtura.config.schema import TomlTable
 from mixtura.data.labelled import MOST_LISTED, label_name
 from mixtura.data.rows import Row
 from mixtura.data.table_files import TABLES, file_rows
@@ -158,20 +159,20 @@ def _shown(task: str, overrides: list[str]) -> set[str]:
     return own | often
 
 
-def _dotted(table: dict[str, Any], where: str) -> Iterator[str]:
+def _dotted(table: TomlTable, where: str) -> Iterator[str]:
     for key, value in table.items():
         place = f"{where}.{key}".lstrip(".")
         yield from _dotted(value, place) if isinstance(value, dict) else [place]
 
 
-def _written(table: dict[str, Any], task: str, shown: set[str]) -> list[str]:
+def _written(table: TomlTable, task: str, shown: set[str]) -> list[str]:
     """The lines of the table, sections after plain keys, without rarely changed keys that have their default."""
     lines: list[str] = []
     _write(table, "", task, shown, lines)
     return lines
 
 
-def _write(table: dict[str, Any], where: str, task: str, shown: set[str], lines: list[str]) -> None:
+def _write(table: TomlTable, where: str, task: str, shown: set[str], lines: list[str]) -> None:
     section = re.sub(r"^arms\.[^.]+", "arms.NAME", where)
     kinds = [each for each in SECTIONS if each.name == section]
     keys = {key.name: key for key in keys_of(_best(kinds, task).holds)} if kinds else {}

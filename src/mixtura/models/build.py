@@ -5,7 +5,7 @@ import pkgutil
 from typing import Any
 
 from mixtura.config import ArmConfig, ModelConfig
-from mixtura.config.arms import model_settings
+from mixtura.config.arm import model_settings
 from mixtura.config.families import facts_of
 from mixtura.config.initialization import INITIALIZER_RANGE, start_scales
 from mixtura.layers import FeedForward

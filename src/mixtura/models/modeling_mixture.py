@@ -17,17 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from mixtura.layers import (
-    ExpertThresholdMoE,
-    FeedForward,
-    LayerMix,
-    MixtureOfTokens,
-    Population,
-    ReMoE,
-    RoutingStats,
-    SoftMoE,
-    TokenChoiceMoE,
-)
+from mixtura.layers import ExpertThresholdMoE, MixtureOfTokens, ReMoE, SoftMoE, TokenChoiceMoE  # isort: skip
+from mixtura.layers import FeedForward, LayerMix, Population, RoutingStats
 from mixtura.layers.routing import Router
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.models.decoder_layer import (

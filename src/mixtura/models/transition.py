@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtura.config import UserError
-from mixtura.config.arms import model_settings
+from mixtura.config.arm import model_settings
 from mixtura.layers import MixtureOfTokens, TokenChoiceMoE
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.models.modeling_mixture import MixtureDecoderLayer, MixtureForCausalLM

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
 from mixtura.config import Family
-from mixtura.config.arms import has_setting
+from mixtura.config.arm import has_setting
 from mixtura.config.families import facts_of
 
 

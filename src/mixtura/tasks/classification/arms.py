@@ -21,7 +21,7 @@ from mixtura.adapters.attach import apply_adapter
 from mixtura.adapters.expert_specialized import SAMPLE_SIZE
 from mixtura.adapters.targets import count_parameters, measured_flops_per_token
 from mixtura.config import ClassificationArmConfig, ClassificationRecipe
-from mixtura.config.arms import has_setting
+from mixtura.config.arm import has_setting
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm, probe_layer
 from mixtura.models import MixtureConfig
 from mixtura.planning import active_parameters, model_parameters
