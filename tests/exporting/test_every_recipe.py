@@ -7,7 +7,7 @@ import torch
 
 from mixtura.config import PRESETS, Recipe, TranslationRecipe, load_recipe, preset_path
 from mixtura.config.families import never_served
-from mixtura.exporting.outlook import export_outlook, stock_containers
+from mixtura.exporting.containers import export_outlook, stock_containers
 from mixtura.exporting.stock_folder import export
 from mixtura.models import MixtureForCausalLM
 from mixtura.models.build import build_model_config, shared_width_config

@@ -54,7 +54,7 @@ def export_note(arm: Arm) -> str | None:
     """What an arm's result can be exported to, said before it is trained; None where it is no model of ours."""
     if arm.trained_config is None:
         return None
-    return f"'{arm.name}' {need('mixtura.exporting.outlook').export_outlook(arm.trained_config)}"
+    return f"'{arm.name}' {need('mixtura.exporting.containers').export_outlook(arm.trained_config)}"
 
 
 def leak_warning(arm: Arm, leaks: Leaks, task: str) -> str | None:

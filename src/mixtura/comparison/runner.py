@@ -51,7 +51,7 @@ from mixtura.training import (
     TrainingDiverged,
 )
 from mixtura.training.interface import Arm, Experiment
-from mixtura.training.slowness import slow_settings
+from mixtura.training.process import slow_settings
 
 
 def planned_steps(recipe: AnyRecipe) -> int:

@@ -11,15 +11,15 @@ from typing import Any, NamedTuple, TypeVar
 
 from mixtura.config.arm import ArmConfig
 from mixtura.config.families import facts_of
-from mixtura.config.finetuning import (
+from mixtura.config.schema import (
     AdapterConfig,
     AnyRecipe,
     ClassificationDataConfig,
     ClassificationRecipe,
+    Recipe,
     TranslationDataConfig,
     TranslationRecipe,
 )
-from mixtura.config.schema import Recipe
 
 VALIDATION_SHARE, TEST_SHARE = 0.1, 0.2
 """Of the usable examples, where a recipe leaves open how many are held out."""

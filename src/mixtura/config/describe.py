@@ -14,18 +14,22 @@ from typing import Any, Literal, NamedTuple
 
 from mixtura.config.arm import SETTINGS, ArmConfig
 from mixtura.config.families import FAMILIES, MIXTURES
-from mixtura.config.finetuning import (
+from mixtura.config.schema import (
     AdapterConfig,
     BaseConfig,
     ClassificationArmConfig,
     ClassificationDataConfig,
     ClassificationRecipe,
+    DataConfig,
     HeadConfig,
+    ModelConfig,
+    Recipe,
+    SearchConfig,
+    TrainingConfig,
     TranslationArmConfig,
     TranslationDataConfig,
     TranslationRecipe,
 )
-from mixtura.config.schema import DataConfig, ModelConfig, Recipe, SearchConfig, TrainingConfig
 from mixtura.config.setting import Setting
 
 

@@ -6,7 +6,9 @@ from functools import partial
 from mixtura.config.checks import check_attention_heads, check_feed_forward, check_frame, check_positive, refuse_scales
 from mixtura.config.controls import refuse_control
 from mixtura.config.families import FAMILIES, facts_of
-from mixtura.config.finetuning import (
+from mixtura.config.initialization import SCALE_KEYS, names_scales
+from mixtura.config.languages import check_distinct_names, parse_pairs
+from mixtura.config.schema import (
     AdapterConfig,
     ClassificationArmConfig,
     ClassificationDataConfig,
@@ -16,8 +18,6 @@ from mixtura.config.finetuning import (
     TranslationDataConfig,
     TranslationRecipe,
 )
-from mixtura.config.initialization import SCALE_KEYS, names_scales
-from mixtura.config.languages import check_distinct_names, parse_pairs
 from mixtura.errors import UserError, refuse_together
 
 

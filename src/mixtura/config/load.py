@@ -15,9 +15,8 @@ import tomli_w
 from mixtura.config.checks import check_recipe
 from mixtura.config.controls import fill_controls
 from mixtura.config.finetune_checks import check_finetune_recipe
-from mixtura.config.finetuning import AnyRecipe, ClassificationRecipe, TranslationRecipe
 from mixtura.config.from_checkpoint import fill_from_checkpoints
-from mixtura.config.schema import Recipe, TomlTable
+from mixtura.config.schema import AnyRecipe, ClassificationRecipe, Recipe, TomlTable, TranslationRecipe
 from mixtura.errors import UserError, refuse_together
 
 PRESETS = (

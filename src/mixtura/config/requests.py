@@ -4,10 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mixtura.config.finetuning import AnyRecipe, FinetuneRecipe
 from mixtura.config.languages import language_of_column
 from mixtura.config.load import TASKS, load_recipe, preset_path
-from mixtura.config.schema import Recipe
+from mixtura.config.schema import AnyRecipe, FinetuneRecipe, Recipe
 from mixtura.errors import UserError
 
 

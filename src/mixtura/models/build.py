@@ -1,14 +1,18 @@
-"""From a recipe to a model configuration, and from that to the layers."""
+"""From a recipe to a model configuration, from that to the layers, and how wide their weights are drawn."""
 
 import copy
 import pkgutil
 from typing import Any
 
+from torch import Tensor, nn
+from transformers import initialization as init
+
 from mixtura.config import ArmConfig, ModelConfig
 from mixtura.config.arm import model_settings
 from mixtura.config.families import facts_of
 from mixtura.config.initialization import INITIALIZER_RANGE, start_scales
-from mixtura.layers import FeedForward
+from mixtura.layers import Experts, FeedForward
+from mixtura.layers.feed_forward import Projection
 from mixtura.layers.routing import Router
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.planning.matching import match_intermediate_size
@@ -104,3 +108,26 @@ def _arguments(config: MixtureConfig, family: str, layer_idx: int) -> dict[str, 
         if argument is not None:
             arguments[argument] = setting.to_layer(getattr(config, field))
     return arguments | {name: getattr(config, name) for name in facts_of(family).model_settings}
+
+
+def draw_at_scale(config: MixtureConfig, module: nn.Module) -> bool:
+    """Draws the weights of a feed-forward projection, of experts or of a router; whether the module is one of these."""
+    if not isinstance(module, Projection | Router | Experts):
+        return False
+    for weight, std in _deviations(config, module):
+        init.normal_(weight, mean=0.0, std=std)
+    return True
+
+
+def _deviations(config: MixtureConfig, module: Projection | Router | Experts) -> list[tuple[Tensor, float]]:
+    """The weights of a module of the feed-forward layers, each with the standard deviation it is drawn at."""
+    if isinstance(module, Router):
+        return [(module.weight, config.start_deviation(module.in_features, of="router_scale"))]
+    if isinstance(module, Projection):
+        std = config.start_deviation(module.in_features, of="dense_scale", down=module.down)
+        return [(module.weight, std)]
+    up, down = module.weights
+    return [
+        (up, config.start_deviation(module.hidden_size, of="expert_scale")),
+        (down, config.start_deviation(module.intermediate_size, of="expert_scale", down=True)),
+    ]

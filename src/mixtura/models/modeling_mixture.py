@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from mixtura.layers import ExpertThresholdMoE, MixtureOfTokens, ReMoE, SoftMoE, TokenChoiceMoE  # isort: skip
 from mixtura.layers import FeedForward, LayerMix, Population, RoutingStats
 from mixtura.layers.routing import Router
+from mixtura.models.build import draw_at_scale
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.models.decoder_layer import (
     ATTENTION_CLASSES,
@@ -39,7 +40,6 @@ from mixtura.models.router_losses import (
     warn_of_a_loss_outside,
     weighted_router_losses,
 )
-from mixtura.models.start import draw_at_scale
 
 
 class MixturePreTrainedModel(PreTrainedModel):

@@ -30,10 +30,9 @@ from mixtura.training.metrics import (
     truncate_metrics,
 )
 from mixtura.training.optimization import build_optimizer, build_schedule
-from mixtura.training.process import StopRequest, keep_freed_memory
+from mixtura.training.process import StopRequest, keep_freed_memory, slow_memory
 from mixtura.training.progress import ProgressReporter, SilentProgress
 from mixtura.training.saving import RUN_FILE, check_settings
-from mixtura.training.slowness import slow_memory
 from mixtura.training.trainer import MixtureTrainer, RunContext
 
 METRICS = "metrics.jsonl"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mixtura.config import TrainingConfig
-from mixtura.training import slowness
-from mixtura.training.slowness import slow_memory, slow_settings, usable_cores
+from mixtura.training import process
+from mixtura.training.process import slow_memory, slow_settings, usable_cores
 
 
 @pytest.fixture
@@ -16,9 +16,9 @@ def machine(monkeypatch):
 
     def make(*, cores=1, slower=1.0):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setattr(slowness, "_idle_accelerator", lambda: None)
-        monkeypatch.setattr(slowness, "usable_cores", lambda: cores)
-        monkeypatch.setattr(slowness, "_seconds", lambda dtype: slower if dtype == torch.bfloat16 else 1.0)
+        monkeypatch.setattr(process, "_idle_accelerator", lambda: None)
+        monkeypatch.setattr(process, "usable_cores", lambda: cores)
+        monkeypatch.setattr(process, "_seconds", lambda dtype: slower if dtype == torch.bfloat16 else 1.0)
 
     return make
 
@@ -54,18 +54,18 @@ def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch):
 def test_training_that_does_not_fit_into_memory_is_said(monkeypatch):
     model = torch.nn.Linear(1000, 1000, bias=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(slowness, "_free_memory", lambda: 11_999_999)
+    monkeypatch.setattr(process, "_free_memory", lambda: 11_999_999)
     told = slow_memory(model, "dense seed 0")
     assert told is not None and told.startswith("dense seed 0 keeps 0.0 GB of weights") and "will swap" in told
     for free in (12_000_000, None):
-        monkeypatch.setattr(slowness, "_free_memory", lambda free=free: free)
+        monkeypatch.setattr(process, "_free_memory", lambda free=free: free)
         assert slow_memory(model, "dense seed 0") is None
-    monkeypatch.setattr(slowness, "_free_memory", lambda: 0)
+    monkeypatch.setattr(process, "_free_memory", lambda: 0)
     assert slow_memory(model.requires_grad_(False), "dense seed 0") is None
 
 
 def test_the_machine_is_asked_and_answers():
     assert usable_cores() >= 1
-    assert slowness._seconds(torch.float32) > 0
-    free = slowness._free_memory()
+    assert process._seconds(torch.float32) > 0
+    free = process._free_memory()
     assert free is None or free > 0

@@ -7,8 +7,8 @@ import torch
 
 from mixtura.config.families import FAMILIES
 from mixtura.data.prepare import prepare_data
-from mixtura.tasks.language_modelling.continuations import NEW_TOKENS, continue_held_out
 from mixtura.tasks.language_modelling.experiment import Pretraining
+from mixtura.tasks.language_modelling.task import NEW_TOKENS, continue_held_out
 
 
 @pytest.fixture
