@@ -1,7 +1,7 @@
 """What ends a command with one sentence: a user's mistake, an interruption, a package that only an extra installs.
 
-Under torchrun one of the processes says it. Which one a process is stands in its environment variables; without
-torchrun it is the first and only one.
+Under torchrun one of the processes prints the sentence. A process knows its number from its environment variables;
+without torchrun it is the first and only one.
 """
 
 import errno
@@ -54,7 +54,7 @@ class TooLittleText(UserError):
 def refuse_together(checks: Iterable[Callable[[], object]]) -> None:
     """Runs checks that each raise a UserError, and raises all they found as one, a sentence a line.
 
-    What one mistake makes impossible to check, such as a division by a number of zero heads, is left out beside it.
+    A check that fails only because of another mistake, such as a division by zero heads, is left out.
 
     Raises:
         UserError: any of the checks found a mistake.
@@ -106,7 +106,7 @@ def disk_error(error: Exception) -> str | None:
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
-    """What to tell a user whose installation lacks an extra; None where the module is of no extra."""
+    """The sentence for a user whose installation lacks an extra; None where no extra installs the module."""
     name = (error.name or "").partition(".")[0]
     if name not in EXTRAS:
         return None

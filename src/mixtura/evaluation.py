@@ -1,8 +1,8 @@
 """Held-out loss of a language model, in every mode in which its feed-forward layers can run.
 
-A mixture-of-tokens model has several faces: `group`, as it was trained, where a token sees the batch it comes in, and
-`alone` or `population`, as it is deployed. All are measured on the same sequences in the same order, always in the
-parameters' own precision, whatever training used.
+A mixture-of-tokens model runs in several modes: `group`, as it was trained, where a token sees other examples of its
+batch, and `alone` or `population`, as it is deployed. All are measured on the same sequences in the same order, always
+in the parameters' own precision, whatever training used.
 
 Shapes: B batch, L length, V vocabulary.
 """
@@ -49,7 +49,7 @@ class HeldOutLoss:
 
 
 def evaluation_modes(config: Any) -> tuple[str, ...]:
-    """The modes that say something about a model with this configuration.
+    """The modes in which a model with this configuration is evaluated.
 
     - mixture of tokens: `group` as trained, `alone` as deployed (`alone_top_k` mixtures a token), `alone_all` with all;
       `population` (`alone_top_k` too) if the model keeps a population's averages;

@@ -50,7 +50,7 @@ class Reach(NamedTuple):
     total: int
     """All parameters, with those of the frozen base."""
     layers: int
-    """Adapted layers, each of which was seen to change the output."""
+    """Adapted layers, each of which changed the output when it was perturbed."""
 
 
 def apply_adapter(
@@ -125,7 +125,7 @@ def restore_adapter(model: PeftModel, folder: Path) -> None:
 
 @contextmanager
 def _without_deprecations() -> Iterator[None]:
-    """PEFT reads a property that newer transformers deprecate; nobody here can act on it."""
+    """Hides a deprecation warning: PEFT reads a property that newer transformers deprecate."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
         yield
@@ -145,7 +145,7 @@ def _num_experts(config: AdapterConfig, num_tasks: int | None) -> int:
 
 
 def _plan(model: nn.Module, config: AdapterConfig, num_experts: int) -> _Plan:
-    """Which modules are replaced, and what that trains for each rank."""
+    """The modules that get the adapter, and how many parameters that trains for each rank."""
     whole_layers = config.method == "mixture_of_tokens" or (
         config.method == "mixture_of_lora" and config.scope == "feed_forward"
     )
@@ -260,8 +260,8 @@ def describe(model: PeftModel, *, baseline_parameters: int | None = None) -> str
 def routing_stats(model: nn.Module) -> tuple[RoutingStats, ...]:
     """Statistics of the adapters' routing in the last forward, in the order of the layers; empty where nothing routes.
 
-    They are kept in train(), and in eval() under `observe_routing`. A layer that gradient checkpointing runs twice
-    leaves one.
+    They are recorded in train(), and in eval() under `observe_routing`. A layer that runs twice because of gradient
+    checkpointing is listed once.
     """
     if not any(isinstance(module, RoutedTuner) for module in model.modules()):
         return ()
@@ -271,8 +271,8 @@ def routing_stats(model: nn.Module) -> tuple[RoutingStats, ...]:
 def router_losses(model: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Unweighted load-balancing and z-loss of the last forward, means over the routed layers; padding does not count.
 
-    None where nothing is to be balanced: without a router, by task, and in mixtures of tokens. With dense gates the
-    first is 1 + cv^2 of the experts' importance (LoRAMoE's loss, up to its constant) with half its gradient.
+    None where nothing has to be balanced: without a router, with routing by task, and in mixtures of tokens. With dense
+    gates the first is 1 + cv^2 of the experts' importance (LoRAMoE's loss, up to its constant) with half its gradient.
 
     Raises:
         UserError: the layers ran under reentrant checkpointing, which hides the routers from the losses.
@@ -298,7 +298,7 @@ def router_losses(model: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def reach(model: nn.Module, batch: Mapping[str, Any]) -> Reach:
-    """Counts what an adapter trains, and proves that each of its layers is heard in the output.
+    """Counts what an adapter trains, and proves that each of its layers affects the output.
 
     One layer after another gets its adapter perturbed, and the output must change. The model is left as it was.
 
@@ -336,7 +336,7 @@ def change_when_perturbed(
 ) -> float:
     """The largest change of the output `before` when standard normal noise is put on parameters, which are restored."""
     saved = [parameter.clone() for parameter in parameters]
-    # Noise, not a constant: one sign could silence every ReLU of a layer.
+    # Noise and not a constant: a constant of the wrong sign could switch off every ReLU of a layer.
     generator = torch.Generator().manual_seed(0)
     for parameter in parameters:
         parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter))
@@ -354,7 +354,7 @@ def adapter_parameters(layer: BaseTunerLayer) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def first_output(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Logits, or whatever tensor a model puts first; a loss, which comes before them, is left out."""
+    """The logits, or the first tensor of a model's output; a loss that comes before it is skipped."""
     output: Any = model(**batch)
     values = list(output.values()) if isinstance(output, Mapping) else list(output) if _is_many(output) else [output]
     return next(value for value in values if isinstance(value, Tensor) and value.dim() > 0)

@@ -1,9 +1,9 @@
 """Exact conversions of mixture adapters into what other tools load, where the mathematics allows one.
 
-Routed by task, an adapter is one stock LoRA a task: for one task the weights are constants, and sum_e w_e B_e A_e is
-one low-rank matrix. With scope "feed_forward" and top_k it is a stock Mixtral or Qwen3-MoE, whose expert e is the
-frozen layer with W + scale * B_e A_e; or, again exactly, such a mixture of copies of the frozen layer with a stock LoRA
-on the stacked experts.
+An adapter that routes by task equals one stock LoRA for each task: for one task the weights are constants, so sum_e w_e
+B_e A_e is one low-rank matrix. With scope "feed_forward" and top_k it is a stock Mixtral or Qwen3-MoE, whose expert e
+is the frozen layer with W + scale * B_e A_e; or, again exactly, such a mixture of copies of the frozen layer with a
+stock LoRA on the stacked experts.
 
 Everything else depends on the token in a way that no stock model has; it is refused with the alternative.
 

@@ -1,9 +1,9 @@
-"""Expert-specialised fine-tuning (ESFT, Wang et al., arXiv 2407.01906): of a mixture, train the experts the data uses.
+"""Expert-specialised fine-tuning (ESFT, Wang et al., arXiv 2407.01906): train only those experts that the data uses.
 
-On sample tokens it is measured which experts carry the router's choices (the paper's token selection ratio);
-in each layer the smallest set that carries `expert_share` of them is trained, and everything else stays frozen. Shares
-are normalised over the experts of one layer: the published code divides by the sum over layers, which compares an
-expert with those of other depths.
+Sample tokens show how the router's choices are shared among the experts (the paper's token selection ratio). In each
+layer the smallest set of experts that gets `expert_share` of the choices is trained; everything else stays frozen.
+Shares are normalised over the experts of one layer: the published code divides by the sum over layers, which compares
+an expert with those of other depths.
 
 Works on Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE and others whose experts are stacked tensors called with the chosen
 indices, and on `mixtura.layers.TokenChoiceMoE`. It is a PEFT method: only the chosen slices are parameters, so
@@ -37,7 +37,7 @@ _ATTRIBUTE = "expert_specialized_weights"
 
 @dataclass
 class ExpertSpecializedConfig(PeftConfig):
-    """What `adapter_config.json` says of expert-specialised tuning."""
+    """The content of `adapter_config.json` for expert-specialised tuning."""
 
     experts: dict[str, list[int]] = field(default_factory=dict)
     """The trained experts of every mixture layer, by its name; a layer that is left out stays frozen."""
@@ -228,7 +228,7 @@ def select_experts(share_E: Tensor, expert_share: float) -> list[int]:
         raise UserError(f"'expert_share' is {expert_share}: it must lie above 0 and not above 1.")
     order_E = share_E.argsort(descending=True, stable=True)
     carried_E = share_E[order_E].cumsum(0)
-    # A sum that misses the share by rounding alone has reached it.
+    # The tolerance: a sum that is below the share only because of rounding counts as reaching it.
     needed = int((carried_E < expert_share - 1e-9).sum()) + 1
     return sorted(order_E[: min(needed, len(share_E))].tolist())
 
@@ -236,7 +236,7 @@ def select_experts(share_E: Tensor, expert_share: float) -> list[int]:
 def apply_expert_specialized(
     model: nn.Module, batches: Iterable[Mapping[str, Any]], *, expert_share: float
 ) -> PeftModel:
-    """Measures on sample batches which experts are used, and puts those under training, in place.
+    """Measures on sample batches which experts are used, and makes those trainable, in place.
 
     Args:
         model: a mixture without adapters.

@@ -1,11 +1,11 @@
-"""Routed low-rank experts: who chooses (gates), and what is added (B_e A_e x).
+"""Routed low-rank experts: the gates that weigh them, and the update that they add (B_e A_e x).
 
 One update for all published mixtures of LoRA (Hu et al., arXiv 2106.09685, is its case of one expert):
 
     y = W x + scale * sum_e w_e(x) B_e A_e x                 scale = alpha / rank
 
-Between A and B the update is linear, so weighing the ranks is weighing the experts: all experts together are two matrix
-products of width E * rank, for any gate.
+The update is linear between A and B, so an expert's weight can be applied to its ranks there. All experts together are
+then two matrix products of width E * rank, whatever the gates.
 
 Shapes: B batch, L length, T = B*L tokens, D width of the router's input, I inputs, O outputs, E experts, R rank.
 """
@@ -26,12 +26,12 @@ RouterKind = Literal["top_k", "dense", "threshold", "task"]
 
 
 class Gates(NamedTuple):
-    """What a router says of a batch of tokens."""
+    """A router's output for a batch of tokens."""
 
     weight_TE: Tensor
     """Weight of each expert's output; zero where an expert is not chosen."""
     probs_TE: Tensor
-    """The router's probabilities, which the load-balancing loss looks at."""
+    """The router's probabilities, for the load-balancing loss."""
     logits_TE: Tensor | None
     """None where there is no router."""
 
@@ -94,12 +94,12 @@ class LowRankExperts(nn.Module):
         share_a: bool = False,
         num_tasks: int | None = None,
     ) -> None:
-        """Builds the experts; every B starts at zero, so the update does.
+        """Builds the experts. Every B starts at zero, and so does the update.
 
         Args:
             shapes: inputs and outputs (I, O) of each linear layer.
             router_width: D.
-            router: who chooses; see `mixtura.config.AdapterConfig`.
+            router: how experts are chosen; see `mixtura.config.AdapterConfig`.
             num_experts: E.
             rank: R, of one expert.
             alpha: the update is scaled by alpha / rank.

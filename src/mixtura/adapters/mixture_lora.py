@@ -6,8 +6,8 @@ for a whole feed-forward layer (`scope="feed_forward"`: MixLoRA, arXiv 2404.1515
     linear          y = W x + scale * sum_e w_e B_e A_e x
     feed_forward    y = sum_e w_e FFN_e(x),    FFN_e is the frozen layer with W + scale * B_e A_e in place of each W
 
-The second computes the frozen matrices once a token: up and gate before the experts and, because the last one is
-linear and the weights sum to one, down on the experts' weighted sum.
+The second form multiplies by each frozen matrix once a token and not once an expert: by gate and up before the experts,
+and by down after the experts' outputs are summed. That is exact, as down is linear and the weights sum to one.
 
 Shapes: B batch, L length, T = B*L tokens, D hidden, F width of the frozen layer, E experts.
 """
@@ -40,7 +40,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 @dataclass
 class MixtureLoraConfig(PeftConfig):
-    """What `adapter_config.json` says of a mixture of LoRA."""
+    """The content of `adapter_config.json` for a mixture of LoRA."""
 
     r: int = 8
     """Rank of one expert."""
@@ -135,7 +135,7 @@ class _Routed(NamedTuple):
 
 
 class MixtureLoraLayer(AdapterLayer):
-    """What both scopes share: routing with its statistics."""
+    """The part that both scopes share: routing and its statistics."""
 
     adapter_layer_names = (_ATTRIBUTE,)
     unmergeable = "A routed adapter cannot be merged into its base: mixtura.adapters.conversion has the exact forms."
@@ -182,7 +182,7 @@ class MixtureLoraLinear(MixtureLoraLayer):
 class MixtureLoraFeedForward(TwoPartLayer, MixtureLoraLayer):
     """A frozen feed-forward layer of which every expert has its own low-rank updates, under one routing.
 
-    Of a layer of two modules, the experts' output takes the place of what the second half would give.
+    In a layer of two modules, as BERT's, the experts' output replaces the output of the second module.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class MixtureLoraFeedForward(TwoPartLayer, MixtureLoraLayer):
         return shapes, shapes["up"][0]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """(B, L, D) -> (B, L, D); a split layer's first half gives (B, L, F), which nobody looks at."""
+        """(B, L, D) -> (B, L, D); the first module of a split layer gives (B, L, F), which is not used."""
         active = self.active_modules()
         self.pending = None
         if not active:
@@ -239,7 +239,7 @@ def mixture_of_feed_forwards(
     """
     gate_TF = None if parts.gate is None else parts.gate(x_TD)
     up_TF = parts.up(x_TD)
-    # Under autocast the frozen layers give narrower numbers than x has; sums keep the type of what they are sums of.
+    # Under autocast the frozen layers return a narrower dtype than x has; a sum has the dtype of its summands.
     mixed_TF, low_rank_TD = torch.zeros_like(up_TF), torch.zeros_like(x_TD)
     for expert in range(experts.num_experts):
         row_R = weight_TE[:, expert].nonzero().squeeze(-1)

@@ -6,10 +6,10 @@ input and adds to the frozen output, in the manner of a parallel adapter (He et 
     y = FFN(x) + alpha / rank * MoT(x)        z_e = sum_g m_ge x_g,   MoT(x)_g = sum_e m_ge B_e relu(A_e z_e)
 
 An expert has the width `rank`. The ReLU between A and B makes it the expert of `layers/mixture_of_tokens.py`: since
-relu(m z) = m relu(z), a token deployed alone passes through a mixture of such experts with gate m^2, and an expert can
-be off for a token, which a linear one never is. B starts at zero, so the adapter starts as nothing. Training mixes the
-tokens of `group_size` examples at one position; deployed (`eval()`), a token is computed alone, which depends on
-nothing but the token (docs/layers.md).
+relu(m z) = m relu(z), a token that is deployed alone gets each expert's output times m^2. Also, the ReLU can switch an
+expert off for a token, which a linear expert cannot. B starts at zero, so an untrained adapter adds zero. Training
+mixes the tokens of `group_size` examples at one position; deployed (`eval()`), a token is computed alone and depends on
+no other (docs/layers.md).
 
 Shapes: B batch, L length, D hidden.
 """
@@ -33,7 +33,7 @@ _ATTRIBUTE = "mixture_of_tokens_layer"
 
 @dataclass
 class MotAdapterConfig(PeftConfig):
-    """What `adapter_config.json` says of a mixture-of-tokens adapter."""
+    """The content of `adapter_config.json` for a mixture-of-tokens adapter."""
 
     r: int = 8
     """Width of one expert."""
@@ -98,7 +98,8 @@ class MotExperts(nn.Module):
 class MotAdapterLayer(TwoPartLayer):
     """A frozen feed-forward layer and mixtures of tokens beside it.
 
-    Of a layer of two modules, the update is added where the second ends, before dropout, residual and norm.
+    In a layer of two modules, as BERT's, the update is added to the output of the second, before dropout, residual and
+    norm.
     """
 
     adapter_layer_names = (_ATTRIBUTE,)

@@ -1,8 +1,8 @@
-"""Whether an adapter does anything: which weights it reaches, and that each of them is heard in the output.
+"""Whether an adapter has an effect: which weights it reaches, and that each of them changes the output.
 
-An adapter can fail without a word. A target that no longer exists is skipped when another one matches, a layer may read
-a weight past the adapter around it, and a router whose single weight is divided by itself never gets a gradient. So
-nothing is believed from names: every target's adapter is perturbed, and the output must change.
+An adapter can fail silently. A target that no longer exists is skipped if another one matches. A layer may use the
+frozen weight directly and so bypass the adapter around it. A router whose only weight is normalised to 1 never gets a
+gradient. So names prove nothing: the adapter of every target is perturbed, and the output must change.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,11 +22,11 @@ from mixtura.config import UserError
 
 _PROBE_SHAPE = (2, 16)
 _ROUNDING = 1e-6
-"""A largest gradient so small beside that of all places is what is left where terms cancel in float32."""
+"""Relative to the largest gradient of all places: smaller ones are rounding errors of terms that cancel in float32."""
 
 
 class TargetReach(NamedTuple):
-    """What an adapter is for one weight, or one layer, of the base model."""
+    """The part of an adapter that belongs to one weight, or one layer, of the base model."""
 
     name: str
     """Of the weight or layer, as the base model has it."""

@@ -124,7 +124,7 @@ def _scores(found: dict[str, Any]) -> Iterator[TaskScore]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's log and the warnings of what it imports."""
+    """Hides the harness's log and the warnings of its imports."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -89,13 +89,13 @@ def training_step_by_part(
 
 
 class PartClock:
-    """Charges processor time to the part of a step that was entered last."""
+    """Adds processor time to the part of a step that was entered last."""
 
     def __init__(self) -> None:
         self.start()
 
     def start(self) -> None:
-        """Begins a step, with no time charged to any part."""
+        """Begins a step; all parts have zero time."""
         self._seconds: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
         self._part: Part = "rest"
         self._since = time.process_time()

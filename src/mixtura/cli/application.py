@@ -82,7 +82,7 @@ def progress(total_steps: int | None) -> Iterator[Any]:
 
     from mixtura.training import LineProgress, RichProgress, SilentProgress
 
-    hush()
+    quiet_transformers()
     console = Console()
     shown: Any = nullcontext(SilentProgress() if rank() else LineProgress(console))
     if console.is_terminal and not rank():
@@ -105,7 +105,7 @@ DATA_FLAGS = {
 
 @contextmanager
 def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
-    """Lets a mistake be told in the flags of a verb where it is told in the keys of a recipe.
+    """Rewrites error messages of a block: flags of the verb take the place of keys of a recipe.
 
     Args:
         flags: by what is said of a recipe, what to say instead.
@@ -125,7 +125,7 @@ def say(text: str) -> None:
         typer.echo(text)
 
 
-def hush() -> None:
+def quiet_transformers() -> None:
     """Turns off the progress bars that transformers shows for each file, and its tables of what a model lacks."""
     from transformers.utils import logging
 

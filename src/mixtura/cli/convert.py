@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import mixtura
-from mixtura.cli.application import DATA_FLAGS, ModelArgument, app, hush, naming_flags
+from mixtura.cli.application import DATA_FLAGS, ModelArgument, app, naming_flags, quiet_transformers
 
 NewFolderArgument = Annotated[Path, typer.Argument(help="The folder to write, a new one.")]
 
@@ -48,7 +48,7 @@ def upcycle(
     Every expert starts as a copy of the dense layer, or as a part of one, so that the mixture computes what the model
     did; --drop, --noise and mixtures of tokens start from nearby.
     """
-    hush()
+    quiet_transformers()
     # The choices are checked where they are used, for Python and the command line alike.
     choices: dict[str, Any] = {"family": family, "score_function": score_function, "router": router}
     with naming_flags(DATA_FLAGS):
@@ -100,7 +100,7 @@ def calibrate(
 
     The new model answers in mode "population"; `mixtura evaluate` compares all modes on a held-out text.
     """
-    hush()
+    quiet_transformers()
     with naming_flags(DATA_FLAGS):
         made = mixtura.calibrate(model, out, text, text_column=text_column, max_sequences=max_sequences)
     typer.echo(f"{made.layers} layers keep averages over {made.groups:,} groups each.\nModel: {made.folder}")
@@ -124,7 +124,7 @@ def transition(
 
     All parameters are kept.
     """
-    hush()
+    quiet_transformers()
     with naming_flags(DATA_FLAGS):
         made = mixtura.transition(model, out, to=to.value, text=text, text_column=text_column, top_k=top_k)
     config = made.model.config
@@ -158,7 +158,7 @@ def export(
 
     Nothing is written unless the export computes what the source computes.
     """
-    hush()
+    quiet_transformers()
     exported = mixtura.export(
         model, out, to=to, base_model=base_model, max_shard_bytes=round(shard_size * 1e9), check=check
     )
@@ -191,7 +191,7 @@ def verify(
     """
     from mixtura.exporting.engines import parse_engine
 
-    hush()
+    quiet_transformers()
     receipt = mixtura.verify(source, exported, [parse_engine(name, converter) for name in engines or ["transformers"]])
     typer.echo(receipt.table())
     if not receipt.passed:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import mixtura
-from mixtura.cli.application import DATA_FLAGS, ModelArgument, app, hush, naming_flags, open_page
+from mixtura.cli.application import DATA_FLAGS, ModelArgument, app, naming_flags, open_page, quiet_transformers
 from mixtura.cli.lines import InOption, OutOption, check_out, given_texts, put_lines
 from mixtura.errors import UserError
 
@@ -47,7 +47,7 @@ def evaluate(
 
     The loss is that of each of its modes. Tasks are those of lm-eval, where mixture-of-tokens layers run alone.
     """
-    hush()
+    quiet_transformers()
     if (text is None) == (tasks is None):
         raise UserError("Give either a text with --text, for the loss on it, or tasks of lm-eval with --tasks.")
     if tasks is not None:
@@ -128,7 +128,7 @@ def generate(
     """
     from mixtura.models.generation import Sampling, Writer
 
-    hush()
+    quiet_transformers()
     texts = [text for text in given_texts(prompts or [], source, what="prompt") if text.strip()]
     check_out(out)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
@@ -173,7 +173,7 @@ def translate(
     """
     from mixtura.tasks.translation.trained_model import translate_lines
 
-    hush()
+    quiet_transformers()
     check_out(out)
     lines = given_texts([] if text is None else [text], source, what="text")
     if text is not None and text != "-":
@@ -208,7 +208,7 @@ def classify(
     """
     from mixtura.tasks.classification.classifier import classify as run_classifier
 
-    hush()
+    quiet_transformers()
     check_out(out)
     lines = given_texts(texts or [], source, what="text")
     asked = [number for number, line in enumerate(lines) if line.strip()]
@@ -250,7 +250,7 @@ def diagnose(
 
     Load, texts and token types by expert, and sentences coloured by expert.
     """
-    hush()
+    quiet_transformers()
     folder = out or Path("diagnosis")
     with naming_flags(DATA_FLAGS):
         found = mixtura.diagnose(

@@ -32,7 +32,7 @@ def open_folder(out: Path, recipe: AnyRecipe, *, resume: bool) -> None:
     Raises:
         UserError: the folder cannot be written, holds something else, or was begun with another recipe.
     """
-    if rank():  # the first does it for all
+    if rank():  # the first rank prepares the folder for all
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def open_folder(out: Path, recipe: AnyRecipe, *, resume: bool) -> None:
             _clear(out)
         _check_same_recipe(out, recipe)
         write_json(out / "environment.json", environment())
-        # A folder that was begun keeps the recipe as it runs; `recipe` may be the one that it was fitted from.
+        # The folder has the recipe as it runs, fitted to the data; `recipe` may be the one before it was fitted.
         if not (out / GIVEN_FILE).exists() or not has_runs(out):
             (out / GIVEN_FILE).unlink(missing_ok=True)
             write_text(out / "recipe.toml", recipe_to_toml(recipe))
@@ -115,7 +115,7 @@ def _same_text(path: Path, recipe: AnyRecipe) -> bool:
 
 
 def store_fitted(out: Path, given: AnyRecipe, fitted: AnyRecipe) -> None:
-    """Makes the recipe that runs the folder's `recipe.toml`, and keeps the one it was fitted from beside it.
+    """Stores the fitted recipe as the folder's `recipe.toml`, and the one that the user gave beside it.
 
     Both may then be given to go on with the folder.
     """
@@ -125,15 +125,15 @@ def store_fitted(out: Path, given: AnyRecipe, fitted: AnyRecipe) -> None:
 
 
 def check_same_data(out: Path, experiment: Experiment) -> None:
-    """Notes in `data.json` which examples the runs of this folder see, and refuses others once a run has begun.
+    """Stores in `data.json` which examples the runs of this folder see, and refuses others once a run has begun.
 
-    Finished runs are not repeated, so a text that changed under its name would be compared with its old self.
+    Finished runs are not repeated. If a text had changed meanwhile, new runs would see other examples than those.
 
     Raises:
         UserError: the text, or a checkpoint to start from, has changed, or the note is damaged.
     """
     path = out / "data.json"
-    # As JSON gives it back.
+    # In the form in which JSON gives it back, to be compared with what is stored.
     seen = json.loads(json.dumps({"summary": experiment.data, "tokens": experiment.data_digest}))
     before = read_json(path, keys=seen) if has_runs(out) else None
     if before is None:

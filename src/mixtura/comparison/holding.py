@@ -65,7 +65,7 @@ def holding(out: Path) -> Iterator[None]:
 
 
 def ready(out: Path) -> None:
-    """Tells the other ranks that `out` is this recipe's folder now."""
+    """Lets the other ranks go on: `out` is now this recipe's folder."""
     if launch() and not rank():
         _write_holder(out / HOLDER, launch=launch())
 
@@ -110,7 +110,7 @@ def _locked(file: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # while it is still locked, so that no other process locks a file that is going
+        with suppress(OSError):  # still locked, so that no other process can lock the file while it is being removed
             file.unlink(missing_ok=True)
         os.close(handle)
 
@@ -121,7 +121,7 @@ def _lock(file: Path) -> int:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             _take(handle, file)
-            # The process before may have removed the file between the two calls: then the lock is on no one's file.
+            # The process before may have removed the file between open and lock: then this lock protects nothing.
             if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
                 _introduce(file)
                 return handle
@@ -166,7 +166,7 @@ def _in_use(file: Path, holder: Plain) -> str:
 
 
 def _may_live(holder: Plain) -> bool:
-    """Whether the process may still run; of one on another machine nothing is known."""
+    """Whether the process may still run; one on another machine cannot be asked, so it may."""
     if "pid" not in holder:
         return False
     if holder.get("host") != socket.gethostname():
@@ -181,7 +181,7 @@ def _may_live(holder: Plain) -> bool:
 
 
 def _write_holder(file: Path, **more: Any) -> None:
-    """Says in the file who holds it: in place, since a new file would not be the one that is locked."""
+    """Writes into the file who holds it. It is not replaced by a new file, since that would not be locked."""
     told = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"}
     file.write_text(json.dumps(told | more) + "\n", encoding="utf-8")
 

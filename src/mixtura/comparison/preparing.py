@@ -1,4 +1,4 @@
-"""Which experiment a recipe asks for, and what is said and checked of its arms before any is trained."""
+"""Makes the experiment that a recipe asks for, and checks and warns about its arms before any is trained."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,14 +51,14 @@ def tokens_per_step(arm: Arm, training: TrainingConfig) -> int:
 
 
 def export_note(arm: Arm) -> str | None:
-    """What an arm's result can be exported to, said before it is trained; None where it is no model of ours."""
+    """A sentence, before training, on what the arm's model can be exported to; None where it is no model of ours."""
     if arm.trained_config is None:
         return None
     return f"'{arm.name}' {need('mixtura.exporting.containers').export_outlook(arm.trained_config)}"
 
 
 def leak_warning(arm: Arm, leaks: Leaks, task: str) -> str | None:
-    """What to say aloud before an arm that leaks is trained; a classifier may read its whole text."""
+    """A warning before an arm that leaks is trained; for a classifier, reading its whole text is no leak."""
     if leaks.future and task != "classification":
         return (
             f"'{arm.name}' ({arm.family}) sees the future of a sequence: its loss as a causal language model "

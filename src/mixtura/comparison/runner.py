@@ -143,7 +143,7 @@ class _Comparison:
             )
             for name, arm in arms.items()
         }
-        # A comparison that was stopped and went on has taken at least the time of all its runs.
+        # A comparison that was stopped and resumed has taken at least the time of all its runs.
         before = (read_json(self.out / RESULTS) or {}).get("total_seconds") or 0.0
         trained = sum(run.train_seconds for arm_runs in runs.values() for run in arm_runs)
         results = self._results(experiment, described, command)
@@ -213,7 +213,7 @@ class _Comparison:
         return runs
 
     def _run_or_mark(self, arm: Arm, name: str, *, seed: int, learning_rate: float) -> RunResult:
-        """A run; where it diverges, what is left of it, so that the other arms go on."""
+        """A run. If it diverges, the record of it up to there is returned, so that the other arms go on."""
         out = self.out / "arms" / name / f"seed{seed}"
         try:
             return run_arm(

@@ -33,13 +33,13 @@ def run_arm(
 ) -> RunResult:
     """Trains and evaluates one run in folder `out`, or reads its result when it is finished.
 
-    A `trial` of a learning rate is judged by its held-out loss alone. Where the task's own measure is another, it is
-    evaluated as on the way of a run: nothing is decoded, and the test examples stay unseen.
+    A `trial` of a learning rate is judged by its held-out loss alone. In tasks whose own measure is another one, it is
+    evaluated as in the middle of a run: nothing is decoded, and the test examples stay unseen.
 
     Raises:
         UserError: the folder's files are damaged.
         Interrupted: the user pressed Ctrl-C; the run is saved.
-        TrainingDiverged: the loss is no number any more.
+        TrainingDiverged: the loss is no longer finite.
     """
     stored = read_run(out / RESULT)
     if stored is not None:
@@ -85,7 +85,7 @@ def run_arm(
 
 
 def diverged_run(arm: Arm, out: Path, *, seed: int, learning_rate: float) -> RunResult:
-    """What is kept of a run that diverged: its history up to there, and no measures."""
+    """The record of a run that diverged: its history up to there, and no measures."""
     records = read_metrics(out / METRICS)
     last = next((record for record in reversed(records) if "loss" in record), {"step": 0, "seconds": 0.0})
     modes = [mode for mode in (arm.training_mode, arm.deployed_mode) if mode is not None]
@@ -113,7 +113,7 @@ def _check_same_run(stored: RunResult, out: Path, **asked: float) -> None:
 
 
 def trial_loss(arm: Arm, result: RunResult) -> float:
-    """The held-out loss that a trial is judged by: as deployed, where that is measured on the way of a run."""
+    """The held-out loss that a trial is judged by: in the deployed mode if that is evaluated during training."""
     final = result.final
     mode = next(mode for mode in (arm.deployed_mode, arm.training_mode, *final) if mode in final)
     loss = final[mode]["loss"]

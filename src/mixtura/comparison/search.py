@@ -1,8 +1,8 @@
 """The search of rates and scales, the same effort for every arm, and the record of it that ships with a recipe.
 
-Without one a comparison compares how well each arm likes a shared rate: at one rate for all, a prototype had Mixture of
-Tokens 1.4 times faster than dense, and halving dense's rate erased it. The scale that weights are drawn at is such a
-value too.
+Without a search, a comparison shows how well a shared rate suits each arm: at one rate for all, Mixture of Tokens was
+1.4 times faster than dense in a prototype, and with half the rate for dense that lead was gone. The scale at which
+weights are drawn is another such value.
 """
 
 import dataclasses
@@ -85,7 +85,7 @@ def fingerprint(recipe: AnyRecipe) -> str:
     Only what differs from the defaults counts, so that a key which a later version adds leaves a record valid.
     """
     table = _changed(recipe)
-    # What is only measured or saved has no effect on the best rate.
+    # Settings of what is measured or saved do not affect the best rate.
     training = table.get("training", {})
     assert isinstance(training, dict)
     for key in ("eval_every", "eval_sequences", "final_eval_sequences", "save_every", "threads"):

@@ -1,7 +1,7 @@
 """Seconds and memory of a training step, every arm side by side in one pass.
 
-Arms are trained one after another, so a machine that slows down on the way would be blamed on an arm. Here their steps
-alternate, and medians are compared.
+Arms are trained one after another, so if the machine slowed down meanwhile, some arms would look slower than they are.
+Here the steps of all arms alternate, and medians are compared.
 """
 
 import statistics

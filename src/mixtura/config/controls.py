@@ -17,7 +17,7 @@ def fill_controls(table: TomlTable) -> None:
     """
     arms = table.get("arms")
     if not isinstance(arms, dict):
-        return  # which is refused where the recipe is built
+        return  # building the recipe refuses it
     for name, arm in arms.items():
         if not isinstance(arm, dict) or "control_of" not in arm:
             continue
@@ -30,7 +30,7 @@ def fill_controls(table: TomlTable) -> None:
         if arm.get("control") == "shared_width":
             arm.setdefault("family", "dense")
         if arm.get("control") == "uniform_router":
-            # All mixtures weigh the same, so there is none to choose: deployed, it runs all, as it does in groups.
+            # All mixtures have the same weight, so there is no best to choose: deployed, it runs all, as in groups.
             arm.setdefault("alone_top_k", "none")
         for key, value in of.items():
             arm.setdefault(key, value)

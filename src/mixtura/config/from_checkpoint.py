@@ -1,4 +1,5 @@
-"""Arms that start from a checkpoint in place of random weights: what a recipe may say of them, and what they bring."""
+"""Arms that start from a checkpoint instead of random weights: which settings the recipe may have, and which the
+checkpoint decides."""
 
 import dataclasses
 import json
@@ -18,7 +19,7 @@ TRAINED_KEYS = tuple(name for name, each in SETTINGS.items() if each.role == "tr
 def fill_from_checkpoints(table: TomlTable) -> None:
     """Writes into a recipe's table what it leaves open of the arms that start from checkpoints.
 
-    That is the family, and how the checkpoint was trained or made to be trained: what the recipe says itself counts.
+    These are the family and the settings of training that the checkpoint was made with. What the recipe sets stays.
 
     Raises:
         UserError: a checkpoint's config.json cannot be read, or names another family than the recipe.

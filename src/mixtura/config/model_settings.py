@@ -1,6 +1,7 @@
 """The settings of arms as a model's configuration holds them: the fields of `MixtureConfig` that the table declares.
 
-Exported models carry their configuration's code along, without the table: `written_out` is what stands there instead.
+Exported models bring the code of their configuration along, but not the table: `written_out` is the code that replaces
+it.
 """
 
 import types
@@ -14,7 +15,7 @@ FAMILY_NAMES: tuple[str, ...] = typing.get_args(Family)
 
 
 def _model_type(hint: Any) -> Any:
-    """The type of a field in `config.json`, where a number may be whole and a word is a text."""
+    """The type of a field in `config.json`: a float may be written as a whole number, and a choice is a string."""
     if typing.get_origin(hint) is Literal:
         return str
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

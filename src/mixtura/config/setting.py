@@ -1,4 +1,4 @@
-"""What is known of one setting of an arm, and how a field of a dataclass says it.
+"""The description of one setting of an arm, and how a field of a dataclass declares it.
 
 `config.arms` declares the settings. Everything else asks them: the checks for the range, the model's configuration for
 the field, the layer for the argument, a transition for what starts anew, and the report for what it shows.
@@ -92,11 +92,12 @@ def setting(
         default: the value where a recipe names none.
         says: what it is, for readers of the documentation.
         families: those whose layers it changes.
-        role: what it decides. What is no "run" or "training" comes with a checkpoint and cannot be said beside one.
+        role: what it decides. A checkpoint fixes all roles but "run" and "training", so a recipe that starts from one
+            cannot set those.
         field: its name in `MixtureConfig` and so in `config.json`; True is the same name, None is no field.
         layer: the argument of the layer that takes it, for all families or for each; True is the same name.
-        to_layer: what the layer is given in place of the value.
-        bounds: what numbers it may be.
+        to_layer: turns the value into the one that the layer is given.
+        bounds: the range of its numbers.
         always_shown: families whose reports show it always; those of the others do where it is not the default.
         shown: False where no report shows it, or shows it under another name.
         of_router: whether it has no meaning where an example's language names its expert.

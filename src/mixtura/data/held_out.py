@@ -20,9 +20,9 @@ class Unit(NamedTuple):
     texts: Mapping[str, object]
     """Language code to text; a row of a user's file may hold something else."""
     group: str | None = None
-    """What is held out together with it, such as a book; None stands alone."""
+    """The units of a group, such as a book, are held out together; None is held out by itself."""
     bilingual: bool = False
-    """Whether it is a row of two languages, in which no third one can be missing."""
+    """Whether it is a row of exactly two languages, so that others are not counted as missing."""
 
 
 def anchor_of(languages: Mapping[str, object]) -> str:
@@ -41,7 +41,7 @@ def _separators() -> dict[int, str]:
 
 
 def normalise(text: str) -> str:
-    """What two texts must share to count as equal: letters and digits, without case, punctuation and spacing."""
+    """A text reduced to what makes two texts equal: letters and digits, without case, punctuation and spacing."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(folded.translate(_separators()).split()) or text.strip()
 
@@ -61,7 +61,7 @@ def text_hash(*texts: str) -> bytes:
 
 
 class Candidate(NamedTuple):
-    """A cleaned pair with what decides its side."""
+    """A cleaned pair, with the texts that decide which side it is on."""
 
     source: str
     target: str

@@ -53,7 +53,7 @@ def read_movie_reviews() -> "pd.DataFrame":
 
 
 MOST_LISTED = 20
-"""Classes whose shares are told."""
+"""At most so many classes are listed with their shares."""
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 _WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")
 _REVIEW_LABELS = {0: "negative", 1: "positive"}
@@ -72,7 +72,7 @@ class LabelledCorpus:
     """Labelled examples of a run; no text is on two sides."""
 
     train: list[LabelledText]
-    """Shuffled, as are the others: any number of the first examples is a fair sample."""
+    """Shuffled, like the others, so that the first few examples are a fair sample."""
     validation: list[LabelledText]
     test: list[LabelledText]
     labels: tuple[str, ...]
@@ -82,9 +82,9 @@ class LabelledCorpus:
     skipped: dict[str, int]
     """Rows left out, by reason."""
     config: ClassificationDataConfig
-    """What was read and held out, nothing left open."""
+    """The configuration that was read, with the numbers of held-out examples filled in."""
     unlearnt: tuple[str, ...] = ()
-    """Classes that came to have no training example; their rows are left out."""
+    """Classes without any training example; their rows are left out."""
 
 
 def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
@@ -114,8 +114,8 @@ def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
     if unlearnt:
         skipped["label without training examples"] = len(train + validation + test) - sum(map(len, sides))
     _check_learnt(sides, unlearnt, config, description)
-    told = _describe(description, sides[0], labels, skipped)
-    return LabelledCorpus(*sides, labels, told, dict(sorted(skipped.items())), config, unlearnt)
+    described = _describe(description, sides[0], labels, skipped)
+    return LabelledCorpus(*sides, labels, described, dict(sorted(skipped.items())), config, unlearnt)
 
 
 def _open(config: ClassificationDataConfig, skipped: Counter[str]) -> tuple[Iterator[tuple[object, object]], str]:
@@ -164,7 +164,7 @@ def _clean(rows: Iterator[tuple[object, object]], skipped: Counter[str]) -> dict
         else:
             key = normalise(text)
             times[key] += 1
-            # The smallest of equal texts, so that the order of the rows decides nothing.
+            # The smallest of equal texts, so that the result does not depend on the order of the rows.
             example = (text.strip(), label)
             if key in kept and kept[key][1] != label:
                 contradictory.add(key)
@@ -233,7 +233,7 @@ def _known(side: list[tuple[str, str]], index: dict[str, int]) -> list[LabelledT
 def _check_labels(
     labels: set[str], number: int, skipped: Counter[str], config: ClassificationDataConfig, description: str
 ) -> None:
-    """Refuses examples that no classifier can be made of."""
+    """Refuses examples from which no classifier can be trained."""
     if not number:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common() if count)
         raise UserError(

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from mixtura.errors import TooLittleText
 
 HELD_OUT = "held-out text"
-"""What that side is called in messages."""
-# Text encoded at once: enough to keep the tokenizer busy, little enough that its bookkeeping stays below ~100 MB.
+"""The name of the held-out side in messages."""
+# Text encoded at once: enough to use the tokenizer's threads, but its memory stays below about 100 MB.
 _CHUNK_CHARACTERS = 1_000_000
 
 
@@ -110,7 +110,7 @@ def epoch_order(num_sequences: int, *, seed: int, epoch: int) -> np.ndarray:
 
 
 class ScheduledDataset(torch.utils.data.Dataset):
-    """Everything one run trains on, in order: item i is what row i of the run sees, so read it without shuffling."""
+    """Everything one run trains on, in order: item i is row i of the run, so read it without shuffling."""
 
     def __init__(self, packed: PackedTokens, *, length: int, seed: int) -> None:
         """Schedules `length` = steps * batch_size * accumulation * ranks sequences of `packed`, epochs as needed."""

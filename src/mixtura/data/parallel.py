@@ -40,7 +40,7 @@ class ParallelCorpus:
     """Sentence pairs of a run, held out by sentence in all languages at once."""
 
     train: list[SentencePair]
-    """Shuffled, all directions among each other."""
+    """Shuffled, all directions mixed."""
     validation: list[SentencePair]
     """Sentence by sentence, each in all directions it has, so that any number of the first ones covers all alike."""
     test: list[SentencePair]
@@ -52,7 +52,7 @@ class ParallelCorpus:
     counts: dict[str, dict[str, int]]
     """Pairs by direction and side: counts["en-de"]["train"]."""
     config: TranslationDataConfig
-    """What was read and held out, nothing left open."""
+    """The configuration that was read, with the numbers of held-out sentences filled in."""
 
 
 def load_parallel(config: TranslationDataConfig) -> ParallelCorpus:
@@ -103,7 +103,7 @@ def _common_characters(candidates: list[Candidate]) -> int:
 
 
 def _num_sources(candidates: list[Candidate], groups: tuple[str, ...] | None) -> int:
-    """Different sentences that may be held out."""
+    """The number of different sentences that may be held out."""
     return len({pair.anchor for pair in candidates if groups is None or pair.group in groups})
 
 

@@ -277,11 +277,11 @@ def _row_units(
     columns = {"data.source_column": config.source_column, "data.target_column": config.target_column}
     # One pair of languages, asked for in one direction or in both: the first direction names the columns.
     default = pairs[0] if all(set(pair) == set(pairs[0]) for pair in pairs) else None
-    told, lacking = 0, Counter[str]()
+    complete, lacking = 0, Counter[str]()
     for row, texts in select(rows, columns, skipped, source=source):
         languages = _row_languages(row, config, default, asked, lacking)
-        told += None not in languages
-        if not told and max(lacking.values(), default=0) == JUDGED_ROWS:
+        complete += None not in languages
+        if not complete and max(lacking.values(), default=0) == JUDGED_ROWS:
             break
         if None in languages:
             skipped["no language code"] += 1
@@ -289,7 +289,7 @@ def _row_units(
             skipped["other languages"] += 1
         else:
             yield Unit({str(code): text for code, text in zip(languages, texts, strict=True)}, bilingual=True)
-    if lacking and not told:
+    if lacking and not complete:
         key, column = next((key, column) for key, column in _language_columns(config).items() if lacking[column])
         several = " and 'data.pairs' names several pairs of languages" if default is None else ""
         advice = ", or name a single pair" if default is None else ", or rename the column of the other language"

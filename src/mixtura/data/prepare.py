@@ -32,7 +32,7 @@ _MANIFEST = "prepared.json"
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Everything that training and evaluation need to know of the text."""
+    """The text as training and evaluation need it."""
 
     tokenizer: PreTrainedTokenizerBase
     train: PackedTokens
@@ -153,7 +153,7 @@ def _prepare(data: DataConfig, report: Callable[[str], None]) -> PreparedData:
         "tokens_dropped_validation": validation.tokens_dropped,
         "bytes_per_token": validation.bytes_per_token,
         "sequence_length": data.sequence_length,
-        # Ids may have gaps, and the embedding needs a row for the highest.
+        # Ids may have gaps; the embedding has to have a row for the highest id.
         "vocab_size": max(tokenizer.get_vocab().values()) + 1,
         "tokenizer": "byte-level BPE fitted on the training text" if data.tokenizer == "train" else data.tokenizer,
     }

@@ -1,9 +1,8 @@
-"""Rows of tables and what stands in their columns, the same for documents, parallel text and labelled text.
+"""Rows of tables and the values of their columns, the same for documents, parallel text and labelled text.
 
-A row is what its place holds, as named columns, and where it stands, for messages. A column expression names a column,
-and parts of what it holds after dots: "translation.en" a key of an object, "messages.content" that key of every object
-of a list, as one text with a line for each, "messages.0.content" that of the first and "messages.-1.content" of the
-last.
+A row has named columns, and its place in a file, for messages. A column expression names a column and, after dots, a
+part of its value. "translation.en" is a key of an object. "messages.content" is that key of every object in a list, as
+one text with a line for each; "messages.0.content" is that of the first object, "messages.-1.content" of the last.
 """
 
 import difflib
@@ -16,9 +15,9 @@ from mixtura.config import UserError
 from mixtura.errors import need, reason_of
 
 COMMON_SHARE = 0.01
-"""A column that a smaller share of the rows has is taken for a mistake; else the rows without it are left out."""
+"""If a smaller share of the rows has a column, its name is taken for a mistake; else rows without it are left out."""
 JUDGED_ROWS = 100_000
-"""Rows after which that is decided, so that no endless dataset is read for a column it does not have."""
+"""That is decided after so many rows, so that no huge dataset is read for a column that it does not have."""
 _LISTED = 20
 _CHAT_TEXT = re.compile(r"(messages?|conversations?|chat|dialog(?:ue)?|turns)\.(content|value|text)")
 

@@ -20,7 +20,7 @@ from mixtura.data.table_files import TABLES, file_rows
 from mixtura.data.text_files import local_files
 
 LOOKED_AT = 2_000
-"""Rows that are looked at to tell texts from labels."""
+"""How many rows are read to tell texts from labels."""
 _PRESETS = {"pretraining": "quick", "translation": "translation-quick", "classification": "classification-quick"}
 
 
@@ -32,7 +32,7 @@ class Look(NamedTuple):
 
     @property
     def texts(self) -> list[str]:
-        """Those that are text."""
+        """The values that are text."""
         return [value for value in self.values if isinstance(value, str) and value.strip()]
 
     @property
@@ -82,7 +82,7 @@ def sketch_recipe(
         about.append(f"{many}, {sum(file.stat().st_size for file in files):,} bytes.")
         if files[0].suffix.lower() in TABLES:
             looks = _look(files[0])
-            about.append(f"Columns of {files[0].name}, in {len(looks[0].values):,} rows: {_told(looks)}.")
+            about.append(f"Columns of {files[0].name}, in {len(looks[0].values):,} rows: {_listed_columns(looks)}.")
     task = task or _task(looks, pairs)
     overrides = [] if data is None else _overrides(task, data, looks, columns, pairs)
     recipe = load_recipe(preset_path(_PRESETS[task]), [f"name={json.dumps(_folder_name(name))}", *overrides])
@@ -108,7 +108,7 @@ def _look(file: Path) -> list[Look]:
     return [Look(column, [row.values.get(column) for row in rows]) for column in columns]
 
 
-def _told(looks: list[Look]) -> str:
+def _listed_columns(looks: list[Look]) -> str:
     return "; ".join(
         f"{look.column} ({len(look.labels)} different values)"
         if look.is_label

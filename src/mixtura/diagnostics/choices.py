@@ -37,7 +37,7 @@ class RoutedLayer(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What the tokens of one forward pass were given in one layer."""
+    """The experts that the tokens of one forward pass were given in one layer, and with which weights."""
 
     expert_TK: Tensor
     """Indices, the strongest first."""
@@ -72,7 +72,7 @@ class ChoiceRecorder:
 
 @contextmanager
 def record_choices(model: nn.Module) -> Iterator[ChoiceRecorder]:
-    """Watches the routed layers of a model until the block ends, which takes all hooks away again."""
+    """Records the choices of a model's routed layers with hooks, which are removed when the block ends."""
     spots = _find_spots(model)
     recorder = ChoiceRecorder([layer for layer, _, _ in spots])
     with ExitStack() as stack:
@@ -103,7 +103,7 @@ _Spot = tuple[RoutedLayer, nn.Module, _Reader]
 
 
 def _find_spots(model: nn.Module) -> list[_Spot]:
-    """Layers with the module to hook and how to read it; where experts are read, their router is not read again."""
+    """Layers with the module to hook and how to read it. Where experts are read, their router is not read as well."""
     found: dict[str, tuple[nn.Module, int, _Reader]] = {}
     ours = [f"{name}." if name else "" for name, module in model.named_modules() if isinstance(module, FeedForward)]
     for name, module in model.named_modules():
@@ -239,7 +239,7 @@ def measure_peakedness(model: MixturePreTrainedModel, batches: Iterable[Tensor])
 
 
 class _Sums:
-    """Adds up what a layer is given; called before each of its passes."""
+    """Adds up the weights of a layer's tokens; called as a hook before each of its forward passes."""
 
     def __init__(self) -> None:
         """Nothing so far."""

@@ -1,6 +1,6 @@
-"""`mixtura diagnose`: one pass over named texts, and everything the experts' choices say about them.
+"""`mixtura diagnose`: the model reads named texts once, and the choices of its experts are compared with the texts.
 
-The model reads short excerpts of each text; what is counted is in `diagnosis.json`, and `diagnosis.html` shows it.
+It reads short excerpts of each text. The counts are stored in `diagnosis.json`, and `diagnosis.html` shows them.
 
 Shapes: T tokens that are counted, R routed rows, E experts, K experts a token is given, L length.
 """
@@ -50,7 +50,7 @@ from mixtura.models.loading import load_model
 from mixtura.results.json_form import to_plain
 
 LONGEST_EXCERPT = 128
-"""Tokens of an excerpt, if the model takes so many: short ones make many, and chance is counted by excerpts."""
+"""Tokens of an excerpt, at most: short excerpts are many, and permutations of many excerpts measure chance well."""
 
 MAX_PROBED_PARAMETERS = 200_000_000
 """Larger models are not probed for leaks, which copies them to float64."""

@@ -1,11 +1,11 @@
 """Does a token's output depend on what it must not see: later positions, or other examples of the batch?
 
-The answer is found by trying. Each probe draws a batch, replaces one example from one position on, and looks whether
-outputs moved earlier in that example (the future leaked) or anywhere in another example (the batch leaked). It takes
-many strong probes: where experts choose among all tokens, a mild change of one token seldom alters who is chosen.
-Probes run in float64, so that what moves is not rounding.
+The answer is found by experiment. Each probe draws a batch, replaces one example from one position on, and compares
+outputs. If they changed earlier in that example, the future leaked; if they changed in another example, the batch
+leaked. Many strong probes are needed: where experts choose among all tokens, a small change of one token rarely changes
+which tokens are chosen. Probes run in float64, so that rounding is not taken for a change.
 
-A leak that was found is proven; a leak that was not found in `probes` tries is very unlikely.
+A leak that is found is proven. If none is found in `probes` tries, there is very unlikely to be one.
 
 Shapes: B batch, L length, D hidden, V vocabulary.
 """
@@ -21,17 +21,17 @@ from transformers import PreTrainedModel
 from mixtura.config import UserError
 
 STRENGTHS = (1.0, 10.0, 100.0)
-"""Sizes of the vectors that replace hidden states of size 1, used in turn: each overturns other choices."""
+"""Sizes of the vectors that replace hidden states of size 1, used in turn: each size changes other choices."""
 
 TOLERANCE = 1e-6
 """Change that counts as a leak, as a share of the largest output.
 
-Reordered float64 sums differ by 1e-15, which parts that insist on float32 (Llama's norm) can turn into 1e-7.
+Reordered float64 sums differ by 1e-15, which parts that compute in float32 (Llama's norm) can turn into 1e-7.
 """
 
 
 class LeakReport(NamedTuple):
-    """What the probes saw. Changes are shares of the largest output."""
+    """The changes that the probes found, as shares of the largest output."""
 
     future: bool
     batch: bool

@@ -1,7 +1,7 @@
 """How much memory a training step takes, measured.
 
-`live_bytes` is what stays from step to step, `measure_peak_memory` what one step allocates on top of it at its worst
-moment; their sum is what the machine must have. Both are measured the same way for every arm of a comparison.
+`live_bytes` counts what stays from step to step, `measure_peak_memory` what one step allocates in addition at its peak;
+a machine needs the sum of both. Both are measured the same way for every arm of a comparison.
 """
 
 import weakref
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 def measure_peak_memory(step: Callable[[], None], *, device: torch.device | str = "cpu") -> int:
     """Runs `step` once and returns the most bytes of tensors that it had allocated, and not yet freed, at any moment.
 
-    What was alive before counts for nothing: neither as allocated nor, when the step frees it, as freed. Run the step
+    Tensors that existed before do not count: neither as allocated nor, if the step frees them, as freed. Run the step
     once before, so that the optimizer has its state, and call `zero_grad` where the training loop does.
 
     On a GPU the allocator counts. On the CPU every tensor that an operator returns is followed until its storage dies,
@@ -48,13 +48,13 @@ def live_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None)
 
 
 class _StorageLedger(TorchDispatchMode):
-    """Follows every storage that operators create while the mode is on, from its first sight to its death."""
+    """Adds up the bytes of all storages that operators create while the mode is on, until each is freed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.peak_bytes = 0
         self._live_bytes = 0
-        # Address of a storage -> the reference whose callback tells of its death, and the bytes booked for it.
+        # Address of a storage -> a weak reference whose callback runs when it is freed, and the bytes counted for it.
         self._storages: dict[int, weakref.ref] = {}
         self._booked: dict[int, int] = {}
 
@@ -63,20 +63,20 @@ class _StorageLedger(TorchDispatchMode):
     ) -> Any:
         """Runs the operator and books what it returned."""
         kwargs = kwargs or {}
-        # A storage that shows up first as an input was there before the step: it is known, but never booked.
+        # A storage that is first seen as an input existed before the step: it is remembered, but not counted.
         for tensor in _tensors((args, kwargs)):
             self._follow(tensor.untyped_storage())
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
-            # Booked ones again, since an operator with out= may have resized them.
+            # Counted ones are counted again, since an operator with out= may have resized them.
             if self._follow(storage) or storage._cdata in self._booked:
                 self._book(storage)
         self.peak_bytes = max(self.peak_bytes, self._live_bytes)
         return result
 
     def _follow(self, storage: torch.UntypedStorage) -> bool:
-        """Whether the storage is new; if so, its death will be noticed from now on."""
+        """Whether the storage is new; if so, a callback is set for when it is freed."""
         key = storage._cdata
         if key in self._storages:
             return False

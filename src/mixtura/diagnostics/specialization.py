@@ -1,9 +1,10 @@
-"""What experts specialise in: how much of a group of texts, a language or a kind of token, an expert choice tells.
+"""What experts specialise in: how much the choice of an expert says about a text's group, language or kind of token.
 
 The measure is the mutual information between the expert of a routed row and the group of its token, in bits
-(Shannon 1948, section 12). Counted from a sample it is never below zero and nearly always above, most of all with many
-experts and few examples, and tokens of one text are no independent draws. So the labels are also dealt out anew among
-the examples, many times: what is measured then is chance, and its mean is taken off.
+(Shannon 1948, section 12). Estimated from a sample it is never below zero and nearly always above, even if experts and
+groups have nothing to do with each other: most of all with many experts and few examples, and because the tokens of one
+text are not independent. So the labels are also permuted among the examples, many times. What is measured then is
+chance, and its mean is subtracted.
 
 Shapes: B batch, L length, T tokens that are counted, U units that labels belong to (examples or tokens), R routed rows,
 E experts, G groups, K experts a token is given.
@@ -25,11 +26,11 @@ Batch = tuple[Mapping[str, Any], Tensor, Tensor]
 """Inputs of the model; the group of every example (B,) or token (B, L); a mask (B, L) of the tokens to count."""
 
 NUM_PERMUTATIONS = 200
-"""Times the labels are dealt out anew: the smallest p-value is then 1 / 201."""
+"""How often the labels are permuted: the smallest p-value is then 1 / 201."""
 
 
 class ObservedChoices(NamedTuple):
-    """The counted tokens of all batches, in order, and what each layer gave them."""
+    """The counted tokens of all batches, in order, and the experts that each layer gave them."""
 
     layers: list[RoutedLayer]
     expert_TK: list[numpy.ndarray]
@@ -57,7 +58,7 @@ def measure_specialization(
         batches: inputs, group indices and masks. Groups of examples (B,) make examples the units of chance, which is
             right where all of a text's tokens share a label; groups of tokens (B, L) make it tokens.
         groups: names, by index.
-        num_permutations: times the labels are dealt out anew.
+        num_permutations: how often the labels are permuted.
         seed: of those.
 
     Raises:
@@ -193,7 +194,7 @@ def association(
         group_U: group of every unit.
         num_groups: G.
         num_experts: E.
-        num_permutations: times the groups are dealt out anew among the units.
+        num_permutations: how often the groups are permuted among the units.
         seed: of those.
     """
     unit_R, expert_R, rows_R = _merged(*rows, num_experts=num_experts)
@@ -247,6 +248,6 @@ def _flat_rows(observed: ObservedChoices, place: int) -> tuple[numpy.ndarray, nu
 def _merged(
     unit_R: numpy.ndarray, expert_R: numpy.ndarray, rows_R: numpy.ndarray, *, num_experts: int
 ) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """Rows of the same unit and expert added up, which changes no count and saves time at every permutation."""
+    """Rows with the same unit and expert, added up: the counts stay the same, and each permutation takes less time."""
     key_M, place_R = numpy.unique(unit_R * num_experts + expert_R, return_inverse=True)
     return key_M // num_experts, key_M % num_experts, numpy.bincount(place_R, weights=rows_R)

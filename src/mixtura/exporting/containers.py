@@ -1,6 +1,7 @@
 """Stock architectures that hold our checkpoints exactly: what each can express, its configuration and its tensors.
 
-A checkpoint that none can hold leaves with its own code: files of ours that stand alone but for one import each.
+A checkpoint that none of them can hold is exported with its own code: files of ours that import nothing else of ours
+but each other.
 
 Tensors are named as the published checkpoints of each architecture have them, which is what other engines read;
 transformers' own names in memory differ.
@@ -44,7 +45,7 @@ class Container(NamedTuple):
 
 
 def _can(**values: frozenset[Any]) -> Any:
-    """For each trait, what is named here, or else only what a plain Llama has."""
+    """For each trait the values given here; for all others, only the value that a plain Llama has."""
     plain = {
         "gates": _SOFTMAX,
         "biases": frozenset({"none"}),
@@ -123,7 +124,7 @@ _WORDS: dict[str, Callable[[Any], str]] = {
 
 
 def missing_traits(name: str, traits: Traits) -> list[str]:
-    """What the container does not have of a model's traits, in words; nothing when it holds the model exactly."""
+    """The traits of a model that the container lacks, in words; none when it holds the model exactly."""
     can = CONTAINERS[name].can
     return [_WORDS[trait](value) for trait, value in traits._asdict().items() if value not in getattr(can, trait)]
 

@@ -1,4 +1,4 @@
-"""What a comparison measured, as typed records: the language between what trains and what reports.
+"""What a comparison measured, as typed records: the interface between the parts that train and those that report.
 
 `comparison`, `training` and `tasks` make these records, `report` reads them, and neither knows the other. Nothing here
 needs torch.

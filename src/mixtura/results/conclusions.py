@@ -147,7 +147,7 @@ class Averages:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSummary:
-    """What is said of one arm."""
+    """The summary of one arm."""
 
     label: str
     """Never the same for two arms."""

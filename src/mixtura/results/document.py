@@ -10,7 +10,7 @@ from mixtura.results.run import Measure, RunResult
 SCHEMA_VERSION = 3
 """The version of results.json and of the files it is made from.
 
-Version 2 kept what a task tells beyond measures without saying which task, a curve's measures beside its costs, and the
+Version 2 kept the details of a task without naming the task, a curve's measures beside its costs, and the
 facts on the data beside the budget; see `upgrade`.
 """
 
@@ -145,7 +145,7 @@ class PairedTest:
 
 @dataclass(frozen=True)
 class AcrossArms:
-    """What only all finished runs together tell."""
+    """Results that need all finished runs together."""
 
     paired_bootstrap: dict[str, dict[str, PairedTest]] = field(default_factory=dict)
     """For each arm but the baseline, by language pair in translation, under "all" in classification."""

@@ -1,7 +1,7 @@
 """Records as JSON and back, by their fields' types: the one serialiser of everything that is stored.
 
-Reading is strict: a missing field or a value of another type makes the file damaged. A field that is not known is
-passed over, since a later release may add some; JSON's null is None. (Recipes have a reader of their own, in `config`:
+Reading is strict: a missing field or a value of another type makes the file damaged. An unknown field is
+ignored, since a later release may add some; JSON's null is None. (Recipes have a reader of their own, in `config`:
 there an unknown key is a mistake to be named, TOML has no null, and lists become tuples.)
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 Facts = dict[str, object]
-"""Plain values by name, such as JSON can hold, that nobody but their maker knows the types of."""
+"""Plain values by name that JSON can hold; only the part that writes them knows their types."""
 
 
 class NotThatRecord(ValueError):
@@ -64,7 +64,7 @@ def _convert(hint: Any, value: object, where: str) -> object:
         return from_plain(typing.cast(type, hint), value, where)
     if convert := _CONVERTERS.get(typing.get_origin(hint)):
         return convert(typing.get_args(hint), value, where)
-    # A whole number is a number too; True is neither.
+    # A whole number may stand for a float; True is neither.
     if type(value) is not hint and not (hint is float and type(value) is int):
         raise NotThatRecord(f"{where} is {_shown(value)}, which is no {_TYPE_NAMES[hint]}")
     return value

@@ -69,7 +69,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Association:
-    """What the expert of a routed row tells about the group of its token, in bits, against chance."""
+    """How much the expert of a routed row says about the group of its token, in bits, and how much chance gives."""
 
     mutual_information: float
     """As counted."""
@@ -97,7 +97,7 @@ class LayerSpecialization(Association):
     share: list[list[float]]
     """The part of a group's rows that go to the expert."""
     max_bits: float
-    """The most that so many experts can tell of so many groups of one size."""
+    """The largest possible value for so many experts and so many groups of equal size."""
     group_bits: float
     """Entropy of the groups as they are."""
     entropy: float
@@ -180,7 +180,7 @@ ByMode = dict[str, float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """One evaluation on the way of a run."""
+    """One evaluation during a run."""
 
     step: int
     tokens: float
@@ -264,7 +264,7 @@ class RunResult(TrainingHistory):
     final: dict[str, dict[str, float | None]]
     """For each mode the measures by key; what needs decoding is measured in the deployed mode alone."""
     details: RunDetails | None = None
-    """What its task tells beyond measures; None for a trial of the search, and where a task has nothing to add."""
+    """Details of its task; None for a trial of the search, and where a task has none."""
 
     @property
     def diverged(self) -> bool:

@@ -1,4 +1,4 @@
-"""`mixtura diagnose` for any folder: a translation model brings its own test sentences, every other is given texts."""
+"""`mixtura diagnose` for any folder: translation models are read on their own test sentences, others on given texts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

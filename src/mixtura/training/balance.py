@@ -1,7 +1,8 @@
-"""Load of the experts over whole optimizer steps: what balancing looks at, and what the report shows.
+"""Load of the experts over whole optimizer steps, for balancing and for the report.
 
-Everything is gathered in the trainer from the statistics that layers return, never in the layers: a layer under
-activation checkpointing runs twice and would count twice. A step's load is that of all its micro-batches on all ranks.
+The trainer adds up the statistics that layers return. Layers do not count themselves, because under activation
+checkpointing a layer runs twice and would count twice. A step's load is that of all its micro-batches
+on all ranks.
 
 Shapes: M mixture layers, E experts.
 """
@@ -40,7 +41,7 @@ def micro_batch_totals(
     """One micro-batch's part of a step.
 
     Args:
-        task_loss: this micro-batch's summand of the step's mean loss.
+        task_loss: what this micro-batch adds to the mean loss of the step.
         aux_loss: its mean load-balancing loss, if any layer has one.
         z_loss: its mean router z-loss, likewise.
         routing: statistics of every layer.
@@ -64,7 +65,7 @@ def micro_batch_totals(
 
 
 def add_totals(first: StepTotals | None, second: StepTotals) -> StepTotals:
-    """The sum; None counts as nothing."""
+    """The sum of both; None stands for zero."""
     return second if first is None else StepTotals(*(a + b for a, b in zip(first, second, strict=True)))
 
 
@@ -76,7 +77,7 @@ def reduce_totals(totals: StepTotals, reduce: Callable[[Tensor], Tensor]) -> Ste
 
 
 def with_load(routing: Sequence[RoutingStats | None], tokens_per_expert_ME: Tensor) -> list[RoutingStats | None]:
-    """The same statistics, each mixture layer's load replaced by a row of (M, E)."""
+    """The same statistics with the load of each mixture layer replaced by its row of (M, E)."""
     rows = iter(tokens_per_expert_ME.unbind(0))
     return [None if layer is None else layer._replace(tokens_per_expert_E=next(rows)) for layer in routing]
 

@@ -59,15 +59,15 @@ class TrainingTask(ABC):
 
     @abstractmethod
     def dataset(self, *, length: int, seed: int) -> Dataset:
-        """All `length` examples of a run in order: item i is what row i of the run sees, a function of (seed, i)."""
+        """All `length` examples of a run in order: item i is row i of the run, a function of (seed, i) alone."""
 
     def collate(self, items: list[Batch]) -> Batch:
-        """One micro-batch from its items; the same for any way the run is cut into processes."""
+        """One micro-batch from its items; it must not depend on how the run is divided over processes."""
         return torch.utils.data.default_collate(items)
 
     @abstractmethod
     def count_targets(self, batch: Batch) -> Tensor:
-        """How many predictions a micro-batch is scored on, a scalar."""
+        """The number of predictions whose loss a micro-batch sums up, a scalar tensor."""
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Batch, *, num_targets: Tensor | int) -> StepLosses:
@@ -76,7 +76,7 @@ class TrainingTask(ABC):
     def router_loss_weights(self, model: nn.Module) -> tuple[Tensor | float, Tensor | float]:
         """Weights of `aux_loss` and `z_loss` in what is minimised: by default the model's, or its configuration's.
 
-        A task whose router losses come from elsewhere, such as an adapter, says its own.
+        A task whose router losses come from elsewhere, such as from an adapter, overrides this.
         """
         if isinstance(model, MixturePreTrainedModel):
             return model.router_loss_weights()
@@ -87,11 +87,11 @@ class TrainingTask(ABC):
     def evaluate(self, model: nn.Module, *, final: bool) -> dict[str, dict[str, float]]:
         """Held-out measures in each mode, "loss" among them; the model is left as it was found.
 
-        On the way (`final` is False) only what is cheap: fewer examples, fewer modes, no decoding.
+        During training (`final` is False) only what is cheap: fewer examples, fewer modes, no decoding.
         """
 
     def details(self, model: nn.Module, *, out: Path) -> RunDetails | None:
-        """What a finished run tells beyond its measures, such as scores by language pair; None where there is nothing.
+        """Results of a finished run besides its measures, such as scores by language pair; None where there are none.
 
         Called once, after the final evaluation; files it wants to keep go into the run folder `out`.
         """
@@ -119,22 +119,22 @@ class Arm(ABC):
     name: str
     """Its key in the recipe."""
     label: str
-    """What tables call it."""
+    """Its name in tables."""
     family: str
-    """Decides its words and colour: a feed-forward family, an adapter's method or a head's kind."""
+    """A feed-forward family, an adapter's method or a head's kind; reports choose words and colour by it."""
     task: TrainingTask
     learning_rate: float
     """The peak rate that the recipe gives it."""
     training_mode: str
-    """The mode of `task.evaluate` that computes what training computes."""
+    """The mode of `task.evaluate` in which the model computes the same as in training."""
     deployed_mode: str | None
     """The mode in which it answers one request alone; None if it has none."""
     trained_config: MixtureConfig | None = None
-    """Of the finished model, where that is one of ours; None for a base model with an adapter or a head."""
+    """The configuration of the finished model if that is ours; None for a base model with an adapter or a head."""
 
     @abstractmethod
     def build(self, seed: int) -> nn.Module:
-        """A model as training starts with it; what is random in it follows from the seed by one rule for all arms."""
+        """An untrained model; all arms draw what is random in it from the seed by the same rule."""
 
     def at_scale(self, scale: float) -> "Arm":
         """The arm with this `feed_forward_scale`, where its feed-forward weights are drawn at random."""
@@ -153,20 +153,20 @@ class Experiment(ABC):
     """Everything a comparison runs."""
 
     recipe: Any
-    """The recipe as it runs: what it left open, or its data could not fill, is fitted to the data."""
+    """The recipe as it runs: values that it left open, or that are too large for the data, are fitted to the data."""
     arms: dict[str, Arm]
     """By name, in the recipe's order."""
     data: Facts
     """Facts on the data for reports, JSON-able: `description` and counts, skipped rows among them."""
     data_digest: str
-    """A hash over all training and held-out examples: a folder refuses to go on with others."""
+    """A hash over all training and held-out examples: a folder cannot be continued with other examples."""
 
     @abstractmethod
     def held_equal(self, described: Mapping[str, ArmDescription]) -> list[str]:
         """What the arms share, as phrases for the report's first lines; `described` is each arm's `describe`."""
 
     def across_arms(self, out: Path) -> AcrossArms:
-        """What only all finished runs together tell, such as paired bootstraps over sentences.
+        """Results that need all finished runs together, such as paired bootstraps over sentences.
 
         Args:
             out: the comparison's folder, with `arms/<arm>/seed<k>/` in it.

@@ -36,20 +36,20 @@ from mixtura.training.saving import RUN_FILE, check_settings
 from mixtura.training.trainer import MixtureTrainer, RunContext
 
 METRICS = "metrics.jsonl"
-# What may change between a run and its resumption without changing its numbers.
+# Settings that may differ when a run resumes, because they do not affect its numbers.
 _FREE_TO_CHANGE = {"save_every", "threads", "trackers"}
 
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """What became of a run."""
+    """How a run ended."""
 
     steps: int
     """Optimizer steps taken, over all resumptions."""
     train_seconds: float
     """Seconds of optimisation alone, over all resumptions."""
     curve: list[CurvePoint]
-    """Evaluations on the way."""
+    """Evaluations during training."""
     interrupted: bool
     """Stopped by Ctrl-C; everything up to `steps` is saved."""
 
@@ -73,7 +73,7 @@ def train(
     has, bit for bit, the losses and weights of one that was never stopped.
 
     Args:
-        model: initialised by the caller, what is frozen in it too; a resumed run overwrites the weights that `task`
+        model: initialised by the caller, frozen weights included; a resumed run overwrites those weights that `task`
             saves.
         task: the data, the loss and the evaluation.
         config: how to train.
@@ -87,7 +87,7 @@ def train(
     Raises:
         UserError: `out` holds a run and `resume` is False, or one that cannot be continued as this one; an evaluation
             cannot be run as configured; the folder cannot be written.
-        TrainingDiverged: the loss became no finite number.
+        TrainingDiverged: the loss or its gradient is no longer finite.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -166,10 +166,10 @@ def training_arguments(config: TrainingConfig, *, seed: int, out: Path) -> Train
         **{checkpointing: config.activation_checkpointing},  # pyright: ignore[reportArgumentType]
     )
     if arguments.world_size > 1:
-        # Its threads abort the interpreter's exit when they are still running then.
+        # Threads of the process group that still run when the interpreter exits make it abort.
         atexit.register(_leave_process_group)
     if arguments.n_gpu > 1:
-        # Several GPUs without torchrun would mean nn.DataParallel, whose threads see parts of a group.
+        # Without torchrun, several GPUs would mean nn.DataParallel, which splits a batch and with it the groups.
         arguments._n_gpu = 1
     return arguments
 
@@ -198,7 +198,7 @@ def _settings(
     seed: int,
     world_size: int,
 ) -> Facts:
-    """All that decides the run's numbers."""
+    """All settings that affect the run's numbers."""
     training = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE_TO_CHANGE}
     return {
         "seed": seed,
@@ -252,7 +252,7 @@ def _run_steps(
     step: int,
 ) -> None:
     if checkpoint is not None and step >= run.config.steps:
-        # The stock Trainer would take one more step.
+        # Nothing is left to do, but the stock Trainer would take one more step.
         run.task.load(model, checkpoint)
         return
     length = run.config.steps * sequences_per_step(run.config, arguments.world_size)

@@ -59,7 +59,7 @@ def start_trackers(names: Sequence[str], *, out: Path, step: int) -> list[Genera
     Args:
         names: "tensorboard", "trackio" and "wandb".
         out: the run folder.
-        step: steps already taken; what an interrupted run told TensorBoard after it is hidden.
+        step: steps already taken; events that an interrupted run wrote for TensorBoard after this step are hidden.
     """
     makers = {
         "tensorboard": lambda: TensorBoardTracker(

@@ -19,7 +19,7 @@ _CLIPPING_EPSILON = 1e-6
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig, *, learning_rate: float) -> Optimizer:
-    """The recipe's optimizer; weight decay falls on matrices only, not on norms, biases and other vectors.
+    """The recipe's optimizer; weight decay applies to matrices only, not to norms, biases and other vectors.
 
     Adafactor (arXiv 1804.04235) is torch's: its second moments are factored for each expert by itself, it keeps no
     first moment, and its rate is relative to a parameter's size, so the betas do not apply and rates differ.
@@ -42,10 +42,10 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, *, learning_rate: 
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """As `torch.nn.utils.clip_grad_norm_`, to the bit: scales gradients down to a norm of `max_norm`, returns theirs.
+    """Scales gradients down to norm `max_norm`, returns their norm before; as torch's clip_grad_norm_, to the bit.
 
-    Where none is above the bound, torch multiplies all of them by 1; on the CPU, where asking costs nothing, that pass
-    over the gradients of every expert is left out.
+    If the norm is within the bound, torch multiplies all gradients by 1. On the CPU that pass over the gradients of
+    every expert is left out; on a GPU, finding out whether it is needed would wait for the device.
     """
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
@@ -67,7 +67,7 @@ def build_schedule(optimizer: Optimizer, config: TrainingConfig) -> LambdaLR:
 
 
 def warmup_steps(config: TrainingConfig) -> int:
-    """Steps before the peak is reached."""
+    """Number of steps before the learning rate reaches its peak."""
     return min(config.steps, round(config.steps * config.warmup_fraction))
 
 

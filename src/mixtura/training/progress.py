@@ -11,7 +11,7 @@ LINES_PER_RUN = 10
 
 
 class ProgressReporter(Protocol):
-    """Told of runs as they go; one reporter may see many runs, one after another."""
+    """Shows the progress of runs; one reporter may be given many runs, one after another."""
 
     def start_run(self, label: str, *, step: int, steps: int) -> None:
         """A run begins after `step` steps, more than 0 when it resumes, and goes on to `steps`."""
@@ -31,7 +31,7 @@ class ProgressReporter(Protocol):
 
 
 class SilentProgress:
-    """Says nothing."""
+    """Shows nothing."""
 
     def start_run(self, label: str, *, step: int, steps: int) -> None:
         """Nothing."""
@@ -74,7 +74,7 @@ class LineProgress:
         )
 
     def end_run(self) -> None:
-        """Nothing: the last line has said it."""
+        """Prints nothing, since the last line says that the run is complete."""
 
     def note(self, text: str) -> None:
         """Prints a line."""
@@ -82,7 +82,7 @@ class LineProgress:
 
 
 class RichProgress:
-    """A bar for the run that is going, below it one for all runs; use it in a `with` block."""
+    """A bar for the current run, and below it one for all runs; use it in a `with` block."""
 
     def __init__(self, console: Console, *, total_steps: int | None = None) -> None:
         """`total_steps` is the sum over all runs to come; None shows no overall bar."""
@@ -110,7 +110,7 @@ class RichProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Takes the bars away."""
+        """Removes the bars."""
         self._progress.stop()
 
     def start_run(self, label: str, *, step: int, steps: int) -> None:
@@ -126,7 +126,7 @@ class RichProgress:
         self._count(step, since=self._step)
 
     def end_run(self) -> None:
-        """Takes the run's bar away."""
+        """Removes the run's bar."""
         if self._run is not None:
             self._progress.remove_task(self._run)
             self._run = None

@@ -85,10 +85,10 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def save_tensors(value: Any, path: Path) -> None:
-    """`torch.save` that fails as other writes do."""
+    """`torch.save`, with an OSError where the disk is full, as for other writes."""
     try:
         torch.save(value, path)
-    except RuntimeError as error:  # A full disk gives no OSError there, only a complaint about file positions.
+    except RuntimeError as error:  # torch reports a full disk as a RuntimeError about file positions.
         raise OSError(f"{path.name} could not be written in full, is the disk full?") from error
 
 
@@ -103,13 +103,13 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 
 def drop_partial_folders(out: Path) -> None:
-    """Removes what a killed run left half written."""
+    """Removes folders that a killed run did not finish writing."""
     for folder in out.glob(f".{FINAL}*{_PARTIAL}"):
         shutil.rmtree(folder)
 
 
 def drop_old_checkpoints(out: Path, *, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints that are whole; folders of others are left alone."""
+    """Removes all whole checkpoints but the newest `keep`; folders that this library did not write are left alone."""
     ours = [folder for folder in _numbered(out) if (folder / COMPLETE).exists()]
     for folder in sorted(ours, key=_number)[:-keep]:
         shutil.rmtree(folder)
@@ -149,7 +149,7 @@ def check_checkpoint(folder: Path, settings: Facts) -> int:
 
 
 def architecture(config: PreTrainedConfig) -> Facts:
-    """A model configuration, plain, without what may change while the model stays the same."""
+    """A model configuration as plain values, without the fields that may change while the model stays the same."""
     volatile = {"transformers_version", "architectures", "dtype", "_name_or_path", "use_cache", "output_router_logits"}
     plain = json.loads(config.to_json_string(use_diff=False))
     return {key: value for key, value in plain.items() if key not in volatile}
@@ -252,7 +252,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Goes back to a state that `random_state` gave."""
+    """Restores a state that `random_state` returned."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -318,7 +318,7 @@ def check_settings(out: Path, settings: Facts) -> None:
 
 
 def settings_hash(settings: Facts) -> str:
-    """128 bits over all settings."""
+    """A hash of 128 bits over all settings."""
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

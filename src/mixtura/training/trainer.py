@@ -1,8 +1,9 @@
-"""Hugging Face's Trainer with router losses that count once, balancing over whole steps, and honest bookkeeping.
+"""Hugging Face's Trainer with router losses that count once, balancing over whole steps, and complete records.
 
-The stock Trainer takes a loss that the model normalised by `num_items_in_batch` as a share of the step's sum, which is
-right for the task's loss and multiplies a router loss by accumulation steps times ranks. Here the two are formed
-apart: the task's loss is the mean over all targets of the step, a router loss the mean over its micro-batches.
+The stock Trainer adds up the losses of the micro-batches of a step. That is right for the task's loss, which the model
+divides by the targets of the whole step (`num_items_in_batch`). A router loss is a mean over its own micro-batch, so
+the sum would multiply it by accumulation steps times ranks. Here both are formed separately: the task's loss is the
+mean over all targets of the step, a router loss the mean over the micro-batches.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ _LOAD_FILE = "load.safetensors"
 
 
 class TrainingDiverged(UserError):
-    """The loss or its gradient is no finite number any more; `step` says since when."""
+    """The loss or its gradient is no longer finite; `step` is the first step where that was so."""
 
     def __init__(self, message: str, *, step: int) -> None:
         """`step` is the optimizer step that gave it, from 1."""
@@ -69,7 +70,7 @@ class MixtureTrainer(Trainer):
     """Trains one model; see the module's docstring for what differs from its base class."""
 
     def __init__(self, run: RunContext, **kwargs: Any) -> None:
-        """`kwargs` are the base class's."""
+        """`kwargs` are for the base class."""
         super().__init__(**kwargs)
         self.run = run
         # The loss is normalised by the step's token count, whatever the signature of the model's forward.
@@ -87,21 +88,21 @@ class MixtureTrainer(Trainer):
         self._mark = time.perf_counter()
 
     def begin(self) -> None:
-        """Starts the clock, just before the first step."""
+        """Starts the clock and the observation of groups; called just before the first step."""
         self._first_step = self.state.global_step
         if self._mixture is not None:
             observe_population(self._mixture, self._mixture.config.population_rate > 0)
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leaves out of the run's seconds what has passed since the last step."""
+        """Excludes the time since the last step, such as an evaluation, from the run's seconds."""
         self._mark = time.perf_counter()
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         """Autocast for bfloat16.
 
-        Entered here, around training alone: the Trainer's own `bf16` would rewrite the model's forward, and evaluations
-        would be rounded with it.
+        It covers training only. The Trainer's own `bf16` would replace the model's forward, so that evaluations would
+        be rounded too.
         """
         stack = super().compute_loss_context_manager()
         if self.run.config.dtype == "bfloat16":
@@ -149,7 +150,7 @@ class MixtureTrainer(Trainer):
         return (loss, losses) if return_outputs else loss
 
     def finish_step(self, control: TrainerControl) -> None:
-        """Balances with the step's load, and decides whether to evaluate, save and go on."""
+        """Balances the experts with the step's load, and decides whether to evaluate, to save and to continue."""
         assert self._step_totals is not None
         totals = balance.reduce_totals(self._step_totals, self._sum_over_ranks)
         self._step_totals, self._global_load_ME = totals, None
@@ -181,7 +182,7 @@ class MixtureTrainer(Trainer):
         return clip_gradients(model.parameters(), self.args.max_grad_norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Records a step; the base class calls this after each, and once more with a summary that is not kept.
+        """Records a step; the base class calls this after each step, and at the end with a summary that is ignored.
 
         Raises:
             TrainingDiverged: the loss or its gradient is not finite; nothing is saved after that.
@@ -211,7 +212,7 @@ class MixtureTrainer(Trainer):
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out measures on the first rank, as the task takes them on the way; records those that are finite."""
+        """Measures held-out examples on the first rank, as the task does during training; records finite values."""
         if self.is_world_process_zero():
             step, tokens = self.state.global_step, self.state.global_step * self.run.tokens_per_step
             kept = {}
@@ -230,7 +231,7 @@ class MixtureTrainer(Trainer):
         return 0
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Saves all that a resumed run needs to be bit for bit the same."""
+        """Saves everything that a resumed run needs to continue bit for bit as if it had never stopped."""
         step = self.state.global_step
         folder = checkpoints.numbered(self.run.out, step)
         first = self.is_world_process_zero()
@@ -277,7 +278,7 @@ class MixtureTrainer(Trainer):
 
     @property
     def _mixture(self) -> MixtureForCausalLM | None:
-        """The model, where it is one whose own configuration balances experts over whole steps."""
+        """The model if it is one of ours, whose configuration says how experts are balanced over whole steps."""
         return self.model if isinstance(self.model, MixtureForCausalLM) else None
 
     @property
@@ -288,7 +289,8 @@ class MixtureTrainer(Trainer):
         """Unweighted load-balancing and z-loss of this micro-batch.
 
         With `balance_over = "global"` the experts' shares are those of all micro-batches of the step so far, on all
-        ranks (arXiv 2501.11873): a micro-batch may then be as lopsided as its text, as long as the step is balanced.
+        ranks (arXiv 2501.11873): a micro-batch may then use experts as unevenly as its text suggests, as long as the
+        whole step is balanced.
         """
         mixture = self._mixture
         over_the_step = mixture is not None and mixture.config.balance_over == "global"
@@ -306,7 +308,7 @@ class MixtureTrainer(Trainer):
         return self._sum_over_ranks(value) / self.args.world_size
 
     def _stop_requested(self) -> bool:
-        """Whether any rank was asked to stop: all must leave the loop at the same step."""
+        """Whether any rank was asked to stop: all ranks have to leave the loop at the same step."""
         if self.args.world_size == 1:
             return self.run.stop.requested
         return bool(self._sum_over_ranks(torch.tensor(float(self.run.stop.requested), device=self.args.device)))
@@ -334,10 +336,10 @@ class MixtureTrainer(Trainer):
 
 
 class _StepEnd(TrainerCallback):
-    """Calls the trainer back where the base class has no method to override."""
+    """Calls methods of the trainer at moments for which the base class has no method to override."""
 
     def __init__(self, trainer: MixtureTrainer) -> None:
-        """`trainer` is the one that calls."""
+        """`trainer` is the trainer whose methods are called."""
         self.trainer = trainer
 
     def on_train_begin(

@@ -55,7 +55,7 @@ def write_receipt(
     starts: Mapping[int, LayerStart],
     texts: Sequence[Path],
 ) -> None:
-    """Writes what a reader needs to make the same mixture again, or to tell that they have other files."""
+    """Writes the settings and hashes from which a reader can make the same mixture, or see that their files differ."""
     receipt = {
         "format": _FORMAT,
         "mixtura_version": metadata.version("mixtura"),
@@ -71,7 +71,7 @@ def write_receipt(
 
 
 def _source(source: DenseSource) -> dict[str, Any]:
-    """The hub keeps a snapshot in a folder with the commit's name."""
+    """The receipt's entry for a source; the hub client keeps a snapshot in a folder that is named by its commit."""
     commit = source.folder.name if re.fullmatch(r"[0-9a-f]{40}", source.folder.name) else None
     return {
         "name": source.name,
@@ -107,7 +107,7 @@ class Upcycled:
     layers: tuple[int, ...]
     """Depths of the mixtures, from 0."""
     warnings: tuple[str, ...]
-    """What these settings do to learning, and the way out."""
+    """What is bad for learning in these settings, and how to avoid it."""
     num_bytes: int
     """Of all tensors."""
 
@@ -220,7 +220,7 @@ class _Job:
     starts: dict[int, LayerStart]
 
     def averaged(self, name: str) -> Tensor:
-        """What is no expert: the tensor of the source, or the mean of the sources'."""
+        """A tensor that is no expert: the source's, or the mean over all sources."""
         return mean_of([source.tensor(name) for source in self.sources])
 
 

@@ -1,4 +1,4 @@
-"""What an upcycling is asked to do: the values, what follows from them, and what they do to learning.
+"""The settings of an upcycling, what follows from them, and how they affect learning.
 
 Komatsuzaki et al., "Sparse Upcycling" (arXiv 2212.05055), makes every expert a copy of the dense layer. The published
 variants are values beside that: `split` is the granularity of He et al. (arXiv 2410.07524), `drop` is that
@@ -67,7 +67,7 @@ class UpcycleSettings:
 
     @property
     def router_spread(self) -> float:
-        """Standard deviation of a token's logits over the copies; mixtures of tokens bear little before they drift."""
+        """Standard deviation of a token's logits over the copies; mixtures of tokens drift when it is large."""
         if self.spread is not None:
             return self.spread
         return 0.05 if self.family == "mixture_of_tokens" else 0.5

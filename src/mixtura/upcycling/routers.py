@@ -182,7 +182,7 @@ def _layer(config: MixtureConfig, depth: int, tensor: Callable[[str], Tensor]) -
     return layer.eval()
 
 
-# A logit this far from a token's mean leaves the other experts next to no weight, whatever the mean spread is.
+# If one logit is this far from a token's mean, the other experts get almost no weight, whatever the mean spread is.
 _LARGEST_LOGIT = 8.0
 _ITERATIONS = 20
 
@@ -241,7 +241,7 @@ def _centres(x_TD: Tensor, copies: int, generator: torch.Generator) -> Tensor:
     directions_TD = centred_TD / centred_TD.norm(dim=1, keepdim=True).clamp_min(1e-12)
     first = _spread_out(directions_TD, copies, generator)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a centre that no token is nearest to stays where it was
+        warnings.simplefilter("ignore")  # a centre without a nearest token stays where it was, which scipy warns of
         centres, _ = kmeans2(directions_TD.numpy(), first.numpy(), iter=_ITERATIONS, minit="matrix", missing="warn")
     return torch.from_numpy(centres).float()
 

@@ -122,7 +122,7 @@ def test_the_loss_is_the_mean_over_the_tokens_of_the_translations(experiment, na
     batch = task.collate([dataset[i] for i in range(8)])
     targets = task.count_targets(batch)
     found = task.losses(model, batch, num_targets=targets).task_loss
-    told = task.routing.tell(model, batch["directions"])
+    told = task.routing.name_experts(model, batch["directions"])
     whole = model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"], **told)
     torch.testing.assert_close(found, whole.loss)
     assert targets == (batch["labels"] != -100).sum()

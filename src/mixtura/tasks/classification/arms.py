@@ -1,4 +1,4 @@
-"""One classifier of a comparison: how it is built, what it costs, and what of a batch it sees.
+"""One classifier of a comparison: how it is built, what it costs, and whether the texts of a batch see each other.
 
 Shapes: N texts, B batch, L length, M hidden states, D hidden.
 """
@@ -76,11 +76,11 @@ class ClassificationArm(Arm):
 
     @property
     def reads_features(self) -> bool:
-        """Whether pooled vectors, computed once, are all it needs of the pretrained model."""
+        """Whether it can be trained on pooled vectors of the frozen model, which are computed once."""
         return isinstance(self.splits.train, FeatureExamples)
 
     def build(self, seed: int) -> TextClassifier:
-        """A classifier as training starts with it; one seed gives the same linear classifier to every arm."""
+        """An untrained classifier; with the same seed, every arm gets the same linear classifier."""
         torch.manual_seed(seed)
         head = self.saved.new_head()
         if self.reads_features:
@@ -101,7 +101,7 @@ class ClassificationArm(Arm):
         return TextClassifier(head, base=adapted, frozen_parts=frozen_parts)
 
     def _sample(self) -> Iterator[Batch]:
-        """Some training texts as the model reads them, for adapters that choose experts by them."""
+        """Some training texts, from which adapters find out which experts to tune."""
         examples = self.splits.train
         for index in range(min(SAMPLE_SIZE, len(examples.label_N))):
             batch = examples.collate([examples.item(index)])
@@ -155,12 +155,12 @@ class ClassificationArm(Arm):
             return probe_layer(
                 lambda x_BMD: head(x_BMD)[0], hidden_size=self.saved.hidden_size, batch=batch, length=max(2, states)
             )
-        # Few probes: a whole model is slow, and every draw shows a leak through a mixture of tokens.
+        # Few probes are enough: a whole model is slow, and any probe shows a leak through a mixture of tokens.
         vocab_size = len(self.pretrained.tokenizer)
         return probe_causal_lm(_Logits(model), vocab_size=vocab_size, batch=batch, length=4, num_probes=4)
 
     def _inactive_parameters(self) -> int:
-        """Of mixtures in the head and in a base model of this library; an adapter's experts all count as active."""
+        """Parameters that a token leaves unused in the head and in our own base models; adapters run all experts."""
         inactive = inactive_parameters(self.config.head, self.saved.hidden_size)
         config: Any = self.pretrained.model.config
         if isinstance(config, MixtureConfig):
@@ -179,7 +179,7 @@ class ClassificationArm(Arm):
 
 @torch.no_grad()
 def _without_zeros(model: TextClassifier) -> TextClassifier:
-    """The model with small random numbers where weights start at zero: an adapter that does nothing leaks nothing."""
+    """The model with small random numbers where weights start at zero, so that an untrained adapter can show a leak."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
@@ -218,7 +218,7 @@ def _plain(saved: SavedClassifier) -> Facts:
 
 
 def _router_loss_weights(config: ClassificationArmConfig, base: Any) -> RouterLossWeights:
-    """Only token choice needs its load balanced by a loss; that of a base model only where it is trained."""
+    """Weights of the losses that balance token choice, in the head, and in the base model where that is trained."""
     head = adapter = (0.0, 0.0)
     layer = config.head.feed_forward
     if layer is not None and has_setting(layer.family, "router_aux_loss_coef"):

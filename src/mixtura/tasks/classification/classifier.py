@@ -1,12 +1,12 @@
 """A text classifier: a pretrained model, as much of it as is trained, and a head; and its folder, once it is trained.
 
-Of a frozen model only the head is a module here whenever its answer follows from pooled vectors (`features.py`); the
-pretrained model is then joined again for use. What is frozen always runs in evaluation mode, so that its dropout is off
-and its mixture-of-tokens layers run as deployed; a model that is tuned whole keeps the dropout of its configuration.
+If the model is frozen and the head needs only its pooled vectors (`features.py`), the head is trained alone; the
+pretrained model is joined again when the classifier is used. What is frozen always runs in evaluation mode: its dropout
+is off, and its mixture-of-tokens layers run as deployed. A model that is tuned whole keeps its configured dropout.
 
 A finished classifier's folder has `classifier.json` (what the parts are), `model.safetensors` (everything that was
 trained), the tokenizer, and `adapter/` in PEFT's format or the tuned model's configuration in `base/`. Frozen weights
-are not copied: they are loaded from where they came from, and refused when they have changed.
+are not copied: they are loaded from their source again, and it is an error if they have changed there.
 
 Shapes: B batch, L length, M hidden states, D hidden, C classes.
 """
@@ -50,20 +50,20 @@ def load_encoder(name: str, *, num_layers: int | None) -> tuple[nn.Module, PreTr
 
 
 def without_pooler(model: Any) -> Any:
-    """The same model without BERT's pooler: it reads the hidden states, so no head here would ever train it."""
+    """The same model without BERT's pooler, which no head uses: they all read the hidden states."""
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
     return model
 
 
 class ClassifierOutput(NamedTuple):
-    """What a classifier says of a batch."""
+    """A classifier's output for a batch."""
 
     logits_BC: Tensor
     stats: RoutingStats | None
     """Routing of the head's feed-forward layer, where it has one and it was asked for."""
     base_routing: tuple[RoutingStats | None, ...] | None = None
-    """Likewise of every layer of the model, where it is a mixture of this library that is tuned whole."""
+    """Routing of every layer of the model, where it is a mixture of this library that is tuned whole."""
 
 
 class TextClassifier(nn.Module):
@@ -123,7 +123,7 @@ class TextClassifier(nn.Module):
 
     @torch.no_grad()
     def layer_weights(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor | None:
-        """The blend's weights (M,); where they depend on the token, their mean over the real tokens of a batch."""
+        """The weights of the layer mix (M,); the mean over a batch's real tokens where they depend on the token."""
         if self.head.layer_mix is None or not blends_tokens(self.head.config):
             return self.head.layer_weights()
         assert input_ids is not None and attention_mask is not None and self.base is not None
@@ -173,7 +173,7 @@ class SavedClassifier:
     head: HeadConfig
     adapter: AdapterConfig | None
     baseline_parameters: int | None
-    """What an adapter without a rank was matched to."""
+    """The number of trained parameters to which an adapter without a rank was matched."""
     num_states: int
     hidden_size: int
     labels: tuple[str, ...]

@@ -117,7 +117,7 @@ def make_classification(
     arms: dict[str, Arm] = {}
     for name, config in recipe.arms.items():
         features = config.tune == "frozen" and not blends_tokens(config.head)
-        # Only these two keys decide the features, so that arms that share them share one array.
+        # Features depend on these two keys only, so arms that agree in them share one array.
         pooled = HeadConfig(pooling=config.head.pooling, normalization=config.head.normalization)
         whole = prepare(pooled if features else None)
         arms[name] = ClassificationArm(
@@ -202,7 +202,7 @@ def _split(whole: Examples, corpus: LabelledCorpus, *, last_only: bool) -> Split
 
 
 def _adapter_parameters(recipe: ClassificationRecipe, pretrained: Pretrained) -> int | None:
-    """Trained parameters of the baseline's adapter, which adapters without a rank are matched to."""
+    """Trained parameters of the baseline's adapter, to which adapters without a rank are matched."""
     adapter = recipe.arms[recipe.baseline].adapter
     if adapter is None or adapter.rank is None:
         return None

@@ -86,7 +86,7 @@ class TokenExamples(Examples):
         return {"input_ids": ids_BL, "attention_mask": mask_BL, "labels": _labels(items)}
 
     def part(self, rows: slice) -> "TokenExamples":
-        """Some of the examples; how many were cut is known of the whole alone, and kept."""
+        """Some of the examples; the number of cut texts stays that of all, as it is not known for each text."""
         return dataclasses.replace(self, ids=self.ids[rows], label_N=self.label_N[rows], length_N=self.length_N[rows])
 
 

@@ -6,8 +6,8 @@
     z     = z + f(norm(z))                                  only with a feed-forward layer
     logits = W z + b
 
-Pooling and blending are both linear, so that with fixed weights they commute: blending M pooled vectors gives what
-pooling the blended tokens would. A frozen model therefore has to be run only once (`features.py`). Weights that depend
+Pooling and mixing layers are both linear, so with fixed weights they commute: mixing M pooled vectors gives the same as
+pooling the mixed tokens. A frozen model therefore has to be run only once (`features.py`). Weights that depend
 on the token are the exception, unless one token is all that is pooled.
 
 Shapes: B batch, L length, D hidden, M hidden states of the model (embeddings and layers), C classes.
@@ -34,7 +34,7 @@ class ClassifierHead(nn.Module):
     """Hidden states -> logits; see the module's docstring."""
 
     def __init__(self, config: HeadConfig, *, num_states: int, hidden_size: int, num_classes: int) -> None:
-        """Builds the head; the classifier is drawn first, so that one seed gives the same one to every kind of head.
+        """Builds the head. The classifier is drawn first, so that with one seed it is the same for every kind of head.
 
         Args:
             config: the head's keys in a recipe.

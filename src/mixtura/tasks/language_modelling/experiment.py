@@ -45,7 +45,7 @@ def with_checkpoints_tokenizer(recipe: Recipe) -> DataConfig:
         UserError: a checkpoint has no tokenizer, or another one.
     """
     for arm in recipe.arms.values():
-        decoder_config(str(arm.init_from))  # says best what is wrong with a checkpoint
+        decoder_config(str(arm.init_from))  # its errors say more clearly what is wrong with a checkpoint
     folders = {name: resolve_base(str(arm.init_from)) for name, arm in recipe.arms.items()}
     own = load_tokenizer(folders[recipe.baseline])
     for name, folder in folders.items():
@@ -109,7 +109,7 @@ class PretrainingArm(Arm):
         learning_rate: float,
         sequence_length: int,
     ) -> None:
-        """Puts together what `Pretraining` prepared."""
+        """Takes what `Pretraining` prepared."""
         self.name, self.config, self.model_config = name, config, model_config
         self.family = config.family
         self.label = config.family if name == config.family else name
@@ -117,7 +117,7 @@ class PretrainingArm(Arm):
         self._language_modelling = task
         self.trained_config = finished_config(model_config)
         self.grouped = evaluation_modes(model_config)[0] == "group"
-        # What the finished model is: token choice where it has become that.
+        # The finished model has token choice where a transition was planned.
         self.training_mode = "causal" if config.transition_to or not self.grouped else "group"
         if self.training_mode == "group" and self._always_alone:
             self.training_mode = "alone"
@@ -182,7 +182,7 @@ class PretrainingArm(Arm):
         return Leaks(trained.future, trained.batch, None if deployed is None else deployed.batch)
 
     def _untrained(self) -> MixtureForCausalLM:
-        """A model with the arm's layers and random weights; probes in float64 would take a checkpoint's minutes."""
+        """A small model with the arm's layers and random weights: probing a checkpoint in float64 takes minutes."""
         if self.config.init_from is None:
             return self.build(seed=0)
         torch.manual_seed(0)
@@ -219,7 +219,7 @@ def _scales_in_words(config: MixtureConfig) -> str:
 
 
 def _fixed_parameters(shape: Any, *, sequence_length: int) -> int:
-    """Those of routers that a control keeps as they are."""
+    """Parameters of routers that a control does not train."""
     if shape.control not in ("uniform_router", "random_routing"):
         return 0
     return sum(map(router_parameters, feed_forward_shapes(shape, sequence_length=sequence_length)))
@@ -230,7 +230,7 @@ def _deployed_mode(config: ArmConfig) -> str | None:
         return "causal"
     serving = facts_of(config.family).serving
     if serving == "token by token":
-        # Running in groups needs other people's text in the batch: no answer to one request.
+        # A model that runs in groups needs other requests in its batch, so it cannot answer one request alone.
         return None if config.inference_mode == "group" else config.inference_mode
     return None if serving == "never" else "causal"
 
@@ -312,7 +312,7 @@ class Pretraining(Experiment):
             start = "the tokenizer, and that every arm starts from its checkpoint, the same for all seeds"
         return [
             "the training tokens and their order, paired by seed",
-            # What differs by more is said among the cautions, and is not held equal.
+            # A larger difference is a caution of the report: FLOPs are then not held equal.
             *([f"{flops}, routing and mixing counted"] if apart <= FLOPS_TOLERANCE else []),
             f"steps ({training.steps:,}) and tokens a step ({tokens:,})",
             start,

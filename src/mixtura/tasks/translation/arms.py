@@ -57,18 +57,19 @@ class TranslationArm(Arm):
         build: Callable[[int], nn.Module],
         probe: Callable[[], nn.Module],
         shape: MixtureConfig | None,
-        grouped: int | None,
+        group_size: int | None,
     ) -> None:
-        """`build` makes the model of a seed, `probe` one to look for leaks in.
+        """`build` makes the model that starts from a seed, `probe` a model in which to look for leaks.
 
-        `shape` is that of a model from scratch, `grouped` the examples that a mixture of tokens mixes, if there is one.
+        `shape` is that of a model from scratch; `group_size` is the number of examples that are mixed, None without a
+        mixture of tokens.
         """
         self.name, self.family, self.task, self.learning_rate = name, family, task, learning_rate
         self._translation = task
         self.label = family if name == family else name.replace("_", " ")
-        self.training_mode, self.deployed_mode = ("group", "alone") if grouped else ("causal", "causal")
+        self.training_mode, self.deployed_mode = ("group", "alone") if group_size else ("causal", "causal")
         self._settings, self._build, self._probe = settings, build, probe
-        self._shape, self._grouped = shape, grouped
+        self._shape, self._group_size = shape, group_size
         self.trained_config = shape
 
     def build(self, seed: int) -> nn.Module:
@@ -82,7 +83,7 @@ class TranslationArm(Arm):
         return dataclasses.replace(own, flops_ratio=own.flops_per_token / other.flops_per_token)
 
     def leaks(self) -> Leaks:
-        """Whether information leaks from the future or the batch, in training and deployed, found by trying."""
+        """Whether information leaks from the future or the batch, in training and deployed; probes a small model."""
         model = self._probe().eval()
         deployed = self._leak(model)
         with running_in(mixing_layers(model), "group"):
@@ -90,9 +91,9 @@ class TranslationArm(Arm):
         return Leaks(trained.future, trained.batch, deployed.batch)
 
     def _leak(self, model: nn.Module) -> LeakReport:
-        told: Any = _ToldModel(model, self._translation)
-        size = told.model.get_input_embeddings().num_embeddings
-        return probe_causal_lm(told, vocab_size=size, batch=self._grouped or 4, length=8, num_probes=12)
+        probed: Any = _FirstDirection(model, self._translation)
+        size = probed.model.get_input_embeddings().num_embeddings
+        return probe_causal_lm(probed, vocab_size=size, batch=self._group_size or 4, length=8, num_probes=12)
 
     @functools.cached_property
     def _costs(self) -> ArmDescription:
@@ -115,10 +116,10 @@ class TranslationArm(Arm):
         """A mixture of adapters runs all its experts, so that all its parameters are active."""
         model = self.build(0).train()
         total, trained = count_parameters(model)
-        # Rows of one length, so that all arms are measured on the same share of padding and of targets: none, and half.
+        # Rows of one length, so that all arms are measured without padding, and with half of the tokens as targets.
         tokens = torch.full((min(32, round(self.task.tokens_per_example)),), self._translation.data.prompts.eos)
         row = {"tokens": tokens, "prompt": len(tokens) // 2, "direction": 0}
-        batch = self.task.collate([row] * (self._grouped or 2))
+        batch = self.task.collate([row] * (self._group_size or 2))
         flops = measured_flops_per_token(
             model, lambda: self.task.losses(model, batch, num_targets=1).task_loss, tokens=batch["input_ids"].numel()
         )
@@ -133,16 +134,16 @@ class TranslationArm(Arm):
 
 
 @final
-class _ToldModel(nn.Module):
-    """A model whose examples are all in the first direction: token ids in, output out."""
+class _FirstDirection(nn.Module):
+    """A model as a leak probe calls it, with token ids alone: all examples are in the first direction."""
 
     def __init__(self, model: nn.Module, task: TranslationTask) -> None:
         super().__init__()
         self.model, self.task = model, task
 
     def forward(self, ids_BL: Tensor) -> Any:
-        told = self.task.routing.tell(self.model, ids_BL.new_zeros(len(ids_BL)))
-        return self.model(input_ids=ids_BL, use_cache=False, **told)
+        named = self.task.routing.name_experts(self.model, ids_BL.new_zeros(len(ids_BL)))
+        return self.model(input_ids=ids_BL, use_cache=False, **named)
 
 
 def _scratch_arm(
@@ -185,7 +186,7 @@ def _scratch_arm(
         build=build,
         probe=lambda: build(0),
         shape=config,
-        grouped=feed_forward.group_size if facts_of(feed_forward.family).group_over else None,
+        group_size=feed_forward.group_size if facts_of(feed_forward.family).group_over else None,
     )
 
 
@@ -216,7 +217,7 @@ def _check_groups(where: str, group_size: int, batch_size: int) -> None:
 
 
 def _route(where: str, arm: ArmConfig, data: TranslationData) -> tuple[ExampleRouting, list[str] | None]:
-    """The expert of every direction, and the experts' names; nothing where tokens choose."""
+    """The expert of every direction, and the experts' names; neither where tokens choose their experts."""
     if arm.route_by == "token":
         return ExampleRouting(), None
     if not has_setting(arm.family, "route_by"):
@@ -236,12 +237,12 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
     adapter, base = arm.adapter, recipe.base
     assert base.name is not None
     routed = adapter is not None and adapter.method == "mixture_of_lora" and adapter.router == "task"
-    grouped = _group_of_base(base.name)
-    if grouped is not None:
-        _check_groups("base", grouped, recipe.training.batch_size)
+    group_size = _group_of_base(base.name)
+    if group_size is not None:
+        _check_groups("base", group_size, recipe.training.batch_size)
     if adapter is not None and adapter.method == "mixture_of_tokens":
         _check_groups(f"arms.{name}.adapter", adapter.group_size, recipe.training.batch_size)
-        grouped = math.lcm(adapter.group_size, grouped or 1)
+        group_size = math.lcm(adapter.group_size, group_size or 1)
     experts = tuple(range(len(data.directions)))
 
     def build(seed: int, num_layers: int | None = base.num_layers) -> nn.Module:
@@ -274,19 +275,19 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
         build=build,
         probe=lambda: _stirred(build(0, num_layers=min(base.num_layers or _PROBED_LAYERS, _PROBED_LAYERS))),
         shape=None,
-        grouped=grouped,
+        group_size=group_size,
     )
 
 
 def _group_of_base(name: str) -> int | None:
-    """The examples that a base model mixes, where it is a mixture of tokens itself."""
+    """The number of examples that a base model mixes, where it is itself a mixture of tokens."""
     config = load_base_config(name)
     mixes = isinstance(config, MixtureConfig) and "mixture_of_tokens" in (config.mlp_layer_types or [])
     return config.group_size if mixes else None
 
 
 def _sample(data: TranslationData, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    """Some training pairs as a model reads them, the same for every seed, for adapters that choose experts by them."""
+    """Some training pairs, the same for every seed, from which adapters find out which experts to tune."""
     pairs = PairDataset(data.train, names=data.directions, length=SAMPLE_SIZE, batch_size=batch_size, seed=0)
     for start in range(0, len(pairs), batch_size):
         items = [pairs[index] for index in range(start, min(start + batch_size, len(pairs)))]
@@ -295,7 +296,7 @@ def _sample(data: TranslationData, batch_size: int) -> Iterator[dict[str, Tensor
 
 
 def _adapter_settings(arm: TranslationArmConfig) -> Facts:
-    """What tells an adapter from others: what differs from the defaults, and its method."""
+    """The settings of an adapter that a report shows: its method, and what differs from the defaults."""
     if arm.adapter is None:
         return {"tuned": "all weights"}
     default = type(arm.adapter)(method=arm.adapter.method)
@@ -304,7 +305,7 @@ def _adapter_settings(arm: TranslationArmConfig) -> Facts:
 
 
 def _baseline_parameters(recipe: TranslationRecipe, num_layers: int | None) -> int | None:
-    """Trained parameters of the baseline arm, for those that ask for as many; None where it has no rank itself."""
+    """Trained parameters of the baseline, to which arms without a rank are matched; None if it has no rank itself."""
     baseline = recipe.arms[recipe.baseline].adapter
     if baseline is None or baseline.rank is None:
         return None
@@ -314,7 +315,7 @@ def _baseline_parameters(recipe: TranslationRecipe, num_layers: int | None) -> i
 
 @torch.no_grad()
 def _stirred(model: nn.Module) -> nn.Module:
-    """The model with noise in its adapter, which starts as nothing and would show no leak."""
+    """The model with noise in its adapter: an untrained adapter adds zero, so it would show no leak."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.add_(0.1 * torch.randn_like(parameter))

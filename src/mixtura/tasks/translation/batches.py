@@ -19,8 +19,8 @@ from mixtura.tasks.translation.prompts import Prompts
 from mixtura.training.interface import Batch
 
 WINDOW_BATCHES = 50
-"""Batches that are sorted by length among each other: enough that rows of a batch are nearly equal in length."""
-# Keys of Philox, apart from those of `epoch_order`, which has the epoch alone in that place.
+"""Batches in a window that is sorted by length: enough to make the rows of a batch nearly equal in length."""
+# Keys of Philox that differ from those of `epoch_order`, which has the epoch alone in that place.
 _BATCH_ORDER = 1 << 32
 
 
@@ -36,7 +36,7 @@ class EncodedPairs:
     prompt_N: np.ndarray
     """(N,) int32: tokens of a pair's prompt."""
     too_long: int = 0
-    """Pairs left out because they have more than `max_length` tokens."""
+    """How many pairs were left out because they have more than `max_length` tokens."""
 
     @property
     def length_N(self) -> np.ndarray:
@@ -88,7 +88,8 @@ def bucketed_order(length_N: np.ndarray, *, batch_size: int, seed: int, epoch: i
     """The pairs of one epoch in order, a pure function of its arguments.
 
     A shuffled epoch is cut into windows, each is sorted by length and cut into batches, and the batches of the epoch
-    are shuffled. Pairs that fill no last batch wait for another epoch, which has another order.
+    are shuffled. Pairs that are too few for a last batch are left out of this epoch; the
+    next epoch has another order and leaves out others.
     """
     order = epoch_order(len(length_N), seed=seed, epoch=epoch)
     if len(order) < batch_size:
@@ -103,7 +104,7 @@ def bucketed_order(length_N: np.ndarray, *, batch_size: int, seed: int, epoch: i
 
 
 class PairDataset(Dataset):
-    """Everything one run trains on, in order: item i is what row i of the run sees, so read it without shuffling."""
+    """Everything one run trains on, in order: item i is row i of the run, so read it without shuffling."""
 
     def __init__(self, pairs: EncodedPairs, *, names: Sequence[str], length: int, batch_size: int, seed: int) -> None:
         """Schedules `length` rows of `pairs`, epochs as needed; `names` are the directions, such as "en-de"."""

@@ -28,7 +28,7 @@ class Scores(NamedTuple):
 
 
 def bleu_tokenizer(language: str) -> str:
-    """How BLEU cuts a language into words: "13a" where spaces do, "zh", or "char" where only morphology would tell."""
+    """How BLEU splits a language into words: "13a" at spaces, "zh" for Chinese, "char" where words have no borders."""
     return _TOKENIZERS.get(language.split("_")[0], "13a")
 
 
@@ -43,7 +43,7 @@ def score(outputs: Sequence[str], references: Sequence[str], *, target_language:
 
 def paired_bootstrap(baseline: Sequence[str], outputs: Sequence[str], references: Sequence[str]) -> PairedTest:
     """chrF of `outputs` less that of `baseline` on the same sentences, and its p-value by a paired bootstrap."""
-    if list(baseline) == list(outputs):  # to which the test's strict inequality would give its smallest p-value
+    if list(baseline) == list(outputs):  # the test compares with < and would give equal outputs its smallest p-value
         return PairedTest(difference=0.0, p_value=1.0)
     systems: list[tuple[str, Sequence[str]]] = [("baseline", list(baseline)), ("arm", list(outputs))]
     with _quiet():
@@ -58,14 +58,14 @@ def _metrics(target_language: str) -> dict[str, CHRF | BLEU]:
     return {
         "chrf": CHRF(),
         "chrf_pp": CHRF(word_order=2),
-        # force: references whose words are spaced, such as lists of keys, are no mistake here.
+        # force: references with spaced punctuation, such as lists of keys, are right here, but sacrebleu warns of them.
         "bleu": BLEU(tokenize=bleu_tokenizer(target_language), force=True),
     }
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what sacrebleu tells about its progress off the screen; warnings pass."""
+    """Hides sacrebleu's messages about its progress, but not its warnings."""
     logger = logging.getLogger("sacrebleu")
     level = logger.level
     logger.setLevel(logging.WARNING)

@@ -21,15 +21,15 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class ExampleRouting:
-    """How a model is told which experts an example's languages name."""
+    """How a model gets the experts of an example, where the languages of the example choose them."""
 
     expert_of_direction: tuple[int, ...] | None = None
-    """For each direction; None where nothing but tokens routes."""
+    """The expert of each direction; None where tokens choose their experts themselves."""
     through: Literal["expert_ids", "task_ids"] = "expert_ids"
-    """A keyword of the model's forward, or the context of an adapter."""
+    """A keyword argument of the model's forward, or a setting of the adapter that stays until it is set again."""
 
-    def tell(self, model: nn.Module, directions_B: Tensor) -> dict[str, Tensor]:
-        """Keyword arguments for a forward over these examples; an adapter is told until it is told others."""
+    def name_experts(self, model: nn.Module, directions_B: Tensor) -> dict[str, Tensor]:
+        """Keyword arguments of a forward over these examples; on an adapter it sets the experts and returns none."""
         if self.expert_of_direction is None:
             return {}
         experts_B = torch.tensor(self.expert_of_direction, device=directions_B.device)[directions_B]
@@ -76,7 +76,7 @@ def decode(
         model: a causal language model in the mode in which it is to decode, see `running`.
         prompts: token ids.
         directions: the direction of each prompt, for `routing`.
-        routing: how the model is told its experts.
+        routing: how the model gets the experts of an example.
         max_length: tokens of prompt and translation together.
         pad: token for padding, which is masked.
         eos: token that ends a translation.
@@ -89,7 +89,7 @@ def decode(
         longest = max(len(prompts[i]) for i in batch)
         ids_BL = torch.tensor([[pad] * (longest - len(prompts[i])) + list(prompts[i]) for i in batch])
         mask_BL = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-        told = routing.tell(model, torch.tensor([directions[i] for i in batch], device=model.device))
+        named = routing.name_experts(model, torch.tensor([directions[i] for i in batch], device=model.device))
         how = GenerationConfig(
             max_new_tokens=max(limits[i] for i in batch),
             do_sample=False,
@@ -101,7 +101,7 @@ def decode(
             input_ids=ids_BL.to(model.device),
             attention_mask=mask_BL.to(model.device),
             generation_config=how,
-            **told,
+            **named,
         )
         for i, row in zip(batch, generated[:, longest:].tolist(), strict=True):
             end = row.index(eos) if eos in row else len(row)

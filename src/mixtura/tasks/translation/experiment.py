@@ -89,7 +89,8 @@ class TranslationExperiment(Experiment):
     def across_arms(self, out: Path) -> AcrossArms:
         """Paired bootstrap of every arm against the baseline in chrF, for each direction.
 
-        The difference is the mean over seeds, the p-value the largest: a difference is sure where every seed shows it.
+        The difference is the mean over seeds. The p-value is the largest over seeds, so that a difference counts as
+        sure only where every seed shows it.
         """
         found: dict[str, dict[str, PairedTest]] = {}
         for name in self.arms:
@@ -178,7 +179,7 @@ def _encode(recipe: TranslationRecipe, corpus: ParallelCorpus, prompts: Prompts)
 
 
 def _longest(recipe: TranslationRecipe) -> int:
-    """Tokens that a prompt and its translation may have: the base model's positions, where there is one."""
+    """The most tokens that a prompt and its translation may have: at most the positions of the base model."""
     given = recipe.data.max_length or MOST_PAIR_TOKENS
     if recipe.base.name is None:
         return given

@@ -2,7 +2,7 @@
 
 `tokens`, for a model from scratch: <2xx> source <sep> | target <eos>, where <2xx> names the target language (Johnson et
 al. 2017, "Google's Multilingual Neural Machine Translation System", section 3). `instruction`, for a pretrained model:
-the words of ALMA (Xu et al. 2024, arXiv 2309.11674, section 2). What stands after the bar is what the loss counts.
+the words of ALMA (Xu et al. 2024, arXiv 2309.11674, section 2). The loss counts what comes after the bar.
 
 A model from scratch reads with a byte-level BPE over all languages of the comparison, with its prompt tokens.
 """
@@ -57,7 +57,7 @@ class Prompts:
 
     @property
     def pad(self) -> int:
-        """The token of padding; it is masked, so where there is none eos does."""
+        """The padding token, or eos where there is none: padding is masked, so its token does not matter."""
         pad = self.tokenizer.pad_token_id
         return pad if isinstance(pad, int) else self.eos
 

@@ -41,7 +41,7 @@ SAMPLES = 2
 
 @dataclass(frozen=True)
 class TranslationData:
-    """What all arms train on and are judged by."""
+    """The sentence pairs that all arms are trained on and evaluated with."""
 
     prompts: Prompts
     directions: tuple[str, ...]
@@ -93,7 +93,7 @@ class TranslationTask(TrainingTask):
         Args:
             data: sentence pairs.
             config: how all arms are trained.
-            routing: how the model is told an example's experts.
+            routing: how the model gets the experts of an example.
             adapter: what is on the base model.
             base: name and number of layers of the base model, None from scratch.
             num_beams: also decode with so many beams, if more than one.
@@ -123,7 +123,7 @@ class TranslationTask(TrainingTask):
         """Refuses a model for a smaller vocabulary, and too few sentences to train on or to evaluate.
 
         Raises:
-            UserError: as said.
+            UserError: the model's vocabulary is too small, or a split has fewer sentences than a batch.
         """
         for name, split in (
             ("train on", self.data.train),
@@ -165,7 +165,7 @@ class TranslationTask(TrainingTask):
         return StepLosses(summed / num_targets, aux_loss, z_loss, routing)
 
     def router_loss_weights(self, model: nn.Module) -> tuple[Tensor | float, Tensor | float]:
-        """Those of the adapter, where there is one; a frozen base model is not balanced."""
+        """The weights of the adapter's losses, where there is an adapter; a frozen base model is not balanced."""
         if self.adapter is not None:
             return self.adapter.router_aux_loss_coef, 0.0
         return super().router_loss_weights(model)
@@ -173,8 +173,8 @@ class TranslationTask(TrainingTask):
     def evaluate(self, model: Any, *, final: bool) -> dict[str, dict[str, float]]:
         """Loss of the translations in each mode: on the way over validation pairs, at the end over test pairs.
 
-        At the end the deployed mode, the last one, decodes the test sentences too: `chrf`, `chrf_pp` and `bleu`, means
-        over directions.
+        At the end the last mode, in which the model is deployed, also decodes the test sentences: `chrf`, `chrf_pp`
+        and `bleu` are means over directions.
         """
         split, most = (
             (self.data.test, self.config.final_eval_sequences)
@@ -256,11 +256,11 @@ class TranslationTask(TrainingTask):
             restore_adapter(model, folder)
 
     def save_for_use(self, model: Any, folder: Path) -> None:
-        """Adds the tokenizer, and what `translate` needs to know."""
+        """Adds the tokenizer, and the settings that `translate` reads."""
         self.save(model, folder)
         self.data.prompts.tokenizer.save_pretrained(folder)
         experts = self.routing.expert_of_direction
-        told = {
+        settings = {
             "prompt": self.data.prompts.kind,
             "directions": list(self.data.directions),
             "max_length": self.data.max_length,
@@ -268,7 +268,7 @@ class TranslationTask(TrainingTask):
             "experts_through": self.routing.through,
             "base": self.base,
         }
-        (folder / TRANSLATION_FILE).write_text(json.dumps(told, indent=1), encoding="utf-8")
+        (folder / TRANSLATION_FILE).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
     def batches(self, model: nn.Module, split: EncodedPairs, most: int) -> Iterator[Batch]:
         """The first `most` pairs of a split in whole batches of similar lengths, on the model's device."""
@@ -288,8 +288,8 @@ class TranslationTask(TrainingTask):
 
         def batches() -> Iterator[tuple[Batch, Tensor, Tensor]]:
             for batch in self.batches(model, self.data.test, self.config.final_eval_sequences):
-                told = self.routing.tell(model, batch["directions"])
-                inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **told}
+                experts = self.routing.name_experts(model, batch["directions"])
+                inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **experts}
                 yield {**inputs, "use_cache": False}, batch["directions"], batch["labels"].ne(-100)
 
         with running(model, inference_modes(model)[-1]):
@@ -298,18 +298,18 @@ class TranslationTask(TrainingTask):
     def _forward(self, model: Any, batch: Batch, *, want_routing: bool) -> tuple[Any, Tensor]:
         """The model's output, and the summed cross-entropy of the translations."""
         labels_BL = batch["labels"]
-        # Logits only from the first token that predicts a target on: the head is a third of a small model.
+        # Logits are only computed from the first token that predicts a target: the head is a third of a small model.
         first = max(0, int(labels_BL.ne(-100).any(0).int().argmax()) - 1)
         positions = torch.arange(first, labels_BL.size(1) - 1, device=labels_BL.device)
-        told: Batch = self.routing.tell(model, batch["directions"])
+        experts: Batch = self.routing.name_experts(model, batch["directions"])
         if want_routing and self.adapter is None and isinstance(_config(model), MixtureConfig):
-            told["output_routing"] = True
+            experts["output_routing"] = True
         outputs = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             use_cache=False,
             logits_to_keep=positions,
-            **told,
+            **experts,
         )
         targets_BK = labels_BL[:, first + 1 :]
         real_BK = targets_BK.ne(-100)

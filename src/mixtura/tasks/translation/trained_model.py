@@ -67,29 +67,30 @@ def translate_lines(
         UserError: the folder is none of a translation run, the model does not know the direction, all lines are empty,
             or some are too long.
     """
-    told = _read_told(model_folder)
-    source_language, target_language = _languages(told["directions"], source_language, target_language)
+    settings = _read_settings(model_folder)
+    source_language, target_language = _languages(settings["directions"], source_language, target_language)
     direction = f"{source_language}-{target_language}"
-    if direction not in told["directions"]:
+    if direction not in settings["directions"]:
         raise UserError(
-            f"The model does not translate {direction}: choose one of {', '.join(told['directions'])}, or train it so."
+            f"The model does not translate {direction}: choose one of {', '.join(settings['directions'])}, or "
+            "train it so."
         )
     if num_beams < 1:
         raise UserError(f"num_beams is {num_beams}: give 1 for greedy decoding, or more.")
     asked = [i for i, line in enumerate(lines) if line.strip()]
     if not asked:
         raise UserError("The text is empty: give a sentence to translate.")
-    prompts = Prompts(told["prompt"], open_tokenizer(model_folder))
+    prompts = Prompts(settings["prompt"], open_tokenizer(model_folder))
     encoded = prompts.encode([SentencePair(lines[i], "", source_language, target_language) for i in asked])
-    _check_lengths(asked, encoded, told["max_length"])
-    model = _load(model_folder, told)
+    _check_lengths(asked, encoded, settings["max_length"])
+    model = _load(model_folder, settings)
     with running(model, inference_modes(model)[-1]):
         generated = decode(
             model,
             encoded,
-            directions=[told["directions"].index(direction)] * len(asked),
-            routing=_routing(told),
-            max_length=told["max_length"],
+            directions=[settings["directions"].index(direction)] * len(asked),
+            routing=_routing(settings),
+            max_length=settings["max_length"],
             pad=prompts.pad,
             eos=prompts.eos,
             num_beams=num_beams,
@@ -97,7 +98,7 @@ def translate_lines(
     done = [""] * len(lines)
     for i, translation in zip(asked, prompts.decode(generated), strict=True):
         done[i] = " ".join(translation.splitlines())  # a line for a line
-    limits = [token_limit(len(ids), told["max_length"]) for ids in encoded]
+    limits = [token_limit(len(ids), settings["max_length"]) for ids in encoded]
     cut = [i + 1 for i, ids, limit in zip(asked, generated, limits, strict=True) if len(ids) >= limit]
     return Translated(done, cut)
 
@@ -121,9 +122,9 @@ def load_translator(model_folder: Path) -> tuple[Any, Prompts, tuple[str, ...], 
     Raises:
         UserError: the folder is none of a translation run, or is damaged.
     """
-    told = _read_told(model_folder)
-    prompts = Prompts(told["prompt"], open_tokenizer(model_folder))
-    return _load(model_folder, told), prompts, tuple(told["directions"]), _routing(told)
+    settings = _read_settings(model_folder)
+    prompts = Prompts(settings["prompt"], open_tokenizer(model_folder))
+    return _load(model_folder, settings), prompts, tuple(settings["directions"]), _routing(settings)
 
 
 def _languages(directions: Sequence[str], source_language: str, target_language: str) -> tuple[str, str]:
@@ -138,7 +139,7 @@ def _languages(directions: Sequence[str], source_language: str, target_language:
     return found[0], found[1]
 
 
-def _read_told(folder: Path) -> dict[str, Any]:
+def _read_settings(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / TRANSLATION_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -148,16 +149,16 @@ def _read_told(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _routing(told: dict[str, Any]) -> ExampleRouting:
-    return ExampleRouting(told["experts"] and tuple(told["experts"]), told["experts_through"])
+def _routing(settings: dict[str, Any]) -> ExampleRouting:
+    return ExampleRouting(settings["experts"] and tuple(settings["experts"]), settings["experts_through"])
 
 
-def _load(folder: Path, told: dict[str, Any]) -> Any:
+def _load(folder: Path, settings: dict[str, Any]) -> Any:
     if not (folder / "adapter_config.json").is_file():
         return load_model(folder)[0]
-    name = told["base"]["name"]
+    name = settings["base"]["name"]
     try:
-        base, _ = load_base(name, num_layers=told["base"]["num_layers"])
+        base, _ = load_base(name, num_layers=settings["base"]["num_layers"])
     except UserError as error:
         raise UserError(
             f"The model '{name}' that the adapter in '{folder}' was trained on cannot be loaded: put it back, or train "
@@ -186,7 +187,7 @@ def diagnose_language_pairs(folder: Path, *, max_tokens: int, command: str) -> D
     by_direction = routing.expert_of_direction is not None
 
     def before_batch(group_B: Tensor) -> None:
-        routing.tell(model, direction_G[group_B])
+        routing.name_experts(model, direction_G[group_B])
 
     return diagnose_excerpts(
         model,
