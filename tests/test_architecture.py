@@ -25,7 +25,7 @@ MAX_FUNCTION_LINES = 80
 MAX_DEPTH = 3
 MAX_MODULES = 16
 MAX_FAMILY_LINES = 150
-UNTYPED, MAX_UNTYPED_LINES = "dict[str, Any]", 60
+UNTYPED, MAX_UNTYPED_LINES = "dict[str, Any]", 50
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "core", "lib"}
 # Verbs import what they run, so that `mixtura --help` is quick; everything else says at its top what it needs.
 MAY_IMPORT_LATE = {

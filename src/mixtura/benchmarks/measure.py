@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixtura.comparison.folder import environment, now
 from mixtura.files import write_json
+from mixtura.results import Facts
 
 Pass = Literal["forward", "training", "step"]
 """Forward without gradients; forward and backward, with the input's gradient; the same and a fused AdamW update."""
@@ -141,7 +142,7 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def store_record(folder: Path, kind: str, *, settings: dict[str, Any], suffix: str = "", **measured: Any) -> Path:
+def store_record(folder: Path, kind: str, *, settings: Facts, suffix: str = "", **measured: Any) -> Path:
     """Writes `<kind>-<device><suffix>.json` into the folder, and returns its path.
 
     Args:

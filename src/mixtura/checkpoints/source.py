@@ -25,6 +25,7 @@ from mixtura.errors import reason_of
 from mixtura.kernels.expert_weights import check_activation
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.loading import folder_settings, load_config, load_weights
+from mixtura.results import Facts
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SHARED_FIELDS = (
@@ -106,7 +107,7 @@ def _folder(name: str) -> Path:
         ) from error
 
 
-def read_json(path: Path, name: str) -> dict[str, Any]:
+def read_json(path: Path, name: str) -> Facts:
     """A file of the checkpoint called `name`; raises UserError where it cannot be read or is no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -117,7 +118,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def dense_config(folder: Path, raw: dict[str, Any], name: str) -> MixtureConfig:
+def dense_config(folder: Path, raw: Facts, name: str) -> MixtureConfig:
     """The configuration of our decoder that computes what the checkpoint's model does.
 
     Args:

@@ -7,7 +7,7 @@ complete and, in transformers, computes what the checkpoint computes.
 import json
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from safetensors import SafetensorError
 from transformers import GenerationConfig
@@ -31,6 +31,7 @@ from mixtura.exporting.verification import Receipt, verify
 from mixtura.files import new_folder
 from mixtura.models import MixtureConfig
 from mixtura.models.loading import folder_settings, load_config
+from mixtura.results import Facts
 
 _SPARE_BYTES = 64 * 2**20
 
@@ -185,5 +186,5 @@ def _write_code(config: MixtureConfig, folder: Path) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _write_json(file: Path, settings: dict[str, Any]) -> None:
+def _write_json(file: Path, settings: Facts) -> None:
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

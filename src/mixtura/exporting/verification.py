@@ -12,7 +12,7 @@ import random
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from mixtura.files import write_text
 from mixtura.models import MixtureConfig
 from mixtura.models.inference import grouped_layers, running_in
 from mixtura.models.loading import folder_settings, load_config, open_tokenizer
+from mixtura.results import Facts
 
 _MAX_BYTES = 5 * 10**9
 
@@ -167,7 +168,7 @@ class Receipt(NamedTuple):
         head.append("| --- | --- | --- | --- | --- | --- |")
         return "\n".join([*head, *map(_row, self.comparisons)])
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Facts:
         """For receipt.json."""
         compared = [found._asdict() for found in self.comparisons]
         return {

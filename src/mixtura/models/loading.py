@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixtura.config import UserError
 from mixtura.errors import reason_of
+from mixtura.results import Facts
 
 
-def folder_settings(folder: Path) -> dict[str, Any]:
+def folder_settings(folder: Path) -> Facts:
     """The config.json of a model folder.
 
     Raises:

@@ -26,6 +26,7 @@ from mixtura.checkpoints.tensors import copy_companions, write_shards
 from mixtura.config import UserError
 from mixtura.files import check_empty, new_folder
 from mixtura.models.configuration_mixture import MixtureConfig
+from mixtura.results import Facts
 from mixtura.upcycling.request import (
     RouterStartKind,
     UpcycledFamily,
@@ -70,7 +71,7 @@ def write_receipt(
     (folder / UPCYCLE_RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
 
 
-def _source(source: DenseSource) -> dict[str, Any]:
+def _source(source: DenseSource) -> Facts:
     """The receipt's entry for a source; the hub client keeps a snapshot in a folder that is named by its commit."""
     commit = source.folder.name if re.fullmatch(r"[0-9a-f]{40}", source.folder.name) else None
     return {
@@ -82,7 +83,7 @@ def _source(source: DenseSource) -> dict[str, Any]:
     }
 
 
-def _start(start: LayerStart) -> dict[str, Any]:
+def _start(start: LayerStart) -> Facts:
     return {
         "router_spread": start.router.spread,
         "first_choices": start.router.load_C,
