@@ -33,6 +33,7 @@ from torch import Tensor
 
 from mixtura.benchmarks.measure import store_record
 from mixtura.config import ArmConfig, DataConfig, Family, ModelConfig, Placement, TrainingConfig
+from mixtura.config.initialization import INITIALIZER_RANGE
 from mixtura.data.packing import ScheduledDataset
 from mixtura.data.prepare import PreparedData, prepare_data
 from mixtura.evaluation import evaluate_loss
@@ -104,6 +105,7 @@ class Run:
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             intermediate_size=4 * self.width,
+            initializer_range=INITIALIZER_RANGE,  # what names no scale here is drawn so
         )
         arm = ArmConfig(
             family=self.family,

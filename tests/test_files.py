@@ -119,6 +119,6 @@ def test_the_cache_folder_follows_the_environment(monkeypatch):
 
 
 def test_files_of_packages_are_found_and_missing_ones_are_none():
-    assert package_path("mixtura", "config", "arms.py") is not None
+    assert package_path("mixtura", "config", "arm.py") is not None
     assert package_path("mixtura", "no-such-file") is None
     assert package_path("no_such_package", "file") is None

@@ -6,8 +6,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mixtura.checkpoints.pretrained import load_base, resolve_base
-from mixtura.checkpoints.smollm2 import undo_rope_order
+from mixtura.checkpoints.pretrained import load_base, resolve_base, undo_rope_order
 from mixtura.config import UserError
 from mixtura.files import cache_folder, package_path
 

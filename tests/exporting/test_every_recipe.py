@@ -17,8 +17,6 @@ SIZES = ["model.hidden_size=32", "model.num_hidden_layers=2", "model.num_attenti
 STOCK = {
     ("quick", "dense"): "llama",
     ("quick", "token_choice"): "qwen2_moe",
-    ("default", "dense"): "llama",
-    ("default", "token_choice"): "qwen2_moe",
     ("full", "token_choice_top1"): "qwen2_moe",
 }
 

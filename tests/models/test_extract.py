@@ -51,5 +51,5 @@ def test_an_extracted_model_goes_to_disk_and_back(build, tmp_path):
 def test_extraction_says_what_it_cannot_extract(build, tiny_config):
     with pytest.raises(UserError, match="no expert 4: choose one from 0 to 3"):
         extract_language_model(build(), 4)
-    with pytest.raises(UserError, match="tokens choose their experts"):
+    with pytest.raises(UserError, match="tokens of this model choose their experts"):
         extract_language_model(MixtureForCausalLM(tiny_config("token_choice")), 0)
