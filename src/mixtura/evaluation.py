@@ -71,7 +71,7 @@ def evaluate_loss(
     batch_size: int,
     modes: Sequence[str] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Loss of the first `num_sequences` sequences in each mode; the model is left as it was found.
+    """Loss of the first `num_sequences` sequences in each mode; the model is unchanged afterwards.
 
     Args:
         model: a causal language model, of this library or not.

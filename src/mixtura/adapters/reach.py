@@ -56,7 +56,7 @@ class AdapterReach(NamedTuple):
         """One or two sentences."""
         text = (
             f"The adapter trains {self.trained:,} of {self.total:,} parameters in {len(self.targets)} places, each "
-            f"heard in the output, and changes {self.adapted_expert_parameters:,} of the "
+            f"of which affects the output, and changes {self.adapted_expert_parameters:,} of the "
             f"{self.expert_parameters:,} parameters of experts."
         )
         return text + (f" Nothing is called {' or '.join(self.unmatched)}." if self.unmatched else "")

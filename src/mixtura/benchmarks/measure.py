@@ -149,7 +149,7 @@ def store_record(folder: Path, kind: str, *, settings: Facts, suffix: str = "", 
         folder: made if it is missing.
         kind: what was timed, such as "layers".
         settings: what it was timed with.
-        suffix: tells records of one kind and device apart.
+        suffix: distinguishes records of one kind and device.
         measured: the rest of the record, by key.
     """
     record = {"created": now(), "environment": environment(), "settings": settings, **measured}

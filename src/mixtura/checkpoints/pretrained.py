@@ -147,7 +147,7 @@ def _field(reader: Any, name: str) -> Any:
 
 Head = Literal["causal", "encoder"]
 
-# Rename it when the conversion changes, so that folders of before are not taken for those of now.
+# Rename it when the conversion changes, so that folders of an older conversion are not used.
 _SMOLLM2_FOLDER = "smollm2-135m-instruct-q4-1"
 
 

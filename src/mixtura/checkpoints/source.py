@@ -42,7 +42,7 @@ _OWN_FIELDS = {
 SOURCES = ("llama", "mistral", "qwen2", "qwen3", "mixtura")
 """Model types that can be upcycled; "mixtura" where all layers are dense and gated."""
 UPCYCLE_RECEIPT = "upcycle.json"
-"""What an upcycled checkpoint says of itself: from which files, with which settings."""
+"""The file in which an upcycled checkpoint records from which files and with which settings it was made."""
 _FETCHED = ["config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -197,7 +197,7 @@ def expected_shapes(config: MixtureConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _check_tensors(files: dict[str, Path], config: MixtureConfig, name: str) -> None:
-    """Refuses what is missing, of another shape, stored as integers, or of no place in a dense decoder."""
+    """Refuses tensors that are missing, have another shape, are stored as integers, or belong to no dense decoder."""
     expected = expected_shapes(config)
     unused = {tensor for tensor in files if tensor.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
@@ -292,7 +292,7 @@ def load_decoder(name: str, config: MixtureConfig) -> MixtureForCausalLM:
 
 
 def weights_digest(name: str) -> str:
-    """A hash over the weight files of a checkpoint: another one under the same name has another.
+    """A hash over the weight files of a checkpoint, by which a changed checkpoint of the same name is noticed.
 
     Raises:
         UserError: see `decoder_config`.
@@ -311,7 +311,7 @@ def count_parameters(config: MixtureConfig) -> int:
 
 
 def probe_config(config: MixtureConfig) -> MixtureConfig:
-    """The configuration with one layer of each family: what leaks does so in any layer of a family."""
+    """The configuration with one layer of each family, which is enough to find leaks: all its layers leak alike."""
     families = config.mlp_layer_types or []
     kept = sorted(families.index(family) for family in set(families))
     settings = {
@@ -331,5 +331,5 @@ def _own_folder(name: str) -> Path | None:
 
 
 def _is_added(tensor: str) -> bool:
-    """Whether training adds the tensor to a checkpoint of before; it starts as that of zeros."""
+    """Whether training adds the tensor, which older checkpoints lack; it then starts with zeros."""
     return ".expert_bias" in tensor or ".population." in tensor

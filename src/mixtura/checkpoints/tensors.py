@@ -177,7 +177,7 @@ COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model"),
     *("chat_template*", "generation_config.json", "LICENSE*", "NOTICE*"),
 )
-"""Patterns of file names. The licence goes along because the weights may be passed on under it alone."""
+"""Patterns of file names. The licence is copied because the weights may only be passed on with it."""
 
 
 def copy_companions(source: Path, folder: Path) -> None:

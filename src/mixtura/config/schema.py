@@ -84,7 +84,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     eval_every: int = 50
     eval_sequences: int = 128
-    """Held-out sequences at each evaluation on the way."""
+    """Held-out sequences at each evaluation during training."""
     final_eval_sequences: int = 512
     """Held-out sequences for the final losses."""
     save_every: int = 100
@@ -113,8 +113,8 @@ class SearchConfig:
     steps: int | None = None
     """Steps of a trial; None means the full run's."""
     seeds: tuple[int, ...] = (1000,)
-    """Data orders and initialisations that each rate is tried with, apart from the comparison's own seeds; the mean
-    loss counts. One alone may choose a rate by luck."""
+    """Data orders and initialisations that each rate is tried with, which differ from the comparison's own seeds;
+    the mean loss counts. With one seed, luck may choose the rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +227,7 @@ class TranslationDataConfig:
     max_length: int | None = 128
     """Tokens of prompt and translation together; "none" finds what your sentences have."""
     validation_sources: int | None = None
-    """Source sentences held out for the loss on the way, each in every direction it has; None is a tenth, at most
+    """Source sentences held out for the loss during training, each in every direction it has; None is a tenth, at most
     100."""
     test_sources: int | None = None
     """Source sentences held out for the scores; None is a fifth, at most 200."""
@@ -257,7 +257,7 @@ class ClassificationDataConfig:
     max_length: int | None = 64
     """Tokens of an example; longer ones are cut, and counted. "none" finds what 95 % of yours stay within."""
     validation_examples: int | None = None
-    """Examples held out for the scores on the way; None is a tenth, at most 500."""
+    """Examples held out for the scores during training; None is a tenth, at most 500."""
     test_examples: int | None = None
     """Examples held out for the final scores; None is a fifth, at most 1,000."""
 

@@ -204,7 +204,7 @@ def measure_peakedness(model: MixturePreTrainedModel, batches: Iterable[Tensor])
     """The weights that tokens have alone, layer by layer, while the model runs in its own inference mode.
 
     Args:
-        model: left as it was found.
+        model: unchanged afterwards.
         batches: token ids (B, L).
 
     Raises:

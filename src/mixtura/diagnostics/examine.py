@@ -130,7 +130,7 @@ def diagnose_model(
     group_word: str = "text",
     seed: int = 0,
 ) -> Diagnosis:
-    """As `diagnose_texts`, for a model that is loaded, and without writing; the model is left as it was found.
+    """As `diagnose_texts`, for a model that is loaded, and without writing; the model is unchanged afterwards.
 
     Raises:
         UserError: there is no text, or the model needs groups that the texts are not.

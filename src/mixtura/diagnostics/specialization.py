@@ -51,7 +51,7 @@ def measure_specialization(
     num_permutations: int = NUM_PERMUTATIONS,
     seed: int = 0,
 ) -> Specialization:
-    """How far each routed layer's experts divide the groups among them; the model is left as it was found.
+    """How far each routed layer's experts divide the groups among them; the model is unchanged afterwards.
 
     Args:
         model: any model with layers that `record_choices` reads; it is run in eval() mode, without gradients.

@@ -109,7 +109,7 @@ def load_causal(folder: Path) -> Any:
     try:
         auto: Any = standalone.MixturaForCausalLM if _brings_code(folder) else AutoModelForCausalLM
         with warnings.catch_warnings():
-            # An expert of width 0, which some containers need, has nothing to draw.
+            # Some containers have experts of width 0, for whose initialisation torch warns.
             warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
             opened = open_weights(auto, folder, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
@@ -146,7 +146,7 @@ def _run_script(engine: Engine, folder: Path, probes: Sequence[list[int]]) -> Ra
             json.dumps({"model": str(folder.resolve()), "probes": list(probes), "converter": engine.converter}),
             encoding="utf-8",
         )
-        # The other environment sees its own packages alone.
+        # So that the other environment uses its own packages only.
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
         run = subprocess.run(
             [engine.python or sys.executable, str(script), str(request), str(answer)],
@@ -172,10 +172,10 @@ def _first_line(text: str) -> str:
 
 
 def _last_line(text: str) -> str:
-    """The last line that is an error's, else the last; of paths only the last part."""
+    """The last line that names an error, else the last line; paths are shortened to their last part."""
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line.partition(":")[0]]
-    # Where things lie on this machine is nobody's business, and receipts are published.
+    # Receipts are published, so they must not contain paths of this machine.
     return re.sub(r"(?:/[\w.+-]+)+/", "", (errors or lines or [""])[-1])[:300]
 
 

@@ -28,7 +28,7 @@ DenseLayers = Literal["none", "leading", "any", "all"]
 
 
 class Traits(NamedTuple):
-    """What another architecture must have, so that it computes the same."""
+    """What an architecture must have to compute the same as our model."""
 
     gates: Gates
     """How logits become the weights of the chosen experts."""
@@ -51,7 +51,7 @@ class Traits(NamedTuple):
 def traits_of(config: MixtureConfig, names: Collection[str]) -> Traits:
     """The traits of a model with this configuration and tensors of these names.
 
-    Attention is read from the tensors, which cannot be wrong about it.
+    The traits of attention are read from the tensors, since the configuration may disagree with them.
     """
     attention = "model.layers.0.self_attn"
     biased = {part for part in "qkvo" if f"{attention}.{part}_proj.bias" in names}
@@ -84,7 +84,7 @@ def _dense_layers(config: MixtureConfig) -> DenseLayers:
 
 
 def check_deployable(config: MixtureConfig) -> None:
-    """Raises UserError where no file format helps: the model cannot answer one request by itself."""
+    """Raises UserError where the model cannot answer one request alone, in whatever format it is exported."""
     for family in never_served(config.mlp_layer_types or []):
         raise UserError(
             f"A model with {family} layers cannot be served: a token's output depends on tokens to come; train "
@@ -166,7 +166,7 @@ def _common(config: MixtureConfig, architecture: str) -> Facts:
 
 
 def _head_dim(config: MixtureConfig) -> Facts:
-    """Not every class declares the field, but all layers read it."""
+    """The width of a head: not every class declares the field, but all layers read it."""
     return {"head_dim": config.head_dim}
 
 
@@ -253,7 +253,7 @@ def mixtral(config: MixtureConfig, traits: Traits) -> PreTrainedConfig:
 
 
 def granite_moe(config: MixtureConfig, traits: Traits) -> PreTrainedConfig:
-    """As Mixtral, with an ungated shared expert where there is one; its multipliers do nothing."""
+    """As Mixtral, with an ungated shared expert if there is one; Granite's multipliers are set to have no effect."""
     settings = {
         **_common(config, f"GraniteMoe{'Shared' if traits.shared else ''}ForCausalLM"),
         **_experts(config, "num_local_experts"),

@@ -21,7 +21,7 @@ def no_mixture(config: MixtureConfig, traits: Traits, weights: StoredWeights, de
 
 
 def zero_biases(config: MixtureConfig, weights: StoredWeights) -> Iterator[PlannedTensor]:
-    """Biases on queries, keys and values that add nothing: without them, vLLM's Qwen2 layers run on stray memory."""
+    """Biases of zeros on queries, keys and values: without them, vLLM's Qwen2 layers read uninitialised memory."""
     for depth in range(config.num_hidden_layers):
         for part in "qkv":
             name = f"model.layers.{depth}.self_attn.{part}_proj"
@@ -131,7 +131,7 @@ def _scaled(config: MixtureConfig, weights: StoredWeights, name: str, new_name: 
 
 
 def _times(weight: Tensor, factor: float) -> Tensor:
-    """A factor on the experts' outputs is one on their second projections: exact but for rounding."""
+    """The second projection times a factor, which scales the experts' outputs by it, exactly but for rounding."""
     return weight if factor == 1 else (weight.float() * factor).to(weight.dtype)
 
 

@@ -21,7 +21,7 @@ from mixtura.models.loading import load_model
 from mixtura.models.transition import to_alone, to_token_choice
 
 BATCH_SIZE = 16
-"""Sequences at once, or the next number that fills whole groups."""
+"""Sequences in a batch, rounded up to whole groups."""
 MAX_LENGTH = 512
 
 
@@ -44,7 +44,7 @@ class Transitioned:
 
     folder: Path
     model: MixtureForCausalLM
-    """The one in the folder."""
+    """The configuration of the model in the folder."""
 
 
 def calibrate(

@@ -170,7 +170,7 @@ def _write_config(source: _Source, folder: Path, container: str) -> None:
 
 
 def _write_code(config: MixtureConfig, folder: Path) -> None:
-    """The configuration with where its classes are, and the files that have them."""
+    """Writes the files with the model's classes, and a configuration that says where the classes are."""
     config.save_pretrained(folder)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.inference_mode == "group":

@@ -108,11 +108,11 @@ def _plan(weights: StoredWeights, families: list[str]) -> list[PlannedTensor]:
 
 RECEIPT = "receipt.json"
 FLOOR = 1e-4
-"""Nats that any float32 engine is allowed."""
+"""Nats of difference that are allowed in any engine that computes in float32."""
 FLOORS = 3
 """Multiples of the engine's own noise that are allowed."""
 CEILING = 0.05
-"""Nats that no noise excuses."""
+"""The most nats that are allowed, however noisy the engine is."""
 PROBE_TOKENS = 24
 TEXTS = (
     "The river was high that spring, and nobody crossed it for a week.",
@@ -155,7 +155,7 @@ class Receipt(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether no engine that was tried shows another model."""
+        """Whether every engine that was run computed the same model."""
         return all(found.status in ("same", "not tried") for found in self.comparisons)
 
     def complaint(self) -> str:

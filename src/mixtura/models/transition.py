@@ -139,7 +139,7 @@ def follow_transition(model: MixtureForCausalLM, folder: Path) -> None:
 
 
 def finished_config(config: MixtureConfig) -> MixtureConfig:
-    """The configuration that a model has once it is trained: another's, where its layers change on the way."""
+    """The configuration of the finished model, which differs where a transition changes layers during training."""
     return config if config.transition_to is None else _configuration(config, top_k=_planned_top_k(config))
 
 

@@ -83,7 +83,7 @@ class ArmTiming:
     optimizer_state_bytes: int | None
     """What of the peak the optimizer keeps."""
     step_parts: StepParts | None = None
-    """Where the time of a step goes; None in files of before it was measured."""
+    """Where the time of a step goes; None in older files, for which it was not measured."""
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class TrainingTask(ABC):
 
     @abstractmethod
     def evaluate(self, model: nn.Module, *, final: bool) -> dict[str, dict[str, float]]:
-        """Held-out measures in each mode, "loss" among them; the model is left as it was found.
+        """Held-out measures in each mode, "loss" among them; the model is unchanged afterwards.
 
         During training (`final` is False) only what is cheap: fewer examples, fewer modes, no decoding.
         """

@@ -150,7 +150,7 @@ def truncate_metrics(path: Path, *, step: int) -> list[Record]:
 
 
 def evaluation_curve(records: Sequence[Record]) -> list[CurvePoint]:
-    """The evaluations, with the loss and whatever else was measured on the way."""
+    """The evaluations, with the loss and whatever else was measured during training."""
     return [
         CurvePoint(
             step=record["step"],

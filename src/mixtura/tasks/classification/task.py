@@ -87,7 +87,7 @@ class Classification(TrainingTask):
             splits: its examples.
             saved: how the finished classifier is written for use.
             settings: facts on model and data that decide a run's numbers, JSON-able.
-            eval_examples: validation examples at each evaluation on the way.
+            eval_examples: validation examples at each evaluation during training.
             batch_size: examples at once when evaluating; groups are formed within a batch.
             weights: of the router losses.
         """
@@ -164,7 +164,7 @@ class Classification(TrainingTask):
         return self.weights.total()
 
     def evaluate(self, model: Any, *, final: bool) -> dict[str, dict[str, float]]:
-        """Scores in each mode: on the way of the first validation examples, finally of all test examples."""
+        """Scores in each mode: of the first validation examples during training, of all test examples at the end."""
         examples = self.splits.test if final else self.splits.validation
         count = len(examples.label_N) if final else self.eval_examples
         measured = {}

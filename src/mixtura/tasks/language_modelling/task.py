@@ -25,7 +25,7 @@ TEXTS, PROMPT_TOKENS, NEW_TOKENS = 2, 16, 40
 
 @torch.no_grad()
 def continue_held_out(model: Any, held_out: PackedTokens, tokenizer: PreTrainedTokenizerBase) -> list[Continuation]:
-    """The continuations of a few held-out sequences, as deployed, one at a time; the model is left as it was found.
+    """The continuations of a few held-out sequences, as deployed, one at a time; the model is unchanged afterwards.
 
     Args:
         model: a causal language model with `generate`.
@@ -129,10 +129,10 @@ class LanguageModelling(TrainingTask):
         return StepLosses(outputs.language_loss, outputs.aux_loss, outputs.z_loss, outputs.routing)
 
     def evaluate(self, model: Any, *, final: bool) -> dict[str, dict[str, float]]:
-        """Held-out losses: on the way `curve_modes` on `eval_sequences`, at the end all modes on all that was asked.
+        """Held-out losses: during training `curve_modes` on `eval_sequences`, at the end all modes on all sequences.
 
-        A model that will become token choice has its loss `alone` as `causal` on the way, so that the curve of what
-        could be deployed at each step goes through the change.
+        A model that will become token choice has its loss `alone` as `causal` during training, so that the curve of
+        what could be deployed at each step goes through the change.
         """
         config = self.config
         measured = evaluate_loss(

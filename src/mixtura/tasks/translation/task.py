@@ -171,7 +171,7 @@ class TranslationTask(TrainingTask):
         return super().router_loss_weights(model)
 
     def evaluate(self, model: Any, *, final: bool) -> dict[str, dict[str, float]]:
-        """Loss of the translations in each mode: on the way over validation pairs, at the end over test pairs.
+        """Loss of the translations in each mode: over validation pairs during training, over test pairs at the end.
 
         At the end the last mode, in which the model is deployed, also decodes the test sentences: `chrf`, `chrf_pp`
         and `bleu` are means over directions.
