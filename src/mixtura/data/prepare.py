@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +24,6 @@ from mixtura.data.sources import load_corpus, source_files
 from mixtura.data.tokenizer import load_tokenizer, train_tokenizer
 from mixtura.errors import TooLittleText, reason_of
 from mixtura.files import cache_entry
-from mixtura.results import Facts
 
 # Raise it when the same recipe and text would give other tokens than before.
 CACHE_FORMAT = 1
@@ -38,7 +38,7 @@ class PreparedData:
     train: PackedTokens
     validation: PackedTokens
     """Held-out windows in a fixed shuffled order, so that the first few of them are a fair sample of all."""
-    summary: Facts
+    summary: dict[str, Any]
     """Facts for reports, JSON-able: description, documents_*, bytes_*, tokens_*, tokens_dropped_*, rows_skipped, ..."""
 
 

@@ -1,7 +1,7 @@
 """What a checkpoint of ours asks of an architecture (`Traits`), and the configuration that every container gets."""
 
 from collections.abc import Collection
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from transformers import (
     Glm4MoeConfig,
@@ -20,7 +20,6 @@ from transformers import (
 from mixtura.config import UserError
 from mixtura.config.families import facts_of, never_served
 from mixtura.models import MixtureConfig
-from mixtura.results import Facts
 
 Gates = Literal["softmax", "normalised softmax", "sigmoid", "normalised sigmoid"]
 Biases = Literal["none", "qkv", "qkvo"]
@@ -159,13 +158,13 @@ _COMMON = (
 )
 
 
-def _common(config: MixtureConfig, architecture: str) -> Facts:
+def _common(config: MixtureConfig, architecture: str) -> dict[str, Any]:
     """What all architectures have, under the same names."""
     shared = {name: getattr(config, name) for name in _COMMON}
     return {**shared, "rope_parameters": dict(config.rope_parameters or {}), "architectures": [architecture]}
 
 
-def _head_dim(config: MixtureConfig) -> Facts:
+def _head_dim(config: MixtureConfig) -> dict[str, Any]:
     """The width of a head: not every class declares the field, but all layers read it."""
     return {"head_dim": config.head_dim}
 
@@ -181,7 +180,7 @@ def _window(config: MixtureConfig, traits: Traits) -> int | None:
     return getattr(config, "sliding_window", None) if traits.window else None
 
 
-def _qwen_window(config: MixtureConfig, traits: Traits) -> Facts:
+def _qwen_window(config: MixtureConfig, traits: Traits) -> dict[str, Any]:
     if not traits.window:
         return {"use_sliding_window": False, "sliding_window": None}
     return {
@@ -195,7 +194,7 @@ def _dense_depths(config: MixtureConfig) -> list[int]:
     return [depth for depth, family in enumerate(config.mlp_layer_types or []) if family == "dense"]
 
 
-def _experts(config: MixtureConfig, count: str = "num_experts") -> Facts:
+def _experts(config: MixtureConfig, count: str = "num_experts") -> dict[str, Any]:
     return {
         count: config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,

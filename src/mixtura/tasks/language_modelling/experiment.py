@@ -182,7 +182,7 @@ class PretrainingArm(Arm):
         return Leaks(trained.future, trained.batch, None if deployed is None else deployed.batch)
 
     def _untrained(self) -> MixtureForCausalLM:
-        """A small model with the arm's layers and random weights: probing a checkpoint in float64 takes minutes."""
+        """An untrained model with the arm's layers; small where a checkpoint is large, since probes run in float64."""
         if self.config.init_from is None:
             return self.build(seed=0)
         torch.manual_seed(0)

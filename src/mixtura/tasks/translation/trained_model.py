@@ -20,7 +20,7 @@ from mixtura.diagnostics.examine import diagnose_excerpts
 from mixtura.diagnostics.excerpts import Excerpts
 from mixtura.diagnostics.findings import Diagnosis
 from mixtura.models.loading import load_model, open_tokenizer
-from mixtura.results import Facts
+from mixtura.results.stored import Plain
 from mixtura.tasks.translation.decoding import ExampleRouting, decode, inference_modes, running, token_limit
 from mixtura.tasks.translation.prompts import Prompts
 from mixtura.tasks.translation.task import OUTPUTS_FILE, TRANSLATION_FILE, read_outputs
@@ -140,7 +140,7 @@ def _languages(directions: Sequence[str], source_language: str, target_language:
     return found[0], found[1]
 
 
-def _read_settings(folder: Path) -> Facts:
+def _read_settings(folder: Path) -> Plain:
     try:
         return json.loads((folder / TRANSLATION_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -150,11 +150,11 @@ def _read_settings(folder: Path) -> Facts:
         ) from error
 
 
-def _routing(settings: Facts) -> ExampleRouting:
+def _routing(settings: Plain) -> ExampleRouting:
     return ExampleRouting(settings["experts"] and tuple(settings["experts"]), settings["experts_through"])
 
 
-def _load(folder: Path, settings: Facts) -> Any:
+def _load(folder: Path, settings: Plain) -> Any:
     if not (folder / "adapter_config.json").is_file():
         return load_model(folder)[0]
     name = settings["base"]["name"]
