@@ -2,7 +2,7 @@
 
 Reads the record of the layers under benchmarks/results/, measures this CPU's bandwidth, prints the least time that this
 CPU and an H200 could take, relative to the least of a dense layer, and writes the plot. Run `python
-benchmarks/roofline.py` on the machine that made the record; it needs a checkout, `PYTHONPATH=src` where Mixtura is not
+benchmarks/measure.py` on the machine that made the record; it needs a checkout, `PYTHONPATH=src` where Mixtura is not
 installed, and half a minute.
 """
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mixtura.benchmarks.contenders import Size
-from mixtura.benchmarks.roofline import FAMILIES, H200, Machine, least_seconds, machine_of, measure_bandwidth, plot
+from mixtura.benchmarks.measure import FAMILIES, H200, Machine, least_seconds, machine_of, measure_bandwidth, plot
 
 ROOT = Path(__file__).parents[1]
 DEVICE_SIZES = tuple(

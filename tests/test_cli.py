@@ -13,8 +13,8 @@ import pytest
 
 from mixtura import __version__, cli
 from mixtura.cli import application
-from mixtura.cli.flags import name_flags
-from mixtura.comparison.holding import holding
+from mixtura.cli.application import name_flags
+from mixtura.comparison.folder import holding
 from mixtura.config import recipe_to_toml
 
 VERBS = (
