@@ -294,7 +294,7 @@ def layer_starts(
     chosen = chosen_layers(settings.layers, config.num_hidden_layers)
 
     def averaged(name: str) -> Tensor:
-        return mean_of([source.tensor(name) for source in sources])
+        return mean_of([source.weights.read(name) for source in sources])
 
     starts: dict[int, LayerStart] = {}
     if not texts:
