@@ -65,6 +65,7 @@ def test_help_lists_every_verb_with_a_whole_sentence(run):
     for verb in VERBS:
         line = next(line for line in text.splitlines() if line.strip().startswith(f"{verb} "))
         assert "..." not in line and line.rstrip().endswith("."), line
+    assert "<" not in text, "every verb has a heading of its own"
 
 
 @pytest.mark.parametrize("verb", VERBS)
