@@ -111,7 +111,7 @@ class ArmConfig:
     )
     top_k: int = setting(
         1,
-        says="Experts that a token is sent to; for families other than token choice, on average.",
+        says="Experts a token is sent to; in families other than token choice, the average.",
         families=_CHOOSING,
         role="function",
         field="num_experts_per_tok",
