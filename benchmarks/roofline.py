@@ -2,7 +2,7 @@
 
 Reads the record of the layers under benchmarks/results/, measures this CPU's bandwidth, prints the least time that this
 CPU and an H200 could take, relative to the least of a dense layer, and writes the plot. Run `python
-benchmarks/measure.py` on the machine that made the record; it needs a checkout, `PYTHONPATH=src` where Mixtura is not
+benchmarks/roofline.py` on the machine that made the record; it needs a checkout, `PYTHONPATH=src` where Mixtura is not
 installed, and half a minute.
 """
 
