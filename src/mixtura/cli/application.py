@@ -97,10 +97,16 @@ def progress(total_steps: int | None) -> Iterator[Any]:
 DATA_FLAGS = {
     "'data.path'": "--text",
     "'data.text_column'": "--text-column",
-    " or change 'data.validation_fraction'": "",
+    ", lower 'data.sequence_length' or change 'data.validation_fraction'": " or lower --sequence-length",
     "'data.sequence_length'": "--sequence-length",
     "'base.name'": "the model",
 }
+MODEL_FLAGS = {
+    "of 'data.sequence_length'": "of one sequence",
+    **DATA_FLAGS,
+    ", lower 'data.sequence_length' or change 'data.validation_fraction'": "",
+}
+"""For verbs where the model alone says how long a sequence is."""
 
 
 @contextmanager

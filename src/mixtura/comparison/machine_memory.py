@@ -43,8 +43,8 @@ def check_memory(recipe: AnyRecipe) -> None:
         if planned > most:
             raise UserError(
                 f"Arm '{name}' needs {in_words(planned)} for parameters, gradients and optimizer state, but this "
-                f"machine has {in_words(most)}: lower 'model.hidden_size', 'model.num_hidden_layers' or the number of "
-                "experts."
+                f"machine has {in_words(most)}: lower 'model.hidden_size', 'model.num_hidden_layers', "
+                "'data.vocab_size' or the number of experts."
             )
 
 

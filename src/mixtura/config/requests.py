@@ -118,6 +118,8 @@ def data_overrides(
     """
     values: dict[str, str | list[str]] = {}
     if data is not None:
+        if not data.removeprefix("hub:").strip():
+            raise UserError(f"--data is '{data}': name a file, or a hub dataset as hub:NAME.")
         hub = data.startswith("hub:")
         values |= {"data.source": "hub", "data.name": data[4:]} if hub else {"data.source": "local", "data.path": data}
     if columns is not None:
