@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from mixtura.config.describe import SECTIONS, keys_of
+
 _FLAGS = {
     "finetune": {
         **dict.fromkeys(("data.path", "data.name", "data.source"), "--data"),
@@ -36,9 +38,19 @@ def name_flags(message: str, arguments: Sequence[str]) -> str:
 
     def word(match: re.Match[str]) -> str:
         key = match[1]
+        if not _is_key(key):
+            return match[0]
         if key in flags and (not own or flags[key] in given):
             return flags[key]
         return match[0] if own else f"--set {key}"
 
     # Two keys that one flag sets, such as both columns, are named once.
     return re.sub(r"(--[a-z]+)(?:(?:, | and | or )\1\b)+", r"\1", _KEY.sub(word, message))
+
+
+def _is_key(dotted: str) -> bool:
+    """Whether it is a key of a recipe, and no file such as model.gguf; names of arms may be any."""
+    section, _, key = dotted.rpartition(".")
+    return section.startswith("arms.") or any(
+        key == each.name for found in SECTIONS if found.name == section for each in keys_of(found.holds)
+    )

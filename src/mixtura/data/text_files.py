@@ -62,7 +62,7 @@ def _other_kind(file: Path, listed: str) -> str:
         return f"is packed: unpack it to one of {listed}"
     if suffix in _SPREADSHEETS:
         return "is a spreadsheet: save it as CSV"
-    plain = ", which plain text may be renamed to" if ".txt" in listed else ""
+    plain = ", or rename it to .txt if it is plain text" if ".txt" in listed else ""
     return f"is none of {listed}: give a file of one of these kinds{plain}"
 
 
