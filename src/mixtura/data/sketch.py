@@ -88,6 +88,8 @@ def sketch_recipe(
     overrides = [] if data is None else _overrides(task, data, looks, columns, pairs)
     recipe = load_recipe(preset_path(_PRESETS[task]), [f"name={json.dumps(_folder_name(name))}", *overrides])
     table = recipe_to_dict(recipe)
+    if data is not None:
+        table["data"].pop("part", None)  # of the movie reviews
     table["description"] = f"My {task}." if data is not None else table["description"]
     head = [
         f"# A recipe for {task}, written by `mixtura init`; `mixtura keys` lists all keys.",
