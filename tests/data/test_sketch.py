@@ -51,6 +51,7 @@ def test_labels_make_it_classification(sketched, labelled):
     assert isinstance(recipe, ClassificationRecipe)
     assert (recipe.data.text_column, recipe.data.label_column, recipe.data.path) == ("Body", "Mood", str(labelled))
     assert recipe.data.test_examples is None
+    assert "part = " not in sketch_recipe(labelled, name="mine")  # of the movie reviews that come along
 
 
 def test_columns_named_after_languages_make_it_translation(sketched, pairs):

@@ -325,11 +325,12 @@ def test_a_broken_source_is_named_in_a_sentence_and_nothing_is_written(saved, tm
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
-def test_a_folder_that_exists_is_left_alone(saved, tmp_path):
+def test_a_folder_with_files_in_it_is_left_alone(saved, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="exists: name a new folder"):
+    (tmp_path / "out" / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="is not empty: name a new folder"):
         export(saved(), tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(saved, tmp_path, monkeypatch):

@@ -32,6 +32,7 @@ import mixtura.models  # noqa: F401 - so that the Auto classes load folders of M
 from mixtura.config import UserError
 from mixtura.errors import need, reason_of
 from mixtura.files import cache_entry, cache_folder, package_path
+from mixtura.models.loading import ADAPTER, TOKENIZER_ADVICE, adapter_advice, lacks_tokenizer
 
 _TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -222,6 +223,13 @@ def load_base_config(name: str) -> PreTrainedConfig:
 
 
 def _cannot_load(name: str, error: Exception) -> UserError:
+    folder = Path(name)
+    if folder.is_file():
+        return UserError(f"'base.name' is '{name}', a file: give a folder in Hugging Face format, or a hub name.")
+    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+        return UserError(f"'base.name' is '{name}', an adapter alone: {adapter_advice(folder)}.")
+    if (folder / "config.json").is_file() and lacks_tokenizer(folder):
+        return UserError(f"'base.name' is '{name}', which has no tokenizer: {TOKENIZER_ADVICE}.")
     return UserError(
         f"The model '{name}' cannot be loaded ({reason_of(error)}): check 'base.name', which is smollm2, minilm, a "
         "folder or a hub name."

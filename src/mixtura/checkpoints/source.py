@@ -83,8 +83,9 @@ def _folder(name: str) -> Path:
     if folder.is_dir():
         if (folder / "config.json").is_file():
             return folder
-        kind = "is a GGUF file's" if any(folder.glob("*.gguf")) else "has no config.json and is no model's"
-        raise UserError(f"The folder '{name}' {kind}: give a folder in Hugging Face format.")
+        if any(folder.glob("*.gguf")):
+            raise UserError(f"The folder '{name}' is a GGUF file's: give a folder in Hugging Face format.")
+        folder_settings(folder)
     if folder.exists() or folder.suffix == ".gguf":
         raise UserError(f"'{name}' is a file: give a folder in Hugging Face format, with config.json and safetensors.")
     try:

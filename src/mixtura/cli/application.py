@@ -51,12 +51,24 @@ def name_flags(message: str, arguments: Sequence[str]) -> str:
 
     def word(match: re.Match[str]) -> str:
         key = match[1]
+        if not _is_key(key):
+            return match[0]
         if key in flags and (not own or flags[key] in given):
             return flags[key]
         return match[0] if own else f"--set {key}"
 
     # Two keys that one flag sets, such as both columns, are named once.
     return re.sub(r"(--[a-z]+)(?:(?:, | and | or )\1\b)+", r"\1", _KEY.sub(word, message))
+
+
+def _is_key(dotted: str) -> bool:
+    """Whether it is a key of a recipe, and no file such as model.gguf; names of arms may be any."""
+    from mixtura.config.describe import SECTIONS, keys_of
+
+    section, _, key = dotted.rpartition(".")
+    return section.startswith("arms.") or any(
+        key == each.name for found in SECTIONS if found.name == section for each in keys_of(found.holds)
+    )
 
 
 class VerbsByUse(TyperGroup):
@@ -141,10 +153,16 @@ def progress(total_steps: int | None) -> Iterator[Any]:
 DATA_FLAGS = {
     "'data.path'": "--text",
     "'data.text_column'": "--text-column",
-    " or change 'data.validation_fraction'": "",
+    ", lower 'data.sequence_length' or change 'data.validation_fraction'": " or lower --sequence-length",
     "'data.sequence_length'": "--sequence-length",
     "'base.name'": "the model",
 }
+MODEL_FLAGS = {
+    "of 'data.sequence_length'": "of one sequence",
+    **DATA_FLAGS,
+    ", lower 'data.sequence_length' or change 'data.validation_fraction'": "",
+}
+"""For verbs where the model alone says how long a sequence is."""
 
 
 @contextmanager

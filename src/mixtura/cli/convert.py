@@ -7,15 +7,15 @@ from typing import Annotated, Any
 import typer
 
 import mixtura
-from mixtura.cli.application import DATA_FLAGS, ModelArgument, app, naming_flags, quiet_transformers
+from mixtura.cli.application import MODEL_FLAGS, ModelArgument, app, naming_flags, quiet_transformers
 
-NewFolderArgument = Annotated[Path, typer.Argument(help="The folder to write, a new one.")]
+NewFolderArgument = Annotated[Path, typer.Argument(help="The folder to write; it must be new or empty.")]
 
 
 @app.command(rich_help_panel="Convert")
 def upcycle(
     source: Annotated[str, typer.Argument(help="A dense model: a folder, a hub name, or smollm2.")],
-    destination: Annotated[Path, typer.Argument(help="The folder to write; it must be new or empty.")],
+    destination: NewFolderArgument,
     family: Annotated[str, typer.Option(help="token_choice or mixture_of_tokens.")] = "token_choice",
     num_experts: Annotated[int, typer.Option(min=1, help="Routed experts of a layer.")] = 8,
     top_k: Annotated[int, typer.Option(min=1, help="Experts a token runs.")] = 2,
@@ -51,7 +51,7 @@ def upcycle(
     quiet_transformers()
     # The choices are checked where they are used, for Python and the command line alike.
     choices: dict[str, Any] = {"family": family, "score_function": score_function, "router": router}
-    with naming_flags(DATA_FLAGS):
+    with naming_flags(MODEL_FLAGS):
         result = mixtura.upcycle(
             source,
             destination,
@@ -101,7 +101,7 @@ def calibrate(
     The new model answers in mode "population"; `mixtura evaluate` compares all modes on a held-out text.
     """
     quiet_transformers()
-    with naming_flags(DATA_FLAGS):
+    with naming_flags(MODEL_FLAGS):
         made = mixtura.calibrate(model, out, text, text_column=text_column, max_sequences=max_sequences)
     typer.echo(f"{made.layers} layers keep averages over {made.groups:,} groups each.\nModel: {made.folder}")
 
@@ -125,7 +125,7 @@ def transition(
     All parameters are kept.
     """
     quiet_transformers()
-    with naming_flags(DATA_FLAGS):
+    with naming_flags(MODEL_FLAGS):
         made = mixtura.transition(model, out, to=to.value, text=text, text_column=text_column, top_k=top_k)
     config = made.model.config
     experts = config.num_experts_per_tok if to is TransitionTarget.token_choice else config.alone_top_k
@@ -135,7 +135,7 @@ def transition(
 @app.command(rich_help_panel="Convert")
 def export(
     model: ModelArgument,
-    out: Annotated[Path, typer.Argument(help="The folder to write, which does not exist yet.")],
+    out: NewFolderArgument,
     to: Annotated[
         str,
         typer.Option(

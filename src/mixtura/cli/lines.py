@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mixtura.errors import UserError, reason_of
-from mixtura.files import write_text
+from mixtura.files import file_above, folders_above, write_text
 
 _TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -31,6 +31,8 @@ def given_texts(texts: Sequence[str], source: Path | None, *, what: str) -> list
     Raises:
         UserError: there are none, there are two sources, or the file cannot be read.
     """
+    if "-" in texts and len(texts) > 1:
+        raise UserError(f"A {what} is -, which stands for standard input: give it alone, or leave it out.")
     if list(texts) == ["-"] and source is None:
         return read_lines(Path("-"), what=what)
     if bool(texts) == (source is not None):
@@ -76,12 +78,22 @@ def put_lines(lines: Sequence[str], out: Path | None) -> None:
         for line in lines:
             typer.echo(line)
         return
+    put_text("".join(f"{line}\n" for line in lines), out)
+    typer.echo(f"{len(lines):,} lines: {out}", err=True)
+
+
+def put_text(text: str, out: Path) -> None:
+    """Writes a file, whole or not at all, in a folder that need not exist.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     check_out(out)
     try:
-        write_text(out, "".join(f"{line}\n" for line in lines))
+        with folders_above(out):
+            write_text(out, text)
     except OSError as error:
         raise UserError(f"'{out}' cannot be written ({reason_of(error)}): name another file with --out.") from error
-    typer.echo(f"{len(lines):,} lines: {out}", err=True)
 
 
 def check_out(out: Path | None) -> None:
@@ -90,6 +102,5 @@ def check_out(out: Path | None) -> None:
         return
     if out.is_dir():
         raise UserError(f"'{out}' is a folder: name a file with --out.")
-    file = next((path for path in out.parents if path.is_file()), None)
-    if file is not None:
+    if (file := file_above(out)) is not None:
         raise UserError(f"'{file}' is a file, so nothing can be written in it: name another file with --out.")

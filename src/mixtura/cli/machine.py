@@ -9,6 +9,7 @@ from typing import Annotated, cast
 import typer
 
 from mixtura.cli.application import app
+from mixtura.cli.lines import put_text
 from mixtura.config.describe import SECTIONS, keys_of, lines_of
 from mixtura.errors import EXTRAS, UserError
 
@@ -65,8 +66,7 @@ def init(
     if out is None:
         typer.echo(text, nl=False)
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    put_text(text, out)
     typer.echo(f"Recipe: {out}. Look at it, then: mixtura compare {out} --dry-run")
 
 

@@ -10,7 +10,15 @@ from typing import Annotated, Any
 import typer
 
 import mixtura
-from mixtura.cli.application import DATA_FLAGS, ModelArgument, app, naming_flags, open_page, quiet_transformers
+from mixtura.cli.application import (
+    DATA_FLAGS,
+    MODEL_FLAGS,
+    ModelArgument,
+    app,
+    naming_flags,
+    open_page,
+    quiet_transformers,
+)
 from mixtura.cli.lines import InOption, OutOption, check_out, given_texts, put_lines
 from mixtura.errors import UserError
 
@@ -86,6 +94,8 @@ def _evaluate_tasks(
     from mixtura.benchmarks.task_scores import score_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--tasks is '{tasks}': name tasks of lm-eval, such as hellaswag,arc_easy.")
     scores = score_tasks(model, names, folder=folder, num_shots=shots, limit=limit, batch_size=batch_size)
     if as_json:
         typer.echo(json.dumps([score._asdict() for score in scores], indent=1))
@@ -252,7 +262,7 @@ def diagnose(
     """
     quiet_transformers()
     folder = out or Path("diagnosis")
-    with naming_flags(DATA_FLAGS):
+    with naming_flags(MODEL_FLAGS):
         found = mixtura.diagnose(
             model,
             text or [],

@@ -291,7 +291,14 @@ def _check_same_recipe(out: Path, recipe: AnyRecipe) -> None:
         raise UserError(
             f"'{path}' is damaged: choose another folder with --out, or --no-resume to start over."
         ) from None
-    difference = _first_difference(before, recipe_to_dict(recipe), "")
+    now_given = recipe_to_dict(recipe)
+    kinds = [table.get("task", "pretraining") for table in (before, now_given)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"'{out}' holds a comparison for {kinds[0]} and this recipe is for {kinds[1]}: choose another folder with "
+            "--out, or --no-resume to start over."
+        )
+    difference = _first_difference(before, now_given, "")
     if difference:
         key, old, new = difference
         raise UserError(

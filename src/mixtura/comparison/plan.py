@@ -127,8 +127,8 @@ def check_memory(recipe: AnyRecipe) -> None:
         if planned > most:
             raise UserError(
                 f"Arm '{name}' needs {in_words(planned)} for parameters, gradients and optimizer state, but this "
-                f"machine has {in_words(most)}: lower 'model.hidden_size', 'model.num_hidden_layers' or the number of "
-                "experts."
+                f"machine has {in_words(most)}: lower 'model.hidden_size', 'model.num_hidden_layers', "
+                "'data.vocab_size' or the number of experts."
             )
 
 
@@ -205,7 +205,7 @@ class Plan:
         )
         rows = [
             f"{arm.name:{width}}  {arm.parameters:13,}  {arm.trained:13,}  {arm.flops:11.2e}  "
-            f"{in_words(arm.peak_bytes):>11}  {arm.minutes:7.1f}"
+            f"{in_words(arm.peak_bytes):>11}  {_minutes(arm.minutes):>7}"
             for arm in self.arms
         ]
         models = sum(4 * arm.trained for arm in self.arms) * self.runs_of_arm
@@ -217,7 +217,7 @@ class Plan:
             f"{self.steps * self.tokens_per_step:,} a run{trials}.",
             heads,
             *rows,
-            f"All together {self.minutes:,.1f} minutes of training; evaluations come on top.",
+            f"All together {_minutes(self.minutes)} minutes of training; evaluations come on top.",
             f"To be written: {self.out}/ with recipe.toml, results.json, report.html, report.md, figures/, and in "
             f"arms/ the finished models ({in_words(models)}) with their metrics"
             + ("; the runs that it holds already are kept." if self.begun else "."),
@@ -256,12 +256,16 @@ def plan(
         steps=training.steps,
         tokens_per_step=tokens_per_step(baseline, training),
         runs_of_arm=len(seeds or fitted.seeds),
-        trials_of_arm=len(search.learning_rates) * len(search.seeds) if search else 0,
+        trials_of_arm=len(search.learning_rates) * max(1, len(search.scales)) * len(search.seeds) if search else 0,
         trial_steps=(search.steps if search else None) or training.steps,
         arms=tuple(_arm_plan(each, baseline, training, timed[name]) for name, each in arms.items()),
         out=out,
         begun=has_runs(out),
     )
+
+
+def _minutes(number: float) -> str:
+    return f"{number:,.1f}" if number >= 0.05 else "<0.1"
 
 
 def _arm_plan(arm: Arm, baseline: Arm, training: TrainingConfig, timed: ArmTiming) -> ArmPlan:

@@ -41,7 +41,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def _check_fraction(data: DataConfig) -> None:
-    if not 0 < data.validation_fraction < 1:
+    if data.validation_fraction >= 1:  # that it is positive is checked with the other numbers
         raise UserError(f"'data.validation_fraction' is {data.validation_fraction}: it must lie between 0 and 1.")
 
 
@@ -92,6 +92,8 @@ def _check_recipe_name(name: str) -> None:
 
 
 def _check_baseline(recipe: Any) -> None:
+    if not recipe.arms:
+        raise UserError("The recipe has no arm: add one, such as a section [arms.dense].")
     if recipe.baseline not in recipe.arms:
         raise UserError(f"'baseline' is '{recipe.baseline}', which is no arm: choose one of {', '.join(recipe.arms)}.")
 
@@ -117,6 +119,8 @@ def refuse_scales(search: SearchConfig) -> None:
         )
 
 
+_AT_MOST = {"threads": 1024, "num_hidden_layers": 10_000}
+"""With many more threads a process crashes before it could say why; millions of layers take minutes to count."""
 _MAY_BE_ZERO = {"weight_decay", "threads", "warmup_fraction", "min_learning_rate_fraction", "adam_beta1", "adam_beta2"}
 
 
@@ -140,6 +144,8 @@ def _check_number(where: str, key: str, value: float) -> None:
     if value < 0 or (value == 0 and key not in _MAY_BE_ZERO):
         least = "zero or more" if key in _MAY_BE_ZERO else "greater than zero"
         raise UserError(f"{where}: it must be {least}.")
+    if value > _AT_MOST.get(key, math.inf):
+        raise UserError(f"{where}: it must be at most {_AT_MOST[key]}.")
 
 
 def _check_training(training: TrainingConfig) -> None:
@@ -228,7 +234,7 @@ def check_feed_forward(
 
 def _check_mixture_of_tokens(where: str, arm: ArmConfig) -> None:
     mixtures = arm.num_experts * arm.mixtures_per_expert
-    if arm.alone_top_k is not None and arm.alone_top_k > mixtures:
+    if arm.alone_top_k is not None and arm.alone_top_k > mixtures > 0:
         raise UserError(
             f"'{where}.alone_top_k' is {arm.alone_top_k} but there are only {mixtures} mixtures, "
             f'{arm.mixtures_per_expert} for each of {arm.num_experts} experts: lower it, or set it to "none" for all.'
@@ -273,7 +279,7 @@ def _check_choice(where: str, arm: ArmConfig) -> None:
             f"'{where}.route_by' is '{arm.route_by}', which {arm.family} does not have: use 'token', or the family "
             "token_choice."
         )
-    if has_setting(arm.family, "top_k") and arm.top_k > arm.num_experts:
+    if has_setting(arm.family, "top_k") and arm.top_k > arm.num_experts > 0:
         raise UserError(
             f"'{where}.top_k' is {arm.top_k} but there are {arm.num_experts} experts: lower top_k or raise num_experts."
         )

@@ -155,7 +155,7 @@ def lines_of(section: Section, *, width: int) -> Iterator[str]:
     keys = keys_of(section.holds)
     yield f"[{section.name}] of {section.kind}" if section.name else f"Above all sections, {section.kind}"
     name, values, default = (max(len(key[column]) for key in keys) for column in range(3))
-    values = min(values, 40)
+    values, default = min(values, 40), min(default, 24)
     indent = " " * (name + values + default + 8)
     for key in keys:
         first = f"  {key.name:{name}}  {key.values:{values}}  {key.default:{default}}"

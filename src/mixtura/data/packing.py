@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mixtura.errors import TooLittleText
 
-HELD_OUT = "held-out text"
+HELD_OUT = "the held-out text"
 """The name of the held-out side in messages."""
 # Text encoded at once: enough to use the tokenizer's threads, but its memory stays below about 100 MB.
 _CHUNK_CHARACTERS = 1_000_000
@@ -56,7 +56,7 @@ def pack(
     tokenizer: PreTrainedTokenizerBase,
     *,
     sequence_length: int,
-    name: str = "text",
+    name: str = "the text",
 ) -> PackedTokens:
     """Encodes documents, ends each with eos (no bos) and cuts the stream into (N, L) windows; the remainder is dropped.
 
@@ -66,7 +66,7 @@ def pack(
         documents: texts in their order.
         tokenizer: any tokenizer with an eos token.
         sequence_length: L.
-        name: what to call the documents in an error, such as "held-out text".
+        name: what to call the documents in an error, such as "the held-out text".
 
     Raises:
         UserError: the documents do not fill one window.
@@ -78,8 +78,9 @@ def pack(
     num_sequences, tokens_dropped = divmod(tokens.size, sequence_length)
     if num_sequences == 0:
         raise TooLittleText(
-            f"The {name} has {tokens.size} tokens, fewer than the {sequence_length} of 'data.sequence_length': "
-            "give more text, lower 'data.sequence_length' or change 'data.validation_fraction'.",
+            f"{name[0].upper()}{name[1:]} has {tokens.size} tokens, fewer than the {sequence_length} of "
+            "'data.sequence_length': give more text, lower 'data.sequence_length' or change "
+            "'data.validation_fraction'.",
             held_out=name == HELD_OUT,
         )
     num_bytes = sum(len(document.encode()) for document in documents)

@@ -212,7 +212,9 @@ def _prepare(data: DataConfig, report: Callable[[str], None]) -> PreparedData:
     else:
         tokenizer = load_tokenizer(data.tokenizer)
     report("encoding")
-    train = pack(corpus.train, tokenizer, sequence_length=data.sequence_length, name="training text")
+    repeated = corpus.skipped["duplicate"]
+    name = f"the training text without {repeated:,} repeated documents" if repeated else "the training text"
+    train = pack(corpus.train, tokenizer, sequence_length=data.sequence_length, name=name)
     validation = pack(corpus.validation, tokenizer, sequence_length=data.sequence_length, name=HELD_OUT)
     order = epoch_order(validation.num_sequences, seed=0, epoch=0)
     validation = dataclasses.replace(validation, sequences_NL=validation.sequences_NL[order])

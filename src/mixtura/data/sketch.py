@@ -82,16 +82,27 @@ def sketch_recipe(
         if files[0].suffix.lower() in TABLES:
             looks = _look(files[0])
             about.append(f"Columns of {files[0].name}, in {len(looks[0].values):,} rows: {_listed_columns(looks)}.")
+    _check_columns(columns, looks)
     task = task or _task(looks, pairs)
     overrides = [] if data is None else _overrides(task, data, looks, columns, pairs)
     recipe = load_recipe(preset_path(_PRESETS[task]), [f"name={json.dumps(_folder_name(name))}", *overrides])
     table = recipe_to_dict(recipe)
+    if data is not None:
+        table["data"].pop("part", None)  # of the movie reviews
     table["description"] = f"My {task}." if data is not None else table["description"]
     head = [
         f"# A recipe for {task}, written by `mixtura init`; `mixtura keys` lists all keys.",
         *(f"# {a}" for a in about),
     ]
     return "\n".join([*head, *_written(table, task, _shown(task, overrides))]) + "\n"
+
+
+def _check_columns(columns: str | None, looks: list[Look]) -> None:
+    names = [look.column for look in looks]
+    for column in columns.split(",") if names and columns is not None else ():
+        # "messages.content" is a place inside a column.
+        if column.strip() not in names and column.strip().partition(".")[0] not in names:
+            raise UserError(f"--columns has '{column.strip()}', which is no column: name some of {', '.join(names)}.")
 
 
 def _folder_name(name: str) -> str:

@@ -33,6 +33,8 @@ def local_files(path: str | None, kinds: tuple[str, ...]) -> tuple[list[Path], i
     Raises:
         UserError: there are none, or they cannot be listed.
     """
+    if "://" in str(path):
+        raise UserError(f"'data.path' is '{path}', an address: download the file and give its path.")
     try:
         start = Path(str(path)).expanduser()
         found = [start] if start.is_file() else _walk(start)
@@ -60,7 +62,8 @@ def _other_kind(file: Path, listed: str) -> str:
         return f"is packed: unpack it to one of {listed}"
     if suffix in _SPREADSHEETS:
         return "is a spreadsheet: save it as CSV"
-    return f"is none of {listed}: give a file of one of these kinds"
+    plain = ", or rename it to .txt if it is plain text" if ".txt" in listed else ""
+    return f"is none of {listed}: give a file of one of these kinds{plain}"
 
 
 def _holds_rows(file: Path) -> bool:

@@ -163,7 +163,6 @@ def _batches(
 
 
 def _write(model: MixtureForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(out) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)

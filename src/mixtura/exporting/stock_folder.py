@@ -5,7 +5,6 @@ complete and, in transformers, computes what the checkpoint computes.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from mixtura.exporting.containers import (
 )
 from mixtura.exporting.fields import Traits, check_deployable, traits_of
 from mixtura.exporting.verification import Receipt, verify
-from mixtura.files import new_folder
+from mixtura.files import check_empty, free_bytes, new_folder
 from mixtura.models import MixtureConfig
 from mixtura.models.loading import folder_settings, load_config
 from mixtura.results import Facts
@@ -65,7 +64,7 @@ def export(
 
     Args:
         source: a folder that Mixtura trained or converted.
-        out: a folder that does not exist yet.
+        out: a new folder, or an empty one.
         to: one of `mixtura.exporting.containers.DESTINATIONS`; "auto" takes the first that holds the model exactly.
         base_model: hub name of the model that this one was made from, for the model card.
         max_shard_bytes: size of a weight file.
@@ -76,8 +75,7 @@ def export(
             exists, or the comparison fails.
     """
     source, out = Path(source), Path(out)
-    if out.exists():
-        raise UserError(f"'{out}' exists: name a new folder.")
+    check_empty(out)
     origin = origin_of(source, base_model)
     read = _read(source)
     check_deployable(read.config)
@@ -85,8 +83,7 @@ def export(
     if container == REMOTE_CODE:
         check_standalone(read.config)
     planned = _plan(read, container)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(out.parent, sum(tensor.bytes for tensor in planned))
+    _check_room(out, sum(tensor.bytes for tensor in planned))
     with new_folder(out) as new:
         _write(read, new, container, planned, origin=origin, max_shard_bytes=max_shard_bytes)
         receipt = verify(source, new) if check else None
@@ -127,12 +124,12 @@ def _plan(source: _Source, container: str) -> list[PlannedTensor]:
     return planned
 
 
-def _check_room(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
+def _check_room(out: Path, size: int) -> None:
+    free = free_bytes(out)
     if free < size + _SPARE_BYTES:
         raise UserError(
-            f"The export takes {size / 1e9:.1f} GB and the disk of '{folder}' has {free / 1e9:.1f} GB left: make room "
-            "or choose another folder."
+            f"The export takes {size / 1e9:.1f} GB and the disk of '{out.parent}' has {free / 1e9:.1f} GB left: make "
+            "room or choose another folder."
         )
 
 

@@ -24,7 +24,7 @@ def folder_settings(folder: Path) -> Facts:
     """
     file = folder / "config.json"
     if not file.is_file():
-        raise UserError(f"'{folder}' is no model folder (it has no config.json): give one such as .../checkpoint.")
+        raise UserError(f"'{folder}' is no model folder ({_what_else(folder)}.")
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -32,6 +32,31 @@ def folder_settings(folder: Path) -> Facts:
     if not isinstance(settings, dict):
         raise UserError(f"'{file}' is damaged (it is no JSON object): copy or train the model again.")
     return settings
+
+
+def _what_else(folder: Path) -> str:
+    """What a folder without a config.json is, and what to do, to stand behind a bracket."""
+    if (folder / "classifier.json").is_file():
+        return "it holds a classifier): use it with `mixtura classify`"
+    if (folder / ADAPTER).is_file():
+        return f"it holds an adapter alone): {adapter_advice(folder)}"
+    found = next((each for depth in _DEPTHS for each in sorted(folder.glob(f"{depth}checkpoint/config.json"))), None)
+    return f"it has no config.json): give one such as {found.parent if found else '.../checkpoint'}"
+
+
+ADAPTER = "adapter_config.json"
+_DEPTHS = ("", "*/", "*/*/", "arms/*/*/")
+"""Where a run's, an arm's or a comparison's folder has its models."""
+
+
+def adapter_advice(folder: Path) -> str:
+    """What to do with a folder that holds a PEFT adapter and no model."""
+    try:
+        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError):
+        base = None
+    of = f" '{base}'" if base else ""
+    return f"merge it into its base model{of} with PEFT's merge_and_unload, and give that model's folder"
 
 
 def load_config(kind: Any, folder: Path) -> Any:
@@ -102,7 +127,20 @@ def load_model(folder: Path) -> tuple[Any, Any]:
     Raises:
         UserError: see `load_weights`; or the tokenizer cannot be read.
     """
+    named = folder_settings(folder).get("architectures")
+    kinds = [str(kind) for kind in named] if isinstance(named, list) else []
+    if kinds and not any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
+        raise UserError(f"'{folder}' holds a {kinds[0]}, which cannot write text: give a causal language model.")
     return load_weights(AutoModelForCausalLM, folder).eval(), open_tokenizer(folder)
+
+
+TOKENIZER_ADVICE = "copy tokenizer.json and tokenizer_config.json there, from the model that it was made from"
+
+
+def lacks_tokenizer(folder: Path) -> bool:
+    """Whether a model folder has no file of a tokenizer in it."""
+    patterns = ("tokenizer*", "vocab*", "*.model", "spiece*", "*.tiktoken")
+    return not any(True for pattern in patterns for _ in folder.glob(pattern))
 
 
 def open_tokenizer(folder: Path) -> Any:
@@ -114,6 +152,8 @@ def open_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and the tokenizers' parser raise many classes, bare Exception too
+        if lacks_tokenizer(folder):
+            raise UserError(f"'{folder}' has no tokenizer: {TOKENIZER_ADVICE}.") from error
         raise UserError(
             f"The tokenizer in '{folder}' cannot be loaded ({reason_of(error)}): train or export the model again."
         ) from error

@@ -69,6 +69,8 @@ def report_folder(folder: Path) -> Path:
         UserError: there is no results.json, it is damaged or of a version that is not read, or the folder cannot be
             written.
     """
+    if folder.is_file():
+        raise UserError(f"'{folder}' is a file: give the folder of a finished comparison, in which it lies.")
     results = read_results(folder / RESULTS)
     if results is None:
         raise UserError(

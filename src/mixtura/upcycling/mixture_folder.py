@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,7 +23,7 @@ from torch import Tensor
 from mixtura.checkpoints.source import UPCYCLE_RECEIPT, DenseSource, check_alike, expected_shapes, open_source
 from mixtura.checkpoints.tensors import copy_companions, write_shards
 from mixtura.config import UserError
-from mixtura.files import check_empty, new_folder
+from mixtura.files import check_empty, free_bytes, new_folder
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.results import Facts
 from mixtura.upcycling.request import (
@@ -237,8 +236,7 @@ def _num_bytes(job: _Job) -> int:
 
 def _write(job: _Job, out: Path, texts: list[Path], max_shard_bytes: int) -> None:
     """Fills a folder beside the destination and puts it there when it is whole."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = _num_bytes(job), shutil.disk_usage(out.parent).free
+    needed, free = _num_bytes(job), free_bytes(out)
     if needed > free:
         raise UserError(
             f"The mixture needs {needed / 1e9:.1f} GB and '{out.parent}' has {free / 1e9:.1f} GB left: make room, or "

@@ -113,10 +113,16 @@ def check_settings(settings: UpcycleSettings, *, num_sources: int, num_texts: in
         )
     if s.score_function not in ("softmax", "sigmoid"):
         raise UserError(f"The score function '{s.score_function}' is unknown: use softmax or sigmoid.")
-    if s.group_size is not None and s.group_size < 2:
-        raise UserError(f"group_size is {s.group_size}: a group needs 2 tokens or more.")
+    _check_groups(s)
     _check_shares(s)
     _check_router(s, num_texts)
+
+
+def _check_groups(s: UpcycleSettings) -> None:
+    if s.group_size is not None and s.family != "mixture_of_tokens":
+        raise UserError(f"group_size is {s.group_size}, but {s.family} has no groups: leave it out.")
+    if s.group_size is not None and s.group_size < 2:
+        raise UserError(f"group_size is {s.group_size}: a group needs 2 tokens or more.")
 
 
 def _check_shares(s: UpcycleSettings) -> None:

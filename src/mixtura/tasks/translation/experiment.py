@@ -155,9 +155,12 @@ def _encode(recipe: TranslationRecipe, corpus: ParallelCorpus, prompts: Prompts)
     }
     for name, split in splits.items():
         if not split.sentences:
+            advice = "raise 'data.max_length', or hold out more source sentences"
+            if recipe.base.name is not None and longest != recipe.data.max_length:
+                advice = "give shorter sentences, or a base model with more positions"
             raise UserError(
-                f"No sentence pair is left for {name} ({split.too_long} have more than {max_length} "
-                "tokens): raise 'data.max_length', or hold out more source sentences."
+                f"No sentence pair is left for {name} ({split.too_long} have more than {max_length or longest} "
+                f"tokens): {advice}."
             )
     train = splits["train"]
     facts = {
