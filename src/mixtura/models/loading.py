@@ -5,6 +5,7 @@ model would be another one.
 """
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,8 +101,13 @@ def load_model(folder: Path) -> tuple[Any, Any]:
     """The causal language model and the tokenizer in a folder, ready for inference.
 
     Raises:
-        UserError: see `load_weights`; or the tokenizer cannot be read.
+        UserError: see `load_weights`; it is an encoder-decoder; or the tokenizer cannot be read.
     """
+    if folder_settings(folder).get("is_encoder_decoder"):
+        raise UserError(
+            f"'{folder}' is an encoder-decoder, which goes on from no text: use `mixtura translate`, or transformers' "
+            "AutoModelForSeq2SeqLM."
+        )
     return load_weights(AutoModelForCausalLM, folder).eval(), open_tokenizer(folder)
 
 
@@ -112,7 +118,9 @@ def open_tokenizer(folder: Path) -> Any:
         UserError: there is none, or it cannot be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and the tokenizers' parser raise many classes, bare Exception too
         raise UserError(
             f"The tokenizer in '{folder}' cannot be loaded ({reason_of(error)}): train or export the model again."
