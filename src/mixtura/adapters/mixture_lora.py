@@ -291,9 +291,7 @@ class MixtureLoraModel(RoutedTuner):
             return MixtureLoraLinear(target, key=key, context=self.context)
         if (down := loose_down(parent, name)) is not None:
             act = activation_of(parent)
-            layer = MixtureLoraFeedForward(
-                target, key=key, context=self.context, kind=LOOSE, down=down, activation=act
-            )
+            layer = MixtureLoraFeedForward(target, key=key, context=self.context, kind=LOOSE, down=down, activation=act)
             return layer
         kind, down = find_kind(target, name, parent, key)
         return MixtureLoraFeedForward(target, key=key, context=self.context, kind=kind, down=down)

@@ -25,6 +25,7 @@ from mixtura.planning import active_parameters, flops_per_token, model_parameter
 from mixtura.results import ArmDescription, Facts, Leaks
 from mixtura.tasks.translation.batches import PairDataset, collate_rows
 from mixtura.tasks.translation.decoding import ExampleRouting
+from mixtura.tasks.translation.encoder_decoder import EncoderDecoderPrompts, collate_pairs, probe_pairs
 from mixtura.tasks.translation.task import TranslationData, TranslationTask
 from mixtura.training.interface import Arm
 
@@ -91,6 +92,8 @@ class TranslationArm(Arm):
         return Leaks(trained.future, trained.batch, deployed.batch)
 
     def _leak(self, model: nn.Module) -> LeakReport:
+        if isinstance(self._translation.data.prompts, EncoderDecoderPrompts):
+            return probe_pairs(model, self._translation.routing, batch=self._group_size or 4)
         probed: Any = _FirstDirection(model, self._translation)
         size = probed.model.get_input_embeddings().num_embeddings
         return probe_causal_lm(probed, vocab_size=size, batch=self._group_size or 4, length=8, num_probes=12)
@@ -121,7 +124,9 @@ class TranslationArm(Arm):
         row = {"tokens": tokens, "prompt": len(tokens) // 2, "direction": 0}
         batch = self.task.collate([row] * (self._group_size or 2))
         flops = measured_flops_per_token(
-            model, lambda: self.task.losses(model, batch, num_targets=1).task_loss, tokens=batch["input_ids"].numel()
+            model,
+            lambda: self.task.losses(model, batch, num_targets=1).task_loss,
+            tokens=len(tokens) * len(batch["input_ids"]),
         )
         return ArmDescription(
             settings=self._settings,
@@ -291,8 +296,11 @@ def _sample(data: TranslationData, batch_size: int) -> Iterator[dict[str, Tensor
     pairs = PairDataset(data.train, names=data.directions, length=SAMPLE_SIZE, batch_size=batch_size, seed=0)
     for start in range(0, len(pairs), batch_size):
         items = [pairs[index] for index in range(start, min(start + batch_size, len(pairs)))]
-        batch = collate_rows(items, pad=data.prompts.pad)
-        yield {key: batch[key] for key in ("input_ids", "attention_mask")}
+        if isinstance(data.prompts, EncoderDecoderPrompts):
+            batch = collate_pairs(items, data.prompts, data.directions)
+        else:
+            batch = collate_rows(items, pad=data.prompts.pad)
+        yield {key: value for key, value in batch.items() if key not in ("labels", "directions")}
 
 
 def _adapter_settings(arm: TranslationArmConfig) -> Facts:
