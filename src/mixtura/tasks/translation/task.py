@@ -9,6 +9,7 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -19,7 +20,6 @@ from torch.nn.functional import cross_entropy
 from mixtura.adapters.attach import restore_adapter, router_losses, routing_stats
 from mixtura.config import AdapterConfig, TrainingConfig, UserError
 from mixtura.diagnostics.choices import routed_layers
-from mixtura.diagnostics.specialization import measure_specialization
 from mixtura.files import write_text
 from mixtura.models import MixtureConfig
 from mixtura.models.inference import mixing_layers
@@ -36,6 +36,7 @@ from mixtura.tasks.translation.encoder_decoder import (
     decode_prompts,
     forward_pairs,
 )
+from mixtura.tasks.translation.experts_by_direction import measure_directions, measure_sides
 from mixtura.training import saving as checkpoints
 from mixtura.training.interface import Batch, Measure, StepLosses, TrainingTask
 
@@ -295,15 +296,12 @@ class TranslationTask(TrainingTask):
         """How far experts divide the directions among them, over the tokens of test translations; None without any."""
         if not routed_layers(model):
             return None
-
-        def batches() -> Iterator[tuple[Batch, Tensor, Tensor]]:
-            for batch in self.batches(model, self.data.test, self.config.final_eval_sequences):
-                experts = self.routing.name_experts(model, batch["directions"])
-                inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **experts}
-                yield {**inputs, "use_cache": False}, batch["directions"], batch["labels"].ne(-100)
-
+        batches = partial(self.batches, model, self.data.test, self.config.final_eval_sequences)
+        named: Batch = {"routing": self.routing, "groups": self.data.directions}
         with running(model, inference_modes(model)[-1]):
-            return measure_specialization(model, batches(), groups=self.data.directions)
+            if isinstance(self.data.prompts, EncoderDecoderPrompts):
+                return measure_sides(model, batches, **named)
+            return measure_directions(model, batches(), **named)
 
     def _forward(self, model: Any, batch: Batch, *, want_routing: bool) -> tuple[Any, Tensor]:
         """The model's output, and the summed cross-entropy of the translations."""
