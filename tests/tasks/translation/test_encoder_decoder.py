@@ -1,5 +1,6 @@
 """Marian, M2M100, NLLB, T5, mT5 and MADLAD as bases of translation: languages, losses, adapters, decoding, folders."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from fixtures.encoder_decoders import WORDS, encoder_decoder, parallel_rows  # noqa: F401 - fixtures
+from mixtura import cli
 from mixtura.adapters.reach import check_adapter
 from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import (
@@ -185,6 +187,24 @@ def test_every_adapter_reaches_both_sides_of_every_base(experiments, base, name)
     assert len(reached.targets) >= 4 and all(target.output_change > 0 for target in reached.targets)
 
 
+def test_experts_can_be_named_by_the_target_language_alone(encoder_decoder, tmp_path):  # noqa: F811
+    rows = [{"en": word, "de": word[::-1], "fr": word.upper()} for word in WORDS]
+    directions = ("en-de", "fr-de", "de-en")
+    lines = [
+        {"source": row[a], "target": row[b], "source_language": a, "target_language": b}
+        for row in rows
+        for a, b in (direction.split("-") for direction in directions)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    by_target = dataclasses.replace(ADAPTERS["languages"], route_by="target")
+    arms = {"by_pair": ADAPTERS["languages"], "by_target": by_target}
+    recipe = recipe_for(encoder_decoder("nllb"), tmp_path / "pairs.jsonl", arms=arms, pairs=directions)
+    experiment = make_translation(recipe, cache_dir=None)
+    assert experiment.arms["by_target"].task.routing.expert_of_direction == (0, 0, 1)
+    sizes = [arm.describe(arm).parameters_trainable for arm in experiment.arms.values()]
+    assert sizes[0] * 2 == sizes[1] * 3
+
+
 def test_padding_of_each_side_stays_out_of_its_own_mixtures(experiments):
     arm = experiments("nllb").arms["mot"]
     model = arm.build(0).train()
@@ -271,4 +291,33 @@ def test_a_report_shows_beams_and_copying_for_a_base(encoder_decoder, parallel_r
     assert all(pair.beam_chrf is not None and pair.copy_chrf > 0 for pair in details.pairs.values())
     lines = (tmp_path / "outputs.jsonl").read_text(encoding="utf-8").splitlines()
     assert {"source", "reference", "output", "beam", "pair"} <= json.loads(lines[0]).keys() and len(lines) == 8
-    assert WORDS[0] != ""
+
+
+def test_one_command_leads_from_a_file_of_pairs_to_arms_a_report_and_a_translated_file(
+    encoder_decoder,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    def run_verb(*arguments):
+        monkeypatch.setattr("sys.argv", ["mixtura", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"english": word, "german": word[::-1]}) for word in WORDS]
+    (tmp_path / "own.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (tmp_path / "new.txt").write_text("ban tik\n\nmon sef\n", encoding="utf-8")
+    short = [f"training.{key}" for key in ("steps=2", "batch_size=4", "eval_every=2", "eval_sequences=4")]
+    less = [part for change in (*short, "seeds=[0]", "num_beams=2") for part in ("--set", change)]
+    flags = ("--data", "own.jsonl", "--columns", "english,german", "--base", encoder_decoder("marian"))
+    run_verb("finetune", "translation", *flags, *less, "--out", "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert list(results["arms"]) == ["lora", "lora_by_pair", "mixture_of_lora"]
+    page = (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
+    assert "copying" in page.lower() and "en-de" in page
+    checkpoint = tmp_path / "run" / "arms" / "mixture_of_lora" / "seed0" / "checkpoint"
+    run_verb("translate", checkpoint, "--from", "en", "--to", "de", "--in", "new.txt", "--out", "done.txt")
+    assert len((tmp_path / "done.txt").read_text(encoding="utf-8").splitlines()) == 3

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
 import torch
@@ -227,8 +227,7 @@ def _route(where: str, arm: ArmConfig, data: TranslationData) -> tuple[ExampleRo
         return ExampleRouting(), None
     if not has_setting(arm.family, "route_by"):
         raise UserError(f"'{where}.route_by' is '{arm.route_by}' but the family is {arm.family}: use token_choice.")
-    position = {"source": 0, "target": 1}.get(arm.route_by)
-    keys = [name if position is None else name.split("-")[position] for name in data.directions]
+    keys = _named_by(arm.route_by, data.directions)
     names = list(dict.fromkeys(keys))
     if arm.num_experts != len(names) or arm.top_k != 1 or arm.capacity_factor or arm.expert_bias_update_rate:
         raise UserError(
@@ -236,6 +235,12 @@ def _route(where: str, arm: ArmConfig, data: TranslationData) -> tuple[ExampleRo
             f"num_experts to {len(names)} and top_k to 1, without capacity_factor and expert_bias_update_rate."
         )
     return ExampleRouting(tuple(names.index(key) for key in keys)), names
+
+
+def _named_by(route_by: str, directions: Sequence[str]) -> list[str]:
+    """What names each direction's expert: the direction itself, or the language of one side."""
+    position = {"source": 0, "target": 1}.get(route_by)
+    return [name if position is None else name.split("-")[position] for name in directions]
 
 
 def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, data: TranslationData) -> TranslationArm:
@@ -248,7 +253,8 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
     if adapter is not None and adapter.method == "mixture_of_tokens":
         _check_groups(f"arms.{name}.adapter", adapter.group_size, recipe.training.batch_size)
         group_size = math.lcm(adapter.group_size, group_size or 1)
-    experts = tuple(range(len(data.directions)))
+    keys = _named_by("pair" if adapter is None else adapter.route_by, data.directions)
+    tasks = list(dict.fromkeys(keys))
 
     def build(seed: int, num_layers: int | None = base.num_layers) -> nn.Module:
         torch.manual_seed(seed)
@@ -258,8 +264,8 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
         return apply_adapter(
             model,
             adapter,
-            baseline_parameters=_baseline_parameters(recipe, num_layers) if adapter.solves_rank else None,
-            num_tasks=len(data.directions),
+            baseline_parameters=_baseline_parameters(recipe, data, num_layers) if adapter.solves_rank else None,
+            num_tasks=len(tasks),
             sample=_sample(data, recipe.training.batch_size),
             seed=seed,
         )
@@ -271,7 +277,7 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
         task=TranslationTask(
             data,
             recipe.training,
-            routing=ExampleRouting(experts, "task_ids") if routed else ExampleRouting(),
+            routing=ExampleRouting(tuple(map(tasks.index, keys)), "task_ids") if routed else ExampleRouting(),
             adapter=adapter,
             base={"name": base.name, "num_layers": base.num_layers},
             num_beams=recipe.num_beams,
@@ -312,13 +318,14 @@ def _adapter_settings(arm: TranslationArmConfig) -> Facts:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in changed.items()}
 
 
-def _baseline_parameters(recipe: TranslationRecipe, num_layers: int | None) -> int | None:
+def _baseline_parameters(recipe: TranslationRecipe, data: TranslationData, num_layers: int | None) -> int | None:
     """Trained parameters of the baseline, to which arms without a rank are matched; None if it has no rank itself."""
     baseline = recipe.arms[recipe.baseline].adapter
     if baseline is None or baseline.rank is None:
         return None
     model, _ = load_base(str(recipe.base.name), num_layers=num_layers)
-    return count_parameters(apply_adapter(model, baseline, num_tasks=len(recipe.data.pairs), seed=0))[1]
+    num_tasks = len(set(_named_by(baseline.route_by, data.directions)))
+    return count_parameters(apply_adapter(model, baseline, num_tasks=num_tasks, seed=0))[1]
 
 
 @torch.no_grad()
