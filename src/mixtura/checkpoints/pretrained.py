@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import logging
 
 import mixtura.models  # noqa: F401 - so that the Auto classes load folders of Mixtura's own
+from mixtura.checkpoints.nllb_moe import compute_as_published
 from mixtura.config import UserError
 from mixtura.errors import need, reason_of
 from mixtura.files import cache_entry, cache_folder, package_path
@@ -203,6 +204,7 @@ def load_base(
                 f"The model '{name}' cannot write text: its files lack {sorted(found['missing_keys'])[0]}, which would "
                 "be random; name a causal language model in 'base.name'."
             )
+        compute_as_published(model)
         return model, load_own_tokenizer(place)
     except UserError:
         raise

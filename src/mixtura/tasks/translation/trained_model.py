@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
 from mixtura.adapters.attach import load_adapter
+from mixtura.checkpoints.nllb_moe import compute_as_published
 from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import UserError
 from mixtura.config.languages import code_advice, find_language
@@ -165,8 +166,11 @@ def _routing(settings: Plain) -> ExampleRouting:
 
 def _load(folder: Path, settings: Plain) -> Any:
     if not (folder / "adapter_config.json").is_file():
-        encoder_decoder = settings["prompt"] == "encoder_decoder"
-        return load_weights(AutoModelForSeq2SeqLM, folder).eval() if encoder_decoder else load_model(folder)[0]
+        if settings["prompt"] != "encoder_decoder":
+            return load_model(folder)[0]
+        model = load_weights(AutoModelForSeq2SeqLM, folder)
+        compute_as_published(model)
+        return model.eval()
     name = settings["base"]["name"]
     try:
         base, _ = load_base(name, num_layers=settings["base"]["num_layers"])
