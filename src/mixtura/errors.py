@@ -24,6 +24,7 @@ EXTRAS = {
     "peft": ("peft", "finetune"),
     "plotly": ("plotly", "report"),
     "sacrebleu": ("sacrebleu", "finetune"),
+    "sentencepiece": ("sentencepiece", "finetune"),
 }
 """By the name of a module: the package that has it, and the extra of Mixtura that installs it."""
 

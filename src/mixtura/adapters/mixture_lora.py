@@ -12,6 +12,7 @@ and by down after the experts' outputs are summed. That is exact, as down is lin
 Shapes: B batch, L length, T = B*L tokens, D hidden, F width of the frozen layer, E experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +22,16 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
 from mixtura.adapters.low_rank_experts import Gates, LowRankExperts, RouterKind, routing_statistics
-from mixtura.adapters.targets import KINDS, SPLIT, Kind, Projections, projections
+from mixtura.adapters.targets import (
+    KINDS,
+    LOOSE,
+    SPLIT,
+    Kind,
+    Projections,
+    activation_of,
+    loose_down,
+    projections,
+)
 from mixtura.adapters.tuner import AdapterLayer, BatchContext, RoutedTuner, TwoPartLayer, register_method
 from mixtura.config import UserError
 
@@ -157,7 +167,7 @@ class MixtureLoraLayer(AdapterLayer):
         x_TD = x.reshape(-1, x.size(-1))
         gates = experts.gates(x_TD, self.context.task_ids_for(x) if experts.router == "task" else None)
         if self.training or self.context.observe:
-            mask_BL = self.context.mask_for(x)
+            mask_BL = self.mask_for(x)
             self.context.stats[self.key] = routing_statistics(gates, None if mask_BL is None else mask_BL.flatten())
         return _Routed(x_TD, gates)
 
@@ -186,11 +196,21 @@ class MixtureLoraFeedForward(TwoPartLayer, MixtureLoraLayer):
     """
 
     def __init__(
-        self, base_layer: nn.Module, *, key: str, context: BatchContext, kind: Kind, down: nn.Module | None
+        self,
+        base_layer: nn.Module,
+        *,
+        key: str,
+        context: BatchContext,
+        kind: Kind,
+        down: nn.Module | None,
+        activation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """`kind` names the parts of the layer; `down` is given for a layer of two modules."""
+        """`kind` names the parts of the layer.
+
+        `down` is given for a layer of two modules, and `activation` where it lies between them and in neither.
+        """
         super().__init__(base_layer, key=key, context=context, down=down)
-        self.kind = kind
+        self.kind, self._between = kind, (activation,)  # in a tuple, as it may be a module that is another's
 
     @property
     def is_split(self) -> bool:
@@ -200,7 +220,7 @@ class MixtureLoraFeedForward(TwoPartLayer, MixtureLoraLayer):
     @property
     def parts(self) -> Projections:
         """The frozen layer's linear layers and activation."""
-        return projections(self.get_base_layer(), self.kind, self.down)
+        return projections(self.get_base_layer(), self.kind, self.down, self._between[0])
 
     def shapes(self) -> tuple[dict[str, tuple[int, int]], int]:
         """Those of gate, up and down; the router reads what up reads."""
@@ -221,7 +241,8 @@ class MixtureLoraFeedForward(TwoPartLayer, MixtureLoraLayer):
         y = y_TD.view(*x.shape[:-1], -1)
         if self.down is not None:
             self.pending = y
-            return self.parts.act(up_TF).view(*x.shape[:-1], -1)
+            first_TF = up_TF if self._between[0] is not None else self.parts.act(up_TF)
+            return first_TF.view(*x.shape[:-1], -1)
         return (y, None) if kwargs.get("return_stats") else y
 
     def finish(self, output: Tensor, pending: Tensor) -> Tensor:
@@ -268,6 +289,10 @@ class MixtureLoraModel(RoutedTuner):
         if config.scope == "linear":
             _require_linear(target, key)
             return MixtureLoraLinear(target, key=key, context=self.context)
+        if (down := loose_down(parent, name)) is not None:
+            act = activation_of(parent)
+            layer = MixtureLoraFeedForward(target, key=key, context=self.context, kind=LOOSE, down=down, activation=act)
+            return layer
         kind, down = find_kind(target, name, parent, key)
         return MixtureLoraFeedForward(target, key=key, context=self.context, kind=kind, down=down)
 

@@ -23,7 +23,7 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
-from mixtura.adapters.targets import SPLIT
+from mixtura.adapters.targets import SPLIT, loose_down
 from mixtura.adapters.tuner import AdapterLayer, RoutedTuner, TwoPartLayer, register_method
 from mixtura.config import UserError
 from mixtura.layers import MixtureOfTokens
@@ -132,7 +132,7 @@ class MotAdapterLayer(TwoPartLayer):
 
     def _update(self, experts: MotExperts, x_BLD: Tensor) -> Tensor:
         want_stats = self.training or self.context.observe
-        y_BLD, stats = experts(x_BLD, self.context.mask_for(x_BLD), want_stats)
+        y_BLD, stats = experts(x_BLD, self.mask_for(x_BLD), want_stats)
         if want_stats:
             self.context.stats[self.key] = stats
         return y_BLD
@@ -152,7 +152,7 @@ class MotAdapterModel(RoutedTuner):
     def new_layer(self, config: Any, target: nn.Module, name: str, parent: nn.Module, key: str) -> AdapterLayer:
         """A whole feed-forward layer's."""
         split = name == "intermediate" and isinstance(getattr(target, "dense", None), nn.Linear)
-        down = parent.get_submodule(SPLIT.down) if split else None
+        down = parent.get_submodule(SPLIT.down) if split else loose_down(parent, name)
         return MotAdapterLayer(target, key=key, context=self.context, down=down)
 
 

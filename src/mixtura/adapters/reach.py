@@ -141,7 +141,10 @@ def _probe(model: PeftModel) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     base: Any = model.get_base_model()
     ids_BL = torch.randint(base.config.vocab_size, _PROBE_SHAPE, generator=generator)
-    return {"input_ids": ids_BL.to(device)}
+    batch = {"input_ids": ids_BL.to(device)}
+    if base.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = batch["input_ids"].flip(1)
+    return batch
 
 
 def _without_gradient(model: nn.Module, parts: list[_Part], batch: Mapping[str, Any]) -> list[str]:

@@ -31,7 +31,7 @@ KINDS = (
     Kind("w1", "w3", "w2"),
     Kind("wi_0", "wi_1", "wo"),  # T5 1.1
     Kind(None, "up_proj", "down_proj"),  # a plain DenseFFN
-    Kind(None, "fc1", "fc2"),  # Phi, OPT, BART
+    Kind(None, "fc1", "fc2"),  # Phi, NLLB-MoE
     Kind(None, "lin1", "lin2"),  # DistilBERT
     Kind(None, "wi", "wo"),  # T5, ModernBERT's plain form
     Kind(None, "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Falcon
@@ -42,6 +42,7 @@ FUSED = (
 )
 """Layers that have targets for one routing a linear layer, but no gate and up of their own for one routing in all."""
 SPLIT = Kind(None, "intermediate.dense", "output.dense")  # BERT, RoBERTa, ELECTRA, MiniLM: two modules make the layer
+LOOSE = Kind(None, "fc1", "fc2")  # Marian, M2M100, NLLB, BART, OPT: two linear layers beside the attention, no module
 _ACTIVATIONS = ("act_fn", "intermediate_act_fn", "activation_fn", "activation", "act")
 
 
@@ -80,14 +81,18 @@ def find_blocks(model: nn.Module, *, mixtures: bool = False) -> list[Block]:
         mixtures: also layers that are mixtures already, which have no linear layers of their own.
     """
     found: list[Block] = []
+    experts = tuple(f"{name}.experts." for name, module in model.named_modules() if _is_mixture(module))
     for name, module in model.named_modules():
-        if found and name.startswith(f"{found[-1].name}."):
+        # A mixture's expert gets some tokens in no order, so nothing could say of which example, or group, each is.
+        if name.startswith(experts) or (found and name.startswith(f"{found[-1].name}.")):
             continue
         kind = _kind_of(module)
         if kind is not None:
             found.append(Block(name, kind))
         elif _is_split(module):
             found.append(Block(f"{name}.intermediate".lstrip("."), SPLIT, split=True))
+        elif _is_loose(module):
+            found.append(Block(f"{name}.{LOOSE.up}".lstrip("."), LOOSE, split=True))
         elif mixtures and _is_mixture(module):
             found.append(Block(name, None))
     return [block for block in found if block.name]
@@ -139,14 +144,19 @@ def linear_suffixes(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def projections(module: nn.Module, kind: Kind, down: nn.Module | None = None) -> Projections:
+def projections(
+    module: nn.Module, kind: Kind, down: nn.Module | None = None, activation: Callable[[Tensor], Tensor] | None = None
+) -> Projections:
     """The parts of a dense feed-forward layer.
 
     Args:
         module: the layer; of a split one, its first half.
         kind: the names of its parts.
         down: the last linear layer, when it is not in `module`.
+        activation: what lies between the two, when `module` is the first linear layer itself.
     """
+    if down is not None and activation is not None:
+        return Projections(None, module, down, activation)
     if down is not None:
         return Projections(None, module.get_submodule("dense"), down, activation_of(module))
     gate = None if kind.gate is None else module.get_submodule(kind.gate)
@@ -189,8 +199,20 @@ def _is_split(module: nn.Module) -> bool:
     )
 
 
+def loose_down(parent: nn.Module, name: str) -> nn.Module | None:
+    """The linear layer that ends a loose feed-forward layer whose first is `parent`'s child `name`; None for others."""
+    return getattr(parent, LOOSE.down) if name == LOOSE.up and _is_loose(parent) else None
+
+
+def _is_loose(module: nn.Module) -> bool:
+    """Whether both linear layers are its children, beside others."""
+    return all(isinstance(getattr(module, name, None), nn.Linear) for name in (LOOSE.up, LOOSE.down))
+
+
 def _is_mixture(module: nn.Module) -> bool:
-    return isinstance(module, FeedForward) or (hasattr(module, "experts") and hasattr(module, "gate"))
+    if isinstance(module, FeedForward):
+        return True
+    return hasattr(module, "experts") and (hasattr(module, "gate") or hasattr(module, "router"))
 
 
 def _listed(names: list[str]) -> str:

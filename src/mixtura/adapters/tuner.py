@@ -46,6 +46,8 @@ class BatchContext:
     def __init__(self) -> None:
         """Knows nothing yet."""
         self.mask_BL: Tensor | None = None
+        self.decoder_mask_BL: Tensor | None = None
+        """Of the decoder's tokens, where the model has an encoder too, whose tokens `mask_BL` is of."""
         self.task_ids_B: Tensor | None = None
         self.num_tasks: int | None = None
         self.observe = False
@@ -63,22 +65,24 @@ class BatchContext:
 
         The mask stays until the next forward, for a backward that runs layers again under gradient checkpointing.
         """
-        mask: Any = kwargs.get("attention_mask")
-        if mask is None and len(args) > 1:
-            names = list(inspect.signature(module.forward).parameters)
-            position = names.index("attention_mask") if "attention_mask" in names else len(args)
-            mask = args[position] if position < len(args) else None
-        self.mask_BL = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.mask_BL = _mask_of(module, "attention_mask", args, kwargs)
+        self.decoder_mask_BL = _mask_of(module, "decoder_attention_mask", args, kwargs)
         self.stats = {}
 
-    def mask_for(self, x: Tensor) -> Tensor | None:
+    def begin_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of an encoder beside a decoder: `generate` calls it by itself, not through the model."""
+        self.mask_BL = _mask_of(module, "attention_mask", args, kwargs)
+
+    def mask_for(self, x: Tensor, *, in_decoder: bool = False) -> Tensor | None:
         """(B, L) bool of this call's tokens, from a mask that may also cover those in a cache; None if all are real.
 
-        Inputs of another shape than (B, L, width), such as pooled vectors, have no padding.
+        Inputs of another shape than (B, L, width), such as pooled vectors, have no padding. `in_decoder` is said by the
+        layers of a decoder that has an encoder beside it.
         """
-        if self.mask_BL is None or x.dim() != 3 or x.size(0) != self.mask_BL.size(0):
+        known_BL = self.decoder_mask_BL if in_decoder else self.mask_BL
+        if known_BL is None or x.dim() != 3 or x.size(0) != known_BL.size(0):
             return None
-        mask_BL = self.mask_BL[:, -x.size(1) :].bool()
+        mask_BL = known_BL[:, -x.size(1) :].bool()
         return mask_BL if mask_BL.shape == x.shape[:2] else None
 
     def set_task_ids(self, task_ids_B: Tensor | None) -> None:
@@ -125,6 +129,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """`key` is the layer's name in the model, under which it leaves its statistics."""
         super().__init__()
         self.base_layer, self.key, self.context = base_layer, key, context
+        self.in_decoder = False
+        """Whether it is part of a decoder with an encoder beside it; the tuner says so."""
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
         self._disable_adapters = False
         self.merged_adapters = []
@@ -140,6 +146,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             adapter = adapter.to(like.device, like.dtype if like.is_floating_point() else torch.float32)
         getattr(self, self.adapter_layer_names[0])[name] = adapter
         self.set_adapter(self.active_adapters)
+
+    def mask_for(self, x: Tensor) -> Tensor | None:
+        """`BatchContext.mask_for` for the side that the layer is on."""
+        return self.context.mask_for(x, in_decoder=self.in_decoder)
 
     def active_modules(self) -> list[Any]:
         """The adapters that the layer applies now."""
@@ -197,8 +207,13 @@ class RoutedTuner(BaseTuner):
         if "context" in self.__dict__:
             return
         self.context = BatchContext()
+        self.decoder_names: tuple[str, ...] = ()
         for root in _entrances(model):
             root.register_forward_pre_hook(self.context.begin, with_kwargs=True)
+            if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+                encoder, decoder = root.get_encoder(), root.get_decoder()
+                encoder.register_forward_pre_hook(self.context.begin_encoder, with_kwargs=True)
+                self.decoder_names += tuple(f"{name}." for name, part in model.named_modules() if part is decoder)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         if peft_config.target_modules is None:  # pyright: ignore[reportAttributeAccessIssue]
@@ -227,6 +242,7 @@ class RoutedTuner(BaseTuner):
             target.add(adapter_name, peft_config)
             return
         layer = self.new_layer(peft_config, target, target_name, parent, current_key)
+        layer.in_decoder = current_key.startswith(self.decoder_names)
         layer._active_adapter = adapter_name
         layer.add(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
@@ -236,6 +252,16 @@ class RoutedTuner(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         return key.replace(f".{cls.attribute}.{adapter_name}.", f".{cls.attribute}.")
+
+
+def _mask_of(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The padding mask (B, L) among a forward's arguments, by name or by position."""
+    mask: Any = kwargs.get(name)
+    if mask is None and len(args) > 1:
+        names = list(inspect.signature(module.forward).parameters)
+        position = names.index(name) if name in names else len(args)
+        mask = args[position] if position < len(args) else None
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _entrances(model: nn.Module) -> list[nn.Module]:

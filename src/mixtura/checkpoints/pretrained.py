@@ -7,6 +7,7 @@ Face's format. Quantising lost precision that no conversion brings back, so the 
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     LlamaConfig,
     PreTrainedConfig,
@@ -29,6 +31,7 @@ from transformers import (
 from transformers.utils import logging
 
 import mixtura.models  # noqa: F401 - so that the Auto classes load folders of Mixtura's own
+from mixtura.checkpoints.nllb_moe import compute_as_published
 from mixtura.config import UserError
 from mixtura.errors import need, reason_of
 from mixtura.files import cache_entry, cache_folder, package_path
@@ -183,7 +186,7 @@ def load_base(
     Args:
         name: see `resolve_base`.
         num_layers: keep only so many of its first layers; None keeps all.
-        head: "causal" for next-token logits, "encoder" for hidden states.
+        head: "causal" for next-token logits, of an encoder-decoder those of its decoder; "encoder" for hidden states.
 
     Raises:
         UserError: it cannot be loaded, or has fewer layers.
@@ -192,7 +195,7 @@ def load_base(
     try:
         config = AutoConfig.from_pretrained(place)
         _cut(config, name, num_layers)
-        auto = AutoModelForCausalLM if head == "causal" else AutoModel
+        auto = AutoModel if head == "encoder" else language_model_class(config)
         with _no_report():  # of the weights of the layers that were cut
             # Without a dtype, the one of the file is taken; training needs float32 parameters.
             loaded: Any = auto.from_pretrained(place, config=config, dtype=torch.float32, output_loading_info=True)
@@ -202,11 +205,24 @@ def load_base(
                 f"The model '{name}' cannot write text: its files lack {sorted(found['missing_keys'])[0]}, which would "
                 "be random; name a causal language model in 'base.name'."
             )
-        return model, AutoTokenizer.from_pretrained(place)
+        compute_as_published(model)
+        return model, load_own_tokenizer(place)
     except UserError:
         raise
     except Exception as error:  # Files, parsers and the hub raise many unrelated classes.
         raise _cannot_load(name, error) from error
+
+
+def language_model_class(config: PreTrainedConfig) -> type:
+    """The Auto class that gives next-token logits: an encoder-decoder must not be opened as its decoder alone."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def load_own_tokenizer(place: str) -> PreTrainedTokenizerBase:
+    """A model's own tokenizer, without Marian's advice on a package that few need; raises what transformers raises."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
+        return AutoTokenizer.from_pretrained(place)
 
 
 def load_base_config(name: str) -> PreTrainedConfig:
@@ -244,7 +260,15 @@ def _package_part(name: str, package: str, part: str) -> Path:
 
 
 def _cut(config: Any, name: str, num_layers: int | None) -> None:
-    """Lowers the number of layers in a configuration, and shortens its lists that name every layer."""
+    """Lowers the number of layers in a configuration, and shortens its lists that name every layer.
+
+    Of an encoder-decoder both sides keep so many. Its layers are never skipped at random (layerdrop): in a skipped one
+    adapters and routers would learn nothing, and its cost would be another at every step.
+    """
+    if config.is_encoder_decoder:
+        for side in ("encoder_layerdrop", "decoder_layerdrop"):
+            if hasattr(config, side):
+                setattr(config, side, 0.0)
     if num_layers is None:
         return
     whole = config.num_hidden_layers
@@ -254,6 +278,9 @@ def _cut(config: Any, name: str, num_layers: int | None) -> None:
         if isinstance(value, list) and len(value) == whole:
             setattr(config, key, value[:num_layers])
     config.num_hidden_layers = num_layers
+    for side in ("decoder_layers", "num_decoder_layers"):
+        if config.is_encoder_decoder and hasattr(config, side):
+            setattr(config, side, min(num_layers, getattr(config, side)))
 
 
 def _main() -> int:

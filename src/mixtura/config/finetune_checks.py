@@ -154,8 +154,22 @@ def _check_adapter(where: str, adapter: AdapterConfig | None, batch_size: int) -
             raise UserError(f"'{where}.{key}' is {value}: it must be greater than zero.")
     if not 0 <= adapter.dropout < 1:
         raise UserError(f"'{where}.dropout' is {adapter.dropout}: it must lie between 0 and 1.")
+    _check_adapter_routing(where, adapter)
     if not 0 < adapter.expert_share <= 1:
         raise UserError(f"'{where}.expert_share' is {adapter.expert_share}: it must lie between 0 and 1.")
+    if adapter.method == "mixture_of_tokens" and (adapter.group_size < 2 or batch_size % adapter.group_size):
+        raise UserError(
+            f"'training.batch_size' is {batch_size}, which is no multiple of '{where}.group_size' "
+            f"{adapter.group_size}, at least 2: change one of them."
+        )
+
+
+def _check_adapter_routing(where: str, adapter: AdapterConfig) -> None:
+    if adapter.route_by != "pair" and (adapter.method, adapter.router) != ("mixture_of_lora", "task"):
+        raise UserError(
+            f"'{where}.route_by' is '{adapter.route_by}', but this adapter's experts are not named by languages: set "
+            "method to 'mixture_of_lora' and router to 'task', or leave it out."
+        )
     if adapter.method == "mixture_of_lora" and adapter.router == "top_k":
         if adapter.top_k > adapter.num_experts:
             raise UserError(
@@ -166,11 +180,6 @@ def _check_adapter(where: str, adapter: AdapterConfig | None, batch_size: int) -
                 f"'{where}.top_k' is 1: its weight is always 1, so the router would never learn; use 2 or more, or "
                 "another router."
             )
-    if adapter.method == "mixture_of_tokens" and (adapter.group_size < 2 or batch_size % adapter.group_size):
-        raise UserError(
-            f"'training.batch_size' is {batch_size}, which is no multiple of '{where}.group_size' "
-            f"{adapter.group_size}, at least 2: change one of them."
-        )
 
 
 def _check_ranks(baseline: str, adapters: Mapping[str, AdapterConfig | None]) -> None:

@@ -164,6 +164,8 @@ class AdapterConfig:
     router: AdapterRouter = "top_k"
     """Who chooses the experts: the token's `top_k`, all with softmax weights (`dense`), all above a learned threshold,
     or the example's task or language (`task`), without a router."""
+    route_by: Literal["pair", "source", "target"] = "pair"
+    """What is an example's task in translation (router `task`): its direction, or the language of one side."""
     top_k: int = 2
     threshold_max: float | None = None
     """Largest value of the learned threshold; None means 1 / num_experts (AdaMoLE)."""

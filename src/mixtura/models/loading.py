@@ -5,6 +5,7 @@ model would be another one.
 """
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,9 +126,15 @@ def load_model(folder: Path) -> tuple[Any, Any]:
     """The causal language model and the tokenizer in a folder, ready for inference.
 
     Raises:
-        UserError: see `load_weights`; or the tokenizer cannot be read.
+        UserError: see `load_weights`; it is an encoder-decoder; or the tokenizer cannot be read.
     """
-    named = folder_settings(folder).get("architectures")
+    settings = folder_settings(folder)
+    if settings.get("is_encoder_decoder"):
+        raise UserError(
+            f"'{folder}' is an encoder-decoder, which goes on from no text: use `mixtura translate`, or transformers' "
+            "AutoModelForSeq2SeqLM."
+        )
+    named = settings.get("architectures")
     kinds = [str(kind) for kind in named] if isinstance(named, list) else []
     if kinds and not any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
         raise UserError(f"'{folder}' holds a {kinds[0]}, which cannot write text: give a causal language model.")
@@ -150,7 +157,9 @@ def open_tokenizer(folder: Path) -> Any:
         UserError: there is none, or it cannot be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and the tokenizers' parser raise many classes, bare Exception too
         if lacks_tokenizer(folder):
             raise UserError(f"'{folder}' has no tokenizer: {TOKENIZER_ADVICE}.") from error

@@ -220,9 +220,12 @@ def load_trained(model: nn.Module, folder: Path) -> None:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Reads a checkpoint's weights into the model; tied weights are stored once."""
+    """Reads a checkpoint's weights into the model; tied weights are stored once, tables of positions never."""
+    derived = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     try:
-        safetensors.torch.load_model(model, folder / WEIGHTS, strict=True)
+        missing, _ = safetensors.torch.load_model(model, folder / WEIGHTS, strict=not derived)
+        if left := sorted(set(missing) - derived):
+            raise RuntimeError(f"it lacks {left[0]}")
     except (SafetensorError, RuntimeError) as error:
         raise _unreadable(folder / WEIGHTS, error) from error
 

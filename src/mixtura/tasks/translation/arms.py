@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
 import torch
@@ -25,6 +25,7 @@ from mixtura.planning import active_parameters, flops_per_token, model_parameter
 from mixtura.results import ArmDescription, Facts, Leaks
 from mixtura.tasks.translation.batches import PairDataset, collate_rows
 from mixtura.tasks.translation.decoding import ExampleRouting
+from mixtura.tasks.translation.encoder_decoder import EncoderDecoderPrompts, collate_pairs, probe_pairs
 from mixtura.tasks.translation.task import TranslationData, TranslationTask
 from mixtura.training.interface import Arm
 
@@ -91,6 +92,8 @@ class TranslationArm(Arm):
         return Leaks(trained.future, trained.batch, deployed.batch)
 
     def _leak(self, model: nn.Module) -> LeakReport:
+        if isinstance(self._translation.data.prompts, EncoderDecoderPrompts):
+            return probe_pairs(model, self._translation.routing, batch=self._group_size or 4)
         probed: Any = _FirstDirection(model, self._translation)
         size = probed.model.get_input_embeddings().num_embeddings
         return probe_causal_lm(probed, vocab_size=size, batch=self._group_size or 4, length=8, num_probes=12)
@@ -121,7 +124,9 @@ class TranslationArm(Arm):
         row = {"tokens": tokens, "prompt": len(tokens) // 2, "direction": 0}
         batch = self.task.collate([row] * (self._group_size or 2))
         flops = measured_flops_per_token(
-            model, lambda: self.task.losses(model, batch, num_targets=1).task_loss, tokens=batch["input_ids"].numel()
+            model,
+            lambda: self.task.losses(model, batch, num_targets=1).task_loss,
+            tokens=len(tokens) * len(batch["input_ids"]),
         )
         return ArmDescription(
             settings=self._settings,
@@ -222,8 +227,7 @@ def _route(where: str, arm: ArmConfig, data: TranslationData) -> tuple[ExampleRo
         return ExampleRouting(), None
     if not has_setting(arm.family, "route_by"):
         raise UserError(f"'{where}.route_by' is '{arm.route_by}' but the family is {arm.family}: use token_choice.")
-    position = {"source": 0, "target": 1}.get(arm.route_by)
-    keys = [name if position is None else name.split("-")[position] for name in data.directions]
+    keys = _named_by(arm.route_by, data.directions)
     names = list(dict.fromkeys(keys))
     if arm.num_experts != len(names) or arm.top_k != 1 or arm.capacity_factor or arm.expert_bias_update_rate:
         raise UserError(
@@ -231,6 +235,12 @@ def _route(where: str, arm: ArmConfig, data: TranslationData) -> tuple[ExampleRo
             f"num_experts to {len(names)} and top_k to 1, without capacity_factor and expert_bias_update_rate."
         )
     return ExampleRouting(tuple(names.index(key) for key in keys)), names
+
+
+def _named_by(route_by: str, directions: Sequence[str]) -> list[str]:
+    """What names each direction's expert: the direction itself, or the language of one side."""
+    position = {"source": 0, "target": 1}.get(route_by)
+    return [name if position is None else name.split("-")[position] for name in directions]
 
 
 def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, data: TranslationData) -> TranslationArm:
@@ -243,7 +253,8 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
     if adapter is not None and adapter.method == "mixture_of_tokens":
         _check_groups(f"arms.{name}.adapter", adapter.group_size, recipe.training.batch_size)
         group_size = math.lcm(adapter.group_size, group_size or 1)
-    experts = tuple(range(len(data.directions)))
+    keys = _named_by("pair" if adapter is None else adapter.route_by, data.directions)
+    tasks = list(dict.fromkeys(keys))
 
     def build(seed: int, num_layers: int | None = base.num_layers) -> nn.Module:
         torch.manual_seed(seed)
@@ -253,8 +264,8 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
         return apply_adapter(
             model,
             adapter,
-            baseline_parameters=_baseline_parameters(recipe, num_layers) if adapter.solves_rank else None,
-            num_tasks=len(data.directions),
+            baseline_parameters=_baseline_parameters(recipe, data, num_layers) if adapter.solves_rank else None,
+            num_tasks=len(tasks),
             sample=_sample(data, recipe.training.batch_size),
             seed=seed,
         )
@@ -266,7 +277,7 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
         task=TranslationTask(
             data,
             recipe.training,
-            routing=ExampleRouting(experts, "task_ids") if routed else ExampleRouting(),
+            routing=ExampleRouting(tuple(map(tasks.index, keys)), "task_ids") if routed else ExampleRouting(),
             adapter=adapter,
             base={"name": base.name, "num_layers": base.num_layers},
             num_beams=recipe.num_beams,
@@ -291,8 +302,11 @@ def _sample(data: TranslationData, batch_size: int) -> Iterator[dict[str, Tensor
     pairs = PairDataset(data.train, names=data.directions, length=SAMPLE_SIZE, batch_size=batch_size, seed=0)
     for start in range(0, len(pairs), batch_size):
         items = [pairs[index] for index in range(start, min(start + batch_size, len(pairs)))]
-        batch = collate_rows(items, pad=data.prompts.pad)
-        yield {key: batch[key] for key in ("input_ids", "attention_mask")}
+        if isinstance(data.prompts, EncoderDecoderPrompts):
+            batch = collate_pairs(items, data.prompts, data.directions)
+        else:
+            batch = collate_rows(items, pad=data.prompts.pad)
+        yield {key: value for key, value in batch.items() if key not in ("labels", "directions")}
 
 
 def _adapter_settings(arm: TranslationArmConfig) -> Facts:
@@ -304,13 +318,14 @@ def _adapter_settings(arm: TranslationArmConfig) -> Facts:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in changed.items()}
 
 
-def _baseline_parameters(recipe: TranslationRecipe, num_layers: int | None) -> int | None:
+def _baseline_parameters(recipe: TranslationRecipe, data: TranslationData, num_layers: int | None) -> int | None:
     """Trained parameters of the baseline, to which arms without a rank are matched; None if it has no rank itself."""
     baseline = recipe.arms[recipe.baseline].adapter
     if baseline is None or baseline.rank is None:
         return None
     model, _ = load_base(str(recipe.base.name), num_layers=num_layers)
-    return count_parameters(apply_adapter(model, baseline, num_tasks=len(recipe.data.pairs), seed=0))[1]
+    num_tasks = len(set(_named_by(baseline.route_by, data.directions)))
+    return count_parameters(apply_adapter(model, baseline, num_tasks=num_tasks, seed=0))[1]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from mixtura.data.packing import epoch_order
 from mixtura.data.parallel import SentencePair
-from mixtura.tasks.translation.prompts import Prompts
+from mixtura.tasks.translation.encoder_decoder import AnyPrompts
 from mixtura.training.interface import Batch
 
 WINDOW_BATCHES = 50
@@ -26,7 +26,7 @@ _BATCH_ORDER = 1 << 32
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Prompts and translations of one split."""
+    """Prompts and translations of one split; what an encoder reads counts as the prompt."""
 
     sentences: list[SentencePair]
     tokens_T: np.ndarray
@@ -65,7 +65,7 @@ class EncodedPairs:
         return self.tokens_T[start : start + int(self.prompt_N[index])].tolist()
 
 
-def encode_pairs(pairs: Sequence[SentencePair], prompts: Prompts, *, max_length: int) -> EncodedPairs:
+def encode_pairs(pairs: Sequence[SentencePair], prompts: AnyPrompts, *, max_length: int) -> EncodedPairs:
     """Encodes pairs; those of more than `max_length` tokens, prompt and translation together, are left out, counted."""
     asked, answered = prompts.encode(pairs), prompts.encode_targets([pair.target for pair in pairs])
     rows = [

@@ -85,7 +85,7 @@ def decode(
     outputs: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     limits = [token_limit(len(prompt), max_length) for prompt in prompts]
-    for batch in _batches(order, [len(prompt) for prompt in prompts], num_beams=num_beams):
+    for batch in batches_by_length(order, [len(prompt) for prompt in prompts], num_beams=num_beams):
         longest = max(len(prompts[i]) for i in batch)
         ids_BL = torch.tensor([[pad] * (longest - len(prompts[i])) + list(prompts[i]) for i in batch])
         mask_BL = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
@@ -114,7 +114,7 @@ def token_limit(prompt_length: int, max_length: int) -> int:
     return min(max_length - prompt_length, 2 * prompt_length + 16)
 
 
-def _batches(order: list[int], lengths: list[int], *, num_beams: int) -> Iterator[list[int]]:
+def batches_by_length(order: list[int], lengths: list[int], *, num_beams: int) -> Iterator[list[int]]:
     """Cuts an order by length so that the longest of a batch times its rows and beams stays within `BATCH_TOKENS`.
 
     Which beam wins depends on where the search has to end, so that beams need batches of one length.

@@ -18,7 +18,12 @@ from mixtura.results.document import AcrossArms, PairedTest
 from mixtura.tasks.translation.arms import make_arm
 from mixtura.tasks.translation.batches import encode_pairs
 from mixtura.tasks.translation.chrf import paired_bootstrap
-from mixtura.tasks.translation.prompts import Prompts, add_prompt_tokens, train_translation_tokenizer
+from mixtura.tasks.translation.encoder_decoder import AnyPrompts, prompts_for
+from mixtura.tasks.translation.prompts import (
+    Prompts,
+    add_prompt_tokens,
+    train_translation_tokenizer,
+)
 from mixtura.tasks.translation.task import OUTPUTS_FILE, TranslationData, read_outputs
 from mixtura.training.interface import Arm, Experiment
 
@@ -124,11 +129,16 @@ class TranslationExperiment(Experiment):
 
 def _prompts(
     recipe: TranslationRecipe, corpus: ParallelCorpus, cache_dir: Path | None, report: Callable[[str], None]
-) -> Prompts:
+) -> AnyPrompts:
     """The base model's tokenizer and words, or our own tokens."""
     data = recipe.data
     if recipe.base.name is not None:
-        return Prompts("instruction", load_base(recipe.base.name, num_layers=1)[1])
+        model, tokenizer = load_base(recipe.base.name, num_layers=1)
+        if not model.config.is_encoder_decoder:
+            return Prompts("instruction", tokenizer)
+        prompts = prompts_for(tokenizer, model.config)
+        prompts.languages.check(data.pairs)
+        return prompts
     languages = sorted({pair.target_language for pair in corpus.train})
     if data.tokenizer == "train":
         report("training tokenizer")
@@ -142,7 +152,7 @@ def _prompts(
     return Prompts("tokens", tokenizer)
 
 
-def _encode(recipe: TranslationRecipe, corpus: ParallelCorpus, prompts: Prompts) -> TranslationData:
+def _encode(recipe: TranslationRecipe, corpus: ParallelCorpus, prompts: AnyPrompts) -> TranslationData:
     sides = (corpus.train, corpus.validation, corpus.test)
     longest = _longest(recipe)
     max_length = min(recipe.data.max_length or longest, longest)

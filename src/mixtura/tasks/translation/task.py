@@ -9,6 +9,7 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -19,7 +20,6 @@ from torch.nn.functional import cross_entropy
 from mixtura.adapters.attach import restore_adapter, router_losses, routing_stats
 from mixtura.config import AdapterConfig, TrainingConfig, UserError
 from mixtura.diagnostics.choices import routed_layers
-from mixtura.diagnostics.specialization import measure_specialization
 from mixtura.files import write_text
 from mixtura.models import MixtureConfig
 from mixtura.models.inference import mixing_layers
@@ -28,8 +28,15 @@ from mixtura.results.json_form import from_plain, to_plain
 from mixtura.results.run import PairScores, Sample, Specialization, TranslationDetails
 from mixtura.tasks.translation.batches import EncodedPairs, PairDataset, collate_rows
 from mixtura.tasks.translation.chrf import Scores, score
-from mixtura.tasks.translation.decoding import ExampleRouting, decode, inference_modes, running
-from mixtura.tasks.translation.prompts import Prompts
+from mixtura.tasks.translation.decoding import ExampleRouting, inference_modes, running
+from mixtura.tasks.translation.encoder_decoder import (
+    AnyPrompts,
+    EncoderDecoderPrompts,
+    collate_pairs,
+    decode_prompts,
+    forward_pairs,
+)
+from mixtura.tasks.translation.experts_by_direction import measure_directions, measure_sides
 from mixtura.training import saving as checkpoints
 from mixtura.training.interface import Batch, Measure, StepLosses, TrainingTask
 
@@ -43,7 +50,7 @@ SAMPLES = 2
 class TranslationData:
     """The sentence pairs that all arms are trained on and evaluated with."""
 
-    prompts: Prompts
+    prompts: AnyPrompts
     directions: tuple[str, ...]
     """Such as "en-de"."""
     train: EncodedPairs
@@ -147,6 +154,8 @@ class TranslationTask(TrainingTask):
 
     def collate(self, items: list[Batch]) -> Batch:
         """One micro-batch, padded on the right."""
+        if isinstance(self.data.prompts, EncoderDecoderPrompts):
+            return collate_pairs(items, self.data.prompts, self.data.directions)
         return collate_rows(items, pad=self.data.prompts.pad)
 
     def count_targets(self, batch: Batch) -> Tensor:
@@ -268,6 +277,8 @@ class TranslationTask(TrainingTask):
             "experts_through": self.routing.through,
             "base": self.base,
         }
+        if isinstance(self.data.prompts, EncoderDecoderPrompts):
+            settings |= self.data.prompts.settings()
         (folder / TRANSLATION_FILE).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
     def batches(self, model: nn.Module, split: EncodedPairs, most: int) -> Iterator[Batch]:
@@ -285,18 +296,17 @@ class TranslationTask(TrainingTask):
         """How far experts divide the directions among them, over the tokens of test translations; None without any."""
         if not routed_layers(model):
             return None
-
-        def batches() -> Iterator[tuple[Batch, Tensor, Tensor]]:
-            for batch in self.batches(model, self.data.test, self.config.final_eval_sequences):
-                experts = self.routing.name_experts(model, batch["directions"])
-                inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], **experts}
-                yield {**inputs, "use_cache": False}, batch["directions"], batch["labels"].ne(-100)
-
+        batches = partial(self.batches, model, self.data.test, self.config.final_eval_sequences)
+        named: Batch = {"routing": self.routing, "groups": self.data.directions}
         with running(model, inference_modes(model)[-1]):
-            return measure_specialization(model, batches(), groups=self.data.directions)
+            if isinstance(self.data.prompts, EncoderDecoderPrompts):
+                return measure_sides(model, batches, **named)
+            return measure_directions(model, batches(), **named)
 
     def _forward(self, model: Any, batch: Batch, *, want_routing: bool) -> tuple[Any, Tensor]:
         """The model's output, and the summed cross-entropy of the translations."""
+        if isinstance(self.data.prompts, EncoderDecoderPrompts):
+            return forward_pairs(model, batch, self.routing.name_experts(model, batch["directions"]))
         labels_BL = batch["labels"]
         # Logits are only computed from the first token that predicts a target: the head is a third of a small model.
         first = max(0, int(labels_BL.ne(-100).any(0).int().argmax()) - 1)
@@ -327,14 +337,14 @@ class TranslationTask(TrainingTask):
     def _decode(self, model: Any, *, num_beams: int) -> list[str]:
         test, prompts = self.data.test, self.data.prompts
         place = {name: index for index, name in enumerate(self.data.directions)}
-        ids = decode(
+        ids = decode_prompts(
             model,
             [test.prompt(i) for i in range(len(test.sentences))],
+            prompts=prompts,
             directions=[place[pair.pair] for pair in test.sentences],
+            names=self.data.directions,
             routing=self.routing,
             max_length=self.data.max_length,
-            pad=prompts.pad,
-            eos=prompts.eos,
             num_beams=num_beams,
         )
         return prompts.decode(ids)

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM
 
 from mixtura.adapters.attach import load_adapter
+from mixtura.checkpoints.nllb_moe import compute_as_published
 from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import UserError
 from mixtura.config.languages import code_advice, find_language
@@ -19,9 +21,10 @@ from mixtura.data.parallel import SentencePair
 from mixtura.diagnostics.examine import diagnose_excerpts
 from mixtura.diagnostics.excerpts import Excerpts
 from mixtura.diagnostics.findings import Diagnosis
-from mixtura.models.loading import load_model, open_tokenizer
+from mixtura.models.loading import load_model, load_weights, open_tokenizer
 from mixtura.results.stored import Plain
-from mixtura.tasks.translation.decoding import ExampleRouting, decode, inference_modes, running, token_limit
+from mixtura.tasks.translation.decoding import ExampleRouting, inference_modes, running, token_limit
+from mixtura.tasks.translation.encoder_decoder import AnyPrompts, EncoderDecoderPrompts, decode_prompts
 from mixtura.tasks.translation.prompts import Prompts
 from mixtura.tasks.translation.task import OUTPUTS_FILE, TRANSLATION_FILE, read_outputs
 
@@ -81,19 +84,19 @@ def translate_lines(
     asked = [i for i, line in enumerate(lines) if line.strip()]
     if not asked:
         raise UserError("The text is empty: give a sentence to translate.")
-    prompts = Prompts(settings["prompt"], open_tokenizer(model_folder))
+    prompts = _prompts(model_folder, settings)
     encoded = prompts.encode([SentencePair(lines[i], "", source_language, target_language) for i in asked])
     _check_lengths(asked, encoded, settings["max_length"])
     model = _load(model_folder, settings)
     with running(model, inference_modes(model)[-1]):
-        generated = decode(
+        generated = decode_prompts(
             model,
             encoded,
+            prompts=prompts,
             directions=[settings["directions"].index(direction)] * len(asked),
+            names=settings["directions"],
             routing=_routing(settings),
             max_length=settings["max_length"],
-            pad=prompts.pad,
-            eos=prompts.eos,
             num_beams=num_beams,
         )
     done = [""] * len(lines)
@@ -117,14 +120,14 @@ def _check_lengths(asked: Sequence[int], encoded: Sequence[Sequence[int]], max_l
         )
 
 
-def load_translator(model_folder: Path) -> tuple[Any, Prompts, tuple[str, ...], ExampleRouting]:
+def load_translator(model_folder: Path) -> tuple[Any, AnyPrompts, tuple[str, ...], ExampleRouting]:
     """The model in a translation run's `checkpoint`, ready for inference, its prompts, directions and routing.
 
     Raises:
         UserError: the folder is none of a translation run, or is damaged.
     """
     settings = _read_settings(model_folder)
-    prompts = Prompts(settings["prompt"], open_tokenizer(model_folder))
+    prompts = _prompts(model_folder, settings)
     return _load(model_folder, settings), prompts, tuple(settings["directions"]), _routing(settings)
 
 
@@ -150,13 +153,24 @@ def _read_settings(folder: Path) -> Plain:
         ) from error
 
 
+def _prompts(folder: Path, settings: Plain) -> AnyPrompts:
+    tokenizer = open_tokenizer(folder)
+    if settings["prompt"] == "encoder_decoder":
+        return EncoderDecoderPrompts(tokenizer, settings["scheme"], settings["decoder_start"])
+    return Prompts(settings["prompt"], tokenizer)
+
+
 def _routing(settings: Plain) -> ExampleRouting:
     return ExampleRouting(settings["experts"] and tuple(settings["experts"]), settings["experts_through"])
 
 
 def _load(folder: Path, settings: Plain) -> Any:
     if not (folder / "adapter_config.json").is_file():
-        return load_model(folder)[0]
+        if settings["prompt"] != "encoder_decoder":
+            return load_model(folder)[0]
+        model = load_weights(AutoModelForSeq2SeqLM, folder)
+        compute_as_published(model)
+        return model.eval()
     name = settings["base"]["name"]
     try:
         base, _ = load_base(name, num_layers=settings["base"]["num_layers"])
@@ -182,6 +196,11 @@ def diagnose_language_pairs(folder: Path, *, max_tokens: int, command: str) -> D
     if not (folder / TRANSLATION_FILE).is_file():
         return None
     model, prompts, directions, routing = load_translator(folder)
+    if isinstance(prompts, EncoderDecoderPrompts):
+        raise UserError(
+            f"'{folder}' is an encoder-decoder, and only decoders are diagnosed: its run's report says how its experts "
+            "divide the directions."
+        )
     excerpts = _sentences(folder, prompts, directions, max_tokens)
     direction_G = torch.tensor([directions.index(name) for name in excerpts.names])
 
