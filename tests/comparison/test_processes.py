@@ -6,8 +6,11 @@ import sys
 
 import pytest
 
+from mixtura.comparison.preparing import check_arms
 from mixtura.comparison.runner import compare
-from mixtura.config import recipe_to_toml
+from mixtura.config import UserError, recipe_to_toml
+from mixtura.tasks.language_modelling.experiment import make_pretraining
+from mixtura.training import ranks
 
 ARMS = {
     "dense": {"family": "dense"},
@@ -18,8 +21,8 @@ OF_THE_CLOCK = ("seconds", "time", "created", "command", "environment", "bytes",
 """Keys, or parts of them, whose values no two runs share."""
 
 
-def launch(*arguments, processes=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def launch(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
         [*command, "-m", "mixtura", *map(str, arguments)], capture_output=True, text=True, timeout=300
     )
@@ -55,15 +58,15 @@ def test_two_processes_write_the_report_of_one_and_one_of_them_speaks(tiny_recip
     assert files[0] == files[1]
 
 
-def test_groups_that_processes_would_divide_are_refused_in_one_sentence(tiny_recipe, tmp_path):
-    path = tmp_path / "tiny.toml"
-    path.write_text(recipe_to_toml(tiny_recipe(batch_size=4)), encoding="utf-8")
-    run = launch("compare", path, "--out", tmp_path / "two")
-    assert run.returncode != 0
-    said = [line for line in run.stderr.splitlines() if line.startswith("mixtura: ")]
-    assert said == [
-        "mixtura: Each of 2 processes would get 2 examples of 'training.batch_size' 4, which do not fill groups of 4, "
-        "and a group must not be divided: make 'training.gradient_accumulation_steps', which is 1, a multiple of 2, so "
-        "that each of the 2 processes takes whole micro-batches; lower 'training.batch_size' for the same batch a step."
-    ]
-    assert not (tmp_path / "two").exists()
+def test_arms_that_processes_cannot_share_are_refused_before_any_is_trained(tiny_recipe, tmp_path, monkeypatch):
+    recipe = tiny_recipe(batch_size=4)
+    arms = make_pretraining(recipe, cache_dir=tmp_path).arms
+    check_arms(arms, recipe.training)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    with pytest.raises(UserError) as told:
+        check_arms(arms, recipe.training)
+    assert str(told.value) == (
+        "Each of 2 processes would get 2 examples of 'training.batch_size' 4, which do not fill groups of 4, and a "
+        "group must not be divided: make 'training.gradient_accumulation_steps', which is 1, a multiple of 2, so that "
+        "each of the 2 processes takes whole micro-batches; lower 'training.batch_size' for the same batch a step."
+    )
