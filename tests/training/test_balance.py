@@ -4,6 +4,7 @@ from torch import nn
 
 from mixtura.layers import RoutingStats
 from mixtura.training.balance import (
+    Load,
     add_totals,
     load_report,
     micro_batch_totals,
@@ -61,8 +62,9 @@ def test_ranks_are_summed_in_one_exchange():
 
 def test_a_load_from_elsewhere_replaces_that_of_the_micro_batch_alone():
     layer = stats([3.0, 1.0])
-    none, replaced = with_load([None, layer], torch.tensor([[5.0, 5.0]]))
+    none, replaced = with_load([None, layer], Load(torch.tensor([[5.0, 5.0]]), torch.tensor([10.0])))
     assert none is None
+    assert replaced.routed_rows == 10.0
     assert replaced.tokens_per_expert_E.tolist() == [5.0, 5.0]
     assert replaced.importance_E is layer.importance_E
 

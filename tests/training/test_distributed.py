@@ -1,6 +1,6 @@
-"""Two processes on the CPU, started as a user would start them."""
+"""Two processes on the CPU, started as a user would start them, against one process with the same recipe."""
 
-import os
+import json
 import subprocess
 import sys
 
@@ -9,10 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mixtura.config import TrainingConfig, UserError
 from mixtura.training import read_metrics
+from mixtura.training.ranks import Share, share_of_step
+
+TOLERANCE = 1e-5
+"""Of weights and of what is measured: sums are taken in another order."""
 
 SCRIPT = """
-import dataclasses, json, sys
+import json, sys
 from pathlib import Path
 import numpy as np
 import torch
@@ -28,85 +33,135 @@ settings = json.loads((folder / "settings.json").read_text())
 tokenizer = train_tokenizer(["some text to fit a tokenizer on"], vocab_size=270)
 packed = {name: PackedTokens(np.load(folder / f"{name}.npy"), bytes_per_token=2.0) for name in ("train", "validation")}
 data = PreparedData(tokenizer, **packed, summary=settings["summary"])
-config = TrainingConfig(**settings["training"])
-train(
-    MixtureForCausalLM.from_pretrained(folder / "initial"),
-    task=LanguageModelling(data, config),
-    config=config,
-    learning_rate=3e-3,
-    seed=0,
-    out=folder / "two",
-    label="two processes",
-    resume="--resume" in sys.argv,
-)
+for name, training in settings["runs"].items():
+    config = TrainingConfig(**training)
+    train(
+        MixtureForCausalLM.from_pretrained(folder / "initial" / name),
+        task=LanguageModelling(data, config),
+        config=config,
+        learning_rate=3e-3,
+        seed=0,
+        out=folder / "two" / name,
+        label=name,
+        resume="--resume" in sys.argv,
+    )
 """
-ARMS = {
-    "dense": {},
-    "token_choice": {
-        "balance_over": "global",
-        "router_aux_loss_coef": 0.5,
-        "router_z_loss_coef": 0.1,
-        "expert_bias_update_rate": 0.01,
-        "num_experts_per_tok": 2,
-    },
-    "mixture_of_tokens": {"group_size": 2},
+BALANCED = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1, "num_experts_per_tok": 2}
+RUNS = {
+    "dense": ("dense", {}, 1),
+    "token choice": ("token_choice", BALANCED, 1),
+    "token choice, micro-batches": ("token_choice", BALANCED, 2),
+    "global balance": ("token_choice", BALANCED | {"balance_over": "global", "expert_bias_update_rate": 0.01}, 1),
+    "global balance, micro-batches": (
+        "token_choice",
+        BALANCED | {"balance_over": "global", "expert_bias_update_rate": 0.01},
+        2,
+    ),
+    "capacity, micro-batches": ("token_choice", BALANCED | {"capacity_factor": 1.0}, 2),
+    "expert choice": ("expert_choice", {"group_size": 2}, 1),
+    "expert choice, micro-batches": ("expert_choice", {"group_size": 4}, 2),
+    "expert threshold, micro-batches": ("expert_threshold", {"threshold_rate": 0.1}, 2),
+    "remoe": ("remoe", {"router_aux_loss_coef": 1.0}, 1),
+    "soft": ("soft", {}, 1),
+    "mixture of tokens": ("mixture_of_tokens", {"group_size": 2}, 1),
+    "mixture of tokens, micro-batches": ("mixture_of_tokens", {"group_size": 4}, 2),
+    "population": ("mixture_of_tokens", {"group_size": 2, "population_rate": 0.1, "population": True}, 2),
+    "last steps alone": ("mixture_of_tokens", {"group_size": 2, "alone_fraction": 0.5, "combine": "separate"}, 1),
 }
 
 
 @pytest.fixture
 def run_two(tmp_path, tiny_data, tiny_training):
-    """Trains a model in two processes of two sequences each, where `run` takes one of four."""
+    """Trains models in two processes that share every step's batch; returns their folders' parent."""
 
-    def start(model, *flags, **settings):
-        config = tiny_training(batch_size=2, **settings)
-        model.save_pretrained(tmp_path / "initial")
+    def start(models, accumulation, *flags):
+        runs = {name: vars(tiny_training(gradient_accumulation_steps=accumulation[name])) for name in models}
+        for name, model in models.items():
+            model.save_pretrained(tmp_path / "initial" / name)
         for name in ("train", "validation"):
             np.save(tmp_path / f"{name}.npy", getattr(tiny_data, name).sequences_NL)
-        (tmp_path / "settings.json").write_text(_json({"training": vars(config), "summary": tiny_data.summary}))
+        settings = {"runs": runs, "summary": tiny_data.summary}
+        (tmp_path / "settings.json").write_text(json.dumps(settings))
         (tmp_path / "script.py").write_text(SCRIPT)
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         command = [*launch, str(tmp_path / "script.py"), str(tmp_path), *flags]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ})
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
-        return load_file(tmp_path / "two" / "checkpoint" / "model.safetensors")
+        return tmp_path / "two"
 
     return start
 
 
-def _json(value):
-    import json
-
-    return json.dumps(value)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("arm", ARMS)
-def test_two_processes_are_one_with_the_whole_batch(run, run_two, tiny_model, tmp_path, arm, accumulation):
-    weights = run_two(tiny_model(arm, **ARMS[arm]), gradient_accumulation_steps=accumulation)
-    model = tiny_model(arm, **ARMS[arm])
-    run(model, out="one", gradient_accumulation_steps=accumulation)
-    expected = model.state_dict()
-    for name, actual in weights.items():
-        torch.testing.assert_close(actual, expected[name], rtol=0, atol=1e-5)
-    one, two = (read_metrics(tmp_path / out / "metrics.jsonl") for out in ("one", "two"))
+def test_two_processes_are_one_in_every_family(run, run_two, tiny_model, tmp_path):
+    models = {name: tiny_model(family, **settings) for name, (family, settings, _) in RUNS.items()}
+    two = run_two(models, {name: accumulation for name, (_, _, accumulation) in RUNS.items()})
+    for name, (family, settings, accumulation) in RUNS.items():
+        model = tiny_model(family, **settings)
+        run(model, out=f"one/{name}", gradient_accumulation_steps=accumulation)
+        weights, expected = load_file(two / name / "checkpoint" / "model.safetensors"), model.state_dict()
+        for key, actual in weights.items():
+            torch.testing.assert_close(
+                actual, expected[key], rtol=0, atol=TOLERANCE, msg=lambda told, at=f"{name}, {key}": f"{at}: {told}"
+            )
+        first, second = (read_metrics(tmp_path / out / name / "metrics.jsonl") for out in ("one", "two"))
+        assert_same_metrics(first, second, name)
+
+
+def assert_same_metrics(one, two, name):
     assert len(one) == len(two)
     for first, second in zip(one, two, strict=True):
         assert first.keys() == second.keys()
-        for key in first.keys() & {"loss", "aux_loss", "z_loss", "grad_norm", "tokens"}:
-            assert first[key] == pytest.approx(second[key], abs=2e-5), key
+        for key in first.keys() & {"loss", "aux_loss", "z_loss", "grad_norm", "tokens", "dropped_share"}:
+            assert first[key] == pytest.approx(second[key], abs=2 * TOLERANCE), (name, key)
         if "load" in first:
-            np.testing.assert_allclose(first["load"], second["load"], atol=1e-5)
+            np.testing.assert_allclose(first["load"], second["load"], atol=TOLERANCE, err_msg=name)
+        for mode, measures in first.get("eval", {}).items():
+            assert measures == pytest.approx(second["eval"][mode], abs=TOLERANCE), (name, mode)
 
 
 @pytest.mark.slow
 def test_two_processes_resume_bit_for_bit(run_two, tiny_model, tmp_path):
-    arm = ARMS["token_choice"]
-    straight = run_two(tiny_model("token_choice", **arm))
-    (tmp_path / "two" / "checkpoint").rename(tmp_path / "straight")
-    for path in (tmp_path / "two" / "checkpoint-6").iterdir():
+    family, settings, accumulation = RUNS["global balance"]
+    straight = load_file(_weights(run_two({"arm": tiny_model(family, **settings)}, {"arm": accumulation})))
+    (tmp_path / "two" / "arm" / "checkpoint").rename(tmp_path / "straight")
+    for path in (tmp_path / "two" / "arm" / "checkpoint-6").iterdir():
         path.unlink()
-    (tmp_path / "two" / "checkpoint-6").rmdir()
-    resumed = run_two(tiny_model("token_choice", **arm), "--resume")
-    for name, expected in straight.items():
-        assert torch.equal(resumed[name], expected), name
+    (tmp_path / "two" / "arm" / "checkpoint-6").rmdir()
+    resumed = run_two({"arm": tiny_model(family, **settings)}, {"arm": accumulation}, "--resume")
+    for name, actual in load_file(_weights(resumed)).items():
+        assert torch.equal(actual, straight[name]), name
+
+
+def _weights(two):
+    return two / "arm" / "checkpoint" / "model.safetensors"
+
+
+def test_processes_take_whole_micro_batches_or_a_part_of_each(tiny_model):
+    dense = tiny_model("dense")
+    assert share_of_step(dense, TrainingConfig(batch_size=8, gradient_accumulation_steps=4), 2) == Share(8, 2, False)
+    assert share_of_step(dense, TrainingConfig(batch_size=8, gradient_accumulation_steps=3), 2) == Share(4, 3, True)
+    assert share_of_step(dense, TrainingConfig(batch_size=7, gradient_accumulation_steps=3), 1) == Share(7, 3, False)
+
+
+def test_a_group_is_never_divided_among_processes(tiny_model):
+    mixture = tiny_model("mixture_of_tokens", group_size=4)
+    assert share_of_step(mixture, TrainingConfig(batch_size=8), 2) == Share(4, 1, True)
+    with pytest.raises(UserError, match=r"get 2 examples of 'training.batch_size' 8, which do not fill groups of 4.*"):
+        share_of_step(mixture, TrainingConfig(batch_size=8), 4)
+    accumulated = TrainingConfig(batch_size=8, gradient_accumulation_steps=4)
+    assert share_of_step(mixture, accumulated, 4) == Share(8, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "told"),
+    [
+        ("token_choice", {"capacity_factor": 1.25}, "A 'capacity_factor' of 1.25 drops tokens by their order"),
+        ("expert_threshold", {}, "Thresholds are found"),
+        ("dense", {}, "'training.batch_size' is 7, which 2 processes cannot share evenly"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused_with_what_to_change(tiny_model, family, settings, told):
+    config = TrainingConfig(batch_size=7 if family == "dense" else 8)
+    with pytest.raises(UserError, match=f"{told}.*'training.gradient_accumulation_steps', which is 1, a multiple of 2"):
+        share_of_step(tiny_model(family, **settings), config, 2)

@@ -21,7 +21,7 @@ from mixtura.cli.application import (
     say,
 )
 from mixtura.config import AnyRecipe
-from mixtura.errors import need
+from mixtura.errors import need, rank
 
 
 @app.command(rich_help_panel="Train")
@@ -172,5 +172,5 @@ def _compare(path: Path, out: Path | None, overrides: list[str], *, resume: bool
     page = folder / "report.html"
     verdict = results.summary.verdict.headline if results.summary else ""
     say(f"\n{verdict}\n\nReport: {page}")
-    if open_report:
+    if open_report and not rank():
         open_page(page)

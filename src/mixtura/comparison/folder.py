@@ -32,6 +32,7 @@ from mixtura.errors import launch, rank, reason_of
 from mixtura.files import write_json, write_text
 from mixtura.kernels import native
 from mixtura.results.stored import Plain, read_json
+from mixtura.training import ranks
 from mixtura.training.interface import Experiment
 
 try:
@@ -363,6 +364,7 @@ def environment() -> dict[str, str | int | None]:
         "processor": _processor(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **({"processes": ranks.world_size()} if ranks.world_size() > 1 else {}),
         "cpu_experts": "compiled C" if native.library() is not None else "torch (no C compiler, or no BLAS to call)",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }

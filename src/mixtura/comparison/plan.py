@@ -30,7 +30,7 @@ from mixtura.planning import state_memory
 from mixtura.results import ArmTiming, Leaks
 from mixtura.results.document import Task
 from mixtura.tasks.language_modelling.experiment import make_pretraining
-from mixtura.training import ProgressReporter
+from mixtura.training import ProgressReporter, ranks
 from mixtura.training.interface import Arm, Experiment
 
 
@@ -59,10 +59,12 @@ def check_arms(arms: Mapping[str, Arm], training: TrainingConfig) -> None:
     """Refuses arms that could not be trained or evaluated, before any of them is.
 
     Raises:
-        UserError: an arm's task says why.
+        UserError: an arm's task says why, or the processes cannot share its batches.
     """
     for arm in arms.values():
-        arm.task.check(arm.build(seed=0), batch_size=training.batch_size)
+        model = arm.build(seed=0)
+        arm.task.check(model, batch_size=training.batch_size)
+        ranks.share_of_step(model, training, ranks.world_size())
 
 
 def tokens_per_step(arm: Arm, training: TrainingConfig) -> int:

@@ -48,6 +48,7 @@ from mixtura.training import (
     ProgressReporter,
     SilentProgress,
     TrainingDiverged,
+    ranks,
 )
 from mixtura.training.interface import Arm, Experiment
 from mixtura.training.process import slow_settings
@@ -148,8 +149,10 @@ class _Comparison:
         results = self._results(experiment, described, command)
         results = replace(results, total_seconds=max(before, trained, time.monotonic() - started))
         results = replace(results, summary=summarize(results))
-        write_results(self.out / RESULTS, results)
-        need("mixtura.report.html").write_report(results, self.out)
+        if ranks.is_first():
+            write_results(self.out / RESULTS, results)
+            need("mixtura.report.html").write_report(results, self.out)
+        ranks.wait_for_all()
         return results
 
     def _probe_leaks(self, arms: dict[str, Arm]) -> dict[str, Leaks]:
@@ -188,18 +191,19 @@ class _Comparison:
             return trial_loss(arm, result)
 
         records = search_rates_and_scales(self.recipe, run_trial)
-        write_record(self.out / "search" / "record.json", self.recipe, records)
+        if ranks.is_first():
+            write_record(self.out / "search" / "record.json", self.recipe, records)
         return records
 
     def _time(self, arms: dict[str, Arm]) -> dict[str, ArmTiming]:
         path = self.out / "timing.json"
-        stored = read_json(path, keys=arms)
-        if stored is not None:
-            return read_records(path, ArmTiming, stored)
-        self.reporter.note("timing a step of every arm, side by side")
-        timing = time_arms(arms, self.recipe.training, self.recipe.baseline)
-        write_json(path, to_plain(timing))
-        return timing
+        if not ranks.of_first(read_json(path, keys=arms) is not None):
+            self.reporter.note("timing a step of every arm, side by side")
+            timing = time_arms(arms, self.recipe.training, self.recipe.baseline)
+            if ranks.is_first():
+                write_json(path, to_plain(timing))
+            ranks.wait_for_all()
+        return read_records(path, ArmTiming, read_json(path, keys=arms) or {})
 
     def _train(self, arms: dict[str, Arm], rates: dict[str, float]) -> dict[str, list[RunResult]]:
         # Seed by seed, so that a comparison stopped half-way has complete pairs.
@@ -227,7 +231,8 @@ class _Comparison:
         except TrainingDiverged as error:
             self.reporter.note(f"{error} The other runs go on.")
             result = diverged_run(arm, out, seed=seed, learning_rate=learning_rate)
-            write_run(out / RESULT, result)
+            if ranks.is_first():
+                write_run(out / RESULT, result)
             return result
 
     def _results(self, experiment: Experiment, arms: dict[str, ArmResult], command: str) -> Results:
@@ -252,11 +257,15 @@ class _Comparison:
 
 def _prepare(recipe: AnyRecipe, out: Path, reporter: ProgressReporter) -> Experiment:
     """The experiment of a recipe in its folder, which notes how the recipe was fitted to the data, and which data."""
-    experiment = make_experiment(recipe, out, reporter)
-    check_same_data(out, experiment)
-    if fitted := changes(recipe, experiment.recipe):
-        reporter.note(f"fitted to the data: {'; '.join(fitted)}")
-        store_fitted(out, recipe, experiment.recipe)
+    with ranks.first_goes_first():
+        experiment = make_experiment(recipe, out, reporter)
+        fitted = changes(recipe, experiment.recipe)
+        if fitted:
+            reporter.note(f"fitted to the data: {'; '.join(fitted)}")
+        if ranks.is_first():
+            check_same_data(out, experiment)
+            if fitted:
+                store_fitted(out, recipe, experiment.recipe)
     return experiment
 
 

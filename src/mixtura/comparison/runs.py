@@ -13,6 +13,7 @@ from mixtura.training import (
     METRICS,
     ProgressReporter,
     TrainingDiverged,
+    ranks,
     read_metrics,
     summarize_metrics,
     train,
@@ -63,25 +64,31 @@ def run_arm(
         raise Interrupted(f"Stopped in '{label}' at step {outcome.steps}: everything is saved.")
     if outcome.steps != training.steps:
         raise UserError(f"'{out / METRICS}' is damaged: delete '{out}', and that run is done again.")
-    final = task.evaluate(model, final=not trial or task.measure.key == LOSS.key)
-    if not all(math.isfinite(measure) for of in final.values() for measure in of.values()):
+    final = {}
+    if ranks.is_first():
+        final = task.evaluate(model, final=not trial or task.measure.key == LOSS.key)
+    if not ranks.of_first(all(math.isfinite(measure) for of in final.values() for measure in of.values())):
         raise TrainingDiverged(
             f"{label} diverged: its final held-out loss is out of range; lower its learning rate, which is "
             f"{learning_rate:g}.",
             step=outcome.steps,
         )
-    history = summarize_metrics(read_metrics(out / METRICS))
-    result = RunResult(
-        **vars(history),
-        seed=seed,
-        learning_rate=learning_rate,
-        steps=outcome.steps,
-        train_seconds=outcome.train_seconds,
-        final={mode: dict(measures) for mode, measures in final.items()},
-        details=None if trial else task.details(model, out=out),
-    )
-    write_run(out / RESULT, result)
-    return result
+    if ranks.is_first():
+        history = summarize_metrics(read_metrics(out / METRICS))
+        result = RunResult(
+            **vars(history),
+            seed=seed,
+            learning_rate=learning_rate,
+            steps=outcome.steps,
+            train_seconds=outcome.train_seconds,
+            final={mode: dict(measures) for mode, measures in final.items()},
+            details=None if trial else task.details(model, out=out),
+        )
+        write_run(out / RESULT, result)
+    ranks.wait_for_all()
+    written = read_run(out / RESULT)
+    assert written is not None, "the first process has written it"
+    return written
 
 
 def diverged_run(arm: Arm, out: Path, *, seed: int, learning_rate: float) -> RunResult:

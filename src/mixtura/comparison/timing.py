@@ -14,10 +14,12 @@ from torch import Tensor
 
 from mixtura.config import TrainingConfig
 from mixtura.diagnostics.memory import live_bytes, measure_peak_memory
+from mixtura.errors import rank
 from mixtura.models import MixtureForCausalLM
 from mixtura.models.inference import step_kinds
 from mixtura.results import ArmTiming
 from mixtura.results.document import StepParts
+from mixtura.training import ranks
 from mixtura.training.interface import Arm, Batch
 from mixtura.training.optimization import build_optimizer, clip_gradients
 from mixtura.training.process import keep_freed_memory
@@ -36,6 +38,7 @@ def time_arms(
     """
     if training.threads:
         torch.set_num_threads(training.threads)
+    ranks.join()
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps = {name: _Step(arm, training, device) for name, arm in arms.items()}
@@ -72,21 +75,25 @@ class _Step:
             if enable is not None:
                 enable()
         self.model.to(device)
+        self.share = ranks.share_of_step(self.model, training, ranks.world_size())
+        # Under torchrun a step ends when all have exchanged their gradients, as in training.
+        self.trained = ranks.in_step(self.model) if ranks.world_size() > 1 else self.model
         self.optimizer = build_optimizer(self.model, training, learning_rate=1e-4)
-        self.batches = _batches(arm, training, device)
+        self.batches = _batches(arm, training, self.share, device)
         self.kinds = [(1.0, 0.0)]
         if isinstance(self.model, MixtureForCausalLM) and self.model.mixture_of_tokens_layers():
             self.kinds = step_kinds(self.model.config, steps=training.steps)
-        self.num_targets = sum(int(self.task.count_targets(batch)) for batch in self.batches)
+        self.num_targets = ranks.world_size() * sum(int(self.task.count_targets(batch)) for batch in self.batches)
 
     def run(self, finished: Callable[[str], None] = lambda part: None) -> None:
         """Runs one optimizer step over all its micro-batches; `finished` is called with each part that is done."""
         bfloat16 = self.training.dtype == "bfloat16"
-        for batch in self.batches:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bfloat16):
-                loss = self._loss(batch)
-            finished("forward")
-            loss.backward()
+        for number, batch in enumerate(self.batches):
+            with ranks.exchanging(self.trained, number == len(self.batches) - 1):
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bfloat16):
+                    loss = self._loss(batch)
+                finished("forward")
+                loss.backward()
             finished("backward")
         clip_gradients(self.model.parameters(), self.training.max_grad_norm)
         self.optimizer.step()
@@ -112,7 +119,7 @@ class _Step:
         return StepParts(**{part: value / total for part, value in seconds.items()})
 
     def _loss(self, batch: Batch) -> Tensor:
-        losses = self.task.losses(self.model, batch, num_targets=self.num_targets)
+        losses = self.task.losses(self.trained, batch, num_targets=self.num_targets)
         weights = self.task.router_loss_weights(self.model)
         parts = zip(weights, (losses.aux_loss, losses.z_loss), strict=True)
         weighted = [weight * part for weight, part in parts if part is not None]
@@ -141,11 +148,12 @@ class _Step:
         return live_bytes(self.model, self.optimizer) - live_bytes(self.model)
 
 
-def _batches(arm: Arm, training: TrainingConfig, device: torch.device) -> list[Batch]:
-    """The micro-batches of a run's first step, the same examples for every arm."""
-    size, number = training.batch_size, training.gradient_accumulation_steps
-    dataset: Any = arm.task.dataset(length=size * number, seed=0)
-    batches = [arm.task.collate([dataset[i] for i in range(size * k, size * (k + 1))]) for k in range(number)]
+def _batches(arm: Arm, training: TrainingConfig, share: ranks.Share, device: torch.device) -> list[Batch]:
+    """This process's micro-batches of a run's first step, the same examples for every arm."""
+    size, step = share.batch_size, training.batch_size * training.gradient_accumulation_steps
+    dataset: Any = arm.task.dataset(length=step, seed=0)
+    mine = range(rank(), step // size, ranks.world_size())
+    batches = [arm.task.collate([dataset[i] for i in range(size * k, size * (k + 1))]) for k in mine]
     return [
         {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         for batch in batches

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mixtura.kernels.expert_weights import ExpertWeights, as_int64, at_autocast_dtype, check_shape
 
-TRITON = find_spec("triton") is not None
-"""Whether Triton is installed: torch brings it along with its builds for CUDA."""
+_FOUND = find_spec("triton")
+TRITON = _FOUND is not None and _FOUND.origin is not None
+"""Whether Triton is installed: torch brings it along with its builds for CUDA. A mere folder of that name is not it."""
 if TRITON or TYPE_CHECKING:
     from mixtura.kernels import triton_mixing, triton_routing, triton_sparse
 

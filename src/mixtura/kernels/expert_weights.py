@@ -139,6 +139,9 @@ def activate_backward(grad_RF: Tensor, u_RH: Tensor, activation: str, gated: boo
     if not gated:
         return _BACKWARD[activation](grad_RF, u_RH, grad_u_RH)
     gate_RF, up_RF = u_RH.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():  # which cannot write into a part of a tensor, but puts parts together for nothing
+        grad_gate_RF = _BACKWARD[activation](grad_RF * up_RF, gate_RF, torch.empty_like(gate_RF))
+        return torch.cat([grad_gate_RF, grad_RF * _FORWARD[activation](gate_RF)], -1)
     grad_gate_RF, grad_up_RF = grad_u_RH.chunk(2, dim=-1)
     torch.mul(grad_RF, _FORWARD[activation](gate_RF), out=grad_up_RF)
     _BACKWARD[activation](grad_RF * up_RF, gate_RF, grad_gate_RF)

@@ -72,7 +72,11 @@ def run_a_share(
     if share == 0:
         return together(x_NGD, real_NG, want_stats)
     groups = len(x_NGD)
-    count = min(groups, int(share * groups + torch.rand(()).item()))
+    count = share * groups
+    # A compiled graph has shapes that no draw decides, so there the share has to make whole groups.
+    if not (torch.compiler.is_compiling() and float(count).is_integer()):
+        count = min(groups, count + torch.rand((), device="cpu").item())
+    count = int(count)
     order_N = torch.randperm(groups, device=x_NGD.device)
     parts, stats = [], []
     for index_N, run in ((order_N[:count], alone), (order_N[count:], together)):

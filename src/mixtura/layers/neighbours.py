@@ -103,9 +103,9 @@ class Population(nn.Module):
                 of 0 is the plain mean of all, and no start value lingers.
         """
         self.updates += 1
-        weight = max(rate, 1 / self.updates.item())
+        weight = torch.clamp_min(1 / self.updates, rate)  # a tensor: the host need not wait for it
         for kept, new in zip((self.log_mass, self.combine_log_mass, self.mean), seen, strict=True):
-            kept.lerp_(new.to(kept), weight)
+            kept.lerp_(new.to(kept), weight.to(kept))
         self.refresh(experts)
 
     @torch.no_grad()

@@ -121,9 +121,10 @@ def active_rows(weight_TE: Tensor, active_TE: Tensor) -> SparseRouting:
     if torch.compiler.is_compiling():
         token_R = torch.arange(tokens, device=weight_TE.device).repeat(num_experts)
         return SparseRouting(token_R, weight_TE.T.flatten(), torch.full_like(token_R[:1], tokens).expand(num_experts))
-    active_ET = active_TE.T
-    token_R = active_ET.nonzero(as_tuple=True)[1]
-    return SparseRouting(token_R, weight_TE.T.masked_select(active_ET), active_TE.sum(0))
+    expert_R, token_R = active_TE.T.nonzero(as_tuple=True)
+    # By its place and not by the mask, whose count the host would wait for a second time.
+    weight_R = weight_TE.flatten().index_select(0, token_R * num_experts + expert_R)
+    return SparseRouting(token_R, weight_R, active_TE.sum(0))
 
 
 def in_best_groups(scores_TE: Tensor, top_k: int, groups: int, groups_per_token: int) -> Tensor:

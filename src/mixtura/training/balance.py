@@ -76,10 +76,35 @@ def reduce_totals(totals: StepTotals, reduce: Callable[[Tensor], Tensor]) -> Ste
     return StepTotals(*(part.view(like.shape) for part, like in zip(parts, totals, strict=True)))
 
 
-def with_load(routing: Sequence[RoutingStats | None], tokens_per_expert_ME: Tensor) -> list[RoutingStats | None]:
-    """The same statistics with the load of each mixture layer replaced by its row of (M, E)."""
-    rows = iter(tokens_per_expert_ME.unbind(0))
-    return [None if layer is None else layer._replace(tokens_per_expert_E=next(rows)) for layer in routing]
+class Load(NamedTuple):
+    """What the experts of the M mixture layers were given."""
+
+    tokens_per_expert_ME: Tensor
+    routed_M: Tensor
+
+
+def load_of(routing: Sequence[RoutingStats | None]) -> Load:
+    """The load that the statistics of all layers have."""
+    stats = [layer for layer in routing if layer is not None]
+    rows_ME, routed_M = ([getattr(layer, key) for layer in stats] for key in ("tokens_per_expert_E", "routed_rows"))
+    return Load(torch.stack(rows_ME), torch.stack(routed_M))
+
+
+def add_loads(first: Load | None, second: Load) -> Load:
+    """The sum of both; None stands for zero."""
+    return second if first is None else Load(*(a + b for a, b in zip(first, second, strict=True)))
+
+
+def with_load(routing: Sequence[RoutingStats | None], load: Load) -> list[RoutingStats | None]:
+    """The same statistics with the load of each mixture layer replaced."""
+    loads = map(Load._make, zip(*load, strict=True))
+    replaced = []
+    for layer in routing:
+        if layer is not None:
+            rows_E, routed = next(loads)
+            layer = layer._replace(tokens_per_expert_E=rows_E, routed_rows=routed)
+        replaced.append(layer)
+    return replaced
 
 
 @torch.no_grad()

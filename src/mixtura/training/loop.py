@@ -4,7 +4,6 @@ A run folder holds `run.json` (what it was started with), `metrics.jsonl`, the l
 once the run is complete, `checkpoint/`: the trained model as its users load it.
 """
 
-import atexit
 import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from transformers import TrainingArguments
 from mixtura.config import TrainingConfig, UserError
 from mixtura.results import Facts
 from mixtura.results.run import CurvePoint
+from mixtura.training import ranks
 from mixtura.training import saving as checkpoints
 from mixtura.training.interface import TrainingTask
 from mixtura.training.metrics import (
@@ -69,6 +69,7 @@ def train(
     """Trains `model` in place and writes the run folder `out`.
 
     The order of the data is a function of `seed` and the step alone, so that arms with one seed see the same examples.
+    Under torchrun all processes call this alike and share every step's batch, see `mixtura.training.ranks`.
     Only parameters that require a gradient are trained. Balancing follows the model's configuration. A run that resumes
     has, bit for bit, the losses and weights of one that was never stopped.
 
@@ -93,12 +94,14 @@ def train(
         torch.set_num_threads(config.threads)
     task.check(model, batch_size=config.batch_size)
     _check_installation(model, config)
-    arguments = training_arguments(config, seed=seed, out=out)
+    share = ranks.share_of_step(model, config, ranks.world_size())
+    ranks.join()
+    arguments = training_arguments(config, seed=seed, out=out, share=share)
     trained = task.settings(model)
     settings = _settings(trained, config, learning_rate=learning_rate, seed=seed, world_size=arguments.world_size)
     if arguments.should_save:
         _prepare_folder(out, settings, resume=resume)
-    _wait_for_all(arguments)
+    ranks.wait_for_all()
     model.to(arguments.device)
     if (out / checkpoints.FINAL).exists():
         checkpoints.check_checkpoint(out / checkpoints.FINAL, trained)
@@ -116,7 +119,8 @@ def train(
             out=out,
             config=config,
             learning_rate=learning_rate,
-            tokens_per_step=sequences_per_step(config, arguments.world_size) * task.tokens_per_example,
+            tokens_per_step=sequences_per_step(config) * task.tokens_per_example,
+            shares_micro_batches=share.parts,
             seconds_before=seconds,
             metrics=metrics,
             reporter=reporter,
@@ -127,16 +131,15 @@ def train(
             _run_steps(run, model, arguments, checkpoint=checkpoint, step=step)
         finally:
             reporter.end_run()
-    _wait_for_all(arguments)
-    outcome = _outcome(out, interrupted=stop.requested)
+    outcome = _outcome(out, interrupted=ranks.any_rank(stop.requested))
     if outcome.steps == config.steps and arguments.should_save:
         with checkpoints.new_folder(out / checkpoints.FINAL, step=config.steps, settings=trained) as folder:
             task.save_for_use(model, folder)
-    _wait_for_all(arguments)
+    ranks.wait_for_all()
     return outcome
 
 
-def training_arguments(config: TrainingConfig, *, seed: int, out: Path) -> TrainingArguments:
+def training_arguments(config: TrainingConfig, *, seed: int, out: Path, share: ranks.Share) -> TrainingArguments:
     """The Trainer's arguments; evaluating and saving are decided by `MixtureTrainer`."""
     cpu = not torch.cuda.is_available()
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -145,8 +148,8 @@ def training_arguments(config: TrainingConfig, *, seed: int, out: Path) -> Train
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        per_device_train_batch_size=share.batch_size,
+        gradient_accumulation_steps=share.micro_batches,
         max_grad_norm=config.max_grad_norm,
         seed=seed,
         data_seed=seed,
@@ -165,18 +168,15 @@ def training_arguments(config: TrainingConfig, *, seed: int, out: Path) -> Train
         ddp_find_unused_parameters=False,
         **{checkpointing: config.activation_checkpointing},  # pyright: ignore[reportArgumentType]
     )
-    if arguments.world_size > 1:
-        # Threads of the process group that still run when the interpreter exits make it abort.
-        atexit.register(_leave_process_group)
     if arguments.n_gpu > 1:
         # Without torchrun, several GPUs would mean nn.DataParallel, which splits a batch and with it the groups.
         arguments._n_gpu = 1
     return arguments
 
 
-def sequences_per_step(config: TrainingConfig, world_size: int = 1) -> int:
-    """Sequences, or other examples, in one optimizer step on all ranks."""
-    return config.batch_size * config.gradient_accumulation_steps * world_size
+def sequences_per_step(config: TrainingConfig) -> int:
+    """Sequences, or other examples, in one optimizer step on all ranks together."""
+    return config.batch_size * config.gradient_accumulation_steps
 
 
 def _check_installation(model: nn.Module, config: TrainingConfig) -> None:
@@ -255,7 +255,7 @@ def _run_steps(
         # Nothing is left to do, but the stock Trainer would take one more step.
         run.task.load(model, checkpoint)
         return
-    length = run.config.steps * sequences_per_step(run.config, arguments.world_size)
+    length = run.config.steps * sequences_per_step(run.config)
     keep_freed_memory()
     if (warning := slow_memory(model, run.label)) is not None:
         run.reporter.note(warning)
@@ -277,13 +277,3 @@ def _outcome(out: Path, *, interrupted: bool) -> TrainingOutcome:
     steps = [record for record in records if "loss" in record]
     last = steps[-1] if steps else {"step": 0, "seconds": 0.0}
     return TrainingOutcome(last["step"], last["seconds"], evaluation_curve(records), interrupted)
-
-
-def _leave_process_group() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def _wait_for_all(arguments: TrainingArguments) -> None:
-    if arguments.world_size > 1:
-        torch.distributed.barrier()

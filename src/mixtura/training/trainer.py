@@ -25,7 +25,7 @@ from mixtura.models import MixtureForCausalLM
 from mixtura.models.calibration import observe_population, update_population
 from mixtura.models.transition import change_to_token_choice, transition_due
 from mixtura.results import Facts
-from mixtura.training import balance
+from mixtura.training import balance, ranks
 from mixtura.training import saving as checkpoints
 from mixtura.training.interface import Batch, StepLosses, TrainingTask
 from mixtura.training.metrics import MetricsFile
@@ -58,6 +58,8 @@ class RunContext:
     config: TrainingConfig
     learning_rate: float
     tokens_per_step: float
+    shares_micro_batches: bool
+    """Whether every rank has a part of each micro-batch, and not micro-batches of its own."""
     seconds_before: float
     """Optimisation seconds of the run before it was resumed."""
     metrics: MetricsFile | None
@@ -78,7 +80,7 @@ class MixtureTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.remove_callback(PrinterCallback)
         self.add_callback(_StepEnd(self))
-        self._global_load_ME: Tensor | None = None
+        self._global_load: balance.Load | None = None
         self._step_totals: balance.StepTotals | None = None
         self._load_totals: balance.StepTotals | None = None
         self._load_steps = 0
@@ -90,6 +92,9 @@ class MixtureTrainer(Trainer):
     def begin(self) -> None:
         """Starts the clock and the observation of groups; called just before the first step."""
         self._first_step = self.state.global_step
+        if self.args.process_index:
+            # The first rank draws what one process would; a resumed rank takes up its own state after this.
+            torch.manual_seed(self.args.seed + self.args.process_index)
         if self._mixture is not None:
             observe_population(self._mixture, self._mixture.config.population_rate > 0)
         self.restart_clock()
@@ -153,7 +158,7 @@ class MixtureTrainer(Trainer):
         """Balances the experts with the step's load, and decides whether to evaluate, to save and to continue."""
         assert self._step_totals is not None
         totals = balance.reduce_totals(self._step_totals, self._sum_over_ranks)
-        self._step_totals, self._global_load_ME = totals, None
+        self._step_totals, self._global_load = totals, None
         mixture = self._mixture
         if mixture is not None:
             self._update_routers(mixture, totals)
@@ -213,15 +218,18 @@ class MixtureTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measures held-out examples on the first rank, as the task does during training; records finite values."""
-        if self.is_world_process_zero():
-            step, tokens = self.state.global_step, self.state.global_step * self.run.tokens_per_step
-            kept = {}
-            for mode, measures in self.run.task.evaluate(self.model, final=False).items():  # pyright: ignore
-                self._check_finite(step, loss=measures["loss"], grad_norm=0.0)
-                kept[mode] = {key: value for key, value in measures.items() if math.isfinite(value)}
+        step, first = self.state.global_step, self.is_world_process_zero()
+        measured = self.run.task.evaluate(self.model, final=False) if first else {}  # pyright: ignore
+        losses = [measures["loss"] for measures in measured.values()]
+        self._check_finite(step, loss=ranks.of_first(sum(losses)), grad_norm=0.0)
+        if first:
+            kept = {
+                mode: {key: value for key, value in measures.items() if math.isfinite(value)}
+                for mode, measures in measured.items()
+            }
+            tokens = step * self.run.tokens_per_step
             self._write({"step": step, "tokens": tokens, "seconds": self._seconds, "eval": kept, **self._load_report()})
         self._load_totals, self._load_steps = None, 0
-        self.accelerator.wait_for_everyone()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
         self.restart_clock()
         return {}
@@ -290,16 +298,22 @@ class MixtureTrainer(Trainer):
 
         With `balance_over = "global"` the experts' shares are those of all micro-batches of the step so far, on all
         ranks (arXiv 2501.11873): a micro-batch may then use experts as unevenly as its text suggests, as long as the
-        whole step is balanced.
+        whole step is balanced. Where every rank has a part of each micro-batch, the shares are those of the whole one,
+        and a part counts by its tokens.
         """
-        mixture = self._mixture
+        mixture, parts = self._mixture, self.run.shares_micro_batches
         over_the_step = mixture is not None and mixture.config.balance_over == "global"
-        if mixture is None or not over_the_step or losses.aux_loss is None or losses.routing is None:
+        if mixture is None or losses.aux_loss is None or losses.routing is None or not (over_the_step or parts):
             return losses.aux_loss, losses.z_loss
-        load_ME = torch.stack([layer.tokens_per_expert_E for layer in losses.routing if layer is not None])
-        load_ME = self._sum_over_ranks(load_ME)
-        self._global_load_ME = load_ME if self._global_load_ME is None else self._global_load_ME + load_ME
-        return mixture.router_losses(tuple(balance.with_load(losses.routing, self._global_load_ME)))
+        own = balance.load_of(losses.routing)
+        load = all_ranks = balance.Load(*map(self._sum_over_ranks, own))
+        if over_the_step:
+            load = self._global_load = balance.add_loads(self._global_load, load)
+        aux_loss, z_loss = mixture.router_losses(tuple(balance.with_load(losses.routing, load)))
+        if not parts or aux_loss is None or z_loss is None:
+            return aux_loss, z_loss
+        weight = own.routed_M[0] * self.args.world_size / all_ranks.routed_M[0].clamp_min(1.0)
+        return aux_loss * weight, z_loss * weight
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, "sum") if self.args.world_size > 1 else value  # pyright: ignore
