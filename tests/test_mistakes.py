@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from mixtura.data.tokenizer import train_tokenizer
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from mixtura import cli
 from mixtura.config import recipe_from_dict, recipe_to_toml
+from mixtura.data.prepare import train_tokenizer
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 
 Mistakes = dict[str, tuple[str, str]]

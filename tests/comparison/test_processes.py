@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from mixtura.comparison.preparing import check_arms
 
+from mixtura.comparison.plan import check_arms
 from mixtura.comparison.runner import compare
 from mixtura.config import UserError, recipe_to_toml
 from mixtura.tasks.language_modelling.experiment import make_pretraining

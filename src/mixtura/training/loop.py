@@ -90,16 +90,14 @@ def train(
             cannot be run as configured; the folder cannot be written.
         TrainingDiverged: the loss or its gradient is no longer finite.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    _prepare_process(model, config)
     task.check(model, batch_size=config.batch_size)
-    _check_installation(model, config)
     share = ranks.share_of_step(model, config, ranks.world_size())
     ranks.join()
     arguments = training_arguments(config, seed=seed, out=out, share=share)
     trained = task.settings(model)
-    settings = _settings(trained, config, learning_rate=learning_rate, seed=seed, world_size=arguments.world_size)
     if arguments.should_save:
+        settings = _settings(trained, config, learning_rate=learning_rate, seed=seed, world_size=arguments.world_size)
         _prepare_folder(out, settings, resume=resume)
     ranks.wait_for_all()
     model.to(arguments.device)
@@ -179,8 +177,10 @@ def sequences_per_step(config: TrainingConfig) -> int:
     return config.batch_size * config.gradient_accumulation_steps
 
 
-def _check_installation(model: nn.Module, config: TrainingConfig) -> None:
-    """Refuses what the model or the installed packages cannot do."""
+def _prepare_process(model: nn.Module, config: TrainingConfig) -> None:
+    """Sets the number of threads, and refuses what the model or the installed packages cannot do."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     check_trackers(config.trackers)
     known = any(hasattr(model, f"{name}_checkpointing_enable") for name in ("activation", "gradient"))
     if config.activation_checkpointing and not known:
