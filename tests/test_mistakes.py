@@ -194,6 +194,11 @@ TUNING: Mistakes = {
     "one column": (f"{TRANSLATION} pairs.jsonl --columns English", "'English' | SOURCE,TARGET"),
     "three columns": (f"{TRANSLATION} pairs.jsonl --columns English,German,x", "SOURCE,TARGET"),
     "one column twice": (f"{TRANSLATION} pairs.jsonl --columns English,English", "both 'English'"),
+    "five columns": (f"{TRANSLATION} pairs.jsonl --columns a,b,c,d,e", "or four with SOURCE_LANGUAGE"),
+    "languages that nothing says": (
+        f"{TRANSLATION} columns.csv --columns a,b",
+        "Nothing says which languages | --pairs",
+    ),
     "a column of another spelling": (f"{TRANSLATION} pairs.jsonl --columns English,Germn", "'Germn' | 'German'"),
     "empty columns": (f"{CLASSES} reviews.jsonl --columns ''", "--columns is '' | TEXT,LABEL"),
     "one language": (f"{TRANSLATION} {PAIRS} --pairs en", "--pairs has 'en'"),

@@ -209,7 +209,7 @@ def test_a_mistake_is_refused_in_one_sentence(tmp_path, changes, message):
 
 def test_several_pairs_without_language_columns_are_refused(tmp_path):
     lines = [{"source": line["source"], "target": line["target"]} for line in rows()]
-    with pytest.raises(UserError, match=r"no 'source_language' .* name a single pair"):
+    with pytest.raises(UserError, match=r"which languages .* name one direction"):
         load(tmp_path, lines, pairs=("en-de", "en-fr"))
 
 

@@ -218,7 +218,11 @@ PARALLEL = {
         "a.jsonl", jsonl(CODED, PAIRS[0]), 40, {"no language code": 1}, {"pairs": ("en-pt", "en-de")}
     ),
     "no codes for several pairs": Case(
-        "a.jsonl", jsonl(PAIRS), "no 'source_language' in the file a.jsonl", {}, {"pairs": ("en-de", "en-fr")}
+        "a.jsonl",
+        jsonl(PAIRS),
+        "says which languages the file a.jsonl has (there is no 'source_language')",
+        {},
+        {"pairs": ("en-de", "en-fr")},
     ),
     "one column of codes": Case(
         "a.jsonl", jsonl([{**row, "target_language": "de"} for row in PAIRS]), "no 'source_language' in"

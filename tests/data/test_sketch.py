@@ -61,6 +61,19 @@ def test_columns_named_after_languages_make_it_translation(sketched, pairs):
     assert recipe.data.pairs == ("de-fr",)
 
 
+def test_two_of_three_columns_named_after_languages_are_enough(sketched, tmp_path):
+    texts = sentences(40)
+    table = {
+        "Fassung": texts,
+        "Text (English)": [text[::-1] for text in texts],
+        "Version fr": [t.upper() for t in texts],
+    }
+    pd.DataFrame(table).to_csv(tmp_path / "three.tsv", sep="\t", index=False)
+    recipe = sketched(tmp_path / "three.tsv")
+    assert isinstance(recipe, TranslationRecipe) and recipe.data.pairs == ("en-fr",)
+    assert (recipe.data.source_column, recipe.data.target_column) == ("Text (English)", "Version fr")
+
+
 def test_a_text_makes_it_pretraining(sketched, tiny_text):
     recipe = sketched(tiny_text)
     assert isinstance(recipe, Recipe) and recipe.data.path == str(tiny_text) and len(recipe.arms) == 3

@@ -22,7 +22,11 @@ _FLAGS = {
     "finetune": {
         **dict.fromkeys(("data.path", "data.name", "data.source"), "--data"),
         **dict.fromkeys(
-            ("data.source_column", "data.target_column", "data.text_column", "data.label_column"), "--columns"
+            (
+                *("data.source_column", "data.target_column", "data.text_column", "data.label_column"),
+                *("data.source_language_column", "data.target_language_column"),
+            ),
+            "--columns",
         ),
         "data.pairs": "--pairs",
         "base.name": "--base",
@@ -57,8 +61,9 @@ def name_flags(message: str, arguments: Sequence[str]) -> str:
             return flags[key]
         return match[0] if own else f"--set {key}"
 
-    # Two keys that one flag sets, such as both columns, are named once.
-    return re.sub(r"(--[a-z]+)(?:(?:, | and | or )\1\b)+", r"\1", _KEY.sub(word, message))
+    # Two keys that one flag sets, such as both columns, are named once; "set --set KEY to" is no English.
+    named = re.sub(r"(--[a-z]+)(?:(?:, | and | or )\1\b)+", r"\1", _KEY.sub(word, message))
+    return re.sub(r"\bset (--set [\w.-]+) to\b", r"use \1 with", named)
 
 
 def _is_key(dotted: str) -> bool:

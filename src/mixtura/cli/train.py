@@ -60,7 +60,10 @@ def finetune(
     ] = None,
     columns: Annotated[
         str | None,
-        typer.Option(help="Your columns: SOURCE,TARGET for translation, TEXT,LABEL for classification."),
+        typer.Option(
+            help="Your columns: SOURCE,TARGET for translation, with SOURCE_LANGUAGE,TARGET_LANGUAGE where rows name "
+            "theirs; TEXT,LABEL for classification."
+        ),
     ] = None,
     pairs: Annotated[
         str | None, typer.Option(help="Translation directions, such as en-de,de-en.", show_default=False)

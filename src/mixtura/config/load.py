@@ -333,7 +333,8 @@ def finetune_recipe(
         recipe: the path; None takes the task's own recipe that `preset` names.
         preset: "quick" or "default".
         data: a file, or "hub:NAME".
-        columns: "SOURCE,TARGET" or "TEXT,LABEL".
+        columns: "SOURCE,TARGET", with ",SOURCE_LANGUAGE,TARGET_LANGUAGE" where rows name their languages, or
+            "TEXT,LABEL".
         pairs: directions of translation, separated by commas.
         base: the pretrained model.
         overrides: "section.key=value" changes, which come last.
@@ -364,12 +365,13 @@ def data_overrides(
     Args:
         task: "translation" or "classification".
         data: a file, or "hub:NAME".
-        columns: "SOURCE,TARGET" or "TEXT,LABEL".
+        columns: "SOURCE,TARGET", with ",SOURCE_LANGUAGE,TARGET_LANGUAGE" where rows name their languages, or
+            "TEXT,LABEL".
         pairs: directions of translation, separated by commas; None takes columns that are named after languages.
         base: the pretrained model.
 
     Raises:
-        UserError: `columns` are not two, or a text cannot stand in a recipe.
+        UserError: `columns` are too few or too many, or a text cannot stand in a recipe.
     """
     values: dict[str, str | list[str]] = {}
     if data is not None:
@@ -379,14 +381,9 @@ def data_overrides(
         values |= {"data.source": "hub", "data.name": data[4:]} if hub else {"data.source": "local", "data.path": data}
     if columns is not None:
         names = [name.strip() for name in columns.split(",")]
-        if len(names) != 2 or not all(names):
-            wanted = {"translation": "SOURCE,TARGET", "classification": "TEXT,LABEL"}[task]
-            raise UserError(f"--columns is '{columns}': give two names, {wanted}.")
-        keys = {"translation": ("source", "target"), "classification": ("text", "label")}[task]
-        values |= {f"data.{key}_column": name for key, name in zip(keys, names, strict=True)}
-    if columns is not None and pairs is None and task == "translation":
-        codes = [language_of_column(name) for name in columns.split(",")]
-        if None not in codes and codes[0] != codes[1]:
+        values |= _column_keys(task, columns, names)
+        codes = [language_of_column(name) for name in names]
+        if task == "translation" and pairs is None and len(names) == 2 and None not in codes and codes[0] != codes[1]:
             pairs = f"{codes[0]}-{codes[1]}"
     if pairs is not None:
         if task != "translation":
@@ -396,3 +393,17 @@ def data_overrides(
         values["base.name"] = base
     # JSON's strings and lists are TOML's.
     return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+
+
+def _column_keys(task: str, columns: str, names: Sequence[str]) -> dict[str, str]:
+    """The keys that name columns, by what was typed for --columns."""
+    keys = {
+        "translation": ("source", "target", "source_language", "target_language"),
+        "classification": ("text", "label"),
+    }[task]
+    if len(names) not in (2, len(keys)) or not all(names):
+        wanted = "two names, TEXT,LABEL"
+        if task == "translation":
+            wanted = "two names, SOURCE,TARGET, or four with SOURCE_LANGUAGE,TARGET_LANGUAGE where rows name them"
+        raise UserError(f"--columns is '{columns}': give {wanted}.")
+    return {f"data.{key}_column": name for key, name in zip(keys, names, strict=False)}

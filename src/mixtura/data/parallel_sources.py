@@ -290,9 +290,15 @@ def _row_units(
             yield Unit({str(code): text for code, text in zip(languages, texts, strict=True)}, bilingual=True)
     if lacking and not complete:
         key, column = next((key, column) for key, column in _language_columns(config).items() if lacking[column])
-        several = " and 'data.pairs' names several pairs of languages" if default is None else ""
-        advice = ", or name a single pair" if default is None else ", or rename the column of the other language"
-        raise UserError(f"There is no '{column}' in {source}{several}: set '{key}' to the column of codes{advice}.")
+        if default is None:
+            raise UserError(
+                f"Nothing says which languages {source} has (there is no '{column}'): name one direction in "
+                f"'data.pairs', such as en-de, or set '{key}' to the column of codes."
+            )
+        raise UserError(
+            f"There is no '{column}' in {source}: set '{key}' to the column of codes, or rename the column of the "
+            "other language."
+        )
 
 
 def _language_columns(config: TranslationDataConfig) -> dict[str, str]:

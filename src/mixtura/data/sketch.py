@@ -129,9 +129,18 @@ def _listed_columns(looks: list[Look]) -> str:
 
 def _task(looks: list[Look], pairs: str | None) -> str:
     texts = [look for look in looks if look.is_text]
-    if len(texts) >= 2 and (pairs is not None or all(language_of_column(look.column) for look in texts[:2])):
+    if len(texts) >= 2 and (pairs is not None or len(_languages(texts)) >= 2):
         return "translation"
     return "classification" if texts and any(look.is_label for look in looks) else "pretraining"
+
+
+def _languages(texts: list[Look]) -> dict[str, Look]:
+    """The first column of each language that a name says, in order."""
+    found: dict[str, Look] = {}
+    for look in texts:
+        if (code := language_of_column(look.column)) is not None:
+            found.setdefault(code, look)
+    return found
 
 
 def _overrides(task: str, data: Path, looks: list[Look], columns: str | None, pairs: str | None) -> list[str]:
@@ -142,6 +151,8 @@ def _overrides(task: str, data: Path, looks: list[Look], columns: str | None, pa
         return changes + ([f"data.text_column={json.dumps(text, ensure_ascii=False)}"] if looks else [])
     if columns is None:
         in_order = [look for look in looks if look in texts]
+        if pairs is None and len(named := _languages(in_order)) >= 2:
+            in_order = list(named.values())
         chosen = in_order[:2] if task == "translation" else texts[:1] + _labels(looks)[:1]
         if len(chosen) < 2:
             wanted = "two columns of sentences" if task == "translation" else "a column of texts and one of classes"

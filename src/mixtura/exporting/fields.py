@@ -102,7 +102,7 @@ def check_deployable(config: MixtureConfig) -> None:
     if config.route_by != "token":
         raise UserError(
             f"The model routes by {config.route_by}, which needs an expert's name with every request: take one "
-            "language's model with mixtura.models.transition and export that."
+            "language's model with mixtura.models.transition.extract_language_model and export that."
         )
 
 
@@ -112,7 +112,7 @@ def check_stock(config: MixtureConfig) -> None:
     if "mixture_of_tokens" in families:
         raise UserError(
             "No stock architecture has mixture_of_tokens layers: export with --to remote_code, or turn them into token "
-            "choice first with mixtura.models.transition."
+            "choice first with `mixtura transition`."
         )
     for family in families:
         if not facts_of(family).has_stock_form:
