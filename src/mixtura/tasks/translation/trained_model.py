@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig
 
 from mixtura.adapters.attach import load_adapter
 from mixtura.checkpoints.nllb_moe import compute_as_published
@@ -21,12 +21,14 @@ from mixtura.data.parallel import SentencePair
 from mixtura.diagnostics.examine import diagnose_excerpts
 from mixtura.diagnostics.excerpts import Excerpts
 from mixtura.diagnostics.findings import Diagnosis
-from mixtura.models.loading import load_model, load_weights, open_tokenizer
+from mixtura.models.loading import load_config, load_model, load_weights, open_tokenizer
 from mixtura.results.stored import Plain
 from mixtura.tasks.translation.decoding import ExampleRouting, inference_modes, running, token_limit
 from mixtura.tasks.translation.encoder_decoder import AnyPrompts, EncoderDecoderPrompts, decode_prompts
 from mixtura.tasks.translation.prompts import Prompts
 from mixtura.tasks.translation.task import OUTPUTS_FILE, TRANSLATION_FILE, read_outputs
+from mixtura.training.saving import load_weights as saved_weights
+from mixtura.upcycling.copied_layers import FIELD, place_mixtures
 
 
 class Translated(NamedTuple):
@@ -168,9 +170,7 @@ def _load(folder: Path, settings: Plain) -> Any:
     if not (folder / "adapter_config.json").is_file():
         if settings["prompt"] != "encoder_decoder":
             return load_model(folder)[0]
-        model = load_weights(AutoModelForSeq2SeqLM, folder)
-        compute_as_published(model)
-        return model.eval()
+        return _load_encoder_decoder(folder)
     name = settings["base"]["name"]
     try:
         base, _ = load_base(name, num_layers=settings["base"]["num_layers"])
@@ -180,6 +180,19 @@ def _load(folder: Path, settings: Plain) -> Any:
             "again."
         ) from error
     return load_adapter(base, folder).eval()
+
+
+def _load_encoder_decoder(folder: Path) -> Any:
+    config = load_config(AutoConfig, folder)
+    if not hasattr(config, FIELD):
+        model = load_weights(AutoModelForSeq2SeqLM, folder)
+        compute_as_published(model)
+        return model.eval()
+    model: Any = AutoModelForSeq2SeqLM.from_config(config)
+    place_mixtures(model, getattr(config, FIELD))
+    saved_weights(model, folder)
+    model.generation_config = load_config(GenerationConfig, folder)
+    return model.eval()
 
 
 def diagnose_language_pairs(folder: Path, *, max_tokens: int, command: str) -> Diagnosis | None:
