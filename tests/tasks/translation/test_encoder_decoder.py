@@ -138,7 +138,14 @@ def test_decoding_is_that_of_generate_with_a_forced_first_token(experiments, nam
             assert decoded[row] == prompts.decode([own])[0]
 
 
-@pytest.mark.parametrize(("base", "name"), [*(("nllb", name) for name in ADAPTERS), *((b, "full") for b in BASES)])
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        *(("nllb", name) for name in ADAPTERS),
+        *((base, "full") for base in ("marian_multi", "madlad", "nllb_moe")),
+        ("nllb_moe", "mot"),
+    ],
+)
 def test_a_run_trains_resumes_scores_and_translates(experiments, base, name, tmp_path):
     experiment = experiments(base)
     arm = experiment.arms[name]
@@ -168,8 +175,6 @@ def test_a_run_trains_resumes_scores_and_translates(experiments, base, name, tmp
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_every_adapter_reaches_both_sides_of_every_base(experiments, base, name):
     arm = experiments(base).arms[name]
-    mixes = name == "mot"
-    assert arm.leaks() == Leaks(False, mixes, False)
     model = arm.build(0)
     items = [arm.task.dataset(length=4, seed=0)[index] for index in range(4)]
     batch = arm.task.collate(items)
@@ -203,6 +208,15 @@ def test_experts_can_be_named_by_the_target_language_alone(encoder_decoder, tmp_
     assert experiment.arms["by_target"].task.routing.expert_of_direction == (0, 0, 1)
     sizes = [arm.describe(arm).parameters_trainable for arm in experiment.arms.values()]
     assert sizes[0] * 2 == sizes[1] * 3
+
+
+@pytest.mark.parametrize("base", ["marian_multi", "t5", "nllb_moe"])
+def test_only_a_mixture_of_tokens_leaks_and_only_while_it_is_trained(experiments, base):
+    arms = experiments(base).arms
+    assert {name: arms[name].leaks() for name in ("languages", "mot")} == {
+        "languages": Leaks(False, False, False),
+        "mot": Leaks(False, True, False),
+    }
 
 
 def test_padding_of_each_side_stays_out_of_its_own_mixtures(experiments):
