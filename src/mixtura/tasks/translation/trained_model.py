@@ -16,15 +16,16 @@ from mixtura.adapters.attach import load_adapter
 from mixtura.checkpoints.nllb_moe import compute_as_published
 from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import UserError
-from mixtura.config.languages import code_advice, find_language
+from mixtura.config.adapt import MOST_PAIR_TOKENS
+from mixtura.config.languages import code_advice, find_language, language_code
 from mixtura.data.parallel import SentencePair
 from mixtura.diagnostics.examine import diagnose_excerpts
 from mixtura.diagnostics.excerpts import Excerpts
 from mixtura.diagnostics.findings import Diagnosis
-from mixtura.models.loading import load_config, load_model, load_weights, open_tokenizer
+from mixtura.models.loading import folder_settings, load_config, load_model, load_weights, open_tokenizer
 from mixtura.results.stored import Plain
 from mixtura.tasks.translation.decoding import ExampleRouting, inference_modes, running, token_limit
-from mixtura.tasks.translation.encoder_decoder import AnyPrompts, EncoderDecoderPrompts, decode_prompts
+from mixtura.tasks.translation.encoder_decoder import AnyPrompts, EncoderDecoderPrompts, decode_prompts, prompts_for
 from mixtura.tasks.translation.prompts import Prompts
 from mixtura.tasks.translation.task import OUTPUTS_FILE, TRANSLATION_FILE, read_outputs
 from mixtura.training.saving import load_weights as saved_weights
@@ -63,7 +64,7 @@ def translate_lines(
     """Translates every line by itself, many at once; empty lines stay.
 
     Args:
-        model_folder: the `checkpoint` of a translation run.
+        model_folder: the `checkpoint` of a translation run, or an encoder-decoder that was never tuned here.
         lines: of a sentence or two, as long as those that the model was trained on.
         source_language: code of the text's language, such as "en" or "pt-BR".
         target_language: code of the language to translate into; see `find_language` for what stands for what.
@@ -73,7 +74,7 @@ def translate_lines(
         UserError: the folder is none of a translation run, the model does not know the direction, all lines are empty,
             or some are too long.
     """
-    settings = _read_settings(model_folder)
+    settings = _untuned_settings(model_folder, source_language, target_language) or _read_settings(model_folder)
     source_language, target_language = _languages(settings["directions"], source_language, target_language)
     direction = f"{source_language}-{target_language}"
     if direction not in settings["directions"]:
@@ -143,6 +144,27 @@ def _languages(directions: Sequence[str], source_language: str, target_language:
             raise UserError(f"'{typed}' is no language code: {code_advice(typed)}.")
         found.append(code)
     return found[0], found[1]
+
+
+def _untuned_settings(folder: Path, source_language: str, target_language: str) -> Plain | None:
+    """What a run would have written for a pretrained encoder-decoder and one direction; None for any other folder."""
+    config_file = folder / "config.json"
+    if (folder / TRANSLATION_FILE).exists() or not config_file.is_file():
+        return None
+    if not folder_settings(folder).get("is_encoder_decoder"):
+        return None
+    config = load_config(AutoConfig, folder)
+    prompts = prompts_for(open_tokenizer(folder), config)
+    codes = [language_code(typed) or typed for typed in (source_language, target_language)]
+    prompts.languages.check(["-".join(codes)])
+    return {
+        "prompt": prompts.kind,
+        **prompts.settings(),
+        "directions": ["-".join(codes)],
+        "max_length": getattr(config, "max_position_embeddings", None) or MOST_PAIR_TOKENS,
+        "experts": None,
+        "experts_through": "task_ids",
+    }
 
 
 def _read_settings(folder: Path) -> Plain:
