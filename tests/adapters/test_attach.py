@@ -20,8 +20,8 @@ from mixtura.adapters.attach import (
 )
 from mixtura.adapters.mixture_lora import PUBLISHED
 from mixtura.adapters.targets import count_parameters
-from mixtura.adapters.tuner import observe_routing, set_task_ids, task_ids
 from mixtura.config import AdapterConfig, UserError
+from mixtura.models.batch_context import observe_routing, set_task_ids, task_ids
 
 # PEFT reads a property that transformers deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

@@ -14,8 +14,8 @@ from mixtura.adapters.attach import apply_adapter
 from mixtura.adapters.conversion import export_task_loras, merge_into_mixture, upcycle_with_lora
 from mixtura.adapters.mixture_lora import MixtureLoraConfig
 from mixtura.adapters.targets import feed_forward_linears
-from mixtura.adapters.tuner import set_task_ids
 from mixtura.config import AdapterConfig, UserError
+from mixtura.models.batch_context import set_task_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 MakeBase = Callable[[str], nn.Module]

@@ -22,8 +22,8 @@ from mixtura.adapters.targets import (
     mot_adapter_flops,
     optimizer_state_bytes,
 )
-from mixtura.adapters.tuner import set_task_ids
 from mixtura.config import AdapterConfig
+from mixtura.models.batch_context import set_task_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 MakeBase = Callable[[str], nn.Module]

@@ -20,9 +20,9 @@ from mixtura.adapters.low_rank_experts import (
 )
 from mixtura.adapters.mixture_lora import MixtureLoraFeedForward, MixtureLoraLinear
 from mixtura.adapters.mot import MotAdapterLayer, set_inference_mode
-from mixtura.adapters.tuner import set_task_ids
 from mixtura.config import AdapterConfig
 from mixtura.diagnostics.choices import record_choices
+from mixtura.models.batch_context import set_task_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 MakeBase = Callable[[str], nn.Module]

@@ -11,7 +11,12 @@ from mixtura.kernels.expert_weights import activate, activate_backward, check_ac
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("relu", 1.5), ("gelu", 1.5 * 0.5 * (1 + math.erf(1.5 / math.sqrt(2)))), ("silu", 1.5 / (1 + math.exp(-1.5)))],
+    [
+        ("relu", 1.5),
+        ("gelu", 1.5 * 0.5 * (1 + math.erf(1.5 / math.sqrt(2)))),
+        ("gelu_tanh", 0.75 * (1 + math.tanh(math.sqrt(2 / math.pi) * (1.5 + 0.044715 * 1.5**3)))),
+        ("silu", 1.5 / (1 + math.exp(-1.5))),
+    ],
 )
 def test_values_by_hand(name, value):
     assert_close(activate(torch.tensor([[1.5]]), name, gated=False).item(), value, rtol=1e-6, atol=0)
@@ -19,7 +24,7 @@ def test_values_by_hand(name, value):
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("name", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize("name", ["relu", "gelu", "gelu_tanh", "silu"])
 def test_derivatives_equal_autograds(name, gated):
     u_RH = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
     h_RF = activate(u_RH, name, gated)
@@ -30,5 +35,5 @@ def test_derivatives_equal_autograds(name, gated):
 
 def test_an_unknown_name_lists_the_known_ones():
     check_activation("silu")
-    with pytest.raises(ValueError, match="activation is 'Silu': it must be one of relu, gelu, silu"):
+    with pytest.raises(ValueError, match="activation is 'Silu': it must be one of relu, gelu, gelu_tanh, silu"):
         check_activation("Silu")

@@ -11,7 +11,7 @@ from mixtura.kernels import ExpertWeights, reference
 
 N, G, E, C, D, F, T = 3, 4, 3, 2, 5, 2, 6
 GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-ACTIVATIONS = pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+ACTIVATIONS = pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
 
 
 def leaves(*shapes, dtype=torch.float64):

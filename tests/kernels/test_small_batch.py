@@ -12,7 +12,7 @@ from mixtura.layers import Experts, TokenChoiceMoE
 
 SIZES = st.integers(1, 4)
 GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-ACTIVATIONS = pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+ACTIVATIONS = pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
 
 
 def random_experts(num_experts, hidden, width, activation, gated):

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from mixtura.kernels import ExpertWeights, reference, sparse_ffn
 from mixtura.kernels.sparse import _grouped, _grouped_mm_runs
 
-ACTIVATIONS = pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+ACTIVATIONS = pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
 GATED = pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 
 
@@ -43,7 +43,7 @@ def assert_same(function, inputs, activation, gated, *, tolerance, cotangent=Non
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     counts=st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(any),
-    activation=st.sampled_from(["relu", "gelu", "silu"]),
+    activation=st.sampled_from(["relu", "gelu", "gelu_tanh", "silu"]),
     gated=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )

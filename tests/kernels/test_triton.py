@@ -245,7 +245,7 @@ def test_sparse_experts_equal_the_definition(on, choices, gated):
 
 @ON
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
 def test_sparse_experts_have_every_activation(on, activation, gated):
     dtype = torch.float32 if on == "cpu" else torch.bfloat16
     assert_sparse(sparse_inputs(ROUTES["even"], on, dtype, gated=gated, width=40), activation, gated, dtype)

@@ -36,7 +36,7 @@ build(routing._count_kernel, {"rest": "*i64"}, BLOCK=routing.BLOCK_ROWS, BLOCK_E
 build(routing._place_kernel, {"rest": "*i64"}, BLOCK=routing.BLOCK_ROWS)
 rows = dict(rest="*bf16", weight_ptr="*fp32", grad_weight_ptr="*fp32", row_ptr="*i64", rows_ptr="*i64")
 rows["start_ptr"] = "*i32"
-for kind in ("relu", "gelu", "silu"):
+for kind in ("relu", "gelu", "gelu_tanh", "silu"):
     constants = dict(KIND=kind, GATED=True, ROWS=sparse.BLOCK_R, COLUMNS=256)
     build(sparse._activate_kernel, rows, **constants)
     build(sparse._activate_backward_kernel, rows, **constants)

@@ -35,11 +35,12 @@ from mixtura.adapters.targets import (
     mixture_lora_cost,
     mot_adapter_cost,
 )
-from mixtura.adapters.tuner import RoutedTuner, batch_context
+from mixtura.adapters.tuner import RoutedTuner
 from mixtura.config import AdapterConfig, UserError
 from mixtura.errors import reason_of
 from mixtura.layers import RoutingStats
 from mixtura.layers.statistics import load_balancing_loss
+from mixtura.models.batch_context import batch_context
 
 
 class Reach(NamedTuple):

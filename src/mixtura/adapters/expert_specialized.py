@@ -25,9 +25,10 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mixtura.adapters.tuner import AdapterLayer, BatchContext, RoutedTuner, register_method
+from mixtura.adapters.tuner import AdapterLayer, RoutedTuner, register_method
 from mixtura.config import UserError
 from mixtura.layers import FeedForward, TokenChoiceMoE
+from mixtura.models.batch_context import BatchContext
 
 SAMPLE_SIZE = 32
 """Training examples of a run that show which experts its data uses."""

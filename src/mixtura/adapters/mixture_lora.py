@@ -32,8 +32,9 @@ from mixtura.adapters.targets import (
     loose_down,
     projections,
 )
-from mixtura.adapters.tuner import AdapterLayer, BatchContext, RoutedTuner, TwoPartLayer, register_method
+from mixtura.adapters.tuner import AdapterLayer, RoutedTuner, TwoPartLayer, register_method
 from mixtura.config import UserError
+from mixtura.models.batch_context import BatchContext
 
 _ATTRIBUTE = "mixture_lora_experts"
 PUBLISHED: dict[str, dict[str, Any]] = {

@@ -70,7 +70,7 @@ def with_experts_of(recipe: TranslationRecipe, directions: Collection[str]) -> T
     arms = dict(recipe.arms)
     for name, arm in arms.items():
         route_by = arm.feed_forward.route_by
-        if recipe.base.name is None and route_by != "token":
+        if (recipe.base.name is None or arm.upcycle is not None) and route_by != "token":
             named = {pair.split("-")[side[route_by]] if route_by in side else pair for pair in directions}
             layer = dataclasses.replace(arm.feed_forward, num_experts=len(named))
             arms[name] = dataclasses.replace(arm, feed_forward=layer)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from mixtura.config.arm import ArmConfig
 from mixtura.config.checks import check_attention_heads, check_feed_forward, check_frame, check_positive, refuse_scales
 from mixtura.config.controls import refuse_control
 from mixtura.config.families import FAMILIES, facts_of
@@ -19,6 +20,12 @@ from mixtura.config.schema import (
     TranslationRecipe,
 )
 from mixtura.errors import UserError, refuse_together
+
+_OF_DRAWN_LAYERS = (
+    *("init_from", "control", "control_of", "moe_intermediate_size", "num_shared_experts", "mixtures_per_expert"),
+    *("combine", "alone_fraction", "zero_fill_unit", "population_rate", "transition_fraction"),
+)
+"""Settings of layers that are drawn at random, or that a whole model of ours follows through its training."""
 
 
 def check_finetune_recipe(recipe: FinetuneRecipe) -> None:
@@ -82,11 +89,14 @@ def _check_translation_arm(where: str, arm: TranslationArmConfig, recipe: Transl
         raise UserError(
             f"'{where}.adapter' adapts a pretrained model, but 'base.name' is missing: name one such as \"smollm2\"."
         )
+    if arm.upcycle is not None:
+        _check_upcycled(where, arm, recipe)
+        return
     if pretrained:
         if arm.feed_forward.family != "dense":
             raise UserError(
                 f"'{where}.feed_forward' is for models from scratch, but 'base.name' is '{recipe.base.name}': "
-                "give an adapter instead, or leave out the base."
+                "give an adapter instead, leave out the base, or set 'upcycle' for an encoder-decoder."
             )
         _check_adapter(f"{where}.adapter", arm.adapter, recipe.training.batch_size)
         return
@@ -100,6 +110,32 @@ def _check_translation_arm(where: str, arm: TranslationArmConfig, recipe: Transl
     sizes = {"training.batch_size": recipe.training.batch_size}
     refuse_control(key, feed_forward)
     check_feed_forward(key, feed_forward, batch_sizes=sizes, sequence_length=None)
+    _check_language_experts(key, arm)
+
+
+def _check_upcycled(where: str, arm: TranslationArmConfig, recipe: TranslationRecipe) -> None:
+    """Upcycled layers are copies of a base's, and only some settings have a meaning for those."""
+    layer, key = arm.feed_forward, f"{where}.feed_forward"
+    if recipe.base.name is None or arm.adapter is not None:
+        missing = "'base.name' is missing" if recipe.base.name is None else "it has an adapter too"
+        raise UserError(
+            f"'{where}.upcycle' makes mixtures of a base model's layers, but {missing}: choose one of both."
+        )
+    if layer.family not in ("token_choice", "mixture_of_tokens"):
+        raise UserError(f"'{key}.family' is '{layer.family}': upcycled layers are token_choice or mixture_of_tokens.")
+    default = ArmConfig(family=layer.family)
+    changed = [name for name in (*_OF_DRAWN_LAYERS, *SCALE_KEYS) if getattr(layer, name) != getattr(default, name)]
+    if changed:
+        raise UserError(f"'{key}.{changed[0]}' has no meaning for copies of a base model's layers: leave it out.")
+    if layer.family == "token_choice" and layer.route_by == "token" and layer.top_k == 1 and layer.normalize_top_k:
+        raise UserError(
+            f"'{key}.top_k' is 1 and a single normalised weight is always 1, so the router would never learn: set "
+            "top_k to 2, or normalize_top_k to false."
+        )
+    sizes = {"training.batch_size": recipe.training.batch_size}
+    check_feed_forward(key, layer, batch_sizes=sizes, sequence_length=None)
+    if layer.family == "mixture_of_tokens" and (layer.inference_mode != "alone" or layer.group_over != "batch"):
+        raise UserError(f'\'{key}\' must have inference_mode "alone" and group_over "batch" to translate: set them.')
     _check_language_experts(key, arm)
 
 

@@ -273,6 +273,9 @@ class TranslationArmConfig:
     """Of a model from scratch."""
     adapter: AdapterConfig | None = None
     """On a base model; None tunes it whole."""
+    upcycle: Literal["encoder", "decoder", "both"] | None = None
+    """Sides of an encoder-decoder base whose feed-forward layers become mixtures of copies, as `feed_forward` says, in
+    the layers of its `placement`; all weights are trained."""
 
 
 @dataclass(frozen=True, kw_only=True)

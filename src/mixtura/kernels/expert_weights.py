@@ -31,7 +31,7 @@ class ExpertWeights(NamedTuple):
     down: Tensor
     """(E, D, F): the second projection."""
     activation: str
-    """One of "relu", "gelu" and "silu"."""
+    """One of "relu", "gelu", "gelu_tanh" and "silu"."""
     gated: bool
 
     @property
@@ -105,12 +105,18 @@ def refuse(name: str, index: Tensor, limit: int) -> NoReturn:
     raise IndexError(f"{name} contains {outside[0].item()}: every index must lie between 0 and {limit - 1}.")
 
 
-Activation = Literal["relu", "gelu", "silu"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 
-_FORWARD: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+_FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),  # of T5 1.1 and mT5, which call it gelu_new
+    "silu": F.silu,
+}
 _BACKWARD: dict[str, Callable[..., Tensor]] = {
     "relu": lambda grad, u, out: torch.ops.aten.threshold_backward(grad, u, 0, grad_input=out),
     "gelu": lambda grad, u, out: torch.ops.aten.gelu_backward(grad, u, grad_input=out),
+    "gelu_tanh": lambda grad, u, out: torch.ops.aten.gelu_backward(grad, u, approximate="tanh", grad_input=out),
     "silu": lambda grad, u, out: torch.ops.aten.silu_backward(grad, u, grad_input=out),
 }
 

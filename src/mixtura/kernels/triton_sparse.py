@@ -65,6 +65,8 @@ def _activated(u, KIND: tl.constexpr):
         return tl.maximum(u, 0.0)
     elif KIND == "gelu":
         return 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
+    elif KIND == "gelu_tanh":  # tanh(z) = 2 sigmoid(2 z) - 1
+        return u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
     else:
         return u * tl.sigmoid(u)
 
@@ -76,6 +78,9 @@ def _slope(u, KIND: tl.constexpr):
         return tl.where(u > 0.0, 1.0, 0.0)
     elif KIND == "gelu":
         return 0.5 * (1.0 + tl.erf(u * 0.7071067811865476)) + u * tl.exp(-0.5 * u * u) * 0.3989422804014327
+    elif KIND == "gelu_tanh":
+        share = tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))
+        return share * (1.0 + u * (1.0 - share) * 1.5957691216057308 * (1.0 + 0.134145 * u * u))
     else:
         share = tl.sigmoid(u)
         return share * (1.0 + u * (1.0 - share))

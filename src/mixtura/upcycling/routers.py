@@ -304,7 +304,7 @@ def layer_starts(
             router = uncalibrated_rows(
                 norm_D, copies=settings.copies, spread=settings.router_spread, generator=generator
             )
-            starts[depth] = _start(settings, router, None)
+            starts[depth] = layer_start(settings, router, None)
         return starts
     sequences = read_sequences(texts, sources[0].folder, max_tokens=max_tokens)
     rows_of_text = [ids_NL.numel() for ids_NL in sequences]
@@ -318,11 +318,12 @@ def layer_starts(
             spread=settings.router_spread,
             generator=generator_for(settings.seed, depth, "router"),
         )
-        starts[depth] = _start(settings, router, x_TD)
+        starts[depth] = layer_start(settings, router, x_TD)
     return starts
 
 
-def _start(settings: UpcycleSettings, router: RouterStart, x_TD: Tensor | None) -> LayerStart:
+def layer_start(settings: UpcycleSettings, router: RouterStart, x_TD: Tensor | None) -> LayerStart:
+    """The factors of a layer's experts for rows of its router, and for its inputs (T, D) where a text gave some."""
     if settings.family == "token_choice":
         return LayerStart(router, 1.0, 1 / (settings.active_copies * settings.undecided_weight))
     logits_TC = _drawn_logits(settings) if x_TD is None else x_TD @ router.rows_CD.T

@@ -25,6 +25,7 @@ from mixtura.models.generation import Writer
 from mixtura.results import Leaks
 from mixtura.tasks.translation.encoder_decoder import prompts_for
 from mixtura.tasks.translation.experiment import make_translation
+from mixtura.tasks.translation.language_pruning import prune_for_sentences
 from mixtura.tasks.translation.trained_model import translate, translate_lines
 from mixtura.training import train
 
@@ -138,7 +139,14 @@ def test_decoding_is_that_of_generate_with_a_forced_first_token(experiments, nam
             assert decoded[row] == prompts.decode([own])[0]
 
 
-@pytest.mark.parametrize(("base", "name"), [*(("nllb", name) for name in ADAPTERS), *((b, "full") for b in BASES)])
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        *(("nllb", name) for name in ADAPTERS),
+        *((base, "full") for base in ("marian_multi", "madlad", "nllb_moe")),
+        ("nllb_moe", "mot"),
+    ],
+)
 def test_a_run_trains_resumes_scores_and_translates(experiments, base, name, tmp_path):
     experiment = experiments(base)
     arm = experiment.arms[name]
@@ -168,8 +176,6 @@ def test_a_run_trains_resumes_scores_and_translates(experiments, base, name, tmp
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_every_adapter_reaches_both_sides_of_every_base(experiments, base, name):
     arm = experiments(base).arms[name]
-    mixes = name == "mot"
-    assert arm.leaks() == Leaks(False, mixes, False)
     model = arm.build(0)
     items = [arm.task.dataset(length=4, seed=0)[index] for index in range(4)]
     batch = arm.task.collate(items)
@@ -203,6 +209,15 @@ def test_experts_can_be_named_by_the_target_language_alone(encoder_decoder, tmp_
     assert experiment.arms["by_target"].task.routing.expert_of_direction == (0, 0, 1)
     sizes = [arm.describe(arm).parameters_trainable for arm in experiment.arms.values()]
     assert sizes[0] * 2 == sizes[1] * 3
+
+
+@pytest.mark.parametrize("base", ["marian_multi", "t5", "nllb_moe"])
+def test_only_a_mixture_of_tokens_leaks_and_only_while_it_is_trained(experiments, base):
+    arms = experiments(base).arms
+    assert {name: arms[name].leaks() for name in ("languages", "mot")} == {
+        "languages": Leaks(False, False, False),
+        "mot": Leaks(False, True, False),
+    }
 
 
 def test_padding_of_each_side_stays_out_of_its_own_mixtures(experiments):
@@ -291,6 +306,30 @@ def test_a_report_shows_beams_and_copying_for_a_base(encoder_decoder, parallel_r
     assert all(pair.beam_chrf is not None and pair.copy_chrf > 0 for pair in details.pairs.values())
     lines = (tmp_path / "outputs.jsonl").read_text(encoding="utf-8").splitlines()
     assert {"source", "reference", "output", "beam", "pair"} <= json.loads(lines[0]).keys() and len(lines) == 8
+
+
+def test_a_base_translates_before_it_is_tuned(encoder_decoder):  # noqa: F811
+    folder = encoder_decoder("nllb")
+    model, _, prompts = opened(folder)
+    line = translate(folder, "ban nab", source_language="en", target_language="deu_Latn")
+    ids = prompts.encode([PAIR])[0]
+    how = {"forced_bos_token_id": prompts.prefix("de")[1], "max_new_tokens": 2 * len(ids) + 17, "do_sample": False}
+    assert prompts.decode(model.generate(torch.tensor([ids]), **how)[:, 2:].tolist()) == [line]
+    with pytest.raises(UserError, match="no token for the language 'tlh'"):
+        translate(folder, "ban nab", source_language="en", target_language="tlh")
+
+
+def test_experts_are_pruned_for_the_languages_of_some_sentences(encoder_decoder, tmp_path):  # noqa: F811
+    pairs = [PAIR, PAIR._replace(target_language="fr")]
+    pruned = prune_for_sentences(str(encoder_decoder("nllb_moe")), pairs, tmp_path / "small", keep=2)
+    receipt = json.loads((tmp_path / "small" / "pruning.json").read_text(encoding="utf-8"))
+    assert receipt["directions"] == ["en-de", "en-fr"] and len(receipt["layers"]) == 2
+    assert all(len(layer.kept) == 2 and 0.5 <= layer.share <= 1 for layer in pruned)
+    model, _, _ = opened(tmp_path / "small")
+    assert model.config.num_experts == 2 and model.model.encoder.layers[1].ffn.num_experts == 2
+    translate(tmp_path / "small", "ban nab", source_language="en", target_language="de")
+    with pytest.raises(UserError, match="is there already: name a new folder"):
+        prune_for_sentences(str(encoder_decoder("nllb_moe")), pairs, tmp_path / "small", keep=2)
 
 
 def test_one_command_leads_from_a_file_of_pairs_to_arms_a_report_and_a_translated_file(

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
@@ -28,7 +29,9 @@ from mixtura.tasks.translation.decoding import ExampleRouting
 from mixtura.tasks.translation.encoder_decoder import EncoderDecoderPrompts, collate_pairs, probe_pairs
 from mixtura.tasks.translation.task import TranslationData, TranslationTask
 from mixtura.training.interface import Arm
+from mixtura.upcycling.copied_layers import inactive_parameters, upcycle_sides
 
+_CALIBRATION_BATCHES = 4
 _PROBED_LAYERS = 2
 """Layers of a base model that a leak probe keeps: a leak shows in any layer, and float64 is slow."""
 
@@ -39,8 +42,9 @@ def make_arm(recipe: TranslationRecipe, name: str, data: TranslationData) -> "Tr
     Raises:
         UserError: its settings cannot work, or not on this data.
     """
-    make = _scratch_arm if recipe.base.name is None else _base_arm
-    return make(recipe, name, recipe.arms[name], data)
+    arm = recipe.arms[name]
+    make = _scratch_arm if recipe.base.name is None else _base_arm if arm.upcycle is None else _upcycled_arm
+    return make(recipe, name, arm, data)
 
 
 @final
@@ -131,7 +135,7 @@ class TranslationArm(Arm):
         return ArmDescription(
             settings=self._settings,
             parameters_total=total,
-            parameters_active=total,
+            parameters_active=total - inactive_parameters(model),
             parameters_trainable=trained,
             flops_per_token=flops,
             flops_ratio=1.0,
@@ -279,7 +283,7 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
             recipe.training,
             routing=ExampleRouting(tuple(map(tasks.index, keys)), "task_ids") if routed else ExampleRouting(),
             adapter=adapter,
-            base={"name": base.name, "num_layers": base.num_layers},
+            base=_base_facts(recipe),
             num_beams=recipe.num_beams,
         ),
         learning_rate=arm.learning_rate or recipe.training.learning_rate,
@@ -288,6 +292,52 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
         shape=None,
         group_size=group_size,
     )
+
+
+def _upcycled_arm(
+    recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, data: TranslationData
+) -> TranslationArm:
+    """A base model, tuned whole, with mixtures of copies as feed-forward layers."""
+    base, layer, sides = recipe.base, arm.feed_forward, arm.upcycle
+    assert base.name is not None and sides is not None
+    if not isinstance(data.prompts, EncoderDecoderPrompts):
+        raise UserError(
+            f"'arms.{name}.upcycle' is for encoder-decoders, and '{base.name}' is a decoder: use `mixtura upcycle`, "
+            "and name its output in 'base.name'."
+        )
+    where = f"arms.{name}.feed_forward"
+    routing, expert_names = _route(where, layer, data)
+    group_size = layer.group_size if facts_of(layer.family).group_over else None
+    if group_size is not None:
+        _check_groups(where, group_size, recipe.training.batch_size)
+
+    def build(seed: int, num_layers: int | None = base.num_layers) -> nn.Module:
+        torch.manual_seed(seed)
+        model, _ = load_base(str(base.name), num_layers=num_layers)
+        sample = _sample(data, recipe.training.batch_size)
+        batches = itertools.islice(sample, _CALIBRATION_BATCHES)
+        upcycle_sides(model, layer, sides=sides, batches=batches, expert_names=expert_names, seed=seed)
+        return model
+
+    named = ExampleRouting(routing.expert_of_direction, "task_ids")
+    weights = (layer.router_aux_loss_coef, layer.router_z_loss_coef)
+    return TranslationArm(
+        name,
+        family=layer.family,
+        settings={"upcycled": sides, "placement": layer.placement, **shown_settings(layer)},
+        task=TranslationTask(
+            data, recipe.training, routing=named, upcycled=weights, base=_base_facts(recipe), num_beams=recipe.num_beams
+        ),
+        learning_rate=arm.learning_rate or layer.learning_rate or recipe.training.learning_rate,
+        build=build,
+        probe=lambda: build(0),
+        shape=None,
+        group_size=group_size,
+    )
+
+
+def _base_facts(recipe: TranslationRecipe) -> Facts:
+    return {"name": recipe.base.name, "num_layers": recipe.base.num_layers}
 
 
 def _group_of_base(name: str) -> int | None:

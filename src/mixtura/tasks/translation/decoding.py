@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from mixtura.adapters.tuner import set_task_ids
+from mixtura.models.batch_context import set_task_ids
 from mixtura.models.inference import mixing_layers, running_in
 
 BATCH_TOKENS = 4096

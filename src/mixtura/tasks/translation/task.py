@@ -39,6 +39,7 @@ from mixtura.tasks.translation.encoder_decoder import (
 from mixtura.tasks.translation.experts_by_direction import measure_directions, measure_sides
 from mixtura.training import saving as checkpoints
 from mixtura.training.interface import Batch, Measure, StepLosses, TrainingTask
+from mixtura.upcycling.copied_layers import mixture_losses
 
 TRANSLATION_FILE = "translation.json"
 OUTPUTS_FILE = "outputs.jsonl"
@@ -92,6 +93,7 @@ class TranslationTask(TrainingTask):
         *,
         routing: ExampleRouting,
         adapter: AdapterConfig | None = None,
+        upcycled: tuple[float, float] | None = None,
         base: Facts | None = None,
         num_beams: int = 1,
     ) -> None:
@@ -102,11 +104,12 @@ class TranslationTask(TrainingTask):
             config: how all arms are trained.
             routing: how the model gets the experts of an example.
             adapter: what is on the base model.
+            upcycled: the weights of load-balancing and z-loss, where the base model's layers became mixtures.
             base: name and number of layers of the base model, None from scratch.
             num_beams: also decode with so many beams, if more than one.
         """
         self.data, self.config, self.routing = data, config, routing
-        self.adapter, self.base, self.num_beams = adapter, base, num_beams
+        self.adapter, self.upcycled, self.base, self.num_beams = adapter, upcycled, base, num_beams
         self._decoded: tuple[weakref.ref[nn.Module], DecodedTest] | None = None
 
     @property
@@ -169,6 +172,8 @@ class TranslationTask(TrainingTask):
             losses = router_losses(model) or (None, None)
             routing = routing_stats(model) if self.adapter.method != "lora" else None
             return StepLosses(summed / num_targets, *losses, routing or None)
+        if self.upcycled is not None:
+            return StepLosses(summed / num_targets, *mixture_losses(model))
         routing = getattr(outputs, "routing", None)
         aux_loss, z_loss = getattr(outputs, "aux_loss", None), getattr(outputs, "z_loss", None)
         return StepLosses(summed / num_targets, aux_loss, z_loss, routing)
@@ -177,7 +182,7 @@ class TranslationTask(TrainingTask):
         """The weights of the adapter's losses, where there is an adapter; a frozen base model is not balanced."""
         if self.adapter is not None:
             return self.adapter.router_aux_loss_coef, 0.0
-        return super().router_loss_weights(model)
+        return super().router_loss_weights(model) if self.upcycled is None else self.upcycled
 
     def evaluate(self, model: Any, *, final: bool) -> dict[str, dict[str, float]]:
         """Loss of the translations in each mode: over validation pairs during training, over test pairs at the end.

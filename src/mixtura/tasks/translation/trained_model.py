@@ -10,23 +10,26 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, GenerationConfig
 
 from mixtura.adapters.attach import load_adapter
 from mixtura.checkpoints.nllb_moe import compute_as_published
 from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import UserError
-from mixtura.config.languages import code_advice, find_language
+from mixtura.config.adapt import MOST_PAIR_TOKENS
+from mixtura.config.languages import code_advice, find_language, language_code
 from mixtura.data.parallel import SentencePair
 from mixtura.diagnostics.examine import diagnose_excerpts
 from mixtura.diagnostics.excerpts import Excerpts
 from mixtura.diagnostics.findings import Diagnosis
-from mixtura.models.loading import load_model, load_weights, open_tokenizer
+from mixtura.models.loading import folder_settings, load_config, load_model, load_weights, open_tokenizer
 from mixtura.results.stored import Plain
 from mixtura.tasks.translation.decoding import ExampleRouting, inference_modes, running, token_limit
-from mixtura.tasks.translation.encoder_decoder import AnyPrompts, EncoderDecoderPrompts, decode_prompts
+from mixtura.tasks.translation.encoder_decoder import AnyPrompts, EncoderDecoderPrompts, decode_prompts, prompts_for
 from mixtura.tasks.translation.prompts import Prompts
 from mixtura.tasks.translation.task import OUTPUTS_FILE, TRANSLATION_FILE, read_outputs
+from mixtura.training.saving import load_weights as saved_weights
+from mixtura.upcycling.copied_layers import FIELD, place_mixtures
 
 
 class Translated(NamedTuple):
@@ -61,7 +64,7 @@ def translate_lines(
     """Translates every line by itself, many at once; empty lines stay.
 
     Args:
-        model_folder: the `checkpoint` of a translation run.
+        model_folder: the `checkpoint` of a translation run, or an encoder-decoder that was never tuned here.
         lines: of a sentence or two, as long as those that the model was trained on.
         source_language: code of the text's language, such as "en" or "pt-BR".
         target_language: code of the language to translate into; see `find_language` for what stands for what.
@@ -71,7 +74,7 @@ def translate_lines(
         UserError: the folder is none of a translation run, the model does not know the direction, all lines are empty,
             or some are too long.
     """
-    settings = _read_settings(model_folder)
+    settings = _untuned_settings(model_folder, source_language, target_language) or _read_settings(model_folder)
     source_language, target_language = _languages(settings["directions"], source_language, target_language)
     direction = f"{source_language}-{target_language}"
     if direction not in settings["directions"]:
@@ -143,6 +146,27 @@ def _languages(directions: Sequence[str], source_language: str, target_language:
     return found[0], found[1]
 
 
+def _untuned_settings(folder: Path, source_language: str, target_language: str) -> Plain | None:
+    """What a run would have written for a pretrained encoder-decoder and one direction; None for any other folder."""
+    config_file = folder / "config.json"
+    if (folder / TRANSLATION_FILE).exists() or not config_file.is_file():
+        return None
+    if not folder_settings(folder).get("is_encoder_decoder"):
+        return None
+    config = load_config(AutoConfig, folder)
+    prompts = prompts_for(open_tokenizer(folder), config)
+    codes = [language_code(typed) or typed for typed in (source_language, target_language)]
+    prompts.languages.check(["-".join(codes)])
+    return {
+        "prompt": prompts.kind,
+        **prompts.settings(),
+        "directions": ["-".join(codes)],
+        "max_length": getattr(config, "max_position_embeddings", None) or MOST_PAIR_TOKENS,
+        "experts": None,
+        "experts_through": "task_ids",
+    }
+
+
 def _read_settings(folder: Path) -> Plain:
     try:
         return json.loads((folder / TRANSLATION_FILE).read_text(encoding="utf-8"))
@@ -168,9 +192,7 @@ def _load(folder: Path, settings: Plain) -> Any:
     if not (folder / "adapter_config.json").is_file():
         if settings["prompt"] != "encoder_decoder":
             return load_model(folder)[0]
-        model = load_weights(AutoModelForSeq2SeqLM, folder)
-        compute_as_published(model)
-        return model.eval()
+        return _load_encoder_decoder(folder)
     name = settings["base"]["name"]
     try:
         base, _ = load_base(name, num_layers=settings["base"]["num_layers"])
@@ -180,6 +202,19 @@ def _load(folder: Path, settings: Plain) -> Any:
             "again."
         ) from error
     return load_adapter(base, folder).eval()
+
+
+def _load_encoder_decoder(folder: Path) -> Any:
+    config = load_config(AutoConfig, folder)
+    if not hasattr(config, FIELD):
+        model = load_weights(AutoModelForSeq2SeqLM, folder)
+        compute_as_published(model)
+        return model.eval()
+    model: Any = AutoModelForSeq2SeqLM.from_config(config)
+    place_mixtures(model, getattr(config, FIELD))
+    saved_weights(model, folder)
+    model.generation_config = load_config(GenerationConfig, folder)
+    return model.eval()
 
 
 def diagnose_language_pairs(folder: Path, *, max_tokens: int, command: str) -> Diagnosis | None:
