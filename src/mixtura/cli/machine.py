@@ -1,12 +1,13 @@
-"""Verbs about the machine: doctor, bench."""
+"""Verbs about the machine: doctor, plan, bench."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
 
-from mixtura.cli.application import app
+from mixtura.cli.application import PresetOption, RecipeArgument, SetOption, app, recipe_path
 from mixtura.errors import EXTRAS, UserError
 
 
@@ -28,6 +29,26 @@ def doctor() -> None:
     ):
         state = "installed" if find_spec(module) is not None else f"missing: pip install {package}"
         typer.echo(f"{package:13} {state} ({use})")
+
+
+@app.command(rich_help_panel="Machine")
+def plan(
+    recipe: RecipeArgument = None,
+    preset: PresetOption = None,
+    hardware: Annotated[
+        str, typer.Option(help="Such as 64xH200, or a .toml file with a cluster of your own.", show_default=False)
+    ] = "1xH100",
+    arm: Annotated[str | None, typer.Option(help="Only this arm of the recipe.", show_default=False)] = None,
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All numbers as JSON.")] = False,
+) -> None:
+    """Say what a recipe would take on hardware before it is rented: memory, layout, time, cost."""
+    from mixtura.config import load_recipe
+    from mixtura.planning.bill import plan_recipe
+    from mixtura.planning.hardware import read_hardware
+
+    planned = plan_recipe(load_recipe(recipe_path(recipe, preset), overrides or []), read_hardware(hardware), arm=arm)
+    typer.echo(json.dumps(planned.plain_form(), indent=1) if as_json else "\n".join(planned.lines()))
 
 
 @app.command(rich_help_panel="Machine")
