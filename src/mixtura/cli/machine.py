@@ -1,6 +1,7 @@
 """Verbs about the machine: doctor, plan, bench."""
 
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, cast
@@ -9,6 +10,7 @@ import typer
 
 from mixtura.cli.application import PresetOption, RecipeArgument, SetOption, app, recipe_path
 from mixtura.errors import EXTRAS, UserError
+from mixtura.threads import crowded
 
 
 @app.command(rich_help_panel="Machine")
@@ -18,6 +20,9 @@ def doctor() -> None:
 
     for key, value in environment().items():
         typer.echo(f"{key:13} {value}")
+    waiting = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
+    busy = "; other programs keep the cores busy" if crowded() else ""
+    typer.echo(f"{'waiting':13} {', '.join(f'{name}={value}' for name, value in waiting.items())}{busy}")
     for module, (package, extra) in EXTRAS.items():
         state = "installed" if find_spec(module) is not None else f"missing: pip install 'mixtura[{extra}]'"
         typer.echo(f"{package:13} {state}")
