@@ -9,11 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixtura.config import ArmConfig, ModelConfig
 from mixtura.diagnostics import live_bytes
+from mixtura.diagnostics.memory import measure_peak_memory
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.build import build_model_config
 from mixtura.planning import flops_per_token, flops_ratio, model_parameters, state_memory
 from mixtura.planning.formulas import attention_flops, head_flops, layer_flops
 from mixtura.planning.shapes import feed_forward_shapes
+from mixtura.planning.step_memory import Division, ModelSizes, step_memory
 
 BATCH, LENGTH = 8, 12
 
@@ -133,3 +135,67 @@ def test_training_state_is_exact_but_for_step_counters_and_buffers(
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     left_out = live_bytes(model, optimizer) - state_memory(config).total
     assert 0 < left_out <= step_counters + buffers
+
+
+MEMORY_CASES = {
+    "dense": ("dense", {}),
+    "dense gated": ("dense", {"gated": True, "hidden_act": "silu"}),
+    "token choice": ("token_choice", {}),
+    "token choice gated, shared expert": ("token_choice", {"gated": True, "num_shared_experts": 1}),
+    "all experts run in training": ("token_choice", {"dense_router_gradient": True}),
+    "expert choice": ("expert_choice", {}),
+    "expert threshold": ("expert_threshold", {}),
+    "remoe": ("remoe", {}),
+    "soft": ("soft", {}),
+    "mixture of tokens": ("mixture_of_tokens", {}),
+    "mixture of tokens gated": ("mixture_of_tokens", {"gated": True, "num_experts": 16}),
+    "mixture of tokens, half alone": ("mixture_of_tokens", {"zero_fill": 0.5}),
+    "mixture of tokens, alone": ("mixture_of_tokens", {"zero_fill": 1.0}),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "computed again"])
+@pytest.mark.parametrize(("batch", "length", "passes"), [(8, 8, 1), (32, 32, 1), (16, 32, 2)])
+@pytest.mark.parametrize(("family", "settings"), MEMORY_CASES.values(), ids=MEMORY_CASES.keys())
+def test_peak_memory_of_a_step_is_planned_within_a_tenth(
+    family: str, settings: dict, batch: int, length: int, passes: int, checkpointing: bool
+) -> None:
+    """From a step that its weights fill to one that its activations fill, with one micro-batch and with two."""
+    config = MixtureConfig(**(MEMORY_SIZES | settings | {"mlp_layer_types": [family] * 4}))
+    model = MixtureForCausalLM(config).train()
+    model.prepare_step(0, steps=1)
+    if checkpointing:
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        next(getattr(model, name) for name in names if hasattr(model, name))()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(config.vocab_size, (batch, length))
+
+    def step() -> None:
+        for _ in range(passes):
+            loss = model(ids, labels=ids, use_cache=False, output_routing=True).loss
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    measured = live_bytes(model, optimizer) + measure_peak_memory(step)
+    division = Division(micro_batch=batch, micro_batches=passes, checkpointing=checkpointing)
+    planned = step_memory(ModelSizes(config, sequence_length=length), division)  # pyright: ignore[reportArgumentType]
+    assert planned.total == pytest.approx(measured, rel=0.1)
+
+
+MEMORY_SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "max_position_embeddings": 64,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "group_size": 8,
+    "alone_top_k": 2,
+}

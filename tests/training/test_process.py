@@ -6,18 +6,20 @@ import pytest
 import torch
 
 from mixtura.config import TrainingConfig
+from mixtura.threads import usable_cores
 from mixtura.training import process
-from mixtura.training.process import slow_memory, slow_settings, usable_cores
+from mixtura.training.process import slow_memory, slow_settings
 
 
 @pytest.fixture
 def machine(monkeypatch):
     """A machine of one thread a core, without a GPU, whose bfloat16 is so many times slower."""
 
-    def make(*, cores=1, slower=1.0):
+    def make(*, cores=1, slower=1.0, busy=False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(process, "_idle_accelerator", lambda: None)
         monkeypatch.setattr(process, "usable_cores", lambda: cores)
+        monkeypatch.setattr(process, "crowded", lambda: busy)
         monkeypatch.setattr(process, "_seconds", lambda dtype: slower if dtype == torch.bfloat16 else 1.0)
 
     return make
@@ -40,6 +42,23 @@ def test_threads_that_do_not_fit_the_cores_are_said(machine, threads, cores, tol
     machine(cores=cores)
     (found,) = slow_settings(TrainingConfig(threads=threads))
     assert f"is {threads} on {cores} cores" in found and told in found and f"to {cores}" in found
+
+
+def test_the_processes_of_one_start_share_the_cores(machine, monkeypatch):
+    machine(cores=16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert slow_settings(TrainingConfig(threads=2)) == []
+
+
+def test_threads_that_would_spin_on_a_busy_machine_are_said(machine, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    machine(cores=2, busy=True)
+    (told,) = slow_settings(TrainingConfig(threads=2))
+    assert "set GOMP_SPINCOUNT=3000 in the environment before Python starts" in told
+    assert slow_settings(TrainingConfig(threads=1)) == []
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert slow_settings(TrainingConfig(threads=2)) == []
 
 
 def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch):

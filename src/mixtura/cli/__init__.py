@@ -19,6 +19,7 @@ from mixtura import __version__
 from mixtura.cli.application import app as app
 from mixtura.cli.application import name_flags
 from mixtura.errors import Interrupted, UserError, disk_error, local_rank, missing_extra
+from mixtura.threads import prepare_threads
 
 from mixtura.cli import train, use, convert, machine  # isort: skip  # noqa: F401
 
@@ -33,6 +34,7 @@ def main() -> None:
         # Typer imports pydantic when it parses an option, which takes longer than everything else this verb needs.
         typer.echo(f"mixtura {__version__}")
         sys.exit(0)
+    prepare_threads()  # verbs import torch
     try:
         with _terminated_as_interrupted():
             cast(Any, app)()

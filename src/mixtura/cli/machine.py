@@ -1,6 +1,8 @@
-"""Verbs about recipes and the machine: keys, init, doctor, bench."""
+"""Verbs about recipes and the machine: keys, init, doctor, plan, bench."""
 
 import difflib
+import json
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,10 +10,11 @@ from typing import Annotated, cast
 
 import typer
 
-from mixtura.cli.application import app
+from mixtura.cli.application import PresetOption, RecipeArgument, SetOption, app, recipe_path
 from mixtura.cli.lines import put_text
 from mixtura.config.describe import SECTIONS, keys_of, lines_of
 from mixtura.errors import EXTRAS, UserError
+from mixtura.threads import crowded
 
 
 @app.command(rich_help_panel="Recipes")
@@ -77,6 +80,9 @@ def doctor() -> None:
 
     for key, value in environment().items():
         typer.echo(f"{key:13} {value}")
+    waiting = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
+    busy = "; other programs keep the cores busy" if crowded() else ""
+    typer.echo(f"{'waiting':13} {', '.join(f'{name}={value}' for name, value in waiting.items())}{busy}")
     for module, (package, extra) in EXTRAS.items():
         state = "installed" if find_spec(module) is not None else f"missing: pip install 'mixtura[{extra}]'"
         typer.echo(f"{package:13} {state}")
@@ -88,6 +94,26 @@ def doctor() -> None:
     ):
         state = "installed" if find_spec(module) is not None else f"missing: pip install {package}"
         typer.echo(f"{package:13} {state} ({use})")
+
+
+@app.command(rich_help_panel="Machine")
+def plan(
+    recipe: RecipeArgument = None,
+    preset: PresetOption = None,
+    hardware: Annotated[
+        str, typer.Option(help="Such as 64xH200, or a .toml file with a cluster of your own.", show_default=False)
+    ] = "1xH100",
+    arm: Annotated[str | None, typer.Option(help="Only this arm of the recipe.", show_default=False)] = None,
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All numbers as JSON.")] = False,
+) -> None:
+    """Say what a recipe would take on hardware before it is rented: memory, layout, time, cost."""
+    from mixtura.config import load_recipe
+    from mixtura.planning.bill import plan_recipe
+    from mixtura.planning.hardware import read_hardware
+
+    planned = plan_recipe(load_recipe(recipe_path(recipe, preset), overrides or []), read_hardware(hardware), arm=arm)
+    typer.echo(json.dumps(planned.plain_form(), indent=1) if as_json else "\n".join(planned.lines()))
 
 
 @app.command(rich_help_panel="Machine")

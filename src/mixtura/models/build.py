@@ -15,6 +15,7 @@ from mixtura.layers import Experts, FeedForward
 from mixtura.layers.feed_forward import Projection
 from mixtura.layers.routing import Router
 from mixtura.models.configuration_mixture import MixtureConfig
+from mixtura.planning.decoder import layer_families
 from mixtura.planning.formulas import match_intermediate_size
 from mixtura.planning.shapes import feed_forward_shapes
 
@@ -79,12 +80,6 @@ def shared_width_config(config: MixtureConfig) -> MixtureConfig:
     changed.mlp_layer_types = ["dense"] * len(families)
     changed.control = "shared_width"
     return changed
-
-
-def layer_families(num_layers: int, arm: ArmConfig) -> list[str]:
-    """The family of every layer: the arm's in all layers, or in the later half with dense layers before it."""
-    first = num_layers // 2 if arm.placement == "later_half" else 0
-    return ["dense"] * first + [arm.family] * (num_layers - first)
 
 
 def build_feed_forward(config: MixtureConfig, layer_idx: int) -> FeedForward:

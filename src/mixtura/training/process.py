@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from mixtura.config import TrainingConfig
+from mixtura.threads import SPINS, crowded, usable_cores, waits_as_installed
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """mallopt's parameters, as in malloc.h of glibc."""
@@ -84,7 +85,8 @@ def slow_settings(config: TrainingConfig) -> list[str]:
     """
     if torch.cuda.is_available():
         return []
-    return [found for found in (_idle_accelerator(), _slow_bfloat16(config), _odd_threads(config)) if found]
+    checks = (_idle_accelerator(), _slow_bfloat16(config), _odd_threads(config), _spinning_threads(config))
+    return [found for found in checks if found]
 
 
 def slow_memory(model: nn.Module, label: str) -> str | None:
@@ -141,22 +143,21 @@ def _seconds(dtype: torch.dtype) -> float:
 
 
 def _odd_threads(config: TrainingConfig) -> str | None:
-    threads, cores = config.threads or torch.get_num_threads(), usable_cores()
+    threads = config.threads or torch.get_num_threads()
+    cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
     if threads * _MANY_TIMES > cores and threads < cores * _MANY_TIMES:
         return None
     worse = "most of the cores stay idle" if threads < cores else "the threads wait for each other"
     return f"The number of threads is {threads} on {cores} cores, so {worse}: set 'training.threads' to {cores}."
 
 
-def usable_cores() -> int:
-    """Cores that this process may use: of the machine, of its affinity and of its container."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return max(1, min(cores, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no cgroup of version 2, or "max"
-        return cores
+def _spinning_threads(config: TrainingConfig) -> str | None:
+    if (config.threads or torch.get_num_threads()) == 1 or not (crowded() and waits_as_installed()):
+        return None
+    return (
+        "Other programs keep this machine's cores busy, and threads that wait for each other would hold the cores "
+        f"meanwhile: set GOMP_SPINCOUNT={SPINS} in the environment before Python starts, as the command line does."
+    )
 
 
 def _free_memory() -> int | None:
