@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixtura.config import ArmConfig, ModelConfig
+from mixtura.config import ArmConfig, ModelConfig, TrainingConfig
 from mixtura.diagnostics import live_bytes
 from mixtura.diagnostics.memory import measure_peak_memory
 from mixtura.models import MixtureConfig, MixtureForCausalLM
@@ -16,6 +17,7 @@ from mixtura.planning import flops_per_token, flops_ratio, model_parameters, sta
 from mixtura.planning.formulas import attention_flops, head_flops, layer_flops
 from mixtura.planning.shapes import feed_forward_shapes
 from mixtura.planning.step_memory import Division, ModelSizes, step_memory
+from mixtura.training.optimization import build_optimizer
 
 BATCH, LENGTH = 8, 12
 
@@ -121,19 +123,20 @@ def test_an_arm_without_a_width_costs_the_dense_arm(family: str) -> None:
     assert flops_ratio(mixture, baseline=dense, sequence_length=128) == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @case
 def test_training_state_is_exact_but_for_step_counters_and_buffers(
-    tiny_config: Callable[..., MixtureConfig], family: str, settings: dict
+    tiny_config: Callable[..., MixtureConfig], family: str, settings: dict, name: Literal["adamw", "muon"]
 ) -> None:
     config = tiny_config(family, **settings)
     model = build(config)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = build_optimizer(model, TrainingConfig(optimizer=name), learning_rate=1e-3)
     ids = torch.randint(64, (BATCH, LENGTH))
     model(ids, labels=ids).loss.backward()
     optimizer.step()
     step_counters = 4 * len(list(model.parameters()))
     buffers = sum(buffer.nbytes for buffer in model.buffers())
-    left_out = live_bytes(model, optimizer) - state_memory(config).total
+    left_out = live_bytes(model, optimizer) - state_memory(config, optimizer=name).total
     assert 0 < left_out <= step_counters + buffers
 
 

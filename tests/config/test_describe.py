@@ -12,7 +12,7 @@ from mixtura.config.schema import TrainingConfig
 def test_a_key_has_its_type_its_default_and_a_line():
     keys = {key.name: key for key in keys_of(TrainingConfig)}
     assert keys["batch_size"] == ("batch_size", "whole number", "16", "Sequences in one micro-batch.")
-    assert keys["optimizer"].values == "adamw, adamw_8bit, adafactor" and keys["optimizer"].default == '"adamw"'
+    assert keys["optimizer"].values == "adamw, adamw_8bit, adafactor, muon" and keys["optimizer"].default == '"adamw"'
     arm = {key.name: key for key in keys_of(ArmConfig)}
     assert arm["family"].default == "required" and arm["alone_top_k"].values == 'whole number, "none"'
     assert arm["top_k"].says.startswith("Experts a token is sent to")

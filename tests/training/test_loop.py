@@ -107,6 +107,17 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(run, make, tmp_pat
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "straight")
 
 
+def test_muon_and_its_schedule_go_on_bit_for_bit(run, make, tmp_path):
+    straight, resumed = make("token_choice"), make("token_choice", seed=1)
+    settings = {"optimizer": "muon", "schedule": "wsd", "decay_fraction": 0.5}
+    run(straight, **settings)
+    stopped = make("token_choice")
+    run(stopped, out="stopped", reporter=At(3, ctrl_c), **settings)
+    run(resumed, out="stopped", resume=True, **settings)
+    assert_identical(straight, resumed)
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "stopped")
+
+
 def test_resuming_where_there_is_no_run_starts_one(run, make):
     assert run(make(), resume=True).steps == 6
 

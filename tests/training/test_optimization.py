@@ -6,6 +6,7 @@ import torch
 
 from mixtura.config import TrainingConfig
 from mixtura.diagnostics.memory import live_bytes
+from mixtura.training.muon import Muon, orthogonalize
 from mixtura.training.optimization import (
     build_optimizer,
     build_schedule,
@@ -21,6 +22,52 @@ def test_the_rate_rises_linearly_to_the_peak_and_ends_at_the_minimum():
     assert factors[7] == pytest.approx(0.55)  # half way down
     assert factors[-1] == pytest.approx(0.1)
     assert all(a > b for a, b in itertools.pairwise(factors[3:]))
+
+
+def test_wsd_holds_the_peak_and_then_falls_linearly():
+    factors = [learning_rate_factor(i, steps=10, warmup_steps=2, minimum=0.1, decay_fraction=0.3) for i in range(10)]
+    assert factors == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.7, 0.4, 0.1])
+    assert learning_rate_factor(9, steps=10, warmup_steps=2, minimum=0.1, decay_fraction=0.0) == pytest.approx(0.1)
+
+
+def test_muon_moves_the_matrices_of_layers_and_no_router(tiny_model):
+    model = tiny_model("token_choice", num_shared_experts=1, gated=True)
+    optimizer = build_optimizer(model, TrainingConfig(optimizer="muon"), learning_rate=1e-3)
+    matrices = {id(p): group["matrices"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        inside = not any(word in name for word in ("embed", "lm_head", "norm", "mlp.gate.weight"))
+        assert matrices[id(parameter)] == (0 if not inside else 2 if "gate_up_proj" in name else 1), name
+
+
+def test_muon_is_torchs_for_one_matrix_and_treats_every_expert_as_one():
+    """torch multiplies in bfloat16; every matrix of a stack, gate and up apart, moves as it would alone."""
+    start, grads = torch.randn(3, 8, 6), [torch.randn(3, 8, 6) for _ in range(3)]
+    stacked = torch.nn.Parameter(start.clone())
+    single = [torch.nn.Parameter(half.clone()) for expert in start for half in expert.chunk(2)]
+    ours = Muon([{"params": [stacked], "matrices": 2, "weight_decay": 0.1}], lr=0.01, betas=(0.9, 0.95))
+    theirs = torch.optim.Muon(single, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for grad in grads:
+        stacked.grad = grad.clone()
+        for parameter, part in zip(single, (half for expert in grad for half in expert.chunk(2)), strict=True):
+            parameter.grad = part.clone()
+        ours.step()
+        theirs.step()
+    moved = torch.stack([torch.cat(single[i : i + 2]) for i in range(0, 6, 2)]) - start
+    assert (stacked - start - moved).norm() < 0.02 * moved.norm()
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 9), (2, 9, 4)], ids=["wide", "tall"])
+def test_newton_and_schulz_bring_singular_values_to_about_one_in_every_matrix(shape):
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, dtype=torch.float64)))
+    assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_what_muon_does_not_move_moves_as_by_adamw(tiny_model):
+    moved = []
+    for name in ("adamw", "muon"):
+        model, _, before = step_with(tiny_model, name)
+        moved.append(model.model.embed_tokens.weight - before[0])
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
@@ -64,6 +111,7 @@ def step_with(tiny_model, name):
             marks=pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed"),
         ),
         pytest.param("adafactor", 0.2, id="adafactor"),
+        pytest.param("muon", 4.7, id="muon"),
     ],
 )
 def test_every_optimizer_moves_all_parameters_and_keeps_no_more_than_it_says(tiny_model, name, most_bytes_a_parameter):

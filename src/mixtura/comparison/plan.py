@@ -123,9 +123,11 @@ def check_memory(recipe: AnyRecipe) -> None:
             max_position_embeddings=length,
             width_multiple=recipe.training.width_multiple,
         )
-        state = state_memory(config)  # pyright: ignore[reportArgumentType]
+        optimizer = recipe.training.optimizer
+        known = "muon" if optimizer == "muon" else "adamw"
+        state = state_memory(config, optimizer=known)  # pyright: ignore[reportArgumentType]
         # The other optimizers keep less; what they keep is left out.
-        planned = state.total if recipe.training.optimizer == "adamw" else state.total - state.optimizer
+        planned = state.total if optimizer == known else state.total - state.optimizer
         if planned > most:
             raise UserError(
                 f"Arm '{name}' needs {in_words(planned)} for parameters, gradients and optimizer state, but this "

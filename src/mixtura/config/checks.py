@@ -149,7 +149,7 @@ def _check_number(where: str, key: str, value: float) -> None:
 
 
 def _check_training(training: TrainingConfig) -> None:
-    for key in ("warmup_fraction", "min_learning_rate_fraction"):
+    for key in ("warmup_fraction", "min_learning_rate_fraction", "decay_fraction"):
         if getattr(training, key) > 1:
             raise UserError(f"'training.{key}' is {getattr(training, key)}: it must lie between 0 and 1.")
     for key in ("adam_beta1", "adam_beta2"):

@@ -74,10 +74,16 @@ class TrainingConfig:
     """Peak learning rate of arms that name none."""
     warmup_fraction: float = 0.05
     min_learning_rate_fraction: float = 0.1
-    """The cosine ends at this share of the peak."""
-    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
-    """AdamW, fused; AdamW whose two moments are stored in 8 bits (torchao must be installed); or Adafactor, which keeps
-    a row and a column for each matrix. Mixtures have many parameters, and the last two save most of their state."""
+    """The schedule ends at this share of the peak."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up a cosine; or the peak, held until the last steps, in which it falls linearly."""
+    decay_fraction: float = 0.2
+    """The share of the steps, the last ones, in which "wsd" falls."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "muon"] = "adamw"
+    """AdamW, fused; AdamW whose two moments are stored in 8 bits (torchao must be installed); Adafactor, which keeps
+    a row and a column for each matrix; or Muon, with one moment, for the matrices of layers, each expert's by itself,
+    and AdamW for embeddings, head, routers and norms. Mixtures have many parameters, and all but the first save
+    state."""
     weight_decay: float = 0.1
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95

@@ -164,14 +164,27 @@ class StateMemory:
         return self.parameters + self.gradients + self.optimizer
 
 
-def state_memory(shape: ModelShape, *, dtype: Literal["float32", "bfloat16"] = "float32") -> StateMemory:
-    """Bytes of parameters, gradients and AdamW's two moments, all stored as `dtype`.
+def state_memory(
+    shape: ModelShape,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    optimizer: Literal["adamw", "muon"] = "adamw",
+) -> StateMemory:
+    """Bytes of parameters, gradients and the optimizer's moments, all stored as `dtype`.
 
-    Training under bfloat16 autocast stores float32. AdamW's step counters (4 bytes a tensor) and buffers such as rotary
-    frequencies are left out.
+    AdamW has two moments, Muon one of every matrix that it moves. Training under bfloat16 autocast stores float32.
+    AdamW's step counters (4 bytes a tensor) and buffers such as rotary frequencies are left out.
     """
-    size = model_parameters(shape) * _BYTES[dtype]
-    return StateMemory(parameters=size, gradients=size, optimizer=2 * size)
+    count, size = model_parameters(shape), _BYTES[dtype]
+    by_muon = _muon_parameters(shape) if optimizer == "muon" else 0
+    return StateMemory(parameters=count * size, gradients=count * size, optimizer=(2 * count - by_muon) * size)
+
+
+def _muon_parameters(shape: ModelShape) -> int:
+    """Parameters of the matrices inside the layers but the routers."""
+    layers = feed_forward_shapes(shape, sequence_length=1)
+    matrices = sum(layer_parameters(layer) - router_parameters(layer) for layer in layers)
+    return matrices + shape.num_hidden_layers * attention_parameters(shape)
 
 
 FLOPS_TOLERANCE = 0.01

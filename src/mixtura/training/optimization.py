@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -11,8 +12,16 @@ from torch.optim import Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mixtura.config import TrainingConfig
+from mixtura.layers.routing import Router
+from mixtura.training.muon import Muon, matrices_of
 
-OPTIMIZER_NAMES = {"adamw": "AdamW", "adamw_8bit": "AdamW with 8-bit moments", "adafactor": "Adafactor"}
+OPTIMIZER_NAMES = {
+    "adamw": "AdamW",
+    "adamw_8bit": "AdamW with 8-bit moments",
+    "adafactor": "Adafactor",
+    "muon": "Muon for matrices, AdamW for the rest",
+}
+SCHEDULE_NAMES = {"cosine": "cosine schedule", "wsd": "a plateau and a linear decay"}
 """What reports call them."""
 _CLIPPING_EPSILON = 1e-6
 """Added by torch to the norm it divides by."""
@@ -33,12 +42,28 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, *, learning_rate: 
         if parameters
     ]
     betas = (config.adam_beta1, config.adam_beta2)
+    if config.optimizer == "muon":
+        return Muon(_muon_groups(model, config), lr=learning_rate, betas=betas)
     if config.optimizer == "adafactor":
         return Adafactor(groups, lr=learning_rate)
     if config.optimizer == "adamw_8bit":
         return import_module("torchao.optim").AdamW8bit(groups, lr=learning_rate, betas=betas)
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
     return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+
+def _muon_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+    """Parameters by who moves them and whether they decay, in the model's order."""
+    matrices = matrices_of(model, lambda module: isinstance(module, Router))
+    groups: dict[tuple[int, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decay = config.weight_decay if parameter.dim() >= 2 else 0.0
+            groups.setdefault((matrices.get(parameter, 0), decay), []).append(parameter)
+    return [
+        {"params": parameters, "matrices": stacked, "weight_decay": decay}
+        for (stacked, decay), parameters in groups.items()
+    ]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -56,12 +81,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def build_schedule(optimizer: Optimizer, config: TrainingConfig) -> LambdaLR:
-    """Linear warm-up, then a cosine; see `learning_rate_factor`."""
+    """Linear warm-up, then a cosine or a plateau and a linear decay; see `learning_rate_factor`."""
     factor = partial(
         learning_rate_factor,
         steps=config.steps,
         warmup_steps=warmup_steps(config),
         minimum=config.min_learning_rate_fraction,
+        decay_fraction=config.decay_fraction if config.schedule == "wsd" else None,
     )
     return LambdaLR(optimizer, factor)
 
@@ -71,13 +97,20 @@ def warmup_steps(config: TrainingConfig) -> int:
     return min(config.steps, round(config.steps * config.warmup_fraction))
 
 
-def learning_rate_factor(index: int, *, steps: int, warmup_steps: int, minimum: float) -> float:
+def learning_rate_factor(
+    index: int, *, steps: int, warmup_steps: int, minimum: float, decay_fraction: float | None = None
+) -> float:
     """Share of the peak learning rate at step `index`, counted from 0.
 
-    No step is wasted on a rate of zero: the first takes 1 / warmup_steps, and the last exactly `minimum`.
+    No step is wasted on a rate of zero: the first takes 1 / warmup_steps, and the last exactly `minimum`. With a
+    `decay_fraction` the peak is held until that share of the steps is left, which then falls linearly (MiniCPM, arXiv
+    2404.06395, section 4; the linear form is Haegele et al., arXiv 2405.18392, section 3); without one it is a cosine.
     """
     step = index + 1
     if step < warmup_steps:
         return step / warmup_steps
+    if decay_fraction is not None:
+        decay = max(1, round(steps * decay_fraction))
+        return minimum + (1 - minimum) * min(1.0, max(0, steps - step) / decay)
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
     return minimum + (1 - minimum) * 0.5 * (1 + math.cos(math.pi * progress))

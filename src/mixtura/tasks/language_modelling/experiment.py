@@ -33,7 +33,7 @@ from mixtura.planning.shapes import feed_forward_shapes
 from mixtura.results import ArmDescription, Leaks
 from mixtura.tasks.language_modelling.task import LanguageModelling
 from mixtura.training.interface import Arm, Experiment
-from mixtura.training.optimization import OPTIMIZER_NAMES
+from mixtura.training.optimization import OPTIMIZER_NAMES, SCHEDULE_NAMES
 
 
 def with_checkpoints_tokenizer(recipe: Recipe) -> DataConfig:
@@ -314,8 +314,8 @@ class Pretraining(Experiment):
             *([f"{flops}, routing and mixing counted"] if apart <= FLOPS_TOLERANCE else []),
             f"steps ({training.steps:,}) and tokens a step ({tokens:,})",
             start,
-            f"optimizer ({OPTIMIZER_NAMES[training.optimizer]}), warm-up, cosine schedule, weight decay and gradient "
-            "clipping",
+            f"optimizer ({OPTIMIZER_NAMES[training.optimizer]}), warm-up, {SCHEDULE_NAMES[training.schedule]}, weight decay "
+            "and gradient clipping",
             "the held-out sequences",
         ]
 
