@@ -422,3 +422,16 @@ def test_averages_are_plain_means_until_the_rate_takes_over():
     population.reset()
     assert_close(population.log_mass, torch.tensor([LN2]))
     assert (population.mean, population.output, population.updates) == (0, 0, 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own doing
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_layer_compiles_as_one_graph_forward_and_backward(gated):
+    torch.compiler.reset()  # compilations of the same code are counted, over all tests, and end at a limit
+    layer = MixtureOfTokens(8, intermediate_size=4, num_experts=4, group_size=4, activation="silu", gated=gated)
+    results = []
+    x_BLD = torch.randn(4, 3, 8, requires_grad=True)
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        y_BLD = run(x_BLD)
+        results.append([y_BLD, *torch.autograd.grad(y_BLD.square().sum(), [x_BLD, *layer.parameters()])])
+    assert_close(results[1], results[0])

@@ -114,10 +114,10 @@ _FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 _BACKWARD: dict[str, Callable[..., Tensor]] = {
-    "relu": lambda grad, u, out: torch.ops.aten.threshold_backward(grad, u, 0, grad_input=out),
-    "gelu": lambda grad, u, out: torch.ops.aten.gelu_backward(grad, u, grad_input=out),
-    "gelu_tanh": lambda grad, u, out: torch.ops.aten.gelu_backward(grad, u, approximate="tanh", grad_input=out),
-    "silu": lambda grad, u, out: torch.ops.aten.silu_backward(grad, u, grad_input=out),
+    "relu": lambda grad, u, **out: torch.ops.aten.threshold_backward(grad, u, 0, **out),
+    "gelu": lambda grad, u, **out: torch.ops.aten.gelu_backward(grad, u, **out),
+    "gelu_tanh": lambda grad, u, **out: torch.ops.aten.gelu_backward(grad, u, approximate="tanh", **out),
+    "silu": lambda grad, u, **out: torch.ops.aten.silu_backward(grad, u, **out),
 }
 
 
@@ -139,16 +139,16 @@ def activate_backward(grad_RF: Tensor, u_RH: Tensor, activation: str, gated: boo
     """Gradient of `activate` with respect to its input: (R, F), (R, H) -> (R, H).
 
     Both halves of a gated gradient are written where they belong: putting them together afterwards is one more pass
-    over the widest tensor of the layer.
+    over the widest tensor of the layer. torch.compile takes no half of a tensor to write to, and saves the pass itself.
     """
-    grad_u_RH = torch.empty_like(u_RH)
     if not gated:
-        return _BACKWARD[activation](grad_RF, u_RH, grad_u_RH)
+        return _BACKWARD[activation](grad_RF, u_RH)
     gate_RF, up_RF = u_RH.chunk(2, dim=-1)
-    if torch.compiler.is_compiling():  # which cannot write into a part of a tensor, but puts parts together for nothing
-        grad_gate_RF = _BACKWARD[activation](grad_RF * up_RF, gate_RF, torch.empty_like(gate_RF))
-        return torch.cat([grad_gate_RF, grad_RF * _FORWARD[activation](gate_RF)], -1)
+    if torch.compiler.is_compiling():
+        grad_up_RF = grad_RF * _FORWARD[activation](gate_RF)
+        return torch.cat([_BACKWARD[activation](grad_RF * up_RF, gate_RF), grad_up_RF], dim=-1)
+    grad_u_RH = torch.empty_like(u_RH)
     grad_gate_RF, grad_up_RF = grad_u_RH.chunk(2, dim=-1)
     torch.mul(grad_RF, _FORWARD[activation](gate_RF), out=grad_up_RF)
-    _BACKWARD[activation](grad_RF * up_RF, gate_RF, grad_gate_RF)
+    _BACKWARD[activation](grad_RF * up_RF, gate_RF, grad_input=grad_gate_RF)
     return grad_u_RH

@@ -70,8 +70,7 @@ def train(
 
     The order of the data is a function of `seed` and the step alone, so that arms with one seed see the same examples.
     Under torchrun all processes call this alike and share every step's batch, see `mixtura.training.ranks`.
-    Only parameters that require a gradient are trained. Balancing follows the model's configuration. A run that resumes
-    has, bit for bit, the losses and weights of one that was never stopped.
+    Only parameters that require a gradient are trained. A run that resumes is, bit for bit, one that never stopped.
 
     Args:
         model: initialised by the caller, frozen weights included; a resumed run overwrites those weights that `task`
