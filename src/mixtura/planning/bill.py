@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from mixtura.config import AnyRecipe, Recipe, UserError, starts_from_checkpoints
 from mixtura.planning.hardware import Hardware
@@ -25,7 +24,7 @@ class Bill:
     arms: tuple[tuple[ArmOnHardware, Workload], ...]
     advice: tuple[str, ...]
 
-    def plain_form(self) -> dict[str, Any]:
+    def plain_form(self) -> dict[str, object]:
         """All numbers, JSON-able."""
         return {
             "recipe": self.recipe,

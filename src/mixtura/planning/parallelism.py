@@ -7,7 +7,6 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from mixtura.config import ArmConfig, Recipe, UserError
 from mixtura.config.families import facts_of
@@ -70,7 +69,7 @@ class ArmOnHardware:
     plain: Layout
     """A copy of the model on every device and nothing computed twice, as `mixtura train` runs it."""
 
-    def plain_form(self, workload: Workload, hardware: Hardware) -> dict[str, Any]:
+    def plain_form(self, workload: Workload, hardware: Hardware) -> dict[str, object]:
         """All numbers, JSON-able, with what follows for the whole run."""
         facts = {"arm": self.arm, "parameters": self.parameters, "active_parameters": self.active}
         facts |= {"flops_per_token": self.flops_per_token, "tokens_per_step": workload.tokens_per_step}
@@ -80,7 +79,7 @@ class ArmOnHardware:
         return facts
 
 
-def _numbers(plan: ArmOnHardware, layout: Layout, workload: Workload, hardware: Hardware) -> dict[str, Any]:
+def _numbers(plan: ArmOnHardware, layout: Layout, workload: Workload, hardware: Hardware) -> dict[str, object]:
     seconds = layout.time.total
     flops = plan.flops_per_token * workload.tokens_per_step
     days = seconds * workload.steps / 86400

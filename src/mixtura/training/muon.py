@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+ParameterGroup = dict[str, Any]
+"""Parameters and what moves them, as torch's optimizers keep them."""
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 _MOMENTUM = 0.95
@@ -25,7 +27,7 @@ _ADAM_EPSILON = 1e-8
 class Muon(Optimizer):
     """Muon for groups with `matrices` above zero, AdamW for the others."""
 
-    def __init__(self, groups: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float]) -> None:
+    def __init__(self, groups: Iterable[ParameterGroup], *, lr: float, betas: tuple[float, float]) -> None:
         """Builds the optimizer.
 
         Args:
@@ -54,7 +56,7 @@ class Muon(Optimizer):
                     self._move_by_adam(parameter, group)
         return loss
 
-    def _move_by_muon(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _move_by_muon(self, parameter: Tensor, group: ParameterGroup) -> None:
         state, grad = self.state[parameter], parameter.grad
         assert grad is not None
         if not state:
@@ -66,7 +68,7 @@ class Muon(Optimizer):
         size = 0.2 * max(update_PMN.shape[-2:]) ** 0.5
         parameter.add_(update_PMN.view(parameter.shape).to(parameter.dtype), alpha=-group["lr"] * size)
 
-    def _move_by_adam(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _move_by_adam(self, parameter: Tensor, group: ParameterGroup) -> None:
         state, grad, (beta1, beta2) = self.state[parameter], parameter.grad, group["betas"]
         assert grad is not None
         if not state:

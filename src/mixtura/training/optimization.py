@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable
 from functools import partial
 from importlib import import_module
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -13,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mixtura.config import TrainingConfig
 from mixtura.layers.routing import Router
-from mixtura.training.muon import Muon, matrices_of
+from mixtura.training.muon import Muon, ParameterGroup, matrices_of
 
 OPTIMIZER_NAMES = {
     "adamw": "AdamW",
@@ -52,7 +51,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, *, learning_rate: 
     return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
 
-def _muon_groups(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+def _muon_groups(model: nn.Module, config: TrainingConfig) -> list[ParameterGroup]:
     """Parameters by who moves them and whether they decay, in the model's order."""
     matrices = matrices_of(model, lambda module: isinstance(module, Router))
     groups: dict[tuple[int, float], list[nn.Parameter]] = {}
