@@ -18,6 +18,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from mixtura import cli
 from mixtura.config import recipe_from_dict, recipe_to_toml
 from mixtura.data.prepare import train_tokenizer
+from mixtura.exporting.engines import EngineMissing
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 
 Mistakes = dict[str, tuple[str, str]]
@@ -414,6 +415,20 @@ def test_a_wrong_flag_shows_the_usage_and_leaves_everything_as_it_was(name, plac
     assert contents(place) == before
 
 
+def test_an_export_that_no_engine_could_run_is_not_taken_for_verified(place, tmp_path, monkeypatch, capsys):
+    shutil.copytree(place / "dense", tmp_path / "export")
+    command = ["verify", str(place / "dense"), str(tmp_path / "export"), "--with", "vllm"]
+    monkeypatch.setattr("sys.argv", ["mixtura", *command])
+    monkeypatch.setattr("mixtura.exporting.verification.run_engine", missing)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and "Nothing was compared (vllm is not here): install" in capsys.readouterr().err
+
+
+def missing(*_: object) -> None:
+    raise EngineMissing("vllm is not here")
+
+
 def test_the_list_is_long_and_no_command_is_in_it_twice():
     commands = [command for command, _ in MISTAKES.values()]
     assert len(set(commands)) == len(commands) >= 150
@@ -460,7 +475,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def rows(*each: dict[str, object]) -> str:
+def rows(*each: dict[str, Any]) -> str:
     return "".join(json.dumps(row) + "\n" for row in each)
 
 
@@ -527,7 +542,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
 }
-IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+IDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def save_models(folder: Path, tokenizer: Any) -> None:

@@ -8,6 +8,7 @@ import typer
 
 import mixtura
 from mixtura.cli.application import MODEL_FLAGS, ModelArgument, app, naming_flags, quiet_transformers
+from mixtura.errors import UserError
 
 NewFolderArgument = Annotated[Path, typer.Argument(help="The folder to write; it must be new or empty.")]
 
@@ -194,6 +195,12 @@ def verify(
     quiet_transformers()
     receipt = mixtura.verify(source, exported, [parse_engine(name, converter) for name in engines or ["transformers"]])
     typer.echo(receipt.table())
+    if all(found.status == "not tried" for found in receipt.comparisons):
+        reasons = ", ".join(found.reason for found in receipt.comparisons)
+        raise UserError(
+            f"Nothing was compared ({reasons}): install an engine, or name an interpreter that has it, as in "
+            "--with vllm=/opt/vllm/bin/python."
+        )
     if not receipt.passed:
         typer.echo(f"\nmixtura: {receipt.complaint()}", err=True)
         raise typer.Exit(1)
