@@ -23,6 +23,7 @@ from mixtura.config import (
 from mixtura.data.parallel import SentencePair
 from mixtura.models.generation import Writer
 from mixtura.results import Leaks
+from mixtura.tasks.inspection import diagnose
 from mixtura.tasks.translation.decoding import ExampleRouting
 from mixtura.tasks.translation.encoder_decoder import collate_pairs, decode_prompts, forward_pairs, prompts_for
 from mixtura.tasks.translation.experiment import make_translation
@@ -281,6 +282,8 @@ def test_a_tuned_folder_serves_in_transformers_too(experiments, tmp_path):
     assert prompts.decode(stock.generate(torch.tensor(ids), **how)[:, 2:].tolist()) == [sample.output]
     with pytest.raises(UserError, match="is an encoder-decoder, which goes on from no text: use `mixtura translate`"):
         Writer(checkpoint)
+    with pytest.raises(UserError, match="only decoders are diagnosed: its run's report says how its experts divide"):
+        diagnose(checkpoint, [], out=tmp_path / "diagnosis")
 
 
 def test_marian_without_language_tokens_has_one_target(encoder_decoder, parallel_rows, tmp_path):  # noqa: F811
