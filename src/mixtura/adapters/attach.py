@@ -1,4 +1,4 @@
-"""Adapters on any Hugging Face causal language model or encoder: one function that applies what a recipe says.
+"""Adapters on any Hugging Face language model, encoder or encoder-decoder: one function applies what a recipe says.
 
 Mixtures of LoRA and of tokens and expert-specialised tuning are PEFT methods of their own, so that what
 `save_pretrained` writes is a stock PEFT folder (`adapter_config.json`, safetensors), and after

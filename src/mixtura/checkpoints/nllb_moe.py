@@ -53,7 +53,8 @@ class PublishedFeedForward(NllbMoeSparseMLP):
         x_TD = hidden_states.flatten(0, 1)
         if self.training:
             # Else it stays what the last evaluation set; None is 2 * ceil(T / E) rows, as in the authors' code.
-            self.router.expert_capacity = None
+            router: Any = self.router
+            router.expert_capacity = None
         _, gate_TE, _ = self.router(x_TD, padding_mask)
         weight_TK, expert_TK = gate_TE.topk(TOP_K, dim=-1)
         return self.experts(x_TD, expert_TK, weight_TK).view(hidden_states.shape)

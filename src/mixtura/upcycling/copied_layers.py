@@ -198,7 +198,9 @@ def _dense_layer(layer: nn.Module, names: Mapping[int, str]) -> DenseLayer:
         if name == "" and parts.keys() == {"fc1", "fc2"}:
             return DenseLayer(names[id(module.fc1)], None, parts["fc1"], parts["fc2"])
         if parts.keys() in ({"wi", "wo"}, {"wi_0", "wi_1", "wo"}) and len(parts) == len(list(module.parameters())):
-            return DenseLayer(names[id(module)], parts.get("wi_0"), parts.get("wi_1", parts.get("wi")), parts["wo"])
+            gated = "wi_0" in parts
+            up = parts["wi_1" if gated else "wi"]
+            return DenseLayer(names[id(module)], parts["wi_0"] if gated else None, up, parts["wo"])
     raise UserError(
         f"'{names[id(layer)]}' has no dense feed-forward layer of a kind that can be upcycled: name a Marian, M2M100, "
         "NLLB, T5, mT5 or MADLAD base."

@@ -23,7 +23,9 @@ from mixtura.config import (
 from mixtura.data.parallel import SentencePair
 from mixtura.models.generation import Writer
 from mixtura.results import Leaks
-from mixtura.tasks.translation.encoder_decoder import prompts_for
+from mixtura.tasks.inspection import diagnose
+from mixtura.tasks.translation.decoding import ExampleRouting
+from mixtura.tasks.translation.encoder_decoder import collate_pairs, decode_prompts, forward_pairs, prompts_for
 from mixtura.tasks.translation.experiment import make_translation
 from mixtura.tasks.translation.language_pruning import prune_for_sentences
 from mixtura.tasks.translation.trained_model import translate, translate_lines
@@ -123,20 +125,47 @@ def test_the_loss_is_that_of_the_model_itself_and_padding_changes_nothing(experi
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_decoding_is_that_of_generate_with_a_forced_first_token(experiments, name):
-    experiment = experiments(name)
-    task, model = experiment.arms["full"].task, experiment.arms["full"].build(0).eval()
-    prompts, test = task.data.prompts, task.data.test
+def test_decoding_is_that_of_generate_with_a_forced_first_token(encoder_decoder, name):  # noqa: F811
+    model, _, prompts = opened(encoder_decoder(name))
+    pairs = [SentencePair(word, "", "en", language) for word in WORDS[:3] for language in ("de", "fr")]
+    sources = prompts.encode(pairs)
+    asked = {"prompts": prompts, "directions": [0, 1] * 3, "names": ("en-de", "en-fr"), "routing": ExampleRouting()}
     for beams in (1, 2):
-        decoded = task._decode(model, num_beams=beams)
-        for row, pair in enumerate(test.sentences[:3]):
-            ids = test.prompt(row)
+        decoded = decode_prompts(model, sources, **asked, max_length=120, num_beams=beams)
+        assert sum(map(len, decoded)) > 6
+        for ids, pair, found in zip(sources, pairs, decoded, strict=True):
             forced = prompts.prefix(pair.target_language)[1:]
             how = {"max_new_tokens": 2 * len(ids) + 16 + len(forced), "num_beams": beams, "do_sample": False}
             if forced:
                 how["forced_bos_token_id"] = forced[0]
             own = model.generate(torch.tensor([ids]), forced_eos_token_id=None, **how)[0, 1 + len(forced) :].tolist()
-            assert decoded[row] == prompts.decode([own])[0]
+            assert found == (own[: own.index(prompts.eos)] if prompts.eos in own else own)
+
+
+@pytest.mark.parametrize("name", ["marian_multi", "nllb", "t5"])
+def test_a_base_learns_a_few_sentences_in_two_languages_by_heart(encoder_decoder, name):  # noqa: F811
+    model, _, prompts = opened(encoder_decoder(name))
+    german = [SentencePair(word, word[::-1], "en", "de") for word in WORDS[:4]]
+    french = [SentencePair(word, " ".join(word.split()[::-1]), "en", "fr") for word in WORDS[:4]]
+    pairs, directions = [*german, *french], [0] * 4 + [1] * 4
+    sources, targets = prompts.encode(pairs), prompts.encode_targets([pair.target for pair in pairs])
+    items = [
+        {"tokens": torch.tensor([*source, *target]), "prompt": len(source), "direction": direction}
+        for source, target, direction in zip(sources, targets, directions, strict=True)
+    ]
+    batch = collate_pairs(items, prompts, ("en-de", "en-fr"))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(300):
+        loss = forward_pairs(model, batch, {})[1] / batch["labels"].ne(-100).sum()
+        if loss < 0.02:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    asked = {"prompts": prompts, "directions": directions, "names": ("en-de", "en-fr"), "routing": ExampleRouting()}
+    for beams in (1, 3):
+        decoded = decode_prompts(model, sources, **asked, max_length=120, num_beams=beams)
+        assert prompts.decode(decoded) == [pair.target for pair in pairs]
 
 
 @pytest.mark.parametrize(
@@ -253,6 +282,8 @@ def test_a_tuned_folder_serves_in_transformers_too(experiments, tmp_path):
     assert prompts.decode(stock.generate(torch.tensor(ids), **how)[:, 2:].tolist()) == [sample.output]
     with pytest.raises(UserError, match="is an encoder-decoder, which goes on from no text: use `mixtura translate`"):
         Writer(checkpoint)
+    with pytest.raises(UserError, match="only decoders are diagnosed: its run's report says how its experts divide"):
+        diagnose(checkpoint, [], out=tmp_path / "diagnosis")
 
 
 def test_marian_without_language_tokens_has_one_target(encoder_decoder, parallel_rows, tmp_path):  # noqa: F811

@@ -126,10 +126,12 @@ def prompts_for(tokenizer: PreTrainedTokenizerBase, config: Any) -> EncoderDecod
     for name, token in (("end-of-sentence", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
         if not isinstance(token, int):
             raise UserError(f"The base model's tokenizer has no {name} token: choose another base.")
-    start = getattr(config, "decoder_start_token_id", None)
+    start: Any = getattr(config, "decoder_start_token_id", None)
+    padding: Any = tokenizer.pad_token_id
     # T5 leaves it out of older configurations, and begins with padding.
-    start = tokenizer.pad_token_id if start is None else start
-    return EncoderDecoderPrompts(tokenizer, scheme_of(tokenizer, config.model_type), start)
+    return EncoderDecoderPrompts(
+        tokenizer, scheme_of(tokenizer, config.model_type), padding if start is None else start
+    )
 
 
 def collate_pairs(items: list[Batch], prompts: EncoderDecoderPrompts, directions: Sequence[str]) -> dict[str, Tensor]:
@@ -140,7 +142,8 @@ def collate_pairs(items: list[Batch], prompts: EncoderDecoderPrompts, directions
     """
     sources = [item["tokens"][: item["prompt"]] for item in items]
     targets = [item["tokens"][item["prompt"] :] for item in items]
-    prefixes = [torch.tensor(prompts.prefix(directions[item["direction"]].split("-")[1])) for item in items]
+    begins = [torch.tensor(prompts.prefix(name.split("-")[1])) for name in directions]
+    prefixes = [begins[int(item["direction"])] for item in items]
     written = [torch.cat([before, target[:-1]]) for before, target in zip(prefixes, targets, strict=True)]
     labels = [
         torch.cat([torch.full((len(before) - 1,), -100), target])
