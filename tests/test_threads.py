@@ -13,7 +13,7 @@ from mixtura.threads import prepare_threads
 def test_waiting_threads_sleep_soon():
     environment = {"OMP_NUM_THREADS": "2"}
     prepare_threads(environment)
-    assert environment == {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
+    assert environment == {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "5000", "KMP_BLOCKTIME": "1"}
 
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
@@ -48,4 +48,4 @@ def test_the_command_line_prepares_threads_before_torch_is_imported():
     )
     environment = {key: value for key, value in os.environ.items() if key not in threads._WAITING}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
-    assert run.stdout.split() == ["3000", "False"], run.stderr
+    assert run.stdout.split() == ["5000", "False"], run.stderr

@@ -2,16 +2,17 @@
 
 A thread that waits for the others keeps its core busy for a while before it sleeps. On a machine with other work, the
 others may then not get a core at all: with one busy process on each of two cores, steps took over 20 times as long as
-alone, and twice as long with threads that sleep soon. Threads that sleep at once cost a quarter on an idle machine,
-since every product wakes them anew; a short spin costs nothing that could be measured (docs/performance.md).
+alone, and two and a half times with threads that sleep soon. Threads that sleep at once cost a quarter of the time
+where nothing else runs, since every product wakes them anew; with a short spin it was within the noise
+(docs/performance.md).
 """
 
 import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-SPINS = 3000
-"""How often a waiting thread looks before it sleeps: some ten microseconds. GNU's OpenMP looks 300,000 times."""
+SPINS = 5000
+"""How often a waiting thread looks before it sleeps: some twenty microseconds. GNU's OpenMP looks 300,000 times."""
 _BLOCK_MILLISECONDS = 1
 """The same for Intel's OpenMP, which waits for 200."""
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")

@@ -55,7 +55,7 @@ def test_threads_that_would_spin_on_a_busy_machine_are_said(machine, monkeypatch
         monkeypatch.delenv(name, raising=False)
     machine(cores=2, busy=True)
     (told,) = slow_settings(TrainingConfig(threads=2))
-    assert "set GOMP_SPINCOUNT=3000 in the environment before Python starts" in told
+    assert "set GOMP_SPINCOUNT=5000 in the environment before Python starts" in told
     assert slow_settings(TrainingConfig(threads=1)) == []
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     assert slow_settings(TrainingConfig(threads=2)) == []

@@ -10,7 +10,7 @@ from mixtura.planning.parallelism import ArmOnHardware, Layout, Workload, best_l
 
 CAUTION = (
     "Parameters and FLOPs are exact, bytes within a tenth. Seconds and dollars come from a model of the machine,\n"
-    "and may be off by half (docs/planning.md)."
+    "and may be off by a factor of two (docs/planning.md)."
 )
 
 

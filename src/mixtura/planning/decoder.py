@@ -1,6 +1,8 @@
 """The model of a recipe's arm as plain sizes, without the libraries that would build it."""
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from mixtura.config import ArmConfig, Recipe
 from mixtura.config.arm import model_settings
@@ -56,25 +58,25 @@ def shape_of_arm(recipe: Recipe, arm: ArmConfig) -> DecoderShape:
         UserError: routing alone costs more than the dense layer.
     """
     model, known = recipe.model, DecoderShape.__dataclass_fields__
-    own = {field: getattr(arm, setting.name) for setting, field in model_settings() if field in known}
+    own: dict[str, Any] = {field: getattr(arm, setting.name) for setting, field in model_settings() if field in known}
     own["moe_intermediate_size"] = arm.moe_intermediate_size or model.intermediate_size
-    sizes = {
-        "vocab_size": recipe.data.vocab_size,
-        "hidden_size": model.hidden_size,
-        "num_hidden_layers": model.num_hidden_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_key_value_heads,
-        "intermediate_size": model.intermediate_size,
-        "mlp_layer_types": tuple(layer_families(model.num_hidden_layers, arm)),
-        "gated": model.gated,
-        "hidden_act": model.activation,
-        "tie_word_embeddings": model.tie_word_embeddings,
-    }
-    shape = DecoderShape(**(sizes | own))
+    shape = DecoderShape(
+        vocab_size=recipe.data.vocab_size,
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        intermediate_size=model.intermediate_size,
+        mlp_layer_types=tuple(layer_families(model.num_hidden_layers, arm)),
+        gated=model.gated,
+        hidden_act=model.activation,
+        tie_word_embeddings=model.tie_word_embeddings,
+        **own,
+    )
     if arm.moe_intermediate_size is not None or arm.family == "dense":
         return shape
     last = feed_forward_shapes(shape, sequence_length=recipe.data.sequence_length)[-1]
     width = match_intermediate_size(
         last, dense_intermediate_size=model.intermediate_size, multiple_of=recipe.training.width_multiple
     )
-    return DecoderShape(**(sizes | own | {"moe_intermediate_size": width}))
+    return dataclasses.replace(shape, moe_intermediate_size=width)

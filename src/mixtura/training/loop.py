@@ -91,9 +91,7 @@ def train(
     """
     _prepare_process(model, config)
     task.check(model, batch_size=config.batch_size)
-    share = ranks.share_of_step(model, config, ranks.world_size())
-    ranks.join()
-    arguments = training_arguments(config, seed=seed, out=out, share=share)
+    arguments = training_arguments(model, config, seed=seed, out=out)
     trained = task.settings(model)
     if arguments.should_save:
         settings = _settings(trained, config, learning_rate=learning_rate, seed=seed, world_size=arguments.world_size)
@@ -117,7 +115,7 @@ def train(
             config=config,
             learning_rate=learning_rate,
             tokens_per_step=sequences_per_step(config) * task.tokens_per_example,
-            shares_micro_batches=share.parts,
+            shares_micro_batches=arguments.per_device_train_batch_size < config.batch_size,
             seconds_before=seconds,
             metrics=metrics,
             reporter=reporter,
@@ -136,8 +134,14 @@ def train(
     return outcome
 
 
-def training_arguments(config: TrainingConfig, *, seed: int, out: Path, share: ranks.Share) -> TrainingArguments:
-    """The Trainer's arguments; evaluating and saving are decided by `MixtureTrainer`."""
+def training_arguments(model: nn.Module, config: TrainingConfig, *, seed: int, out: Path) -> TrainingArguments:
+    """The Trainer's arguments for this process's share of the steps; `MixtureTrainer` decides on evaluating and saving.
+
+    Raises:
+        UserError: the processes cannot share the steps.
+    """
+    share = ranks.share_of_step(model, config, ranks.world_size())
+    ranks.join()
     cpu = not torch.cuda.is_available()
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     # transformers renamed it within version 5.
