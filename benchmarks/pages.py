@@ -32,6 +32,8 @@ def pages() -> dict[str, str]:
         "rates": rates,
         "initialisation": initialisation,
     }
+    if _records("gpu-*.json"):
+        makers["gpu"] = gpu
     return {f"{name}.md": make() for name, make in makers.items()}
 
 
@@ -162,6 +164,60 @@ def rates() -> str:
         )
         text += _table(["arm", "steps", "seeds", *(f"{rate:g}" for rate in tried)], rows) + "\n"
     return text.rstrip("\n") + "\n"
+
+
+def gpu() -> str:
+    """The prepared run on GPUs."""
+    text = _top(
+        "What was measured on GPUs?",
+        "`benchmarks/results/gpu-*.json`",
+        "Times are relative to the dense layer or model of equal FLOPs in the same round; utilisation is the share of "
+        "the speed of one large product. [On a GPU](../gpu.md) says what the run does.",
+    )
+    for name, record in _records("gpu-*.json"):
+        about = record["environment"]
+        text += f"## {about['device']}\n\n{record['created'][:10]}, torch {about['torch']}, transformers "
+        text += f"{about['transformers']}, Triton {record['settings']['triton']} (`{name}`).\n\n"
+        text += "".join(f"{title}:\n\n{_table(head, rows)}\n" for title, head, rows in _gpu_tables(record) if rows)
+        if record["left_out"]:
+            text += "Left out:\n\n" + "".join(f"- {what}: {why}\n" for what, why in record["left_out"].items()) + "\n"
+    return text.rstrip("\n") + "\n"
+
+
+def _gpu_tables(record: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and rows of each table of a record from the prepared run."""
+    checks = [
+        [name, f"{row['error']:.1e}", f"{row['gradient_error'] or 0:.1e}", "yes" if row["passed"] else "**no**"]
+        for name, row in record["checks"].items()
+    ]
+    layers = [
+        [row["size"], row["contender"], row["pass"], f"{row['milliseconds']:.2f}", *_to_dense(row)]
+        for row in record["layers"]
+    ]
+    models = [
+        [row["family"], row["variant"], f"{row['tokens_per_second']:,.0f}", *_to_dense(row)] for row in record["models"]
+    ]
+    rounds = [
+        [f"{one['rate']:g}", name, f"{last['tokens']:,}", f"{last['seconds']:.0f}", _losses(last["held_out"])]
+        for one in record["evidence"]["rounds"]
+        for name, arm in one["arms"].items()
+        for last in arm["curve"][-1:]
+    ]
+    return [
+        ("Errors of the kernels and layers", ["check", "output", "gradients", "passed"], checks),
+        ("Layers", ["size", "contender", "pass", "ms", "to dense", "utilisation", "peak MiB"], layers),
+        ("Whole steps", ["family", "variant", "tokens/s", "to dense", "utilisation", "peak MiB"], models),
+        ("Trained side by side", ["rate", "arm", "tokens", "seconds", "held-out loss"], rounds),
+    ]
+
+
+def _to_dense(row: dict[str, Any]) -> list[str]:
+    peak = row["peak_mebibytes"]
+    return [f"{row['to_dense']:.2f}", f"{row['utilisation']:.2f}", "-" if peak is None else f"{peak:,.0f}"]
+
+
+def _losses(held_out: dict[str, float]) -> str:
+    return ", ".join(f"{mode.replace('_', ' ')} {loss:.4f}" for mode, loss in held_out.items())
 
 
 def initialisation() -> str:
