@@ -33,6 +33,7 @@ CASES = {
     "expert choice, rounded up": ("expert_choice", {"num_experts": 5, "num_experts_per_tok": 1}),
     "all experts run in training": ("token_choice", {"dense_router_gradient": True}),
     "experts in groups": ("token_choice", {"n_group": 2, "topk_group": 1}),
+    "latent experts": ("token_choice", {"latent_size": 8, "num_shared_experts": 1}),
     "expert threshold, choosing over the batch": ("expert_threshold", {}),
     "expert choice and shared experts": ("expert_choice", {"num_shared_experts": 1}),
     "soft and shared experts": ("soft", {"num_shared_experts": 1}),
@@ -98,6 +99,23 @@ def test_flops_are_exact_for_the_mean_number_of_experts_that_tokens_run(
     layer = dataclasses.replace(feed_forward_shapes(config, sequence_length=LENGTH)[1], top_k=rows)
     counted = sum(counter.get_flop_counts()["MixtureForCausalLM.model.layers.1.mlp"].values()) / (BATCH * LENGTH)
     assert counted == pytest.approx(layer_flops(layer), rel=1e-6)
+
+
+def test_free_experts_cost_their_router_and_take_rows_from_the_others(
+    tiny_config: Callable[..., MixtureConfig],
+) -> None:
+    config = tiny_config("token_choice", zero_experts=1, copy_experts=2, constant_experts=2, free_expert_balance=0.5)
+    model = MixtureForCausalLM._from_config(config, attn_implementation="eager").eval()
+    assert model_parameters(config) == sum(p.numel() for p in model.parameters())
+    ids = torch.randint(64, (BATCH, LENGTH))
+    with FlopCounterMode(display=False) as counter:
+        stats = model(ids, output_routing=True).routing[1]
+    layer = feed_forward_shapes(config, sequence_length=LENGTH)[1]
+    assert layer.rows_per_token == pytest.approx(2 * 0.5 * 4 / (0.5 * 4 + 5))
+    rows = (stats.tokens_per_expert_E[:4].sum() / (BATCH * LENGTH)).item()
+    expected = layer_flops(layer) + (rows - layer.rows_per_token) * 2 * 2 * 16 * 16
+    counted = sum(counter.get_flop_counts()["MixtureForCausalLM.model.layers.1.mlp"].values()) / (BATCH * LENGTH)
+    assert counted == pytest.approx(expected, rel=1e-6)
 
 
 @case

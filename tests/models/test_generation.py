@@ -15,6 +15,11 @@ from mixtura.models.loading import load_model
 DEPLOYABLE = [
     pytest.param("dense", {}, id="dense"),
     pytest.param("token_choice", {}, id="token choice"),
+    pytest.param(
+        "token_choice",
+        {"copy_experts": 2, "constant_experts": 1, "latent_size": 8, "num_experts_per_tok": 3},
+        id="free and latent experts",
+    ),
     pytest.param("expert_threshold", {}, id="expert threshold"),
     pytest.param("remoe", {"num_shared_experts": 1}, id="remoe"),
     pytest.param("mixture_of_tokens", {"num_shared_experts": 1}, id="mixture of tokens and a shared expert"),

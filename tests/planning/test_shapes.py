@@ -31,6 +31,11 @@ class PlainShape:
     alone_fraction: float = 0.0
     transition_fraction: float = 0.0
     dense_router_gradient: bool = False
+    zero_experts: int = 0
+    copy_experts: int = 0
+    constant_experts: int = 0
+    free_expert_balance: float = 0.75
+    latent_size: int | None = None
     layer_mix: bool = False
     tie_word_embeddings: bool = True
 

@@ -6,6 +6,7 @@ import torch
 
 from mixtura.config import TrainingConfig
 from mixtura.diagnostics.memory import live_bytes
+from mixtura.training.muon import Muon, orthogonalize
 from mixtura.training.optimization import (
     build_optimizer,
     build_schedule,
@@ -13,7 +14,6 @@ from mixtura.training.optimization import (
     learning_rate_factor,
     warmup_steps,
 )
-from mixtura.training.muon import Muon, orthogonalize
 
 
 def test_the_rate_rises_linearly_to_the_peak_and_ends_at_the_minimum():

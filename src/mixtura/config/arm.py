@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mixtura.config.families import MIXTURES, Family
-from mixtura.config.setting import Setting, read_settings, scale_setting, setting
+from mixtura.config.setting import Setting, mot_setting, read_settings, scale_setting, setting, token_choice_setting
 
 InferenceMode = Literal["group", "alone", "population"]
 Placement = Literal["all", "later_half"]
@@ -127,95 +127,106 @@ class ArmConfig:
         layer="learned_router",
         to_layer=lambda value: value == "token",
     )
-    score_function: Literal["softmax", "sigmoid"] = setting(
+    score_function: Literal["softmax", "sigmoid"] = token_choice_setting(
         "softmax",
         says="How the router's logits become weights.",
-        families=_TOKEN_CHOICE,
         role="function",
         field="scoring_func",
         layer=True,
         always_shown=_TOKEN_CHOICE,
-        of_router=True,
     )
-    normalize_top_k: bool = setting(
+    normalize_top_k: bool = token_choice_setting(
         False,
         says="Make the chosen experts' weights sum to one. With top_k = 1 the router would never get a gradient.",
-        families=_TOKEN_CHOICE,
         role="function",
         field="norm_topk_prob",
         layer=True,
-        of_router=True,
     )
-    capacity_factor: float | None = setting(
+    capacity_factor: float | None = token_choice_setting(
         None,
         says="Rows an expert takes, as a multiple of an even share; None is dropless.",
-        families=_TOKEN_CHOICE,
         role="function",
         layer=True,
         bounds="positive",
-        of_router=True,
     )
-    expert_groups: int = setting(
+    expert_groups: int = token_choice_setting(
         1,
         says="A token chooses among the experts of its best groups only; this many groups of equal size there are.",
-        families=_TOKEN_CHOICE,
         role="function",
         field="n_group",
         layer=True,
         bounds="positive",
-        of_router=True,
     )
-    groups_per_token: int = setting(
+    groups_per_token: int = token_choice_setting(
         1,
         says="How many groups of experts a token chooses from.",
-        families=_TOKEN_CHOICE,
         role="function",
         field="topk_group",
         layer=True,
         bounds="positive",
-        of_router=True,
     )
-    dense_router_gradient: bool = setting(
+    dense_router_gradient: bool = token_choice_setting(
         False,
         says="Train the router as if all experts ran (DenseMixer): all do in training, and the output is of top_k.",
-        families=_TOKEN_CHOICE,
         role="training",
         layer=True,
-        of_router=True,
     )
-    router_aux_loss_coef: float = setting(
+    router_aux_loss_coef: float = token_choice_setting(
         0.01,
         says="Weight of the loss that evens out the experts' load.",
-        families=_TOKEN_CHOICE,
         role="training",
         bounds="not negative",
         always_shown=_TOKEN_CHOICE,
-        of_router=True,
     )
-    router_z_loss_coef: float = setting(
-        0.0,
-        says="Weight of the loss that keeps the router's logits small.",
-        families=_TOKEN_CHOICE,
-        role="training",
-        bounds="not negative",
-        of_router=True,
+    router_z_loss_coef: float = token_choice_setting(
+        0.0, says="Weight of the loss that keeps the router's logits small.", role="training", bounds="not negative"
     )
-    balance_over: Literal["batch", "global"] = setting(
+    balance_over: Literal["batch", "global", "sequence"] = token_choice_setting(
         "batch",
-        says="Load counted within one micro-batch, or over the whole optimizer step on all ranks.",
-        families=_TOKEN_CHOICE,
+        says="Load counted within one micro-batch, over the whole optimizer step on all ranks, or within each sequence "
+        "(DeepSeek-V3).",
         role="training",
-        of_router=True,
+        layer="balance_by_sequence",
+        to_layer=lambda value: value == "sequence",
     )
-    expert_bias_update_rate: float = setting(
+    zero_experts: int = token_choice_setting(
+        0,
+        says="Experts of no cost that give nothing (MoE++), besides `num_experts`; top_k counts them.",
+        role="shape",
+        layer=True,
+        bounds="not negative",
+    )
+    copy_experts: int = token_choice_setting(
+        0, says="Those that give back their input.", role="shape", layer=True, bounds="not negative"
+    )
+    constant_experts: int = token_choice_setting(
+        0,
+        says="Those that mix it with a learned vector.",
+        role="shape",
+        layer=True,
+        bounds="not negative",
+    )
+    free_expert_balance: float = token_choice_setting(
+        0.75,
+        says="How much an expert of no cost counts in the load-balancing loss: the lower, the more tokens it gets.",
+        role="training",
+        layer=True,
+        bounds="positive",
+    )
+    latent_size: int | None = token_choice_setting(
+        None,
+        says="Width of the space that experts work in, behind one projection to it and one back; None has none.",
+        role="shape",
+        layer=True,
+        bounds="positive",
+    )
+    expert_bias_update_rate: float = token_choice_setting(
         0.0,
         says="Loss-free balancing: how far the selection bias moves after each step; 0 is off.",
-        families=_TOKEN_CHOICE,
         role="training",
         layer="expert_bias",
         to_layer=lambda rate: rate > 0,
         bounds="not negative",
-        of_router=True,
     )
     num_shared_experts: int = setting(
         0,
@@ -282,79 +293,69 @@ class ArmConfig:
         bounds="positive",
         always_shown=_MIXING,
     )
-    temperature: float = setting(
+    temperature: float = mot_setting(
         1.0,
         says="Divides the router's logits.",
-        families=_MOT,
         role="function",
         layer=True,
         bounds="positive",
         always_shown=_MOT,
     )
-    combine: Literal["same", "separate"] = setting(
+    combine: Literal["same", "separate"] = mot_setting(
         "same",
         says="Spread outputs with the dispatch weights, or with a second router's.",
-        families=_MOT,
         role="shape",
         layer=True,
         always_shown=_MOT,
     )
-    inference_mode: InferenceMode = setting(
+    inference_mode: InferenceMode = mot_setting(
         "alone",
         says="How mixture-of-tokens layers run when deployed.",
-        families=_MOT,
         role="function",
         layer=True,
     )
-    alone_top_k: int | None = setting(
+    alone_top_k: int | None = mot_setting(
         2,
         says="Mixtures that `alone` and `population` inference run for a token; None runs all.",
-        families=_MOT,
         role="function",
         layer=True,
         bounds="positive",
         always_shown=_MOT,
     )
-    zero_fill: float = setting(
+    zero_fill: float = mot_setting(
         0.0,
         says="Share of the groups whose tokens run in training as `alone` runs them.",
-        families=_MOT,
         role="training",
         layer=True,
         bounds="share",
     )
-    zero_fill_unit: Literal["group", "layer", "step"] = setting(
+    zero_fill_unit: Literal["group", "layer", "step"] = mot_setting(
         "group",
         says="What that share is taken of: of each layer's groups at every step; of the steps of each layer, which "
         "then runs wholly alone; or of the steps of the whole model. The last two cost less time.",
-        families=_MOT,
         role="training",
     )
-    alone_fraction: float = setting(
+    alone_fraction: float = mot_setting(
         0.0,
         says="Share of the steps, the last ones, in which all groups do so.",
-        families=_MOT,
         role="training",
         bounds="share",
     )
-    transition_to: Literal["token_choice"] | None = setting(
+    transition_to: Literal["token_choice"] | None = mot_setting(
         None,
         says="What the layers become, with their parameters, for the last steps; None is nothing.",
-        families=_MOT,
         role="training",
     )
-    transition_fraction: float = setting(
+    transition_fraction: float = mot_setting(
         0.0,
         says="The share of the steps, the last ones, that the layers train as that; a token gets `alone_top_k` "
         "experts.",
-        families=_MOT,
         role="training",
         bounds="share",
     )
-    population_rate: float = setting(
+    population_rate: float = mot_setting(
         0.0,
         says="Weight of a step in the moving averages that `population` inference uses; 0 keeps none.",
-        families=_MOT,
         role="training",
         bounds="share",
     )

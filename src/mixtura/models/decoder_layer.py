@@ -56,7 +56,7 @@ def causal_masks(config: MixtureConfig, attention_mask: Any, **inputs: Any) -> d
     return {kind: _MASKS[kind](config=config, attention_mask=attention_mask, **inputs) for kind in kinds}
 
 
-_WITH_GRADIENT = ("importance_E", "router_z_loss")
+_WITH_GRADIENT = ("importance_E", "router_z_loss", "sequence_loss")
 
 
 class MixtureDecoderLayer(GradientCheckpointingLayer):

@@ -316,8 +316,8 @@ class Pretraining(Experiment):
             *([f"{flops}, routing and mixing counted"] if apart <= FLOPS_TOLERANCE else []),
             f"steps ({training.steps:,}) and tokens a step ({tokens:,})",
             start,
-            f"optimizer ({OPTIMIZER_NAMES[training.optimizer]}), warm-up, {SCHEDULE_NAMES[training.schedule]}, weight decay "
-            "and gradient clipping",
+            f"optimizer ({OPTIMIZER_NAMES[training.optimizer]}), warm-up, {SCHEDULE_NAMES[training.schedule]}, "
+            "weight decay and gradient clipping",
             "the held-out sequences",
         ]
 
