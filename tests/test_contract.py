@@ -11,6 +11,7 @@ from mixtura.layers import (
     ExpertChoiceMoE,
     ExpertThresholdMoE,
     FeedForward,
+    MergedExperts,
     MixtureOfTokens,
     ReMoE,
     RoutingStats,
@@ -50,6 +51,10 @@ BUILDERS = {
     "expert_choice": lambda **more: ExpertChoiceMoE(D, **SIZES, **more, num_experts=E, top_k=2, group_size=2),
     "expert_threshold": expert_threshold,
     "remoe": lambda **more: ReMoE(D, **SIZES, **more, num_experts=E, top_k=2, num_shared_experts=1),
+    "merged_experts": lambda **more: MergedExperts(D, **SIZES, **more, num_experts=E, segment_length=2),
+    "merged_experts_prefix": lambda **more: MergedExperts(
+        D, **SIZES, **more, num_experts=E, segment_length=2, merge_by="prefix", num_shared_experts=1
+    ),
     "expert_choice_shared": lambda **more: ExpertChoiceMoE(
         D, **SIZES, **more, num_experts=E, group_size=2, num_shared_experts=1
     ),

@@ -39,6 +39,11 @@ CASES = {
     "soft and shared experts": ("soft", {"num_shared_experts": 1}),
     "mixture of tokens and shared experts": ("mixture_of_tokens", {"num_shared_experts": 2}),
     "shared experts, a quarter alone": ("mixture_of_tokens", {"num_shared_experts": 1, "zero_fill": 0.25}),
+    "merged experts": ("merged_experts", {"segment_length": 4}),
+    "merged by all before, gated": (
+        "merged_experts",
+        {"segment_length": 6, "merge_by": "prefix", "gated": True, "num_shared_experts": 1},
+    ),
     "soft": ("soft", {}),
     "soft, three slots": ("soft", {"mixtures_per_expert": 3}),
     "mixture of tokens": ("mixture_of_tokens", {}),
@@ -129,7 +134,9 @@ def test_training_flops_are_exact(tiny_config: Callable[..., MixtureConfig], fam
     assert counted == pytest.approx(flops_per_token(config, sequence_length=LENGTH), rel=1e-6)
 
 
-@pytest.mark.parametrize("family", ["token_choice", "expert_choice", "expert_threshold", "remoe", "mixture_of_tokens"])
+@pytest.mark.parametrize(
+    "family", ["token_choice", "expert_choice", "expert_threshold", "remoe", "merged_experts", "mixture_of_tokens"]
+)
 def test_an_arm_without_a_width_costs_the_dense_arm(family: str) -> None:
     sizes = {"vocab_size": 1024, "max_position_embeddings": 128}
     dense, mixture = (

@@ -20,6 +20,7 @@ from mixtura.layers import (
     DenseFFN,
     ExpertChoiceMoE,
     ExpertThresholdMoE,
+    MergedExperts,
     MixtureOfTokens,
     ReMoE,
     SoftMoE,
@@ -133,6 +134,25 @@ def remoe(layer, p, x_BLD, mask):
             gate = p["gate.weight"][e] @ x_D
             if gate > 0:
                 out[token] = out[token] + gate * expert(p, e, x_D, layer)
+    return out
+
+
+def merged_experts(layer, p, x_BLD, mask):
+    """Lory section 3.1, SMEAR section 3.2: the mean of what came before decides how the weights are averaged."""
+    out = {}
+    for b in range(len(x_BLD)):
+        own = [token for token in real_tokens(x_BLD, mask) if token[0] == b]
+        for place, token in enumerate(own):
+            start = place // layer.segment_length * layer.segment_length
+            before = own[:start] if layer.merge_by == "prefix" else own[max(0, start - layer.segment_length) : start]
+            mean_D = sum(x_BLD[t] for t in before) / len(before) if before else 0 * x_BLD[token]
+            weight_E = torch.softmax(p["gate.weight"] @ mean_D, 0)
+            merged = {
+                name: sum(w * matrix for w, matrix in zip(weight_E, stack, strict=True)).unsqueeze(0)
+                for name, stack in p.items()
+                if name.startswith("experts.")
+            }
+            out[token] = expert(merged, 0, x_BLD[token], layer)
     return out
 
 
@@ -540,6 +560,23 @@ def test_remoe_computes_its_papers_formula(data, activation, gated):
     layer = ReMoE(**sizes, num_shared_experts=draw_shared(data))
     scatter_weights(layer)
     assert_agrees(layer, remoe, x_BLD, mask)
+
+
+@EVERY_ACTIVATION
+@EVERY_EXPERT
+@SETTINGS
+@given(data=st.data())
+def test_merged_experts_compute_their_papers_formula(data, activation, gated):
+    sizes = draw_sizes(data, activation, gated)
+    x_BLD, mask = draw_input(data, hidden_size=sizes["hidden_size"])
+    layer = MergedExperts(
+        **sizes,
+        segment_length=data.draw(st.integers(1, 4), label="segment_length"),
+        merge_by=data.draw(st.sampled_from(["segment", "prefix"]), label="merge_by"),
+        num_shared_experts=draw_shared(data),
+    )
+    scatter_weights(layer)
+    assert_agrees(layer, merged_experts, x_BLD, mask)
 
 
 @SETTINGS

@@ -22,6 +22,8 @@ DEPLOYABLE = [
     ),
     pytest.param("expert_threshold", {}, id="expert threshold"),
     pytest.param("remoe", {"num_shared_experts": 1}, id="remoe"),
+    pytest.param("merged_experts", {"segment_length": 3, "num_shared_experts": 1}, id="merged experts"),
+    pytest.param("merged_experts", {"segment_length": 2, "merge_by": "prefix"}, id="merged by all before"),
     pytest.param("mixture_of_tokens", {"num_shared_experts": 1}, id="mixture of tokens and a shared expert"),
     pytest.param("mixture_of_tokens", {"alone_top_k": None}, id="mixture of tokens alone"),
     pytest.param("mixture_of_tokens", {"alone_top_k": 2}, id="mixture of tokens alone, top 2"),

@@ -24,6 +24,7 @@ class PlainShape:
     num_shared_experts: int = 0
     route_by: str = "token"
     group_size: int = 2
+    segment_length: int = 2
     mixtures_per_expert: int = 1
     combine: str = "same"
     alone_top_k: int | None = 2

@@ -7,7 +7,7 @@ checks, the model's configuration, the report and docs/settings.md then know it.
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from mixtura.config.families import MIXTURES, Family
 from mixtura.config.setting import Setting, mot_setting, read_settings, scale_setting, setting, token_choice_setting
@@ -22,7 +22,8 @@ _TOKEN_CHOICE: tuple[Family, ...] = ("token_choice",)
 _THRESHOLD: tuple[Family, ...] = ("expert_threshold",)
 _REMOE: tuple[Family, ...] = ("remoe",)
 _CHOOSING: tuple[Family, ...] = ("token_choice", "expert_choice", "expert_threshold", "remoe")
-_ROUTED: tuple[Family, ...] = (*_CHOOSING, "mixture_of_tokens")
+_MERGED: tuple[Family, ...] = ("merged_experts",)
+_ROUTED: tuple[Family, ...] = (*_CHOOSING, *_MERGED, "mixture_of_tokens")
 _GROUPED: tuple[Family, ...] = ("expert_choice", "mixture_of_tokens")
 _MIXING: tuple[Family, ...] = ("soft", "mixture_of_tokens")
 _MOT: tuple[Family, ...] = ("mixture_of_tokens",)
@@ -266,6 +267,21 @@ class ArmConfig:
         role="training",
         bounds="positive",
     )
+    segment_length: int = setting(
+        16,
+        says="Tokens that share one merged expert.",
+        families=_MERGED,
+        role="function",
+        layer=True,
+        bounds="positive",
+    )
+    merge_by: Literal["segment", "prefix"] = setting(
+        "segment",
+        says="Whose mean decides: the segment before (Lory), or all before (SMEAR, made causal).",
+        families=_MERGED,
+        role="function",
+        layer=True,
+    )
     group_size: int = setting(
         16,
         says="Tokens mixed together (mixture of tokens), or that compete (expert choice).",
@@ -377,16 +393,3 @@ def model_settings(family: str | None = None) -> Iterable[tuple[Setting, str]]:
         for each in SETTINGS.values()
         if each.field is not None and (family is None or family in each.families)
     ]
-
-
-def shown_settings(arm: ArmConfig) -> dict[str, Any]:
-    """What a report says of an arm's layers: what its family always shows, and whatever else is not the default."""
-    named = has_setting(arm.family, "route_by") and arm.route_by != "token"
-    shown = {}
-    for name, each in SETTINGS.items():
-        if not each.shown or arm.family not in each.families or (named and each.of_router):
-            continue
-        value = getattr(arm, name)
-        if value is not None and (arm.family in each.always_shown or value != each.default):
-            shown[name] = value
-    return shown

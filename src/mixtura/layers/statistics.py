@@ -181,6 +181,20 @@ def varying_choice_stats(logits_TE: Tensor, gate_TE: Tensor, active_TE: Tensor, 
     )
 
 
+def merging_stats(logits_TE: Tensor, weight_TE: Tensor, real_T: Tensor | None) -> RoutingStats:
+    """Statistics of experts whose weights are merged: an expert's load is the sum of its weights."""
+    tokens = count_real(weight_TE, real_T)
+    return RoutingStats(
+        tokens_per_expert_E=sum_of_real(weight_TE.detach().float(), real_T),
+        importance_E=mean_of_real(weight_TE.float(), real_T),
+        router_z_loss=router_z_loss(logits_TE, real_T),
+        dropped_tokens=torch.zeros_like(tokens),
+        routed_rows=tokens,
+        entropy=normalized_entropy(weight_TE, -1, real_T),
+        sequence_loss=torch.zeros_like(tokens),
+    )
+
+
 def expert_choice_stats(
     logits_BLE: Tensor, probs_BLE: Tensor, mask_BL: Tensor | None, routing: SparseRouting
 ) -> RoutingStats:

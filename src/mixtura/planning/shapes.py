@@ -124,6 +124,11 @@ class ModelShape(Protocol):
         ...
 
     @property
+    def segment_length(self) -> int:
+        """Tokens that share a merged expert (merged experts)."""
+        ...
+
+    @property
     def group_size(self) -> int:
         """Tokens of a group (mixture of tokens, expert choice)."""
         ...
@@ -193,6 +198,8 @@ class FeedForwardShape:
     """Width of what experts take and give; None is that of the hidden states."""
     learned_router: bool = True
     """Token choice: False where an example's language names its expert."""
+    segment_length: int = 1
+    """Merged experts: tokens that share one."""
     group_size: int = 1
     """Tokens that are mixed or compete: the group (mixture of tokens, expert choice), the sequence (soft)."""
     mixtures_per_expert: int = 1
@@ -234,7 +241,7 @@ class FeedForwardShape:
         to free experts as many as the load-balancing loss aims at: an expert gets as much less as it counts more.
         """
         match facts_of(self.family).routing:
-            case "none":
+            case "none" | "merging":
                 return 1.0
             case "tokens choose":
                 counted = self.free_expert_balance * self.num_experts
@@ -271,6 +278,7 @@ def feed_forward_shapes(shape: ModelShape, *, sequence_length: int) -> list[Feed
             all_train=shape.dense_router_gradient and has_setting(family, "dense_router_gradient"),
             **_free_and_latent(shape, family),
             learned_router=shape.route_by == "token",
+            segment_length=min(shape.segment_length, sequence_length),
             group_size=shape.group_size if has_setting(family, "group_size") else sequence_length,
             mixtures_per_expert=shape.mixtures_per_expert,
             combine=cast(Literal["same", "separate"], shape.combine),
