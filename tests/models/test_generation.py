@@ -68,6 +68,20 @@ def test_greedy_text_is_the_same_with_and_without_a_cache(build, family, changes
         assert torch.equal(continue_greedily(model, ids_BL, **options), without)
 
 
+@pytest.mark.parametrize("merge_by", ["segment", "prefix"])
+def test_merged_experts_remember_which_beam_is_which(build, merge_by):
+    model, ids_BL = build("merged_experts", segment_length=2, merge_by=merge_by), torch.randint(3, 64, (2, 5))
+    first, second = (continue_greedily(model, ids_BL, num_beams=3, use_cache=cached) for cached in (True, False))
+    assert torch.equal(first, second)
+
+
+def test_merged_experts_take_no_token_back(build):
+    model, ids_BL = build("merged_experts"), torch.randint(3, 64, (1, 5))
+    cache = model(ids_BL, use_cache=True).past_key_values
+    with pytest.raises(UserError, match="Merged experts cannot take tokens back"):
+        cache.crop(-1)
+
+
 @pytest.mark.parametrize(("family", "changes"), DEPLOYABLE)
 def test_prompts_of_different_lengths_go_together_when_padded_left(build, family, changes):
     model, ids_BL = build(family, **changes), torch.randint(3, 64, (2, 6))
