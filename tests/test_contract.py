@@ -11,6 +11,7 @@ from mixtura.layers import (
     ExpertChoiceMoE,
     ExpertThresholdMoE,
     FeedForward,
+    MergedExperts,
     MixtureOfTokens,
     ReMoE,
     RoutingStats,
@@ -41,12 +42,19 @@ BUILDERS = {
     "token_choice_in_groups": lambda **more: TokenChoiceMoE(
         D, **SIZES, **more, num_experts=E, top_k=2, expert_groups=2, score_function="sigmoid"
     ),
+    "token_choice_free_experts": lambda **more: TokenChoiceMoE(
+        D, **SIZES, **more, num_experts=2, top_k=2, copy_experts=1, constant_experts=1, latent_size=4
+    ),
     "token_choice_with_capacity": lambda **more: TokenChoiceMoE(
         D, **SIZES, **more, num_experts=E, top_k=2, capacity_factor=1.0
     ),
     "expert_choice": lambda **more: ExpertChoiceMoE(D, **SIZES, **more, num_experts=E, top_k=2, group_size=2),
     "expert_threshold": expert_threshold,
     "remoe": lambda **more: ReMoE(D, **SIZES, **more, num_experts=E, top_k=2, num_shared_experts=1),
+    "merged_experts": lambda **more: MergedExperts(D, **SIZES, **more, num_experts=E, segment_length=2),
+    "merged_experts_prefix": lambda **more: MergedExperts(
+        D, **SIZES, **more, num_experts=E, segment_length=2, merge_by="prefix", num_shared_experts=1
+    ),
     "expert_choice_shared": lambda **more: ExpertChoiceMoE(
         D, **SIZES, **more, num_experts=E, group_size=2, num_shared_experts=1
     ),
@@ -167,7 +175,7 @@ def test_statistics_are_tensors_that_add_up(family):
         return
     assert isinstance(stats, RoutingStats)
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in stats)
-    assert [value.shape for value in stats] == [(E,), (E,), (), (), (), ()]
+    assert [value.shape for value in stats] == [(E,), (E,), (), (), (), (), ()]
     assert not stats.tokens_per_expert_E.requires_grad
     if family != "remoe":  # its gates are no probabilities
         assert_close(stats.importance_E.sum().item(), 1.0)

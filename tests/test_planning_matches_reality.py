@@ -35,11 +35,17 @@ CASES = {
     "expert choice, rounded up": ("expert_choice", {"num_experts": 5, "num_experts_per_tok": 1}),
     "all experts run in training": ("token_choice", {"dense_router_gradient": True}),
     "experts in groups": ("token_choice", {"n_group": 2, "topk_group": 1}),
+    "latent experts": ("token_choice", {"latent_size": 8, "num_shared_experts": 1}),
     "expert threshold, choosing over the batch": ("expert_threshold", {}),
     "expert choice and shared experts": ("expert_choice", {"num_shared_experts": 1}),
     "soft and shared experts": ("soft", {"num_shared_experts": 1}),
     "mixture of tokens and shared experts": ("mixture_of_tokens", {"num_shared_experts": 2}),
     "shared experts, a quarter alone": ("mixture_of_tokens", {"num_shared_experts": 1, "zero_fill": 0.25}),
+    "merged experts": ("merged_experts", {"segment_length": 4}),
+    "merged by all before, gated": (
+        "merged_experts",
+        {"segment_length": 6, "merge_by": "prefix", "gated": True, "num_shared_experts": 1},
+    ),
     "soft": ("soft", {}),
     "soft, three slots": ("soft", {"mixtures_per_expert": 3}),
     "mixture of tokens": ("mixture_of_tokens", {}),
@@ -102,6 +108,23 @@ def test_flops_are_exact_for_the_mean_number_of_experts_that_tokens_run(
     assert counted == pytest.approx(layer_flops(layer), rel=1e-6)
 
 
+def test_free_experts_cost_their_router_and_take_rows_from_the_others(
+    tiny_config: Callable[..., MixtureConfig],
+) -> None:
+    config = tiny_config("token_choice", zero_experts=1, copy_experts=2, constant_experts=2, free_expert_balance=0.5)
+    model = MixtureForCausalLM._from_config(config, attn_implementation="eager").eval()
+    assert model_parameters(config) == sum(p.numel() for p in model.parameters())
+    ids = torch.randint(64, (BATCH, LENGTH))
+    with FlopCounterMode(display=False) as counter:
+        stats = model(ids, output_routing=True).routing[1]
+    layer = feed_forward_shapes(config, sequence_length=LENGTH)[1]
+    assert layer.rows_per_token == pytest.approx(2 * 0.5 * 4 / (0.5 * 4 + 5))
+    rows = (stats.tokens_per_expert_E[:4].sum() / (BATCH * LENGTH)).item()
+    expected = layer_flops(layer) + (rows - layer.rows_per_token) * 2 * 2 * 16 * 16
+    counted = sum(counter.get_flop_counts()["MixtureForCausalLM.model.layers.1.mlp"].values()) / (BATCH * LENGTH)
+    assert counted == pytest.approx(expected, rel=1e-6)
+
+
 @case
 def test_training_flops_are_exact(tiny_config: Callable[..., MixtureConfig], family: str, settings: dict) -> None:
     config = tiny_config(family, **settings)
@@ -113,7 +136,9 @@ def test_training_flops_are_exact(tiny_config: Callable[..., MixtureConfig], fam
     assert counted == pytest.approx(flops_per_token(config, sequence_length=LENGTH), rel=1e-6)
 
 
-@pytest.mark.parametrize("family", ["token_choice", "expert_choice", "expert_threshold", "remoe", "mixture_of_tokens"])
+@pytest.mark.parametrize(
+    "family", ["token_choice", "expert_choice", "expert_threshold", "remoe", "merged_experts", "mixture_of_tokens"]
+)
 def test_an_arm_without_a_width_costs_the_dense_arm(family: str) -> None:
     sizes = {"vocab_size": 1024, "max_position_embeddings": 128}
     dense, mixture = (

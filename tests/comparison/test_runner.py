@@ -251,6 +251,7 @@ FAMILIES = {
     "expert_choice": ("group", None, Leaks(False, True), "also when deployed"),
     "expert_threshold": ("causal", "causal", Leaks(False, False, False), None),
     "remoe": ("causal", "causal", Leaks(False, False, False), None),
+    "merged_experts": ("causal", "causal", Leaks(False, False, False), None),
     "soft": ("group", None, Leaks(True, False), "sees the future"),
     "mixture_of_tokens": ("group", "alone", Leaks(False, True, False), "does not"),
 }

@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 
 from mixtura.config import ArmConfig, UserError
-from mixtura.config.arm import SETTINGS, has_setting, model_settings, shown_settings
-from mixtura.config.describe import settings_page
+from mixtura.config.arm import SETTINGS, has_setting, model_settings
+from mixtura.config.describe import settings_page, shown_settings
 from mixtura.config.families import FAMILIES, MIXTURES
 from mixtura.config.model_settings import CHOICES, written_out
 from mixtura.models import MixtureConfig

@@ -93,6 +93,8 @@ def test_one_mild_probe_misses_what_many_strong_ones_find() -> None:
         ("expert_threshold", True, True, True),  # before the first update experts choose over the batch
         ("expert_threshold", False, False, False),
         ("remoe", True, False, False),
+        ("merged_experts", True, False, False),
+        ("merged_experts", False, False, False),
         ("soft", True, True, False),
         ("mixture_of_tokens", True, False, True),
         ("mixture_of_tokens", False, False, False),

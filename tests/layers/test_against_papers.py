@@ -20,6 +20,7 @@ from mixtura.layers import (
     DenseFFN,
     ExpertChoiceMoE,
     ExpertThresholdMoE,
+    MergedExperts,
     MixtureOfTokens,
     ReMoE,
     SoftMoE,
@@ -46,7 +47,23 @@ def feed_forward(x_D, gate_FD, up_FD, down_DF, name):
 
 
 def expert(p, e, x_D, layer):
-    """Expert e of a mixture on one token."""
+    """Expert e of a mixture on one token; in the space all share where there is one (LatentMoE)."""
+    if "experts.to_latent.weight" not in p:
+        return bare_expert(p, e, x_D, layer)
+    return p["experts.from_latent.weight"] @ bare_expert(p, e, p["experts.to_latent.weight"] @ x_D, layer)
+
+
+def free_expert(p, e, x_D, layer):
+    """MoE++ equations 3 to 5: zero, copy, or x and v in the shares of a softmax."""
+    zero, copied, _ = layer.free_experts.counts
+    if e < zero + copied:
+        return x_D if e >= zero else torch.zeros_like(x_D)
+    c = e - zero - copied
+    of_x, of_v = torch.softmax(p["free_experts.shares.weight"][2 * c : 2 * c + 2] @ x_D, 0)
+    return of_x * x_D + of_v * p["free_experts.constant"][c]
+
+
+def bare_expert(p, e, x_D, layer):
     down_DF = p["experts.down_proj"][e]
     if not layer.experts.gated:
         return feed_forward(x_D, None, p["experts.up_proj"][e], down_DF, layer.experts.activation)
@@ -85,7 +102,9 @@ def token_choice(layer, p, x_BLD, mask):
         for e in chosen:
             arrived[e] += 1
             if arrived[e] <= room:
-                out[b, t] += layer.routed_scaling_factor * scores[e] / divisor * expert(p, e, x_D, layer)
+                weight, paid = layer.routed_scaling_factor * scores[e] / divisor, layer.experts.num_experts
+                y_D = expert(p, e, x_D, layer) if e < paid else free_expert(p, e - paid, x_D, layer)
+                out[b, t] += weight * y_D
     return out
 
 
@@ -115,6 +134,25 @@ def remoe(layer, p, x_BLD, mask):
             gate = p["gate.weight"][e] @ x_D
             if gate > 0:
                 out[token] = out[token] + gate * expert(p, e, x_D, layer)
+    return out
+
+
+def merged_experts(layer, p, x_BLD, mask):
+    """Lory section 3.1, SMEAR section 3.2: the mean of what came before decides how the weights are averaged."""
+    out = {}
+    for b in range(len(x_BLD)):
+        own = [token for token in real_tokens(x_BLD, mask) if token[0] == b]
+        for place, token in enumerate(own):
+            start = place // layer.segment_length * layer.segment_length
+            before = own[:start] if layer.merge_by == "prefix" else own[max(0, start - layer.segment_length) : start]
+            mean_D = sum(x_BLD[t] for t in before) / len(before) if before else 0 * x_BLD[token]
+            weight_E = torch.softmax(p["gate.weight"] @ mean_D, 0)
+            merged = {
+                name: sum(w * matrix for w, matrix in zip(weight_E, stack, strict=True)).unsqueeze(0)
+                for name, stack in p.items()
+                if name.startswith("experts.")
+            }
+            out[token] = expert(merged, 0, x_BLD[token], layer)
     return out
 
 
@@ -337,6 +375,64 @@ def test_token_choice_computes_its_papers_formula(data, activation, gated):
 @EVERY_EXPERT
 @SETTINGS
 @given(data=st.data())
+def test_free_experts_and_a_latent_space_compute_their_papers_formulas(data, gated):
+    sizes = draw_sizes(data, "relu", gated)
+    free = {
+        name: data.draw(st.integers(0, 2), label=name) for name in ("zero_experts", "copy_experts", "constant_experts")
+    }
+    layer = TokenChoiceMoE(
+        **sizes,
+        **free,
+        top_k=data.draw(st.integers(1, sizes["num_experts"]), label="top_k"),
+        score_function=data.draw(st.sampled_from(["softmax", "sigmoid"]), label="score_function"),
+        normalize_top_k=data.draw(st.booleans(), label="normalize_top_k"),
+        latent_size=data.draw(st.none() | st.integers(1, 4), label="latent_size"),
+        num_shared_experts=draw_shared(data),
+    )
+    scatter_weights(layer)
+    x_BLD, mask = draw_input(data, hidden_size=sizes["hidden_size"])
+    assert_agrees(layer, token_choice, x_BLD, mask)
+
+
+@SETTINGS
+@given(data=st.data())
+def test_balance_within_sequences_is_deepseeks_with_free_experts_counting_less(data):
+    """DeepSeek-V3 equations 17 to 20 for every sequence, MoE++ equation 7 for what an expert counts."""
+    sizes = draw_sizes(data, "relu", False)
+    x_BLD, mask = draw_input(data, hidden_size=sizes["hidden_size"])
+    top_k = data.draw(st.integers(1, sizes["num_experts"]), label="top_k")
+    layer = TokenChoiceMoE(
+        **sizes,
+        top_k=top_k,
+        copy_experts=data.draw(st.integers(0, 2), label="copy_experts"),
+        score_function=data.draw(st.sampled_from(["softmax", "sigmoid"]), label="score_function"),
+        balance_by_sequence=True,
+        free_expert_balance=0.5,
+    ).double()
+    scatter_weights(layer)
+    actual = layer(x_BLD.double(), mask, return_stats=True)[1].sequence_loss
+    losses = []
+    weight_ED = layer.gate.weight.detach().requires_grad_()
+    for b in range(len(x_BLD)):
+        own = [token for token in real_tokens(x_BLD, mask) if token[0] == b]
+        counts, means = torch.zeros(layer.num_experts), torch.zeros(layer.num_experts, dtype=torch.float64)
+        for token in own:
+            logits_E = weight_ED @ x_BLD[token].double()
+            scores_E = logits_E.exp() if layer.score_function == "softmax" else 1 / (1 + torch.exp(-logits_E))
+            counts[scores_E.topk(top_k).indices] += layer.num_experts / (top_k * len(own))
+            means = means + scores_E / scores_E.sum() / len(own)
+        eta_E = torch.tensor([1.0 if e < layer.experts.num_experts else 0.5 for e in range(layer.num_experts)])
+        losses += [(eta_E * counts * means).sum()] if own else []
+    expected = sum(losses) / max(1, len(losses))
+    torch.testing.assert_close(actual, torch.as_tensor(expected).float())
+    if losses:
+        (grad,) = torch.autograd.grad(actual, layer.gate.weight)
+        torch.testing.assert_close(grad, torch.autograd.grad(expected, weight_ED)[0], rtol=1e-6, atol=1e-9)
+
+
+@EVERY_EXPERT
+@SETTINGS
+@given(data=st.data())
 def test_experts_in_groups_are_chosen_as_in_their_paper(data, gated):
     sizes = draw_sizes(data, "relu", gated)
     groups, size = data.draw(st.integers(1, 4), label="groups"), data.draw(st.integers(1, 3), label="size")
@@ -464,6 +560,23 @@ def test_remoe_computes_its_papers_formula(data, activation, gated):
     layer = ReMoE(**sizes, num_shared_experts=draw_shared(data))
     scatter_weights(layer)
     assert_agrees(layer, remoe, x_BLD, mask)
+
+
+@EVERY_ACTIVATION
+@EVERY_EXPERT
+@SETTINGS
+@given(data=st.data())
+def test_merged_experts_compute_their_papers_formula(data, activation, gated):
+    sizes = draw_sizes(data, activation, gated)
+    x_BLD, mask = draw_input(data, hidden_size=sizes["hidden_size"])
+    layer = MergedExperts(
+        **sizes,
+        segment_length=data.draw(st.integers(1, 4), label="segment_length"),
+        merge_by=data.draw(st.sampled_from(["segment", "prefix"]), label="merge_by"),
+        num_shared_experts=draw_shared(data),
+    )
+    scatter_weights(layer)
+    assert_agrees(layer, merged_experts, x_BLD, mask)
 
 
 @SETTINGS

@@ -15,8 +15,15 @@ from mixtura.models.loading import load_model
 DEPLOYABLE = [
     pytest.param("dense", {}, id="dense"),
     pytest.param("token_choice", {}, id="token choice"),
+    pytest.param(
+        "token_choice",
+        {"copy_experts": 2, "constant_experts": 1, "latent_size": 8, "num_experts_per_tok": 3},
+        id="free and latent experts",
+    ),
     pytest.param("expert_threshold", {}, id="expert threshold"),
     pytest.param("remoe", {"num_shared_experts": 1}, id="remoe"),
+    pytest.param("merged_experts", {"segment_length": 3, "num_shared_experts": 1}, id="merged experts"),
+    pytest.param("merged_experts", {"segment_length": 2, "merge_by": "prefix"}, id="merged by all before"),
     pytest.param("mixture_of_tokens", {"num_shared_experts": 1}, id="mixture of tokens and a shared expert"),
     pytest.param("mixture_of_tokens", {"alone_top_k": None}, id="mixture of tokens alone"),
     pytest.param("mixture_of_tokens", {"alone_top_k": 2}, id="mixture of tokens alone, top 2"),
@@ -59,6 +66,20 @@ def test_greedy_text_is_the_same_with_and_without_a_cache(build, family, changes
     assert without.shape == (3, 13) and len(without[:, 5:].unique()) > 3
     for options in ({"use_cache": True}, {"cache_implementation": "static"}):
         assert torch.equal(continue_greedily(model, ids_BL, **options), without)
+
+
+@pytest.mark.parametrize("merge_by", ["segment", "prefix"])
+def test_merged_experts_remember_which_beam_is_which(build, merge_by):
+    model, ids_BL = build("merged_experts", segment_length=2, merge_by=merge_by), torch.randint(3, 64, (2, 5))
+    first, second = (continue_greedily(model, ids_BL, num_beams=3, use_cache=cached) for cached in (True, False))
+    assert torch.equal(first, second)
+
+
+def test_merged_experts_take_no_token_back(build):
+    model, ids_BL = build("merged_experts"), torch.randint(3, 64, (1, 5))
+    cache = model(ids_BL, use_cache=True).past_key_values
+    with pytest.raises(UserError, match="Merged experts cannot take tokens back"):
+        cache.crop(-1)
 
 
 @pytest.mark.parametrize(("family", "changes"), DEPLOYABLE)

@@ -24,6 +24,7 @@ class PlainShape:
     num_shared_experts: int = 0
     route_by: str = "token"
     group_size: int = 2
+    segment_length: int = 2
     mixtures_per_expert: int = 1
     combine: str = "same"
     alone_top_k: int | None = 2
@@ -31,6 +32,11 @@ class PlainShape:
     alone_fraction: float = 0.0
     transition_fraction: float = 0.0
     dense_router_gradient: bool = False
+    zero_experts: int = 0
+    copy_experts: int = 0
+    constant_experts: int = 0
+    free_expert_balance: float = 0.75
+    latent_size: int | None = None
     layer_mix: bool = False
     tie_word_embeddings: bool = True
 

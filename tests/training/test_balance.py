@@ -23,6 +23,7 @@ def stats(load, *, dropped=0.0, entropy=0.5):
         dropped_tokens=torch.tensor(dropped),
         routed_rows=load_E.sum(),
         entropy=torch.tensor(entropy),
+        sequence_loss=torch.tensor(0.0),
     )
 
 

@@ -86,7 +86,7 @@ class Classification(TrainingTask):
         if not self.balanced:
             return StepLosses(loss, None, None, None)
         load_E, zero = torch.tensor([3.0, 1.0]), torch.zeros(())
-        stats = RoutingStats(load_E, load_E / 4, torch.tensor(4.0), zero, torch.tensor(0.5), zero)
+        stats = RoutingStats(load_E, load_E / 4, torch.tensor(4.0), zero, torch.tensor(0.5), zero, zero)
         return StepLosses(loss, (model.head.weight**2).sum(), None, (None, stats))
 
     def router_loss_weights(self, model):

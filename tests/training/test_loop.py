@@ -22,6 +22,8 @@ ARMS = {
     "mixture_of_tokens that becomes token choice": {"transition_to": "token_choice", "transition_fraction": 0.5},
     "token_choice": {"num_experts_per_tok": 2, "router_z_loss_coef": 0.1},
     "expert_threshold": {"threshold_warmup": 0.4},
+    "merged_experts": {"segment_length": 4},
+    "token_choice with free experts": {"copy_experts": 1, "constant_experts": 1, "balance_over": "sequence"},
     "remoe": {"l1_coef_start": 1e-3, "num_shared_experts": 1},
     "token_choice with expert bias and global balance": {"balance_over": "global", "expert_bias_update_rate": 0.01},
     "expert_choice": {},

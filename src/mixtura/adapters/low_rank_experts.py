@@ -72,6 +72,7 @@ def routing_statistics(gates: Gates, real_T: Tensor | None) -> RoutingStats:
         dropped_tokens=torch.zeros_like(rows),
         routed_rows=rows,
         entropy=normalized_entropy(weight_TE, -1, real_T),
+        sequence_loss=torch.zeros_like(rows),
     )
 
 

@@ -7,10 +7,10 @@ checks, the model's configuration, the report and docs/settings.md then know it.
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from mixtura.config.families import MIXTURES, Family
-from mixtura.config.setting import Setting, read_settings, scale_setting, setting
+from mixtura.config.setting import Setting, mot_setting, read_settings, scale_setting, setting, token_choice_setting
 
 InferenceMode = Literal["group", "alone", "population"]
 Placement = Literal["all", "later_half"]
@@ -22,7 +22,8 @@ _TOKEN_CHOICE: tuple[Family, ...] = ("token_choice",)
 _THRESHOLD: tuple[Family, ...] = ("expert_threshold",)
 _REMOE: tuple[Family, ...] = ("remoe",)
 _CHOOSING: tuple[Family, ...] = ("token_choice", "expert_choice", "expert_threshold", "remoe")
-_ROUTED: tuple[Family, ...] = (*_CHOOSING, "mixture_of_tokens")
+_MERGED: tuple[Family, ...] = ("merged_experts",)
+_ROUTED: tuple[Family, ...] = (*_CHOOSING, *_MERGED, "mixture_of_tokens")
 _GROUPED: tuple[Family, ...] = ("expert_choice", "mixture_of_tokens")
 _MIXING: tuple[Family, ...] = ("soft", "mixture_of_tokens")
 _MOT: tuple[Family, ...] = ("mixture_of_tokens",)
@@ -129,96 +130,106 @@ class ArmConfig:
         layer="learned_router",
         to_layer=lambda value: value == "token",
     )
-    score_function: Literal["softmax", "sigmoid"] = setting(
+    score_function: Literal["softmax", "sigmoid"] = token_choice_setting(
         "softmax",
         says="How the router's logits become weights.",
-        families=_TOKEN_CHOICE,
         role="function",
         field="scoring_func",
         layer=True,
         always_shown=_TOKEN_CHOICE,
-        of_router=True,
     )
-    normalize_top_k: bool = setting(
+    normalize_top_k: bool = token_choice_setting(
         False,
         says="Makes the chosen experts' weights sum to one. With top_k = 1 the router then gets no gradient.",
-        families=_TOKEN_CHOICE,
         role="function",
         field="norm_topk_prob",
         layer=True,
-        of_router=True,
     )
-    capacity_factor: float | None = setting(
+    capacity_factor: float | None = token_choice_setting(
         None,
         says='Most rows that an expert takes, as a multiple of an even share; "none" drops no rows.',
-        families=_TOKEN_CHOICE,
         role="function",
         layer=True,
         bounds="positive",
-        of_router=True,
     )
-    expert_groups: int = setting(
+    expert_groups: int = token_choice_setting(
         1,
         says="Number of equal groups of experts; a token chooses from its best groups only.",
-        families=_TOKEN_CHOICE,
         role="function",
         field="n_group",
         layer=True,
         bounds="positive",
-        of_router=True,
     )
-    groups_per_token: int = setting(
+    groups_per_token: int = token_choice_setting(
         1,
         says="Number of groups that a token chooses from.",
-        families=_TOKEN_CHOICE,
         role="function",
         field="topk_group",
         layer=True,
         bounds="positive",
-        of_router=True,
     )
-    dense_router_gradient: bool = setting(
+    dense_router_gradient: bool = token_choice_setting(
         False,
         says="Runs all experts in training, so that the router learns from each (DenseMixer); the output is still "
         "that of top_k.",
-        families=_TOKEN_CHOICE,
         role="training",
         layer=True,
-        of_router=True,
     )
-    router_aux_loss_coef: float = setting(
+    router_aux_loss_coef: float = token_choice_setting(
         0.01,
         says="Weight of the loss that balances the experts' load.",
-        families=_TOKEN_CHOICE,
         role="training",
         bounds="not negative",
         always_shown=_TOKEN_CHOICE,
-        of_router=True,
     )
-    router_z_loss_coef: float = setting(
-        0.0,
-        says="Weight of the loss that keeps the router's logits small.",
-        families=_TOKEN_CHOICE,
-        role="training",
-        bounds="not negative",
-        of_router=True,
+    router_z_loss_coef: float = token_choice_setting(
+        0.0, says="Weight of the loss that keeps the router's logits small.", role="training", bounds="not negative"
     )
-    balance_over: Literal["batch", "global"] = setting(
+    balance_over: Literal["batch", "global", "sequence"] = token_choice_setting(
         "batch",
-        says="Whether load is counted in a micro-batch, or in the whole optimizer step on all ranks.",
-        families=_TOKEN_CHOICE,
+        says="Where load is counted: in a micro-batch, in the whole step on all ranks, or in each sequence (DeepSeek-V3).",
         role="training",
-        of_router=True,
+        layer="balance_by_sequence",
+        to_layer=lambda value: value == "sequence",
     )
-    expert_bias_update_rate: float = setting(
+    zero_experts: int = token_choice_setting(
+        0,
+        says="Experts of no cost that give nothing (MoE++), besides `num_experts`; top_k counts them.",
+        role="shape",
+        layer=True,
+        bounds="not negative",
+    )
+    copy_experts: int = token_choice_setting(
+        0, says="Experts of no cost that give back their input.", role="shape", layer=True, bounds="not negative"
+    )
+    constant_experts: int = token_choice_setting(
+        0,
+        says="Experts of almost no cost that mix their input with a learned vector.",
+        role="shape",
+        layer=True,
+        bounds="not negative",
+    )
+    free_expert_balance: float = token_choice_setting(
+        0.75,
+        says="How much an expert of no cost counts in the load-balancing loss: the lower, the more tokens it gets.",
+        role="training",
+        layer=True,
+        bounds="positive",
+    )
+    latent_size: int | None = token_choice_setting(
+        None,
+        says='Width of the space that experts work in, behind one projection to it and one back; "none" has none.',
+        role="shape",
+        layer=True,
+        bounds="positive",
+    )
+    expert_bias_update_rate: float = token_choice_setting(
         0.0,
         says="Loss-free balancing: how far the selection bias moves after each step; 0 turns it off.",
-        families=_TOKEN_CHOICE,
         role="training",
         layer="expert_bias",
         to_layer=lambda rate: rate > 0,
         bounds="not negative",
-        of_router=True,
     )
     num_shared_experts: int = setting(
         0,
@@ -258,6 +269,21 @@ class ArmConfig:
         role="training",
         bounds="positive",
     )
+    segment_length: int = setting(
+        16,
+        says="Tokens that share one merged expert.",
+        families=_MERGED,
+        role="function",
+        layer=True,
+        bounds="positive",
+    )
+    merge_by: Literal["segment", "prefix"] = setting(
+        "segment",
+        says="Whose mean decides: the segment before (Lory), or all before (SMEAR, made causal).",
+        families=_MERGED,
+        role="function",
+        layer=True,
+    )
     group_size: int = setting(
         16,
         says="Tokens in a group: they are mixed (mixture of tokens) or compete (expert choice).",
@@ -286,78 +312,68 @@ class ArmConfig:
         bounds="positive",
         always_shown=_MIXING,
     )
-    temperature: float = setting(
+    temperature: float = mot_setting(
         1.0,
         says="Divides the router's logits.",
-        families=_MOT,
         role="function",
         layer=True,
         bounds="positive",
         always_shown=_MOT,
     )
-    combine: Literal["same", "separate"] = setting(
+    combine: Literal["same", "separate"] = mot_setting(
         "same",
         says="Whether outputs are spread with the dispatch weights or with those of a second router.",
-        families=_MOT,
         role="shape",
         layer=True,
         always_shown=_MOT,
     )
-    inference_mode: InferenceMode = setting(
+    inference_mode: InferenceMode = mot_setting(
         "alone",
         says="How a deployed layer runs.",
-        families=_MOT,
         role="function",
         layer=True,
     )
-    alone_top_k: int | None = setting(
+    alone_top_k: int | None = mot_setting(
         2,
         says='Mixtures that a token runs in the modes `alone` and `population`; "none" runs all.',
-        families=_MOT,
         role="function",
         layer=True,
         bounds="positive",
         always_shown=_MOT,
     )
-    zero_fill: float = setting(
+    zero_fill: float = mot_setting(
         0.0,
         says="Share of the groups whose tokens run in mode `alone` during training.",
-        families=_MOT,
         role="training",
         layer=True,
         bounds="share",
     )
-    zero_fill_unit: Literal["group", "layer", "step"] = setting(
+    zero_fill_unit: Literal["group", "layer", "step"] = mot_setting(
         "group",
         says="What `zero_fill` is a share of: the groups of a layer at every step, the steps of each layer, or "
         "the steps of the whole model. The last two take less time.",
-        families=_MOT,
         role="training",
     )
-    alone_fraction: float = setting(
+    alone_fraction: float = mot_setting(
         0.0,
         says="Share of the steps, at the end, in which all tokens run in mode `alone`.",
-        families=_MOT,
         role="training",
         bounds="share",
     )
-    transition_to: Literal["token_choice"] | None = setting(
+    transition_to: Literal["token_choice"] | None = mot_setting(
         None,
         says='What the layers become for the last steps, with their parameters; "none" changes nothing.',
-        families=_MOT,
         role="training",
     )
-    transition_fraction: float = setting(
+    transition_fraction: float = mot_setting(
         0.0,
         says="Share of the steps, at the end, after that transition; a token then gets `alone_top_k` experts.",
-        families=_MOT,
         role="training",
         bounds="share",
     )
-    population_rate: float = setting(
+    population_rate: float = mot_setting(
         0.0,
         says="Weight of one step in the moving averages for mode `population`; 0 keeps none.",
-        families=_MOT,
         role="training",
         bounds="share",
     )
@@ -379,16 +395,3 @@ def model_settings(family: str | None = None) -> Iterable[tuple[Setting, str]]:
         for each in SETTINGS.values()
         if each.field is not None and (family is None or family in each.families)
     ]
-
-
-def shown_settings(arm: ArmConfig) -> dict[str, Any]:
-    """What a report says of an arm's layers: what its family always shows, and whatever else is not the default."""
-    named = has_setting(arm.family, "route_by") and arm.route_by != "token"
-    shown = {}
-    for name, each in SETTINGS.items():
-        if not each.shown or arm.family not in each.families or (named and each.of_router):
-            continue
-        value = getattr(arm, name)
-        if value is not None and (arm.family in each.always_shown or value != each.default):
-            shown[name] = value
-    return shown

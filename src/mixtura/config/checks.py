@@ -285,6 +285,17 @@ def _check_choice(where: str, arm: ArmConfig) -> None:
         )
     if arm.family == "token_choice":
         _check_expert_groups(where, arm)
+    free = arm.zero_experts + arm.copy_experts + arm.constant_experts
+    if free and (arm.capacity_factor is not None or arm.expert_groups > 1 or arm.dense_router_gradient):
+        raise UserError(
+            f"'{where}.zero_experts', '.copy_experts' and '.constant_experts' are {free} together, which works with "
+            f"neither '{where}.capacity_factor', '.expert_groups' nor '.dense_router_gradient': leave these out."
+        )
+    if (free or arm.latent_size) and arm.route_by != "token":
+        raise UserError(
+            f"'{where}.route_by' is '{arm.route_by}', where languages name the experts: leave out zero_experts, "
+            "copy_experts, constant_experts and latent_size."
+        )
     if arm.dense_router_gradient and (arm.capacity_factor is not None or arm.route_by != "token"):
         raise UserError(
             f"'{where}.dense_router_gradient' is true, which runs all experts and so needs a router and no capacity: "

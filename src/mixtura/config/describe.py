@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-from mixtura.config.arm import SETTINGS, ArmConfig
+from mixtura.config.arm import SETTINGS, ArmConfig, has_setting
 from mixtura.config.families import FAMILIES, MIXTURES
 from mixtura.config.schema import (
     AdapterConfig,
@@ -213,3 +213,16 @@ def written(value: Any) -> str:
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     return "[" + ", ".join(map(written, value)) + "]" if isinstance(value, list | tuple) else str(value)
+
+
+def shown_settings(arm: ArmConfig) -> dict[str, Any]:
+    """What a report says of an arm's layers: what its family always shows, and whatever else is not the default."""
+    named = has_setting(arm.family, "route_by") and arm.route_by != "token"
+    shown = {}
+    for name, each in SETTINGS.items():
+        if not each.shown or arm.family not in each.families or (named and each.of_router):
+            continue
+        value = getattr(arm, name)
+        if value is not None and (arm.family in each.always_shown or value != each.default):
+            shown[name] = value
+    return shown

@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Family = Literal["dense", "token_choice", "expert_choice", "expert_threshold", "remoe", "soft", "mixture_of_tokens"]
-Routing = Literal["none", "tokens choose", "experts choose", "mixing"]
+Family = Literal[
+    "dense", "token_choice", "expert_choice", "expert_threshold", "remoe", "merged_experts", "soft", "mixture_of_tokens"
+]
+Routing = Literal["none", "tokens choose", "experts choose", "merging", "mixing"]
 """How tokens meet experts, on which every formula of cost stands: each token through one network; each token to
-`top_k` experts, or to as many on average; each expert to its share of a group's tokens; each expert to mixtures of a
-group's tokens."""
+`top_k` experts, or to as many on average; each expert to its share of a group's tokens; a segment's tokens to one
+network, merged from all experts; each expert to mixtures of a group's tokens."""
 Serving = Literal["as trained", "token by token", "never"]
 """How a trained layer answers one request: as it was trained; in a mode of its own, without its group; or not at all,
 since a token's output depends on tokens to come."""
@@ -118,6 +120,18 @@ FAMILIES: dict[Family, FamilyFacts] = {
         alone="yes",
         stock="none",
         follows_load=True,
+    ),
+    "merged_experts": FamilyFacts(
+        layer="mixtura.layers.merged_experts:MergedExperts",
+        routing="merging",
+        serving="as trained",
+        words="merged experts",
+        colours=("#3b4cc0", "#9aa7ff"),
+        routes="the experts' weights are averaged for a segment, as the segment before decides",
+        future="no",
+        batch="no",
+        alone="yes",
+        stock="none",
     ),
     "soft": FamilyFacts(
         layer="mixtura.layers.soft:SoftMoE",

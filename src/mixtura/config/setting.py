@@ -7,6 +7,7 @@ the field, the layer for the argument, a transition for what starts anew, and th
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from mixtura.errors import UserError
@@ -121,6 +122,12 @@ def setting(
 def scale_setting(default: float | None, *, says: str, families: tuple[str, ...]) -> Any:
     """A field that says how wide weights are drawn: positive, kept with the model, and shown by reports in words."""
     return setting(default, says=says, families=families, role="shape", bounds="positive", shown=False)
+
+
+token_choice_setting = partial(setting, families=("token_choice",), of_router=True)
+"""A field that says how token choice routes or balances."""
+mot_setting = partial(setting, families=("mixture_of_tokens",))
+"""A field of mixtures of tokens."""
 
 
 def read_settings(kind: type, hints: Mapping[str, Any]) -> dict[str, Setting]:

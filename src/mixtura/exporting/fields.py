@@ -99,6 +99,10 @@ def check_deployable(config: MixtureConfig) -> None:
             f"Tokens choose from {config.topk_group} of {config.n_group} groups of experts (expert_groups), which no "
             "exported file computes: train with expert_groups = 1."
         )
+    free = config.zero_experts + config.copy_experts + config.constant_experts
+    if (free or config.latent_size) and "token_choice" in (config.mlp_layer_types or []):
+        what = f"{free} zero, copy or constant experts" if free else f"a latent_size of {config.latent_size}"
+        raise UserError(f"The layers have {what}, which no exported file computes: serve the model with Mixtura.")
     if config.route_by != "token":
         raise UserError(
             f"The model routes by {config.route_by}, which needs an expert's name with every request: take one "

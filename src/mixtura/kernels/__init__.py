@@ -16,6 +16,7 @@ from mixtura.kernels.dispatch import rows_by_expert as rows_by_expert
 from mixtura.kernels.dispatch import top_k as top_k
 from mixtura.kernels.expert_weights import ExpertWeights as ExpertWeights
 from mixtura.kernels.mixing import batched_ffn as batched_ffn
+from mixtura.kernels.mixing import merged_experts as merged_experts
 from mixtura.kernels.mixing import mix as mix
 from mixtura.kernels.mixing import mixed_ffn as mixed_ffn
 from mixtura.kernels.mixing import scaled_ffn as scaled_ffn

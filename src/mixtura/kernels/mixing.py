@@ -56,6 +56,14 @@ class _MixedFFN(torch.autograd.Function):
         return grad_x_NGD, grad_dispatch_NGEC, grad_combine_NGEC, grad_up_EHD, grad_down_EDF, None, None
 
 
+def merged_experts(weight_NE: Tensor, experts: ExpertWeights) -> ExpertWeights:
+    """(N, E) weights -> N experts, each the weighted sum of all E, matrix by matrix; definition in `reference`."""
+    experts = experts.at_autocast_dtype(weight_NE.device.type)
+    (weight_NE,) = at_autocast_dtype(weight_NE)
+    up, down = ((weight_NE @ each.flatten(1)).view(-1, *each.shape[1:]) for each in (experts.up, experts.down))
+    return experts._replace(up=up, down=down)
+
+
 def batched_ffn(x_ERD: Tensor, experts: ExpertWeights) -> Tensor:
     """(E, R, D) -> (E, R, D): expert e on its own R rows."""
     return _BatchedFFN.apply(*at_autocast_dtype(x_ERD), *experts.at_autocast_dtype(x_ERD.device.type))

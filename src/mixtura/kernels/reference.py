@@ -48,6 +48,15 @@ def batched_ffn(x_ERD: Tensor, experts: ExpertWeights) -> Tensor:
     )
 
 
+def merged_experts(weight_NE: Tensor, experts: ExpertWeights) -> ExpertWeights:
+    """(N, E) weights -> N experts, each the weighted sum of all E, matrix by matrix."""
+    up, down = (
+        torch.stack([sum(w * matrix for w, matrix in zip(w_E, each, strict=True)) for w_E in weight_NE])  # pyright: ignore
+        for each in (experts.up, experts.down)
+    )
+    return experts._replace(up=up, down=down)
+
+
 def scaled_ffn(
     x_TD: Tensor,
     scale_TE: Tensor,

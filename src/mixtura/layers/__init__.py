@@ -6,6 +6,7 @@ from mixtura.layers.experts import Experts as Experts
 from mixtura.layers.feed_forward import DenseFFN as DenseFFN
 from mixtura.layers.feed_forward import FeedForward as FeedForward
 from mixtura.layers.layer_mix import LayerMix as LayerMix
+from mixtura.layers.merged_experts import MergedExperts as MergedExperts
 from mixtura.layers.mixture_of_tokens import MixtureOfTokens as MixtureOfTokens
 from mixtura.layers.neighbours import Population as Population
 from mixtura.layers.remoe import ReMoE as ReMoE

@@ -13,6 +13,10 @@ from mixtura.kernels import ExpertWeights
 from mixtura.kernels.expert_weights import check_activation
 
 
+class LatentProjection(nn.Linear):
+    """Into the space that experts share, or out of it; a class of its own, as its weights start otherwise."""
+
+
 class Experts(nn.Module):
     """E feed-forward networks f_e(x) = down_e(act(up_e(x))), gated when `gated`.
 
@@ -28,19 +32,31 @@ class Experts(nn.Module):
         num_experts: int,
         activation: str = "relu",
         gated: bool = False,
+        latent_size: int | None = None,
     ) -> None:
-        """Args are widths and counts; raises ValueError for an unknown activation or a size below one."""
+        """Args are widths and counts; raises ValueError for an unknown activation or a size below one.
+
+        With a `latent_size` the experts work on vectors of that size: one projection to it and one back are shared by
+        all (LatentMoE, arXiv 2601.18089). What routes looks at the hidden state, as ever.
+        """
         super().__init__()
         check_activation(activation)
-        for name, value in (("num_experts", num_experts), ("intermediate_size", intermediate_size)):
+        for name, value in (
+            ("num_experts", num_experts),
+            ("intermediate_size", intermediate_size),
+            *([] if latent_size is None else [("latent_size", latent_size)]),
+        ):
             if value < 1:
                 raise ValueError(f"{name} is {value}: it must be at least 1.")
         self.hidden_size, self.intermediate_size, self.num_experts = hidden_size, intermediate_size, num_experts
         self.activation, self.gated = activation, gated
+        self.to_latent = None if latent_size is None else LatentProjection(hidden_size, latent_size, bias=False)
+        self.from_latent = None if latent_size is None else LatentProjection(latent_size, hidden_size, bias=False)
+        self.input_size = latent_size or hidden_size
         width = 2 * intermediate_size if gated else intermediate_size
-        up = nn.Parameter(torch.empty(num_experts, width, hidden_size))
+        up = nn.Parameter(torch.empty(num_experts, width, self.input_size))
         self.register_parameter("gate_up_proj" if gated else "up_proj", up)
-        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, self.input_size, intermediate_size))
         self.reset_parameters()
 
     @property
@@ -62,7 +78,10 @@ class Experts(nn.Module):
         Layers compute with the weights in no other way. PEFT adds its update to a parameter only while the module that
         it wraps is called, so a layer that read `weights` from outside would compute without the update.
         """
-        return kernel(x, *routing, ExpertWeights(*self.weights, self.activation, self.gated))
+        experts = ExpertWeights(*self.weights, self.activation, self.gated)
+        if self.to_latent is None or self.from_latent is None:
+            return kernel(x, *routing, experts)
+        return self.from_latent(kernel(self.to_latent(x), *routing, experts))
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""

@@ -61,12 +61,30 @@ def check_expert_groups(top_k: int, num_experts: int, groups: int, groups_per_to
         raise ValueError(f"expert_groups is {groups}: without a router nothing chooses among groups, so set it to 1.")
 
 
-def check_dense_router_gradient(dense: bool, capacity_factor: float | None, learned_router: bool) -> None:
-    """Raises ValueError where the router cannot train as if all experts ran."""
+def check_token_choice_options(
+    free: tuple[int, int, int], dense: bool, capacity_factor: float | None, groups: int, learned_router: bool
+) -> None:
+    """Raises ValueError for options of token choice that do not go together.
+
+    Args:
+        free: how many zero, copy and constant experts there are.
+        dense: whether the router trains as if all experts ran.
+        capacity_factor: None where no token is dropped.
+        groups: of experts.
+        learned_router: whether there is one.
+    """
+    for name, count in zip(("zero_experts", "copy_experts", "constant_experts"), free, strict=True):
+        if count < 0:
+            raise ValueError(f"{name} is {count}: it must be zero or more.")
     if dense and (capacity_factor is not None or not learned_router):
         raise ValueError(
             "dense_router_gradient is True: it needs a router and no capacity_factor, since all experts run on all "
             "tokens; set it to False."
+        )
+    if sum(free) and (capacity_factor is not None or groups > 1 or dense or not learned_router):
+        raise ValueError(
+            f"zero_experts, copy_experts and constant_experts are {sum(free)} together: they need a router and neither "
+            "capacity_factor, expert_groups nor dense_router_gradient, so leave these out."
         )
 
 

@@ -91,6 +91,33 @@ class Router(nn.Linear):
         return router_logits(input, self.weight)
 
 
+class FreeExperts(nn.Module):
+    """Experts that cost nothing: zero, copy and constant experts of MoE++ (arXiv 2410.07348, section 3.1).
+
+    A zero expert gives 0, a copy expert x, a constant expert a x + b v with a vector v and (a, b) = softmax(W x).
+    """
+
+    def __init__(self, hidden_size: int, zero: int, copy: int, constant: int) -> None:
+        """How many there are of each; their columns of the routing come in this order."""
+        super().__init__()
+        self.counts = (zero, copy, constant)
+        self.shares = Router(hidden_size, 2 * constant) if constant else None
+        self.constant = nn.Parameter(torch.empty(constant, hidden_size)) if constant else None
+        if self.constant is not None:
+            nn.init.normal_(self.constant, std=0.02)
+
+    def forward(self, x_TD: Tensor, weight_TZ: Tensor) -> Tensor:
+        """(T, D) -> (T, D): the weighted sum of their outputs; a weight of zero where one was not chosen."""
+        _, copied_TC, constant_TC = weight_TZ.split(self.counts, dim=-1)
+        kept_T1 = copied_TC.sum(-1, keepdim=True)
+        if self.shares is None or self.constant is None:
+            return (kept_T1 * x_TD).to(x_TD.dtype)
+        of_x_TC, of_v_TC = self.shares(x_TD).unflatten(-1, (-1, 2)).softmax(-1).unbind(-1)
+        kept_T1 = kept_T1 + (constant_TC * of_x_TC).sum(-1, keepdim=True)
+        added_TD = (constant_TC * of_v_TC).to(x_TD.dtype) @ self.constant
+        return (kept_T1 * x_TD).to(x_TD.dtype) + added_TD.to(x_TD.dtype)
+
+
 def sparse_experts(experts: Experts, x_TD: Tensor, routing: SparseRouting) -> Tensor:
     """(T, D) -> (T, D): gather, experts, weighted scatter. A token with no row gets zeros."""
     *rows, row_TK = routing
@@ -125,6 +152,50 @@ def active_rows(weight_TE: Tensor, active_TE: Tensor) -> SparseRouting:
     # By its place and not by the mask, whose count the host would wait for a second time.
     weight_R = weight_TE.flatten().index_select(0, token_R * num_experts + expert_R)
     return SparseRouting(token_R, weight_R, active_TE.sum(0))
+
+
+def run_chosen(
+    experts: Experts,
+    free: FreeExperts | None,
+    x_TD: Tensor,
+    choice_TK: Tensor,
+    weight_TK: Tensor,
+    real_T: Tensor | None,
+    limit: int | Tensor | None,
+    counted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(T, D) -> (T, D): each token through its experts; and, if `counted` on the way, how many chose each expert.
+
+    Weights are of all experts, (T, E), where all run for the router's sake.
+
+    Args:
+        experts: those that cost something.
+        free: those that do not, whose numbers follow.
+        x_TD: the tokens.
+        choice_TK: their experts.
+        weight_TK: the weights of these.
+        real_T: which tokens are real, where that matters.
+        limit: the most real tokens that an expert takes.
+        counted: whether to sort the rows by expert, which counts them.
+    """
+    if weight_TK.size(1) > choice_TK.size(1):
+        expert_TE = torch.arange(weight_TK.size(1), device=x_TD.device).expand_as(weight_TK)
+        return experts(x_TD, kernels.routed_ffn, expert_TE, weight_TK), None
+    if free is not None:
+        weight_TE = weight_TK.new_zeros(len(x_TD), experts.num_experts + sum(free.counts))
+        active_TE = torch.zeros_like(weight_TE, dtype=torch.bool).scatter(1, choice_TK, True)
+        paid_TE, free_TZ = weight_TE.scatter(1, choice_TK, weight_TK).tensor_split([experts.num_experts], dim=1)
+        y_TD = sparse_experts(experts, x_TD, active_rows(paid_TE, active_TE[:, : experts.num_experts]))
+        return y_TD + free(x_TD, free_TZ), None
+    if not counted:
+        return experts(x_TD, kernels.routed_ffn, choice_TK, weight_TK), None
+    routing = sort_by_expert(choice_TK, weight_TK, experts.num_experts)
+    rows_E = routing.tokens_per_expert_E
+    if real_T is not None or limit is not None:
+        *kept, rows_E = kernels.first_real_rows(*routing[:3], real_T, limit)
+        # Where every row is kept, some with a weight of zero, each token's rows still are where they were.
+        routing = SparseRouting(*kept, row_TK=routing.row_TK if kept[0] is routing.token_R else None)
+    return sparse_experts(experts, x_TD, routing), rows_E
 
 
 def in_best_groups(scores_TE: Tensor, top_k: int, groups: int, groups_per_token: int) -> Tensor:

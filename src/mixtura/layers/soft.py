@@ -72,5 +72,6 @@ class SoftMoE(FeedForward):
                 dropped_tokens=torch.zeros_like(tokens),
                 routed_rows=tokens,
                 entropy=normalized_entropy(combine_TE, -1, real_T),
+                sequence_loss=torch.zeros_like(tokens),
             )
         return y_BLD, stats

@@ -21,7 +21,7 @@ from mixtura.layers.routing import SparseRouting
 
 
 class RoutingStats(NamedTuple):
-    """What a router did with one batch. Only `importance_E` and `router_z_loss` carry gradients."""
+    """What a router did with one batch. `importance_E` and the two losses carry gradients, the others do not."""
 
     tokens_per_expert_E: Tensor
     """(E,) float32: rows an expert was given, before any is dropped; for dense routings, the sum of its weights."""
@@ -35,6 +35,8 @@ class RoutingStats(NamedTuple):
     """Rows that were to be routed: tokens * top_k for token choice, tokens otherwise."""
     entropy: Tensor
     """Entropy of the router's weights as a share of its maximum: 1 is undecided, 0 is one-hot."""
+    sequence_loss: Tensor
+    """Load-balancing loss within each sequence, where the layer was asked for it, else zero."""
 
 
 LayerOutput = tuple[Tensor, RoutingStats | None]
@@ -59,6 +61,7 @@ def pool_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
         dropped_tokens=torch.stack([part.dropped_tokens for part in parts]).sum(0),
         routed_rows=rows_P.sum(),
         entropy=mean([part.entropy for part in parts]),
+        sequence_loss=mean([part.sequence_loss for part in parts]),
     )
 
 
@@ -96,15 +99,43 @@ def normalized_entropy(probs: Tensor, dim: int, real_T: Tensor | None = None) ->
     return mean_of_real(entropy, real_T).mean() / math.log(size)
 
 
-def load_balancing_loss(tokens_per_expert_E: Tensor, importance_E: Tensor) -> Tensor:
+def load_balancing_loss(tokens_per_expert_E: Tensor, importance_E: Tensor, counts_E: Tensor | float = 1.0) -> Tensor:
     """Switch Transformer's loss (arXiv 2101.03961, eq. 4): E * sum_e share_e * importance_e.
 
     1 when either is uniform, E when everything goes to one expert, for any top_k: `share_e` is the expert's share
-    of the routed rows. Gradient flows through `importance_E` alone.
+    of the routed rows. Gradient flows through `importance_E` alone. `counts_E` is how much each expert counts (MoE++,
+    arXiv 2410.07348, eq. 7).
     """
     rows_E = tokens_per_expert_E.detach().float()
     share_E = rows_E / rows_E.sum().clamp_min(1.0)
-    return len(rows_E) * (share_E * importance_E).sum()
+    return len(rows_E) * (share_E * importance_E * counts_E).sum()
+
+
+def balance_counts(like: Tensor, paid: int, free: float) -> Tensor:
+    """(E,) from (..., E): 1 for the first `paid` experts and `free` for the others, which cost nothing."""
+    return torch.where(torch.arange(like.size(-1), device=like.device) < paid, 1.0, free)
+
+
+def with_sequence_loss(
+    stats: RoutingStats,
+    choice_TK: Tensor,
+    probs_TE: Tensor,
+    mask_BL: Tensor | None,
+    batch: int,
+    counts_E: Tensor | float = 1.0,
+) -> RoutingStats:
+    """The statistics with the load-balancing loss of every sequence by itself, a mean over those with a real token.
+
+    DeepSeek-V3 (arXiv 2412.19437, eq. 17 to 20): `probs_TE` are a token's scores divided by their sum.
+    """
+    chosen_BLE = torch.zeros_like(probs_TE).scatter(1, choice_TK, 1.0).unflatten(0, (batch, -1))
+    probs_BLE = probs_TE.unflatten(0, (batch, -1))
+    real_BL1 = probs_BLE.new_ones(()) if mask_BL is None else mask_BL.bool().unsqueeze(-1).to(probs_BLE.dtype)
+    tokens_B1 = (torch.ones_like(probs_BLE[..., :1]) * real_BL1).sum(1)
+    share_BE = (chosen_BLE * real_BL1).sum(1) / (tokens_B1 * choice_TK.size(1)).clamp_min(1.0)
+    mean_BE = (probs_BLE * real_BL1).sum(1) / tokens_B1.clamp_min(1.0)
+    loss_B = probs_TE.size(-1) * (share_BE * mean_BE * counts_E).sum(-1)
+    return stats._replace(sequence_loss=(loss_B.sum() / (tokens_B1 > 0).sum().clamp_min(1)).float())
 
 
 def router_z_loss(logits_TE: Tensor, real_T: Tensor | None = None) -> Tensor:
@@ -129,6 +160,7 @@ def token_choice_stats(
         dropped_tokens=over.float(),
         routed_rows=rows.float(),
         entropy=normalized_entropy(probs_TE, -1, real_T),
+        sequence_loss=probs_TE.new_zeros((), dtype=torch.float32),
     )
 
 
@@ -145,6 +177,21 @@ def varying_choice_stats(logits_TE: Tensor, gate_TE: Tensor, active_TE: Tensor, 
         dropped_tokens=sum_of_real(1.0 - active_TE.any(-1).float(), real_T),
         routed_rows=count_real(gate_TE, real_T),
         entropy=normalized_entropy(gate_TE / total_T1.clamp_min(1e-20), -1, real_T),
+        sequence_loss=gate_TE.new_zeros((), dtype=torch.float32),
+    )
+
+
+def merging_stats(logits_TE: Tensor, weight_TE: Tensor, real_T: Tensor | None) -> RoutingStats:
+    """Statistics of experts whose weights are merged: an expert's load is the sum of its weights."""
+    tokens = count_real(weight_TE, real_T)
+    return RoutingStats(
+        tokens_per_expert_E=sum_of_real(weight_TE.detach().float(), real_T),
+        importance_E=mean_of_real(weight_TE.float(), real_T),
+        router_z_loss=router_z_loss(logits_TE, real_T),
+        dropped_tokens=torch.zeros_like(tokens),
+        routed_rows=tokens,
+        entropy=normalized_entropy(weight_TE, -1, real_T),
+        sequence_loss=torch.zeros_like(tokens),
     )
 
 
@@ -163,6 +210,7 @@ def expert_choice_stats(
         dropped_tokens=sum_of_real((taken_T == 0).float(), real_T),
         routed_rows=count_real(taken_T, real_T),
         entropy=normalized_entropy(probs_TE, -1, real_T),
+        sequence_loss=probs_TE.new_zeros((), dtype=torch.float32),
     )
 
 
@@ -180,6 +228,7 @@ def group_stats(logits_NGS: Tensor, real_NG: Tensor | None, num_experts: int) ->
         dropped_tokens=torch.zeros_like(tokens),
         routed_rows=tokens,
         entropy=normalized_entropy(weight_NGS, 1, None if real_NG is None else real_NG.any(1)),
+        sequence_loss=load_E.new_zeros((), dtype=torch.float32),
     )
 
 
@@ -195,4 +244,5 @@ def token_stats(logits_TS: Tensor, used_TS: Tensor, real_T: Tensor | None, num_e
         dropped_tokens=torch.zeros_like(tokens),
         routed_rows=tokens,
         entropy=normalized_entropy(used_TE / used_TE.sum(-1, keepdim=True).clamp_min(1e-30), -1, real_T),
+        sequence_loss=load_E.new_zeros((), dtype=torch.float32),
     )

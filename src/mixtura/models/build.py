@@ -12,8 +12,9 @@ from mixtura.config.arm import model_settings
 from mixtura.config.families import facts_of
 from mixtura.config.initialization import INITIALIZER_RANGE, start_scales
 from mixtura.layers import Experts, FeedForward
+from mixtura.layers.experts import LatentProjection
 from mixtura.layers.feed_forward import Projection
-from mixtura.layers.routing import Router
+from mixtura.layers.routing import FreeExperts, Router
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.planning.decoder import layer_families
 from mixtura.planning.formulas import match_intermediate_size
@@ -107,22 +108,29 @@ def _arguments(config: MixtureConfig, family: str, layer_idx: int) -> dict[str, 
 
 def draw_at_scale(config: MixtureConfig, module: nn.Module) -> bool:
     """Draws the weights of a feed-forward projection, of experts or of a router; whether the module is one of these."""
-    if not isinstance(module, Projection | Router | Experts):
+    if isinstance(module, FreeExperts) and module.constant is not None:
+        init.normal_(module.constant, mean=0.0, std=config.initializer_range)
+    if not isinstance(module, Projection | Router | Experts | LatentProjection):
         return False
     for weight, std in _deviations(config, module):
         init.normal_(weight, mean=0.0, std=std)
     return True
 
 
-def _deviations(config: MixtureConfig, module: Projection | Router | Experts) -> list[tuple[Tensor, float]]:
+def _deviations(
+    config: MixtureConfig, module: Projection | Router | Experts | LatentProjection
+) -> list[tuple[Tensor, float]]:
     """The weights of a module of the feed-forward layers, each with the standard deviation it is drawn at."""
     if isinstance(module, Router):
         return [(module.weight, config.start_deviation(module.in_features, of="router_scale"))]
+    if isinstance(module, LatentProjection):  # linear, so that it should neither shrink nor enlarge
+        named = config.dense_scale is None
+        return [(module.weight, config.initializer_range if named else module.in_features**-0.5)]
     if isinstance(module, Projection):
         std = config.start_deviation(module.in_features, of="dense_scale", down=module.down)
         return [(module.weight, std)]
     up, down = module.weights
     return [
-        (up, config.start_deviation(module.hidden_size, of="expert_scale")),
+        (up, config.start_deviation(module.input_size, of="expert_scale")),
         (down, config.start_deviation(module.intermediate_size, of="expert_scale", down=True)),
     ]

@@ -3,6 +3,8 @@
 The attention is transformers' own class, chosen by name, with transformers' own causal masks.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +15,9 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from mixtura.layers import RoutingStats
+from mixtura.config import UserError
+from mixtura.layers import MergedExperts, RoutingStats
+from mixtura.layers.merged_experts import Memory
 from mixtura.models.build import build_feed_forward
 from mixtura.models.configuration_mixture import MixtureConfig
 
@@ -56,7 +60,55 @@ def causal_masks(config: MixtureConfig, attention_mask: Any, **inputs: Any) -> d
     return {kind: _MASKS[kind](config=config, attention_mask=attention_mask, **inputs) for kind in kinds}
 
 
-_WITH_GRADIENT = ("importance_E", "router_z_loss")
+_WITH_GRADIENT = ("importance_E", "router_z_loss", "sequence_loss")
+
+
+class _Remembering:
+    """What a layer of any cache is given besides: the memory of merged experts, which goes where its keys go."""
+
+    memory: Memory | None = None
+
+    def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.memory is not None:
+            self.memory = Memory(*map(change, self.memory))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # pyright: ignore[reportAttributeAccessIssue]
+        self._change(lambda each: each.index_select(0, beam_idx.to(each.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # pyright: ignore[reportAttributeAccessIssue]
+        self._change(lambda each: each.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # pyright: ignore[reportAttributeAccessIssue]
+        self._change(lambda each: each[indices])
+
+    def reset(self) -> None:
+        super().reset()  # pyright: ignore[reportAttributeAccessIssue]
+        self.memory = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise UserError("Merged experts cannot take tokens back, as assisted decoding asks: generate without it.")
+
+
+@functools.cache
+def _remembering(kind: type) -> type:
+    return type(f"Remembering{kind.__name__}", (_Remembering, kind), {})
+
+
+def make_room_for_memory(cache: Any, config: MixtureConfig) -> None:
+    """Lets the cache hold the memory of merged experts, at the depths that have them."""
+    families = config.mlp_layer_types or []
+    if cache is None or "merged_experts" not in families:
+        return
+    while len(cache.layers) < len(families):  # a cache made without a configuration grows as it is filled
+        cache.layers.append(cache.layer_class_to_replicate())
+    for depth, (layer, family) in enumerate(zip(cache.layers, families, strict=True)):
+        if family == "merged_experts" and not isinstance(layer, _Remembering):
+            kind = _remembering(type(layer))
+            cache.layers[depth] = kind.__new__(kind)
+            vars(cache.layers[depth]).update(vars(layer))
 
 
 class MixtureDecoderLayer(GradientCheckpointingLayer):
@@ -69,6 +121,7 @@ class MixtureDecoderLayer(GradientCheckpointingLayer):
         self.mlp = build_feed_forward(config, layer_idx)
         # Read now: an adapter that later wraps the layer does not have this attribute.
         self.routes_by_example = self.mlp.routes_by_example
+        self.remembers, self.depth = isinstance(self.mlp, MergedExperts), layer_idx
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -88,6 +141,11 @@ class MixtureDecoderLayer(GradientCheckpointingLayer):
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
+        cache = kwargs.get("past_key_values")
+        if self.remembers and cache is not None and not self.training:
+            room = cache.layers[self.depth]
+            update, stats, room.memory = self.mlp.go_on(normed, token_mask, output_routing, room.memory)  # pyright: ignore
+            return (hidden_states + update, *(stats or ())) if output_routing else hidden_states + update
         named = {"expert_B": expert_ids} if self.routes_by_example else {}
         if not output_routing:
             return hidden_states + self.mlp(normed, token_mask, **named)

@@ -28,6 +28,7 @@ from mixtura.models.decoder_layer import (
     attention_arguments,
     causal_masks,
     joined_stats,
+    make_room_for_memory,
 )
 from mixtura.models.inference import shares_alone
 from mixtura.models.router_losses import (
@@ -197,6 +198,7 @@ class MixtureModel(MixturePreTrainedModel):
         assert inputs_embeds is not None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        make_room_for_memory(past_key_values, self.config)
         length = inputs_embeds.size(1)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0

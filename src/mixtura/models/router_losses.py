@@ -22,7 +22,7 @@ from transformers.utils import logging
 from mixtura.config import UserError
 from mixtura.layers import RoutingStats
 from mixtura.layers.remoe import l1_penalty
-from mixtura.layers.statistics import load_balancing_loss
+from mixtura.layers.statistics import balance_counts, load_balancing_loss
 from mixtura.models.configuration_mixture import MixtureConfig
 
 
@@ -85,10 +85,16 @@ def router_losses(config: MixtureConfig, routing: Routing | None) -> tuple[Tenso
         return None, None
     if set(_BALANCED) <= set(families):
         raise UserError("A model with token_choice and remoe layers cannot be trained: use one of the two families.")
+    token_choice = config.num_experts, config.free_expert_balance
     if "remoe" in families:
         aux_losses = [l1_penalty(s, config.num_experts_per_tok) for s in stats]
+    elif config.balance_over == "sequence":
+        aux_losses = [s.sequence_loss for s in stats]
     else:
-        aux_losses = [load_balancing_loss(s.tokens_per_expert_E, s.importance_E) for s in stats]
+        aux_losses = [
+            load_balancing_loss(s.tokens_per_expert_E, s.importance_E, balance_counts(s.importance_E, *token_choice))
+            for s in stats
+        ]
     return torch.stack(aux_losses).mean(), torch.stack([s.router_z_loss for s in stats]).mean()
 
 

@@ -26,8 +26,20 @@ _BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def expert_parameters(layer: FeedForwardShape) -> int:
-    """Parameters of one expert: 2 D F, or 3 D F when gated; for a dense layer, all of it."""
-    return layer.num_projections * layer.hidden_size * layer.intermediate_size
+    """Parameters of one expert: 2 D F, or 3 D F when gated; for a dense layer, all of it.
+
+    With a latent space D is that of the space.
+    """
+    return layer.num_projections * (layer.latent_size or layer.hidden_size) * layer.intermediate_size
+
+
+def shared_parameters(layer: FeedForwardShape) -> int:
+    """Parameters that every token passes through besides routed experts and routers.
+
+    Shared experts, which work on hidden states, and the two projections of a latent space.
+    """
+    shared = layer.num_projections * layer.hidden_size * layer.intermediate_size * layer.shared_experts
+    return shared + 2 * layer.hidden_size * (layer.latent_size or 0)
 
 
 def router_parameters(layer: FeedForwardShape) -> int:
@@ -35,16 +47,17 @@ def router_parameters(layer: FeedForwardShape) -> int:
 
     A column an expert (token choice, expert choice) or a mixture (mixture of tokens, twice with a separate combine);
     Soft MoE has a vector a slot and one scale (arXiv 2308.00951, section 2.3). A selection bias is no parameter.
-    Where an example's language names its expert there is no router.
+    Where an example's language names its expert there is no router. A constant expert adds its vector and a router of
+    two columns.
     """
     each = layer.hidden_size * layer.router_columns + facts_of(layer.family).router_scalars
-    return layer.routers * each
+    return layer.routers * each + 3 * layer.hidden_size * layer.constant_experts
 
 
 def layer_parameters(layer: FeedForwardShape) -> int:
     """Parameters of one feed-forward layer: routed and shared experts, and routers."""
     experts = 1 if layer.family == "dense" else layer.num_experts
-    return (experts + layer.shared_experts) * expert_parameters(layer) + router_parameters(layer)
+    return experts * expert_parameters(layer) + shared_parameters(layer) + router_parameters(layer)
 
 
 def active_layer_parameters(layer: FeedForwardShape) -> int:
@@ -53,7 +66,7 @@ def active_layer_parameters(layer: FeedForwardShape) -> int:
     For token choice these are the top_k experts of a token. A mixing layer runs all its experts on every group, and one
     token pays for E * C / G of them.
     """
-    experts = (layer.rows_per_token + layer.shared_experts) * expert_parameters(layer)
+    experts = layer.rows_per_token * expert_parameters(layer) + shared_parameters(layer)
     return round(experts) + router_parameters(layer)
 
 
@@ -95,12 +108,16 @@ def routing_flops(layer: FeedForwardShape) -> float:
 
     2 D E for token choice and expert choice, which gather and scatter without products. A mixing layer pays 2 D E C
     three times, to score, to mix and to spread (llm-random's "FLOP-matched" counts none of the three), and once
-    more for the second router of a separate combine.
+    more for the second router of a separate combine. Constant experts pay 6 D each: a router of two columns, a vector.
     """
     if not layer.routers:
         return 0.0
+    if facts_of(layer.family).routing == "merging":  # once a segment, the merging of all experts besides the router
+        merged = layer.num_experts * (expert_parameters(layer) + layer.hidden_size)
+        return 2.0 * merged / layer.segment_length
     moved = 2 if facts_of(layer.family).routing == "mixing" else 0
-    return 2.0 * layer.hidden_size * layer.router_columns * (layer.routers + moved)
+    columns = layer.router_columns * (layer.routers + moved) + 3 * layer.constant_experts
+    return 2.0 * layer.hidden_size * columns
 
 
 def layer_flops(layer: FeedForwardShape) -> float:
@@ -109,12 +126,11 @@ def layer_flops(layer: FeedForwardShape) -> float:
     A mean over training where mixture of tokens leaves a share of the groups empty: their tokens pay for the mixtures
     that run for them and for the routers, and nothing is mixed.
     """
-    rows = layer.trained_rows_per_token + layer.shared_experts
-    grouped = 2 * rows * expert_parameters(layer) + routing_flops(layer)
+    rows, shared = layer.trained_rows_per_token, 2 * shared_parameters(layer)
+    grouped = 2 * rows * expert_parameters(layer) + shared + routing_flops(layer)
     if not layer.alone_share:
         return grouped
-    rows_alone = layer.alone_rows_per_token + layer.shared_experts
-    alone = 2 * rows_alone * expert_parameters(layer) + 2 * router_parameters(layer)
+    alone = 2 * layer.alone_rows_per_token * expert_parameters(layer) + shared + 2 * router_parameters(layer)
     return (1 - layer.alone_share) * grouped + layer.alone_share * alone
 
 

@@ -94,8 +94,38 @@ class ModelShape(Protocol):
         ...
 
     @property
+    def zero_experts(self) -> int:
+        """Experts that give nothing (token choice)."""
+        ...
+
+    @property
+    def copy_experts(self) -> int:
+        """Experts that give back their input (token choice)."""
+        ...
+
+    @property
+    def constant_experts(self) -> int:
+        """Experts that mix their input with a vector (token choice)."""
+        ...
+
+    @property
+    def free_expert_balance(self) -> float:
+        """How much one of those counts in the load-balancing loss."""
+        ...
+
+    @property
+    def latent_size(self) -> int | None:
+        """Width of the space that experts share (token choice); None has none."""
+        ...
+
+    @property
     def route_by(self) -> str:
         """ "token" where token choice has a router; else what names an example's expert."""
+        ...
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens that share a merged expert (merged experts)."""
         ...
 
     @property
@@ -158,8 +188,18 @@ class FeedForwardShape:
     num_shared_experts: int = 0
     all_train: bool = False
     """Token choice: whether all experts run for every token in training."""
+    free_experts: int = 0
+    """Token choice: zero, copy and constant experts, to which tokens go besides the others."""
+    constant_experts: int = 0
+    """Of these, how many have a vector and a router of their own."""
+    free_expert_balance: float = 1.0
+    """How much a free expert counts in the load-balancing loss."""
+    latent_size: int | None = None
+    """Width of what experts take and give; None is that of the hidden states."""
     learned_router: bool = True
     """Token choice: False where an example's language names its expert."""
+    segment_length: int = 1
+    """Merged experts: tokens that share one."""
     group_size: int = 1
     """Tokens that are mixed or compete: the group (mixture of tokens, expert choice), the sequence (soft)."""
     mixtures_per_expert: int = 1
@@ -183,7 +223,7 @@ class FeedForwardShape:
     def router_columns(self) -> int:
         """Logits that a router computes for a token: one an expert, or one a mixture."""
         mixes = facts_of(self.family).routing == "mixing"
-        return self.num_experts * (self.mixtures_per_expert if mixes else 1)
+        return self.num_experts * (self.mixtures_per_expert if mixes else 1) + self.free_experts
 
     @property
     def routers(self) -> int:
@@ -197,13 +237,15 @@ class FeedForwardShape:
         """Routed expert rows one token pays for: each row is one pass through one expert.
 
         Mixture of tokens runs in groups here; `alone_rows_per_token` has what it costs without them. An average where
-        experts choose or mix. Token choice counts rows that a capacity drops as if they were kept.
+        experts choose or mix. Token choice counts rows that a capacity drops as if they were kept, and of those that go
+        to free experts as many as the load-balancing loss aims at: an expert gets as much less as it counts more.
         """
         match facts_of(self.family).routing:
-            case "none":
+            case "none" | "merging":
                 return 1.0
             case "tokens choose":
-                return float(self.top_k)
+                counted = self.free_expert_balance * self.num_experts
+                return self.top_k * counted / (counted + self.free_experts) if self.free_experts else float(self.top_k)
             case "experts choose":
                 return self.num_experts * capacity(self.group_size, self.top_k, self.num_experts) / self.group_size
             case "mixing":
@@ -234,7 +276,9 @@ def feed_forward_shapes(shape: ModelShape, *, sequence_length: int) -> list[Feed
             top_k=shape.num_experts_per_tok,
             num_shared_experts=shape.num_shared_experts,
             all_train=shape.dense_router_gradient and has_setting(family, "dense_router_gradient"),
+            **_free_and_latent(shape, family),
             learned_router=shape.route_by == "token",
+            segment_length=min(shape.segment_length, sequence_length),
             group_size=shape.group_size if has_setting(family, "group_size") else sequence_length,
             mixtures_per_expert=shape.mixtures_per_expert,
             combine=cast(Literal["same", "separate"], shape.combine),
@@ -243,6 +287,17 @@ def feed_forward_shapes(shape: ModelShape, *, sequence_length: int) -> list[Feed
         )
         for family, width in zip(families, widths, strict=True)
     ]
+
+
+def _free_and_latent(shape: ModelShape, family: str) -> dict[str, Any]:
+    if not has_setting(family, "latent_size"):
+        return {}
+    return {
+        "free_experts": shape.zero_experts + shape.copy_experts + shape.constant_experts,
+        "constant_experts": shape.constant_experts,
+        "free_expert_balance": shape.free_expert_balance,
+        "latent_size": shape.latent_size,
+    }
 
 
 def _alone_share(shape: ModelShape) -> float:

@@ -16,8 +16,9 @@ from mixtura.checkpoints.pretrained import resolve_base
 from mixtura.checkpoints.source import count_parameters, decoder_config, load_decoder, probe_config, weights_digest
 from mixtura.config import ArmConfig, DataConfig, Recipe, UserError, starts_from_checkpoints
 from mixtura.config.adapt import Amounts, with_batches_for
-from mixtura.config.arm import has_setting, model_settings, shown_settings
+from mixtura.config.arm import has_setting, model_settings
 from mixtura.config.checks import batch_sizes, check_feed_forward
+from mixtura.config.describe import shown_settings
 from mixtura.config.families import facts_of
 from mixtura.config.from_checkpoint import SHAPE_KEYS, TRAINED_KEYS
 from mixtura.config.initialization import INITIALIZER_RANGE, names_scales
@@ -314,8 +315,8 @@ class Pretraining(Experiment):
             *([f"{flops}, routing and mixing counted"] if apart <= FLOPS_TOLERANCE else []),
             f"steps ({training.steps:,}) and tokens a step ({tokens:,})",
             start,
-            f"optimizer ({OPTIMIZER_NAMES[training.optimizer]}), warm-up, {SCHEDULE_NAMES[training.schedule]}, weight "
-            "decay and gradient clipping",
+            f"optimizer ({OPTIMIZER_NAMES[training.optimizer]}), warm-up, {SCHEDULE_NAMES[training.schedule]}, "
+            "weight decay and gradient clipping",
             "the held-out sequences",
         ]
 

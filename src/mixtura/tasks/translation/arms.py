@@ -16,7 +16,8 @@ from mixtura.adapters.expert_specialized import SAMPLE_SIZE
 from mixtura.adapters.targets import count_parameters, measured_flops_per_token
 from mixtura.checkpoints.pretrained import load_base, load_base_config
 from mixtura.config import ArmConfig, TranslationArmConfig, TranslationRecipe, UserError
-from mixtura.config.arm import has_setting, shown_settings
+from mixtura.config.arm import has_setting
+from mixtura.config.describe import shown_settings
 from mixtura.config.families import FAMILIES, facts_of
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.models import MixtureConfig, MixtureForCausalLM
