@@ -28,8 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mixtura import kernels
 from mixtura.benchmarks.contenders import Size, limit, own_layers, parameters, peers
 from mixtura.benchmarks.measure import Pass, calls, interleaved, passes, ratios, store_record
-from mixtura.benchmarks.speed_table import LIMIT
-from mixtura.benchmarks.whole_steps import model_of, training_step
+from mixtura.benchmarks.speed_table import LIMIT, model_of, training_step
 from mixtura.config import Family
 from mixtura.kernels import accelerator, reference
 

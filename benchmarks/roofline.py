@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mixtura.benchmarks.contenders import Size
-from mixtura.benchmarks.roofline import FAMILIES, H200, Machine, least_seconds, machine_of, measure_bandwidth, plot
+from mixtura.benchmarks.measure import FAMILIES, H200, Machine, least_seconds, machine_of, measure_bandwidth, plot
 
 ROOT = Path(__file__).parents[1]
 DEVICE_SIZES = tuple(

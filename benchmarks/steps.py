@@ -19,7 +19,7 @@ from rich.table import Table
 
 from mixtura.benchmarks.contenders import Size, parameters
 from mixtura.benchmarks.measure import interleaved, ratios, store_record
-from mixtura.benchmarks.whole_steps import PARTS, Part, model_of, training_step_by_part
+from mixtura.benchmarks.speed_table import PARTS, Part, model_of, training_step_by_part
 from mixtura.config import Family
 from mixtura.training.process import keep_freed_memory
 

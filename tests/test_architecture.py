@@ -31,10 +31,9 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "core
 MAY_IMPORT_LATE = {
     "__init__.py",
     "cli/train.py",
-    "cli/recipes.py",
+    "cli/machine.py",
     "cli/use.py",
     "cli/convert.py",
-    "cli/machine.py",
     "cli/application.py",
     "exporting/run_llama_cpp.py",  # the converter lies where the request says
 }

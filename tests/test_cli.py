@@ -13,8 +13,8 @@ import pytest
 
 from mixtura import __version__, cli
 from mixtura.cli import application
-from mixtura.cli.flags import name_flags
-from mixtura.comparison.holding import holding
+from mixtura.cli.application import name_flags
+from mixtura.comparison.folder import holding
 from mixtura.config import recipe_to_toml
 
 VERBS = (
@@ -65,6 +65,7 @@ def test_help_lists_every_verb_with_a_whole_sentence(run):
     for verb in VERBS:
         line = next(line for line in text.splitlines() if line.strip().startswith(f"{verb} "))
         assert "..." not in line and line.rstrip().endswith("."), line
+    assert "<" not in text, "every verb has a heading of its own"
 
 
 @pytest.mark.parametrize("verb", VERBS)

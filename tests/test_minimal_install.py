@@ -23,7 +23,7 @@ NEED_AN_EXTRA = {
         "benchmarks",
         "diagnostics.examine",
         "diagnostics.page",
-        "pages.environment",
+        "pages",
         "report",
         "tasks.inspection",
     },

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mixtura import cli
-from mixtura.data.tokenizer import train_tokenizer
+from mixtura.data.prepare import train_tokenizer
 from mixtura.models import MixtureForCausalLM
 from mixtura.tasks.classification.classifier import Answer
 from mixtura.tasks.translation.trained_model import Translated

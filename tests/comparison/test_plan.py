@@ -4,8 +4,7 @@ import dataclasses
 
 import pytest
 
-from mixtura.comparison.machine_memory import check_memory, in_words, machine_bytes
-from mixtura.comparison.plan import plan
+from mixtura.comparison.plan import check_memory, in_words, machine_bytes, plan
 from mixtura.comparison.runner import compare
 from mixtura.config import UserError
 from mixtura.training import SilentProgress
@@ -45,7 +44,7 @@ def test_an_impossible_size_is_refused_before_anything_is_written(tiny_recipe, t
 def test_memory_is_compared_with_what_this_machine_has(tiny_recipe, monkeypatch):
     check_memory(tiny_recipe())
     assert machine_bytes() > 10**8
-    monkeypatch.setattr("mixtura.comparison.machine_memory.machine_bytes", lambda: 100_000)
+    monkeypatch.setattr("mixtura.comparison.plan.machine_bytes", lambda: 100_000)
     with pytest.raises(UserError, match=r"has 100\.0 kB"):
         check_memory(tiny_recipe())
 

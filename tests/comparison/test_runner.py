@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from mixtura.comparison.preparing import leak_warning
+from mixtura.comparison.plan import leak_warning
 from mixtura.comparison.runner import compare, planned_steps, train_arm
 from mixtura.config import Interrupted, UserError, load_recipe, recipe_from_dict, recipe_to_toml
 from mixtura.data.packing import ScheduledDataset

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from mixtura.comparison import runs
-from mixtura.comparison.preparing import check_arms, tokens_per_step
+from mixtura.comparison.plan import check_arms, tokens_per_step
 from mixtura.comparison.runs import run_arm, trial_loss
 from mixtura.config import UserError
 from mixtura.data.prepare import prepare_data

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mixtura.config import UserError
 from mixtura.data import packing
 from mixtura.data.packing import PackedTokens, ScheduledDataset, epoch_order, pack, sequence_index
-from mixtura.data.tokenizer import train_tokenizer
+from mixtura.data.prepare import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from mixtura import cli
 from mixtura.config import UserError
-from mixtura.data.tokenizer import train_tokenizer
+from mixtura.data.prepare import train_tokenizer
 from mixtura.exporting.serving import Calibrated, calibrate, transition
 from mixtura.models import MixtureForCausalLM
 

@@ -291,6 +291,13 @@ def _missing_shard(folder):
     next(iter(sorted(folder.glob("model-00003-*")))).unlink()
 
 
+def _shard_elsewhere(folder):
+    MixtureForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="30KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = "../model.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def _other_width(folder):
     settings = json.loads((folder / "config.json").read_text()) | {"moe_intermediate_size": 16}
     (folder / "config.json").write_text(json.dumps(settings))
@@ -305,6 +312,7 @@ def _other_width(folder):
         (_no_weights, "no model.safetensors"),
         (_cut_weights, "is damaged"),
         (_missing_shard, "lacks its shard"),
+        (_shard_elsewhere, r"lacks its shard '\.\./model.safetensors'"),
         (_other_width, "missing or does not fit"),
     ],
 )

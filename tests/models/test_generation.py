@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mixtura.config import UserError
-from mixtura.data.tokenizer import train_tokenizer
+from mixtura.data.prepare import train_tokenizer
 from mixtura.models import MixtureForCausalLM
 from mixtura.models.generation import generate_text
 from mixtura.models.loading import load_model

@@ -14,8 +14,8 @@ import pytest
 
 from fixtures.results import as_results, summary_of
 from mixtura.config import UserError
-from mixtura.report import every_run, tables
-from mixtura.report.every_run import load_maps
+from mixtura.report import facts, tables
+from mixtura.report.facts import load_maps
 from mixtura.report.figures import build_figures, smooth
 from mixtura.report.html import render_html, report_folder, write_report
 from mixtura.report.markdown import escape, fence, render_markdown
@@ -284,7 +284,7 @@ def test_mean_of_the_surviving_seeds_is_shown_nowhere(make_results: MakeResults)
     rows = {row.label: row.cells for group in table for row in group.rows}
     for label in ("As deployed", "As trained", "Bits per byte", "Minus dense's"):
         assert rows[label][1].text == "\N{EN DASH}"
-    seeds = every_run.seed_table(as_results(results), summary_of(results))
+    seeds = facts.seed_table(as_results(results), summary_of(results))
     assert seeds.mean[1] == "\N{EN DASH}"
     assert seeds.rows[1][1][1] == "diverged"
 

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import pytest
 
 from fixtures.results import as_results, summary_of
-from mixtura.report import every_run, tables
+from mixtura.report import facts, tables
 from mixtura.report.figures import build_figures
 from mixtura.report.html import render_html, write_report
 from mixtura.report.markdown import render_markdown
@@ -164,7 +164,7 @@ def test_a_score_that_is_decoded_as_deployed_alone_is_no_divergence(make_transla
     summary = summary_of(results)
     arm = summary.arms["mixture_of_tokens"]
     assert arm.diverged == 0 and arm.score.trained is None and arm.difference.trained is None
-    assert len(every_run.seed_table(as_results(results), summary).columns) == 3
+    assert len(facts.seed_table(as_results(results), summary).columns) == 3
     assert rows_of(results)["chrF as trained"][2].text == "\N{EN DASH}"
 
 

@@ -33,7 +33,7 @@ from mixtura.config import (
     TranslationRecipe,
     UserError,
 )
-from mixtura.data.tokenizer import train_tokenizer
+from mixtura.data.prepare import train_tokenizer
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.tasks.classification.experiment import make_classification
 from mixtura.tasks.translation.experiment import make_translation

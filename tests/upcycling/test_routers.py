@@ -33,7 +33,7 @@ def test_the_streamed_inputs_are_those_of_the_model(dense, name):
     for layer in model.model.layers:
         layer.mlp._forward_pre_hooks.clear()
     source = open_source(str(folder))
-    for depth, x_TD, _ in feed_forward_inputs(source.config, source.tensor, ids_NL):
+    for depth, x_TD, _ in feed_forward_inputs(source.config, source.weights.read, ids_NL):
         assert_close(x_TD, seen[depth], rtol=1e-4, atol=1e-5)
 
 

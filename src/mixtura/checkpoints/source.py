@@ -7,19 +7,17 @@ model needs. Tensors are read when they are asked for. `load_decoder` builds our
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import AutoConfig
 
 from mixtura.checkpoints.pretrained import resolve_base
-from mixtura.checkpoints.tensors import COMPANIONS, INDEX, WHOLE
+from mixtura.checkpoints.tensors import COMPANIONS, StoredTensor, StoredWeights
 from mixtura.config import UserError
 from mixtura.errors import reason_of
 from mixtura.kernels.expert_weights import check_activation
@@ -27,7 +25,8 @@ from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.loading import folder_settings, load_config, load_weights
 from mixtura.results import Facts
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+"""How weights may be stored."""
 _SHARED_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache"),
@@ -56,18 +55,8 @@ class DenseSource:
     folder: Path
     config: MixtureConfig
     """Our decoder with the source's attention and dense layers: it computes what the source does, with its names."""
-    files: Mapping[str, Path]
-    """The file of every tensor."""
-
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, as it is stored."""
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype in which a tensor is stored."""
-        with safe_open(self.files[name], framework="pt") as file:
-            return _DTYPES[file.get_slice(name).get_dtype()]
+    weights: StoredWeights
+    """Its tensors, as they are stored."""
 
 
 def open_source(name: str) -> DenseSource:
@@ -82,9 +71,9 @@ def open_source(name: str) -> DenseSource:
     folder = _folder(name)
     raw = read_json(folder / "config.json", name)
     config = dense_config(folder, raw, name)
-    files = _tensor_files(folder, name)
-    _check_tensors(files, config, name)
-    source = DenseSource(name, folder, config, files)
+    weights = StoredWeights(folder, name, fix="fetch the model again")
+    _check_tensors(weights.tensors, config, name)
+    source = DenseSource(name, folder, config, weights)
     _check_head(source)
     return source
 
@@ -160,32 +149,6 @@ def _own_config(config: MixtureConfig, name: str) -> MixtureConfig:
     return config
 
 
-def _tensor_files(folder: Path, name: str) -> dict[str, Path]:
-    """The file of every tensor, from the index or from the one file that there is."""
-    index, single = folder / INDEX, folder / WHOLE
-    if index.is_file():
-        places = read_json(index, name).get("weight_map")
-        if not isinstance(places, dict):
-            raise UserError(f"'{index.name}' of '{name}' has no weight_map: fetch the model again.")
-        for place in sorted(set(places.values())):
-            if Path(place).name != place or not (folder / place).is_file():
-                raise UserError(f"The file '{place}' of '{name}' is missing: fetch the model again.")
-        return {tensor: folder / place for tensor, place in places.items()}
-    if not single.is_file():
-        other = next((file.name for pattern in ("*.gguf", "*.bin") for file in sorted(folder.glob(pattern))), None)
-        found = f"only '{other}'" if other else "no weights"
-        raise UserError(f"'{name}' has {found}: give a checkpoint with model.safetensors.")
-    with _opened(single, name) as file:
-        return dict.fromkeys(file.keys(), single)
-
-
-def _opened(path: Path, name: str) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"'{path.name}' of '{name}' is damaged ({error}): fetch the model again.") from error
-
-
 def expected_shapes(config: MixtureConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what a model with this configuration stores, found without memory for it."""
     with torch.device("meta"):
@@ -196,47 +159,40 @@ def expected_shapes(config: MixtureConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-def _check_tensors(files: dict[str, Path], config: MixtureConfig, name: str) -> None:
-    """Refuses tensors that are missing, have another shape, are stored as integers, or belong to no dense decoder."""
+def _check_tensors(tensors: dict[str, StoredTensor], config: MixtureConfig, name: str) -> None:
+    """Refuses tensors that are missing, have another shape, are stored as integers, or belong to no dense decoder.
+
+    Tables of rotary positions, which older checkpoints store, are left out: they follow from the configuration.
+    """
     expected = expected_shapes(config)
-    unused = {tensor for tensor in files if tensor.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings:
-        unused |= {HEAD} & set(files)
-    for tensor in unused - {HEAD}:
-        del files[tensor]
-    if missing := sorted(expected.keys() - files.keys()):
+    for tensor in [tensor for tensor in tensors if tensor.endswith("rotary_emb.inv_freq")]:
+        del tensors[tensor]
+    unused = {HEAD} & set(tensors) if config.tie_word_embeddings else set()
+    if missing := sorted(expected.keys() - tensors.keys()):
         tied = " although its embeddings are not tied" if missing == [HEAD] else ""
         raise UserError(f"'{name}' has no tensor '{missing[0]}'{tied}: fetch the model again.")
-    if foreign := sorted(files.keys() - expected.keys() - unused):
+    if foreign := sorted(tensors.keys() - expected.keys() - unused):
         why = "biases in feed-forward layers" if ".mlp." in foreign[0] and foreign[0].endswith("bias") else "parts"
         raise UserError(f"'{name}' has {why} that cannot be upcycled, such as '{foreign[0]}': give another model.")
-    for path in sorted(set(files.values())):
-        with _opened(path, name) as file:
-            held = set(file.keys())
-            for tensor in sorted(tensor for tensor, place in files.items() if place == path):
-                if tensor not in held:
-                    raise UserError(f"'{path.name}' of '{name}' lacks '{tensor}': fetch the model again.")
-                _check_tensor(file.get_slice(tensor), expected.get(tensor), tensor, name)
-
-
-def _check_tensor(part: Any, expected: tuple[int, ...] | None, tensor: str, name: str) -> None:
-    shape = tuple(part.get_shape())
-    if expected is not None and shape != expected:
-        raise UserError(
-            f"'{tensor}' of '{name}' has shape {shape} where its config.json asks for {expected}: fetch it again."
-        )
-    if part.get_dtype() not in _DTYPES:
-        raise UserError(
-            f"'{tensor}' of '{name}' is stored as {part.get_dtype()}: give the checkpoint in float32, bfloat16 or "
-            "float16, not quantised."
-        )
+    for tensor, stored in sorted(tensors.items()):
+        shape = expected.get(tensor)
+        if shape is not None and stored.shape != shape:
+            raise UserError(
+                f"'{tensor}' of '{name}' has shape {stored.shape} where its config.json asks for {shape}: fetch it "
+                "again."
+            )
+        if stored.dtype not in _DTYPES:
+            raise UserError(
+                f"'{tensor}' of '{name}' is stored as {stored.dtype}: give the checkpoint in float32, bfloat16 or "
+                "float16, not quantised."
+            )
 
 
 def _check_head(source: DenseSource) -> None:
     """A tied model's head, where it is stored, has to be the embedding."""
-    if not source.config.tie_word_embeddings or HEAD not in source.files:
+    if not source.config.tie_word_embeddings or HEAD not in source.weights.tensors:
         return
-    if not torch.equal(source.tensor(HEAD), source.tensor(EMBEDDING)):
+    if not torch.equal(source.weights.read(HEAD), source.weights.read(EMBEDDING)):
         raise UserError(
             f"'{source.name}' says that its embeddings are tied, but '{HEAD}' differs from '{EMBEDDING}': set "
             "tie_word_embeddings in its config.json to false."
@@ -285,7 +241,7 @@ def load_decoder(name: str, config: MixtureConfig) -> MixtureForCausalLM:
         return load_weights(MixtureForCausalLM, folder, may_lack=_is_added, config=config, dtype=torch.float32)
     source = open_source(name)
     model = MixtureForCausalLM(config)
-    state = {tensor: source.tensor(tensor).float() for tensor in source.files}
+    state = {tensor: source.weights.read(tensor).float() for tensor in source.weights.tensors}
     model.load_state_dict(state, strict=False)  # `open_source` has compared names and shapes
     model.tie_weights()
     return model

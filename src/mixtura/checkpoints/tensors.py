@@ -55,19 +55,32 @@ class PlannedTensor(NamedTuple):
 class StoredWeights:
     """The tensors of a checkpoint folder by name; each is read when it is asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises UserError where weights are missing or damaged."""
+    def __init__(self, folder: Path, name: str | None = None, *, fix: str = "copy or train the model again") -> None:
+        """Finds all tensors.
+
+        Args:
+            folder: has the weights in one file, or in several with an index.
+            name: what to call the model in errors; its folder when None.
+            fix: what to do about weights that are missing or damaged, for errors.
+
+        Raises:
+            UserError: weights are missing or damaged, or of a type that no model here is stored in.
+        """
         self.folder = folder
+        self._name, self._fix = name or str(folder), fix
         self.tensors: dict[str, StoredTensor] = {}
-        for file in _weight_files(folder):
-            with _opened(file) as opened:
-                for name in opened.keys():  # noqa: SIM118 - the handle is no mapping
-                    part = opened.get_slice(name)
-                    self.tensors[name] = StoredTensor(file, tuple(part.get_shape()), _dtype(part, name, file))
+        self.files, indexed = self._find_files()
+        for file in self.files:
+            with self._opened(file) as opened:
+                for tensor in opened.keys():  # noqa: SIM118 - the handle is no mapping
+                    part = opened.get_slice(tensor)
+                    self.tensors[tensor] = StoredTensor(file, tuple(part.get_shape()), self._dtype(part, tensor))
+        if lacking := sorted(indexed - self.tensors.keys()):
+            raise UserError(f"'{self._name}' lacks '{lacking[0]}', which {INDEX} names: {fix}.")
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """The tensor of that name, or its part `index` along the first axis."""
-        with _opened(self.tensors[name].file) as opened:
+        with self._opened(self.tensors[name].file) as opened:
             return opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
 
     def plan(self, name: str, new_name: str | None = None) -> PlannedTensor:
@@ -75,39 +88,41 @@ class StoredWeights:
         stored = self.tensors[name]
         return PlannedTensor(new_name or name, stored.shape, stored.dtype, lambda: self.read(name))
 
+    def _find_files(self) -> tuple[list[Path], set[str]]:
+        """The files of weights, and the tensors that an index promises."""
+        if not (self.folder / INDEX).is_file():
+            if (self.folder / WHOLE).is_file():
+                return [self.folder / WHOLE], set()
+            other = next((file.name for end in ("gguf", "bin") for file in sorted(self.folder.glob(f"*.{end}"))), None)
+            found = f"only '{other}'" if other else "no weights"
+            raise UserError(f"'{self._name}' has {found}, and no {WHOLE}: {self._fix}.")
+        try:
+            places = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(places.values()))
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise UserError(f"'{INDEX}' of '{self._name}' is damaged ({error!r}): {self._fix}.") from error
+        for name in names:
+            # A name with folders in it would read files outside of the checkpoint's.
+            if not isinstance(name, str) or Path(name).name != name or not (self.folder / name).is_file():
+                raise UserError(f"'{self._name}' lacks its shard {name!r}: {self._fix}.")
+        return [self.folder / name for name in names], set(places)
 
-def _dtype(part: Any, name: str, file: Path) -> torch.dtype:
-    kind = part.get_dtype()
-    if kind not in _DTYPES:
-        raise UserError(
-            f"{name} in '{file}' is stored as {kind}: give the model in float32, bfloat16 or float16, not quantised."
-        )
-    return _DTYPES[kind]
+    @contextmanager
+    def _opened(self, file: Path) -> Iterator[Any]:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                yield opened
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"'{file.name}' of '{self._name}' is damaged ({error}): {self._fix}.") from error
 
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if not index.is_file():
-        if not (folder / WHOLE).is_file():
-            raise UserError(f"'{folder}' has no {WHOLE}: its weights are missing, copy or train the model again.")
-        return [folder / WHOLE]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"'{index}' is damaged ({error}): copy or train the model again.") from error
-    for name in names:
-        if not (folder / name).is_file():
-            raise UserError(f"'{folder}' lacks its shard {name}: copy it there, or train the model again.")
-    return [folder / name for name in names]
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except SafetensorError as error:
-        raise UserError(f"'{file}' is damaged ({error}): copy or train the model again.") from error
+    def _dtype(self, part: Any, tensor: str) -> torch.dtype:
+        kind = part.get_dtype()
+        if kind not in _DTYPES:
+            raise UserError(
+                f"'{tensor}' of '{self._name}' is stored as {kind}: give the model in float32, bfloat16 or float16, "
+                "not quantised."
+            )
+        return _DTYPES[kind]
 
 
 def write_planned(tensors: list[PlannedTensor], folder: Path, max_bytes: int) -> None:

@@ -17,10 +17,10 @@ import typer
 
 from mixtura import __version__
 from mixtura.cli.application import app as app
-from mixtura.cli.flags import name_flags
+from mixtura.cli.application import name_flags
 from mixtura.errors import Interrupted, UserError, disk_error, local_rank, missing_extra
 
-from mixtura.cli import train, recipes, use, convert, machine  # isort: skip  # noqa: F401
+from mixtura.cli import train, use, convert, machine  # isort: skip  # noqa: F401
 
 
 def main() -> None:

@@ -1,9 +1,13 @@
-"""The application that the verbs register with, and what they share: options, progress, paths, the browser."""
+"""The application that the verbs register with, and what they share: options, progress, paths, the browser.
+
+Messages are in the words that the user typed: flags of the verb in place of keys of a recipe that is not theirs.
+"""
 
 import os
+import re
 import sys
 import webbrowser
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +17,46 @@ from typer.core import TyperGroup
 
 from mixtura import __version__
 from mixtura.errors import Interrupted, UserError, rank
+
+_FLAGS = {
+    "finetune": {
+        **dict.fromkeys(("data.path", "data.name", "data.source"), "--data"),
+        **dict.fromkeys(
+            ("data.source_column", "data.target_column", "data.text_column", "data.label_column"), "--columns"
+        ),
+        "data.pairs": "--pairs",
+        "base.name": "--base",
+    },
+    "train": {"data.path": "--text", "data.source": "--text", "arms.model.init_from": "--from"},
+}
+_KEY = re.compile(r"'((?:data|base|model|training|search|arms)\.[\w.-]+)'")
+
+
+def name_flags(message: str, arguments: Sequence[str]) -> str:
+    """A message about a recipe's keys, for someone who may not have written the recipe.
+
+    A key that a flag of the verb sets is named by the flag where that was given, or where there is no recipe of the
+    user's own; another key is named as `--set` takes it where there is none.
+
+    Args:
+        message: such as "'data.label_column' is ...".
+        arguments: of the command, the verb first.
+    """
+    verb = arguments[0] if arguments else ""
+    own = any(argument.endswith(".toml") for argument in arguments[1:])
+    flags = _FLAGS.get(verb, {})
+    given = {argument.partition("=")[0] for argument in arguments}
+    if verb not in ("compare", "finetune", "train"):
+        return message
+
+    def word(match: re.Match[str]) -> str:
+        key = match[1]
+        if key in flags and (not own or flags[key] in given):
+            return flags[key]
+        return match[0] if own else f"--set {key}"
+
+    # Two keys that one flag sets, such as both columns, are named once.
+    return re.sub(r"(--[a-z]+)(?:(?:, | and | or )\1\b)+", r"\1", _KEY.sub(word, message))
 
 
 class VerbsByUse(TyperGroup):

@@ -1,15 +1,25 @@
-"""The folder of a comparison: what is in it, and that it belongs to this recipe and this text.
+"""The folder of a comparison: what is in it, that it belongs to this recipe and this text, and who writes it.
 
 `recipe.toml` (resolved, and fitted to the data), `given.toml` (before that, where it differs), `environment.json`,
 `data.json` (which examples), `arms/<arm>/seed<k>/` with metrics, checkpoints and `result.json`,
 `search/<arm>/rate<r>/seed<k>/`, `timing.json`, `results.json`, `report.html`, `report.md`, `figures/`.
+
+One process at a time writes it, and a start that fails leaves none behind. The process locks a file in the folder. The
+system ends the lock with the process, however that ends, so that no lock is ever left over. The file says who holds it,
+for the sentence that a second process gets. Some network disks know no locks: there the file itself has to do. Under
+torchrun the first rank holds the folder for all, and the others wait until it is ready.
 """
 
+import errno
 import json
 import os
 import platform
 import shutil
+import socket
+import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,13 +27,193 @@ from typing import Any
 
 import torch
 
-from mixtura.comparison.holding import HOLDER, has_runs
-from mixtura.config import AnyRecipe, UserError, recipe_to_dict, recipe_to_toml
-from mixtura.errors import rank
+from mixtura.config import AnyRecipe, Interrupted, UserError, recipe_to_dict, recipe_to_toml
+from mixtura.errors import launch, rank, reason_of
 from mixtura.files import write_json, write_text
 from mixtura.kernels import native
-from mixtura.results.stored import read_json
+from mixtura.results.stored import Plain, read_json
 from mixtura.training.interface import Experiment
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+HOLDER = ".in-use.json"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_SECONDS_TO_WAIT = 300.0
+
+
+@contextmanager
+def holding(out: Path) -> Iterator[None]:
+    """Holds folder `out` for the length of a block, which makes it a comparison's folder.
+
+    Where the block fails before any run has begun, what it has made is removed again.
+
+    Raises:
+        UserError: another process holds the folder, or it cannot be written.
+    """
+    if rank():
+        _wait_for_first_rank(out)
+        yield
+        return
+    made = _make(out)
+    untouched = not any(path.name != HOLDER for path in out.iterdir())
+    try:
+        with _locked(out / HOLDER):
+            try:
+                yield
+            except Interrupted:
+                raise
+            except Exception:
+                if untouched and not has_runs(out):
+                    _empty(out)
+                raise
+    finally:
+        for folder in made:  # the innermost first; none that holds anything
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def ready(out: Path) -> None:
+    """Lets the other ranks go on: `out` is now this recipe's folder."""
+    if launch() and not rank():
+        _write_holder(out / HOLDER, launch=launch())
+
+
+def has_runs(out: Path) -> bool:
+    """Whether a run has begun, a trial of the search among them."""
+    return any(out.glob("arms/*/*/run.json")) or any(out.glob("search/*/*/*/run.json"))
+
+
+def _make(out: Path) -> list[Path]:
+    """Makes the folder and those above it; returns those that were not there, the innermost first."""
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError):
+        file = next((path for path in (out, *out.parents) if path.is_file()), out)
+        raise UserError(f"'{file}' is a file: give a folder with --out.") from None
+    except OSError as error:
+        raise UserError(f"'{out}' cannot be written ({reason_of(error)}): choose another folder with --out.") from None
+    return missing
+
+
+def _empty(out: Path) -> None:
+    for path in out.iterdir():
+        if path.name == HOLDER:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """A lock on a file of this process's own; the file goes with the lock."""
+    try:
+        handle = _lock(file)
+    except OSError as error:
+        raise UserError(
+            f"'{file.parent}' cannot be written ({reason_of(error)}): choose another folder with --out."
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # still locked, so that no other process can lock the file while it is being removed
+            file.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _lock(file: Path) -> int:
+    """Locks the file and writes into it who this is."""
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _take(handle, file)
+            # The process before may have removed the file between open and lock: then this lock protects nothing.
+            if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
+                _introduce(file)
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _introduce(file: Path) -> None:
+    try:
+        _write_holder(file)
+    except OSError:  # a full disk
+        file.unlink(missing_ok=True)
+        raise
+
+
+def _take(handle: int, file: Path) -> None:
+    holder = _read_holder(file)
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{_in_use(file, holder)}: wait for it, or choose another folder with --out.") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        if _may_live(holder):
+            raise UserError(
+                f"{_in_use(file, holder)}: wait for it, or choose another folder with --out. This disk has no locks: "
+                f"if that process is gone, delete '{file}'."
+            ) from None
+
+
+def _in_use(file: Path, holder: Plain) -> str:
+    if "pid" not in holder:
+        return f"'{file.parent}' is in use by another process"
+    return (
+        f"'{file.parent}' is in use by process {holder['pid']} on {holder.get('host')} since {holder.get('since')} UTC"
+    )
+
+
+def _may_live(holder: Plain) -> bool:
+    """Whether the process may still run; one on another machine cannot be asked, so it may."""
+    if "pid" not in holder:
+        return False
+    if holder.get("host") != socket.gethostname():
+        return True
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError):
+        return True
+    return int(holder["pid"]) != os.getpid()
+
+
+def _write_holder(file: Path, **more: Any) -> None:
+    """Writes into the file who holds it. It is not replaced by a new file, since that would not be locked."""
+    told = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"}
+    file.write_text(json.dumps(told | more) + "\n", encoding="utf-8")
+
+
+def _read_holder(file: Path) -> Plain:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _wait_for_first_rank(out: Path) -> None:
+    end = time.monotonic() + _SECONDS_TO_WAIT
+    while _read_holder(out / HOLDER).get("launch") != launch():
+        if time.monotonic() > end:
+            raise UserError(
+                f"Rank {rank()} does not see '{out}', which the first rank makes: choose a folder on a disk that all "
+                "machines share, with --out."
+            )
+        time.sleep(0.05)
 
 
 def open_folder(out: Path, recipe: AnyRecipe, *, resume: bool) -> None:

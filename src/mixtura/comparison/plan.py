@@ -1,19 +1,156 @@
-"""What a recipe would take on this machine, before it runs: a few steps of every arm are tried, and nothing is kept."""
+"""Before a recipe runs: its experiment is made, its arms are checked, and `--dry-run` says what it would take.
+
+For that a few steps of every arm are tried, and nothing is kept. Whether memory suffices is known from formulas before
+anything is built.
+"""
 
 import dataclasses
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from mixtura.comparison.folder import has_runs
-from mixtura.comparison.machine_memory import check_memory, in_words
-from mixtura.comparison.preparing import check_arms, make_experiment, task_of, tokens_per_step
 from mixtura.comparison.timing import time_arms
-from mixtura.config import AnyRecipe, TrainingConfig
-from mixtura.config.adapt import changes
-from mixtura.results import ArmTiming
+from mixtura.config import (
+    AnyRecipe,
+    ClassificationRecipe,
+    Recipe,
+    TrainingConfig,
+    TranslationRecipe,
+    UserError,
+    starts_from_checkpoints,
+)
+from mixtura.config.adapt import MOST_PAIR_TOKENS, changes
+from mixtura.errors import need
+from mixtura.models.build import build_model_config
+from mixtura.planning import state_memory
+from mixtura.results import ArmTiming, Leaks
+from mixtura.results.document import Task
+from mixtura.tasks.language_modelling.experiment import make_pretraining
 from mixtura.training import ProgressReporter
-from mixtura.training.interface import Arm
+from mixtura.training.interface import Arm, Experiment
+
+
+def task_of(recipe: AnyRecipe) -> Task:
+    """What the recipe's arms are trained for: "pretraining", "translation" or "classification"."""
+    return "pretraining" if isinstance(recipe, Recipe) else recipe.task
+
+
+def make_experiment(recipe: AnyRecipe, out: Path, reporter: ProgressReporter) -> Experiment:
+    """Reads the recipe's data and makes its arms; what is slow to prepare is kept in `out`/data.
+
+    Raises:
+        UserError: the data, a model or an arm's settings cannot be used, or fine-tuning is not installed.
+    """
+    cache_dir = out / "data"
+    if isinstance(recipe, TranslationRecipe):
+        make = need("mixtura.tasks.translation.experiment").make_translation
+        return make(recipe, cache_dir=cache_dir, on_progress=reporter.note)
+    if isinstance(recipe, ClassificationRecipe):
+        make = need("mixtura.tasks.classification.experiment").make_classification
+        return make(recipe, cache_dir=cache_dir, on_progress=reporter.note)
+    return make_pretraining(recipe, cache_dir=cache_dir, on_progress=reporter.note)
+
+
+def check_arms(arms: Mapping[str, Arm], training: TrainingConfig) -> None:
+    """Refuses arms that could not be trained or evaluated, before any of them is.
+
+    Raises:
+        UserError: an arm's task says why.
+    """
+    for arm in arms.values():
+        arm.task.check(arm.build(seed=0), batch_size=training.batch_size)
+
+
+def tokens_per_step(arm: Arm, training: TrainingConfig) -> int:
+    """Training tokens of one optimizer step, padding left out."""
+    return round(training.batch_size * training.gradient_accumulation_steps * arm.task.tokens_per_example)
+
+
+def export_note(arm: Arm) -> str | None:
+    """A sentence, before training, on what the arm's model can be exported to; None where it is no model of ours."""
+    if arm.trained_config is None:
+        return None
+    return f"'{arm.name}' {need('mixtura.exporting.containers').export_outlook(arm.trained_config)}"
+
+
+def leak_warning(arm: Arm, leaks: Leaks, task: str) -> str | None:
+    """A warning before an arm that leaks is trained; for a classifier, reading its whole text is no leak."""
+    if leaks.future and task != "classification":
+        return (
+            f"'{arm.name}' ({arm.family}) sees the future of a sequence: its loss as a causal language model "
+            "means nothing, and it cannot generate."
+        )
+    if leaks.batch and leaks.batch_deployed is not False:
+        return f"'{arm.name}' ({arm.family}) lets examples of a batch see each other, also when deployed."
+    if leaks.batch:
+        return (
+            f"'{arm.name}' ({arm.family}) lets examples of a batch see each other in training; deployed "
+            f"in mode '{arm.deployed_mode}' it does not."
+        )
+    return None
+
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def check_memory(recipe: AnyRecipe) -> None:
+    """Refuses a model from scratch whose parameters, gradients and optimizer state alone are more than all memory.
+
+    Raises:
+        UserError: names the arm, the planned bytes and those there are.
+    """
+    if isinstance(recipe, ClassificationRecipe) or (isinstance(recipe, Recipe) and starts_from_checkpoints(recipe)):
+        return
+    if isinstance(recipe, Recipe):
+        layers, length = recipe.arms, recipe.data.sequence_length
+    elif recipe.base.name is None:
+        layers = {name: arm.feed_forward for name, arm in recipe.arms.items()}
+        length = recipe.data.max_length or MOST_PAIR_TOKENS
+    else:
+        return
+    most = machine_bytes()
+    for name, layer in layers.items():
+        config = build_model_config(
+            recipe.model,
+            layer,
+            vocab_size=recipe.data.vocab_size,
+            max_position_embeddings=length,
+            width_multiple=recipe.training.width_multiple,
+        )
+        state = state_memory(config)  # pyright: ignore[reportArgumentType]
+        # The other optimizers keep less; what they keep is left out.
+        planned = state.total if recipe.training.optimizer == "adamw" else state.total - state.optimizer
+        if planned > most:
+            raise UserError(
+                f"Arm '{name}' needs {in_words(planned)} for parameters, gradients and optimizer state, but this "
+                f"machine has {in_words(most)}: lower 'model.hidden_size', 'model.num_hidden_layers' or the number of "
+                "experts."
+            )
+
+
+def machine_bytes() -> int:
+    """All memory of the GPU that would train, or else of the machine, as far as this process may have it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 62
+    try:
+        return min(installed, int(_CGROUP_LIMIT.read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # no such group, or "max"
+        return installed
+
+
+def in_words(number: float) -> str:
+    """Bytes for people: "1.2 GB"."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if number < 1000 or unit == "TB":
+            break
+        number /= 1000
+    return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"
+
 
 PROBE_ROUNDS = 3
 """Steps of every arm that are timed, after those that warm up."""

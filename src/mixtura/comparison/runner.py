@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mixtura.comparison.folder import check_same_data, environment, now, open_folder, store_fitted
-from mixtura.comparison.holding import holding, ready
-from mixtura.comparison.machine_memory import check_memory
-from mixtura.comparison.preparing import (
+from mixtura.comparison.folder import check_same_data, environment, holding, now, open_folder, ready, store_fitted
+from mixtura.comparison.plan import (
     AnyRecipe,
     check_arms,
+    check_memory,
     export_note,
     leak_warning,
     make_experiment,

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from mixtura.comparison.preparing import AnyRecipe
+from mixtura.comparison.plan import AnyRecipe
 from mixtura.config import Recipe, TranslationRecipe, UserError
 from mixtura.config.initialization import start_scales
 from mixtura.files import write_json

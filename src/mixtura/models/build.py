@@ -15,7 +15,7 @@ from mixtura.layers import Experts, FeedForward
 from mixtura.layers.feed_forward import Projection
 from mixtura.layers.routing import Router
 from mixtura.models.configuration_mixture import MixtureConfig
-from mixtura.planning.matching import match_intermediate_size
+from mixtura.planning.formulas import match_intermediate_size
 from mixtura.planning.shapes import feed_forward_shapes
 
 

@@ -6,7 +6,7 @@ says; "warning", that the comparison may be unfair or its winner dear; "note", a
 
 from typing import Literal, get_args
 
-from mixtura.planning.matching import FLOPS_TOLERANCE
+from mixtura.planning.formulas import FLOPS_TOLERANCE
 from mixtura.report.measures import Yardstick, yardstick_of
 from mixtura.report.significance import paired_difference
 from mixtura.report.verdict import difference_words, judge_difference

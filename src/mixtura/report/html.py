@@ -14,11 +14,10 @@ from plotly.offline import get_plotlyjs
 
 from mixtura.config import UserError
 from mixtura.files import write_text
-from mixtura.pages.environment import page_environment
-from mixtura.report import every_run, facts, tables
+from mixtura.pages import page_environment
+from mixtura.report import facts, tables
 from mixtura.report.deployment import deployment_figures
-from mixtura.report.every_run import is_even, load_maps, time_bars
-from mixtura.report.facts import continuations_section, held_out
+from mixtura.report.facts import continuations_section, held_out, is_even, load_maps, time_bars
 from mixtura.report.figures import AXES, SYMBOLS, arms_in, build_figures
 from mixtura.report.markdown import render_markdown
 from mixtura.report.measures import Yardstick, difference_unit, yardstick_of
@@ -117,8 +116,8 @@ def render_html(results: Results, summary: Summary) -> str:
         table_text=_table_text(seeds),
         two_modes=any(arm.deployed_mode not in (None, arm.training_mode) for arm in results.arms.values()),
         table=tables.main_table(results, summary),
-        seed_table=every_run.seed_table(results, summary),
-        pairs=every_run.pair_table(results, summary),
+        seed_table=facts.seed_table(results, summary),
+        pairs=facts.pair_table(results, summary),
         data_facts=facts.data_facts(results, summary),
         environment_facts=facts.environment_facts(results),
         axes=[(axis, "FLOPs" if axis == "flops" else axis.capitalize()) for axis in AXES],

@@ -2,7 +2,7 @@
 
 import re
 
-from mixtura.report import every_run, facts, tables
+from mixtura.report import facts, tables
 from mixtura.report.facts import continuations_section, held_out
 from mixtura.report.sections import classification_section, specialization_maps, translation_section, weight_rows
 from mixtura.report.wording import NBSP, listing, number, start
@@ -145,7 +145,7 @@ def _specialization_parts(results: Results, summary: Summary) -> list[str]:
 
 
 def _seed_table(results: Results, summary: Summary) -> str:
-    table = every_run.seed_table(results, summary)
+    table = facts.seed_table(results, summary)
     heads = [escape(f"{summary.arms[name].label}, {mode}") for name, mode in table.columns]
     rows = [_row([str(seed), *map(escape, cells)]) for seed, cells in table.rows]
     return "\n".join([_row(["seed", *heads]), _rule(len(heads)), *rows, _row(["mean", *table.mean])])

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mixtura.planning.matching import FLOPS_TOLERANCE
+from mixtura.planning.formulas import FLOPS_TOLERANCE
 from mixtura.report.wording import NBSP, digits_for, number
 from mixtura.results import LOSS, ArmResult, Measure, Results
 

@@ -12,8 +12,7 @@ from matplotlib.ticker import FuncFormatter
 
 from mixtura.files import replacing
 from mixtura.report.deployment import MODES, deployed_arms, gaps
-from mixtura.report.every_run import load_maps
-from mixtura.report.facts import held_out
+from mixtura.report.facts import held_out, load_maps
 from mixtura.report.figures import final_gap, final_loss, gap_lines, held_out_lines, mean_line
 from mixtura.report.measures import difference_unit, yardstick_of
 from mixtura.report.wording import MINUS, arm_colours, capital, signed_margin

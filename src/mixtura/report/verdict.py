@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mixtura.report.longer import write_longer
 from mixtura.report.measures import Yardstick, written_amount, written_value
-from mixtura.report.significance import paired_difference
+from mixtura.report.significance import paired_difference, write_longer
 from mixtura.report.wording import (
     NBSP,
     TIMES,

@@ -12,7 +12,7 @@ Trend = Literal["one_seed", "few_points", "level", "steady", "widening", "too_fa
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and its 95 % interval, which one seed has not."""
+    """A mean over seeds and its 95 % interval; `low` and `high` are None with one seed."""
 
     mean: float
     low: float | None
@@ -26,12 +26,12 @@ class Difference(Interval):
 
     seeds: list[int]
     values: list[float]
-    """Of each seed."""
+    """The difference of each seed, in the order of `seeds`."""
 
 
 @dataclass(frozen=True)
 class EqualCostDifference(Difference):
-    """A difference where the cheaper of the two ends."""
+    """A difference at the point where the cheaper of the two runs ends."""
 
     arm_step: float
     baseline_step: float
@@ -44,20 +44,20 @@ class SpeedUp:
     n: int
     seeds: list[int]
     reached: int
-    """How many seeds do."""
+    """How many seeds reach that loss."""
     steps: list[float | None]
-    """At which each seed does; None is never."""
+    """The step at which each seed reaches it; None means never."""
     ratio_steps: Interval | None
-    """Geometric mean, above 1 is sooner; None unless all reach."""
+    """Geometric mean over seeds, above 1 if the arm is sooner; None unless every seed reaches the loss."""
     ratio_seconds: Interval | None
     baseline_steps: float
     baseline_steps_to_arm_final: list[float | None]
-    """The other way round."""
+    """The steps at which the baseline passes the arm's final loss, for each seed."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """gap = intercept + slope ln(step), from `first_step` on."""
+    """The fitted trend: gap = intercept + slope ln(step), from `first_step` on."""
 
     intercept: float
     slope: float
@@ -74,13 +74,13 @@ class Crossing:
     end_step: float
     end_tokens: float
     gap: Interval
-    """Fitted, at the end of the run."""
+    """The fitted gap at the end of the run."""
     slope_per_doubling: Interval | None = None
     fit: Fit | None = None
     step: float | None = None
     tokens: float | None = None
     step_range: list[float | None] | None = None
-    """Over the seeds; None is never."""
+    """The earliest and latest crossing over the seeds; None means never."""
     token_range: list[float | None] | None = None
 
 
@@ -96,7 +96,7 @@ class Anchor:
     """The range in which it overtakes dense per step."""
     behind_until_tokens: list[int]
     slower_until_steps: list[int]
-    """The same per second."""
+    """The range in which it overtakes dense per second."""
     slower_until_tokens: list[int]
     end_steps: int
     end_tokens: int
@@ -112,12 +112,12 @@ class MeanScore:
     mean: float | None
     """Over the seeds that did not diverge."""
     values: list[float | None]
-    """In the order of the seeds; None for one that diverged."""
+    """One value for each seed, in order; None for a seed that diverged."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Means of the verdict's measure."""
+    """Means of the verdict's measure over the seeds."""
 
     deployed: float | None
     trained: float | None
@@ -125,7 +125,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Differences:
-    """To the baseline as deployed, of an arm as deployed and as trained."""
+    """An arm, as deployed and as trained, minus the baseline as deployed."""
 
     deployed: Difference | None
     trained: Difference | None
@@ -133,7 +133,7 @@ class Differences:
 
 @dataclass(frozen=True, kw_only=True)
 class Averages:
-    """Over the runs of an arm; spikes are sums, the largest gradient norm is the largest."""
+    """Means over the runs of an arm, but spikes are summed and `grad_norm_max` is the largest."""
 
     load_imbalance: float | None
     dropped_share: float | None
@@ -150,7 +150,7 @@ class ArmSummary:
     """The summary of one arm."""
 
     label: str
-    """Never the same for two arms."""
+    """The arm's name on the page; no two arms share one."""
     family: str
     baseline: bool
     outcome: Outcome
@@ -158,14 +158,14 @@ class ArmSummary:
     training_mode: str
     deployed_mode: str | None
     diverged: int
-    """How many runs."""
+    """How many runs diverged."""
     excluded: Exclusion | None
-    """Why the verdict leaves it out."""
+    """Why the verdict leaves the arm out; None if it takes part."""
     modes: dict[str, dict[str, MeanScore]]
-    """By mode and measure."""
+    """Final scores by inference mode, then by measure."""
     score: Scores
     mode_gap: Difference | None
-    """As deployed minus as trained."""
+    """The arm's score as deployed minus its score as trained."""
     parameters_total: int
     parameters_trainable: int
     flops_ratio: float
@@ -181,7 +181,7 @@ class ArmSummary:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two arms of the verdict, the first against the second."""
+    """Two arms that the verdict compares, the first against the second."""
 
     arm: str
     against: str
@@ -191,15 +191,15 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much every run had."""
+    """How much training every run had."""
 
     tokens: int
     tokens_per_step: int
     steps: int
     seeds: int
-    """The fewest of any arm."""
+    """The smallest number of seeds of any arm."""
     rates_settled: bool
-    """Every arm ran at a searched rate inside its grid."""
+    """Whether every arm ran at a searched rate that is not at the edge of its grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,11 +207,11 @@ class Verdict:
     """What the rule says, in sentences and in names."""
 
     headline: str
-    """In a few words."""
+    """The result in a few words."""
     finding: str
-    """The same in a sentence, with the budget."""
+    """The result in a sentence, with the budget."""
     answer: str | None
-    """None where the rule gives no verdict."""
+    """Which arm to take; None where the rule gives no verdict."""
     speed: list[str]
     longer: list[str]
     best: str | None
@@ -224,7 +224,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Caution:
-    """A warning; `arm` is None where it is about all."""
+    """A warning; `arm` is None where it concerns all arms."""
 
     level: Literal["serious", "warning", "note"]
     kind: str
@@ -234,7 +234,7 @@ class Caution:
 
 @dataclass(frozen=True)
 class Limit:
-    """What the comparison cannot tell."""
+    """Something that the comparison cannot tell."""
 
     title: str
     text: str
@@ -249,7 +249,7 @@ class Summary:
     budget: Budget
     verdict: Verdict
     cautions: list[Caution]
-    """The gravest first."""
+    """Warnings, the gravest first."""
     limits: list[Limit]
     arms: dict[str, ArmSummary]
     pairs: list[Pair]

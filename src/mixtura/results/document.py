@@ -23,9 +23,9 @@ class Trial:
 
     learning_rate: float
     loss: float | None
-    """Held out, as deployed, mean over the search's seeds; None if it diverged."""
+    """Held-out loss as deployed, the mean over the search's seeds; None if a run diverged."""
     scale: float | None = None
-    """The `feed_forward_scale` it was tried with; None is the arm's own."""
+    """The `feed_forward_scale` that was tried; None means the arm's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,11 @@ class SearchRecord:
 
     trials: list[Trial]
     steps: int
-    """Of a trial."""
+    """Steps of one trial."""
     seeds: list[int]
     best: float
     at_edge: bool
-    """The best rate or scale is the lowest or highest tried: a better one may lie beyond."""
+    """Whether the best rate or scale is the lowest or highest tried, so that a better one may lie beyond."""
     source: str
     best_scale: float | None = None
     """The `feed_forward_scale` of the best trial; None where scales were not searched."""
@@ -49,26 +49,26 @@ class ArmDescription:
     """What an arm is and costs before it runs."""
 
     settings: Facts
-    """What distinguishes it, as plain values."""
+    """The settings that distinguish the arm, as plain values."""
     parameters_total: int
     parameters_active: int
-    """Used for one token."""
+    """Parameters used for one token."""
     parameters_trainable: int
     flops_per_token: float
-    """Forward and backward, routing and mixing counted."""
+    """Forward and backward pass, with routing and mixing counted."""
     flops_ratio: float
-    """To the baseline's."""
+    """FLOPs per token divided by the baseline's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepParts:
-    """Shares of the time of a step; they sum to one."""
+    """Shares of the time of a step, which sum to one."""
 
     forward: float
-    """The loss with it."""
+    """Forward pass and loss."""
     backward: float
     optimizer: float
-    """Gradient clipping with it."""
+    """Optimizer and gradient clipping."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,25 +76,25 @@ class ArmTiming:
     """Seconds and memory of a step, measured side by side with the other arms'."""
 
     seconds_per_step: float | None
-    """Median."""
+    """The median step."""
     seconds_ratio: float | None
-    """To the baseline's: the median of paired ratios."""
+    """The median over paired steps of the ratio to the baseline's step."""
     peak_memory_bytes: int | None
     optimizer_state_bytes: int | None
-    """What of the peak the optimizer keeps."""
+    """The part of the peak that is the optimizer's state."""
     step_parts: StepParts | None = None
-    """Where the time of a step goes; None in older files, for which it was not measured."""
+    """Where the time of a step goes; None in older files, which lack it."""
 
 
 @dataclass(frozen=True)
 class Leaks:
-    """What a token's output depends on and must not."""
+    """Whether a token's output depends on what it must not depend on."""
 
     future: bool
     batch: bool
-    """The rest of the batch, while training."""
+    """On the rest of the batch, while training."""
     batch_deployed: bool | None = None
-    """The same as deployed; None without a deployed mode."""
+    """On the rest of the batch, as deployed; None without a deployed mode."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class ArmResult(ArmDescription, ArmTiming):
     label: str
     training_mode: str
     deployed_mode: str | None
-    """None if it cannot be deployed."""
+    """The inference mode to deploy; None if the arm cannot be deployed."""
     learning_rate: float
     """Peak rate of the runs."""
     learning_rate_search: SearchRecord | None
@@ -129,7 +129,7 @@ class DataFacts:
     epochs: float | None
     """How often a run reads its training data."""
     facts: Facts
-    """Counts of the task's own, what was left out among them."""
+    """Counts that depend on the task, such as what was left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ class PairedTest:
     difference: float
     p_value: float
     low: float | None = None
-    """Ends of the 95 % interval, where there is one."""
+    """Lower end of the 95 % interval; None in translation."""
     high: float | None = None
 
 
@@ -148,22 +148,22 @@ class AcrossArms:
     """Results that need all finished runs together."""
 
     paired_bootstrap: dict[str, dict[str, PairedTest]] = field(default_factory=dict)
-    """For each arm but the baseline, by language pair in translation, under "all" in classification."""
+    """For each arm except the baseline: by language pair in translation, under "all" in classification."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """A comparison, all of it."""
+    """A whole comparison."""
 
     created: str
-    """When, ISO 8601 with time zone."""
+    """When the file was written, ISO 8601 with time zone."""
     command: str
-    """What repeats it."""
+    """The command line that repeats the comparison."""
     task: Task
     measure: Measure
-    """The verdict's number."""
+    """The measure that decides the verdict."""
     recipe: Facts
-    """Resolved, as nested tables."""
+    """The recipe with all defaults, as nested tables."""
     recipe_toml: str
     environment: dict[str, str | int | None]
     data: DataFacts
@@ -173,18 +173,18 @@ class Results:
     arms: dict[str, ArmResult]
     across_arms: AcrossArms
     summary: Summary | None = None
-    """What the report says; None until it is computed."""
+    """What the report concludes; None until it is computed."""
     schema_version: int = SCHEMA_VERSION
 
     @property
     def name(self) -> str | None:
-        """The recipe's."""
+        """The name of the recipe."""
         name = self.recipe.get("name")
         return name if isinstance(name, str) else None
 
     @property
     def continued(self) -> bool:
-        """Whether arms start from checkpoints."""
+        """Whether any arm starts from a checkpoint."""
         arms = self.recipe.get("arms")
         tables = arms.values() if isinstance(arms, dict) else ()
         return any(isinstance(table, dict) and table.get("init_from") is not None for table in tables)

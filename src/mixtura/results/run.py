@@ -32,10 +32,10 @@ class Continuation:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingDetails:
-    """Of a language model."""
+    """Details of a language model."""
 
     peakedness: list[Peakedness]
-    """Of each mixture-of-tokens layer."""
+    """One entry for each mixture-of-tokens layer."""
     continuations: list[Continuation] = field(default_factory=list)
     """Empty in files that were written before continuations were kept."""
     kind: Literal["pretraining"] = "pretraining"
@@ -49,11 +49,11 @@ class PairScores:
     chrf_pp: float
     bleu: float
     copy_chrf: float
-    """What the source itself would score."""
+    """The score of the untranslated source."""
     copy_bleu: float
     sentences: int
     beam_chrf: float | None = None
-    """By beam search, where it was asked for."""
+    """The score with beam search; None where it was not asked for."""
     beam_bleu: float | None = None
 
 
@@ -72,13 +72,13 @@ class Association:
     """How much the expert of a routed row says about the group of its token, in bits, and how much chance gives."""
 
     mutual_information: float
-    """As counted."""
+    """The value as counted on the sample."""
     chance: float
     """Mean over permutations of the labels."""
     chance_high: float
-    """95 % of the permutations stay below."""
+    """95 % of the permutations stay below this value."""
     corrected: float
-    """Counted less chance, at least zero."""
+    """The counted value minus chance, at least zero."""
     p_value: float
     """Share of permutations that reach what was counted, the real labels among them."""
 
@@ -95,15 +95,15 @@ class LayerSpecialization(Association):
     rows: list[list[float]]
     """Routed rows of each expert and group."""
     share: list[list[float]]
-    """The part of a group's rows that go to the expert."""
+    """The part of each group's rows that goes to each expert."""
     max_bits: float
     """The largest possible value for so many experts and so many groups of equal size."""
     group_bits: float
-    """Entropy of the groups as they are."""
+    """Entropy of the groups as counted."""
     entropy: float
-    """Of the load of the experts, in bits."""
+    """Entropy of the experts' load, in bits."""
     imbalance: float
-    """Largest over mean load."""
+    """Largest load divided by the mean load."""
     dead: list[int]
     """Experts with next to no load."""
 
@@ -118,11 +118,11 @@ class Specialization:
 
 @dataclass(frozen=True, kw_only=True)
 class TranslationDetails:
-    """Of a translation model."""
+    """Details of a translation model."""
 
     pairs: dict[str, PairScores]
     signatures: dict[str, str]
-    """Sacrebleu's, by measure."""
+    """Signatures of sacrebleu, by measure."""
     samples: list[Sample]
     specialization: Specialization | None = None
     """None where nothing is routed."""
@@ -136,21 +136,21 @@ class CalibrationBin:
     low: float
     high: float
     confidence: float | None
-    """Mean, None without answers; so is the accuracy."""
+    """Mean confidence of the answers; it and the accuracy are None without answers."""
     accuracy: float | None
     count: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationDetails:
-    """Of a classifier."""
+    """Details of a classifier."""
 
     labels: list[str]
     confusion: list[list[int]]
-    """Counts, a row for each true class, a column for each answer."""
+    """Counts, with a row for each true class and a column for each answer."""
     calibration: list[CalibrationBin]
     layer_weights: list[float] | None = None
-    """The blend of layers, the embeddings first; None without one."""
+    """Weights of the blended layers, the embeddings first; None without a blend."""
     kind: Literal["classification"] = "classification"
 
 
@@ -164,9 +164,9 @@ class Measure:
     key: str
     """Its key in results, such as "loss" or "chrf"."""
     name: str
-    """In a sentence or at a table's row: "held-out loss", "chrF", "accuracy"."""
+    """Its name in sentences and tables: "held-out loss", "chrF", "accuracy"."""
     unit: str
-    """Behind the number: "nats a token", "points", "%"; may be empty."""
+    """What follows the number: "nats a token", "points", "%"; may be empty."""
     better: Literal["lower", "higher"]
     digits: int = 3
     """Decimals in tables."""
@@ -186,11 +186,11 @@ class CurvePoint:
     tokens: float
     """Training tokens so far."""
     seconds: float
-    """Of optimisation so far; in results.json at the time a step takes side by side with the other arms'."""
+    """Training time so far. In results.json it is computed from the seconds a step that were measured side by side."""
     measures: dict[str, ByMode]
-    """By key and mode; the loss among them."""
+    """Values by measure and then by mode, including the loss."""
     flops: float | None = None
-    """Of training so far; known once the arm's costs are."""
+    """Training FLOPs so far; None until the arm's costs are known."""
 
     @property
     def loss(self) -> ByMode:
@@ -208,7 +208,7 @@ class TrainPoint:
 
 @dataclass(frozen=True)
 class GradientNorm:
-    """Of all steps, before clipping."""
+    """The gradient norm over all steps, before clipping."""
 
     mean: float
     max: float
@@ -230,12 +230,12 @@ class LoadHistory:
     """Depths of the mixture layers."""
     steps: list[int]
     share: list[list[list[float]]]
-    """`share[step][layer][expert]`; those of a layer sum to one."""
+    """`share[step][layer][expert]`; the shares of a layer sum to one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingHistory:
-    """How a training went, from its metrics alone."""
+    """How a run trained, read from its metrics alone."""
 
     curve: list[CurvePoint]
     train_curve: list[TrainPoint]
@@ -243,13 +243,13 @@ class TrainingHistory:
     """None before the first step."""
     spikes: Spikes
     load: LoadHistory | None
-    """None where a model has no mixtures, as are the three below."""
+    """None for a model without mixtures, as are the next three fields."""
     load_imbalance: float | None
-    """Largest over mean load, mean over layers, at the last evaluation."""
+    """Largest load divided by the mean load, averaged over layers, at the last evaluation."""
     dropped_share: float | None
-    """Of routed rows, at the last evaluation."""
+    """Share of the routed rows that were dropped, at the last evaluation."""
     router_entropy: float | None
-    """Over its maximum, at the last evaluation."""
+    """Entropy of the router's weights divided by its maximum, at the last evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,15 +258,15 @@ class RunResult(TrainingHistory):
 
     seed: int
     learning_rate: float
-    """Peak rate."""
+    """Peak learning rate."""
     steps: int
     train_seconds: float
     final: dict[str, dict[str, float | None]]
-    """For each mode the measures by key; what needs decoding is measured in the deployed mode alone."""
+    """Final measures by mode and key; measures that need decoding exist in the deployed mode only."""
     details: RunDetails | None = None
-    """Details of its task; None for a trial of the search, and where a task has none."""
+    """Details that depend on the task; None for a trial of the search."""
 
     @property
     def diverged(self) -> bool:
-        """Whether it ended without measures."""
+        """Whether the run ended without a finite measure."""
         return all(value is None for measures in self.final.values() for value in measures.values())

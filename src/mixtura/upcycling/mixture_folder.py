@@ -79,7 +79,7 @@ def _source(source: DenseSource) -> Facts:
         "commit": commit,
         "attention": source.config.attention,
         "config_sha256": _sha256(source.folder / "config.json"),
-        "files": {path.name: path.stat().st_size for path in sorted(set(source.files.values()))},
+        "files": {path.name: path.stat().st_size for path in source.weights.files},
     }
 
 
@@ -222,16 +222,16 @@ class _Job:
 
     def averaged(self, name: str) -> Tensor:
         """A tensor that is no expert: the source's, or the mean over all sources."""
-        return mean_of([source.tensor(name) for source in self.sources])
+        return mean_of([source.weights.read(name) for source in self.sources])
 
 
 def _num_bytes(job: _Job) -> int:
     """Bytes of the result, every tensor in the dtype that the first source has there."""
     total = 0
     for name, shape in expected_shapes(job.config).items():
-        kept = name in job.sources[0].files
+        kept = name in job.sources[0].weights.tensors
         origin = name if kept else f"{name.partition('.mlp.')[0]}.mlp.gate_proj.weight"
-        total += torch.Size(shape).numel() * job.sources[0].dtype(origin).itemsize
+        total += torch.Size(shape).numel() * job.sources[0].weights.tensors[origin].dtype.itemsize
     return total
 
 
@@ -318,5 +318,5 @@ def _experts(job: _Job, depth: int, own_PF: Tensor) -> tuple[Tensor, Tensor]:
 
 def _dense_layer(source: DenseSource, depth: int) -> GatedWeights:
     return GatedWeights(
-        *(source.tensor(f"model.layers.{depth}.mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
+        *(source.weights.read(f"model.layers.{depth}.mlp.{part}_proj.weight") for part in ("gate", "up", "down"))
     )

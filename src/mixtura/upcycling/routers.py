@@ -36,8 +36,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from mixtura.checkpoints.source import DenseSource
 from mixtura.config import DataConfig, UserError
 from mixtura.data.packing import pack
+from mixtura.data.prepare import load_tokenizer
 from mixtura.data.sources import read_documents
-from mixtura.data.tokenizer import load_tokenizer
 from mixtura.layers import FeedForward
 from mixtura.models.configuration_mixture import MixtureConfig
 from mixtura.models.decoder_layer import causal_masks
@@ -294,7 +294,7 @@ def layer_starts(
     chosen = chosen_layers(settings.layers, config.num_hidden_layers)
 
     def averaged(name: str) -> Tensor:
-        return mean_of([source.tensor(name) for source in sources])
+        return mean_of([source.weights.read(name) for source in sources])
 
     starts: dict[int, LayerStart] = {}
     if not texts:

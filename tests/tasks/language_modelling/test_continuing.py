@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from mixtura import cli, upcycle
 from mixtura.comparison.runner import compare, train_arm
 from mixtura.config import UserError, recipe_from_dict
-from mixtura.data.tokenizer import train_tokenizer
+from mixtura.data.prepare import train_tokenizer
 from mixtura.evaluation import evaluate
 from mixtura.exporting.stock_folder import export
 from mixtura.models import MixtureConfig, MixtureForCausalLM

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mixtura.comparison.preparing import leak_warning
+from mixtura.comparison.plan import leak_warning
 from mixtura.config.families import FAMILIES
 from mixtura.data.prepare import prepare_data
 from mixtura.planning import active_parameters, flops_per_token, model_parameters

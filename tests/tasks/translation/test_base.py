@@ -16,7 +16,7 @@ from mixtura.config import (
     TranslationRecipe,
     UserError,
 )
-from mixtura.data.tokenizer import train_tokenizer
+from mixtura.data.prepare import train_tokenizer
 from mixtura.results import Leaks
 from mixtura.tasks.inspection import diagnose
 from mixtura.tasks.translation.experiment import make_translation

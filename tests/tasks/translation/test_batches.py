@@ -6,7 +6,7 @@ import torch
 
 from mixtura.config import UserError
 from mixtura.data.parallel import SentencePair
-from mixtura.data.tokenizer import train_tokenizer
+from mixtura.data.prepare import train_tokenizer
 from mixtura.tasks.translation.batches import PairDataset, bucketed_order, collate_rows, encode_pairs
 from mixtura.tasks.translation.prompts import Prompts, add_prompt_tokens, train_translation_tokenizer
 

@@ -21,16 +21,14 @@ from mixtura.config.checks import batch_sizes, check_feed_forward
 from mixtura.config.families import facts_of
 from mixtura.config.from_checkpoint import SHAPE_KEYS, TRAINED_KEYS
 from mixtura.config.initialization import INITIALIZER_RANGE, names_scales
-from mixtura.data.prepare import PreparedData, fit_held_out, prepare_data
-from mixtura.data.tokenizer import load_tokenizer
+from mixtura.data.prepare import PreparedData, fit_held_out, load_tokenizer, prepare_data
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.evaluation import evaluation_modes
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.build import build_model_config, shared_width_config
 from mixtura.models.transition import finished_config
 from mixtura.planning import active_parameters, flops_per_token, flops_ratio, model_parameters
-from mixtura.planning.formulas import router_parameters
-from mixtura.planning.matching import FLOPS_TOLERANCE
+from mixtura.planning.formulas import FLOPS_TOLERANCE, router_parameters
 from mixtura.planning.shapes import feed_forward_shapes
 from mixtura.results import ArmDescription, Leaks
 from mixtura.tasks.language_modelling.task import LanguageModelling

@@ -21,7 +21,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 from mixtura.config import UserError
 from mixtura.config.languages import language_name
 from mixtura.data.parallel import SentencePair
-from mixtura.data.tokenizer import load_tokenizer, train_tokenizer
+from mixtura.data.prepare import load_tokenizer, train_tokenizer
 from mixtura.files import cache_entry
 
 PromptKind = Literal["tokens", "instruction"]

@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 
 from mixtura.config import UserError
-from mixtura.data.rows import Row, find_cell, select
-from mixtura.data.table_files import file_rows
+from mixtura.data.table_files import Row, file_rows, find_cell, select
 
 ROWS = [{"de": 'Er sagte "Hallo", dann ging er.', "en": 'He said "hello", then left.'}, {"de": '"Nein."', "en": "No."}]
 
@@ -122,7 +121,7 @@ def test_a_column_that_nearly_no_row_has_is_refused():
 
 
 def test_no_endless_dataset_is_read_for_a_column_it_does_not_have(monkeypatch):
-    monkeypatch.setattr("mixtura.data.rows.JUDGED_ROWS", 50)
+    monkeypatch.setattr("mixtura.data.table_files.JUDGED_ROWS", 50)
     endless = (Row({"body": "b"}, "here") for _ in itertools.count())
     with pytest.raises(UserError, match="No row of some set has 'text'"):
         list(select(endless, {"data.text_column": "text"}, Counter(), source="some set"))
