@@ -9,8 +9,8 @@ from typing import Annotated, cast
 import typer
 
 from mixtura.cli.application import PresetOption, RecipeArgument, SetOption, app, recipe_path
+from mixtura.config.threads import crowded
 from mixtura.errors import EXTRAS, UserError
-from mixtura.threads import crowded
 
 
 @app.command(rich_help_panel="Machine")

@@ -1,5 +1,7 @@
 """One training run: from the model that a caller built to a trained one, resumable at any point.
 
+Under torchrun all processes call `train` alike and share every step's batch, see `ranks`.
+
 A run folder holds `run.json` (what it was started with), `metrics.jsonl`, the last checkpoints `checkpoint-N/` and,
 once the run is complete, `checkpoint/`: the trained model as its users load it.
 """
@@ -69,7 +71,6 @@ def train(
     """Trains `model` in place and writes the run folder `out`.
 
     The order of the data is a function of `seed` and the step alone, so that arms with one seed see the same examples.
-    Under torchrun all processes call this alike and share every step's batch, see `mixtura.training.ranks`.
     Only parameters that require a gradient are trained. Balancing follows the model's configuration. A run that resumes
     has, bit for bit, the losses and weights of one that was never stopped.
 
