@@ -13,8 +13,8 @@ import typer
 from mixtura.cli.application import PresetOption, RecipeArgument, SetOption, app, recipe_path
 from mixtura.cli.lines import put_text
 from mixtura.config.describe import SECTIONS, keys_of, lines_of
+from mixtura.config.threads import crowded
 from mixtura.errors import EXTRAS, UserError
-from mixtura.threads import crowded
 
 
 @app.command(rich_help_panel="Recipes")

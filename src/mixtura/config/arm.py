@@ -187,7 +187,7 @@ class ArmConfig:
     )
     balance_over: Literal["batch", "global", "sequence"] = token_choice_setting(
         "batch",
-        says="Where load is counted: in a micro-batch, in the whole step on all ranks, or in each sequence (DeepSeek-V3).",
+        says="Where load is counted: in a micro-batch, in a step on all ranks, or in each sequence (DeepSeek-V3).",
         role="training",
         layer="balance_by_sequence",
         to_layer=lambda value: value == "sequence",

@@ -1,5 +1,7 @@
 """One training run: from the model that a caller built to a trained one, resumable at any point.
 
+Under torchrun all processes call `train` alike and share every step's batch, see `ranks`.
+
 A run folder holds `run.json` (what it was started with), `metrics.jsonl`, the last checkpoints `checkpoint-N/` and,
 once the run is complete, `checkpoint/`: the trained model as its users load it.
 """
