@@ -262,7 +262,7 @@ def test_the_verbs_export_and_verify(saved, tmp_path, monkeypatch, capsys):
     table = capsys.readouterr().out
     assert "| transformers " in table and "not tried: vllm is not installed" in table
     assert run(monkeypatch, "export", source, out) == 2
-    assert "exists: name a new folder" in capsys.readouterr().err
+    assert "is not empty: name a new folder" in capsys.readouterr().err
     weights = load_file(out / "model.safetensors")
     weights["model.norm.weight"] *= 1.5
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
