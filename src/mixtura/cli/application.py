@@ -55,7 +55,7 @@ def name_flags(message: str, arguments: Sequence[str]) -> str:
 
     def word(match: re.Match[str]) -> str:
         key = match[1]
-        if not _is_key(key):
+        if not _is_key(key) and not message[: match.start()].endswith("Unknown recipe key "):
             return match[0]
         if key in flags and (not own or flags[key] in given):
             return flags[key]
