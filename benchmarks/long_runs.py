@@ -294,10 +294,15 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
+def prepared(run: Run, folder: Folder) -> PreparedData:
+    """The text of a run, which all runs of a folder share."""
+    data = DataConfig(max_bytes=run.max_bytes, vocab_size=run.vocabulary, sequence_length=run.context)
+    return prepare_data(data, cache_dir=folder.path / "data")
+
+
 def train(run: Run, folder: Folder) -> None:
     """Trains one run, from its last state if there is one, and records every end that has no result."""
-    data = DataConfig(max_bytes=run.max_bytes, vocab_size=run.vocabulary, sequence_length=run.context)
-    training = Training(run, prepare_data(data, cache_dir=folder.path / "data"))
+    training = Training(run, prepared(run, folder))
     if folder.state(run).exists():
         training.restore(torch.load(folder.state(run), weights_only=True))
     done = folder.ends(run)

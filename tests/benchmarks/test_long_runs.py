@@ -1,4 +1,4 @@
-"""The script that searches initialisation scales: what it draws, and that a killed run ends as an unkilled one does."""
+"""The script of long runs: which models it trains, and that a killed run ends as an unkilled one does."""
 
 import importlib.util
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "initialisation.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "long_runs.py"
 SMALL = {
     "width": 16,
     "layers": 2,
@@ -16,41 +16,57 @@ SMALL = {
     "vocabulary": 300,
     "context": 16,
     "max_bytes": 200_000,
-    "experts": 4,
-    "group": 4,
     "batch": 4,
     "held_out": 64,
     "calibration": 1,
     "warmup": 2,
 }
+SPARSE = {"num_experts": 4, "top_k": 2}
+MIXED = {"num_experts": 4, "group_size": 4}
 
 
 @pytest.fixture
 def script(monkeypatch):
-    spec = importlib.util.spec_from_file_location("initialisation_script", SCRIPT)
+    spec = importlib.util.spec_from_file_location("long_runs_script", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
-def test_scales_are_multiples_of_fan_in_and_share_their_draws(script):
-    names = {"family": "mixture_of_tokens", "placement": "later_half", "width": 64, "layers": 2}
-    plain = script.Run(**names).model()
-    scaled = script.Run(**names, dense_up=0.5, dense_down=1, expert_up=2, expert_down=0.25, router=1).model()
-    dense, mixture = (layer.mlp for layer in scaled.model.layers)
-    fan_in, width = 64, mixture.experts.down_proj.size(-1)
+def test_a_run_trains_what_a_recipe_with_its_settings_would(script):
+    names = {"family": "mixture_of_tokens", "placement": "later_half", "layers": 2}
+    dense, mixture = (layer.mlp for layer in script.Run(**names, arm={"expert_scale": 0.5}).model().model.layers)
+    width = mixture.experts.down_proj.size(-1)
     for weight, expected in (
-        (dense.up_proj.weight, 0.5 / fan_in**0.5),
-        (dense.down_proj.weight, 1 / (4 * fan_in) ** 0.5),
-        (mixture.experts.up_proj, 2 / fan_in**0.5),
-        (mixture.experts.down_proj, 0.25 / width**0.5),
-        (mixture.gate.weight, 1 / fan_in**0.5),
+        (dense.up_proj.weight, 0.45 / 64**0.5),
+        (dense.down_proj.weight, 0.45 / 168**0.5),
+        (mixture.experts.down_proj, 0.5 / width**0.5),
+        (mixture.gate.weight, 1 / 64**0.5),
     ):
         assert weight.std().item() == pytest.approx(expected, rel=0.05)
-    before, after = plain.model.layers[1].mlp.gate.weight, mixture.gate.weight
-    torch.testing.assert_close(after / after.norm(), before / before.norm())
-    assert torch.equal(plain.model.embed_tokens.weight, scaled.model.embed_tokens.weight)
+    uniform = script.Run(**names, arm={"control": "uniform_router"}).model().model.layers[1].mlp
+    assert not uniform.gate.weight.any()
+
+
+def test_a_control_of_the_shared_width_is_dense_and_narrower(script):
+    arm = {**SPARSE, "num_shared_experts": 1, "control": "shared_width"}
+    model = script.Run(family="token_choice", arm=arm).model()
+    assert not model.mixture_layers() and model.model.layers[0].mlp.up_proj.weight.size(0) < 168
+
+
+@pytest.mark.parametrize("family", ["expert_threshold", "remoe"])
+def test_what_follows_the_load_moves_as_in_the_trainer(script, tmp_path, family):
+    run = script.Run(**SMALL, family=family, branches=(6,), arm=SPARSE)
+    folder = script.Folder(tmp_path)
+    assert script.train_next([run], folder)
+    (row,) = folder.rows()
+    assert row["steps_taken"] == 6 and set(row["load"]) == {"busiest", "idle", "active"}
+    training = script.Training(run, script.prepared(run, folder))
+    layer = training.model.mixture_layers()[0]
+    before = {name: value.clone() for name, value in layer.named_buffers()}
+    training.advance(6, decaying=False)
+    assert any(not torch.equal(value, before[name]) for name, value in layer.named_buffers())
 
 
 def test_branches_decay_from_a_constant_rate_to_zero(script):
@@ -63,7 +79,9 @@ def test_branches_decay_from_a_constant_rate_to_zero(script):
 @pytest.mark.parametrize("settings", [{"steps": 12}, {"branches": [8, 12]}])
 def test_a_killed_run_goes_on_to_the_same_results(script, monkeypatch, tmp_path, settings):
     runs = tmp_path / "runs.jsonl"
-    runs.write_text(json.dumps({**SMALL, **settings, "family": "mixture_of_tokens"}))
+    runs.write_text(
+        json.dumps({**SMALL, **settings, "family": "mixture_of_tokens", "arm": MIXED, "all_mixtures": True})
+    )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     (run,) = script.read_runs(runs)
     assert script.train_next([run], script.Folder(whole)) and not script.train_next([run], script.Folder(whole))
