@@ -12,6 +12,7 @@ the rows into benchmarks/results/ with versions and hardware.
 
 With "branches" the schedule has no end of its own: after a warm-up the rate is constant, and for every number of steps
 among the branches a copy of the run decays over its last `decay` share, so one run gives the loss at several budgets.
+A line with more branches than an earlier one goes on from where that one stopped.
 """
 
 import argparse
@@ -47,7 +48,7 @@ from mixtura.training.optimization import build_optimizer, clip_gradients, learn
 
 RESULTS = Path(__file__).parent / "results"
 SAVE_SECONDS = 120
-NOT_SETTINGS = ("name", "priority")
+NOT_SETTINGS = ("name", "priority", "branches", "all_mixtures")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,8 @@ class Run:
     def key(self) -> str:
         """A name that follows from the settings."""
         settings = {name: value for name, value in asdict(self).items() if name not in NOT_SETTINGS}
+        if self.branches:
+            settings["steps"] = None
         return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     @property
@@ -150,7 +153,8 @@ class Training:
         started = time.process_time()
         for group in self.optimizer.param_groups:
             group["lr"] = self.run.rate * self.run.rate_factor(self.step, end, decaying=decaying)
-        self.model.prepare_step(self.step, steps=self.run.ends[0])
+        # A run with branches has no length; its warm-up then counts as a tenth of it.
+        self.model.prepare_step(self.step, steps=10 * self.run.warmup if self.run.branches else end)
         ids_BL = self._rows(self.step * self.run.batch, self.run.batch)
         output = self.model(input_ids=ids_BL, labels=ids_BL, use_cache=False, output_routing=self.follows_load)
         assert output.loss is not None and output.language_loss is not None, "labels were given"
@@ -303,23 +307,24 @@ def prepared(run: Run, folder: Folder) -> PreparedData:
 def train(run: Run, folder: Folder) -> None:
     """Trains one run, from its last state if there is one, and records every end that has no result."""
     training = Training(run, prepared(run, folder))
-    if folder.state(run).exists():
-        training.restore(torch.load(folder.state(run), weights_only=True))
     done = folder.ends(run)
+    first = min(run.decay_start(end) if run.branches else end for end in run.ends if end not in done)
+    if folder.state(run).exists() and (state := torch.load(folder.state(run), weights_only=True))["step"] <= first:
+        training.restore(state)
     for end in run.ends:
         if not run.branches:
             advance_to(training, end, end, folder)
             folder.add(training.row(end))
-            continue
-        advance_to(training, run.decay_start(end), end, folder)
+            folder.state(run).unlink(missing_ok=True)
+            return
         if end in done:
             continue
+        advance_to(training, run.decay_start(end), end, folder)
         folder.save(training)
         trunk = copy.deepcopy(training.state())
         advance_to(training, end, end, None)
         folder.add(training.row(end))
         training.restore(trunk)
-    folder.state(run).unlink(missing_ok=True)
 
 
 def advance_to(training: Training, step: int, end: int, folder: Folder | None) -> None:

@@ -104,7 +104,19 @@ def test_a_killed_run_goes_on_to_the_same_results(script, monkeypatch, tmp_path,
     rows = [[{**row, "cpu_seconds": 0} for row in script.Folder(folder).rows()] for folder in (whole, killed)]
     assert rows[0] == rows[1] and [row["end"] for row in rows[0]] == list(run.ends)
     assert set(rows[0][0]["losses"]) == {"group", "alone_all", "alone_top2", "population_all", "population_top2"}
-    assert not script.Folder(killed).state(run).exists()
+    assert script.Folder(killed).state(run).exists() == bool(run.branches)
+
+
+def test_a_run_with_more_branches_goes_on_from_an_earlier_one(script, tmp_path):
+    runs = [script.Run(**SMALL, branches=branches) for branches in ((8,), (8, 12))]
+    at_once, in_turn = script.Folder(tmp_path / "once"), script.Folder(tmp_path / "turn")
+    assert script.train_next(runs[1:], at_once)
+    assert script.train_next(runs, in_turn) and script.train_next(runs, in_turn)
+    assert not script.train_next(runs, in_turn)
+    rows = [
+        [(row["end"], row["losses"], row["training_curve"]) for row in folder.rows()] for folder in (at_once, in_turn)
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
 
 
 def test_a_run_that_another_process_has_is_left_to_it(script, tmp_path):
