@@ -47,6 +47,7 @@ from mixtura.training import balance
 from mixtura.training.optimization import build_optimizer, clip_gradients, learning_rate_factor
 
 RESULTS = Path(__file__).parent / "results"
+LIST = Path(__file__).with_name("long_runs.jsonl")
 SAVE_SECONDS = 120
 NOT_SETTINGS = ("name", "priority", "branches", "all_mixtures")
 
@@ -360,11 +361,11 @@ def read_runs(path: Path) -> list[Run]:
 
 def store(folder: Folder) -> Path:
     """Stores the results: the defaults once, and for every row only what differs from them, without its curve."""
-    left_out = {"key", "name", "priority", "training_curve"}
-    defaults = {name: value for name, value in {**asdict(Run()), "branches": []}.items() if name not in left_out}
+    left_out = {"key", "priority", "training_curve", "branches", "all_mixtures", "steps"}
+    defaults = {name: value for name, value in asdict(Run()).items() if name not in left_out}
     rows = [
         {name: value for name, value in row.items() if name not in left_out and value != defaults.get(name, ...)}
-        for row in folder.rows()
+        for row in sorted(folder.rows(), key=lambda row: (row["name"], row["width"], row["seed"], row["end"]))
     ]
     return store_record(RESULTS, "long-runs", settings=defaults, rows=rows)
 
@@ -374,7 +375,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     training = verbs.add_parser("train", help="train what has no result yet")
-    training.add_argument("runs", type=Path, help="a file of JSON lines")
+    training.add_argument("runs", type=Path, nargs="?", default=LIST, help="a file of JSON lines")
     training.add_argument("--folder", type=Path, default=Path("runs/long"), help="results and states")
     storing = verbs.add_parser("store", help="store the results with versions and hardware")
     storing.add_argument("--folder", type=Path, default=Path("runs/long"), help="results and states")
@@ -384,8 +385,8 @@ def main() -> None:
     if options.verb == "train":
         while train_next(read_runs(options.runs), folder):
             pass
-    else:
-        print(f"Stored in {store(folder)}")
+        return
+    print(f"Stored in {store(folder)}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from mixtura.comparison.holding import holding
 from mixtura.config import recipe_to_toml
 
 VERBS = (
+    "advise",
     "compare",
     "finetune",
     "train",
@@ -77,6 +78,7 @@ def test_every_verb_explains_itself(run, verb):
 
 
 OPTIONS = {
+    "advise": ("--tokens", "--width", "--parameters", "--memory", "--in-groups", "--out", "--open", "--json"),
     "compare": ("--preset", "--out", "--set", "--resume", "--dry-run", "--open"),
     "report": ("--open",),
     "train": ("--preset", "--arm", "--seed", "--out", "--set", "--resume", "--dry-run"),

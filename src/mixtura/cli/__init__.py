@@ -20,7 +20,7 @@ from mixtura.cli.application import app as app
 from mixtura.cli.flags import name_flags
 from mixtura.errors import Interrupted, UserError, disk_error, local_rank, missing_extra
 
-from mixtura.cli import train, recipes, use, convert, machine  # isort: skip  # noqa: F401
+from mixtura.cli import advise, train, recipes, use, convert, machine  # isort: skip  # noqa: F401
 
 
 def main() -> None:
