@@ -359,13 +359,20 @@ def read_runs(path: Path) -> list[Run]:
     return [Run(**{**line, "branches": tuple(line.get("branches", ()))}) for line in lines(path)]
 
 
-def store(folder: Folder) -> Path:
-    """Stores the results: the defaults once, and for every row only what differs from them, without its curve."""
+def store(folder: Folder, runs: list[Run]) -> Path:
+    """Stores the results: the defaults once, and for every row only what differs from them, without its curve.
+
+    A row has the name that its run has in the list now; those that the list no longer has keep theirs.
+    """
+    names = {run.key: run.name for run in runs}
     left_out = {"key", "priority", "training_curve", "branches", "all_mixtures", "steps"}
     defaults = {name: value for name, value in asdict(Run()).items() if name not in left_out}
     rows = [
         {name: value for name, value in row.items() if name not in left_out and value != defaults.get(name, ...)}
-        for row in sorted(folder.rows(), key=lambda row: (row["name"], row["width"], row["seed"], row["end"]))
+        for row in sorted(
+            (row | {"name": names.get(row["key"], row["name"])} for row in folder.rows()),
+            key=lambda row: (row["name"], row["width"], row["seed"], row["end"]),
+        )
     ]
     return store_record(RESULTS, "long-runs", settings=defaults, rows=rows)
 
@@ -374,19 +381,18 @@ def main() -> None:
     """Trains a list of runs, or stores their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    training = verbs.add_parser("train", help="train what has no result yet")
-    training.add_argument("runs", type=Path, nargs="?", default=LIST, help="a file of JSON lines")
-    training.add_argument("--folder", type=Path, default=Path("runs/long"), help="results and states")
-    storing = verbs.add_parser("store", help="store the results with versions and hardware")
-    storing.add_argument("--folder", type=Path, default=Path("runs/long"), help="results and states")
+    for verb, says in (("train", "train what has no result yet"), ("store", "store the results with versions")):
+        command = verbs.add_parser(verb, help=says)
+        command.add_argument("runs", type=Path, nargs="?", default=LIST, help="a file of JSON lines")
+        command.add_argument("--folder", type=Path, default=Path("runs/long"), help="results and states")
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = Folder(options.folder)
     if options.verb == "train":
         while train_next(read_runs(options.runs), folder):
             pass
-        return
-    print(f"Stored in {store(folder)}")
+    else:
+        print(f"Stored in {store(folder, read_runs(options.runs))}")
 
 
 if __name__ == "__main__":

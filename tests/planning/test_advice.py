@@ -69,6 +69,13 @@ def test_at_equal_seconds_slow_steps_count():
     assert best.pays_seconds.tokens > best.pays_flops.tokens
 
 
+def test_the_share_of_tokens_that_gives_denses_loss_is_named():
+    arms = {arm.arm: arm for arm in advise(tokens=1e7, width=64).arms}
+    share = ((150 * 1e7**-0.35 + 0.1) / 158) ** (-1 / 0.35) / 1e7
+    assert arms["token_choice"].dense_loss_at == pytest.approx(share, rel=0.1)
+    assert arms["dense"].dense_loss_at is None and 0.9 < arms["mixture_of_tokens"].dense_loss_at < 1.1
+
+
 def test_the_budget_from_which_a_family_pays_is_named_or_bounded():
     arms = {arm.arm: arm for arm in advise(tokens=3e6, width=64).arms}
     assert arms["token_choice"].pays_flops.always

@@ -31,6 +31,7 @@ def render_advice(advice: Advice, evidence: Evidence) -> str:
     environment.filters |= {
         "difference": sentences.difference,
         "payoff": sentences.payoff,
+        "dense_loss": sentences.dense_loss,
         "stands_on": sentences.stands_on,
         "memory": memory,
         "times": times,

@@ -27,10 +27,9 @@ def headline(advice: Advice) -> str:
     found = best.at_equal_flops
     if found is None:
         return f"Train dense: {where} no mixture is expected to be ahead of it at equal FLOPs."
-    sure = {DECIDED: "is", LIKELY: "is likely"}.get(certainty(found), "may be")
-    name = start(best.label)
+    sure = {DECIDED: "is expected to be", LIKELY: "is likely to be"}.get(certainty(found), "may be")
     gain = f"{number(-found.mean)} nats ahead of dense at equal FLOPs"
-    return f"{name} {sure} {'' if sure == 'may be' else 'to be '}{gain} {where}{_in_time(best.at_equal_seconds)}."
+    return f"{start(best.label)} {sure} {gain} {where}{_in_time(best.at_equal_seconds)}."
 
 
 def _in_time(found: Expected | None) -> str:
@@ -61,6 +60,15 @@ def payoff(found: Payoff | None) -> str:
     if found.tokens is None:
         return f"not below {compact(found.farthest)}"
     return "at every budget measured" if found.always else f"from {compact(found.tokens)}"
+
+
+def dense_loss(arm: ArmAdvice) -> str:
+    """With what share of dense's tokens and time it has dense's loss: "0.62x tokens, 0.75x time"."""
+    if arm.at_equal_flops is None:
+        return ""
+    if arm.dense_loss_at is None:
+        return "not in ten times"
+    return f"{times(arm.dense_loss_at)} tokens, {times(arm.dense_loss_at * arm.step_ratio)} time"
 
 
 def stands_on(arm: ArmAdvice) -> str:
@@ -96,7 +104,16 @@ def cautions(advice: Advice, evidence: Evidence) -> list[str]:
 
 def console_lines(advice: Advice, evidence: Evidence) -> list[str]:
     """The answer for a terminal."""
-    head = ["family", "equal FLOPs, nats to dense", "equal seconds", "sure", "pays (FLOPs)", "pays (seconds)", "step"]
+    head = [
+        "family",
+        "equal FLOPs, nats to dense",
+        "equal seconds",
+        "sure",
+        "dense's loss at",
+        "pays (FLOPs)",
+        "pays (seconds)",
+        "step",
+    ]
     rows = [[*head, "training memory"], *(_cells(arm) for arm in advice.arms)]
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -113,6 +130,7 @@ def _cells(arm: ArmAdvice) -> list[str]:
         difference(arm.at_equal_flops),
         difference(arm.at_equal_seconds),
         arm.refused or sure,
+        dense_loss(arm),
         payoff(arm.pays_flops),
         payoff(arm.pays_seconds),
         times(arm.step_ratio),

@@ -22,6 +22,7 @@ from mixtura.planning.shapes import feed_forward_shapes
 
 LEAST_TOKENS, MOST_TOKENS = 1e5, 1e10
 """Budgets between which it is asked where an arm begins to pay."""
+MOST_SHARE = 10.0
 FARTHEST = 10
 """A budget more than this many times the longest measured one is not named as one that pays."""
 
@@ -86,6 +87,8 @@ class ArmAdvice:
     step_ratio: float
     """Time of a step over dense's, measured at `ratio_width`."""
     ratio_width: int
+    dense_loss_at: float | None
+    """The share of dense's tokens at which it has dense's loss; more than `MOST_SHARE` is None, as it is of dense."""
     pays_flops: Payoff | None
     pays_seconds: Payoff | None
     runs: int
@@ -239,6 +242,7 @@ def _advise_arm(reading: _Reading, question: Question, arm: str) -> ArmAdvice:
         at_equal_seconds=_expected(reading, question, arm, ratio[0]) if other else None,
         step_ratio=ratio[0],
         ratio_width=ratio[1],
+        dense_loss_at=_dense_loss_at(reading.law, question, arm) if other else None,
         pays_flops=_payoff(reading, question, arm, 1.0) if other else None,
         pays_seconds=_payoff(reading, question, arm, ratio[0]) if other else None,
         runs=len(rows),
@@ -257,6 +261,13 @@ def _difference(law: Law, question: Question, arm: str, *, tokens: float, ratio:
     size = body_parameters(question.width, layers=question.layers)
     own = law.loss(arm, parameters=size, tokens=tokens / ratio)
     return own - law.loss(BASELINE, parameters=size, tokens=tokens)
+
+
+def _dense_loss_at(law: Law, question: Question, arm: str) -> float | None:
+    size = body_parameters(question.width, layers=question.layers)
+    loss = law.loss(BASELINE, parameters=size, tokens=question.tokens)
+    share = law.tokens_for(arm, loss, parameters=size) / question.tokens
+    return share if share <= MOST_SHARE else None
 
 
 def _expected(reading: _Reading, question: Question, arm: str, ratio: float) -> Expected:

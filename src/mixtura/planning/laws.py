@@ -60,6 +60,11 @@ class Law:
         size = 0.0 if self.alpha is None else self.size_terms[arm] * parameters**-self.alpha
         return self.floors[arm] + size + self.data_terms[arm] * tokens**-self.beta
 
+    def tokens_for(self, arm: str, loss: float, *, parameters: float) -> float:
+        """How many tokens bring an arm down to a loss; infinite if none do."""
+        rest = loss - self.loss(arm, parameters=parameters, tokens=math.inf)
+        return math.inf if rest <= 0 else (self.data_terms[arm] / rest) ** (1 / self.beta)
+
 
 def fit_law(ends: Sequence[RunEnd]) -> Law:
     """The law with the least squared error.
