@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtura.planning.evidence import Evidence, load_evidence
-from mixtura.planning.laws import fit_law, held_out_forecasts, noise_of
+from mixtura.planning.laws import BASELINE, fit_law, held_out_forecasts, noise_of
 from mixtura.report.significance import paired_difference
 from mixtura.results.conclusions import Difference
 
@@ -328,6 +328,8 @@ def _searches(runs: list[dict[str, Any]], *, width: int) -> str:
 
 def _law(evidence: Evidence) -> str:
     ends = evidence.ends(evidence.arms())
+    if BASELINE not in evidence.arms():
+        return "Too few budgets for a law.\n"
     law, forecasts = fit_law(ends), held_out_forecasts(ends)
     noise = noise_of(ends, law)
     size = "" if law.alpha is None else f", size exponent {law.alpha:.3f}"

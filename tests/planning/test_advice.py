@@ -145,6 +145,11 @@ def test_a_single_difference_is_that_of_the_whole_answer():
     assert expected_difference(question, "token_choice", evidence=given) == whole
 
 
+def test_runs_of_one_budget_are_too_few_for_advice():
+    with pytest.raises(UserError, match="1 budget of dense, and a law needs two"):
+        advise(tokens=3e6, width=64, given=evidence(budgets=(1_000_000,)))
+
+
 def test_evidence_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "evidence.json"
     columns = list(vars(evidence().rows[0]))

@@ -50,20 +50,23 @@ def advise(
 
     The answer is read from runs of this project and the law fitted to them, and says what it stands on.
     """
-    from mixtura.advising.answers import advise as ask
-    from mixtura.advising.answers import plain_advice
-    from mixtura.advising.sentences import console_lines
+    from mixtura.comparison.advice_words import console_lines
+    from mixtura.comparison.advising import advise as ask
+    from mixtura.comparison.advising import plain_advice
     from mixtura.planning.evidence import load_evidence
 
     page = out or (Path("advice.html") if show else None)
+    budget = amount(tokens, "tokens", _COUNTS)
+    size = None if parameters is None else amount(parameters, "parameters", _COUNTS)
+    room = None if memory is None else amount(memory, "memory", _BYTES)
     with naming_flags(_FLAGS):
         found = ask(
-            tokens=amount(tokens, "tokens", _COUNTS),
+            tokens=budget,
             width=width,
-            parameters=None if parameters is None else amount(parameters, "parameters", _COUNTS),
+            parameters=size,
             layers=layers,
             vocabulary=vocabulary,
-            memory=None if memory is None else amount(memory, "memory", _BYTES),
+            memory=room,
             token_by_token=not in_groups,
             out=page,
         )

@@ -161,6 +161,9 @@ def advise_on(question: Question, evidence: Evidence | None = None) -> Advice:
     Args:
         question: what is to be trained.
         evidence: other runs than those that come with Mixtura.
+
+    Raises:
+        UserError: the runs are too few for a law.
     """
     reading = _read(evidence or load_evidence(), question.token_by_token)
     arms = [_advise_arm(reading, question, arm) for arm in reading.law.floors]
@@ -194,6 +197,12 @@ class _Reading:
 @cache
 def _read(evidence: Evidence, deployed: bool) -> _Reading:
     arms = [arm for arm in evidence.arms() if arm in _PLACEMENTS]
+    if BASELINE not in arms:
+        budgets = len({row.tokens for row in evidence.of(BASELINE)})
+        raise UserError(
+            f"The runs that Mixtura comes with have {budgets} budget of dense, and a law needs two: train more with "
+            "`python benchmarks/long_runs.py train`."
+        )
     ends = evidence.ends(arms, in_groups=not deployed)
     law = fit_law(ends)
     forecasts = held_out_forecasts(ends)

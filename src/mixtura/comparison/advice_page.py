@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from mixtura.advising import sentences
+from mixtura.comparison import advice_words
 from mixtura.config.families import facts_of
 from mixtura.pages.environment import page_environment
 from mixtura.planning.advice import Advice, ArmAdvice, Question, expected_difference
@@ -29,10 +29,10 @@ def render_advice(advice: Advice, evidence: Evidence) -> str:
     """The page as text."""
     environment = page_environment(_TEMPLATES)
     environment.filters |= {
-        "difference": sentences.difference,
-        "payoff": sentences.payoff,
-        "dense_loss": sentences.dense_loss,
-        "stands_on": sentences.stands_on,
+        "difference": advice_words.difference,
+        "payoff": advice_words.payoff,
+        "dense_loss": advice_words.dense_loss,
+        "stands_on": advice_words.stands_on,
         "memory": memory,
         "times": times,
         "quantity": quantity,
@@ -44,12 +44,12 @@ def render_advice(advice: Advice, evidence: Evidence) -> str:
         advice=advice,
         question=advice.question,
         setting=evidence.setting,
-        headline=sentences.headline(advice),
-        cautions=sentences.cautions(advice, evidence),
+        headline=advice_words.headline(advice),
+        cautions=advice_words.cautions(advice, evidence),
         palette=[(f"arm-{arm.arm}", *facts_of(arm.arm).colours) for arm in advice.arms],
         symbols=symbols,
         shown=shown,
-        certainty={arm.arm: sentences.certainty(arm.at_equal_flops) for arm in shown if arm.at_equal_flops},
+        certainty={arm.arm: advice_words.certainty(arm.at_equal_flops) for arm in shown if arm.at_equal_flops},
         rows=_evidence_rows(evidence, [arm.arm for arm in advice.arms]),
         page_data={"figure": difference_figure(advice, evidence), "symbols": symbols},
         plotly_js=Markup(get_plotlyjs()),

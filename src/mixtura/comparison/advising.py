@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mixtura.advising.advice_page import render_advice
+from mixtura.comparison.advice_page import render_advice
 from mixtura.errors import UserError, reason_of
 from mixtura.files import write_text
 from mixtura.planning.advice import Advice, advise_on, question_of

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 import mixtura
-from mixtura.advising import sentences
-from mixtura.advising.advice_page import difference_figure, render_advice
+from mixtura import cli
+from mixtura.comparison import advice_words, advising
+from mixtura.comparison.advice_page import difference_figure, render_advice
 from mixtura.errors import UserError
+from mixtura.planning import advice as reading
 from mixtura.planning.advice import Expected, Payoff, advise_on, question_of
-from mixtura.planning.evidence import FILE, Evidence, Row, load_evidence
+from mixtura.planning.evidence import FILE, Evidence, Row, Setting, load_evidence
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evidence.py"
 
@@ -45,7 +47,19 @@ def evidence():
         for seed in (0, 1)
         for tokens in (1_000_000, 3_000_000, 10_000_000)
     ]
-    return Evidence(setting=load_evidence().setting, rows=tuple(rows))
+    setting = Setting(
+        layers=4,
+        vocabulary=512,
+        context=64,
+        tokens_per_step=4096,
+        experts=16,
+        top_k=2,
+        group_size=16,
+        text="film reviews",
+        machine="one thread",
+        created="2026-11-28",
+    )
+    return Evidence(setting=setting, rows=tuple(rows))
 
 
 def advice_of(evidence, **asked):
@@ -53,31 +67,31 @@ def advice_of(evidence, **asked):
 
 
 def test_the_first_line_is_the_answer(evidence):
-    ahead = sentences.headline(advice_of(evidence, tokens=1e7, width=64))
+    ahead = advice_words.headline(advice_of(evidence, tokens=1e7, width=64))
     assert ahead.startswith("Token-choice MoE is expected to be 0.0")
     assert "nats ahead of dense at equal FLOPs at width 64" in ahead and "at equal seconds." in ahead
-    assert sentences.headline(advice_of(evidence, tokens=1e6, width=64)).startswith("Train dense:")
-    assert sentences.headline(advice_of(evidence, tokens=1e6, width=64, memory=10)).startswith("No family fits 10")
+    assert advice_words.headline(advice_of(evidence, tokens=1e6, width=64)).startswith("Train dense:")
+    assert advice_words.headline(advice_of(evidence, tokens=1e6, width=64, memory=10)).startswith("No family fits 10")
 
 
 def test_a_difference_is_called_decided_likely_or_open():
     def expected(mean, half, ahead):
         return Expected(mean=mean, low=mean - half, high=mean + half, ahead=ahead)
 
-    assert sentences.certainty(expected(-0.1, 0.05, 0.99)) == "decided"
-    assert sentences.certainty(expected(0.04, 0.05, 0.06)) == "likely"
-    assert sentences.certainty(expected(0.01, 0.05, 0.4)) == "open"
+    assert advice_words.certainty(expected(-0.1, 0.05, 0.99)) == "decided"
+    assert advice_words.certainty(expected(0.04, 0.05, 0.06)) == "likely"
+    assert advice_words.certainty(expected(0.01, 0.05, 0.4)) == "open"
 
 
 def test_a_budget_that_pays_is_named_bounded_or_everywhere():
-    assert sentences.payoff(Payoff(tokens=2e6, always=False, farthest=1e8)) == "from 2.00\N{NO-BREAK SPACE}M"
-    assert sentences.payoff(Payoff(tokens=None, always=False, farthest=1e8)) == "not below 100\N{NO-BREAK SPACE}M"
-    assert sentences.payoff(Payoff(tokens=1e5, always=True, farthest=1e8)) == "at every budget measured"
-    assert sentences.payoff(None) == ""
+    assert advice_words.payoff(Payoff(tokens=2e6, always=False, farthest=1e8)) == "from 2.00\N{NO-BREAK SPACE}M"
+    assert advice_words.payoff(Payoff(tokens=None, always=False, farthest=1e8)) == "not below 100\N{NO-BREAK SPACE}M"
+    assert advice_words.payoff(Payoff(tokens=1e5, always=True, farthest=1e8)) == "at every budget measured"
+    assert advice_words.payoff(None) == ""
 
 
 def test_the_terminal_shows_what_it_stands_on_and_what_is_extrapolated(evidence):
-    lines = sentences.console_lines(advice_of(evidence, tokens=1e9, width=256), evidence)
+    lines = advice_words.console_lines(advice_of(evidence, tokens=1e9, width=256), evidence)
     text = "\n".join(lines)
     assert "6 ends, 2 seeds, 1.00 M to 10.0 M tokens, width 64" in text
     assert "Extrapolated: 1,000,000,000 tokens lie outside" in text and "Extrapolated: width 256" in text
@@ -87,14 +101,21 @@ def test_the_terminal_shows_what_it_stands_on_and_what_is_extrapolated(evidence)
 def test_the_page_holds_the_numbers_and_needs_no_network(evidence):
     advice = advice_of(evidence, tokens=3e6, width=64)
     page = render_advice(advice, evidence)
-    assert sentences.headline(advice) in page.replace("&#39;", "'")
+    assert advice_words.headline(advice) in page.replace("&#39;", "'")
     assert "src=" not in page.split("<script")[0] and "<h2>The rows it stands on</h2>" in page
     figure = difference_figure(advice, evidence)
     assert [trace["meta"]["arm"] for trace in figure["data"]] == ["token_choice"] * 3
     assert len(figure["data"][2]["x"]) == 3
 
 
-def test_the_verb_writes_its_page_or_says_why_not(tmp_path):
+@pytest.fixture
+def made_up(monkeypatch, evidence):
+    """The verb reads the runs above instead of the package's."""
+    for module in (reading, advising):
+        monkeypatch.setattr(module, "load_evidence", lambda: evidence)
+
+
+def test_the_verb_writes_its_page_or_says_why_not(made_up, tmp_path):
     asked = {"tokens": 3e6, "width": 64}
     found = mixtura.advise(**asked, out=tmp_path / "advice.html")
     assert found == mixtura.advise(**asked) and (tmp_path / "advice.html").stat().st_size > 100_000
@@ -103,10 +124,26 @@ def test_the_verb_writes_its_page_or_says_why_not(tmp_path):
         mixtura.advise(**asked, out=tmp_path / "file" / "advice.html")
 
 
+def test_the_command_answers_in_a_sentence_and_in_json(made_up, monkeypatch, capsys, tmp_path):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["mixtura", "advise", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    text = run("--width", "64", "--tokens", "3M", "--out", str(tmp_path / "advice.html"))
+    assert "at width 64 and 3.00 million tokens" in text.splitlines()[0]
+    assert "Before you believe it:" in text and (tmp_path / "advice.html").exists()
+    answer = json.loads(run("--parameters", "0.2M", "--tokens", "3e6", "--memory", "1GB", "--json"))
+    assert answer["question"]["width"] == 64 and answer["question"]["memory"] == 1e9
+    assert {"arm", "at_equal_flops", "at_equal_seconds", "pays_flops"} <= set(answer["arms"][0])
+
+
 def test_the_package_holds_what_the_stored_runs_say(script):
     record = json.loads(script.RECORD.read_text(encoding="utf-8"))
     assert FILE.read_text(encoding="utf-8") == script.evidence_text(record)
-    assert {"dense", "token_choice", "mixture_of_tokens"} <= set(load_evidence().arms())
+    assert {"dense", "token_choice", "mixture_of_tokens"} <= {row.arm for row in load_evidence().rows}
 
 
 def test_two_results_of_one_run_are_refused(script):
