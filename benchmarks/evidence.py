@@ -16,6 +16,7 @@ from mixtura.config.families import FAMILIES
 from mixtura.planning.evidence import FILE, Evidence, Row, body_parameters, load_evidence
 from mixtura.planning.laws import BASELINE, published_loss
 from mixtura.report.significance import paired_difference
+from mixtura.results.conclusions import Difference
 
 RECORD = Path(__file__).parent / "results" / "long-runs-cpu.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "long-runs.png"
@@ -102,6 +103,9 @@ def draw(evidence: Evidence, *, width: int) -> Figure:
         for d in line
     ]
     axes.plot(line, published, ":", color=SOFT, linewidth=1.4, label="published joint law, top 1 of 16")
+    measured = [end for arm in arms for end in _differences(evidence, arm, width).values()]
+    low, high = min(each.mean for each in measured), max(each.mean for each in measured)
+    axes.set_ylim(min(low, 0) - 0.05, max(high, 0) + 0.05)  # the published law lies far outside at first
     axes.set(xscale="log", xlabel="Training tokens", ylabel="Held-out nats minus dense, as deployed")
     axes.set_title(f"Below zero is better than dense (width {width}, equal FLOPs a token)", loc="left", fontsize=11)
     axes.grid(True, color="#e3e6ea", linewidth=0.7)
@@ -111,22 +115,25 @@ def draw(evidence: Evidence, *, width: int) -> Figure:
     return figure
 
 
-def _draw_arm(axes: Any, evidence: Evidence, arm: str, width: int, *, colour: str, symbol: str, label: str) -> None:
-    means, low, high, at = [], [], [], []
+def _differences(evidence: Evidence, arm: str, width: int) -> dict[int, Difference]:
+    """Of an arm to dense, paired by seed, by budget."""
+    found = {}
     for tokens in sorted({row.tokens for row in evidence.of(arm, width=width)}):
         own, dense = (
             {row.seed: row.loss for row in evidence.of(name, width=width) if row.tokens == tokens}
             for name in (arm, BASELINE)
         )
-        found = paired_difference(own, dense)
-        if found is not None:
-            at.append(tokens)
-            means.append(found.mean)
-            low.append(0.0 if found.low is None else found.mean - found.low)
-            high.append(0.0 if found.high is None else found.high - found.mean)
-    if at:
+        if (difference := paired_difference(own, dense)) is not None:
+            found[tokens] = difference
+    return found
+
+
+def _draw_arm(axes: Any, evidence: Evidence, arm: str, width: int, *, colour: str, symbol: str, label: str) -> None:
+    found = _differences(evidence, arm, width)
+    if found:
+        half = [0.0 if each.high is None else each.high - each.mean for each in found.values()]
         style = {"color": colour, "marker": symbol, "markersize": 6, "linewidth": 1.6, "capsize": 3, "label": label}
-        axes.errorbar(at, means, yerr=[low, high], **style)
+        axes.errorbar(list(found), [each.mean for each in found.values()], yerr=half, **style)
 
 
 def main() -> None:
