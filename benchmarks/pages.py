@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtura.planning.evidence import Evidence, load_evidence
-from mixtura.planning.laws import BASELINE, fit_law, held_out_forecasts, noise_of
+from mixtura.planning.laws import fit_law, held_out_forecasts, noise_of
 from mixtura.report.significance import paired_difference
 from mixtura.results.conclusions import Difference
 
@@ -328,18 +328,17 @@ def _searches(runs: list[dict[str, Any]], *, width: int) -> str:
 
 def _law(evidence: Evidence) -> str:
     ends = evidence.ends(evidence.arms())
-    if BASELINE not in evidence.arms():
-        return "Too few budgets for a law.\n"
     law, forecasts = fit_law(ends), held_out_forecasts(ends)
     noise = noise_of(ends, law)
     size = "" if law.alpha is None else f", size exponent {law.alpha:.3f}"
-    text = f"Data exponent {law.beta:.3f}{size}; runs scatter by {noise.of_run:.4f} nats between seeds and "
+    data = "One budget, so no data exponent" if law.beta is None else f"Data exponent {law.beta:.3f}"
+    text = f"{data}{size}; runs scatter by {noise.of_run:.4f} nats between seeds and "
     text += f"{noise.of_end:.4f} within a run, lack of fit included.\n\n"
     rows = [
         [
             arm.replace("_", " "),
             f"{law.floors[arm]:.3f}",
-            f"{law.data_terms[arm]:.1f}",
+            f"{law.data_terms.get(arm, 0):.1f}",
             f"{law.size_terms.get(arm, 0):.2f}",
         ]
         for arm in law.floors

@@ -87,13 +87,13 @@ def test_a_budget_that_pays_is_named_bounded_or_everywhere():
     assert advice_words.payoff(Payoff(tokens=2e6, always=False, farthest=1e8)) == "from 2.00\N{NO-BREAK SPACE}M"
     assert advice_words.payoff(Payoff(tokens=None, always=False, farthest=1e8)) == "not below 100\N{NO-BREAK SPACE}M"
     assert advice_words.payoff(Payoff(tokens=1e5, always=True, farthest=1e8)) == "at every budget measured"
-    assert advice_words.payoff(None) == ""
+    assert advice_words.payoff(None) == "\N{EN DASH}"
 
 
 def test_the_terminal_shows_what_it_stands_on_and_what_is_extrapolated(evidence):
     lines = advice_words.console_lines(advice_of(evidence, tokens=1e9, width=256), evidence)
     text = "\n".join(lines)
-    assert "6 ends, 2 seeds, 1.00 M to 10.0 M tokens, width 64" in text
+    assert "6 results, 2 seeds, 1.00 M to 10.0 M tokens, width 64" in text
     assert "Extrapolated: 1,000,000,000 tokens lie outside" in text and "Extrapolated: width 256" in text
     assert all(len(line) < 220 for line in lines)
 

@@ -145,9 +145,17 @@ def test_a_single_difference_is_that_of_the_whole_answer():
     assert expected_difference(question, "token_choice", evidence=given) == whole
 
 
-def test_runs_of_one_budget_are_too_few_for_advice():
-    with pytest.raises(UserError, match="1 budget of dense, and a law needs two"):
-        advise(tokens=3e6, width=64, given=evidence(budgets=(1_000_000,)))
+def test_runs_of_one_budget_and_seed_say_little_and_not_nothing():
+    thin = evidence(budgets=(1_000_000,), seeds=(0,))
+    near, far = (
+        {arm.arm: arm for arm in advise(tokens=tokens, width=64, given=thin).arms}["token_choice"]
+        for tokens in (1e6, 1e8)
+    )
+    assert near.at_equal_flops.mean == pytest.approx(far.at_equal_flops.mean)
+    half = near.at_equal_flops.high - near.at_equal_flops.mean
+    assert half == pytest.approx(1.96 * 0.02 * 2**0.5, rel=0.2) and not far.at_equal_flops.decided
+    assert near.at_equal_seconds is None and near.pays_flops is None
+    assert near.dense_loss_at is None and near.budgets == (1_000_000, 1_000_000)
 
 
 def test_evidence_is_read_as_it_was_written(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mixtura.planning.laws import (
+    UNKNOWN_NOISE,
     Law,
     RunEnd,
     fit_law,
@@ -55,6 +56,12 @@ def test_a_law_is_found_again_in_runs_that_follow_it():
             assert found.loss(arm, parameters=parameters, tokens=tokens) == pytest.approx(expected, abs=0.003)
 
 
+def test_tokens_for_a_loss_are_those_that_give_it():
+    found = fit_law(ends())
+    loss = found.loss("dense", parameters=2e5, tokens=1e7)
+    assert found.tokens_for("dense", loss, parameters=2e5) == pytest.approx(1e7)
+
+
 def test_an_arm_of_one_width_takes_its_size_term_from_dense():
     kept = [end for end in ends() if end.arm == "dense" or end.parameters == 2e5]
     found = fit_law(kept)
@@ -69,9 +76,28 @@ def test_runs_of_one_width_leave_the_size_out():
     assert found.loss("dense", parameters=1.0, tokens=1e7) == found.loss("dense", parameters=1e9, tokens=1e7)
 
 
-def test_an_arm_with_one_budget_is_refused():
-    with pytest.raises(ValueError, match="dense has runs of one budget"):
-        fit_law([end for end in ends() if end.tokens == 1e6])
+def test_an_arm_of_one_budget_keeps_its_difference():
+    kept = [end for end in ends(sizes=(2e5,)) if end.arm == "dense" or end.tokens == 1e6]
+    found = fit_law(kept)
+    gaps = [
+        found.loss("token_choice", parameters=2e5, tokens=tokens) - found.loss("dense", parameters=2e5, tokens=tokens)
+        for tokens in (1e6, 1e8)
+    ]
+    truth = TRUTH.loss("token_choice", parameters=2e5, tokens=1e6) - TRUTH.loss("dense", parameters=2e5, tokens=1e6)
+    assert gaps == pytest.approx([truth, truth], abs=0.003)
+
+
+def test_dense_of_one_budget_leaves_the_tokens_out():
+    found = fit_law([end for end in ends(sizes=(2e5,)) if end.tokens == 1e6])
+    assert found.beta is None and found.data_terms == {}
+    assert found.tokens_for("dense", 3.0, parameters=2e5) == math.inf
+    expected = TRUTH.loss("token_choice", parameters=2e5, tokens=1e6)
+    assert found.loss("token_choice", parameters=2e5, tokens=1e9) == pytest.approx(expected)
+
+
+def test_without_a_second_seed_noise_is_taken_from_elsewhere():
+    single = ends(sizes=(2e5,), seeds=(0,))
+    assert noise_of(single, fit_law(single)).of_run == UNKNOWN_NOISE
 
 
 def test_the_noise_of_runs_and_of_ends_is_told_apart():

@@ -4,7 +4,9 @@ from mixtura.planning.advice import Advice, ArmAdvice, Expected, Payoff
 from mixtura.planning.evidence import Evidence
 from mixtura.report.wording import (
     NBSP,
+    NONE,
     compact,
+    count,
     memory,
     number,
     quantity,
@@ -47,16 +49,16 @@ def certainty(found: Expected) -> str:
 
 
 def difference(found: Expected | None) -> str:
-    """A difference with its interval: "-0.052 (-0.071 to -0.033)"."""
+    """A difference with its interval: "-0.052 (-0.071 to -0.033)"; an en dash where there is none."""
     if found is None:
-        return "baseline"
+        return NONE
     return f"{signed(found.mean)} ({signed_interval(found.low, found.high)})"
 
 
 def payoff(found: Payoff | None) -> str:
     """From which budget an arm pays: "from 2.1 M", "from the smallest measured", "not below 300 M"."""
     if found is None:
-        return ""
+        return NONE
     if found.tokens is None:
         return f"not below {compact(found.farthest)}"
     return "at every budget measured" if found.always else f"from {compact(found.tokens)}"
@@ -64,19 +66,19 @@ def payoff(found: Payoff | None) -> str:
 
 def dense_loss(arm: ArmAdvice) -> str:
     """With what share of dense's tokens and time it has dense's loss: "0.62x tokens, 0.75x time"."""
-    if arm.at_equal_flops is None:
-        return ""
+    if arm.pays_flops is None:
+        return NONE
     if arm.dense_loss_at is None:
         return "not in ten times"
     return f"{times(arm.dense_loss_at)} tokens, {times(arm.dense_loss_at * arm.step_ratio)} time"
 
 
 def stands_on(arm: ArmAdvice) -> str:
-    """The runs behind an arm: "12 ends, 3 seeds, 1.00 M to 10.0 M tokens, width 64"."""
+    """The runs behind an arm: "12 results, 3 seeds, 1.00 M to 10.0 M tokens, width 64"."""
     widths = ", ".join(map(str, arm.widths))
-    seeds = f"{arm.seeds} seed{'s' if arm.seeds > 1 else ''}"
     low, high = (compact(tokens) for tokens in arm.budgets)
-    return f"{arm.runs} ends, {seeds}, {low} to {high} tokens, width {widths}"
+    budgets = low if low == high else f"{low} to {high}"
+    return f"{count(arm.runs, 'result')}, {count(arm.seeds, 'seed')}, {budgets} tokens, width {widths}"
 
 
 def cautions(advice: Advice, evidence: Evidence) -> list[str]:
@@ -85,7 +87,10 @@ def cautions(advice: Advice, evidence: Evidence) -> list[str]:
     found = [f"Extrapolated: {reason}." for reason in advice.extrapolated]
     thin = [arm.label for arm in advice.arms if arm.seeds < 2]
     if thin:
-        found.append(f"One seed only: {', '.join(thin)}; their noise is taken from the arms with several.")
+        found.append(f"One seed only: {', '.join(thin)}; how much seeds scatter is taken from other runs.")
+    single = [arm.label for arm in advice.arms if arm.budgets[0] == arm.budgets[1]]
+    if single:
+        found.append(f"One budget only: {', '.join(single)}; their difference is taken to be the same at others.")
     if advice.law_error is None:
         found.append("Too few budgets to predict the longest runs from shorter ones, so the law is untested.")
     else:

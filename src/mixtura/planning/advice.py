@@ -23,6 +23,8 @@ from mixtura.planning.shapes import feed_forward_shapes
 LEAST_TOKENS, MOST_TOKENS = 1e5, 1e10
 """Budgets between which it is asked where an arm begins to pay."""
 MOST_SHARE = 10.0
+ROUNDING = 1.05
+"""Farther than this beyond the measured runs, a budget or a size is said to be extrapolated."""
 FARTHEST = 10
 """A budget more than this many times the longest measured one is not named as one that pays."""
 
@@ -84,6 +86,7 @@ class ArmAdvice:
     at_equal_flops: Expected | None
     """None of dense."""
     at_equal_seconds: Expected | None
+    """None of dense, and where dense has runs of one budget, which say nothing of others; likewise what pays."""
     step_ratio: float
     """Time of a step over dense's, measured at `ratio_width`."""
     ratio_width: int
@@ -161,9 +164,6 @@ def advise_on(question: Question, evidence: Evidence | None = None) -> Advice:
     Args:
         question: what is to be trained.
         evidence: other runs than those that come with Mixtura.
-
-    Raises:
-        UserError: the runs are too few for a law.
     """
     reading = _read(evidence or load_evidence(), question.token_by_token)
     arms = [_advise_arm(reading, question, arm) for arm in reading.law.floors]
@@ -197,12 +197,6 @@ class _Reading:
 @cache
 def _read(evidence: Evidence, deployed: bool) -> _Reading:
     arms = [arm for arm in evidence.arms() if arm in _PLACEMENTS]
-    if BASELINE not in arms:
-        budgets = len({row.tokens for row in evidence.of(BASELINE)})
-        raise UserError(
-            f"The runs that Mixtura comes with have {budgets} budget of dense, and a law needs two: train more with "
-            "`python benchmarks/long_runs.py train`."
-        )
     ends = evidence.ends(arms, in_groups=not deployed)
     law = fit_law(ends)
     forecasts = held_out_forecasts(ends)
@@ -240,6 +234,7 @@ def _advise_arm(reading: _Reading, question: Question, arm: str) -> ArmAdvice:
     shape = _shape(evidence, question, arm)
     needed, ratio = state_memory(shape).total, evidence.step_ratio(arm, width=question.width)
     rows, other = evidence.of(arm), arm != BASELINE
+    moving = other and reading.law.beta is not None
     tokens = [row.tokens for row in rows]
     return ArmAdvice(
         arm=shape.family,
@@ -248,12 +243,12 @@ def _advise_arm(reading: _Reading, question: Question, arm: str) -> ArmAdvice:
         training_bytes=needed,
         refused="needs more memory" if question.memory is not None and needed > question.memory else None,
         at_equal_flops=_expected(reading, question, arm, 1.0) if other else None,
-        at_equal_seconds=_expected(reading, question, arm, ratio[0]) if other else None,
+        at_equal_seconds=_expected(reading, question, arm, ratio[0]) if moving else None,
         step_ratio=ratio[0],
         ratio_width=ratio[1],
-        dense_loss_at=_dense_loss_at(reading.law, question, arm) if other else None,
-        pays_flops=_payoff(reading, question, arm, 1.0) if other else None,
-        pays_seconds=_payoff(reading, question, arm, ratio[0]) if other else None,
+        dense_loss_at=_dense_loss_at(reading.law, question, arm) if moving else None,
+        pays_flops=_payoff(reading, question, arm, 1.0) if moving else None,
+        pays_seconds=_payoff(reading, question, arm, ratio[0]) if moving else None,
         runs=len(rows),
         seeds=len({row.seed for row in rows}),
         budgets=(min(tokens), max(tokens)),
@@ -311,7 +306,8 @@ def _times_beyond(evidence: Evidence, question: Question) -> tuple[float, float]
 
 
 def _outside(value: float, measured: Sequence[float]) -> float:
-    return max(1.0, value / max(measured), min(measured) / value)
+    beyond = max(value / max(measured), min(measured) / value)
+    return beyond if beyond > ROUNDING else 1.0
 
 
 def _beyond(evidence: Evidence, question: Question) -> tuple[str, ...]:

@@ -66,9 +66,8 @@ class Evidence:
         return [row for row in self.rows if row.arm == arm and width in (None, row.width)]
 
     def arms(self) -> list[str]:
-        """The arms that a law can hold: those with two budgets or more; dense first."""
-        names = sorted({row.arm for row in self.rows}, key=lambda arm: (arm != BASELINE, arm))
-        return [arm for arm in names if len({row.tokens for row in self.of(arm)}) > 1]
+        """The names of all arms, dense first."""
+        return sorted({row.arm for row in self.rows}, key=lambda arm: (arm != BASELINE, arm))
 
     def ends(self, arms: Sequence[str], *, in_groups: bool = False) -> list[RunEnd]:
         """What laws are fitted to.

@@ -6,8 +6,8 @@ For arm a, a model of N parameters outside the embeddings (those of its dense co
 
 with exponents that all arms share, as the joint law for dense models and mixtures (arXiv 2502.05172, equation 3) does
 but for small terms: few budgets cannot tell an exponent for each arm. Given the exponents the rest is linear, so only
-they are searched. An arm with runs of one width takes n_a from dense; if dense has one width too, the second term is
-left out, and part of c_a.
+they are searched. An arm with runs of one size takes n_a from dense, and one with runs of one budget b_a: its
+difference is taken to stay. If dense has one size or budget, that term is left out, and part of c_a.
 
 Where runs differ from the law is noise of two kinds: of a whole run, whose budgets share their first weights and most
 of their data, and of a single end. `law_replicates` draws both again and again and fits each time.
@@ -24,6 +24,8 @@ from scipy.optimize import minimize
 BASELINE = "dense"
 """The arm that all others are compared with."""
 REPLICATES = 200
+UNKNOWN_NOISE = 0.02
+"""Standard deviation between seeds, in nats, where no arm has two: what runs of this kind had (docs/log.md)."""
 _EXPONENTS = (0.05, 1.0)
 """Between which exponents are searched."""
 
@@ -46,52 +48,75 @@ class Law:
     """The law with its numbers."""
 
     alpha: float | None
-    """None where all runs have one N."""
-    beta: float
-    size_terms: dict[str, float]
-    """n of every arm; empty likewise."""
+    """None where dense has one N."""
+    beta: float | None
+    """None where dense has one D."""
     floors: dict[str, float]
     """c of every arm."""
+    size_terms: dict[str, float]
+    """n of every arm; empty where alpha is None."""
     data_terms: dict[str, float]
-    """b of every arm."""
+    """b of every arm; empty where beta is None."""
 
     def loss(self, arm: str, *, parameters: float, tokens: float) -> float:
         """Held-out nats a token."""
         size = 0.0 if self.alpha is None else self.size_terms[arm] * parameters**-self.alpha
-        return self.floors[arm] + size + self.data_terms[arm] * tokens**-self.beta
+        data = 0.0 if self.beta is None else self.data_terms[arm] * tokens**-self.beta
+        return self.floors[arm] + size + data
 
     def tokens_for(self, arm: str, loss: float, *, parameters: float) -> float:
-        """How many tokens bring an arm down to a loss; infinite if none do."""
+        """How many tokens bring an arm down to a loss; infinite if none do, or the law knows one budget."""
         rest = loss - self.loss(arm, parameters=parameters, tokens=math.inf)
-        return math.inf if rest <= 0 else (self.data_terms[arm] / rest) ** (1 / self.beta)
+        if self.beta is None or rest <= 0:
+            return math.inf
+        return (self.data_terms[arm] / rest) ** (1 / self.beta)
 
 
 def fit_law(ends: Sequence[RunEnd]) -> Law:
     """The law with the least squared error.
 
     Args:
-        ends: of every arm at least two budgets.
-
-    Raises:
-        ValueError: an arm has one budget.
+        ends: of dense and of any other arms.
     """
     arms = sorted({end.arm for end in ends})
-    for arm in arms:
-        if len({end.tokens for end in ends if end.arm == arm}) < 2:
-            raise ValueError(f"{arm} has runs of one budget: a law needs two or more.")
     table = _Table(ends, arms)
-    start = [0.3] * table.exponents
-    bounds = [_EXPONENTS] * table.exponents
-    found = minimize(lambda exponents: table.solve(exponents)[1], start, bounds=bounds, method="L-BFGS-B")
-    terms = table.solve(found.x)[0].tolist()
-    floors, data_terms, size_terms = terms[: len(arms)], terms[len(arms) : 2 * len(arms)], terms[2 * len(arms) :]
+    bounds = [_EXPONENTS] * len(table.terms)
+    found: list[float] = []
+    if bounds:
+        least = minimize(lambda at: table.solve(at)[1], [0.3] * len(bounds), bounds=bounds, method="L-BFGS-B")
+        found = least.x.tolist()
+    terms = table.solve(found)[0].tolist()
+    floors, rest = dict(zip(arms, terms[: len(arms)], strict=True)), terms[len(arms) :]
+    values: dict[str, dict[str, float]] = {"size": {}, "data": {}}
+    for term in table.terms:
+        values[term.name] = {arm: rest[term.column(arm)] for arm in arms}
+        rest = rest[len(term.arms) :]
+    exponents = dict(zip((term.name for term in table.terms), found, strict=True))
     return Law(
-        alpha=float(found.x[1]) if table.sized else None,
-        beta=float(found.x[0]),
-        size_terms={arm: size_terms[table.size_column(arm)] for arm in arms} if table.sized else {},
-        floors=dict(zip(arms, floors, strict=True)),
-        data_terms=dict(zip(arms, data_terms, strict=True)),
+        alpha=exponents.get("size"),
+        beta=exponents.get("data"),
+        floors=floors,
+        size_terms=values["size"],
+        data_terms=values["data"],
     )
+
+
+class _Term:
+    """A power of one quantity, with a factor for each arm that has two values of it or more; others take dense's."""
+
+    def __init__(self, name: str, ends: Sequence[RunEnd], values: Sequence[float]) -> None:
+        seen: dict[str, set[float]] = defaultdict(set)
+        for end, value in zip(ends, values, strict=True):
+            seen[end.arm].add(value)
+        self.name = name
+        self.arms = [BASELINE, *sorted(arm for arm in seen if len(seen[arm]) > 1 and arm != BASELINE)]
+        self.known = len(seen[BASELINE]) > 1
+        self.values = np.array(values)[:, None]
+        self.of_column = np.array([[self.column(end.arm) == k for k in range(len(self.arms))] for end in ends])
+
+    def column(self, arm: str) -> int:
+        """Which of the factors an arm has."""
+        return self.arms.index(arm) if arm in self.arms else 0
 
 
 class _Table:
@@ -99,29 +124,20 @@ class _Table:
 
     def __init__(self, ends: Sequence[RunEnd], arms: Sequence[str]) -> None:
         self.losses = np.array([end.loss for end in ends])
-        self.tokens = np.array([end.tokens for end in ends])
-        self.parameters = np.array([end.parameters for end in ends])
         self.of_arm = np.array([[end.arm == arm for arm in arms] for end in ends], dtype=float)
-        sizes = {arm: len({end.parameters for end in ends if end.arm == arm}) for arm in arms}
-        self.sized = [BASELINE, *(arm for arm in arms if sizes[arm] > 1 and arm != BASELINE)]
-        if sizes.get(BASELINE, 1) < 2:
-            self.sized = []
-        self.of_size = np.array([[self.size_column(end.arm) == k for k in range(len(self.sized))] for end in ends])
-        self.exponents = 2 if self.sized else 1
-
-    def size_column(self, arm: str) -> int:
-        """Which of the size terms an arm has."""
-        return self.sized.index(arm) if arm in self.sized else 0
+        terms = [
+            _Term("data", ends, [end.tokens for end in ends]),
+            _Term("size", ends, [end.parameters for end in ends]),
+        ]
+        self.terms = [term for term in terms if term.known]
 
     def solve(self, exponents: Sequence[float]) -> tuple[np.ndarray, float]:
-        """The best terms for given exponents, and the sum of squared errors."""
-        columns = [self.of_arm, self.of_arm * self.tokens[:, None] ** -exponents[0]]
-        if self.sized:
-            columns.append(self.of_size * self.parameters[:, None] ** -exponents[1])
-        table = np.concatenate(columns, axis=1)
+        """The best factors for given exponents, and the sum of squared errors."""
+        powers = [term.of_column * term.values**-at for term, at in zip(self.terms, exponents, strict=True)]
+        table = np.concatenate([self.of_arm, *powers], axis=1)
         scale = np.abs(table).max(0)
-        terms = np.linalg.lstsq(table / scale, self.losses, rcond=None)[0] / scale
-        return terms, float(np.square(table @ terms - self.losses).sum())
+        factors = np.linalg.lstsq(table / scale, self.losses, rcond=None)[0] / scale
+        return factors, float(np.square(table @ factors - self.losses).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +161,7 @@ def noise_of(ends: Sequence[RunEnd], law: Law) -> Noise:
     within = [(value - math.fsum(values) / len(values)) ** 2 for values in rest.values() for value in values]
     free_between, free_within = len(between) - len(seeds), len(within) - len(rest)
     return Noise(
-        of_run=math.sqrt(math.fsum(between) / free_between) if free_between else 0.0,
+        of_run=math.sqrt(math.fsum(between) / free_between) if free_between else UNKNOWN_NOISE,
         of_end=math.sqrt(math.fsum(within) / free_within) if free_within > 0 else 0.0,
     )
 
