@@ -132,7 +132,7 @@ def _cells(arm: ArmAdvice) -> list[str]:
     sure = "" if arm.at_equal_flops is None else certainty(arm.at_equal_flops)
     return [
         arm.label,
-        difference(arm.at_equal_flops),
+        "baseline" if arm.at_equal_flops is None else difference(arm.at_equal_flops),
         difference(arm.at_equal_seconds),
         arm.refused or sure,
         dense_loss(arm),

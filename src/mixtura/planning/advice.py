@@ -316,7 +316,9 @@ def _beyond(evidence: Evidence, question: Question) -> tuple[str, ...]:
     widths = sorted({row.width for row in evidence.rows})
     found = []
     if budget > 1:
-        found.append(f"{question.tokens:,.0f} tokens lie outside the {min(tokens):,} to {max(tokens):,} measured")
+        least, most = min(tokens), max(tokens)
+        measured = f"{least:,} to {most:,}" if least < most else f"{least:,}"
+        found.append(f"{question.tokens:,.0f} tokens lie outside the {measured} measured")
     if size > 1:
         named = ", ".join(map(str, widths))
         found.append(
