@@ -9,6 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from mixtura.planning.evidence import Evidence, load_evidence
+from mixtura.planning.laws import fit_law, held_out_forecasts, noise_of
+from mixtura.report.significance import paired_difference
+from mixtura.results.conclusions import Difference
+
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results"
 PAGES = ROOT / "docs" / "results"
@@ -31,6 +36,7 @@ def pages() -> dict[str, str]:
         "experts": experts,
         "rates": rates,
         "initialisation": initialisation,
+        "long-runs": long_runs,
     }
     if _records("gpu-*.json"):
         makers["gpu"] = gpu
@@ -225,7 +231,8 @@ def initialisation() -> str:
     text = _top(
         "How much does the scale of the first weights matter?",
         "`benchmarks/results/initialisation-*.json`",
-        "Held-out nats a token after short runs of `benchmarks/initialisation.py`. A scale multiplies "
+        "Held-out nats a token after short runs of layers without a gate, by an earlier form of "
+        "`benchmarks/long_runs.py`. A scale multiplies "
         "1 / sqrt(fan-in); a dash is the standard deviation 0.02. Up and down are the two projections of dense layers "
         "and of experts. "
         "One row a run. The [log](../log.md) says what follows.",
@@ -249,6 +256,165 @@ def initialisation() -> str:
         rows = (_start(record["settings"] | row) for row in record["rows"])
         text += _table(head, rows) + "\n"
     return text.rstrip("\n") + "\n"
+
+
+def long_runs() -> str:
+    """Losses of every family at several budgets, the searches before them, and the law fitted to them."""
+    text = _top(
+        "How do the families compare as training goes on?",
+        "`benchmarks/results/long-runs-cpu.json`",
+        "Held-out nats a token at several budgets of `python benchmarks/long_runs.py train`: one constant rate a run, "
+        "and for each budget a copy that decays. Differences are paired by seed, with 95 % t-intervals where there are "
+        "two seeds or more. Mixtures of tokens count as deployed: `population`, two mixtures a token. "
+        "[Results](../results.md) says what follows.",
+    )
+    ((name, record),) = _records("long-runs-cpu.json")
+    runs, evidence = [record["settings"] | row for row in record["rows"]], load_evidence()
+    made, about = record["created"][:10], record["environment"]
+    text += (
+        f"{made}, {about['processor']}, torch {about['torch']}, transformers {about['transformers']} (`{name}`).\n\n"
+    )
+    text += f"## Difference to dense\n\n{_differences(runs)}\n"
+    text += f"## Mixture of tokens by mode\n\n{_modes(runs)}\n"
+    text += f"## Load, time and spikes\n\n{_loads(runs, evidence)}\n"
+    text += f"## Searches, seed 0 unless said\n\n{_searches(runs, width=record['settings']['width'])}\n"
+    text += f"## The law\n\n{_law(evidence)}"
+    return text
+
+
+def _named(runs: list[dict[str, Any]]) -> dict[tuple[str, int], dict[int, dict[int, dict[str, Any]]]]:
+    """Runs that are evidence: by arm and width, then by budget, then by seed."""
+    found: dict[tuple[str, int], dict[int, dict[int, dict[str, Any]]]] = {}
+    for run in runs:
+        if run["name"] != "search":
+            of_arm = found.setdefault((run["name"], run["width"]), {})
+            of_arm.setdefault(run["tokens"], {})[run["seed"]] = run
+    return dict(sorted(found.items(), key=lambda item: (item[0][1], item[0][0] != "dense", item[0][0])))
+
+
+def _deployed(run: dict[str, Any]) -> float:
+    losses = run["losses"]
+    return losses["causal"] if "causal" in losses else losses["population_top2"]
+
+
+def _differences(runs: list[dict[str, Any]]) -> str:
+    named = _named(runs)
+    budgets = sorted({tokens for of_arm in named.values() for tokens in of_arm})
+    rows = []
+    for (arm, width), of_arm in named.items():
+        cells = []
+        for tokens in budgets:
+            own = {seed: _deployed(run) for seed, run in of_arm.get(tokens, {}).items()}
+            base = {seed: _deployed(run) for seed, run in named.get(("dense", width), {}).get(tokens, {}).items()}
+            if arm == "dense" and own:
+                cells.append(f"{sum(own.values()) / len(own):.3f} ({_seeds(len(own))})")
+            else:
+                cells.append(_margin(paired_difference(own, base)))
+        rows.append([arm.replace("_", " "), str(width), *cells])
+    return _table(["arm", "width", *(f"{tokens / 1e6:.1f} M tokens" for tokens in budgets)], rows)
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed" + ("s" if count > 1 else "")
+
+
+def _margin(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    half = "" if found.high is None else f" ± {found.high - found.mean:.3f}"
+    return f"{found.mean:+.3f}{half} ({_seeds(found.n)})"
+
+
+def _modes(runs: list[dict[str, Any]]) -> str:
+    modes = ("group", "alone_top2", "population_top2", "alone_all", "population_all")
+    mixing = [run for run in runs if "group" in run["losses"] and run["name"] != "search"]
+    rows = (
+        [
+            run["name"].replace("_", " "),
+            str(run["width"]),
+            str(run["seed"]),
+            f"{run['tokens'] / 1e6:.1f} M",
+            *(f"{run['losses'][mode]:.3f}" if mode in run["losses"] else "" for mode in modes),
+        ]
+        for run in mixing
+    )
+    return _table(["arm", "width", "seed", "tokens", *(mode.replace("_", " ") for mode in modes)], rows)
+
+
+def _loads(runs: list[dict[str, Any]], evidence: Evidence) -> str:
+    rows = []
+    for (arm, width), of_arm in _named(runs).items():
+        last = of_arm[max(of_arm)]
+        loads = [run["load"] for run in last.values() if run["load"]]
+        mean = {key: sum(load[key] for load in loads) / len(loads) for key in loads[0]} if loads else {}
+        ratio, at = evidence.step_ratio(arm, width=width) if evidence.of("dense", width=width) else (None, None)
+        parameters = next(iter(last.values()))["parameters"]
+        rows.append(
+            [
+                arm.replace("_", " "),
+                str(width),
+                f"{parameters:,}",
+                "" if ratio is None or at != width else f"{ratio:.2f}",
+                *(f"{mean[key]:.2f}" if mean else "" for key in ("busiest", "idle", "active")),
+                str(sum(run["spikes"] for run in last.values())),
+            ]
+        )
+    head = ["arm", "width", "parameters", "step, dense 1", "busiest expert, even 1", "idle experts", "active", "spikes"]
+    return _table(head, rows)
+
+
+def _searches(runs: list[dict[str, Any]], *, width: int) -> str:
+    least = min(run["tokens"] for run in runs)
+    shown = [run for run in runs if run["tokens"] == least and run["width"] == width]
+    hidden = ("top_k", "normalize_top_k")
+    rows = (
+        [
+            run["family"].replace("_", " "),
+            run["placement"].replace("_", " "),
+            ", ".join(f"{key} {value}" for key, value in run["arm"].items() if key not in hidden) or "derived",
+            f"{run['rate']:g}",
+            str(run["seed"]),
+            f"{_deployed(run):.3f}",
+        ]
+        for run in sorted(shown, key=lambda run: (run["family"], _deployed(run)))
+        if run["name"] == "search" or run["seed"] == 0
+    )
+    return _table(["family", "layers", "scales", "rate", "seed", f"loss at {least / 1e6:.1f} M tokens"], rows)
+
+
+def _law(evidence: Evidence) -> str:
+    ends = evidence.ends(evidence.arms())
+    law, forecasts = fit_law(ends), held_out_forecasts(ends)
+    noise = noise_of(ends, law)
+    size = "" if law.alpha is None else f", size exponent {law.alpha:.3f}"
+    data = "One budget, so no data exponent" if law.beta is None else f"Data exponent {law.beta:.3f}"
+    text = f"{data}{size}; runs scatter by {noise.of_run:.4f} nats between seeds and "
+    text += f"{noise.of_end:.4f} within a run, lack of fit included.\n\n"
+    rows = [
+        [
+            arm.replace("_", " "),
+            f"{law.floors[arm]:.3f}",
+            f"{law.data_terms.get(arm, 0):.1f}",
+            f"{law.size_terms.get(arm, 0):.2f}",
+        ]
+        for arm in law.floors
+    ]
+    text += _table(["arm", "floor c", "data term b", "size term n"], rows)
+    if not forecasts:
+        return text + "\nToo few budgets to hold the longest out.\n"
+    rows = [
+        [
+            each.arm.replace("_", " "),
+            f"{each.parameters:,.0f}",
+            f"{each.tokens / 1e6:.1f} M",
+            f"{each.predicted:.3f}",
+            f"{each.measured:.3f}",
+            f"{each.predicted - each.measured:+.3f}",
+        ]
+        for each in forecasts
+    ]
+    text += "\nThe longest runs, predicted from the shorter ones:\n\n"
+    return text + _table(["arm", "parameters", "tokens", "predicted", "measured", "error"], rows)
 
 
 def _start(run: dict[str, Any]) -> list[str]:

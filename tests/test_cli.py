@@ -18,6 +18,7 @@ from mixtura.comparison.folder import holding
 from mixtura.config import recipe_to_toml
 
 VERBS = (
+    "advise",
     "compare",
     "finetune",
     "train",
@@ -78,6 +79,7 @@ def test_every_verb_explains_itself(run, verb):
 
 
 OPTIONS = {
+    "advise": ("--tokens", "--width", "--parameters", "--memory", "--in-groups", "--out", "--open", "--json"),
     "compare": ("--preset", "--out", "--set", "--resume", "--dry-run", "--open"),
     "report": ("--open",),
     "train": ("--preset", "--arm", "--seed", "--out", "--set", "--resume", "--dry-run"),
@@ -332,3 +334,19 @@ def test_a_terminal_that_is_not_utf8_still_gets_the_verdict(recipe, tmp_path, mo
     terminal.flush()
     shown = terminal.buffer.getvalue().decode("latin-1")
     assert stop.value.code == 0 and "MoT is at \\u22120.5." in shown and "report.html" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tokens", "3M"), "either --width, of the dense model, or --parameters"),
+        (("--tokens", "many", "--width", "64"), "--tokens is 'many', which is no amount: give a number such as 30M."),
+        (("--tokens", "3M", "--width", "2"), "--width is 2: give 8 or more."),
+        (("--tokens", "3M", "--width", "64", "--memory", "8 apples"), "give a number such as 8GB."),
+    ],
+)
+def test_advise_says_what_is_wrong_with_a_question(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr("sys.argv", ["mixtura", "advise", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and message in " ".join(capsys.readouterr().err.split())

@@ -13,6 +13,7 @@ from mixtura.errors import EXTRAS, need
 
 SOURCE = Path(mixtura.__file__)
 VERBS = {
+    "advise",
     "calibrate",
     "compare",
     "diagnose",

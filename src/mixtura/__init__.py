@@ -12,6 +12,7 @@ from mixtura.errors import UserError as UserError
 from mixtura.errors import need
 
 if TYPE_CHECKING:
+    from mixtura.comparison.advising import advise as advise
     from mixtura.comparison.runner import compare as compare
     from mixtura.comparison.verbs import finetune as finetune
     from mixtura.comparison.verbs import train as train
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Interrupted",
     "UserError",
+    "advise",
     "calibrate",
     "compare",
     "diagnose",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "advise": "mixtura.comparison.advising",
     "calibrate": "mixtura.exporting.serving",
     "compare": "mixtura.comparison.runner",
     "diagnose": "mixtura.tasks.inspection",

@@ -86,6 +86,12 @@ def test_an_arm_that_names_no_scale_takes_its_familys(family):
     assert config.router_scale == derived.router_scale and config.initializer_range == 0.02
 
 
+def test_routers_of_gated_token_choice_and_of_mixing_start_decided():
+    scales = {family: derived_scales(ArmConfig(family=family), gated=True).router_scale for family in FAMILIES}
+    assert {family for family, scale in scales.items() if scale == 1.0} == {"token_choice", "soft", "mixture_of_tokens"}
+    assert derived_scales(ArmConfig(family="token_choice"), gated=False).router_scale is None
+
+
 def update_of(layer, x):
     with torch.no_grad():
         return layer(x).square().mean().sqrt().item()

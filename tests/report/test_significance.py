@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from mixtura.report.significance import (
     loss_at,
     mean_interval,
     paired_difference,
+    smallest_visible,
     speed_up,
 )
 from mixtura.results import Interval
@@ -199,3 +201,19 @@ def test_the_published_anchor_agrees_with_itself() -> None:
     assert [steps * per_step for steps in MOT_ANCHOR.behind_until_steps] == MOT_ANCHOR.behind_until_tokens
     assert [steps * per_step for steps in MOT_ANCHOR.slower_until_steps] == MOT_ANCHOR.slower_until_tokens
     assert MOT_ANCHOR.end_steps * per_step == MOT_ANCHOR.end_tokens
+
+
+def test_the_smallest_visible_difference_is_decided_in_four_cases_of_five():
+    """Of many comparisons whose true difference is the one named, four in five have an interval without zero."""
+    random, true_sd, seeds = np.random.default_rng(0), 0.02, 5
+    t = stats.t.ppf([0.975, 0.8], seeds - 1)
+    named = float(t.sum()) * true_sd / np.sqrt(seeds)
+    drawn = random.normal(named, true_sd, (4000, seeds))
+    found = [mean_interval(values.tolist()) for values in drawn[:400]]
+    assert np.median([smallest_visible(each) for each in found]) == pytest.approx(named, rel=0.1)
+    decided = np.abs(drawn.mean(1)) > t[0] * drawn.std(1, ddof=1) / np.sqrt(seeds)
+    assert decided.mean() == pytest.approx(0.8, abs=0.05)
+
+
+def test_one_seed_has_no_smallest_visible_difference():
+    assert smallest_visible(mean_interval([0.1])) is None

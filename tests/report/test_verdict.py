@@ -150,7 +150,7 @@ def test_clean_comparison_warns_only_of_what_is_true_of_it(make_results: MakeRes
     results["arms"]["mixture_of_tokens"]["learning_rate_search"]["at_edge"] = False
     results["arms"]["token_choice"].update(seconds_ratio=1.2, seconds_per_step=1.2 * 0.151)
     summary = summary_of(results)
-    assert kinds(summary) == {("leaks_batch", "mixture_of_tokens")}
+    assert kinds(summary) == {("leaks_batch", "mixture_of_tokens"), ("resolution", None)}
     assert "at these learning rates" not in summary.verdict.finding
 
 

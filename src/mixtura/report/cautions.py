@@ -8,9 +8,22 @@ from typing import Literal, get_args
 
 from mixtura.planning.formulas import FLOPS_TOLERANCE
 from mixtura.report.measures import Yardstick, yardstick_of
-from mixtura.report.significance import paired_difference
+from mixtura.report.significance import paired_difference, smallest_visible
 from mixtura.report.verdict import difference_words, judge_difference
-from mixtura.report.wording import NBSP, TIMES, capital, count, listing, number, percent, quantity, rate, start, times
+from mixtura.report.wording import (
+    NBSP,
+    TIMES,
+    capital,
+    count,
+    digits_for,
+    listing,
+    number,
+    percent,
+    quantity,
+    rate,
+    start,
+    times,
+)
 from mixtura.results import ArmResult, ArmSummary, Measure, Results
 from mixtura.results.conclusions import Budget, Caution, Limit
 from mixtura.results.run import TranslationDetails
@@ -38,7 +51,8 @@ def find_cautions(results: Results, arms: dict[str, ArmSummary]) -> list[Caution
     """
     yardstick = yardstick_of(results)
     found = [*_about_seeds(results, arms), *_about_data(results), *_about_search(results, arms, yardstick)]
-    found += [*_about_copying(results, arms), *_about_classes(results)]
+    found += [*_about_resolution(results, arms, yardstick.measure), *_about_copying(results, arms)]
+    found += _about_classes(results)
     found += about_controls(results, arms, yardstick.measure)
     for name, arm in results.arms.items():
         label = arms[name].label
@@ -70,6 +84,26 @@ def _about_seeds(results: Results, arms: dict[str, ArmSummary]) -> list[Caution]
         text = "Not every arm ran every seed: differences use the seeds that both sides share."
         return [_caution("warning", "missing_seeds", None, text)]
     return []
+
+
+def _about_resolution(results: Results, arms: dict[str, ArmSummary], measure: Measure) -> list[Caution]:
+    """How small a difference to the baseline these seeds could have decided."""
+    seen = []
+    for arm in arms.values():
+        found = arm.difference.deployed
+        least = None if found is None else smallest_visible(found)
+        if found is not None and least:
+            digits = digits_for(least, least=measure.digits)
+            seen.append((arm.label, number(least, digits)))
+    if not seen:
+        return []
+    unit = "" if not measure.unit else f" {'points' if measure.unit == '%' else measure.unit}"
+    named = listing([f"{amount}{unit if place == 0 else ''} for {label}" for place, (label, amount) in enumerate(seen)])
+    text = (
+        f"The smallest difference to {arms[results.baseline].label} that these seeds would have decided in four cases "
+        f"of five is {named}: more seeds or longer runs see smaller ones."
+    )
+    return [_caution("note", "resolution", None, text)]
 
 
 def _about_copying(results: Results, arms: dict[str, ArmSummary]) -> list[Caution]:

@@ -33,6 +33,8 @@ from mixtura.results.conclusions import (
 )
 
 CONFIDENCE = 0.95
+POWER = 0.8
+"""How often a difference must be seen for a comparison to count as able to see it."""
 FARTHEST_EXTRAPOLATION = 10
 """A crossing farther away than this many times the run's length is not estimated."""
 
@@ -65,6 +67,18 @@ def mean_interval(values: Sequence[float]) -> Interval:
     # Not stats.t.interval, which has no answer where all values are equal.
     half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * stats.sem(values))
     return Interval(mean, mean - half, mean + half, n)
+
+
+def smallest_visible(difference: Interval) -> float | None:
+    """The smallest true difference that as many seeds with this scatter would have decided in four cases of five.
+
+    Student's t: (t_0.975 + t_0.8) standard errors, with n - 1 degrees of freedom. None for fewer than two seeds.
+    """
+    if difference.high is None:
+        return None
+    free = difference.n - 1
+    t = float(stats.t.ppf(0.5 + CONFIDENCE / 2, free))
+    return (difference.high - difference.mean) * (1 + float(stats.t.ppf(POWER, free)) / t)
 
 
 def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:

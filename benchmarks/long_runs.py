@@ -1,18 +1,18 @@
-"""Trains many small decoders, each family with weights drawn at scales of its own, and records their held-out losses.
+"""Trains many small decoders, each family at its best, and records their held-out losses at several budgets.
 
-A bare loop over the library's parts: its model, data, optimizer, schedule and evaluation. A run is one line of JSON
-with the fields of `Run` that differ from their defaults:
+A bare loop over the library's parts: its model, data, optimizer, evaluation, and what moves with a step's load. A run
+is one line of JSON with the fields of `Run` that differ from their defaults; `arm` has the settings of a recipe's arm:
 
-    {"name": "half", "family": "token_choice", "expert_up": 0.5, "expert_down": 0.5, "rate": 0.003}
+    {"name": "tc", "family": "token_choice", "arm": {"top_k": 2, "normalize_top_k": true}, "branches": [244, 732]}
 
 `train RUNS.jsonl` trains them, the lowest `priority` first, on one thread. It appends a row to FOLDER/results.jsonl for
 every run that ends, skips those that have one, and keeps the state of the current run in FOLDER/states, so it may be
 killed and started again at any time; several may share a folder. The list is read anew before each run. `store` puts
 the rows into benchmarks/results/ with versions and hardware.
 
-A scale is a multiple of 1 / sqrt(fan-in); null leaves the weights at `initializer_range`. With "branches" the schedule
-has no end of its own: after a warm-up the rate is constant, and for every number of steps among the branches a copy of
-the run decays over its last `decay` share, so one run gives the loss at several budgets.
+With "branches" the schedule has no end of its own: after a warm-up the rate is constant, and for every number of steps
+among the branches a copy of the run decays over its last `decay` share, so one run gives the loss at several budgets.
+A line with more branches than an earlier one goes on from where that one stopped.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,23 @@ from torch import Tensor
 
 from mixtura.benchmarks.measure import store_record
 from mixtura.config import ArmConfig, DataConfig, Family, ModelConfig, Placement, TrainingConfig
-from mixtura.config.initialization import INITIALIZER_RANGE
+from mixtura.config.families import facts_of
+from mixtura.config.schema import Activation
 from mixtura.data.packing import ScheduledDataset
 from mixtura.data.prepare import PreparedData, prepare_data
+from mixtura.diagnostics.health import count_spikes
 from mixtura.evaluation import evaluate_loss
 from mixtura.models import MixtureForCausalLM
-from mixtura.models.build import build_model_config
+from mixtura.models.build import build_model_config, shared_width_config
 from mixtura.models.calibration import calibrate
+from mixtura.planning import flops_per_token
+from mixtura.training import balance
 from mixtura.training.optimization import build_optimizer, clip_gradients, learning_rate_factor
 
 RESULTS = Path(__file__).parent / "results"
+LIST = Path(__file__).with_name("long_runs.jsonl")
 SAVE_SECONDS = 120
-NOT_SETTINGS = ("name", "priority")
+NOT_SETTINGS = ("name", "priority", "branches", "all_mixtures")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,29 +65,27 @@ class Run:
     heads: int = 4
     vocabulary: int = 512
     context: int = 64
-    max_bytes: int = 16_000_000
-    experts: int = 16
-    top_k: int = 2
-    group: int = 16
-    mixtures: int = 1
-    dense_up: float | None = None
-    """Scale of the first projection of dense feed-forward layers; the next four fields likewise."""
-    dense_down: float | None = None
-    expert_up: float | None = None
-    expert_down: float | None = None
-    router: float | None = None
+    max_bytes: int = 64_000_000
+    activation: Activation = "silu"
+    gated: bool = True
+    intermediate: int | None = None
+    """Width of dense layers; None is 8/3 of the hidden size if gated, else 4 times, to a multiple of 8."""
+    arm: dict[str, Any] = field(default_factory=dict)
+    """Settings of a recipe's arm besides family, placement and rate; scales are derived where it names none."""
     rate: float = 3e-3
     steps: int = 600
-    batch: int = 16
+    batch: int = 64
     """Sequences of a step."""
     seed: int = 0
     branches: tuple[int, ...] = ()
     """Numbers of steps at which a decayed branch ends; `steps` is then unused."""
-    warmup: int = 100
+    warmup: int = 50
     """Steps of warm-up of a run with branches; the others warm up over a twentieth of their steps."""
     decay: float = 0.2
-    held_out: int = 512
+    held_out: int = 1024
     """Held-out sequences, the same for all runs."""
+    all_mixtures: bool = False
+    """Measure mixtures of tokens with all their mixtures too, which takes long, besides the best two of a token."""
     calibration: int = 32
     """Batches of 16 training sequences from which `population` takes its averages."""
 
@@ -90,12 +93,20 @@ class Run:
     def key(self) -> str:
         """A name that follows from the settings."""
         settings = {name: value for name, value in asdict(self).items() if name not in NOT_SETTINGS}
+        if self.branches:
+            settings["steps"] = None
         return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     @property
     def ends(self) -> tuple[int, ...]:
         """The numbers of steps at which the run has results."""
         return tuple(sorted(self.branches)) or (self.steps,)
+
+    @property
+    def dense_width(self) -> int:
+        """Width of a dense feed-forward layer, which sets the FLOPs of every mixture."""
+        wide = self.width * (8 / 3 if self.gated else 4)
+        return self.intermediate or 8 * round(wide / 8)
 
     def model(self) -> MixtureForCausalLM:
         """The model as training starts with it."""
@@ -104,42 +115,13 @@ class Run:
             hidden_size=self.width,
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
-            intermediate_size=4 * self.width,
-            initializer_range=INITIALIZER_RANGE,  # what names no scale here is drawn so
+            intermediate_size=self.dense_width,
+            activation=self.activation,
+            gated=self.gated,
         )
-        arm = ArmConfig(
-            family=self.family,
-            placement=self.placement,
-            num_experts=self.experts,
-            top_k=self.top_k,
-            normalize_top_k=self.family == "token_choice" and self.top_k > 1,
-            group_size=self.group,
-            mixtures_per_expert=self.mixtures,
-        )
+        arm = ArmConfig(family=self.family, placement=self.placement, **self.arm)
         config = build_model_config(model, arm, vocab_size=self.vocabulary, max_position_embeddings=self.context)
-        built = MixtureForCausalLM(config)
-        self._rescale(built)
-        return built
-
-    @torch.no_grad()
-    def _rescale(self, model: MixtureForCausalLM) -> None:
-        """Multiplies weights as they were drawn, so that runs of one seed share their draws whatever their scales."""
-        drawn = model.config.initializer_range
-
-        def draw_at(weight: Tensor, scale: float | None) -> None:
-            if scale is not None:
-                weight.mul_(scale / math.sqrt(weight.size(-1)) / drawn)
-
-        for layer, family in zip(model.model.layers, model.config.mlp_layer_types or [], strict=True):
-            mlp: Any = layer.mlp
-            if family == "dense":
-                draw_at(mlp.up_proj.weight, self.dense_up)
-                draw_at(mlp.down_proj.weight, self.dense_down)
-            else:
-                up, down = mlp.experts.weights
-                draw_at(up, self.expert_up)
-                draw_at(down, self.expert_down)
-                draw_at(mlp.gate.weight, self.router)
+        return MixtureForCausalLM(shared_width_config(config) if arm.control == "shared_width" else config)
 
     def rate_factor(self, step: int, end: int, *, decaying: bool) -> float:
         """Share of the peak rate at `step`, counted from 0, of a run or branch of `end` steps."""
@@ -165,41 +147,72 @@ class Training:
         self.rows = ScheduledDataset(data.train, length=max(run.ends) * run.batch, seed=run.seed)
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
+        self.follows_load = facts_of(run.family).follows_load
 
     def advance(self, end: int, *, decaying: bool) -> None:
         """Takes one step."""
         started = time.process_time()
         for group in self.optimizer.param_groups:
             group["lr"] = self.run.rate * self.run.rate_factor(self.step, end, decaying=decaying)
+        # A run with branches has no length; its warm-up then counts as a tenth of it.
+        self.model.prepare_step(self.step, steps=10 * self.run.warmup if self.run.branches else end)
         ids_BL = self._rows(self.step * self.run.batch, self.run.batch)
-        output = self.model(input_ids=ids_BL, labels=ids_BL, use_cache=False)
+        output = self.model(input_ids=ids_BL, labels=ids_BL, use_cache=False, output_routing=self.follows_load)
         assert output.loss is not None and output.language_loss is not None, "labels were given"
         self.optimizer.zero_grad(set_to_none=True)
         output.loss.backward()
         clip_gradients(self.model.parameters(), 1.0)
         self.optimizer.step()
+        if self.follows_load:
+            self._follow_load(output)
         self.step += 1
         self.losses.append(round(output.language_loss.item(), 5))
         self.seconds += time.process_time() - started
+
+    def _follow_load(self, output: Any) -> None:
+        """Moves what routers learn from a step's load, as the library's trainer does."""
+        layers, config = self.model.mixture_layers(), self.model.config
+        totals = balance.micro_batch_totals(output.language_loss, None, None, output.routing, share=1.0)
+        balance.update_gates(layers, totals, growth=config.l1_coef_growth)
+        balance.update_thresholds(layers, rate=config.threshold_rate, reduce=lambda seen: seen)
 
     def _rows(self, first: int, count: int) -> Tensor:
         return torch.stack([self.rows[i]["input_ids"] for i in range(first, first + count)])
 
     def measure(self) -> dict[str, float]:
-        """Held-out loss by mode; mixture of tokens has five, its `population` calibrated on training text."""
+        """Held-out loss by mode; mixture of tokens has three to five, its `population` calibrated on training text."""
         held_out: dict[str, Any] = {"num_sequences": self.run.held_out, "batch_size": 64}
         # A copy, as calibration leaves averages in the layers.
         model, validation = copy.deepcopy(self.model), self.data.validation
-        if self.run.family != "mixture_of_tokens":
+        if not self.model.mixture_of_tokens_layers():
             return {mode: found["loss"] for mode, found in evaluate_loss(model, validation, **held_out).items()}
         calibrate(model, (self._rows(16 * k, 16) for k in range(self.run.calibration)))
         losses = {}
-        for name, top_k in (("all", None), ("top2", 2)):
+        for name, top_k in (("top2", 2), ("all", None)) if self.run.all_mixtures else (("top2", 2),):
             model.set_inference_mode("alone", top_k=top_k)
-            modes = ("group", "alone", "population") if top_k is None else ("alone", "population")
+            modes = ("group", "alone", "population") if top_k == 2 else ("alone", "population")
             for mode, found in evaluate_loss(model, validation, modes=modes, **held_out).items():
                 losses[mode if mode == "group" else f"{mode}_{name}"] = found["loss"]
         return losses
+
+    @torch.no_grad()
+    def load(self) -> dict[str, float]:
+        """Of mixtures whose tokens choose, on 64 held-out sequences, means over layers: the busiest expert's load as a
+        multiple of an even share, the share of experts with less than a tenth of it, and experts a token runs."""
+        if facts_of(self.run.family).routing != "tokens choose" or not self.model.mixture_layers():
+            return {}
+        rows = self.data.validation.sequences_NL[:64].astype("int64")
+        self.model.eval()
+        routing = self.model(input_ids=torch.from_numpy(rows), use_cache=False, output_routing=True).routing
+        self.model.train()
+        rows_ME = torch.stack([stats.tokens_per_expert_E for stats in routing if stats is not None])
+        share_ME = rows_ME / rows_ME.mean(-1, keepdim=True)
+        found = {
+            "busiest": share_ME.max(-1).values,
+            "idle": (share_ME < 0.1).float(),
+            "active": rows_ME.sum(-1) / rows.size,
+        }
+        return {name: round(value.mean().item(), 4) for name, value in found.items()}
 
     def state(self) -> dict[str, Any]:
         """All that the rest of the run depends on."""
@@ -224,8 +237,11 @@ class Training:
             "steps_taken": self.step,
             "tokens": self.step * self.run.batch * self.run.context,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "flops_per_token": flops_per_token(self.model.config, sequence_length=self.run.context),
             "expert_width": self.model.config.moe_intermediate_size if self.run.family != "dense" else None,
             "losses": {mode: round(loss, 5) for mode, loss in self.measure().items()},
+            "load": self.load(),
+            "spikes": count_spikes(self.losses),
             "training_curve": [round(loss, 3) for loss in curve],
             "cpu_seconds": round(self.seconds, 1),
         }
@@ -283,27 +299,33 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
+def prepared(run: Run, folder: Folder) -> PreparedData:
+    """The text of a run, which all runs of a folder share."""
+    data = DataConfig(max_bytes=run.max_bytes, vocab_size=run.vocabulary, sequence_length=run.context)
+    return prepare_data(data, cache_dir=folder.path / "data")
+
+
 def train(run: Run, folder: Folder) -> None:
     """Trains one run, from its last state if there is one, and records every end that has no result."""
-    data = DataConfig(max_bytes=run.max_bytes, vocab_size=run.vocabulary, sequence_length=run.context)
-    training = Training(run, prepare_data(data, cache_dir=folder.path / "data"))
-    if folder.state(run).exists():
-        training.restore(torch.load(folder.state(run), weights_only=True))
+    training = Training(run, prepared(run, folder))
     done = folder.ends(run)
+    first = min(run.decay_start(end) if run.branches else end for end in run.ends if end not in done)
+    if folder.state(run).exists() and (state := torch.load(folder.state(run), weights_only=True))["step"] <= first:
+        training.restore(state)
     for end in run.ends:
         if not run.branches:
             advance_to(training, end, end, folder)
             folder.add(training.row(end))
-            continue
-        advance_to(training, run.decay_start(end), end, folder)
+            folder.state(run).unlink(missing_ok=True)
+            return
         if end in done:
             continue
+        advance_to(training, run.decay_start(end), end, folder)
         folder.save(training)
         trunk = copy.deepcopy(training.state())
         advance_to(training, end, end, None)
         folder.add(training.row(end))
         training.restore(trunk)
-    folder.state(run).unlink(missing_ok=True)
 
 
 def advance_to(training: Training, step: int, end: int, folder: Folder | None) -> None:
@@ -337,26 +359,32 @@ def read_runs(path: Path) -> list[Run]:
     return [Run(**{**line, "branches": tuple(line.get("branches", ()))}) for line in lines(path)]
 
 
-def store(folder: Folder) -> Path:
-    """Stores the results: the defaults once, and for every row only what differs from them, without its curve."""
-    left_out = {"key", "name", "priority", "training_curve"}
-    defaults = {name: value for name, value in {**asdict(Run()), "branches": []}.items() if name not in left_out}
+def store(folder: Folder, runs: list[Run]) -> Path:
+    """Stores the results: the defaults once, and for every row only what differs from them, without its curve.
+
+    A row has the name that its run has in the list now; those that the list no longer has keep theirs.
+    """
+    names = {run.key: run.name for run in runs}
+    left_out = {"key", "priority", "training_curve", "branches", "all_mixtures", "steps"}
+    defaults = {name: value for name, value in asdict(Run()).items() if name not in left_out}
     rows = [
         {name: value for name, value in row.items() if name not in left_out and value != defaults.get(name, ...)}
-        for row in folder.rows()
+        for row in sorted(
+            (row | {"name": names.get(row["key"], row["name"])} for row in folder.rows()),
+            key=lambda row: (row["name"], row["width"], row["seed"], row["end"]),
+        )
     ]
-    return store_record(RESULTS, "initialisation", settings=defaults, rows=rows)
+    return store_record(RESULTS, "long-runs", settings=defaults, rows=rows)
 
 
 def main() -> None:
     """Trains a list of runs, or stores their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    training = verbs.add_parser("train", help="train what has no result yet")
-    training.add_argument("runs", type=Path, help="a file of JSON lines")
-    training.add_argument("--folder", type=Path, default=Path("runs/initialisation"), help="results and states")
-    storing = verbs.add_parser("store", help="store the results with versions and hardware")
-    storing.add_argument("--folder", type=Path, default=Path("runs/initialisation"), help="results and states")
+    for verb, says in (("train", "train what has no result yet"), ("store", "store the results with versions")):
+        command = verbs.add_parser(verb, help=says)
+        command.add_argument("runs", type=Path, nargs="?", default=LIST, help="a file of JSON lines")
+        command.add_argument("--folder", type=Path, default=Path("runs/long"), help="results and states")
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = Folder(options.folder)
@@ -364,7 +392,7 @@ def main() -> None:
         while train_next(read_runs(options.runs), folder):
             pass
     else:
-        print(f"Stored in {store(folder)}")
+        print(f"Stored in {store(folder, read_runs(options.runs))}")
 
 
 if __name__ == "__main__":

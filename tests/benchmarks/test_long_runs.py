@@ -1,0 +1,125 @@
+"""The script of long runs: which models it trains, and that a killed run ends as an unkilled one does."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "long_runs.py"
+SMALL = {
+    "width": 16,
+    "layers": 2,
+    "heads": 2,
+    "vocabulary": 300,
+    "context": 16,
+    "max_bytes": 200_000,
+    "batch": 4,
+    "held_out": 64,
+    "calibration": 1,
+    "warmup": 2,
+}
+SPARSE = {"num_experts": 4, "top_k": 2}
+MIXED = {"num_experts": 4, "group_size": 4}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    spec = importlib.util.spec_from_file_location("long_runs_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_trains_what_a_recipe_with_its_settings_would(script):
+    names = {"family": "mixture_of_tokens", "placement": "later_half", "layers": 2}
+    dense, mixture = (layer.mlp for layer in script.Run(**names, arm={"expert_scale": 0.5}).model().model.layers)
+    width = mixture.experts.down_proj.size(-1)
+    for weight, expected in (
+        (dense.up_proj.weight, 0.45 / 64**0.5),
+        (dense.down_proj.weight, 0.45 / 168**0.5),
+        (mixture.experts.down_proj, 0.5 / width**0.5),
+        (mixture.gate.weight, 1 / 64**0.5),
+    ):
+        assert weight.std().item() == pytest.approx(expected, rel=0.05)
+    uniform = script.Run(**names, arm={"control": "uniform_router"}).model().model.layers[1].mlp
+    assert not uniform.gate.weight.any()
+
+
+def test_a_control_of_the_shared_width_is_dense_and_narrower(script):
+    arm = {**SPARSE, "num_shared_experts": 1, "control": "shared_width"}
+    model = script.Run(family="token_choice", arm=arm).model()
+    assert not model.mixture_layers() and model.model.layers[0].mlp.up_proj.weight.size(0) < 168
+
+
+@pytest.mark.parametrize("family", ["expert_threshold", "remoe"])
+def test_what_follows_the_load_moves_as_in_the_trainer(script, tmp_path, family):
+    run = script.Run(**SMALL, family=family, branches=(6,), arm=SPARSE)
+    folder = script.Folder(tmp_path)
+    assert script.train_next([run], folder)
+    (row,) = folder.rows()
+    assert row["steps_taken"] == 6 and set(row["load"]) == {"busiest", "idle", "active"}
+    training = script.Training(run, script.prepared(run, folder))
+    layer = training.model.mixture_layers()[0]
+    before = {name: value.clone() for name, value in layer.named_buffers()}
+    training.advance(6, decaying=False)
+    assert any(not torch.equal(value, before[name]) for name, value in layer.named_buffers())
+
+
+def test_branches_decay_from_a_constant_rate_to_zero(script):
+    run = script.Run(branches=(10, 20), warmup=2)
+    assert [run.rate_factor(step, 20, decaying=False) for step in (0, 1, 15)] == [0.5, 1.0, 1.0]
+    decay = [run.rate_factor(step, 20, decaying=True) for step in range(run.decay_start(20), 20)]
+    assert len(decay) == 4 and decay == sorted(decay, reverse=True) and 0 < decay[-1] < decay[0] < 1
+
+
+@pytest.mark.parametrize("settings", [{"steps": 12}, {"branches": [8, 12]}])
+def test_a_killed_run_goes_on_to_the_same_results(script, monkeypatch, tmp_path, settings):
+    runs = tmp_path / "runs.jsonl"
+    runs.write_text(
+        json.dumps({**SMALL, **settings, "family": "mixture_of_tokens", "arm": MIXED, "all_mixtures": True})
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    (run,) = script.read_runs(runs)
+    assert script.train_next([run], script.Folder(whole)) and not script.train_next([run], script.Folder(whole))
+
+    advance = script.Training.advance
+
+    def advance_and_die(training, *args, **kwargs):
+        if training.step == 7:
+            raise KeyboardInterrupt
+        advance(training, *args, **kwargs)
+
+    monkeypatch.setattr(script, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(script.Training, "advance", advance_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        script.train_next([run], script.Folder(killed))
+    assert script.Folder(killed).state(run).exists()
+    monkeypatch.setattr(script.Training, "advance", advance)
+    script.train_next([run], script.Folder(killed))
+
+    rows = [[{**row, "cpu_seconds": 0} for row in script.Folder(folder).rows()] for folder in (whole, killed)]
+    assert rows[0] == rows[1] and [row["end"] for row in rows[0]] == list(run.ends)
+    assert set(rows[0][0]["losses"]) == {"group", "alone_all", "alone_top2", "population_all", "population_top2"}
+    assert script.Folder(killed).state(run).exists() == bool(run.branches)
+
+
+def test_a_run_with_more_branches_goes_on_from_an_earlier_one(script, tmp_path):
+    runs = [script.Run(**SMALL, branches=branches) for branches in ((8,), (8, 12))]
+    at_once, in_turn = script.Folder(tmp_path / "once"), script.Folder(tmp_path / "turn")
+    assert script.train_next(runs[1:], at_once)
+    assert script.train_next(runs, in_turn) and script.train_next(runs, in_turn)
+    assert not script.train_next(runs, in_turn)
+    rows = [
+        [(row["end"], row["losses"], row["training_curve"]) for row in folder.rows()] for folder in (at_once, in_turn)
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
+
+
+def test_a_run_that_another_process_has_is_left_to_it(script, tmp_path):
+    folder, run = script.Folder(tmp_path), script.Run(**SMALL, steps=1)
+    with folder.claim(run) as mine:
+        assert mine and not script.train_next([run], script.Folder(tmp_path))

@@ -1,0 +1,153 @@
+"""What advice says: a sentence first, what it stands on, and a page without network; and the evidence it comes with."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import mixtura
+from mixtura import cli
+from mixtura.comparison import advice_words, advising
+from mixtura.comparison.advice_page import difference_figure, render_advice
+from mixtura.errors import UserError
+from mixtura.planning import advice as reading
+from mixtura.planning.advice import Expected, Payoff, advise_on, question_of
+from mixtura.planning.evidence import FILE, Evidence, Row, Setting, load_evidence
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evidence.py"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    spec = importlib.util.spec_from_file_location("evidence_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    """Token choice gets ahead of dense at about 2 M tokens."""
+    rows = [
+        Row(
+            arm=arm,
+            width=64,
+            tokens=tokens,
+            seed=seed,
+            loss=floor + scale * tokens**-0.35 + 0.003 * seed,
+            in_groups=None,
+            alone=None,
+            parameters=230_000,
+            seconds_per_step=seconds,
+        )
+        for arm, floor, scale, seconds in (("dense", 2.0, 150.0, 0.2), ("token_choice", 1.9, 166.0, 0.22))
+        for seed in (0, 1)
+        for tokens in (1_000_000, 3_000_000, 10_000_000)
+    ]
+    setting = Setting(
+        layers=4,
+        vocabulary=512,
+        context=64,
+        tokens_per_step=4096,
+        experts=16,
+        top_k=2,
+        group_size=16,
+        text="film reviews",
+        machine="one thread",
+        created="2026-11-28",
+    )
+    return Evidence(setting=setting, rows=tuple(rows))
+
+
+def advice_of(evidence, **asked):
+    return advise_on(question_of(**asked), evidence)
+
+
+def test_the_first_line_is_the_answer(evidence):
+    ahead = advice_words.headline(advice_of(evidence, tokens=1e7, width=64))
+    assert ahead.startswith("Token-choice MoE is expected to be 0.0")
+    assert "nats ahead of dense at equal FLOPs at width 64" in ahead and "at equal seconds." in ahead
+    assert advice_words.headline(advice_of(evidence, tokens=1e6, width=64)).startswith("Train dense:")
+    assert advice_words.headline(advice_of(evidence, tokens=1e6, width=64, memory=10)).startswith("No family fits 10")
+
+
+def test_a_difference_is_called_decided_likely_or_open():
+    def expected(mean, half, ahead):
+        return Expected(mean=mean, low=mean - half, high=mean + half, ahead=ahead)
+
+    assert advice_words.certainty(expected(-0.1, 0.05, 0.99)) == "decided"
+    assert advice_words.certainty(expected(0.04, 0.05, 0.06)) == "likely"
+    assert advice_words.certainty(expected(0.01, 0.05, 0.4)) == "open"
+
+
+def test_a_budget_that_pays_is_named_bounded_or_everywhere():
+    assert advice_words.payoff(Payoff(tokens=2e6, always=False, farthest=1e8)) == "from 2.00\N{NO-BREAK SPACE}M"
+    assert advice_words.payoff(Payoff(tokens=None, always=False, farthest=1e8)) == "not below 100\N{NO-BREAK SPACE}M"
+    assert advice_words.payoff(Payoff(tokens=1e5, always=True, farthest=1e8)) == "at every budget measured"
+    assert advice_words.payoff(None) == "\N{EN DASH}"
+
+
+def test_the_terminal_shows_what_it_stands_on_and_what_is_extrapolated(evidence):
+    lines = advice_words.console_lines(advice_of(evidence, tokens=1e9, width=256), evidence)
+    text = "\n".join(lines)
+    assert "6 results, 2 seeds, 1.00 M to 10.0 M tokens, width 64" in text
+    assert "Extrapolated: 1,000,000,000 tokens lie outside" in text and "Extrapolated: width 256" in text
+    assert all(len(line) < 220 for line in lines)
+
+
+def test_the_page_holds_the_numbers_and_needs_no_network(evidence):
+    advice = advice_of(evidence, tokens=3e6, width=64)
+    page = render_advice(advice, evidence)
+    assert advice_words.headline(advice) in page.replace("&#39;", "'")
+    assert "src=" not in page.split("<script")[0] and "<h2>The rows it stands on</h2>" in page
+    figure = difference_figure(advice, evidence)
+    assert [trace["meta"]["arm"] for trace in figure["data"]] == ["token_choice"] * 3
+    assert len(figure["data"][2]["x"]) == 3
+
+
+@pytest.fixture
+def made_up(monkeypatch, evidence):
+    """The verb reads the runs above instead of the package's."""
+    for module in (reading, advising):
+        monkeypatch.setattr(module, "load_evidence", lambda: evidence)
+
+
+def test_the_verb_writes_its_page_or_says_why_not(made_up, tmp_path):
+    asked = {"tokens": 3e6, "width": 64}
+    found = mixtura.advise(**asked, out=tmp_path / "advice.html")
+    assert found == mixtura.advise(**asked) and (tmp_path / "advice.html").stat().st_size > 100_000
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be written"):
+        mixtura.advise(**asked, out=tmp_path / "file" / "advice.html")
+
+
+def test_the_command_answers_in_a_sentence_and_in_json(made_up, monkeypatch, capsys, tmp_path):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["mixtura", "advise", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    text = run("--width", "64", "--tokens", "3M", "--out", str(tmp_path / "advice.html"))
+    assert "at width 64 and 3.00 million tokens" in text.splitlines()[0]
+    assert "Before you believe it:" in text and (tmp_path / "advice.html").exists()
+    answer = json.loads(run("--parameters", "0.2M", "--tokens", "3e6", "--memory", "1GB", "--json"))
+    assert answer["question"]["width"] == 64 and answer["question"]["memory"] == 1e9
+    assert {"arm", "at_equal_flops", "at_equal_seconds", "pays_flops"} <= set(answer["arms"][0])
+
+
+def test_the_package_holds_what_the_stored_runs_say(script):
+    record = json.loads(script.RECORD.read_text(encoding="utf-8"))
+    assert FILE.read_text(encoding="utf-8") == script.evidence_text(record)
+    assert {"dense", "token_choice", "mixture_of_tokens"} <= {row.arm for row in load_evidence().rows}
+
+
+def test_two_results_of_one_run_are_refused(script):
+    record = json.loads(script.RECORD.read_text(encoding="utf-8"))
+    named = next(row for row in record["rows"] if row["name"] in script.ARMS)
+    with pytest.raises(ValueError, match="name one of them otherwise"):
+        script.evidence_of({**record, "rows": [*record["rows"], named]})

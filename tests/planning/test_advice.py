@@ -1,0 +1,166 @@
+"""Advice: what measured runs and their law say of a size and a budget, and what they do not."""
+
+import json
+
+import pytest
+
+from mixtura.errors import UserError
+from mixtura.planning.advice import advise_on, expected_difference, question_of
+from mixtura.planning.evidence import Evidence, Row, Setting, load_evidence
+
+SETTING = Setting(
+    layers=4,
+    vocabulary=512,
+    context=64,
+    tokens_per_step=4096,
+    experts=16,
+    top_k=2,
+    group_size=16,
+    text="film reviews",
+    machine="one thread",
+    created="2026-11-28",
+)
+FLOORS = {"dense": 2.0, "token_choice": 1.9, "mixture_of_tokens": 1.96}
+DATA = {"dense": 150.0, "token_choice": 158.0, "mixture_of_tokens": 160.0}
+SECONDS = {"dense": 0.18, "token_choice": 0.27, "mixture_of_tokens": 0.18}
+
+
+def evidence(*, seeds=(0, 1, 2), widths=(64,), budgets=(1_000_000, 3_000_000, 10_000_000, 30_000_000)):
+    """Runs in which token choice is ahead of dense from 0.7 M tokens on, and MoT from 16 M."""
+    rows = []
+    for arm, floor in FLOORS.items():
+        for width in widths:
+            for seed in seeds:
+                for tokens in budgets:
+                    loss = floor + 30 / width + DATA[arm] * tokens**-0.35 + 0.004 * ((seed * 7 + len(arm)) % 3 - 1)
+                    mixing = arm == "mixture_of_tokens"
+                    rows.append(
+                        Row(
+                            arm=arm,
+                            width=width,
+                            tokens=tokens,
+                            seed=seed,
+                            loss=loss,
+                            in_groups=loss - 0.1 if mixing else None,
+                            alone=loss + 0.02 if mixing else None,
+                            parameters=227_904,
+                            seconds_per_step=SECONDS[arm],
+                        )
+                    )
+    return Evidence(setting=SETTING, rows=tuple(rows))
+
+
+def advise(*, given=None, **asked):
+    return advise_on(question_of(**asked), given or evidence())
+
+
+def test_families_are_ranked_by_their_difference_to_dense():
+    advice = advise(tokens=3e6, width=64)
+    assert [arm.arm for arm in advice.arms] == ["token_choice", "dense", "mixture_of_tokens"]
+    best = advice.best.at_equal_flops
+    assert best.mean == pytest.approx(-0.1 + 8 * 3e6**-0.35, abs=0.01) and best.high < 0 and best.ahead > 0.99
+    assert advice.extrapolated == () and advice.law_error < 0.01
+    assert [arm.arm for arm in advise(tokens=3e7, width=64).arms] == ["token_choice", "mixture_of_tokens", "dense"]
+
+
+def test_at_equal_seconds_slow_steps_count():
+    best = advise(tokens=3e6, width=64).best
+    assert best.step_ratio == pytest.approx(1.5) and best.at_equal_seconds.mean > best.at_equal_flops.mean + 0.02
+    assert best.pays_seconds.tokens > best.pays_flops.tokens
+
+
+def test_the_share_of_tokens_that_gives_denses_loss_is_named():
+    arms = {arm.arm: arm for arm in advise(tokens=1e7, width=64).arms}
+    share = ((150 * 1e7**-0.35 + 0.1) / 158) ** (-1 / 0.35) / 1e7
+    assert arms["token_choice"].dense_loss_at == pytest.approx(share, rel=0.1)
+    assert arms["dense"].dense_loss_at is None and 0.9 < arms["mixture_of_tokens"].dense_loss_at < 1.1
+
+
+def test_the_budget_from_which_a_family_pays_is_named_or_bounded():
+    arms = {arm.arm: arm for arm in advise(tokens=3e6, width=64).arms}
+    assert arms["token_choice"].pays_flops.always
+    mixing = arms["mixture_of_tokens"].pays_flops
+    assert not mixing.always and mixing.tokens == pytest.approx((10 / 0.04) ** (1 / 0.35), rel=0.5)
+    never = evidence(budgets=(100_000, 200_000, 400_000))
+    bounded = {arm.arm: arm for arm in advise(tokens=3e5, width=64, given=never).arms}["mixture_of_tokens"].pays_flops
+    assert bounded.tokens is None and bounded.farthest == 4_000_000
+
+
+def test_beyond_what_was_measured_intervals_widen_and_it_says_so():
+    near, far = advise(tokens=3e7, width=64), advise(tokens=3e9, width=512)
+    assert [text.split()[0] for text in far.extrapolated] == ["3,000,000,000", "width"] and near.extrapolated == ()
+
+    def span(advice):
+        found = next(arm for arm in advice.arms if arm.arm == "token_choice").at_equal_flops
+        return found.high - found.low
+
+    assert span(far) > span(near)
+    few = evidence(budgets=(1_000_000, 3_000_000))
+    untested = advise(tokens=1e9, width=64, given=few)
+    assert untested.law_error is None
+    assert untested.arms[0].at_equal_flops is None or untested.arms[0].at_equal_flops.high > 0.0
+
+
+def test_what_does_not_fit_the_memory_comes_last_with_its_reason():
+    advice = advise(tokens=3e6, width=64, memory=8e6)
+    assert [(arm.arm, arm.refused) for arm in advice.arms] == [
+        ("dense", None),
+        ("token_choice", "needs more memory"),
+        ("mixture_of_tokens", "needs more memory"),
+    ]
+    assert advice.best.training_bytes == 16 * advice.best.parameters
+
+
+def test_served_in_groups_mixtures_of_tokens_count_as_they_train():
+    mixing = {arm.arm: arm for arm in advise(tokens=3e6, width=64, token_by_token=False).arms}["mixture_of_tokens"]
+    assert mixing.at_equal_flops.mean < -0.05
+
+
+def test_parameters_become_the_nearest_width():
+    assert question_of(tokens=1e6, parameters=196_608).width == 64
+    assert question_of(tokens=1e6, parameters=85e6, layers=12).width == 768
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"tokens": 1e6}, "either the width"),
+        ({"tokens": 1e6, "width": 64, "parameters": 1e6}, "either the width"),
+        ({"tokens": 0, "width": 64}, "tokens is 0: give 1 or more"),
+        ({"tokens": 1e6, "width": 4}, "width is 4: give 8 or more"),
+        ({"tokens": float("inf"), "width": 64}, "tokens is inf"),
+        ({"tokens": 1e6, "parameters": 5}, "parameters is 5: give 1,000 or more"),
+        ({"tokens": 1e6, "width": 64, "memory": 0}, "memory is 0"),
+    ],
+)
+def test_questions_without_sense_are_refused(asked, message):
+    with pytest.raises(UserError, match=message):
+        question_of(**asked)
+
+
+def test_a_single_difference_is_that_of_the_whole_answer():
+    question = question_of(tokens=3e6, width=64)
+    given = evidence()
+    whole = {arm.arm: arm.at_equal_flops for arm in advise_on(question, given).arms}["token_choice"]
+    assert expected_difference(question, "token_choice", evidence=given) == whole
+
+
+def test_runs_of_one_budget_and_seed_say_little_and_not_nothing():
+    thin = evidence(budgets=(1_000_000,), seeds=(0,))
+    near, far = (
+        {arm.arm: arm for arm in advise(tokens=tokens, width=64, given=thin).arms}["token_choice"]
+        for tokens in (1e6, 1e8)
+    )
+    assert near.at_equal_flops.mean == pytest.approx(far.at_equal_flops.mean)
+    half = near.at_equal_flops.high - near.at_equal_flops.mean
+    assert half == pytest.approx(1.96 * 0.02 * 2**0.5, rel=0.2) and not far.at_equal_flops.decided
+    assert near.at_equal_seconds is None and near.pays_flops is None
+    assert near.dense_loss_at is None and near.budgets == (1_000_000, 1_000_000)
+
+
+def test_evidence_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / "evidence.json"
+    columns = list(vars(evidence().rows[0]))
+    rows = [list(vars(row).values()) for row in evidence().rows]
+    path.write_text(json.dumps({"setting": vars(SETTING), "columns": columns, "rows": rows}), encoding="utf-8")
+    assert load_evidence(path) == evidence()
