@@ -21,6 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from mixtura.config import UserError
 from mixtura.layers import RoutingStats
+from mixtura.models.inference import real_tokens
 
 
 def register_method(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
@@ -68,7 +69,7 @@ class BatchContext:
             names = list(inspect.signature(module.forward).parameters)
             position = names.index("attention_mask") if "attention_mask" in names else len(args)
             mask = args[position] if position < len(args) else None
-        self.mask_BL = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.mask_BL = real_tokens(mask)
         self.stats = {}
 
     def mask_for(self, x: Tensor) -> Tensor | None:

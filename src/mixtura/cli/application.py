@@ -24,6 +24,7 @@ _FLAGS = {
         **dict.fromkeys(
             ("data.source_column", "data.target_column", "data.text_column", "data.label_column"), "--columns"
         ),
+        **dict.fromkeys(("data.prompt_column", "data.completion_column"), "--columns"),
         "data.pairs": "--pairs",
         "base.name": "--base",
     },

@@ -49,7 +49,7 @@ def compare(
 
 @app.command(rich_help_panel="Train")
 def finetune(
-    task: Annotated[str, typer.Argument(help="translation or classification.")],
+    task: Annotated[str, typer.Argument(help="translation, classification or chat.")],
     recipe: RecipeArgument = None,
     preset: Annotated[str, typer.Option(help="Without a recipe: the task's quick or default one.")] = "default",
     data: Annotated[
@@ -60,7 +60,9 @@ def finetune(
     ] = None,
     columns: Annotated[
         str | None,
-        typer.Option(help="Your columns: SOURCE,TARGET for translation, TEXT,LABEL for classification."),
+        typer.Option(
+            help="Your columns: SOURCE,TARGET (translation), TEXT,LABEL (classification) or PROMPT,COMPLETION (chat)."
+        ),
     ] = None,
     pairs: Annotated[
         str | None, typer.Option(help="Translation directions, such as en-de,de-en.", show_default=False)
@@ -74,9 +76,10 @@ def finetune(
     dry_run: DryRunOption = False,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
-    """Fine-tune for translation or classification, and report.
+    """Fine-tune for translation, classification or chat, and report.
 
-    The finished models lie in the folder's arms; `mixtura translate` and `mixtura classify` use them.
+    The finished models lie in the folder's arms; `mixtura translate`, `mixtura classify` and
+    `mixtura generate --chat` use them.
     """
     from mixtura.config import finetune_recipe, load_recipe
 

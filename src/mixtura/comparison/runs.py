@@ -63,7 +63,7 @@ def run_arm(
         raise Interrupted(f"Stopped in '{label}' at step {outcome.steps}: everything is saved.")
     if outcome.steps != training.steps:
         raise UserError(f"'{out / METRICS}' is damaged: delete '{out}', and that run is done again.")
-    final = task.evaluate(model, final=not trial or task.measure.key == LOSS.key)
+    final = task.evaluate(model, final=not trial or (task.measure.key == LOSS.key and not task.decodes))
     if not all(math.isfinite(measure) for of in final.values() for measure in of.values()):
         raise TrainingDiverged(
             f"{label} diverged: its final held-out loss is out of range; lower its learning rate, which is "

@@ -22,7 +22,7 @@ class Trained:
 
 
 def finetune(
-    task: Literal["translation", "classification"],
+    task: Literal["translation", "classification", "chat"],
     recipe: Path | str | None = None,
     *,
     preset: str = "default",
@@ -43,7 +43,8 @@ def finetune(
         recipe: the path of a recipe for it; None takes the task's own that `preset` names.
         preset: "quick" or "default".
         data: a .jsonl, .csv, .tsv or .parquet file, or "hub:NAME"; None reads the recipe's data.
-        columns: "SOURCE,TARGET" or "TEXT,LABEL", the columns of `data`.
+        columns: "SOURCE,TARGET", "TEXT,LABEL" or "PROMPT,COMPLETION", the columns of `data`; chats need none where
+            each row has its messages.
         pairs: directions of translation, separated by commas, such as "en-de,de-en".
         base: the pretrained model: a folder, a hub name, "smollm2" or "minilm".
         out: the folder to write; by default runs/<the recipe's name>.

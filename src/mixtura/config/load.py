@@ -21,7 +21,15 @@ from mixtura.config.controls import fill_controls
 from mixtura.config.finetune_checks import check_finetune_recipe
 from mixtura.config.from_checkpoint import fill_from_checkpoints
 from mixtura.config.languages import language_of_column
-from mixtura.config.schema import AnyRecipe, ClassificationRecipe, FinetuneRecipe, Recipe, TomlTable, TranslationRecipe
+from mixtura.config.schema import (
+    AnyRecipe,
+    ChatRecipe,
+    ClassificationRecipe,
+    FinetuneRecipe,
+    Recipe,
+    TomlTable,
+    TranslationRecipe,
+)
 from mixtura.errors import UserError, refuse_together
 
 PRESETS = (
@@ -36,9 +44,16 @@ PRESETS = (
     "classification-quick",
     "classification",
     "classification-tuned",
+    "chat-quick",
+    "chat",
     "adapters",
 )
-TASKS = {"translation": TranslationRecipe, "classification": ClassificationRecipe}
+TASKS = {"translation": TranslationRecipe, "classification": ClassificationRecipe, "chat": ChatRecipe}
+_COLUMNS = {
+    "translation": ("source", "target"),
+    "classification": ("text", "label"),
+    "chat": ("prompt", "completion"),
+}
 """The kinds of fine-tuning recipes by their `task`; a recipe without one is for pretraining."""
 
 
@@ -86,6 +101,7 @@ _BRINGS_DATA = ("data.source", "data.path", "data.name", "data.subset", "base.na
 _OPEN = {
     "translation": ("validation_sources", "test_sources", "max_characters", "max_length"),
     "classification": ("validation_examples", "test_examples", "max_length"),
+    "chat": ("validation_chats", "test_chats", "max_length"),
 }
 """What a fine-tuning preset sizes for its own data: fitted to the user's where there is such."""
 
@@ -315,11 +331,11 @@ def finetune_recipe(
     """The path of a recipe for fine-tuning, and the changes of it that its user asks for; both are checked.
 
     Args:
-        task: "translation" or "classification".
+        task: one of `TASKS`.
         recipe: the path; None takes the task's own recipe that `preset` names.
         preset: "quick" or "default".
         data: a file, or "hub:NAME".
-        columns: "SOURCE,TARGET" or "TEXT,LABEL".
+        columns: "SOURCE,TARGET", "TEXT,LABEL" or "PROMPT,COMPLETION".
         pairs: directions of translation, separated by commas.
         base: the pretrained model.
         overrides: "section.key=value" changes, which come last.
@@ -348,9 +364,9 @@ def data_overrides(
     """The changes of a fine-tuning recipe that its user's own data asks for, in the form of `--set`.
 
     Args:
-        task: "translation" or "classification".
+        task: one of `TASKS`.
         data: a file, or "hub:NAME".
-        columns: "SOURCE,TARGET" or "TEXT,LABEL".
+        columns: "SOURCE,TARGET", "TEXT,LABEL" or "PROMPT,COMPLETION".
         pairs: directions of translation, separated by commas; None takes columns that are named after languages.
         base: the pretrained model.
 
@@ -364,10 +380,8 @@ def data_overrides(
     if columns is not None:
         names = [name.strip() for name in columns.split(",")]
         if len(names) != 2 or not all(names):
-            wanted = {"translation": "SOURCE,TARGET", "classification": "TEXT,LABEL"}[task]
-            raise UserError(f"--columns is '{columns}': give two names, {wanted}.")
-        keys = {"translation": ("source", "target"), "classification": ("text", "label")}[task]
-        values |= {f"data.{key}_column": name for key, name in zip(keys, names, strict=True)}
+            raise UserError(f"--columns is '{columns}': give two names, {','.join(_COLUMNS[task]).upper()}.")
+        values |= {f"data.{key}_column": name for key, name in zip(_COLUMNS[task], names, strict=True)}
     if columns is not None and pairs is None and task == "translation":
         codes = [language_of_column(name) for name in columns.split(",")]
         if None not in codes and codes[0] != codes[1]:
