@@ -21,11 +21,11 @@ from mixtura.adapters.attach import load_adapter
 from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import UserError
 from mixtura.data.held_out import normalise
+from mixtura.models.generation import CHAT_FILE
 from mixtura.models.loading import load_model, open_tokenizer
 from mixtura.results.document import PairedTest
 from mixtura.results.run import Interval
 
-CHAT_FILE = "chat.json"
 BATCH = 8
 """Prompts that are answered at once."""
 RESAMPLES = 2000

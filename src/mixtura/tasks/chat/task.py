@@ -19,11 +19,11 @@ from torch.nn.functional import cross_entropy
 from mixtura.adapters.attach import restore_adapter, router_losses, routing_stats
 from mixtura.config import AdapterConfig, ChatDataConfig, TrainingConfig, UserError
 from mixtura.models import MixtureConfig
+from mixtura.models.generation import CHAT_FILE
 from mixtura.models.inference import mixing_layers
 from mixtura.results import Facts
 from mixtura.results.run import ChatDetails, ChatSample, ChatScores
 from mixtura.tasks.chat.answers import (
-    CHAT_FILE,
     MEASURES,
     BaseReference,
     Judged,
