@@ -49,8 +49,8 @@ def _row(results: Results, details: dict[str, list[ChatDetails]], key: str) -> R
             cells.append(Cell("-"))
             continue
         gain = _mean([run.gain for run in runs])
-        note = f"{signed(gain.value, measure.digits)} ({number(gain.low, measure.digits)} to "
-        note += f"{number(gain.high, measure.digits)})"
+        note = f"{signed(gain.value, measure.digits)}, from {signed(gain.low, measure.digits)} to "
+        note += signed(gain.high, measure.digits)
         cells.append(Cell(_words(_mean([run.own for run in runs]), measure.digits), note))
     unit = f" ({measure.unit})" if measure.unit else ""
     return Row(f"{measure.name}{unit}", cells)

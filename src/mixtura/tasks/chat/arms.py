@@ -41,7 +41,7 @@ class ChatArm(Arm):
         self._group_size = _group_size(recipe, name)
         self.training_mode, self.deployed_mode = ("group", "alone") if self._group_size else ("causal", "causal")
         self.learning_rate = config.learning_rate or recipe.training.learning_rate
-        self.task: ChatTask = ChatTask(
+        self.task = ChatTask(
             data,
             recipe.training,
             adapter=config.adapter,

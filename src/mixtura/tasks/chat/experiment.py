@@ -90,10 +90,15 @@ class ChatExperiment(Experiment):
                 continue
             sides = [[scores(side[seed], self.chats.questions) for seed in seeds] for side in (arm, baseline)]
             found[name] = {
-                key: paired_test(*(np.mean([of[key][0] for of in side], axis=0) for side in sides), sides[0][0][key][1])
+                key: paired_test(_mean(sides[0], key), _mean(sides[1], key), sides[0][0][key][1])
                 for key in ("loss", "token_f1")
             }
         return AcrossArms(found)
+
+
+def _mean(runs: list[dict[str, tuple[np.ndarray, np.ndarray]]], key: str) -> np.ndarray:
+    """What each example adds to a measure, mean over seeds."""
+    return np.mean([run[key][0] for run in runs], axis=0)
 
 
 def _judged(arm: Path) -> dict[str, Judged]:
@@ -149,8 +154,8 @@ def _questions(chats: Sequence[Chat], prompts: Prompts, number: int, *, most: in
     for place, chat in enumerate(chats):
         prompt = prompts.question(chat)
         if len(found) < number and len(prompt) <= most:
-            text = chat.messages[-2].content if len(chat.messages) > 1 else ""
-            found.append(Question(prompt, text, chat.messages[-1].content, place))
+            *_, asked, answered = chat.messages
+            found.append(Question(prompt, asked.content, answered.content, place))
     return found
 
 
