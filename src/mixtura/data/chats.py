@@ -158,8 +158,8 @@ def _chats(rows: Iterator[Row], column: str, skipped: Counter[str], source: str)
     if names and not found:
         listed = ", ".join(list(names)[:20])
         raise UserError(
-            f"No row of {source} has '{column}': set 'data.messages_column' to a list of messages, or "
-            f"'data.prompt_column' and 'data.completion_column' to two of {listed}."
+            f"No row of {source} has '{column}': name a column of messages in 'data.messages_column', or two of "
+            f"{listed} in 'data.prompt_column' and 'data.completion_column'."
         )
 
 
