@@ -3,6 +3,7 @@
 import pytest
 
 from mixtura.config import (
+    ChatRecipe,
     ClassificationRecipe,
     TranslationRecipe,
     UserError,
@@ -24,7 +25,31 @@ def classification(arms=None, **sections):
     return recipe_from_dict(table | sections)
 
 
+def chat(arms=None, **sections):
+    table = {"name": "mine", "task": "chat", "arms": {"lora": LORA, **(arms or {})}}
+    return recipe_from_dict(table | sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"base": {"num_layers": 2}}, "'base.name' is missing: name the model to tune"),
+        ({"data": {"prompt_column": "ask"}}, "'data.prompt_column' is named and 'data.completion_column' is not"),
+        ({"data": {"max_length": 4}}, "'data.max_length' is 4, which holds no chat"),
+        (
+            {"arms": {"lora": LORA, "tasks": {"adapter": {"method": "mixture_of_lora", "router": "task"}}}},
+            "'arms.tasks.adapter.router' is 'task', but chats have no tasks",
+        ),
+        ({"data": {"source": "local"}}, "'data.source' is 'local' but 'data.path' is missing"),
+    ],
+)
+def test_chat_recipes_that_cannot_work_are_refused(sections, sentence):
+    with pytest.raises(UserError, match=sentence):
+        chat(**sections)
+
+
 def test_the_task_decides_the_kind_of_recipe():
+    assert isinstance(chat(), ChatRecipe)
     assert isinstance(translation(), TranslationRecipe)
     assert isinstance(classification(), ClassificationRecipe)
 

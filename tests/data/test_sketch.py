@@ -6,7 +6,7 @@ import random
 import pandas as pd
 import pytest
 
-from mixtura.config import ClassificationRecipe, Recipe, TranslationRecipe, UserError, load_recipe
+from mixtura.config import ChatRecipe, ClassificationRecipe, Recipe, TranslationRecipe, UserError, load_recipe
 from mixtura.data.sketch import sketch_recipe
 
 WORDS = ["red", "green", "blue", "small", "large", "old", "new", "house", "river", "cat", "dog", "moon"]
@@ -72,6 +72,21 @@ def test_two_of_three_columns_named_after_languages_are_enough(sketched, tmp_pat
     recipe = sketched(tmp_path / "three.tsv")
     assert isinstance(recipe, TranslationRecipe) and recipe.data.pairs == ("en-fr",)
     assert (recipe.data.source_column, recipe.data.target_column) == ("Text (English)", "Version fr")
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, (None, None)),
+        ({"prompt": "a", "completion": "b"}, ("prompt", "completion")),
+    ],
+)
+def test_messages_or_prompts_make_it_chat(sketched, tmp_path, row, columns):
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join([json.dumps(row)] * 20), encoding="utf-8")
+    recipe = sketched(file)
+    assert isinstance(recipe, ChatRecipe) and recipe.data.path == str(file)
+    assert (recipe.data.prompt_column, recipe.data.completion_column) == columns
 
 
 def test_a_text_makes_it_pretraining(sketched, tiny_text):

@@ -1,5 +1,6 @@
 """Every kind of base model, with every adapter, in every task: it trains and is probed, or a sentence refuses it."""
 
+import functools
 import json
 
 import pytest
@@ -24,6 +25,9 @@ from transformers import (
 from mixtura.config import (
     AdapterConfig,
     BaseConfig,
+    ChatArmConfig,
+    ChatDataConfig,
+    ChatRecipe,
     ClassificationArmConfig,
     ClassificationDataConfig,
     ClassificationRecipe,
@@ -35,6 +39,7 @@ from mixtura.config import (
 )
 from mixtura.data.prepare import train_tokenizer
 from mixtura.models import MixtureConfig, MixtureForCausalLM
+from mixtura.tasks.chat.experiment import make_chat
 from mixtura.tasks.classification.experiment import make_classification
 from mixtura.tasks.translation.experiment import make_translation
 
@@ -75,7 +80,7 @@ def refusal(task: str, base: str, adapter: str) -> str | None:
         return "has no layer whose tokens choose among experts"
     if adapter == "lora_on_attention" and base == "bert":
         return "which is no linear layer of BertModel"
-    if adapter == "languages" and task == "classification":
+    if adapter == "languages" and task in ("classification", "chat"):
         return "this data has no tasks or languages"
     if base in MIXTURES and adapter in ("lora", "mixture_of_lora", "languages"):
         return "only experts in stacked tensors: name linear layers in 'adapter.targets'"
@@ -108,7 +113,8 @@ def files(tmp_path_factory):
         for language in ("de", "fr")
     ]
     texts = [{"text": f"{word} {number}", "label": "ab"[number % 2]} for number, word in enumerate(words * 2)]
-    for name, rows in (("pairs", pairs), ("texts", texts)):
+    chats = [{"prompt": word, "completion": word[::-1]} for word in words]
+    for name, rows in (("pairs", pairs), ("texts", texts), ("chats", chats)):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return folder
 
@@ -148,6 +154,24 @@ def classification_arm(base, files, name):
     return make_classification(recipe, cache_dir=None, on_progress=lambda _: None).arms[name]
 
 
+def chat_arms(base, files):
+    recipe = ChatRecipe(
+        name="tiny",
+        baseline="lora_on_attention",
+        data=ChatDataConfig(
+            source="local",
+            path=str(files / "chats.jsonl"),
+            prompt_column="prompt",
+            completion_column="completion",
+            **{"validation_chats": 4, "test_chats": 4, "max_length": 40},
+        ),
+        base=BaseConfig(name=str(base)),
+        training=TRAINING,
+        arms={name: ChatArmConfig(adapter=adapter) for name, adapter in ADAPTERS.items()},
+    )
+    return make_chat(recipe, cache_dir=None).arms
+
+
 def check(arm):
     """One step moves what is trained, the probe answers in float64, and the model evaluates as deployed."""
     assert arm.leaks().batch_deployed is False
@@ -182,6 +206,23 @@ def translation(folders, files):
 @pytest.mark.parametrize("base", [name for name in BASES if name != "bert"])
 def test_every_adapter_translates_on_every_decoder(translation, base, adapter):
     arm, sentence = translation(base)[adapter], refusal("translation", base, adapter)
+    if sentence is not None:
+        with pytest.raises(UserError, match=sentence):
+            arm.build(0)
+        return
+    check(arm)
+
+
+@pytest.fixture(scope="module")
+def chatting(folders, files):
+    """The arms of a base model, prepared once; its tokenizer has no chat template."""
+    return functools.cache(lambda base: chat_arms(folders[base], files))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("base", [name for name in BASES if name != "bert"])
+def test_every_adapter_answers_on_every_decoder(chatting, base, adapter):
+    arm, sentence = chatting(base)[adapter], refusal("chat", base, adapter)
     if sentence is not None:
         with pytest.raises(UserError, match=sentence):
             arm.build(0)

@@ -28,6 +28,7 @@ _FLAGS = {
             ),
             "--columns",
         ),
+        **dict.fromkeys(("data.prompt_column", "data.completion_column"), "--columns"),
         "data.pairs": "--pairs",
         "base.name": "--base",
     },

@@ -53,7 +53,7 @@ def init(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="pretraining, translation or classification; else what the data looks like."),
+        typer.Option(help="pretraining, translation, classification or chat; else what the data looks like."),
     ] = None,
     columns: Annotated[str | None, typer.Option(help="As for `mixtura finetune`; else they are found.")] = None,
     pairs: Annotated[str | None, typer.Option(help="The direction of translation, such as en-de.")] = None,

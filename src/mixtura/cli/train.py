@@ -49,7 +49,7 @@ def compare(
 
 @app.command(rich_help_panel="Train")
 def finetune(
-    task: Annotated[str, typer.Argument(help="translation or classification.")],
+    task: Annotated[str, typer.Argument(help="translation, classification or chat.")],
     recipe: RecipeArgument = None,
     preset: Annotated[str, typer.Option(help="Without a recipe: the task's quick or default one.")] = "default",
     data: Annotated[
@@ -62,7 +62,7 @@ def finetune(
         str | None,
         typer.Option(
             help="Your columns: SOURCE,TARGET for translation, with SOURCE_LANGUAGE,TARGET_LANGUAGE where rows name "
-            "theirs; TEXT,LABEL for classification."
+            "theirs; TEXT,LABEL for classification; PROMPT,COMPLETION for chat."
         ),
     ] = None,
     pairs: Annotated[
@@ -77,9 +77,10 @@ def finetune(
     dry_run: DryRunOption = False,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
-    """Fine-tune for translation or classification, and report.
+    """Fine-tune for translation, classification or chat, and report.
 
-    The finished models lie in the folder's arms; `mixtura translate` and `mixtura classify` use them.
+    The finished models lie in the folder's arms; `mixtura translate`, `mixtura classify` and
+    `mixtura generate --chat` use them.
     """
     from mixtura.config import finetune_recipe, load_recipe
 

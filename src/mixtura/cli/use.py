@@ -20,7 +20,7 @@ from mixtura.cli.application import (
     quiet_transformers,
 )
 from mixtura.cli.lines import InOption, OutOption, check_out, given_texts, put_lines
-from mixtura.errors import UserError
+from mixtura.errors import UserError, need
 
 
 @app.command(rich_help_panel="Use")
@@ -136,13 +136,16 @@ def generate(
     Mixture-of-tokens layers run alone: what they write depends on nothing but the prompt. An empty line lies between
     the texts of several prompts.
     """
-    from mixtura.models.generation import Sampling, Writer
+    from mixtura.models.generation import CHAT_FILE, Sampling, Writer
 
     quiet_transformers()
     texts = [text for text in given_texts(prompts or [], source, what="prompt") if text.strip()]
     check_out(out)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    writer = Writer(model, chat=chat)
+    opened = None
+    if (model / CHAT_FILE).is_file():  # an adapter of a chat run is no model without its base
+        opened = need("mixtura.tasks.chat.answers").load_chat_model(model)
+    writer = Writer(model, chat=chat, opened=opened)
     streaming = out is None and (sys.stdout.isatty() if stream is None else stream)
     rows = []
     for number, text in enumerate(texts):

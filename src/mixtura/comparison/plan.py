@@ -16,6 +16,7 @@ from mixtura.comparison.folder import has_runs
 from mixtura.comparison.timing import time_arms
 from mixtura.config import (
     AnyRecipe,
+    ChatRecipe,
     ClassificationRecipe,
     Recipe,
     TrainingConfig,
@@ -35,7 +36,7 @@ from mixtura.training.interface import Arm, Experiment
 
 
 def task_of(recipe: AnyRecipe) -> Task:
-    """What the recipe's arms are trained for: "pretraining", "translation" or "classification"."""
+    """What the recipe's arms are trained for: "pretraining", "translation", "classification" or "chat"."""
     return "pretraining" if isinstance(recipe, Recipe) else recipe.task
 
 
@@ -52,6 +53,8 @@ def make_experiment(recipe: AnyRecipe, out: Path, reporter: ProgressReporter) ->
     if isinstance(recipe, ClassificationRecipe):
         make = need("mixtura.tasks.classification.experiment").make_classification
         return make(recipe, cache_dir=cache_dir, on_progress=reporter.note)
+    if isinstance(recipe, ChatRecipe):
+        return need("mixtura.tasks.chat.experiment").make_chat(recipe, cache_dir=cache_dir, on_progress=reporter.note)
     return make_pretraining(recipe, cache_dir=cache_dir, on_progress=reporter.note)
 
 
@@ -105,7 +108,9 @@ def check_memory(recipe: AnyRecipe) -> None:
     Raises:
         UserError: names the arm, the planned bytes and those there are.
     """
-    if isinstance(recipe, ClassificationRecipe) or (isinstance(recipe, Recipe) and starts_from_checkpoints(recipe)):
+    if isinstance(recipe, ClassificationRecipe | ChatRecipe) or (
+        isinstance(recipe, Recipe) and starts_from_checkpoints(recipe)
+    ):
         return
     if isinstance(recipe, Recipe):
         layers, length = recipe.arms, recipe.data.sequence_length

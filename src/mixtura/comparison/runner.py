@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mixtura.comparison.folder import check_same_data, environment, holding, now, open_folder, ready, store_fitted
 from mixtura.comparison.plan import (
+    PROBE_ROUNDS,
     AnyRecipe,
     check_arms,
     check_memory,
@@ -21,7 +22,7 @@ from mixtura.comparison.plan import (
 )
 from mixtura.comparison.runs import diverged_run, run_arm, trial_loss
 from mixtura.comparison.search import load_record, search_rates_and_scales, write_record
-from mixtura.comparison.timing import time_arms
+from mixtura.comparison.timing import ROUNDS, time_arms
 from mixtura.config import (
     TrainingConfig,
     UserError,
@@ -199,7 +200,9 @@ class _Comparison:
         path = self.out / "timing.json"
         if not ranks.of_first(read_json(path, keys=arms) is not None):
             self.reporter.note("timing a step of every arm, side by side")
-            timing = time_arms(arms, self.recipe.training, self.recipe.baseline)
+            # Of a short run with long steps, timing must not take longer than training.
+            rounds = min(ROUNDS, max(PROBE_ROUNDS, self.recipe.training.steps // 4))
+            timing = time_arms(arms, self.recipe.training, self.recipe.baseline, rounds=rounds)
             if ranks.is_first():
                 write_json(path, to_plain(timing))
             ranks.wait_for_all()

@@ -66,7 +66,7 @@ def run_arm(
         raise UserError(f"'{out / METRICS}' is damaged: delete '{out}', and that run is done again.")
     final = {}
     if ranks.is_first():
-        final = task.evaluate(model, final=not trial or task.measure.key == LOSS.key)
+        final = task.evaluate(model, final=not trial or (task.measure.key == LOSS.key and not task.decodes))
     if not ranks.of_first(all(math.isfinite(measure) for of in final.values() for measure in of.values())):
         raise TrainingDiverged(
             f"{label} diverged: its final held-out loss is out of range; lower its learning rate, which is "

@@ -27,6 +27,9 @@ from mixtura.config.schema import Activation as Activation
 from mixtura.config.schema import AdapterConfig as AdapterConfig
 from mixtura.config.schema import AnyRecipe as AnyRecipe
 from mixtura.config.schema import BaseConfig as BaseConfig
+from mixtura.config.schema import ChatArmConfig as ChatArmConfig
+from mixtura.config.schema import ChatDataConfig as ChatDataConfig
+from mixtura.config.schema import ChatRecipe as ChatRecipe
 from mixtura.config.schema import ClassificationArmConfig as ClassificationArmConfig
 from mixtura.config.schema import ClassificationDataConfig as ClassificationDataConfig
 from mixtura.config.schema import ClassificationRecipe as ClassificationRecipe

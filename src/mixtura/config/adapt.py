@@ -14,6 +14,8 @@ from mixtura.config.families import facts_of
 from mixtura.config.schema import (
     AdapterConfig,
     AnyRecipe,
+    ChatDataConfig,
+    ChatRecipe,
     ClassificationDataConfig,
     ClassificationRecipe,
     Recipe,
@@ -23,12 +25,12 @@ from mixtura.config.schema import (
 
 VALIDATION_SHARE, TEST_SHARE = 0.1, 0.2
 """Of the usable examples, where a recipe leaves open how many are held out."""
-MOST_EXAMPLES, MOST_SOURCES = (500, 1000), (100, 200)
-"""Labelled texts and source sentences, for validation and the test, that are enough for any score."""
+MOST_EXAMPLES, MOST_SOURCES, MOST_CHATS = (500, 1000), (100, 200), (100, 200)
+"""Labelled texts, source sentences and chats, for validation and the test, that are enough for any score."""
 COMMON_SHARE = 0.95
 """Of the examples, that a length which a recipe leaves open holds whole."""
-MOST_CHARACTERS, MOST_TEXT_TOKENS, MOST_PAIR_TOKENS = 400, 128, 512
-"""The largest such lengths: of a sentence, of a labelled text, of a prompt with its translation."""
+MOST_CHARACTERS, MOST_TEXT_TOKENS, MOST_PAIR_TOKENS, MOST_CHAT_TOKENS = 400, 128, 512, 1024
+"""The largest such lengths: of a sentence, of a labelled text, of a prompt with its translation, of a chat."""
 
 
 def held_out_examples(data: ClassificationDataConfig, available: int) -> ClassificationDataConfig:
@@ -41,6 +43,12 @@ def held_out_sources(data: TranslationDataConfig, available: int) -> Translation
     """The section with a number of validation and test sentences where it leaves them open."""
     validation, test = _hold_out((data.validation_sources, data.test_sources), MOST_SOURCES, available)
     return dataclasses.replace(data, validation_sources=validation, test_sources=test)
+
+
+def held_out_chats(data: ChatDataConfig, available: int) -> ChatDataConfig:
+    """The section with a number of validation and test chats where it leaves them open."""
+    validation, test = _hold_out((data.validation_chats, data.test_chats), MOST_CHATS, available)
+    return dataclasses.replace(data, validation_chats=validation, test_chats=test)
 
 
 def _hold_out(given: tuple[int | None, int | None], most: tuple[int, int], available: int) -> tuple[int, int]:
@@ -85,7 +93,7 @@ class Amounts(NamedTuple):
     test: int
 
 
-_Kind = TypeVar("_Kind", Recipe, TranslationRecipe, ClassificationRecipe)
+_Kind = TypeVar("_Kind", Recipe, TranslationRecipe, ClassificationRecipe, ChatRecipe)
 
 
 def with_batches_for(recipe: _Kind, amounts: Amounts, *, group_sizes: Collection[int] | None = None) -> _Kind:
@@ -130,6 +138,8 @@ def _groups(recipe: AnyRecipe) -> dict[tuple[str, ...], ArmConfig | AdapterConfi
             parts: dict[tuple[str, ...], Any] = {(): arm}
         elif isinstance(recipe, ClassificationRecipe):
             parts = {("head", "feed_forward"): arm.head.feed_forward, ("adapter",): arm.adapter}
+        elif isinstance(recipe, ChatRecipe):
+            parts = {("adapter",): arm.adapter}
         else:
             parts = {("feed_forward",): arm.feed_forward, ("adapter",): arm.adapter}
         found |= {("arms", name, *place): part for place, part in parts.items() if _mixes_examples(part)}

@@ -17,6 +17,9 @@ from mixtura.config.families import FAMILIES, MIXTURES
 from mixtura.config.schema import (
     AdapterConfig,
     BaseConfig,
+    ChatArmConfig,
+    ChatDataConfig,
+    ChatRecipe,
     ClassificationArmConfig,
     ClassificationDataConfig,
     ClassificationRecipe,
@@ -109,7 +112,7 @@ class Section(NamedTuple):
     name: str
     """As a recipe writes it: "training", "arms.NAME"; empty for the keys above all sections."""
     kind: str
-    """Of which recipes: "every recipe", "pretraining", "translation", "classification"."""
+    """Of which recipes: "every recipe", "pretraining", "translation", "classification", "chat"."""
     holds: type
 
 
@@ -118,9 +121,11 @@ SECTIONS = (
     Section("", "pretraining", Recipe),
     Section("", "translation", TranslationRecipe),
     Section("", "classification", ClassificationRecipe),
+    Section("", "chat", ChatRecipe),
     Section("data", "pretraining", DataConfig),
     Section("data", "translation", TranslationDataConfig),
     Section("data", "classification", ClassificationDataConfig),
+    Section("data", "chat", ChatDataConfig),
     Section("base", _TUNING, BaseConfig),
     Section("model", "pretraining, and translation from scratch", ModelConfig),
     Section("training", _EVERY, TrainingConfig),
@@ -128,6 +133,7 @@ SECTIONS = (
     Section("arms.NAME", "pretraining", ArmConfig),
     Section("arms.NAME", "translation", TranslationArmConfig),
     Section("arms.NAME", "classification", ClassificationArmConfig),
+    Section("arms.NAME", "chat", ChatArmConfig),
     Section("arms.NAME.feed_forward", "translation", ArmConfig),
     Section("arms.NAME.adapter", _TUNING, AdapterConfig),
     Section("arms.NAME.head", "classification", HeadConfig),

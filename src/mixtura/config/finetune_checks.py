@@ -11,6 +11,9 @@ from mixtura.config.initialization import SCALE_KEYS, names_scales
 from mixtura.config.languages import check_distinct_names, parse_pairs
 from mixtura.config.schema import (
     AdapterConfig,
+    ChatArmConfig,
+    ChatDataConfig,
+    ChatRecipe,
     ClassificationArmConfig,
     ClassificationDataConfig,
     ClassificationRecipe,
@@ -34,7 +37,7 @@ def check_finetune_recipe(recipe: FinetuneRecipe) -> None:
     Raises:
         UserError: names the key, the value and the fix.
     """
-    own = _translation_checks(recipe) if isinstance(recipe, TranslationRecipe) else _classification_checks(recipe)
+    own = _own_checks(recipe)
     refuse_together(
         [
             partial(check_frame, recipe),
@@ -48,12 +51,18 @@ def check_finetune_recipe(recipe: FinetuneRecipe) -> None:
     )
 
 
+def _own_checks(recipe: FinetuneRecipe) -> list[Callable[[], object]]:
+    if isinstance(recipe, TranslationRecipe):
+        return _translation_checks(recipe)
+    return _chat_checks(recipe) if isinstance(recipe, ChatRecipe) else _classification_checks(recipe)
+
+
 def _check_layers(recipe: FinetuneRecipe) -> None:
     if recipe.base.num_layers is not None and recipe.base.num_layers < 1:
         raise UserError(f"'base.num_layers' is {recipe.base.num_layers}: keep at least 1 layer, or leave it out.")
 
 
-def _check_source(data: TranslationDataConfig | ClassificationDataConfig) -> None:
+def _check_source(data: TranslationDataConfig | ClassificationDataConfig | ChatDataConfig) -> None:
     if data.source == "hub" and not data.name:
         raise UserError("'data.source' is 'hub' but 'data.name' is missing: name the dataset, such as \"imdb\".")
     if data.source == "local" and not data.path:
@@ -148,12 +157,37 @@ def _check_language_experts(where: str, arm: TranslationArmConfig) -> None:
 
 def _classification_checks(recipe: ClassificationRecipe) -> list[Callable[[], object]]:
     arms = [partial(_check_classification_arm, f"arms.{name}", arm, recipe) for name, arm in recipe.arms.items()]
-    return [partial(_check_base, recipe), *arms]
+    return [partial(_check_base, recipe, 'classify with, such as "minilm"'), *arms]
 
 
-def _check_base(recipe: ClassificationRecipe) -> None:
+def _check_base(recipe: ClassificationRecipe | ChatRecipe, use: str) -> None:
     if recipe.base.name is None:
-        raise UserError("'base.name' is missing: name the model to classify with, such as \"minilm\".")
+        raise UserError(f"'base.name' is missing: name the model to {use}.")
+
+
+def _chat_checks(recipe: ChatRecipe) -> list[Callable[[], object]]:
+    arms = [partial(_check_chat_arm, f"arms.{name}", arm, recipe) for name, arm in recipe.arms.items()]
+    return [partial(_check_base, recipe, 'tune, such as "smollm2"'), partial(_check_columns, recipe.data), *arms]
+
+
+def _check_columns(data: ChatDataConfig) -> None:
+    if (data.prompt_column is None) != (data.completion_column is None):
+        there, other = ("prompt", "completion") if data.completion_column is None else ("completion", "prompt")
+        raise UserError(
+            f"'data.{there}_column' is named and 'data.{other}_column' is not: name both, or neither for chats in "
+            "'data.messages_column'."
+        )
+    if data.max_length is not None and data.max_length < 8:
+        raise UserError(f"'data.max_length' is {data.max_length}, which holds no chat: set it to 8 tokens or more.")
+
+
+def _check_chat_arm(where: str, arm: ChatArmConfig, recipe: ChatRecipe) -> None:
+    _check_rate(where, arm.learning_rate)
+    if arm.adapter is not None and arm.adapter.router == "task" and arm.adapter.method == "mixture_of_lora":
+        raise UserError(
+            f"'{where}.adapter.router' is 'task', but chats have no tasks or languages: use top_k, dense or threshold."
+        )
+    _check_adapter(f"{where}.adapter", arm.adapter, recipe.training.batch_size)
 
 
 def _check_classification_arm(where: str, arm: ClassificationArmConfig, recipe: ClassificationRecipe) -> None:

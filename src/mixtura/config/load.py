@@ -16,7 +16,14 @@ from mixtura.config.checks import check_recipe
 from mixtura.config.controls import fill_controls
 from mixtura.config.finetune_checks import check_finetune_recipe
 from mixtura.config.from_checkpoint import fill_from_checkpoints
-from mixtura.config.schema import AnyRecipe, ClassificationRecipe, Recipe, TomlTable, TranslationRecipe
+from mixtura.config.schema import (
+    AnyRecipe,
+    ChatRecipe,
+    ClassificationRecipe,
+    Recipe,
+    TomlTable,
+    TranslationRecipe,
+)
 from mixtura.errors import UserError, refuse_together
 
 PRESETS = (
@@ -31,9 +38,11 @@ PRESETS = (
     "classification-quick",
     "classification",
     "classification-tuned",
+    "chat-quick",
+    "chat",
     "adapters",
 )
-TASKS = {"translation": TranslationRecipe, "classification": ClassificationRecipe}
+TASKS = {"translation": TranslationRecipe, "classification": ClassificationRecipe, "chat": ChatRecipe}
 """The kinds of fine-tuning recipes by their `task`; a recipe without one is for pretraining."""
 
 
@@ -81,6 +90,7 @@ _BRINGS_DATA = ("data.source", "data.path", "data.name", "data.subset", "base.na
 _OPEN = {
     "translation": ("validation_sources", "test_sources", "max_characters", "max_length"),
     "classification": ("validation_examples", "test_examples", "max_length"),
+    "chat": ("validation_chats", "test_chats", "max_length"),
 }
 """What a fine-tuning preset sizes for its own data: fitted to the user's where there is such."""
 

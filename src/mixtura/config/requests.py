@@ -9,6 +9,13 @@ from mixtura.config.load import TASKS, load_recipe, preset_path
 from mixtura.config.schema import AnyRecipe, FinetuneRecipe, Recipe
 from mixtura.errors import UserError
 
+_COLUMNS = {
+    "translation": ("source", "target", "source_language", "target_language"),
+    "classification": ("text", "label"),
+    "chat": ("prompt", "completion"),
+}
+"""What --columns names, by task."""
+
 
 def as_recipe(recipe: AnyRecipe | Path | str, overrides: Sequence[str] = ()) -> tuple[Path | None, AnyRecipe]:
     """The path of a recipe, if it was given by one, and the recipe.
@@ -74,12 +81,12 @@ def finetune_recipe(
     """The path of a recipe for fine-tuning, and the changes of it that its user asks for; both are checked.
 
     Args:
-        task: "translation" or "classification".
+        task: one of `TASKS`.
         recipe: the path; None takes the task's own recipe that `preset` names.
         preset: "quick" or "default".
         data: a file, or "hub:NAME".
-        columns: "SOURCE,TARGET", with ",SOURCE_LANGUAGE,TARGET_LANGUAGE" where rows name their languages, or
-            "TEXT,LABEL".
+        columns: "SOURCE,TARGET", with ",SOURCE_LANGUAGE,TARGET_LANGUAGE" where rows name their languages,
+            "TEXT,LABEL" or "PROMPT,COMPLETION".
         pairs: directions of translation, separated by commas.
         base: the pretrained model.
         overrides: "section.key=value" changes, which come last.
@@ -108,10 +115,10 @@ def data_overrides(
     """The changes of a fine-tuning recipe that its user's own data asks for, in the form of `--set`.
 
     Args:
-        task: "translation" or "classification".
+        task: one of `TASKS`.
         data: a file, or "hub:NAME".
-        columns: "SOURCE,TARGET", with ",SOURCE_LANGUAGE,TARGET_LANGUAGE" where rows name their languages, or
-            "TEXT,LABEL".
+        columns: "SOURCE,TARGET", with ",SOURCE_LANGUAGE,TARGET_LANGUAGE" where rows name their languages,
+            "TEXT,LABEL" or "PROMPT,COMPLETION".
         pairs: directions of translation, separated by commas; None takes columns that are named after languages.
         base: the pretrained model.
 
@@ -142,13 +149,10 @@ def data_overrides(
 
 def _column_keys(task: str, columns: str, names: Sequence[str]) -> dict[str, str]:
     """The keys that name columns, by what was typed for --columns."""
-    keys = {
-        "translation": ("source", "target", "source_language", "target_language"),
-        "classification": ("text", "label"),
-    }[task]
+    keys = _COLUMNS[task]
     if len(names) not in (2, len(keys)) or not all(names):
-        wanted = "two names, TEXT,LABEL"
+        wanted = f"two names, {','.join(keys[:2]).upper()}"
         if task == "translation":
-            wanted = "two names, SOURCE,TARGET, or four with SOURCE_LANGUAGE,TARGET_LANGUAGE where rows name them"
+            wanted += ", or four with SOURCE_LANGUAGE,TARGET_LANGUAGE where rows name them"
         raise UserError(f"--columns is '{columns}': give {wanted}.")
     return {f"data.{key}_column": name for key, name in zip(keys, names, strict=False)}

@@ -138,7 +138,7 @@ class Recipe:
     arms: dict[str, ArmConfig]
 
 
-Task = Literal["translation", "classification"]
+Task = Literal["translation", "classification", "chat"]
 AdapterMethod = Literal["lora", "mixture_of_lora", "mixture_of_tokens", "expert_specialized"]
 AdapterRouter = Literal["top_k", "dense", "threshold", "task"]
 HeadKind = Literal["last_layer", "layer_mix"]
@@ -271,6 +271,48 @@ class ClassificationDataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatDataConfig:
+    """Which chats, and what of them is held out."""
+
+    source: Literal["python-docs", "local", "hub"] = "python-docs"
+    """`python-docs` asks what functions of Python's own library do and is there already; `hub` is any Hugging Face
+    dataset; `local` a file."""
+    name: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    path: str | None = None
+    """File of .jsonl, .json, .csv, .tsv or .parquet (source "local" only)."""
+    messages_column: str = "messages"
+    """Column with the list of a chat's messages, each with a role and a content; read where no prompt is named."""
+    prompt_column: str | None = None
+    """Column with a question, where every row is one question and its answer."""
+    completion_column: str | None = None
+    """Column with the answer to it."""
+    max_chats: int | None = None
+    """Train on so many chats at most, a fixed shuffled choice."""
+    max_length: int | None = 256
+    """Tokens of a window, into which several chats are packed; longer chats are cut, and counted. "none" finds what
+    95 % of yours stay within."""
+    validation_chats: int | None = None
+    """Chats held out for the loss during training; None is a tenth, at most 100."""
+    test_chats: int | None = None
+    """Chats held out for the final scores; None is a fifth, at most 200."""
+    answered_chats: int = 64
+    """How many of the test chats are answered at the end, for exact match and token F1."""
+    max_new_tokens: int = 64
+    """Tokens of such an answer at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatArmConfig:
+    """One side of a comparison of chat models: what is trained of the base model."""
+
+    learning_rate: float | None = None
+    adapter: AdapterConfig | None = None
+    """On the base model; None tunes it whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TranslationArmConfig:
     """One side of a translation comparison: feed-forward layers from scratch, or an adapter on the base model."""
 
@@ -330,5 +372,21 @@ class ClassificationRecipe:
     arms: dict[str, ClassificationArmConfig]
 
 
-FinetuneRecipe = TranslationRecipe | ClassificationRecipe
+@dataclass(frozen=True, kw_only=True)
+class ChatRecipe:
+    """A comparison of chat models, tuned from one pretrained model."""
+
+    task: Literal["chat"] = "chat"
+    name: str
+    description: str = ""
+    seeds: tuple[int, ...] = (0,)
+    baseline: str = "lora"
+    data: ChatDataConfig = field(default_factory=ChatDataConfig)
+    base: BaseConfig = field(default_factory=lambda: BaseConfig(name="smollm2"))
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    arms: dict[str, ChatArmConfig]
+
+
+FinetuneRecipe = TranslationRecipe | ClassificationRecipe | ChatRecipe
 AnyRecipe = Recipe | FinetuneRecipe

@@ -20,7 +20,14 @@ from mixtura.data.text_files import local_files
 
 LOOKED_AT = 2_000
 """How many rows are read to tell texts from labels."""
-_PRESETS = {"pretraining": "quick", "translation": "translation-quick", "classification": "classification-quick"}
+_PRESETS = {
+    "pretraining": "quick",
+    "translation": "translation-quick",
+    "classification": "classification-quick",
+    "chat": "chat-quick",
+}
+_CHATS, _QUESTIONS = "messages", ("prompt", "completion")
+"""Column names that mean chats."""
 
 
 class Look(NamedTuple):
@@ -63,7 +70,7 @@ def sketch_recipe(
 
     Args:
         data: a text or a table, or a folder of them; None is the preset's own data.
-        task: "pretraining", "translation" or "classification"; None is what the columns look like.
+        task: "pretraining", "translation", "classification" or "chat"; None is what the columns look like.
         columns: two names, separated by a comma; None finds them.
         pairs: directions of translation; None takes column names that are languages.
         name: of the recipe.
@@ -128,6 +135,9 @@ def _listed_columns(looks: list[Look]) -> str:
 
 
 def _task(looks: list[Look], pairs: str | None) -> str:
+    names = {look.column for look in looks}
+    if _CHATS in names or names.issuperset(_QUESTIONS):
+        return "chat"
     texts = [look for look in looks if look.is_text]
     if len(texts) >= 2 and (pairs is not None or len(_languages(texts)) >= 2):
         return "translation"
@@ -149,6 +159,11 @@ def _overrides(task: str, data: Path, looks: list[Look], columns: str | None, pa
         text = columns or (texts[0].column if texts else "text")
         changes = ['data.source="local"', f"data.path={json.dumps(str(data))}"]
         return changes + ([f"data.text_column={json.dumps(text, ensure_ascii=False)}"] if looks else [])
+    if task == "chat":
+        asked = columns is None and _CHATS not in {look.column for look in looks}
+        return data_overrides(
+            task, data=str(data), columns=",".join(_QUESTIONS) if asked else columns, pairs=None, base=None
+        )
     if columns is None:
         in_order = [look for look in looks if look in texts]
         if pairs is None and len(named := _languages(in_order)) >= 2:

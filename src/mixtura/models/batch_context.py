@@ -18,6 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from mixtura.config import UserError
 from mixtura.layers import RoutingStats
+from mixtura.models.inference import real_tokens
 
 
 class BatchContext:
@@ -122,7 +123,7 @@ def _mask_of(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[s
         names = list(inspect.signature(module.forward).parameters)
         position = names.index(name) if name in names else len(args)
         mask = args[position] if position < len(args) else None
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    return real_tokens(mask)
 
 
 def _entrances(model: nn.Module) -> list[nn.Module]:

@@ -13,6 +13,9 @@ from mixtura.config.families import never_served
 from mixtura.errors import reason_of
 from mixtura.models.loading import load_model
 
+CHAT_FILE = "chat.json"
+"""In a folder that chat tuning wrote: the base that an adapter is on, and the tokens that end an answer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -51,18 +54,19 @@ class Sampling:
 class Writer:
     """A model that goes on from prompts, or answers them."""
 
-    def __init__(self, folder: Path | str, *, chat: bool = False) -> None:
+    def __init__(self, folder: Path | str, *, chat: bool = False, opened: tuple[Any, Any] | None = None) -> None:
         """Opens a model folder.
 
         Args:
             folder: as `save_pretrained` writes it, tokenizer included.
             chat: put each prompt as a user's message into the tokenizer's chat template, and give the answer alone.
+            opened: the folder's model and tokenizer, where it takes more than the folder to load them.
 
         Raises:
             UserError: the model cannot be loaded or cannot answer one request alone, or has no chat template.
         """
         self.chat = chat
-        self.model, self.tokenizer = load_model(Path(folder))
+        self.model, self.tokenizer = load_model(Path(folder)) if opened is None else opened
         for family in never_served(getattr(self.model.config, "mlp_layer_types", None) or []):
             raise UserError(
                 f"A model with {family} layers cannot generate: a token's output depends on other tokens to come."

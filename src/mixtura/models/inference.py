@@ -15,10 +15,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mixtura.layers import MixtureOfTokens
 from mixtura.models.configuration_mixture import MixtureConfig
+
+
+def real_tokens(attention_mask: Any) -> Tensor | None:
+    """The tokens that are no padding, (B, L), by a model's `attention_mask`; None where it does not say.
+
+    Args:
+        attention_mask: (B, L), true where a token is real; or (B, 1, L, L), which pairs of tokens may attend, as packed
+            examples need it: there a token that may not attend to itself is padding. Numbers are added to scores.
+    """
+    if not isinstance(attention_mask, Tensor):
+        return None
+    if attention_mask.dim() == 4 and attention_mask.size(2) == attention_mask.size(3):
+        own_BL = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        return own_BL if own_BL.dtype == torch.bool else own_BL == 0
+    return attention_mask if attention_mask.dim() == 2 else None
 
 
 def mixing_layers(model: nn.Module) -> list[MixtureOfTokens]:

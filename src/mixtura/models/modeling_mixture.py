@@ -30,7 +30,7 @@ from mixtura.models.decoder_layer import (
     joined_stats,
     make_room_for_memory,
 )
-from mixtura.models.inference import shares_alone
+from mixtura.models.inference import real_tokens, shares_alone
 from mixtura.models.router_losses import (
     MixtureCausalLMOutput,
     MixtureClassifierOutput,
@@ -245,9 +245,8 @@ class MixtureModel(MixturePreTrainedModel):
 
 def _token_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
     """(B, L) of the tokens in this call, from a mask that may also cover those in the cache; None when all are real."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        return None
-    return attention_mask[:, -length:]
+    real_BL = real_tokens(attention_mask)
+    return None if real_BL is None else real_BL[:, -length:]
 
 
 class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):

@@ -278,17 +278,20 @@ _LARGER = {
     "pretraining": "width, depth or number of experts",
     "translation": "width, depth, rank or number of experts",
     "classification": "base model, rank or number of experts",
+    "chat": "base model, rank or number of experts",
 }
 _SETTINGS = {
     "pretraining": "the balance loss, the group size and the temperature",
     "translation": "the balance loss, the group size, the rank and the layers that are adapted",
     "classification": "the pooling, the rank and the layers that are adapted",
+    "chat": "the balance loss, the rank and the layers that are adapted",
 }
 _USES = {
     "pretraining": "Held-out loss is not accuracy on a task, and no text was judged by a reader.",
     "translation": "Scores compare a translation with one reference by its characters and words; none was judged by a "
     "reader.",
     "classification": "Labels are taken as they are, right or wrong, and no prediction was judged by a reader.",
+    "chat": "Answers are compared with one reference by its tokens and words; none was judged by a reader.",
 }
 
 

@@ -100,6 +100,9 @@ def held_out(results: Results) -> HeldOut:
         return HeldOut(
             f"{curve}validation sentences", f"{_count(results, 'final_eval_sequences', 'sentences_test')}test sentences"
         )
+    if results.task == "chat":
+        held = [_number(results.data.facts.get(f"chats_{side}")) for side in ("validation", "test")]
+        return HeldOut(f"answers of up to {held[0]}validation chats", f"answers of up to {held[1]}test chats")
     curve = _count(results, "eval_sequences", "examples_validation")
     return HeldOut(f"{curve}validation texts", f"{_number(results.data.facts.get('examples_test'))}test texts")
 

@@ -16,6 +16,7 @@ from mixtura.config import UserError
 from mixtura.files import write_text
 from mixtura.pages import page_environment
 from mixtura.report import facts, tables
+from mixtura.report.chat_scores import chat_section
 from mixtura.report.deployment import deployment_figures
 from mixtura.report.facts import continuations_section, held_out, is_even, load_maps, time_bars
 from mixtura.report.figures import AXES, SYMBOLS, arms_in, build_figures
@@ -137,6 +138,7 @@ def render_html(results: Results, summary: Summary) -> str:
         shares=shares,
         translation=translation_section(results),
         classification=classification_section(results),
+        chat=chat_section(results),
         even=[judged.label for name, judged in summary.arms.items() if is_even(results.arms[name])],
         map_seeds=map_seeds,
         page_data={"figures": figures, "maps": to_plain([*maps, *shares]), "mapSeeds": map_seeds},

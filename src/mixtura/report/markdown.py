@@ -3,6 +3,7 @@
 import re
 
 from mixtura.report import facts, tables
+from mixtura.report.chat_scores import chat_section
 from mixtura.report.facts import continuations_section, held_out
 from mixtura.report.sections import classification_section, specialization_maps, translation_section, weight_rows
 from mixtura.report.wording import NBSP, listing, number, start
@@ -93,6 +94,7 @@ def _task_parts(results: Results, summary: Summary) -> list[str]:
     return [
         *_translation_parts(results, labels),
         *_classification_parts(results, labels),
+        *_chat_parts(results, labels),
         *_specialization_parts(results, summary),
     ]
 
@@ -131,6 +133,20 @@ def _classification_parts(results: Results, labels: dict[str, str]) -> list[str]
         lines = [_row(["weight of layer", *(labels[name] for name in names)]), _rule(len(names))]
         parts.append("\n".join([*lines, *(_row([str(layer), *cells]) for layer, cells in enumerate(rows))]))
     return ["## Classes", *parts] if parts else []
+
+
+def _chat_parts(results: Results, labels: dict[str, str]) -> list[str]:
+    section = chat_section(results)
+    if section is None:
+        return []
+    lines = [_row(["held-out answers", "before training", *labels.values()]), _rule(len(labels) + 1)]
+    lines += [_row([escape(row.label), *(escape(cell.both) for cell in row.cells)]) for row in section.rows]
+    parts = ["## Answers", escape(section.note), "\n".join(lines)]
+    for sample in section.samples:
+        said = [f"- Question: {escape(sample.source)}", f"- In the data: {escape(sample.reference)}"]
+        said += [f"- {labels.get(name, name)}: {escape(text)}" for name, text in sample.outputs]
+        parts.append("\n".join(said))
+    return parts
 
 
 def _specialization_parts(results: Results, summary: Summary) -> list[str]:

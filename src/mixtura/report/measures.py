@@ -20,6 +20,8 @@ FURTHER = {
         Measure("chrf_pp", "chrF++", "points", "higher", 2),
         Measure("bleu", "BLEU", "points", "higher", 2),
         Measure("accuracy", "accuracy", "%", "higher", 2),
+        Measure("exact_match", "exact match", "%", "higher", 2),
+        Measure("token_f1", "token F1", "%", "higher", 2),
         Measure("macro_f1", "macro F1", "%", "higher", 2),
         Measure("ece", "expected calibration error", "%", "lower", 2),
         Measure("brier", "Brier score", "", "lower"),
@@ -37,7 +39,7 @@ class Yardstick:
     """What one comparison is judged by."""
 
     task: str
-    """"pretraining", "translation" or "classification"."""
+    """"pretraining", "translation", "classification" or "chat"."""
     measure: Measure
     """The verdict's number."""
     loss: Measure

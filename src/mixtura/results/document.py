@@ -14,7 +14,7 @@ Version 2 kept the details of a task without naming the task, a curve's measures
 facts on the data beside the budget; see `upgrade`.
 """
 
-Task = Literal["pretraining", "translation", "classification"]
+Task = Literal["pretraining", "translation", "classification", "chat"]
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ class AcrossArms:
     """Results that need all finished runs together."""
 
     paired_bootstrap: dict[str, dict[str, PairedTest]] = field(default_factory=dict)
-    """For each arm except the baseline: by language pair in translation, under "all" in classification."""
+    """For each arm except the baseline: by language pair in translation, under "all" in classification, under "loss" in
+    chat."""
 
 
 @dataclass(frozen=True, kw_only=True)

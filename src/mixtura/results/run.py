@@ -154,7 +154,51 @@ class ClassificationDetails:
     kind: Literal["classification"] = "classification"
 
 
-RunDetails = PretrainingDetails | TranslationDetails | ClassificationDetails
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A value and the ends of its 95 % interval over held-out chats."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatScores:
+    """One measure on the test chats."""
+
+    own: Interval
+    """Of the run."""
+    base: Interval
+    """Of the base before any training."""
+    gain: Interval
+    """The run minus the base, on the same chats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSample:
+    """A test chat's last question, and what is answered."""
+
+    prompt: str
+    reference: str
+    base: str
+    """The answer before any training."""
+    output: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatDetails:
+    """Of a chat model."""
+
+    scores: dict[str, ChatScores]
+    """"loss" over the test chats; "exact_match" and "token_f1", in percent, over those that were answered."""
+    chats: int
+    answered: int
+    samples: list[ChatSample]
+    kind: Literal["chat"] = "chat"
+
+
+RunDetails = PretrainingDetails | TranslationDetails | ClassificationDetails | ChatDetails
 
 
 @dataclass(frozen=True)

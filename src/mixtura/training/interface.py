@@ -43,6 +43,8 @@ class TrainingTask(ABC):
 
     measure: Measure = LOSS
     """The verdict's number; `evaluate` gives it for every mode, beside "loss"."""
+    decodes: bool = False
+    """Whether the final evaluation also writes texts, which trials of a learning rate leave out."""
 
     @property
     @abstractmethod

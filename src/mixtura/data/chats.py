@@ -1,0 +1,242 @@
+"""Chats: lists of messages in OpenAI's style, or rows of a question and its answer, checked, counted and held out.
+
+What cannot be trained on as it stands (a role that no template knows, an answer without words, a call of a tool) is
+refused with its row: to leave it out silently would train another chat than the user's. Rows without any answer and
+repeated chats are left out and counted.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from mixtura.config import ChatDataConfig, UserError
+from mixtura.config.adapt import held_out_chats
+from mixtura.data.held_out import is_utf8, normalise, text_hash
+from mixtura.data.python_docs import python_questions
+from mixtura.data.table_files import TABLES, Row, file_rows, find_cell, hub_rows, select
+from mixtura.data.text_files import local_files
+
+ANSWERS = "assistant"
+_ROLES = {
+    **{role: role for role in ("system", "user", ANSWERS)},
+    **{"human": "user", "gpt": ANSWERS, "developer": "system"},
+}
+"""Roles by how they are spelled: OpenAI's, and those of "conversations" with from and value."""
+_TOOLS = ("tool", "function", "ipython")
+
+
+class Message(NamedTuple):
+    """One turn."""
+
+    role: str
+    """"system", "user" or "assistant"."""
+    content: str
+
+
+class Chat(NamedTuple):
+    """One chat, with one answer at least."""
+
+    messages: tuple[Message, ...]
+    where: str
+    """Its row, to stand inside a sentence."""
+
+    @property
+    def key(self) -> str:
+        """Chats that open with the same question have the same key, and are held out together."""
+        opening = next((turn.content for turn in self.messages if turn.role == "user"), self.messages[0].content)
+        return normalise(opening)
+
+
+@dataclass(frozen=True)
+class ChatCorpus:
+    """Chats of a run; no opening question is on two sides."""
+
+    train: list[Chat]
+    """Shuffled, like the others, so that the first few are a fair sample."""
+    validation: list[Chat]
+    test: list[Chat]
+    description: str
+    """One phrase for reports: source, counts, what was skipped."""
+    skipped: dict[str, int]
+    """Rows left out, by reason."""
+    config: ChatDataConfig
+    """The configuration that was read, with the numbers of held-out chats filled in."""
+
+
+def load_chats(config: ChatDataConfig) -> ChatCorpus:
+    """Reads the chats of a recipe, checks them, and holds some out.
+
+    Raises:
+        UserError: the source is missing or unreadable, a row cannot be used as it is, or too few chats are left.
+    """
+    skipped: Counter[str] = Counter()
+    rows, description = _open(config, skipped)
+    chats = _distinct(rows, skipped)
+    if not chats:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common()) or "it has no rows"
+        raise UserError(f"No chat with an answer is left of {description} ({reasons}): check {_columns(config)}.")
+    config = held_out_chats(config, len(chats))
+    test, validation, train = _split(chats, config, description)
+    if config.max_chats is not None and len(train) > config.max_chats:
+        skipped["beyond max_chats"] = len(train) - config.max_chats
+        train = train[: config.max_chats]
+    answers = sum(message.role == ANSWERS for chat in train for message in chat.messages)
+    description += f", {len(train):,} chats with {answers:,} answers to train on"
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()) if count)
+    return ChatCorpus(
+        train,
+        validation,
+        test,
+        description + (f"; rows skipped: {reasons}" if reasons else ""),
+        {reason: count for reason, count in sorted(skipped.items()) if count},
+        config,
+    )
+
+
+def _columns(config: ChatDataConfig) -> str:
+    if config.prompt_column is None:
+        return f"'data.messages_column', which is '{config.messages_column}'"
+    return "'data.prompt_column' and 'data.completion_column'"
+
+
+def _open(config: ChatDataConfig, skipped: Counter[str]) -> tuple[Iterator[Chat], str]:
+    """The chats of all rows, and what to call the source; reading them adds to `skipped`."""
+    if config.source == "python-docs":
+        pairs = enumerate(python_questions(), start=1)
+        chats = (_question(*pair, f"question {number} of Python's library") for number, pair in pairs)
+        return chats, "questions about Python's standard library, from its docstrings"
+    if config.source == "hub":
+        subset = f", {config.subset}" if config.subset else ""
+        rows = hub_rows(str(config.name), config.subset, config.split)
+        return _read(
+            rows, config, skipped, name := f"the hub dataset {config.name}{subset}, split {config.split}"
+        ), name
+    files, others = local_files(config.path, TABLES)
+    wanted = [column for column in (config.prompt_column, config.completion_column) if column is not None]
+    rows = (row for file in files for row in file_rows(file, wanted or [config.messages_column]))
+    single = files == [Path(str(config.path)).expanduser()]
+    name = f"the file {files[0].name}" if single else f"{len(files)} files in {config.path}"
+    return _read(rows, config, skipped, name), name + (f" ({others} of other kinds not read)" if others else "")
+
+
+def _read(rows: Iterator[Row], config: ChatDataConfig, skipped: Counter[str], source: str) -> Iterator[Chat]:
+    if config.prompt_column is None or config.completion_column is None:
+        return _chats(rows, config.messages_column, skipped, source)
+    columns = {"data.prompt_column": config.prompt_column, "data.completion_column": config.completion_column}
+    return (
+        _question(_text(prompt, row.where, "prompt"), _text(answer, row.where, "completion"), row.where)
+        for row, (prompt, answer) in select(rows, columns, skipped, source=source)
+    )
+
+
+def _question(prompt: str, answer: str, where: str) -> Chat:
+    return _checked([Message("user", prompt), Message(ANSWERS, answer)], where)
+
+
+def _chats(rows: Iterator[Row], column: str, skipped: Counter[str], source: str) -> Iterator[Chat]:
+    found, names = False, dict[str, None]()
+    for row in rows:
+        present, value = find_cell(row, column)
+        if not present or value is None:
+            names.update(dict.fromkeys(row.values))
+            skipped[f"without '{column}'"] += 1
+            continue
+        found = True
+        if not isinstance(value, list):
+            raise UserError(
+                f"'{column}' in {row.where} is no list of messages: write objects with a role and a content, or name "
+                "two columns of text in 'data.prompt_column' and 'data.completion_column'."
+            )
+        messages = [_message(turn, f"message {place} of {row.where}") for place, turn in enumerate(value, start=1)]
+        if not any(message.role == ANSWERS for message in messages):
+            skipped["without an answer"] += 1
+            continue
+        yield _checked(messages, row.where)
+    if names and not found:
+        listed = ", ".join(list(names)[:20])
+        raise UserError(
+            f"No row of {source} has '{column}': name a column of messages in 'data.messages_column', or two of "
+            f"{listed} in 'data.prompt_column' and 'data.completion_column'."
+        )
+
+
+def _message(turn: object, where: str) -> Message:
+    """A turn of a chat, whose role and content may have the names of either style."""
+    if not isinstance(turn, Mapping):
+        raise UserError(f'{_start(where)} is no object: write {{"role": ..., "content": ...}}.')
+    role = turn.get("role", turn.get("from"))
+    if role is None:
+        raise UserError(f"{_start(where)} has no role: write system, user or assistant into its 'role'.")
+    if role in _TOOLS or turn.get("tool_calls") or turn.get("function_call"):
+        raise UserError(
+            f"{_start(where)} calls a tool or is a tool's result, which is not trained on: remove this chat, or write "
+            "the call as text of the assistant."
+        )
+    if not isinstance(role, str) or role not in _ROLES:
+        raise UserError(f"{_start(where)} has the role {role!r}: use system, user or assistant.")
+    return Message(_ROLES[role], _text(turn.get("content", turn.get("value")), where, "content"))
+
+
+def _text(value: object, where: str, what: str) -> str:
+    """A content that is text, or a list of parts that are."""
+    if isinstance(value, list):
+        parts = [part.get("text") if isinstance(part, Mapping) else part for part in value]
+        if not all(isinstance(part, str) for part in parts):
+            raise UserError(f"The {what} of {where} has a part that is no text: remove images and files.")
+        value = "\n".join(str(part) for part in parts)
+    if not isinstance(value, str):
+        raise UserError(f"The {what} of {where} is {value!r:.40}, which is no text: write it as text.")
+    if not is_utf8(value):
+        raise UserError(f"The {what} of {where} is no UTF-8 text (it has half a character): correct it.")
+    return value.strip()
+
+
+def _checked(messages: list[Message], where: str) -> Chat:
+    """The chat up to its last answer; refuses turns in an order that is none, and answers without words."""
+    last = max(place for place, message in enumerate(messages) if message.role == ANSWERS)
+    before = ""
+    for place, (role, content) in enumerate(messages[: last + 1], start=1):
+        named = f"Message {place} of {where}"
+        if role == ANSWERS and not content:
+            raise UserError(f"{named} is an answer of the assistant without text: write one, or remove the chat.")
+        if role == "system" and place > 1:
+            raise UserError(f"{named} is a system message, which may only be the first: move or remove it.")
+        if role == ANSWERS and before in ("", "system"):
+            raise UserError(f"{named} is an answer with no user's message before it: add the message, or remove both.")
+        if role == before:
+            raise UserError(f"{named} is the {role}'s second in a row: join the two.")
+        before = role
+    return Chat(tuple(messages[: last + 1]), where)
+
+
+def _start(where: str) -> str:
+    return where[0].upper() + where[1:]
+
+
+def _distinct(rows: Iterator[Chat], skipped: Counter[str]) -> list[Chat]:
+    """Each chat once, in an order that a hash of its opening chose."""
+    kept: dict[tuple[Message, ...], Chat] = {}
+    for chat in rows:
+        if chat.messages in kept:
+            skipped["duplicate"] += 1
+        kept.setdefault(chat.messages, chat)
+    return sorted(kept.values(), key=lambda chat: (text_hash(chat.key), chat.messages))
+
+
+def _split(chats: list[Chat], config: ChatDataConfig, description: str) -> list[list[Chat]]:
+    """Test, validation and training chats; those with one opening stay together."""
+    wanted = [config.test_chats or 0, config.validation_chats or 0]
+    sides: list[list[Chat]] = [[], [], []]
+    for _, together in groupby(chats, key=lambda chat: chat.key):
+        side = next((place for place, number in enumerate(wanted) if len(sides[place]) < number), 2)
+        sides[side] += together
+    if not all(sides):
+        raise UserError(
+            f"{_start(description)} has {len(chats):,} usable chats, too few for 'data.validation_chats' "
+            f"{config.validation_chats}, 'data.test_chats' {config.test_chats} and some to train on: give more or "
+            "lower these."
+        )
+    return sides

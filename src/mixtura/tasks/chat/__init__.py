@@ -1,0 +1,1 @@
+"""Chat and instruction tuning: a pretrained model learns the assistant's answers of somebody's own chats."""

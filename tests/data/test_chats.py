@@ -1,0 +1,104 @@
+"""Chats from a user's own rows: both styles are read, and what cannot be trained on is refused with its row."""
+
+import json
+
+import pytest
+
+from mixtura.config import ChatDataConfig, UserError
+from mixtura.data.chats import load_chats
+from mixtura.data.python_docs import python_questions
+
+
+def write(tmp_path, rows, name="chats.jsonl"):
+    path = tmp_path / name
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def chat(*turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def load(path, **changes):
+    settings = {"source": "local", "path": str(path), "validation_chats": 1, "test_chats": 1, **changes}
+    corpus = load_chats(ChatDataConfig(**settings))
+    return corpus, [each for side in (corpus.train, corpus.validation, corpus.test) for each in side]
+
+
+GOOD = [chat(("user", f"question {number}"), ("assistant", f"answer {number}")) for number in range(5)]
+
+
+def test_messages_are_read_up_to_the_last_answer(tmp_path):
+    rows = [*GOOD, chat(("system", "be kind"), ("user", "hi"), ("assistant", "hello"), ("user", "bye"))]
+    corpus, found = load(write(tmp_path, rows))
+    assert len(found) == 6 and len(corpus.test) == len(corpus.validation) == 1
+    assert [("system", "be kind"), ("user", "hi"), ("assistant", "hello")] in [list(of.messages) for of in found]
+    assert "4 chats with 4 answers to train on" in corpus.description
+
+
+def test_prompts_and_completions_are_two_columns(tmp_path):
+    rows = [{"ask": f"question {number}", "say": f"answer {number}"} for number in range(4)]
+    _, found = load(write(tmp_path, rows), prompt_column="ask", completion_column="say")
+    assert sorted(of.messages[1].content for of in found) == [f"answer {number}" for number in range(4)]
+
+
+def test_from_and_value_and_parts_of_text_are_read(tmp_path):
+    other = {"messages": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
+    parts = chat(("user", [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]), ("assistant", "three"))
+    _, found = load(write(tmp_path, [*GOOD, other, parts]))
+    told = {tuple(turn.content for turn in of.messages) for of in found}
+    assert {("hi", "hello"), ("one\ntwo", "three")} <= told
+
+
+def test_chats_with_one_opening_are_on_one_side_and_repeated_ones_come_once(tmp_path):
+    same = [chat(("user", "Question!"), ("assistant", f"answer {number}")) for number in range(3)]
+    corpus, found = load(write(tmp_path, [*GOOD, *same, same[0], chat(("user", "no answer"))]))
+    sides = [{of.key for of in side} for side in (corpus.train, corpus.validation, corpus.test)]
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 6 and len(found) == 8
+    assert corpus.skipped == {"duplicate": 1, "without an answer": 1}
+
+
+REFUSED = {
+    "no role": ({"messages": [{"content": "hi"}]}, "Message 1 of '.*' line 2 has no role: write system, user"),
+    "unknown role": (chat(("narrator", "hi")), "Message 1 of .* line 2 has the role 'narrator': use system"),
+    "empty answer": (chat(("user", "hi"), ("assistant", " ")), "Message 2 of .* line 2 is an answer .* without text"),
+    "tool result": (chat(("user", "hi"), ("tool", "4")), "Message 2 of .* line 2 calls a tool"),
+    "tool call": (
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+        "Message 2 of .* line 2 calls a tool .* remove this chat",
+    ),
+    "no text": (chat(("user", 7), ("assistant", "x")), "The content of message 1 of .* line 2 is 7, which is no text"),
+    "image": (
+        chat(("user", [{"type": "image_url"}]), ("assistant", "x")),
+        "The content of message 1 of .* line 2 has a part that is no text",
+    ),
+    "late system": (chat(("user", "hi"), ("system", "x"), ("assistant", "y")), "Message 2 of .* may only be the first"),
+    "answer first": (chat(("assistant", "hi")), "Message 1 of .* with no user's message before it"),
+    "two in a row": (chat(("user", "a"), ("user", "b"), ("assistant", "c")), "Message 2 of .* the user's second"),
+    "no list": ({"messages": "hi"}, "'messages' in .* line 2 is no list of messages"),
+    "no object": ({"messages": ["hi"]}, "Message 1 of .* line 2 is no object"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_row_that_cannot_be_trained_on_is_refused_with_its_place_and_a_fix(tmp_path, name):
+    row, sentence = REFUSED[name]
+    with pytest.raises(UserError, match=sentence) as told:
+        load(write(tmp_path, [GOOD[0], row, *GOOD[1:]]))
+    assert "\n" not in str(told.value)
+
+
+def test_table_without_messages_says_which_columns_there_are(tmp_path):
+    with pytest.raises(UserError, match=r"No row of the file chats.jsonl has 'messages'.* of question, reply"):
+        load(write(tmp_path, [{"question": "a", "reply": "b"}] * 3))
+
+
+def test_too_few_chats_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"has 2 usable chats, too few for 'data.validation_chats' 1"):
+        load(write(tmp_path, GOOD[:2]))
+
+
+def test_pythons_own_library_has_questions():
+    pairs = python_questions()
+    question, answer = next(pairs)
+    assert question.startswith("In Python's module ") and question.endswith("?") and len(answer) >= 20
