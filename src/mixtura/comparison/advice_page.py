@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from mixtura.comparison import advice_words
 from mixtura.config.families import facts_of
-from mixtura.pages.environment import page_environment
+from mixtura.pages import page_environment
 from mixtura.planning.advice import Advice, ArmAdvice, Question, expected_difference
 from mixtura.planning.evidence import Evidence, Row
 from mixtura.planning.laws import BASELINE

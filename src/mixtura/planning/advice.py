@@ -14,10 +14,10 @@ import numpy as np
 
 from mixtura.config import Family, UserError
 from mixtura.config.families import facts_of
+from mixtura.planning.decoder import DecoderShape
 from mixtura.planning.evidence import HIDDEN_MULTIPLE, Evidence, body_parameters, load_evidence
-from mixtura.planning.formulas import model_parameters, state_memory
+from mixtura.planning.formulas import match_intermediate_size, model_parameters, state_memory
 from mixtura.planning.laws import BASELINE, Law, fit_law, held_out_forecasts, law_replicates
-from mixtura.planning.matching import match_intermediate_size
 from mixtura.planning.shapes import feed_forward_shapes
 
 LEAST_TOKENS, MOST_TOKENS = 1e5, 1e10
@@ -237,7 +237,7 @@ def _advise_arm(reading: _Reading, question: Question, arm: str) -> ArmAdvice:
     moving = other and reading.law.beta is not None
     tokens = [row.tokens for row in rows]
     return ArmAdvice(
-        arm=shape.family,
+        arm=cast(Family, arm),
         label=facts.words,
         parameters=model_parameters(shape),
         training_bytes=needed,
@@ -328,54 +328,23 @@ def _beyond(evidence: Evidence, question: Question) -> tuple[str, ...]:
     return tuple(found)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Shape:
-    """A decoder's sizes, as the formulas read them."""
-
-    family: Family
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    intermediate_size: int
-    moe_intermediate_size: int
-    mlp_layer_types: list[str]
-    num_experts: int
-    num_experts_per_tok: int
-    group_size: int
-    num_attention_heads: int = 1
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    intermediate_sizes: list[int] | None = None
-    gated: bool = True
-    num_shared_experts: int = 0
-    dense_router_gradient: bool = False
-    route_by: str = "token"
-    mixtures_per_expert: int = 1
-    combine: str = "same"
-    alone_top_k: int | None = 2
-    zero_fill: float = 0.0
-    alone_fraction: float = 0.0
-    transition_fraction: float = 0.0
-    layer_mix: bool = False
-    tie_word_embeddings: bool = True
-
-
-def _shape(evidence: Evidence, question: Question, arm: str) -> _Shape:
+def _shape(evidence: Evidence, question: Question, arm: str) -> DecoderShape:
     """The arm in the form that was measured, at the size that is asked about."""
     setting, width = evidence.setting, question.width
     dense = 8 * max(1, round(width / 3))
     first = question.layers // 2 if _PLACEMENTS[arm] == "later_half" else 0
     families = ["dense"] * first + [arm] * (question.layers - first)
 
-    def of_expert_width(expert: int) -> _Shape:
-        return _Shape(
-            family=arm,  # pyright: ignore[reportArgumentType]
+    def of_expert_width(expert: int) -> DecoderShape:
+        return DecoderShape(
             vocab_size=question.vocabulary,
             hidden_size=width,
             num_hidden_layers=question.layers,
             intermediate_size=dense,
             moe_intermediate_size=expert,
-            mlp_layer_types=families,
+            num_attention_heads=1,
+            mlp_layer_types=tuple(families),
+            alone_top_k=2,
             num_experts=setting.experts,
             num_experts_per_tok=setting.top_k,
             group_size=setting.group_size,

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from mixtura.config import AnyRecipe, Recipe, UserError, starts_from_checkpoints
 from mixtura.planning.hardware import Hardware
@@ -91,7 +92,7 @@ def plan_recipe(recipe: AnyRecipe, hardware: Hardware, *, arm: str | None = None
 
 def _row(plan: ArmOnHardware, workload: Workload, hardware: Hardware, width: int) -> str:
     layout = plan.best or plan.smallest
-    numbers = plan.plain_form(workload, hardware)["best" if plan.best else "smallest"]
+    numbers: Any = plan.plain_form(workload, hardware)["best" if plan.best else "smallest"]
     dollars = numbers["dollars"]
     cells = [
         f"{plan.arm:{width}}",

@@ -29,6 +29,12 @@ class DecoderShape:
     num_experts: int = 1
     num_experts_per_tok: int = 1
     num_shared_experts: int = 0
+    zero_experts: int = 0
+    copy_experts: int = 0
+    constant_experts: int = 0
+    free_expert_balance: float = 0.75
+    latent_size: int | None = None
+    segment_length: int = 16
     dense_router_gradient: bool = False
     route_by: str = "token"
     group_size: int = 1
