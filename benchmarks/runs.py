@@ -74,8 +74,13 @@ def _train_with_parts(arguments: list[str]) -> None:
 
     imported = time.process_time()
     prepare = experiment.prepare_data
+
+    def prepared(data: Any, *, cache_dir: Path | None, on_progress: Any = None) -> Any:
+        del cache_dir
+        return prepare(data, cache_dir=cache_folder(), on_progress=on_progress)
+
     # A run that goes on finds its text prepared in its folder; these folders are new.
-    experiment.prepare_data = lambda data, **named: prepare(data, **named | {"cache_dir": cache_folder()})
+    experiment.prepare_data = prepared
     seconds: dict[str, float] = {"imports": imported}
     running: list[str] = []
     for part, place in PARTS.items():
@@ -133,6 +138,7 @@ def _measure_all(options: argparse.Namespace) -> None:
     imports = [_processor_seconds([sys.executable, "-c", TRAINER])[0] for _ in range(options.rounds)]
     print(f"Importing torch and transformers' Trainer: {statistics.median(imports):.1f} s")
     rows: list[dict[str, Any]] = []
+    path = options.out
     for size in options.sizes:
         for arm in ARMS:
             rows.append(_row(size, arm, options))
