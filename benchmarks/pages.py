@@ -32,6 +32,7 @@ def pages() -> dict[str, str]:
     makers = {
         "layers": layers,
         "steps": steps,
+        "runs": runs,
         "decoding": decoding,
         "experts": experts,
         "rates": rates,
@@ -95,6 +96,47 @@ def steps() -> str:
         )
         text += _table(head, rows) + "\n"
     return text.rstrip("\n") + "\n"
+
+
+def runs() -> str:
+    """Whole runs against a loop written by hand."""
+    text = _top(
+        "How fast is a whole run?",
+        "`benchmarks/results/runs-*.json`",
+        "`mixtura train` against a bare torch loop of 60 lines (`benchmarks/bare_loop.py`) with the same model, text, "
+        "batches and steps; processor seconds of one thread, medians of alternating rounds. *Speed* is that of "
+        "Mixtura's steps, the loop's being 1. *Around* is what passes between the command and the last checkpoint "
+        "outside the steps, with the text prepared before: in Mixtura with leak probes and two evaluations, which the "
+        "loop has not. What follows the last checkpoint is not counted, and is the last two columns of the second "
+        "table.",
+    )
+    head = ["size", "arm", "tokens a step", "speed (range)", "tokens/s", "loop", "around, s", "loop, s"]
+    for name, record in _records("runs-*.json"):
+        imports = sorted(record["trainer_imports"])
+        text += f"{_machine(name, record)} {record['settings']['steps']} steps a run. Importing torch and "
+        text += f"transformers' Trainer alone takes {imports[0]:.1f} to {imports[-1]:.1f} s.\n\n"
+        text += _table(head, map(_run_speeds, record["rows"])) + "\nSeconds of the parts around the steps:\n\n"
+        parts = list(record["rows"][0]["parts"])
+        seconds = (
+            [row["size"], row["arm"].replace("_", " "), *(f"{row['parts'][part]:.2f}" for part in parts)]
+            for row in record["rows"]
+        )
+        text += _table(["size", "arm", *parts], seconds) + "\n"
+    return text.rstrip("\n") + "\n"
+
+
+def _run_speeds(row: dict[str, Any]) -> list[str]:
+    own, bare, ratio = row["mixtura"], row["bare"], row["speed_ratio"]
+    return [
+        row["size"],
+        row["arm"].replace("_", " "),
+        f"{row['tokens_a_step']:,}",
+        f"{ratio['median']:.2f} ({ratio['lowest']:.2f}-{ratio['highest']:.2f})",
+        f"{own['tokens_per_second']:,.0f}",
+        f"{bare['tokens_per_second']:,.0f}",
+        f"{own['around']:.1f}",
+        f"{bare['around']:.1f}",
+    ]
 
 
 def decoding() -> str:

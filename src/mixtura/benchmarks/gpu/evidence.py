@@ -125,7 +125,9 @@ def _model(arm: ArmConfig, data: PreparedData, scale: Scale, device: torch.devic
     config = build_model_config(
         scale.model, arm, vocab_size=data.summary["vocab_size"], max_position_embeddings=length, width_multiple=8
     )
-    return MixtureForCausalLM(config).to(device)
+    model = MixtureForCausalLM(config)
+    model.to(device)  # pyright: ignore[reportArgumentType]
+    return model
 
 
 def _training(scale: Scale, steps: int) -> TrainingConfig:

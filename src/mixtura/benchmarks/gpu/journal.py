@@ -104,7 +104,7 @@ def _ended_after(seconds: float) -> Iterator[None]:
 
     A thread in C does it, which runs while Python waits for a device.
     """
-    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
     try:
         yield
     finally:

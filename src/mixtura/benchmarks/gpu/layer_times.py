@@ -7,11 +7,12 @@ measured: a large product and a large copy.
 
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import nn
+from torch._C._autograd import DeviceType
 
 from mixtura.benchmarks.contenders import Size, limit, own_layers, parameters, peers
 from mixtura.benchmarks.gpu.journal import Journal
@@ -136,7 +137,7 @@ def _row(
     return row
 
 
-def rounds_of(runs: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
+def rounds_of(runs: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
     """Seconds of every run in every round, between CUDA events; on the CPU as `mixtura bench` takes them."""
     if not torch.cuda.is_available():
         return interleaved(runs, baseline="dense", rounds=rounds)  # pyright: ignore[reportArgumentType]
@@ -164,7 +165,7 @@ def launches(run: Callable[[], object]) -> int | None:
     with torch.profiler.profile(activities=kinds) as profile:
         run()
         torch.cuda.synchronize()
-    count = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    count = sum(event.device_type == DeviceType.CUDA for event in profile.events() or ())
     return count or None
 
 
