@@ -130,8 +130,8 @@ class MergedExperts(FeedForward):
         self.choice_tap(_of_tokens(route_BNE, segment_BL).flatten(0, 1))
         stats = None
         if want_stats:
-            of_tokens = (_of_tokens(each, segment_BL).flatten(0, 1) for each in (logits_BNE, route_BNE))
-            stats = merging_stats(*of_tokens, None if mask_BL is None else real_BL.flatten())
+            logits_TE, route_TE = (_of_tokens(each, segment_BL).flatten(0, 1) for each in (logits_BNE, route_BNE))
+            stats = merging_stats(logits_TE, route_TE, None if mask_BL is None else real_BL.flatten())
         if memory is not None:
             memory = self._remember(memory, rank_BL[:, -1] + 1, route_BNE, sum_BND)
         return y_BLD, stats, memory

@@ -106,7 +106,7 @@ def make_room_for_memory(cache: Any, config: MixtureConfig) -> None:
         cache.layers.append(cache.layer_class_to_replicate())
     for depth, (layer, family) in enumerate(zip(cache.layers, families, strict=True)):
         if family == "merged_experts" and not isinstance(layer, _Remembering):
-            kind = _remembering(type(layer))
+            kind: Any = _remembering(type(layer))
             cache.layers[depth] = kind.__new__(kind)
             vars(cache.layers[depth]).update(vars(layer))
 
