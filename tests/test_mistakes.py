@@ -182,7 +182,7 @@ CLASSES = "finetune classification --preset quick --out new/deep --data"
 PAIRS, SMALL = "pairs.jsonl --columns English,German", "--set model.hidden_size=32 --set model.num_hidden_layers=1"
 TUNING: Mistakes = {
     "a task of another spelling": ("finetune translaton", "'translaton' | translation, classification"),
-    "a task that is not there": ("finetune chat", "'chat' | translation, classification"),
+    "a task that is not there": ("finetune poetry", "'poetry' | translation, classification, chat"),
     "a recipe for a task": ("finetune tiny.toml", "'tiny.toml' | translation"),
     "a recipe of another kind": ("finetune translation tiny.toml", "for pretraining"),
     "a preset of others": ("finetune translation --preset full", "'full' | quick or default"),

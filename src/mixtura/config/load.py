@@ -66,7 +66,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
         UserError: the file is missing or not TOML, a key is unknown, a value has the wrong type or makes no sense.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(
             f"There is no recipe at '{path}': give the path of a TOML file, or --preset {'|'.join(PRESETS)}."
@@ -76,13 +76,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({error.strerror}): check the path and its permissions.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is not a TOML recipe ({error}): see recipes/quick.toml for one that is.") from None
+        raise UserError(f"'{path}' is not a TOML recipe ({error}): {_toml_advice(error)}.") from None
     table.setdefault("name", path.stem)
     if any(override.partition("=")[0].strip() in _BRINGS_DATA for override in overrides) and _is_preset(path):
         _leave_open(table)
     for override in overrides:
         _apply_override(table, override)
     return recipe_from_dict(table)
+
+
+def _toml_advice(error: Exception) -> str:
+    if "hex value" in str(error) or "Unescaped" in str(error):  # a path of Windows in double quotes
+        return "write a path with backslashes in single quotes"
+    return "see recipes/quick.toml for one that is"
 
 
 _BRINGS_DATA = ("data.source", "data.path", "data.name", "data.subset", "base.name")
@@ -198,6 +204,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if type(value) is not hint:
         raise UserError(f"'{where}' is {value!r}: it must be {_type_name(hint)}.")
+    if type(value) is int and abs(value) >= 2**63:
+        raise UserError(f"'{where}' is {value}: a whole number in a recipe must be less than {2**63}.")
     return value
 
 
@@ -226,8 +234,14 @@ def _convert_choice(args: tuple[Any, ...], value: Any, where: str) -> Any:
 
 def _convert_list(args: tuple[Any, ...], value: Any, where: str) -> Any:
     if not isinstance(value, list | tuple):
-        raise UserError(f"'{where}' is {value!r}: it must be a list, such as [0, 1, 2].")
+        raise UserError(f"'{where}' is {value!r}: it must be a list, such as {_list_example(args[0])}.")
     return tuple(_convert(args[0], item, where) for item in value)
+
+
+def _list_example(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return f'["{typing.get_args(hint)[0]}"]'
+    return {float: "[1e-3, 3e-3]", str: '["one", "two"]'}.get(hint, "[0, 1, 2]")
 
 
 _CONVERTERS: dict[Any, Callable[[tuple[Any, ...], Any, str], Any]] = {
