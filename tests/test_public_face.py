@@ -93,7 +93,7 @@ def test_importing_the_models_teaches_the_auto_classes():
         (("compare", "--prest"), "No such option"),
         (("compare", "{recipe}", "--set", "training.stps=3"), "Unknown recipe key 'training.stps'"),
         (("train", "{recipe}", "--arm", "dens"), "The recipe has no arm 'dens'"),
-        (("finetune", "translation", "--set", "training.stps=3"), "Unknown recipe key 'training.stps'"),
+        (("finetune", "translation", "--set", "training.stps=3"), "Unknown recipe key --set training.stps"),
         (("finetune", "translatoin"), "There is no task 'translatoin'"),
     ],
 )

@@ -20,6 +20,9 @@ from mixtura.config import UserError
 from mixtura.layers import RoutingStats
 from mixtura.models.inference import real_tokens
 
+Named = dict[str, Any]
+"""Arguments of a forward, by name."""
+
 
 class BatchContext:
     """What the layers of one model know about the batch, and the statistics that they leave."""
@@ -41,7 +44,7 @@ class BatchContext:
         copied.num_tasks = self.num_tasks
         return copied
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Named) -> None:
         """Forward pre-hook of the model: takes its padding mask and forgets the last batch's statistics.
 
         The mask stays until the next forward, for a backward that runs layers again under gradient checkpointing.
@@ -50,7 +53,7 @@ class BatchContext:
         self.decoder_mask_BL = _mask_of(module, "decoder_attention_mask", args, kwargs)
         self.stats = {}
 
-    def begin_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: Named) -> None:
         """Forward pre-hook of an encoder beside a decoder: `generate` calls it by itself, not through the model."""
         self.mask_BL = _mask_of(module, "attention_mask", args, kwargs)
 
@@ -116,7 +119,7 @@ class BatchContext:
         return self.task_ids_B.to(x.device).repeat_interleave(batch // tasks)
 
 
-def _mask_of(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _mask_of(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: Named) -> Tensor | None:
     """The padding mask (B, L) among a forward's arguments, by name or by position."""
     mask: Any = kwargs.get(name)
     if mask is None and len(args) > 1:

@@ -64,7 +64,7 @@ def shape_of_arm(recipe: Recipe, arm: ArmConfig) -> DecoderShape:
         UserError: routing alone costs more than the dense layer.
     """
     model, known = recipe.model, DecoderShape.__dataclass_fields__
-    own: dict[str, Any] = {field: getattr(arm, setting.name) for setting, field in model_settings() if field in known}
+    own: Any = {field: getattr(arm, setting.name) for setting, field in model_settings() if field in known}
     own["moe_intermediate_size"] = arm.moe_intermediate_size or model.intermediate_size
     shape = DecoderShape(
         vocab_size=recipe.data.vocab_size,

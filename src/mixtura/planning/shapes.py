@@ -289,7 +289,7 @@ def feed_forward_shapes(shape: ModelShape, *, sequence_length: int) -> list[Feed
     ]
 
 
-def _free_and_latent(shape: ModelShape, family: str) -> dict[str, Any]:
+def _free_and_latent(shape: ModelShape, family: str) -> Any:
     if not has_setting(family, "latent_size"):
         return {}
     return {
