@@ -312,7 +312,7 @@ USE: Mistakes = {
     "a text without name": ("diagnose mixture --text tiny.txt --out new", "'tiny.txt' names no text"),
     "one name twice": ("diagnose mixture --text a=tiny.txt --text a=six.txt --out new", "'a' comes twice"),
     "a key that there is not": ("keys foo", "'foo' | sections are"),
-    "a section of another spelling": ("keys trainin", "did you mean 'training'"),
+    "a section of another spelling": ("keys traning", "did you mean 'training'"),
     "a recipe for no data": ("init --data none.jsonl", "none.jsonl"),
     "a recipe for an unknown task": ("init --data tiny.txt --task summarise", "'summarise' | pretraining"),
     "a recipe for other columns": ("init --data pairs.jsonl --columns English,x", "'x' | English, German"),
