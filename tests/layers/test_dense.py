@@ -37,5 +37,5 @@ def test_parameters_are_named_as_in_llama():
 
 
 def test_an_unknown_activation_is_named():
-    with pytest.raises(ValueError, match="activation is 'tanh': it must be one of relu, gelu, silu"):
+    with pytest.raises(ValueError, match="activation is 'tanh': it must be one of relu, gelu, gelu_tanh, silu"):
         DenseFFN(4, intermediate_size=8, activation="tanh")

@@ -48,7 +48,7 @@ def test_weights_start_normal_with_the_given_spread():
     [
         ({"num_experts": 0}, "num_experts is 0: it must be at least 1"),
         ({"intermediate_size": 0}, "intermediate_size is 0: it must be at least 1"),
-        ({"activation": "swiglu"}, "activation is 'swiglu': it must be one of relu, gelu, silu"),
+        ({"activation": "swiglu"}, "activation is 'swiglu': it must be one of relu, gelu, gelu_tanh, silu"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_named(settings, message):
