@@ -107,7 +107,7 @@ def plan(
     overrides: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="All numbers as JSON.")] = False,
 ) -> None:
-    """Say what a recipe would take on hardware before it is rented: memory, layout, time, cost."""
+    """Say what a recipe would take on hardware."""
     from mixtura.config import load_recipe
     from mixtura.planning.bill import plan_recipe
     from mixtura.planning.hardware import read_hardware
