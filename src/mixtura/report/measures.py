@@ -134,13 +134,6 @@ def final_sentence(mode: str, measures: Mapping[str, float | None], *, task: str
     return ", ".join([*parts, *(written_value(measure, measures[measure.key]) for measure in own)])
 
 
-def value_note(measure: Measure) -> str:
-    """What stands below a bare value: "nats a token", "chrF in points"."""
-    if measure.key == LOSS.key:
-        return measure.unit
-    return f"{measure.name} in {measure.unit}" if measure.unit else measure.name
-
-
 def titled_unit(title: str, unit: str) -> str:
     """A title with its unit in brackets, if there is one."""
     return f"{title} ({unit})" if unit else title
