@@ -29,7 +29,7 @@ NEED_AN_EXTRA = {
         "report",
         "tasks.inspection",
     },
-    "finetune": {"adapters", "tasks.chat", "tasks.classification", "tasks.translation"},
+    "finetune": {"adapters", "tasks.chat", "tasks.classification", "tasks.translation", "tasks.tuning"},
     "convert": set(),  # its package is imported where a packed model is unpacked, and named there
     "data": {"data.help_download"},
 }

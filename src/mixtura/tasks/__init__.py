@@ -1,1 +1,1 @@
-"""What can be learned: language modelling, translation, classification. Each is a task and an experiment."""
+"""What can be learned: language modelling, translation, classification, chat. Each is a task and an experiment."""

@@ -5,7 +5,8 @@ import torch
 
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.tasks.translation import decoding
-from mixtura.tasks.translation.decoding import ExampleRouting, decode, inference_modes, running
+from mixtura.tasks.translation.decoding import ExampleRouting, decode
+from mixtura.tasks.tuning import inference_modes, running
 
 PROMPTS = [torch.randint(3, 64, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 4, 7, 5, 3)]
 DIRECTIONS = [0, 1, 2, 0, 1, 2]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, final
 
@@ -12,19 +11,15 @@ from torch import Tensor, nn
 from mixtura.adapters.attach import apply_adapter
 from mixtura.adapters.expert_specialized import SAMPLE_SIZE
 from mixtura.adapters.targets import count_parameters, measured_flops_per_token
-from mixtura.checkpoints.pretrained import load_base, load_base_config
-from mixtura.config import ChatArmConfig, ChatRecipe, UserError
+from mixtura.checkpoints.pretrained import load_base
+from mixtura.config import ChatRecipe
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
-from mixtura.models import MixtureConfig
-from mixtura.models.inference import mixing_layers, running_in
-from mixtura.results import ArmDescription, Facts, Leaks
+from mixtura.results import ArmDescription, Leaks
 from mixtura.tasks.chat.answers import BaseReference
 from mixtura.tasks.chat.batches import collate_windows, packed_inputs
 from mixtura.tasks.chat.task import ChatData, ChatTask
+from mixtura.tasks.tuning import PROBED_LAYERS, adapter_settings, find_leaks, mixed_examples, stirred
 from mixtura.training.interface import Arm
-
-_PROBED_LAYERS = 2
-"""Layers of a base model that a leak probe keeps: a leak shows in any layer, and float64 is slow."""
 
 
 @final
@@ -38,7 +33,7 @@ class ChatArm(Arm):
         self.name, self._recipe, self._config, self._data = name, recipe, config, data
         self.family = "full" if config.adapter is None else config.adapter.method
         self.label = name.replace("_", " ")
-        self._group_size = _group_size(recipe, name)
+        self._group_size = mixed_examples(base.name, config.adapter, arm=name, batch_size=recipe.training.batch_size)
         self.training_mode, self.deployed_mode = ("group", "alone") if self._group_size else ("causal", "causal")
         self.learning_rate = config.learning_rate or recipe.training.learning_rate
         self.task = ChatTask(
@@ -92,7 +87,7 @@ class ChatArm(Arm):
             model, lambda: self.task.losses(model, batch, num_targets=1).task_loss, tokens=batch["input_ids"].numel()
         )
         return ArmDescription(
-            settings=_settings(self._config),
+            settings=adapter_settings(self._config.adapter),
             parameters_total=total,
             parameters_active=total,
             parameters_trainable=trained,
@@ -102,12 +97,9 @@ class ChatArm(Arm):
 
     def leaks(self) -> Leaks:
         """Whether information leaks from the future, or between chats of a window or a batch; probes a small model."""
-        layers = min(self._recipe.base.num_layers or _PROBED_LAYERS, _PROBED_LAYERS)
-        model = _stirred(self._built(0, layers)).eval()
-        deployed = self._leak(model)
-        with running_in(mixing_layers(model), "group"):
-            trained = self._leak(model)
-        return Leaks(trained.future, trained.batch, deployed.batch)
+        layers = min(self._recipe.base.num_layers or PROBED_LAYERS, PROBED_LAYERS)
+        model = stirred(self._built(0, layers)).eval()
+        return find_leaks(model, self._leak)
 
     def _leak(self, model: Any) -> LeakReport:
         size = model.get_input_embeddings().num_embeddings
@@ -151,26 +143,6 @@ def base_reference(recipe: ChatRecipe, data: ChatData, cache_dir: Any) -> BaseRe
     return BaseReference(task.judge, build, file)
 
 
-def _group_size(recipe: ChatRecipe, name: str) -> int | None:
-    """The number of windows that an arm mixes, because of its base or its adapter; None without mixtures of tokens.
-
-    Raises:
-        UserError: the batch is no multiple of it.
-    """
-    config, adapter = load_base_config(str(recipe.base.name)), recipe.arms[name].adapter
-    mixes = isinstance(config, MixtureConfig) and "mixture_of_tokens" in (config.mlp_layer_types or [])
-    sizes = {"base": config.group_size} if mixes else {}
-    if adapter is not None and adapter.method == "mixture_of_tokens":
-        sizes[f"arms.{name}.adapter"] = adapter.group_size
-    for where, size in sizes.items():
-        if recipe.training.batch_size % size:
-            raise UserError(
-                f"'training.batch_size' is {recipe.training.batch_size}, which is no multiple of '{where}.group_size' "
-                f"{size}: change one of them."
-            )
-    return math.lcm(*sizes.values()) if sizes else None
-
-
 def _sample(data: ChatData, batch_size: int) -> Iterator[dict[str, Tensor]]:
     """Some training chats, the same for every seed, from which adapters find out which experts to tune."""
     chosen = data.train.examples[:SAMPLE_SIZE]
@@ -181,15 +153,6 @@ def _sample(data: ChatData, batch_size: int) -> Iterator[dict[str, Tensor]]:
         yield {"input_ids": batch["input_ids"], "attention_mask": (batch["segments"] > 0).long()}
 
 
-def _settings(arm: ChatArmConfig) -> Facts:
-    """What a report shows: the adapter's method, and what differs from the defaults."""
-    if arm.adapter is None:
-        return {"tuned": "all weights"}
-    default = type(arm.adapter)(method=arm.adapter.method)
-    changed = {key: value for key, value in vars(arm.adapter).items() if value != getattr(default, key)}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in changed.items()}
-
-
 def _baseline_parameters(recipe: ChatRecipe, num_layers: int | None) -> int | None:
     """Trained parameters of the baseline, to which arms without a rank are matched; None if it has no rank itself."""
     baseline = recipe.arms[recipe.baseline].adapter
@@ -197,12 +160,3 @@ def _baseline_parameters(recipe: ChatRecipe, num_layers: int | None) -> int | No
         return None
     model, _ = load_base(str(recipe.base.name), num_layers=num_layers)
     return count_parameters(apply_adapter(model, baseline, seed=0))[1]
-
-
-@torch.no_grad()
-def _stirred(model: nn.Module) -> nn.Module:
-    """The model with noise in what is trained: a fresh adapter adds zero, so it would show no leak."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model

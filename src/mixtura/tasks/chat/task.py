@@ -5,7 +5,6 @@ Shapes: B batch, L length, K positions with a target in any row.
 
 import dataclasses
 import json
-import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mixtura.adapters.attach import restore_adapter, router_losses, routing_stats
 from mixtura.config import AdapterConfig, ChatDataConfig, TrainingConfig, UserError
 from mixtura.models import MixtureConfig
 from mixtura.models.generation import CHAT_FILE
@@ -35,7 +33,7 @@ from mixtura.tasks.chat.answers import (
 )
 from mixtura.tasks.chat.batches import ChatDataset, PackedChats, collate_windows, packed_inputs
 from mixtura.tasks.chat.prompts import Prompts
-from mixtura.tasks.translation.decoding import inference_modes, running
+from mixtura.tasks.tuning import inference_modes, load_tuned, loss_measures, losses_with_routers, running, save_tuned
 from mixtura.training import saving as checkpoints
 from mixtura.training.interface import Batch, StepLosses, TrainingTask
 
@@ -141,12 +139,7 @@ class ChatTask(TrainingTask):
     def losses(self, model: Any, batch: Batch, *, num_targets: Tensor | int) -> StepLosses:
         """The cross-entropy of the answers, and what a router adds."""
         outputs, nats_BK, _ = self._forward(model, batch, want_routing=True)
-        if self.adapter is not None:
-            losses = router_losses(model) or (None, None)
-            routing = routing_stats(model) if self.adapter.method != "lora" else None
-            return StepLosses(nats_BK.sum() / num_targets, *losses, routing or None)
-        aux_loss, z_loss = getattr(outputs, "aux_loss", None), getattr(outputs, "z_loss", None)
-        return StepLosses(nats_BK.sum() / num_targets, aux_loss, z_loss, getattr(outputs, "routing", None))
+        return losses_with_routers(model, outputs, nats_BK.sum() / num_targets, self.adapter)
 
     def router_loss_weights(self, model: nn.Module) -> tuple[Tensor | float, Tensor | float]:
         """The weights of the adapter's losses, where there is an adapter; a frozen base model is not balanced."""
@@ -165,14 +158,14 @@ class ChatTask(TrainingTask):
             split, most = (self.data.test, None) if final else (self.data.validation, self.config.eval_sequences)
             with running(model, mode):
                 nats, tokens = self._nats_of_chats(model, split, most)
-            measured[mode] = _with_perplexity(sum(nats.values()) / sum(tokens.values()))
+            measured[mode] = loss_measures(sum(nats.values()) / sum(tokens.values()))
         self._judged = None
         if final:
             judged = self.judge(model)
             self._judged = (weakref.ref(model), judged)
             found = scores(judged, self.data.questions)
             own = {key: float(found[key][0].mean()) for key in MEASURES[1:]}
-            measured[modes[-1]] = _with_perplexity(judged.loss) | own
+            measured[modes[-1]] = loss_measures(judged.loss) | own
         return measured
 
     def judge(self, model: nn.Module) -> Judged:
@@ -214,10 +207,7 @@ class ChatTask(TrainingTask):
 
     def save(self, model: Any, folder: Path) -> None:
         """Writes the adapter, or all weights where all are trained."""
-        if self.adapter is None:
-            checkpoints.save_model(model, folder)
-        else:
-            model.save_pretrained(folder, save_embedding_layers=False)
+        save_tuned(model, folder, self.adapter)
 
     def load(self, model: Any, folder: Path) -> None:
         """Reads what `save` wrote.
@@ -225,10 +215,7 @@ class ChatTask(TrainingTask):
         Raises:
             UserError: the files are damaged or of another model.
         """
-        if self.adapter is None:
-            checkpoints.load_weights(model, folder)
-        else:
-            restore_adapter(model, folder)
+        load_tuned(model, folder, self.adapter)
 
     def save_for_use(self, model: Any, folder: Path) -> None:
         """Adds the tokenizer with its chat template, and what `generate` reads: the base, and what ends an answer."""
@@ -286,7 +273,3 @@ class ChatTask(TrainingTask):
                 nats[chat] = nats.get(chat, 0.0) + value
                 tokens[chat] = tokens.get(chat, 0) + 1
         return nats, tokens
-
-
-def _with_perplexity(loss: float) -> dict[str, float]:
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}

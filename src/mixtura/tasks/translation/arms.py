@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, final
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from mixtura.adapters.attach import apply_adapter
 from mixtura.adapters.expert_specialized import SAMPLE_SIZE
 from mixtura.adapters.targets import count_parameters, measured_flops_per_token
-from mixtura.checkpoints.pretrained import load_base, load_base_config
+from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import ArmConfig, TranslationArmConfig, TranslationRecipe, UserError
 from mixtura.config.arm import has_setting
 from mixtura.config.describe import shown_settings
@@ -22,19 +21,17 @@ from mixtura.config.families import FAMILIES, facts_of
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.build import build_model_config
-from mixtura.models.inference import mixing_layers, running_in
 from mixtura.planning import active_parameters, flops_per_token, model_parameters
 from mixtura.results import ArmDescription, Facts, Leaks
 from mixtura.tasks.translation.batches import PairDataset, collate_rows
 from mixtura.tasks.translation.decoding import ExampleRouting
 from mixtura.tasks.translation.encoder_decoder import EncoderDecoderPrompts, collate_pairs, probe_pairs
 from mixtura.tasks.translation.task import TranslationData, TranslationTask
+from mixtura.tasks.tuning import PROBED_LAYERS, adapter_settings, check_groups, find_leaks, mixed_examples, stirred
 from mixtura.training.interface import Arm
 from mixtura.upcycling.copied_layers import inactive_parameters, upcycle_sides
 
 _CALIBRATION_BATCHES = 4
-_PROBED_LAYERS = 2
-"""Layers of a base model that a leak probe keeps: a leak shows in any layer, and float64 is slow."""
 
 
 def make_arm(recipe: TranslationRecipe, name: str, data: TranslationData) -> "TranslationArm":
@@ -91,10 +88,7 @@ class TranslationArm(Arm):
     def leaks(self) -> Leaks:
         """Whether information leaks from the future or the batch, in training and deployed; probes a small model."""
         model = self._probe().eval()
-        deployed = self._leak(model)
-        with running_in(mixing_layers(model), "group"):
-            trained = self._leak(model)
-        return Leaks(trained.future, trained.batch, deployed.batch)
+        return find_leaks(model, self._leak)
 
     def _leak(self, model: nn.Module) -> LeakReport:
         if isinstance(self._translation.data.prompts, EncoderDecoderPrompts):
@@ -215,15 +209,7 @@ def _check_family(where: str, arm: ArmConfig, *, batch_size: int) -> None:
             f"'{where}' mixes tokens in mode '{arm.inference_mode}' over '{arm.group_over}': a translation has no "
             'group, so set inference_mode to "alone" and group_over to "batch".'
         )
-    _check_groups(where, arm.group_size, batch_size)
-
-
-def _check_groups(where: str, group_size: int, batch_size: int) -> None:
-    if batch_size % group_size:
-        raise UserError(
-            f"'training.batch_size' is {batch_size}, which is no multiple of '{where}.group_size' {group_size}: change "
-            "one of them."
-        )
+    check_groups(where, arm.group_size, batch_size)
 
 
 def _route(where: str, arm: ArmConfig, data: TranslationData) -> tuple[ExampleRouting, list[str] | None]:
@@ -252,12 +238,7 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
     adapter, base = arm.adapter, recipe.base
     assert base.name is not None
     routed = adapter is not None and adapter.method == "mixture_of_lora" and adapter.router == "task"
-    group_size = _group_of_base(base.name)
-    if group_size is not None:
-        _check_groups("base", group_size, recipe.training.batch_size)
-    if adapter is not None and adapter.method == "mixture_of_tokens":
-        _check_groups(f"arms.{name}.adapter", adapter.group_size, recipe.training.batch_size)
-        group_size = math.lcm(adapter.group_size, group_size or 1)
+    group_size = mixed_examples(base.name, adapter, arm=name, batch_size=recipe.training.batch_size)
     keys = _named_by("pair" if adapter is None else adapter.route_by, data.directions)
     tasks = list(dict.fromkeys(keys))
 
@@ -278,7 +259,7 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
     return TranslationArm(
         name,
         family="full" if adapter is None else adapter.method,
-        settings=_adapter_settings(arm),
+        settings=adapter_settings(adapter),
         task=TranslationTask(
             data,
             recipe.training,
@@ -289,7 +270,7 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
         ),
         learning_rate=arm.learning_rate or recipe.training.learning_rate,
         build=build,
-        probe=lambda: _stirred(build(0, num_layers=min(base.num_layers or _PROBED_LAYERS, _PROBED_LAYERS))),
+        probe=lambda: stirred(build(0, num_layers=min(base.num_layers or PROBED_LAYERS, PROBED_LAYERS))),
         shape=None,
         group_size=group_size,
     )
@@ -310,7 +291,7 @@ def _upcycled_arm(
     routing, expert_names = _route(where, layer, data)
     group_size = layer.group_size if facts_of(layer.family).group_over else None
     if group_size is not None:
-        _check_groups(where, group_size, recipe.training.batch_size)
+        check_groups(where, group_size, recipe.training.batch_size)
 
     def build(seed: int, num_layers: int | None = base.num_layers) -> nn.Module:
         torch.manual_seed(seed)
@@ -341,13 +322,6 @@ def _base_facts(recipe: TranslationRecipe) -> Facts:
     return {"name": recipe.base.name, "num_layers": recipe.base.num_layers}
 
 
-def _group_of_base(name: str) -> int | None:
-    """The number of examples that a base model mixes, where it is itself a mixture of tokens."""
-    config = load_base_config(name)
-    mixes = isinstance(config, MixtureConfig) and "mixture_of_tokens" in (config.mlp_layer_types or [])
-    return config.group_size if mixes else None
-
-
 def _sample(data: TranslationData, batch_size: int) -> Iterator[dict[str, Tensor]]:
     """Some training pairs, the same for every seed, from which adapters find out which experts to tune."""
     pairs = PairDataset(data.train, names=data.directions, length=SAMPLE_SIZE, batch_size=batch_size, seed=0)
@@ -360,15 +334,6 @@ def _sample(data: TranslationData, batch_size: int) -> Iterator[dict[str, Tensor
         yield {key: value for key, value in batch.items() if key not in ("labels", "directions")}
 
 
-def _adapter_settings(arm: TranslationArmConfig) -> Facts:
-    """The settings of an adapter that a report shows: its method, and what differs from the defaults."""
-    if arm.adapter is None:
-        return {"tuned": "all weights"}
-    default = type(arm.adapter)(method=arm.adapter.method)
-    changed = {key: value for key, value in vars(arm.adapter).items() if value != getattr(default, key)}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in changed.items()}
-
-
 def _baseline_parameters(recipe: TranslationRecipe, data: TranslationData, num_layers: int | None) -> int | None:
     """Trained parameters of the baseline, to which arms without a rank are matched; None if it has no rank itself."""
     baseline = recipe.arms[recipe.baseline].adapter
@@ -377,12 +342,3 @@ def _baseline_parameters(recipe: TranslationRecipe, data: TranslationData, num_l
     model, _ = load_base(str(recipe.base.name), num_layers=num_layers)
     num_tasks = len(set(_named_by(baseline.route_by, data.directions)))
     return count_parameters(apply_adapter(model, baseline, num_tasks=num_tasks, seed=0))[1]
-
-
-@torch.no_grad()
-def _stirred(model: nn.Module) -> nn.Module:
-    """The model with noise in its adapter: an untrained adapter adds zero, so it would show no leak."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model

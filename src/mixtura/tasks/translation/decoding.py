@@ -4,7 +4,6 @@ Shapes: B batch, L length.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from mixtura.models.batch_context import set_task_ids
-from mixtura.models.inference import mixing_layers, running_in
 
 BATCH_TOKENS = 4096
 """Prompt tokens decoded at once, padding counted."""
@@ -37,23 +35,6 @@ class ExampleRouting:
             return {"expert_ids": experts_B}
         set_task_ids(model, experts_B)
         return {}
-
-
-def inference_modes(model: nn.Module) -> tuple[str, ...]:
-    """The modes in which a model can run, the one that trains first: see `mixtura.evaluation.evaluation_modes`."""
-    return ("group", "alone") if mixing_layers(model) else ("causal",)
-
-
-@contextmanager
-def running(model: nn.Module, mode: str) -> Iterator[None]:
-    """eval() in a mode of `inference_modes`, for the length of a block and without gradients."""
-    was_training = model.training
-    model.eval()
-    try:
-        with running_in(mixing_layers(model), "group" if mode == "group" else "alone"), torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def decode(

@@ -25,7 +25,7 @@ from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.results import Facts
 from mixtura.tasks.translation.decoding import ExampleRouting, batches_by_length, decode, token_limit
 from mixtura.tasks.translation.language_tokens import LanguageTokens, Scheme, scheme_of
-from mixtura.tasks.translation.prompts import Prompts
+from mixtura.tasks.translation.prompts import Prompts, read_translations
 from mixtura.training.interface import Batch
 
 
@@ -79,8 +79,7 @@ class EncoderDecoderPrompts:
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """The texts of generated ids, up to eos."""
-        cut = [list(row[: row.index(self.eos)] if self.eos in row else row) for row in map(list, ids)]
-        return [" ".join(text.split()) for text in self.tokenizer.batch_decode(cut, skip_special_tokens=True)]
+        return read_translations(self.tokenizer, ids, eos=self.eos)
 
     def settings(self) -> Facts:
         """What `translate` needs to make them again."""

@@ -80,8 +80,7 @@ class Prompts:
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """The texts of generated ids, up to eos."""
-        cut = [list(row[: row.index(self.eos)] if self.eos in row else row) for row in map(list, ids)]
-        return [" ".join(text.split()) for text in self.tokenizer.batch_decode(cut, skip_special_tokens=True)]
+        return read_translations(self.tokenizer, ids, eos=self.eos)
 
     def _ids(self, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
         if not texts:
@@ -101,6 +100,12 @@ class Prompts:
         if found is None:
             raise UserError(f"The model has no token {token}: it was not trained to translate into that language.")
         return found
+
+
+def read_translations(tokenizer: Any, ids: Sequence[Sequence[int]], *, eos: int) -> list[str]:
+    """The texts of generated ids, up to eos, with single spaces."""
+    cut = [list(row[: row.index(eos)] if eos in row else row) for row in map(list, ids)]
+    return [" ".join(text.split()) for text in tokenizer.batch_decode(cut, skip_special_tokens=True)]
 
 
 def _instruction(source: str, pair: SentencePair) -> str:

@@ -5,7 +5,6 @@ Shapes: B batch, L length, V vocabulary.
 
 import dataclasses
 import json
-import math
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mixtura.adapters.attach import restore_adapter, router_losses, routing_stats
 from mixtura.config import AdapterConfig, TrainingConfig, UserError
 from mixtura.diagnostics.choices import routed_layers
 from mixtura.files import write_text
@@ -28,7 +26,7 @@ from mixtura.results.json_form import from_plain, to_plain
 from mixtura.results.run import PairScores, Sample, Specialization, TranslationDetails
 from mixtura.tasks.translation.batches import EncodedPairs, PairDataset, collate_rows
 from mixtura.tasks.translation.chrf import Scores, score
-from mixtura.tasks.translation.decoding import ExampleRouting, inference_modes, running
+from mixtura.tasks.translation.decoding import ExampleRouting
 from mixtura.tasks.translation.encoder_decoder import (
     AnyPrompts,
     EncoderDecoderPrompts,
@@ -37,6 +35,7 @@ from mixtura.tasks.translation.encoder_decoder import (
     forward_pairs,
 )
 from mixtura.tasks.translation.experts_by_direction import measure_directions, measure_sides
+from mixtura.tasks.tuning import inference_modes, load_tuned, loss_measures, losses_with_routers, running, save_tuned
 from mixtura.training import saving as checkpoints
 from mixtura.training.interface import Batch, Measure, StepLosses, TrainingTask
 from mixtura.upcycling.copied_layers import mixture_losses
@@ -168,15 +167,9 @@ class TranslationTask(TrainingTask):
     def losses(self, model: Any, batch: Batch, *, num_targets: Tensor | int) -> StepLosses:
         """The cross-entropy of the translations, and what a router adds."""
         outputs, summed = self._forward(model, batch, want_routing=True)
-        if self.adapter is not None:
-            losses = router_losses(model) or (None, None)
-            routing = routing_stats(model) if self.adapter.method != "lora" else None
-            return StepLosses(summed / num_targets, *losses, routing or None)
         if self.upcycled is not None:
             return StepLosses(summed / num_targets, *mixture_losses(model))
-        routing = getattr(outputs, "routing", None)
-        aux_loss, z_loss = getattr(outputs, "aux_loss", None), getattr(outputs, "z_loss", None)
-        return StepLosses(summed / num_targets, aux_loss, z_loss, routing)
+        return losses_with_routers(model, outputs, summed / num_targets, self.adapter)
 
     def router_loss_weights(self, model: nn.Module) -> tuple[Tensor | float, Tensor | float]:
         """The weights of the adapter's losses, where there is an adapter; a frozen base model is not balanced."""
@@ -199,7 +192,7 @@ class TranslationTask(TrainingTask):
         for mode in inference_modes(model):
             with running(model, mode):
                 loss = self._mean_loss(model, split, most)
-            measured[mode] = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+            measured[mode] = loss_measures(loss)
         self._decoded = None
         if final:
             decoded = self.decode_test(model)
@@ -253,10 +246,7 @@ class TranslationTask(TrainingTask):
 
     def save(self, model: Any, folder: Path) -> None:
         """Writes the adapter, or all weights where all are trained."""
-        if self.adapter is None:
-            checkpoints.save_model(model, folder)
-        else:
-            model.save_pretrained(folder, save_embedding_layers=False)
+        save_tuned(model, folder, self.adapter)
 
     def load(self, model: Any, folder: Path) -> None:
         """Reads what `save` wrote.
@@ -264,10 +254,7 @@ class TranslationTask(TrainingTask):
         Raises:
             UserError: the files are damaged or of another model.
         """
-        if self.adapter is None:
-            checkpoints.load_weights(model, folder)
-        else:
-            restore_adapter(model, folder)
+        load_tuned(model, folder, self.adapter)
 
     def save_for_use(self, model: Any, folder: Path) -> None:
         """Adds the tokenizer, and the settings that `translate` reads."""

@@ -24,10 +24,11 @@ from mixtura.diagnostics.excerpts import Excerpts
 from mixtura.diagnostics.findings import Diagnosis
 from mixtura.models.loading import folder_settings, load_config, load_model, load_weights, open_tokenizer
 from mixtura.results.stored import Plain
-from mixtura.tasks.translation.decoding import ExampleRouting, inference_modes, running, token_limit
+from mixtura.tasks.translation.decoding import ExampleRouting, token_limit
 from mixtura.tasks.translation.encoder_decoder import AnyPrompts, EncoderDecoderPrompts, decode_prompts, prompts_for
 from mixtura.tasks.translation.prompts import Prompts
 from mixtura.tasks.translation.task import OUTPUTS_FILE, TRANSLATION_FILE, read_outputs
+from mixtura.tasks.tuning import inference_modes, running
 from mixtura.training.saving import load_weights as saved_weights
 from mixtura.upcycling.copied_layers import FIELD, place_mixtures
 
