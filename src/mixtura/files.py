@@ -5,6 +5,7 @@ a power cut, finds what was there before or all of what is there now. What users
 is renamed: otherwise a rename may outlive the bytes of the file. Caches are not, since they can be made again.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -45,6 +46,12 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON; NaN is refused, since no other reader takes it."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def checksum(path: Path) -> str:
+    """A hash of a file's bytes, by which one that was damaged or changed is noticed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def check_empty(out: Path) -> None:

@@ -29,7 +29,7 @@ import torch
 
 from mixtura.config import AnyRecipe, Interrupted, UserError, recipe_to_dict, recipe_to_toml
 from mixtura.errors import launch, rank, reason_of
-from mixtura.files import write_json, write_text
+from mixtura.files import file_above, write_json, write_text
 from mixtura.kernels import native
 from mixtura.results.stored import Plain, read_json
 from mixtura.training import ranks
@@ -93,7 +93,7 @@ def _make(out: Path) -> list[Path]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (NotADirectoryError, FileExistsError):
-        file = next((path for path in (out, *out.parents) if path.is_file()), out)
+        file = out if out.is_file() else file_above(out) or out
         raise UserError(f"'{file}' is a file: give a folder with --out.") from None
     except OSError as error:
         raise UserError(f"'{out}' cannot be written ({reason_of(error)}): choose another folder with --out.") from None
@@ -237,7 +237,7 @@ def open_folder(out: Path, recipe: AnyRecipe, *, resume: bool) -> None:
             (out / GIVEN_FILE).unlink(missing_ok=True)
             write_text(out / "recipe.toml", recipe_to_toml(recipe))
     except (NotADirectoryError, FileExistsError):
-        file = next((path for path in (out, *out.parents) if path.is_file()), out)
+        file = out if out.is_file() else file_above(out) or out
         raise UserError(f"'{file}' is a file: give a folder with --out.") from None
     except OSError as error:
         raise UserError(f"'{out}' cannot be written ({error.strerror}): choose another folder with --out.") from None

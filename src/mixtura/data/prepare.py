@@ -27,7 +27,7 @@ from mixtura.config import DataConfig, UserError
 from mixtura.data.packing import HELD_OUT, PackedTokens, epoch_order, pack
 from mixtura.data.sources import load_corpus, source_files
 from mixtura.errors import TooLittleText, reason_of
-from mixtura.files import cache_entry
+from mixtura.files import cache_entry, checksum
 
 PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<pad>", "<bos>", "<eos>"
 SPECIAL_TOKENS = (PAD_TOKEN, BOS_TOKEN, EOS_TOKEN)
@@ -297,9 +297,4 @@ def _load(entry: Path) -> PreparedData | None:
 
 def _checksums(entry: Path) -> dict[str, str]:
     files = sorted(path for path in entry.rglob("*") if path.is_file() and path.name != _MANIFEST)
-    return {str(path.relative_to(entry)): _checksum(path) for path in files}
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return {str(path.relative_to(entry)): checksum(path) for path in files}

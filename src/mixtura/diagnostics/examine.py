@@ -44,8 +44,7 @@ from mixtura.diagnostics.leak import probe_causal_lm
 from mixtura.diagnostics.page import render_page
 from mixtura.diagnostics.specialization import ObservedChoices, describe_layer, observe
 from mixtura.files import replacing
-from mixtura.layers import MixtureOfTokens
-from mixtura.models.inference import grouped_layers, running_in
+from mixtura.models.inference import grouped_layers, mixing_layers, running_in
 from mixtura.models.loading import load_model
 from mixtura.results.json_form import to_plain
 
@@ -232,14 +231,9 @@ def _describe_model(model: PreTrainedModel, name: str) -> ModelFacts:
     )
 
 
-def _mixing_layers(model: nn.Module) -> list[MixtureOfTokens]:
-    """Mixture-of-tokens layers, of the model or of an adapter on it."""
-    return [module for module in model.modules() if isinstance(module, MixtureOfTokens)]
-
-
 def _deployed_mode(model: nn.Module) -> str:
     """The mode that the diagnosis runs the model in, in the words of `mixtura.evaluation.evaluation_modes`."""
-    modes = {layer.inference_mode for layer in _mixing_layers(model)}
+    modes = {layer.inference_mode for layer in mixing_layers(model)}
     if modes:
         return "population" if "population" in modes else "alone"
     return "group" if unread_layers(model) else "causal"

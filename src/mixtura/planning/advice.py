@@ -13,9 +13,9 @@ from typing import cast
 
 import numpy as np
 
-from mixtura.config import Family, UserError
+from mixtura.config import ArmConfig, Family, Placement, UserError
 from mixtura.config.families import facts_of
-from mixtura.planning.decoder import DecoderShape
+from mixtura.planning.decoder import DecoderShape, layer_families
 from mixtura.planning.evidence import HIDDEN_MULTIPLE, Evidence, body_parameters, load_evidence
 from mixtura.planning.formulas import match_intermediate_size, model_parameters, state_memory
 from mixtura.planning.laws import BASELINE, Law, fit_law, held_out_forecasts, law_replicates
@@ -218,7 +218,7 @@ def _read(evidence: Evidence, deployed: bool) -> _Reading:
     )
 
 
-_PLACEMENTS: dict[str, str] = {
+_PLACEMENTS: dict[str, Placement] = {
     "dense": "all",
     "token_choice": "all",
     "expert_threshold": "all",
@@ -333,8 +333,7 @@ def _shape(evidence: Evidence, question: Question, arm: str) -> DecoderShape:
     """The arm in the form that was measured, at the size that is asked about."""
     setting, width = evidence.setting, question.width
     dense = 8 * max(1, round(width / 3))
-    first = question.layers // 2 if _PLACEMENTS[arm] == "later_half" else 0
-    families = ["dense"] * first + [arm] * (question.layers - first)
+    placed = ArmConfig(family=cast(Family, arm), placement=_PLACEMENTS[arm])
 
     def of_expert_width(expert: int) -> DecoderShape:
         return DecoderShape(
@@ -344,7 +343,7 @@ def _shape(evidence: Evidence, question: Question, arm: str) -> DecoderShape:
             intermediate_size=dense,
             moe_intermediate_size=expert,
             num_attention_heads=1,
-            mlp_layer_types=tuple(families),
+            mlp_layer_types=tuple(layer_families(question.layers, placed)),
             alone_top_k=2,
             num_experts=setting.experts,
             num_experts_per_tok=setting.top_k,

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mixtura.config import HeadConfig, UserError
 from mixtura.data.packing import sequence_index
-from mixtura.files import cache_entry
+from mixtura.files import cache_entry, checksum
 from mixtura.tasks.classification.heads import pool_states
 from mixtura.training.interface import Batch
 
@@ -252,7 +252,7 @@ def _cache_key(base: nn.Module, examples: TokenExamples, head: HeadConfig) -> st
 def _store(features_NMD: np.ndarray, entry: Path) -> None:
     with cache_entry(entry) as new:
         np.save(new / _FEATURES, features_NMD, allow_pickle=False)
-        (new / _MANIFEST).write_text(json.dumps({"checksum": _checksum(new / _FEATURES)}), encoding="utf-8")
+        (new / _MANIFEST).write_text(json.dumps({"checksum": checksum(new / _FEATURES)}), encoding="utf-8")
         shutil.rmtree(entry, ignore_errors=True)  # what is there does not match its checksum
 
 
@@ -260,13 +260,8 @@ def _load(entry: Path) -> np.ndarray | None:
     """The entry, or None when it is missing or changed; it stays on disk, and only what is read comes to memory."""
     try:
         manifest = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
-        if manifest["checksum"] != _checksum(entry / _FEATURES):
+        if manifest["checksum"] != checksum(entry / _FEATURES):
             return None
         return np.load(entry / _FEATURES, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
