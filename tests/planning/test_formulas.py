@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mixtura.config import UserError
+from mixtura.config.families import FAMILIES
 from mixtura.models import MixtureConfig
 from mixtura.planning import (
     FeedForwardShape,
@@ -166,7 +167,7 @@ def test_matched_widths_by_hand(family: Any, changes: dict[str, Any], expected: 
 
 
 @given(
-    family=st.sampled_from(["token_choice", "expert_choice", "mixture_of_tokens"]),
+    family=st.sampled_from(sorted(set(FAMILIES) - {"dense"})),
     hidden_size=st.sampled_from([64, 128, 256]),
     gated=st.booleans(),
     num_experts=st.sampled_from([4, 8, 16]),
@@ -174,11 +175,17 @@ def test_matched_widths_by_hand(family: Any, changes: dict[str, Any], expected: 
     num_shared_experts=st.integers(0, 2),
     group_size=st.sampled_from([4, 16, 32]),
     combine=st.sampled_from(["same", "separate"]),
+    latent_size=st.sampled_from([None, 32, 48]),
+    constant_experts=st.integers(0, 2),
 )
 def test_a_matched_layer_costs_the_dense_layer_within_half_a_rounding_step(
     family: Any, hidden_size: int, gated: bool, **settings: Any
 ) -> None:
     common = {"hidden_size": hidden_size, "gated": gated}
+    if family == "token_choice":
+        settings["free_experts"] = settings["constant_experts"]
+    else:
+        settings |= {"latent_size": None, "constant_experts": 0}
     dense = FeedForwardShape(family="dense", intermediate_size=4 * hidden_size, **common)
     width = matched(family, dense=4 * hidden_size, **common, **settings)
     mixture, step, empty = (

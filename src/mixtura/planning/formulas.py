@@ -225,7 +225,8 @@ def match_intermediate_size(layer: FeedForwardShape, *, dense_intermediate_size:
     if layer.family == "dense":
         return dense_intermediate_size
     empty = dataclasses.replace(layer, intermediate_size=0, alone_share=0.0)
-    budget = layer_flops(dataclasses.replace(empty, family="dense", intermediate_size=dense_intermediate_size))
+    dense = dataclasses.replace(empty, family="dense", intermediate_size=dense_intermediate_size, latent_size=None)
+    budget = layer_flops(dense)
     routing = layer_flops(empty)
     if routing >= budget:
         raise UserError(
