@@ -114,20 +114,6 @@ def test_a_gated_layer_drowns_the_residual_stream_no_more_than_a_plain_one(famil
         assert added[False] == pytest.approx(0.5**2 / math.sqrt(2), rel=0.1)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_merged_experts_start_as_loud_as_the_dense_layer_that_they_make(gated):
-    """The average of 16 draws is a quarter of one, which their scale makes good."""
-    added = {}
-    for family in ("dense", "merged_experts"):
-        arm = ArmConfig(family=family, placement="all", num_experts=16, moe_intermediate_size=128)
-        sizes = {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 128}
-        recipe_model = ModelConfig(**sizes, gated=gated, activation="silu" if gated else "relu")
-        torch.manual_seed(0)
-        model = MixtureForCausalLM(build_model_config(recipe_model, arm, vocab_size=40, max_position_embeddings=8))
-        added[family] = update_of(model.train().model.layers[0].mlp, torch.randn(16, 64, 64))
-    assert added["merged_experts"] == pytest.approx(added["dense"], rel=0.15), added
-
-
 def test_a_recipe_that_names_an_initializer_range_means_every_matrix():
     """As it did before there were scales; recipes in the folders of finished comparisons name it."""
     model = ModelConfig(initializer_range=0.02)

@@ -1,6 +1,5 @@
 """At which scale an arm draws its weights: what a recipe says, or what is derived for the family."""
 
-import math
 from dataclasses import dataclass
 
 from mixtura.config.arm import SETTINGS, ArmConfig
@@ -46,19 +45,15 @@ def derived_scales(arm: ArmConfig, *, gated: bool) -> StartScales:
     experts that get mixtures start at 0.45, where 0.7 and 1 trained worse (width 64, one seed). Experts that are chosen
     start at (sqrt(2) s^2)^(1/3) = 0.28, where they add what plain ones do.
 
-    Experts whose weights are averaged start sqrt(E) above a dense layer: the average of E independent draws is sqrt(E)
-    smaller than each, so the merged network starts as a dense layer does.
-
     Args:
         arm: of whose family the scales are.
         gated: whether a layer multiplies two projections.
     """
     routing = facts_of(arm.family).routing
     dense, mixing, chosen = _GATED if gated else _PLAIN
-    experts = {"none": None, "mixing": mixing, "merging": dense * math.sqrt(arm.num_experts)}
     return StartScales(
         dense_scale=dense,
-        expert_scale=experts.get(routing, chosen),
+        expert_scale=None if routing == "none" else mixing if routing == "mixing" else chosen,
         router_scale=1.0 if routing == "mixing" or (gated and arm.family == "token_choice") else None,
     )
 
