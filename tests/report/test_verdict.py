@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from fixtures.results import as_results, summary_of
+from mixtura import advise
 from mixtura.report.summary import summarize
 from mixtura.report.verdict import judge_difference
+from mixtura.report.wording import signed
 from mixtura.results import Interval, Summary
 from mixtura.results.json_form import from_plain, to_plain
 
@@ -208,6 +210,21 @@ def test_published_anchor_stands_beside_this_budget(make_results: MakeResults) -
     del results["arms"]["mixture_of_tokens"]
     assert summary_of(results).anchor is None
     assert "published" not in " ".join(summary_of(results).verdict.longer)
+
+
+def test_what_measured_runs_expect_stands_beside_longer_training(make_results: MakeResults) -> None:
+    results = make_results()
+    results["recipe"]["model"] = {"hidden_size": 64, "num_hidden_layers": 4}
+    advice = advise(tokens=results["data"]["tokens_per_run"], width=64)
+    expected = {arm.arm: arm.at_equal_flops for arm in advice.arms}["token_choice"]
+    assert expected is not None
+    said = summary_of(results).verdict.longer[-1].replace("\N{NO-BREAK SPACE}", " ")
+    assert said.startswith("The runs behind mixtura advise, with other text")
+    assert f"token-choice MoE {signed(expected.mean)} (" in said and "ReMoE" not in said
+    results["recipe"]["model"]["hidden_size"] = 1024
+    assert "Extrapolated: " in summary_of(results).verdict.longer[-1]
+    results["task"] = "translation"
+    assert "mixtura" not in " ".join(summary_of(results).verdict.longer)
 
 
 def test_arms_of_one_family_get_different_labels(make_results: MakeResults) -> None:

@@ -24,6 +24,7 @@ from mixtura.planning.shapes import feed_forward_shapes
 LEAST_TOKENS, MOST_TOKENS = 1e5, 1e10
 """Budgets between which it is asked where an arm begins to pay."""
 MOST_SHARE = 10.0
+LEAST_WIDTH = 8
 ROUNDING = 1.05
 """Farther than this beyond the measured runs, a budget or a size is said to be extrapolated."""
 FARTHEST = 10
@@ -140,7 +141,7 @@ def question_of(
     for name, value, least in (
         ("tokens", tokens, 1),
         ("layers", layers, 1),
-        ("width", width, 8),
+        ("width", width, LEAST_WIDTH),
         ("parameters", parameters, 1000),
         ("vocabulary", vocabulary, 2),
         ("memory", memory, 1),

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mixtura.planning.advice import LEAST_WIDTH, Expected, Question, advise_on
+from mixtura.planning.evidence import load_evidence
 from mixtura.report.cautions import find_cautions, list_limits
 from mixtura.report.measures import Yardstick, yardstick_of
 from mixtura.report.significance import (
@@ -20,7 +22,7 @@ from mixtura.report.significance import (
     speed_up,
 )
 from mixtura.report.verdict import judge, write_rule, write_verdict
-from mixtura.report.wording import FAMILY_WORDS
+from mixtura.report.wording import FAMILY_WORDS, NBSP, signed, signed_interval
 from mixtura.results import ArmResult, ArmSummary, Results, RunResult, Summary
 from mixtura.results.conclusions import (
     Anchor,
@@ -33,6 +35,7 @@ from mixtura.results.conclusions import (
     MeanScore,
     Scores,
     SpeedUp,
+    Verdict,
 )
 
 
@@ -54,13 +57,48 @@ def summarize(results: Results) -> Summary:
         measure=yardstick.measure,
         rule=write_rule(yardstick.measure),
         budget=budget,
-        verdict=write_verdict(arms, judgement, baseline, budget, yardstick),
+        verdict=_with_advice(write_verdict(arms, judgement, baseline, budget, yardstick), results, yardstick),
         cautions=find_cautions(results, arms),
         limits=list_limits(results, budget),
         arms=arms,
         pairs=judgement.pairs,
         anchor=_anchor(arms, yardstick),
     )
+
+
+_LONGER = 10
+"""How many times a comparison's own tokens the advice is asked about as well."""
+
+
+def _with_advice(verdict: Verdict, results: Results, yardstick: Yardstick) -> Verdict:
+    """The verdict with what the runs behind `mixtura advise` say of this budget and of a longer one."""
+    model, tokens = results.recipe.get("model"), results.data.tokens_per_run
+    if not (yardstick.from_scratch and isinstance(model, dict) and tokens):
+        return verdict
+    width, layers = model.get("hidden_size"), model.get("num_hidden_layers")
+    if not (isinstance(width, int) and isinstance(layers, int)) or width < LEAST_WIDTH:
+        return verdict
+    families = {arm.family for arm in results.arms.values()}
+    now, later = (advise_on(Question(tokens=n * tokens, width=width, layers=layers)) for n in (1, _LONGER))
+    after = {arm.arm: arm.at_equal_flops for arm in later.arms}
+    said = [
+        f"{arm.label} {_expected(arm.at_equal_flops)} after this budget, {_expected(after[arm.arm])} after {_LONGER} "
+        "times as much"
+        for arm in now.arms
+        if arm.arm in families and arm.at_equal_flops
+    ]
+    if not said:
+        return verdict
+    sentence = (
+        f"The runs behind mixtura{NBSP}advise, with other text and {load_evidence().setting.experts} experts, expect "
+        f"in nats to dense, with 95{NBSP}% intervals: {'; '.join(said)}."
+    )
+    beyond = f" Extrapolated: {'; '.join(later.extrapolated)}." if later.extrapolated else ""
+    return dataclasses.replace(verdict, longer=[*verdict.longer, sentence + beyond])
+
+
+def _expected(found: Expected | None) -> str:
+    return "unknown" if found is None else f"{signed(found.mean)} ({signed_interval(found.low, found.high)})"
 
 
 def _anchor(arms: dict[str, ArmSummary], yardstick: Yardstick) -> Anchor | None:
