@@ -73,7 +73,7 @@ def _written(value: Any) -> str:
 
 def _bounded(each: Setting) -> str:
     options = [hint for hint in typing.get_args(each.hint) or (each.hint,) if hint is not type(None)]
-    kinds = {int: "whole number", float: "number", str: "text", bool: "true, false"}
+    kinds = {int: "integer", float: "number", str: "text", bool: "true, false"}
     words = [kinds[option] if isinstance(option, type) else _choices(option) for option in options]
     return ", ".join(words) + (f", {each.bounds}" if each.bounds else "")
 
