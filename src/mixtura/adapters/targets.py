@@ -1,7 +1,7 @@
 """Which modules of a pretrained model an adapter goes to, and what training it costs.
 
 The feed-forward layers are found by the names of their parts. Costs are trained parameters, FLOPs and the optimizer's
-state; the formulas are exact and tested against real modules, and docs/adapters.md lists them.
+state; the formulas are exact and tested against real modules.
 
 Shapes: I inputs and O outputs of a linear layer, D hidden, E experts, R rank.
 """

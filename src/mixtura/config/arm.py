@@ -36,8 +36,8 @@ class ArmConfig:
     family: Family
     init_from: str | None = setting(
         None,
-        says="The checkpoint to start from: a folder that Mixtura wrote, or a dense model that upcycling takes. "
-        'It decides the architecture, and the family may be left out. "none" starts from random weights.',
+        says="Checkpoint to start from: a folder of Mixtura's or a dense model. It decides the architecture; the "
+        "family may be left out.",
         families=_ALL,
         role="run",
         field=None,
@@ -54,31 +54,32 @@ class ArmConfig:
     )
     feed_forward_scale: float = scale_setting(
         1.0,
-        says="Multiplies the initial standard deviations of all feed-forward weights; `search.scales` tries its "
-        "values.",
+        says="Multiplies the initial scales of all feed-forward weights; `search.scales` tries its values.",
         families=_ALL,
     )
-    down_scale: float = scale_setting(
-        1.0, says="Multiplies the initial standard deviations of the down-projections once more.", families=_ALL
-    )
+    down_scale: float = scale_setting(1.0, says="Multiplies the initial scales of the down-projections.", families=_ALL)
     dense_scale: float | None = scale_setting(
         None,
-        says="Initial standard deviation of dense layers and shared experts, as a multiple of 1 / sqrt(fan-in); "
-        '"none" derives it, or takes `model.initializer_range` if the recipe names that.',
+        says="Initial standard deviation of dense layers and shared experts, over 1 / sqrt(fan-in); "
+        '"none" derives it, or takes `model.initializer_range`.',
         families=_ALL,
     )
-    expert_scale: float | None = scale_setting(None, says="The same for experts.", families=MIXTURES)
-    router_scale: float | None = scale_setting(None, says="The same for routers.", families=_ROUTED)
+    expert_scale: float | None = scale_setting(
+        None, says="Initial scale of experts, as `dense_scale`.", families=MIXTURES
+    )
+    router_scale: float | None = scale_setting(
+        None, says="Initial scale of routers, as `dense_scale`.", families=_ROUTED
+    )
     control: Control | None = setting(
         None,
-        says='Makes the arm a control: "uniform_router" has routers of zeros, "random_routing" routers that are '
-        'not trained, and "shared_width" dense layers as wide as the shared experts.',
+        says="Makes the arm a control: with routers of zeros, with routers that are not trained, or with dense layers "
+        "as wide as the shared experts.",
         families=_ALL,
         role="shape",
     )
     control_of: str | None = setting(
         None,
-        says="The arm that this control belongs to; the control takes over the settings that it does not name.",
+        says="The arm that this control belongs to, whose settings it takes over where it names none.",
         families=_ALL,
         role="run",
         field=None,
@@ -93,7 +94,7 @@ class ArmConfig:
     )
     num_experts: int = setting(
         16,
-        says="Number of experts in a layer.",
+        says="Experts of a layer.",
         families=MIXTURES,
         role="shape",
         layer=True,
@@ -102,8 +103,7 @@ class ArmConfig:
     )
     moe_intermediate_size: int | None = setting(
         None,
-        says='Width of one expert; "none" makes a token cost the FLOPs of the dense arm, with routing and mixing '
-        "counted.",
+        says='Width of one expert; "none" makes a token cost the FLOPs of the dense arm.',
         families=MIXTURES,
         role="shape",
         layer="intermediate_size",
@@ -112,7 +112,7 @@ class ArmConfig:
     )
     top_k: int = setting(
         1,
-        says="Experts a token is sent to; in families other than token choice, the average.",
+        says="Experts a token is sent to; outside token choice, on average.",
         families=_CHOOSING,
         role="function",
         field="num_experts_per_tok",
@@ -123,8 +123,7 @@ class ArmConfig:
     )
     route_by: Literal["token", "pair", "source", "target"] = setting(
         "token",
-        says="What chooses the expert: a router that reads the token, or the example's language pair, source or "
-        "target language (translation only).",
+        says="What chooses the expert: a router, or the example's language pair, source or target (translation).",
         families=_TOKEN_CHOICE,
         role="shape",
         layer="learned_router",
@@ -140,21 +139,21 @@ class ArmConfig:
     )
     normalize_top_k: bool = token_choice_setting(
         False,
-        says="Makes the chosen experts' weights sum to one. With top_k = 1 the router then gets no gradient.",
+        says="Makes a token's weights sum to one. With top_k = 1 the router then gets no gradient.",
         role="function",
         field="norm_topk_prob",
         layer=True,
     )
     capacity_factor: float | None = token_choice_setting(
         None,
-        says='Most rows that an expert takes, as a multiple of an even share; "none" drops no rows.',
+        says='Most rows of an expert, as a multiple of an even share; "none" drops none.',
         role="function",
         layer=True,
         bounds="positive",
     )
     expert_groups: int = token_choice_setting(
         1,
-        says="Number of equal groups of experts; a token chooses from its best groups only.",
+        says="Equal groups of experts; a token chooses from its best groups only.",
         role="function",
         field="n_group",
         layer=True,
@@ -162,7 +161,7 @@ class ArmConfig:
     )
     groups_per_token: int = token_choice_setting(
         1,
-        says="Number of groups that a token chooses from.",
+        says="Groups that a token chooses from.",
         role="function",
         field="topk_group",
         layer=True,
@@ -170,8 +169,7 @@ class ArmConfig:
     )
     dense_router_gradient: bool = token_choice_setting(
         False,
-        says="Runs all experts in training, so that the router learns from each (DenseMixer); the output is still "
-        "that of top_k.",
+        says="Runs all experts in training, so that the router learns from each (DenseMixer).",
         role="training",
         layer=True,
     )
@@ -187,7 +185,7 @@ class ArmConfig:
     )
     balance_over: Literal["batch", "global", "sequence"] = token_choice_setting(
         "batch",
-        says="Where load is counted: in a micro-batch, in a step on all ranks, or in each sequence (DeepSeek-V3).",
+        says="Where load is counted: in a micro-batch, a step on all ranks, or each sequence.",
         role="training",
         layer="balance_by_sequence",
         to_layer=lambda value: value == "sequence",
@@ -211,21 +209,21 @@ class ArmConfig:
     )
     free_expert_balance: float = token_choice_setting(
         0.75,
-        says="How much an expert of no cost counts in the load-balancing loss: the lower, the more tokens it gets.",
+        says="How much an expert of no cost counts in the load-balancing loss.",
         role="training",
         layer=True,
         bounds="positive",
     )
     latent_size: int | None = token_choice_setting(
         None,
-        says='Width of the space that experts work in, behind one projection to it and one back; "none" has none.',
+        says="Width that experts work in, behind one projection to it and one back.",
         role="shape",
         layer=True,
         bounds="positive",
     )
     expert_bias_update_rate: float = token_choice_setting(
         0.0,
-        says="Loss-free balancing: how far the selection bias moves after each step; 0 turns it off.",
+        says="Loss-free balancing: how far the selection bias moves after a step.",
         role="training",
         layer="expert_bias",
         to_layer=lambda rate: rate > 0,
@@ -233,7 +231,7 @@ class ArmConfig:
     )
     num_shared_experts: int = setting(
         0,
-        says="Number of experts that every token passes through besides the routed ones.",
+        says="Experts that every token passes through besides the routed ones.",
         families=MIXTURES,
         role="shape",
         layer=True,
@@ -241,14 +239,14 @@ class ArmConfig:
     )
     threshold_rate: float = setting(
         0.2,
-        says="Least weight of one step in the moving averages of the thresholds.",
+        says="Least weight of a step in the moving averages of the thresholds.",
         families=_THRESHOLD,
         role="training",
         bounds="share",
     )
     threshold_warmup: float = setting(
         0.1,
-        says="Share of the steps, from the first, in which experts choose among the tokens of the batch.",
+        says="Share of the steps, from the first, in which experts choose over the batch.",
         families=_THRESHOLD,
         role="training",
         bounds="share",
@@ -263,8 +261,7 @@ class ArmConfig:
     )
     l1_coef_growth: float = setting(
         0.2,
-        says="How much that weight grows after a step with more than top_k experts a token on average, and "
-        "shrinks after one with fewer.",
+        says="How much that penalty's weight grows after a step with more than top_k experts a token.",
         families=_REMOE,
         role="training",
         bounds="positive",
@@ -295,9 +292,8 @@ class ArmConfig:
     )
     group_over: Literal["batch", "sequence", "all"] = setting(
         "batch",
-        says='What forms a group: "batch" is one position of several examples, "sequence" several positions of '
-        'one (encoders with mixture of tokens), "all" the whole batch (expert choice, which then sees the '
-        "future).",
+        says="What forms a group: a position of several examples, positions of one example (mixture of tokens in "
+        "encoders), or the whole batch (expert choice, which then sees the future).",
         families=_GROUPED,
         role="function",
         layer=True,
@@ -305,7 +301,7 @@ class ArmConfig:
     )
     mixtures_per_expert: int = setting(
         1,
-        says="Mixtures that an expert processes for each group; for soft, slots of an expert.",
+        says="Mixtures (in soft: slots) of an expert in a group.",
         families=_MIXING,
         role="shape",
         layer={"soft": "num_slots", "mixture_of_tokens": "mixtures_per_expert"},
@@ -322,7 +318,7 @@ class ArmConfig:
     )
     combine: Literal["same", "separate"] = mot_setting(
         "same",
-        says="Whether outputs are spread with the dispatch weights or with those of a second router.",
+        says="Whether outputs are spread with the mixing weights or with a second router's.",
         role="shape",
         layer=True,
         always_shown=_MOT,
@@ -335,7 +331,7 @@ class ArmConfig:
     )
     alone_top_k: int | None = mot_setting(
         2,
-        says='Mixtures that a token runs in the modes `alone` and `population`; "none" runs all.',
+        says='Mixtures that a token runs in modes `alone` and `population`; "none" runs all.',
         role="function",
         layer=True,
         bounds="positive",
@@ -343,15 +339,15 @@ class ArmConfig:
     )
     zero_fill: float = mot_setting(
         0.0,
-        says="Share of the groups whose tokens run in mode `alone` during training.",
+        says="Share of the groups whose tokens run in mode `alone` in training.",
         role="training",
         layer=True,
         bounds="share",
     )
     zero_fill_unit: Literal["group", "layer", "step"] = mot_setting(
         "group",
-        says="What `zero_fill` is a share of: the groups of a layer at every step, the steps of each layer, or "
-        "the steps of the whole model. The last two take less time.",
+        says="What `zero_fill` is a share of: a layer's groups at every step, each layer's steps, or the model's "
+        "steps. The last two take less time.",
         role="training",
     )
     alone_fraction: float = mot_setting(
@@ -362,18 +358,18 @@ class ArmConfig:
     )
     transition_to: Literal["token_choice"] | None = mot_setting(
         None,
-        says='What the layers become for the last steps, with their parameters; "none" changes nothing.',
+        says="What the layers become for the last steps, with their parameters.",
         role="training",
     )
     transition_fraction: float = mot_setting(
         0.0,
-        says="Share of the steps, at the end, after that transition; a token then gets `alone_top_k` experts.",
+        says="Share of the steps after the transition; a token then gets `alone_top_k` experts.",
         role="training",
         bounds="share",
     )
     population_rate: float = mot_setting(
         0.0,
-        says="Weight of one step in the moving averages for mode `population`; 0 keeps none.",
+        says="Weight of a step in the moving averages for mode `population`; 0 keeps none.",
         role="training",
         bounds="share",
     )

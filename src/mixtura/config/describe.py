@@ -50,26 +50,20 @@ def families_table() -> str:
     return "\n".join([header, *rows])
 
 
-def settings_table() -> str:
-    """The table as Markdown, for writers of recipes."""
-    header = "| key | values | default | families | what it is |\n| --- | --- | --- | --- | --- |"
-    rows = [
-        f"| `{name}` | {_bounded(each)} | {_written(each.default)} | {_families(each)} | {each.says} |"
-        for name, each in SETTINGS.items()
-    ]
-    return "\n".join([header, *rows])
-
-
 def settings_page() -> str:
-    """docs/settings.md, whole."""
-    return f"""# Settings of an arm
+    """docs/settings.md, whole: for writers of recipes, a list of settings for each set of families that has them."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, each in SETTINGS.items():
+        line = f"- `{name}` ({_bounded(each)}; {_written(each.default)}): {each.says}"
+        groups.setdefault(tuple(each.families), []).append(line)
+    body = "\n\n".join(f"## {_families(of)}\n\n" + "\n".join(lines) for of, lines in groups.items())
+    return f"""# Which settings does an arm have?
 
-Every key of an `[arms.NAME]` section besides `family`, and of a `feed_forward` section in fine-tuning recipes. A key
-changes the layers of the families named, and no others. `"none"` turns a setting off that may be off.
+These keys stand in an `[arms.NAME]` section besides `family`, and in a `feed_forward` section of fine-tuning recipes.
+In brackets are the values and the default; `"none"` turns a setting off that may be off. `mixtura keys` lists the keys
+of all sections.
 
-This page is written from `mixtura.config.ArmConfig`, where each setting is declared once.
-
-{settings_table()}
+{body}
 """
 
 
@@ -79,7 +73,7 @@ def _written(value: Any) -> str:
 
 def _bounded(each: Setting) -> str:
     options = [hint for hint in typing.get_args(each.hint) or (each.hint,) if hint is not type(None)]
-    kinds = {int: "whole number", float: "number", str: "text", bool: "true, false"}
+    kinds = {int: "integer", float: "number", str: "text", bool: "true, false"}
     words = [kinds[option] if isinstance(option, type) else _choices(option) for option in options]
     return ", ".join(words) + (f", {each.bounds}" if each.bounds else "")
 
@@ -88,10 +82,10 @@ def _choices(option: Any) -> str:
     return ", ".join(map(str, typing.get_args(option))) or str(option)
 
 
-def _families(each: Setting) -> str:
-    if set(each.families) == set(FAMILIES):
-        return "all"
-    return "all mixtures" if set(each.families) == set(MIXTURES) else ", ".join(each.families)
+def _families(families: tuple[str, ...]) -> str:
+    if set(families) == set(FAMILIES):
+        return "All families"
+    return "All mixtures" if set(families) == set(MIXTURES) else ", ".join(f"`{family}`" for family in families)
 
 
 class Key(NamedTuple):
