@@ -118,6 +118,10 @@ SetOption = Annotated[
 ResumeOption = Annotated[
     bool, typer.Option("--resume/--no-resume", help="Go on with what the folder holds, or start over.")
 ]
+ParallelOption = Annotated[
+    int,
+    typer.Option("--arms-in-parallel", metavar="N", help="Runs that train at a time, each on its cores or its GPU."),
+]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Say what it would take on this machine, and write nothing.")
 ]

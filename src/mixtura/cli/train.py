@@ -10,6 +10,7 @@ import typer
 import mixtura
 from mixtura.cli.application import (
     DryRunOption,
+    ParallelOption,
     PresetOption,
     RecipeArgument,
     ResumeOption,
@@ -31,6 +32,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="runs/NAME")] = None,
     overrides: SetOption = None,
     resume: ResumeOption = True,
+    arms_in_parallel: ParallelOption = 1,
     dry_run: DryRunOption = False,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
@@ -44,7 +46,7 @@ def compare(
 
         _plan(load_recipe(path, changes), out)
         return
-    _compare(path, out, changes, resume=resume, open_report=open_report)
+    _compare(path, out, changes, resume=resume, arms_in_parallel=arms_in_parallel, open_report=open_report)
 
 
 @app.command(rich_help_panel="Train")
@@ -74,6 +76,7 @@ def finetune(
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default="runs/NAME")] = None,
     overrides: SetOption = None,
     resume: ResumeOption = True,
+    arms_in_parallel: ParallelOption = 1,
     dry_run: DryRunOption = False,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
@@ -90,7 +93,7 @@ def finetune(
     if dry_run:
         _plan(load_recipe(path, changes), out)
         return
-    _compare(path, out, changes, resume=resume, open_report=open_report)
+    _compare(path, out, changes, resume=resume, arms_in_parallel=arms_in_parallel, open_report=open_report)
 
 
 @app.command(rich_help_panel="Use")
@@ -156,7 +159,9 @@ def _plan(recipe: AnyRecipe, out: Path | None, *, arm: str | None = None, seeds:
     typer.echo("\n".join(planned.lines()))
 
 
-def _compare(path: Path, out: Path | None, overrides: list[str], *, resume: bool, open_report: bool) -> None:
+def _compare(
+    path: Path, out: Path | None, overrides: list[str], *, resume: bool, arms_in_parallel: int, open_report: bool
+) -> None:
     """Runs a comparison, says its verdict and where the report is."""
     from mixtura.config import load_recipe
 
@@ -171,6 +176,7 @@ def _compare(path: Path, out: Path | None, overrides: list[str], *, resume: bool
             overrides=overrides,
             resume=resume,
             command=shlex.join(["mixtura", *sys.argv[1:]]),
+            arms_in_parallel=arms_in_parallel,
             reporter=reporter,
         )
     page = folder / "report.html"

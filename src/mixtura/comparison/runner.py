@@ -20,9 +20,10 @@ from mixtura.comparison.plan import (
     task_of,
     tokens_per_step,
 )
-from mixtura.comparison.runs import diverged_run, run_arm, trial_loss
-from mixtura.comparison.search import load_record, search_rates_and_scales, write_record
+from mixtura.comparison.runs import Job, run_arm, run_or_mark, trial_loss
+from mixtura.comparison.search import load_record, search_grid, search_rates_and_scales, write_record
 from mixtura.comparison.timing import ROUNDS, time_arms
+from mixtura.comparison.workers import check_processes, threads_of_each, train_ahead
 from mixtura.config import (
     TrainingConfig,
     UserError,
@@ -38,17 +39,14 @@ from mixtura.results import ArmResult, ArmTiming, Leaks, Results, RunResult, Sea
 from mixtura.results.document import DataFacts
 from mixtura.results.json_form import to_plain
 from mixtura.results.stored import (
-    RESULT,
     RESULTS,
     read_json,
     read_records,
     write_results,
-    write_run,
 )
 from mixtura.training import (
     ProgressReporter,
     SilentProgress,
-    TrainingDiverged,
     ranks,
 )
 from mixtura.training.interface import Arm, Experiment
@@ -70,6 +68,7 @@ def compare(
     overrides: Sequence[str] = (),
     resume: bool = True,
     command: str | None = None,
+    arms_in_parallel: int = 1,
     reporter: ProgressReporter | None = None,
 ) -> Results:
     """Trains and compares the arms of a recipe, and writes the report.
@@ -80,6 +79,8 @@ def compare(
         overrides: "section.key=value" changes to a recipe given by its path.
         resume: go on with what the folder holds of this recipe; False starts over.
         command: what the user typed, for "reproduce this".
+        arms_in_parallel: how many runs train at a time, each in a process of its own with its share of the cores, or
+            with a GPU of its own.
         reporter: shows progress and says what happens; None shows nothing.
 
     Returns:
@@ -92,20 +93,25 @@ def compare(
     need("mixtura.report.html")  # a missing package is named before hours of training, not after
     path, loaded = as_recipe(recipe, overrides)
     folder = Path(out) if out is not None else Path("runs") / loaded.name
+    check_processes(arms_in_parallel)
     check_memory(loaded)
     with holding(folder):
         open_folder(folder, loaded, resume=resume)
         ready(folder)
-        return _Comparison(loaded, path, folder, reporter or SilentProgress()).run(
-            command or f"mixtura compare {path or folder / 'recipe.toml'} --out {folder}"
-        )
+        comparison = _Comparison(loaded, path, folder, reporter or SilentProgress(), arms_in_parallel)
+        return comparison.run(command or f"mixtura compare {path or folder / 'recipe.toml'} --out {folder}")
 
 
 class _Comparison:
     """One comparison in its folder; `run` is its table of contents."""
 
-    def __init__(self, recipe: AnyRecipe, recipe_path: Path | None, out: Path, reporter: ProgressReporter) -> None:
+    def __init__(
+        self, recipe: AnyRecipe, recipe_path: Path | None, out: Path, reporter: ProgressReporter, processes: int
+    ) -> None:
         self.recipe, self.recipe_path, self.out, self.reporter = recipe, recipe_path, out, reporter
+        self.processes = processes
+        # Runs that other processes have trained and shown are only read here.
+        self.shown = reporter if processes == 1 else SilentProgress()
 
     def run(self, command: str) -> Results:
         started = time.monotonic()
@@ -127,7 +133,7 @@ class _Comparison:
         scales = {name: record.best_scale for name, record in searched.items() if self.recipe.search.scales}
         arms = arms | {name: arms[name].at_scale(scale) for name, scale in scales.items() if scale is not None}
         timing = self._time(arms)
-        runs = self._train(arms, rates)
+        runs = self._train(arms, rates, scales)
         baseline = arms[self.recipe.baseline]
         described = {
             name: ArmResult(
@@ -170,27 +176,25 @@ class _Comparison:
         steps = search.steps or self.recipe.training.steps
         training = replace(self.recipe.training, steps=steps, eval_every=steps)
 
-        def run_trial(name: str, rate: float, scale: float | None, seed: int) -> float:
-            arm = arms[name] if scale is None else arms[name].at_scale(scale)
+        def job(name: str, rate: float, scale: float | None, seed: int) -> Job:
             tried, label = f"rate{rate}", f"search {name} {rate:g}"
             if scale is not None:
                 tried, label = f"{tried}-scale{scale}", f"{label} scale {scale:g}"
-            try:
-                result = run_arm(
-                    arm,
-                    seed=seed,
-                    learning_rate=rate,
-                    training=training,
-                    out=self.out / "search" / name / tried / f"seed{seed}",
-                    label=f"{label} seed {seed}",
-                    reporter=self.reporter,
-                    trial=True,
-                )
-            except TrainingDiverged as error:
-                self.reporter.note(f"{error} This trial counts as lost.")
-                return float("inf")
-            return trial_loss(arm, result)
+            return Job(
+                arm=name,
+                seed=seed,
+                learning_rate=rate,
+                scale=scale,
+                training=training,
+                out=self.out / "search" / name / tried / f"seed{seed}",
+                label=f"{label} seed {seed}",
+                trial=True,
+            )
 
+        def run_trial(name: str, rate: float, scale: float | None, seed: int) -> float:
+            return trial_loss(arms[name], run_or_mark(arms[name], job(name, rate, scale, seed), self.shown))
+
+        self._ahead([job(name, *each) for name in arms for each in search_grid(search)])
         records = search_rates_and_scales(self.recipe, run_trial)
         if ranks.is_first():
             write_record(self.out / "search" / "record.json", self.recipe, records)
@@ -208,35 +212,40 @@ class _Comparison:
             ranks.wait_for_all()
         return read_records(path, ArmTiming, read_json(path, keys=arms) or {})
 
-    def _train(self, arms: dict[str, Arm], rates: dict[str, float]) -> dict[str, list[RunResult]]:
+    def _train(
+        self, arms: dict[str, Arm], rates: dict[str, float], scales: dict[str, float | None]
+    ) -> dict[str, list[RunResult]]:
         # Seed by seed, so that a comparison stopped half-way has complete pairs.
+        jobs = [
+            Job(
+                arm=name,
+                seed=seed,
+                learning_rate=rates[name],
+                scale=scales.get(name),
+                training=self.recipe.training,
+                out=self.out / "arms" / name / f"seed{seed}",
+                label=f"{name} seed {seed}",
+            )
+            for seed in self.recipe.seeds
+            for name in arms
+        ]
+        self._ahead(jobs)
         runs: dict[str, list[RunResult]] = {name: [] for name in arms}
-        for seed in self.recipe.seeds:
-            for name, arm in arms.items():
-                runs[name].append(self._run_or_mark(arm, name, seed=seed, learning_rate=rates[name]))
+        for job in jobs:
+            runs[job.arm].append(run_or_mark(arms[job.arm], job, self.shown))
         if all(run.diverged for of_arm in runs.values() for run in of_arm):
             raise UserError("Every run of every arm diverged: lower the learning rates, with --set or in the recipe.")
         return runs
 
-    def _run_or_mark(self, arm: Arm, name: str, *, seed: int, learning_rate: float) -> RunResult:
-        """A run. If it diverges, the record of it up to there is returned, so that the other arms go on."""
-        out = self.out / "arms" / name / f"seed{seed}"
-        try:
-            return run_arm(
-                arm,
-                seed=seed,
-                learning_rate=learning_rate,
-                training=self.recipe.training,
-                out=out,
-                label=f"{name} seed {seed}",
-                reporter=self.reporter,
-            )
-        except TrainingDiverged as error:
-            self.reporter.note(f"{error} The other runs go on.")
-            result = diverged_run(arm, out, seed=seed, learning_rate=learning_rate)
-            if ranks.is_first():
-                write_run(out / RESULT, result)
-            return result
+    def _ahead(self, jobs: list[Job]) -> None:
+        """Trains the jobs side by side, where that was asked for; they are then found finished."""
+        if self.processes > 1:
+            train_ahead(self.recipe, self.out, jobs, processes=self.processes, reporter=self.reporter)
+
+    def _side_by_side(self) -> dict[str, int]:
+        if self.processes == 1:
+            return {}
+        return {"arms_in_parallel": self.processes, "threads": threads_of_each(self.recipe, self.processes)}
 
     def _results(self, experiment: Experiment, arms: dict[str, ArmResult], command: str) -> Results:
         recipe = self.recipe
@@ -248,7 +257,7 @@ class _Comparison:
             measure=baseline.task.measure,
             recipe=recipe_to_dict(recipe),
             recipe_toml=recipe_to_toml(recipe),
-            environment=environment(),
+            environment=environment() | self._side_by_side(),
             data=_data_facts(baseline, experiment, recipe.training),
             held_equal=experiment.held_equal(arms),
             baseline=recipe.baseline,

@@ -4,6 +4,7 @@ A finished run has a `result.json` and is never repeated; an unfinished one goes
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from mixtura.config import Interrupted, TrainingConfig, UserError
@@ -19,6 +20,49 @@ from mixtura.training import (
     train,
 )
 from mixtura.training.interface import Arm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run that a comparison needs."""
+
+    arm: str
+    """Its name in the recipe."""
+    seed: int
+    learning_rate: float
+    scale: float | None = None
+    """The `feed_forward_scale`; None keeps the arm's own."""
+    training: TrainingConfig
+    out: Path
+    """The run's folder."""
+    label: str
+    trial: bool = False
+
+
+def run_or_mark(arm: Arm, job: Job, reporter: ProgressReporter) -> RunResult:
+    """Trains one run, or reads its result; if it diverges, the record of it up to there, so that the others go on.
+
+    Raises:
+        UserError, Interrupted: as `run_arm` does.
+    """
+    at_scale = arm if job.scale is None else arm.at_scale(job.scale)
+    try:
+        return run_arm(
+            at_scale,
+            seed=job.seed,
+            learning_rate=job.learning_rate,
+            training=job.training,
+            out=job.out,
+            label=job.label,
+            reporter=reporter,
+            trial=job.trial,
+        )
+    except TrainingDiverged as error:
+        reporter.note(f"{error} {'This trial counts as lost' if job.trial else 'The other runs go on'}.")
+        result = diverged_run(at_scale, job.out, seed=job.seed, learning_rate=job.learning_rate)
+        if ranks.is_first():
+            write_run(job.out / RESULT, result)
+        return result
 
 
 def run_arm(
@@ -120,9 +164,14 @@ def _check_same_run(stored: RunResult, out: Path, **asked: float) -> None:
 
 
 def trial_loss(arm: Arm, result: RunResult) -> float:
-    """The held-out loss that a trial is judged by: in the deployed mode if that is evaluated during training."""
+    """The held-out loss that a trial is judged by: in the deployed mode if that is evaluated during training.
+
+    Infinite where it diverged.
+    """
+    if result.diverged:
+        return math.inf
     final = result.final
     mode = next(mode for mode in (arm.deployed_mode, arm.training_mode, *final) if mode in final)
     loss = final[mode]["loss"]
-    assert loss is not None, "a run that diverged has no result"
+    assert loss is not None, "a run that did not diverge has a loss"
     return loss

@@ -7,6 +7,7 @@ weights are drawn is another such value.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,13 +15,19 @@ from statistics import mean
 from typing import Any
 
 from mixtura.comparison.plan import AnyRecipe
-from mixtura.config import Recipe, TranslationRecipe, UserError
+from mixtura.config import Recipe, SearchConfig, TranslationRecipe, UserError
 from mixtura.config.initialization import start_scales
 from mixtura.files import write_json
 from mixtura.results import Facts, SearchRecord
 from mixtura.results.document import Trial
 from mixtura.results.json_form import to_plain
 from mixtura.results.stored import read_json, read_records
+
+
+def search_grid(search: SearchConfig) -> list[tuple[float, float | None, int]]:
+    """The rates, scales and seeds that every arm is tried with, in the order in which they are."""
+    scales = sorted(search.scales) or [None]
+    return list(itertools.product(sorted(search.learning_rates), scales, search.seeds))
 
 
 def search_rates_and_scales(
@@ -41,9 +48,8 @@ def search_rates_and_scales(
     Raises:
         UserError: an arm diverged at every rate.
     """
-    rates = sorted(recipe.search.learning_rates)
-    seeds = recipe.search.seeds
-    grid = [(rate, scale) for rate in rates for scale in sorted(recipe.search.scales) or [None]]
+    rates, seeds = sorted(recipe.search.learning_rates), recipe.search.seeds
+    grid = list(dict.fromkeys((rate, scale) for rate, scale, _ in search_grid(recipe.search)))
     losses = {name: [mean(run_trial(name, *pair, seed) for seed in seeds) for pair in grid] for name in recipe.arms}
     for name, tried in losses.items():
         if min(tried) == float("inf"):

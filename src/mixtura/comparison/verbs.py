@@ -34,6 +34,7 @@ def finetune(
     overrides: Sequence[str] = (),
     resume: bool = True,
     command: str | None = None,
+    arms_in_parallel: int = 1,
     reporter: ProgressReporter | None = None,
 ) -> Results:
     """Fine-tunes the arms of a recipe for a task, compares them, and writes the report.
@@ -51,6 +52,7 @@ def finetune(
         overrides: "section.key=value" changes to the recipe.
         resume: go on with what the folder holds of this recipe; False starts over.
         command: what the user typed, for "reproduce this".
+        arms_in_parallel: how many runs train at a time, as in `compare`.
         reporter: shows progress and says what happens; None shows nothing.
 
     Returns:
@@ -63,7 +65,15 @@ def finetune(
     path, changes = finetune_recipe(
         task, recipe, preset=preset, data=data, columns=columns, pairs=pairs, base=base, overrides=overrides
     )
-    return compare(path, out=out, overrides=changes, resume=resume, command=command, reporter=reporter)
+    return compare(
+        path,
+        out=out,
+        overrides=changes,
+        resume=resume,
+        command=command,
+        arms_in_parallel=arms_in_parallel,
+        reporter=reporter,
+    )
 
 
 def train(

@@ -53,10 +53,12 @@ class LineProgress:
         """Writes to `console`."""
         self.console = console
         self._label, self._first, self._steps, self._began = "", 0, 0, 0.0
+        self._tenth = 0
 
     def start_run(self, label: str, *, step: int, steps: int) -> None:
         """Prints a line when the run resumes."""
         self._label, self._first, self._steps, self._began = label, step, steps, time.monotonic()
+        self._tenth = step * LINES_PER_RUN // steps
         if step >= steps:
             self.note(f"{label}: done before")
         elif step:
@@ -64,8 +66,10 @@ class LineProgress:
 
     def advance(self, step: int, *, loss: float, tokens_per_second: float) -> None:
         """Prints a line when another tenth is done."""
-        if step * LINES_PER_RUN // self._steps == (step - 1) * LINES_PER_RUN // self._steps:
+        tenth = step * LINES_PER_RUN // self._steps
+        if tenth == self._tenth:
             return
+        self._tenth = tenth
         elapsed = time.monotonic() - self._began
         left = elapsed / max(1, step - self._first) * (self._steps - step)
         self.note(
