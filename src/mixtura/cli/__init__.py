@@ -21,7 +21,7 @@ from mixtura.cli.application import name_flags
 from mixtura.config.threads import prepare_threads
 from mixtura.errors import Interrupted, UserError, disk_error, local_rank, missing_extra
 
-from mixtura.cli import advise, train, use, convert, machine  # isort: skip  # noqa: F401
+from mixtura.cli import train, use, convert, machine  # isort: skip  # noqa: F401
 
 
 def main() -> None:

@@ -10,8 +10,7 @@ from typing import Annotated, cast
 
 import typer
 
-from mixtura.cli.application import PresetOption, RecipeArgument, SetOption, app, recipe_path
-from mixtura.cli.lines import put_text
+from mixtura.cli.application import PresetOption, RecipeArgument, SetOption, app, put_text, recipe_path
 from mixtura.config.describe import SECTIONS, keys_of, lines_of
 from mixtura.config.threads import crowded
 from mixtura.errors import EXTRAS, UserError

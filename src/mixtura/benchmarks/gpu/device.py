@@ -8,9 +8,8 @@ import torch
 
 from mixtura.benchmarks.gpu.journal import Journal
 from mixtura.benchmarks.gpu.kernel_checks import run_checks
-from mixtura.benchmarks.gpu.layer_times import run_layers
 from mixtura.benchmarks.gpu.side_by_side import run_evidence
-from mixtura.benchmarks.gpu.whole_steps import run_steps
+from mixtura.benchmarks.gpu.timings import run_layers, run_steps
 from mixtura.results.stored import Plain
 
 
