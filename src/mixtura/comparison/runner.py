@@ -20,8 +20,14 @@ from mixtura.comparison.plan import (
     task_of,
     tokens_per_step,
 )
-from mixtura.comparison.runs import diverged_run, run_arm, trial_loss
-from mixtura.comparison.search import load_record, search_rates_and_scales, write_record
+from mixtura.comparison.runs import (
+    diverged_run,
+    load_record,
+    run_arm,
+    search_rates_and_scales,
+    trial_loss,
+    write_record,
+)
 from mixtura.comparison.timing import ROUNDS, time_arms
 from mixtura.config import (
     TrainingConfig,
@@ -35,16 +41,16 @@ from mixtura.errors import need
 from mixtura.files import write_json
 from mixtura.report.summary import summarize
 from mixtura.results import ArmResult, ArmTiming, Leaks, Results, RunResult, SearchRecord
-from mixtura.results.document import DataFacts
-from mixtura.results.json_form import to_plain
-from mixtura.results.stored import (
+from mixtura.results.document import (
     RESULT,
     RESULTS,
+    DataFacts,
     read_json,
     read_records,
     write_results,
     write_run,
 )
+from mixtura.results.json_form import to_plain
 from mixtura.training import (
     ProgressReporter,
     SilentProgress,

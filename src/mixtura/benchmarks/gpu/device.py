@@ -10,7 +10,7 @@ from mixtura.benchmarks.gpu.journal import Journal
 from mixtura.benchmarks.gpu.kernel_checks import run_checks
 from mixtura.benchmarks.gpu.side_by_side import run_evidence
 from mixtura.benchmarks.gpu.timings import run_layers, run_steps
-from mixtura.results.stored import Plain
+from mixtura.results.document import Plain
 
 
 def run_stage(name: str, path: Path, *, seconds: float, pack: Path, smoke: bool) -> None:

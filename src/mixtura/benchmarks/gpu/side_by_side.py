@@ -38,7 +38,7 @@ from mixtura.files import cache_folder, new_folder, write_json
 from mixtura.models import MixtureForCausalLM
 from mixtura.models.build import build_model_config
 from mixtura.planning import flops_per_token
-from mixtura.results.stored import Plain
+from mixtura.results.document import Plain
 from mixtura.tasks.language_modelling.task import LanguageModelling, curve_modes
 from mixtura.training import train
 from mixtura.training.optimization import build_optimizer, build_schedule, clip_gradients

@@ -29,7 +29,7 @@ from mixtura.benchmarks.measure import Pass, calls, interleaved, passes, ratios
 from mixtura.benchmarks.speed_table import LIMIT, model_of
 from mixtura.config import Family
 from mixtura.models import MixtureForCausalLM
-from mixtura.results.stored import Plain
+from mixtura.results.document import Plain
 from mixtura.training.optimization import clip_gradients
 
 PASSES: tuple[Pass, ...] = ("training", "forward")
