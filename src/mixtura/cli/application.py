@@ -7,7 +7,6 @@ Messages are in the words that the user typed: flags of the verb in place of key
 import os
 import re
 import sys
-import webbrowser
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -36,6 +35,10 @@ _FLAGS = {
     },
     "train": {"data.path": "--text", "data.source": "--text", "arms.model.init_from": "--from"},
 }
+_READ_RECIPES = ("compare", "plan", "train")
+"""Verbs whose first argument is a recipe."""
+_LEAVE_RECIPES = {"--out", "--resume", "--no-resume", "--dry-run", "--open", "--arm", "--seed", "--hardware", "--json"}
+"""Flags of these verbs that do not change it."""
 _KEY = re.compile(r"'((?:data|base|model|training|search|arms)\.[\w.-]+)'")
 
 
@@ -58,11 +61,12 @@ def name_flags(message: str, arguments: Sequence[str]) -> str:
 
     def word(match: re.Match[str]) -> str:
         key = match[1]
+        by_flag = key in flags and (not own or flags[key] in given)
+        if own and not by_flag:
+            return match[0]
         if not _is_key(key) and not message[: match.start()].endswith("Unknown recipe key "):
             return match[0]
-        if key in flags and (not own or flags[key] in given):
-            return flags[key]
-        return match[0] if own else f"--set {key}"
+        return flags[key] if by_flag else f"--set {key}"
 
     # Two keys that one flag sets, such as both columns, are named once; "set --set KEY to" is no English.
     named = re.sub(r"(--[a-z]+)(?:(?:, | and | or )\1\b)+", r"\1", _KEY.sub(word, message))
@@ -77,6 +81,28 @@ def _is_key(dotted: str) -> bool:
     return section.startswith("arms.") or any(
         key == each.name for found in SECTIONS if found.name == section for each in keys_of(found.holds)
     )
+
+
+def check_recipe_file(arguments: Sequence[str]) -> None:
+    """Reads the recipe that a command line begins with, before typer imports pydantic, to say what is wrong in it.
+
+    Typer does so for the first option of a verb, and it takes twice the time of everything that a mistake in a recipe
+    needs. A command line of another form, such as one with flags that change the recipe, is left to its verb.
+
+    Args:
+        arguments: of the command, the verb first.
+
+    Raises:
+        UserError: see `mixtura.config.load_recipe`.
+    """
+    if len(arguments) < 2 or arguments[0] not in _READ_RECIPES or not arguments[1].endswith(".toml"):
+        return
+    flags = {argument.partition("=")[0] for argument in arguments[2:] if argument.startswith("-")}
+    if not flags <= _LEAVE_RECIPES:
+        return
+    from mixtura.config import load_recipe
+
+    load_recipe(Path(arguments[1]))
 
 
 class VerbsByUse(TyperGroup):
@@ -215,6 +241,8 @@ def recipe_path(recipe: Path | None, preset: str | None) -> Path:
 def open_page(page: Path) -> None:
     """Opens a page in a browser where there is a screen: never in CI, over ssh or on a machine without one."""
     if _has_display():
+        import webbrowser
+
         webbrowser.open(page.resolve().as_uri())
 
 
