@@ -86,7 +86,7 @@ def _run_stage(options: argparse.Namespace) -> None:
 
 
 def _pack_text(options: argparse.Namespace) -> None:
-    from mixtura.benchmarks.gpu.text_pack import TEXT, TINY_TEXT, write_pack
+    from mixtura.benchmarks.gpu.side_by_side import TEXT, TINY_TEXT, write_pack
 
     facts = write_pack(options.pack, TINY_TEXT if options.smoke else TEXT)
     summary = facts["summary"]

@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mixtura.planning.evidence import Evidence, load_evidence
-from mixtura.planning.laws import fit_law, held_out_forecasts, noise_of
+from mixtura.planning.evidence import Evidence, fit_law, held_out_forecasts, load_evidence, noise_of
 from mixtura.report.significance import paired_difference
 from mixtura.results.conclusions import Difference
 

@@ -30,7 +30,6 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "core
 # Verbs import what they run, so that `mixtura --help` is quick; everything else says at its top what it needs.
 MAY_IMPORT_LATE = {
     "__init__.py",
-    "cli/advise.py",
     "cli/train.py",
     "cli/machine.py",
     "cli/use.py",

@@ -16,6 +16,7 @@ from mixtura.cli import application
 from mixtura.cli.application import name_flags
 from mixtura.comparison.folder import holding
 from mixtura.config import recipe_to_toml
+from mixtura.errors import UserError
 
 VERBS = (
     "advise",
@@ -295,6 +296,31 @@ def test_the_program_fails_with_one_sentence_as_a_process_of_its_own(tmp_path):
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode == 2 and not failed.stdout
     assert failed.stderr.startswith("mixtura: ") and failed.stderr.count("\n") == 1
+
+
+def test_a_misspelt_key_is_told_before_options_are_parsed(recipe, tmp_path):
+    text = recipe.read_text(encoding="utf-8")
+    recipe.write_text(text.replace("\nsteps = ", "\nstepz = ", 1), encoding="utf-8")
+    program = (
+        "import atexit, sys\nfrom mixtura.cli import main\n"
+        "atexit.register(lambda: print(sorted({'pydantic', 'torch'} & set(sys.modules))))\nmain()"
+    )
+    failed = subprocess.run(
+        [sys.executable, "-c", program, "compare", str(recipe), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+    )
+    assert (failed.returncode, failed.stdout) == (2, "[]\n")
+    assert failed.stderr == "mixtura: Unknown recipe key 'training.stepz': did you mean 'training.steps'?\n"
+
+
+@pytest.mark.parametrize("flags", [["--set", "training.steps=5"], ["--help"], ["--preset", "quick"], ["--otu", "x"]])
+def test_a_recipe_is_left_to_its_verb_where_flags_may_change_it(tmp_path, flags):
+    recipe = tmp_path / "misspelt.toml"
+    recipe.write_text("[training]\nstepz = 3\n", encoding="utf-8")
+    application.check_recipe_file(["compare", str(recipe), *flags])
+    with pytest.raises(UserError, match="stepz"):
+        application.check_recipe_file(["compare", str(recipe), "--out", "x"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

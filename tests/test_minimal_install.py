@@ -21,7 +21,6 @@ DEVELOPMENT = [
 NEED_AN_EXTRA = {
     "report": {
         "benchmarks",
-        "comparison.advice_page",
         "comparison.advising",
         "diagnostics.examine",
         "diagnostics.page",

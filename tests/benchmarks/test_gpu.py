@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mixtura.benchmarks.gpu.journal import Journal
+from mixtura.benchmarks.gpu.side_by_side import read_pack, write_pack
 from mixtura.benchmarks.gpu.stages import BROKEN_CONTEXT, Request, Stage, journal_path, run_all
-from mixtura.benchmarks.gpu.text_pack import read_pack, write_pack
 from mixtura.config import DataConfig, UserError
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ import pytest
 
 import mixtura
 from mixtura import cli
-from mixtura.comparison import advice_words, advising
-from mixtura.comparison.advice_page import difference_figure, render_advice
+from mixtura.comparison import advising
+from mixtura.comparison.advising import difference_figure, render_advice
 from mixtura.errors import UserError
 from mixtura.planning import advice as reading
 from mixtura.planning.advice import Expected, Payoff, advise_on, question_of
@@ -67,31 +67,31 @@ def advice_of(evidence, **asked):
 
 
 def test_the_first_line_is_the_answer(evidence):
-    ahead = advice_words.headline(advice_of(evidence, tokens=1e7, width=64))
+    ahead = advising.headline(advice_of(evidence, tokens=1e7, width=64))
     assert ahead.startswith("Token-choice MoE is expected to be 0.0")
     assert "nats ahead of dense at equal FLOPs at width 64" in ahead and "at equal seconds." in ahead
-    assert advice_words.headline(advice_of(evidence, tokens=1e6, width=64)).startswith("Train dense:")
-    assert advice_words.headline(advice_of(evidence, tokens=1e6, width=64, memory=10)).startswith("No family fits 10")
+    assert advising.headline(advice_of(evidence, tokens=1e6, width=64)).startswith("Train dense:")
+    assert advising.headline(advice_of(evidence, tokens=1e6, width=64, memory=10)).startswith("No family fits 10")
 
 
 def test_a_difference_is_called_decided_likely_or_open():
     def expected(mean, half, ahead):
         return Expected(mean=mean, low=mean - half, high=mean + half, ahead=ahead)
 
-    assert advice_words.certainty(expected(-0.1, 0.05, 0.99)) == "decided"
-    assert advice_words.certainty(expected(0.04, 0.05, 0.06)) == "likely"
-    assert advice_words.certainty(expected(0.01, 0.05, 0.4)) == "open"
+    assert advising.certainty(expected(-0.1, 0.05, 0.99)) == "decided"
+    assert advising.certainty(expected(0.04, 0.05, 0.06)) == "likely"
+    assert advising.certainty(expected(0.01, 0.05, 0.4)) == "open"
 
 
 def test_a_budget_that_pays_is_named_bounded_or_everywhere():
-    assert advice_words.payoff(Payoff(tokens=2e6, always=False, farthest=1e8)) == "from 2.00\N{NO-BREAK SPACE}M"
-    assert advice_words.payoff(Payoff(tokens=None, always=False, farthest=1e8)) == "not below 100\N{NO-BREAK SPACE}M"
-    assert advice_words.payoff(Payoff(tokens=1e5, always=True, farthest=1e8)) == "at every budget measured"
-    assert advice_words.payoff(None) == "\N{EN DASH}"
+    assert advising.payoff(Payoff(tokens=2e6, always=False, farthest=1e8)) == "from 2.00\N{NO-BREAK SPACE}M"
+    assert advising.payoff(Payoff(tokens=None, always=False, farthest=1e8)) == "not below 100\N{NO-BREAK SPACE}M"
+    assert advising.payoff(Payoff(tokens=1e5, always=True, farthest=1e8)) == "at every budget measured"
+    assert advising.payoff(None) == "\N{EN DASH}"
 
 
 def test_the_terminal_shows_what_it_stands_on_and_what_is_extrapolated(evidence):
-    lines = advice_words.console_lines(advice_of(evidence, tokens=1e9, width=256), evidence)
+    lines = advising.console_lines(advice_of(evidence, tokens=1e9, width=256), evidence)
     text = "\n".join(lines)
     assert "6 results, 2 seeds, 1.00 M to 10.0 M tokens, width 64" in text
     assert "Extrapolated: 1,000,000,000 tokens lie outside" in text and "Extrapolated: width 256" in text
@@ -101,7 +101,7 @@ def test_the_terminal_shows_what_it_stands_on_and_what_is_extrapolated(evidence)
 def test_the_page_holds_the_numbers_and_needs_no_network(evidence):
     advice = advice_of(evidence, tokens=3e6, width=64)
     page = render_advice(advice, evidence)
-    assert advice_words.headline(advice) in page.replace("&#39;", "'")
+    assert advising.headline(advice) in page.replace("&#39;", "'")
     assert "src=" not in page.split("<script")[0] and "<h2>The rows it stands on</h2>" in page
     figure = difference_figure(advice, evidence)
     assert [trace["meta"]["arm"] for trace in figure["data"]] == ["token_choice"] * 3

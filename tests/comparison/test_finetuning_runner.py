@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from mixtura.comparison.runner import compare, planned_steps, train_arm
-from mixtura.comparison.search import fingerprint
+from mixtura.comparison.runs import fingerprint
 from mixtura.config import (
     ArmConfig,
     BaseConfig,
@@ -28,7 +28,7 @@ from mixtura.config import (
     UserError,
 )
 from mixtura.results import read_results
-from mixtura.results.stored import read_run
+from mixtura.results.document import read_run
 from mixtura.tasks.translation.task import TranslationTask
 
 WORDS = ("ban", "den", "fin", "gat", "lit", "mon", "nab", "pol", "rud", "sef")

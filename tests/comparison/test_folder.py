@@ -26,7 +26,7 @@ from mixtura.comparison.folder import (
 from mixtura.config import Interrupted, UserError, recipe_from_dict
 from mixtura.data.prepare import prepare_data
 from mixtura.files import write_json, write_text
-from mixtura.results.stored import read_json
+from mixtura.results.document import read_json
 from mixtura.tasks.language_modelling.experiment import Pretraining
 
 

@@ -17,8 +17,8 @@ from mixtura.data.packing import ScheduledDataset
 from mixtura.data.prepare import prepare_data
 from mixtura.files import write_json
 from mixtura.results import Leaks, read_results
+from mixtura.results.document import read_json, read_run
 from mixtura.results.json_form import to_plain
-from mixtura.results.stored import read_json, read_run
 from mixtura.tasks.language_modelling.experiment import Pretraining
 from mixtura.training import SilentProgress
 

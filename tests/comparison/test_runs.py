@@ -11,8 +11,8 @@ from mixtura.comparison.runs import run_arm, trial_loss
 from mixtura.config import UserError
 from mixtura.data.prepare import prepare_data
 from mixtura.results import Measure, RunResult
+from mixtura.results.document import read_run
 from mixtura.results.run import PretrainingDetails, Spikes
-from mixtura.results.stored import read_run
 from mixtura.tasks.language_modelling import task as language_modelling
 from mixtura.tasks.language_modelling.experiment import Pretraining
 from mixtura.tasks.language_modelling.task import LanguageModelling

@@ -9,7 +9,7 @@ from mixtura.comparison.runner import compare
 from mixtura.comparison.search import fingerprint, load_record, record_path, search_rates_and_scales
 from mixtura.config import UserError, load_recipe, preset_path, recipe_from_dict, recipe_to_dict
 from mixtura.files import write_json
-from mixtura.results.stored import read_json
+from mixtura.results.document import read_json
 from mixtura.training import TrainingDiverged
 
 

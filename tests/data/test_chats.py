@@ -5,8 +5,7 @@ import json
 import pytest
 
 from mixtura.config import ChatDataConfig, UserError
-from mixtura.data.chats import load_chats
-from mixtura.data.python_docs import python_questions
+from mixtura.data.chats import load_chats, python_questions
 
 
 def write(tmp_path, rows, name="chats.jsonl"):

@@ -341,7 +341,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(saved, tmp_path, monk
 
 
 def test_an_export_that_computes_something_else_is_not_kept(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr("mixtura.exporting.layouts._times", lambda weight, factor: 1.01 * weight)
+    monkeypatch.setattr("mixtura.exporting.containers._times", lambda weight, factor: 1.01 * weight)
     with pytest.raises(UserError, match=r"does not compute what .* differ by up to .* Nothing is kept"):
         export(saved(), tmp_path / "out", to="mixtral")
     assert {path.name for path in tmp_path.iterdir()} == {"source"}

@@ -15,7 +15,7 @@ from mixtura.kernels import ExpertWeights, accelerator, reference
 if find_spec("triton") is None:
     pytest.skip("triton is not installed: pip install triton", allow_module_level=True)
 
-from mixtura.kernels import triton_mixing, triton_routing, triton_sparse
+from mixtura.kernels import triton_mixing, triton_sparse
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [
@@ -167,7 +167,7 @@ CHOICES = {
 def test_choices_are_sorted_as_a_stable_sort_does(on, case):
     choices, num_experts = case
     expert_TK = torch.randint(num_experts, (130, 3)) if choices is None else torch.tensor(choices)
-    order_R, row_TK, rows_E = triton_routing.sort_choices(expert_TK.to(on), num_experts)
+    order_R, row_TK, rows_E = triton_sparse.sort_choices(expert_TK.to(on), num_experts)
     expected_R = expert_TK.flatten().argsort(stable=True)
     assert torch.equal(order_R.cpu(), expected_R)
     assert torch.equal(row_TK.cpu().flatten(), expected_R.argsort())
@@ -177,7 +177,7 @@ def test_choices_are_sorted_as_a_stable_sort_does(on, case):
 @ON
 def test_choices_with_gaps_between_them_are_sorted_too(on):
     expert_TK = torch.randint(5, (9, 4), device=on)[:, ::2]
-    order_R, _, _ = triton_routing.sort_choices(expert_TK, 5)
+    order_R, _, _ = triton_sparse.sort_choices(expert_TK, 5)
     assert torch.equal(order_R, expert_TK.flatten().argsort(stable=True))
 
 
@@ -185,9 +185,9 @@ def test_choices_with_gaps_between_them_are_sorted_too(on):
 @pytest.mark.parametrize("value", [-1, 5, 1 << 40])
 def test_a_choice_of_no_expert_is_refused(value):
     with pytest.raises(RuntimeError, match="not between 0 and 4"):
-        triton_routing.sort_choices(torch.tensor([[0, value]]), 5)
+        triton_sparse.sort_choices(torch.tensor([[0, value]]), 5)
     with pytest.raises(TypeError, match=r"expert_TK has dtype torch\.float32"):
-        triton_routing.sort_choices(torch.zeros(2, 2), 5)
+        triton_sparse.sort_choices(torch.zeros(2, 2), 5)
 
 
 ROUTES = {
@@ -210,7 +210,7 @@ def sparse_inputs(choices, on, dtype, *, gated, hidden=24, width=8):
 
 
 def run_sparse(expert_TK, weight_TK, x_TD, up_EHD, down_EDF, activation, gated, *, rows_known=True):
-    order_R, row_TK, rows_E = triton_routing.sort_choices(expert_TK, len(up_EHD))
+    order_R, row_TK, rows_E = triton_sparse.sort_choices(expert_TK, len(up_EHD))
     token_R, weight_R = order_R // expert_TK.size(1), weight_TK.flatten()[order_R]
     rows_TK = row_TK if rows_known else None
     return accelerator.grouped_ffn(

@@ -16,7 +16,7 @@ warnings.simplefilter("ignore")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mixtura.kernels import triton_mixing as mixing, triton_routing as routing, triton_sparse as sparse
+from mixtura.kernels import triton_mixing as mixing, triton_sparse as sparse
 
 def build(kernel, types, warps=4, **constants):
     kind = lambda name: types.get(name, types["rest"] if name.endswith("_ptr") else "i32")
@@ -32,8 +32,8 @@ for types, group, columns in ((narrow, 32, 64), (narrow, 256, 64), (narrow | {"r
     build(mixing._mix_kernel, types, LSE_KNOWN=False, **blocks)
     build(mixing._spread_kernel, types, **blocks)
     build(mixing._grad_logits_kernel, types, **blocks)
-build(routing._count_kernel, {"rest": "*i64"}, BLOCK=routing.BLOCK_ROWS, BLOCK_E=routing.BLOCK_EXPERTS)
-build(routing._place_kernel, {"rest": "*i64"}, BLOCK=routing.BLOCK_ROWS)
+build(sparse._count_kernel, {"rest": "*i64"}, BLOCK=sparse.BLOCK_ROWS, BLOCK_E=sparse.BLOCK_EXPERTS)
+build(sparse._place_kernel, {"rest": "*i64"}, BLOCK=sparse.BLOCK_ROWS)
 rows = dict(rest="*bf16", weight_ptr="*fp32", grad_weight_ptr="*fp32", row_ptr="*i64", rows_ptr="*i64")
 rows["start_ptr"] = "*i32"
 for kind in ("relu", "gelu", "gelu_tanh", "silu"):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mixtura import kernels
 from mixtura.layers import Experts, MixtureOfTokens, Population
-from mixtura.layers.neighbours import Observation
+from mixtura.layers.token_by_token import Observation
 
 LN2 = math.log(2)
 

@@ -12,12 +12,10 @@ import pytest
 from mixtura.config import Recipe, UserError, load_recipe, starts_from_checkpoints
 from mixtura.models.build import build_model_config
 from mixtura.planning import flops_per_token, model_parameters
-from mixtura.planning.bill import plan_recipe
+from mixtura.planning.bill import Workload, best_layout, plan_recipe
 from mixtura.planning.decoder import DecoderShape, shape_of_arm
 from mixtura.planning.hardware import read_hardware
-from mixtura.planning.parallelism import Workload, best_layout
-from mixtura.planning.step_memory import Division, ModelSizes
-from mixtura.planning.step_time import communicated_bytes
+from mixtura.planning.training_step import Division, ModelSizes, communicated_bytes
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PRETRAINING = [

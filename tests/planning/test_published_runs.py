@@ -3,9 +3,9 @@
 import pytest
 
 from mixtura.planning import active_parameters, model_parameters
+from mixtura.planning.bill import Workload, best_layout
 from mixtura.planning.decoder import DecoderShape
 from mixtura.planning.hardware import read_hardware
-from mixtura.planning.parallelism import Workload, best_layout
 
 
 def decoder(layers, *, dense=0, family="token_choice", **sizes):

@@ -21,7 +21,7 @@ from mixtura.report.html import render_html, report_folder, write_report
 from mixtura.report.markdown import escape, fence, render_markdown
 from mixtura.report.wording import arm_colours
 from mixtura.results import Results
-from mixtura.results.stored import write_results
+from mixtura.results.document import write_results
 
 MakeResults = Callable[..., dict[str, Any]]
 HOSTILE = '</script><img src=x onerror=alert(1)>{{ 7 * 7 }}|`"'

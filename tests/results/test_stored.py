@@ -12,9 +12,9 @@ from mixtura.files import write_json, write_text
 from mixtura.report.html import report_folder
 from mixtura.report.summary import summarize
 from mixtura.results import SCHEMA_VERSION, read_results
+from mixtura.results.document import read_json, read_run, write_results, write_run
 from mixtura.results.json_form import NotThatRecord, from_plain, to_plain
 from mixtura.results.run import ClassificationDetails, PretrainingDetails, TranslationDetails
-from mixtura.results.stored import read_json, read_run, write_results, write_run
 
 STORED = Path(__file__).parent / "stored"
 """Made by the release before schema version 3, of the tests' tiny comparisons."""

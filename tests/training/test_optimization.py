@@ -6,12 +6,13 @@ import torch
 
 from mixtura.config import TrainingConfig
 from mixtura.diagnostics.memory import live_bytes
-from mixtura.training.muon import Muon, orthogonalize
 from mixtura.training.optimization import (
+    Muon,
     build_optimizer,
     build_schedule,
     clip_gradients,
     learning_rate_factor,
+    orthogonalize,
     warmup_steps,
 )
 

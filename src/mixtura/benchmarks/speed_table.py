@@ -20,7 +20,7 @@ from mixtura.benchmarks.contenders import Size, limit, own_layers, parameters, p
 from mixtura.benchmarks.measure import Pass, calls, interleaved, kept_bytes, passes, ratios, store_record
 from mixtura.config import Family
 from mixtura.models import MixtureConfig, MixtureForCausalLM
-from mixtura.results.stored import Plain
+from mixtura.results.document import Plain
 from mixtura.training.optimization import clip_gradients
 
 LIMIT = "one large product"

@@ -17,11 +17,11 @@ import typer
 
 from mixtura import __version__
 from mixtura.cli.application import app as app
-from mixtura.cli.application import name_flags
+from mixtura.cli.application import check_recipe_file, name_flags
 from mixtura.config.threads import prepare_threads
 from mixtura.errors import Interrupted, UserError, disk_error, local_rank, missing_extra
 
-from mixtura.cli import advise, train, use, convert, machine  # isort: skip  # noqa: F401
+from mixtura.cli import train, use, convert, machine  # isort: skip  # noqa: F401
 
 
 def main() -> None:
@@ -37,6 +37,7 @@ def main() -> None:
     prepare_threads()  # verbs import torch
     try:
         with _terminated_as_interrupted():
+            check_recipe_file(sys.argv[1:])
             cast(Any, app)()
     except UserError as error:
         _fail(name_flags(str(error), sys.argv[1:]))

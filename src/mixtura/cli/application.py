@@ -1,4 +1,5 @@
-"""The application that the verbs register with, and what they share: options, progress, paths, the browser.
+"""The application that the verbs register with, and what they share: options, progress, paths, the browser, and texts
+from the command line, a file or standard input.
 
 Messages are in the words that the user typed: flags of the verb in place of keys of a recipe that is not theirs.
 """
@@ -6,7 +7,6 @@ Messages are in the words that the user typed: flags of the verb in place of key
 import os
 import re
 import sys
-import webbrowser
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +16,8 @@ import typer
 from typer.core import TyperGroup
 
 from mixtura import __version__
-from mixtura.errors import Interrupted, UserError, rank
+from mixtura.errors import Interrupted, UserError, rank, reason_of
+from mixtura.files import file_above, folders_above, write_text
 
 _FLAGS = {
     "finetune": {
@@ -34,6 +35,10 @@ _FLAGS = {
     },
     "train": {"data.path": "--text", "data.source": "--text", "arms.model.init_from": "--from"},
 }
+_READ_RECIPES = ("compare", "plan", "train")
+"""Verbs whose first argument is a recipe."""
+_LEAVE_RECIPES = {"--out", "--resume", "--no-resume", "--dry-run", "--open", "--arm", "--seed", "--hardware", "--json"}
+"""Flags of these verbs that do not change it."""
 _KEY = re.compile(r"'((?:data|base|model|training|search|arms)\.[\w.-]+)'")
 
 
@@ -56,11 +61,12 @@ def name_flags(message: str, arguments: Sequence[str]) -> str:
 
     def word(match: re.Match[str]) -> str:
         key = match[1]
+        by_flag = key in flags and (not own or flags[key] in given)
+        if own and not by_flag:
+            return match[0]
         if not _is_key(key) and not message[: match.start()].endswith("Unknown recipe key "):
             return match[0]
-        if key in flags and (not own or flags[key] in given):
-            return flags[key]
-        return match[0] if own else f"--set {key}"
+        return flags[key] if by_flag else f"--set {key}"
 
     # Two keys that one flag sets, such as both columns, are named once; "set --set KEY to" is no English.
     named = re.sub(r"(--[a-z]+)(?:(?:, | and | or )\1\b)+", r"\1", _KEY.sub(word, message))
@@ -75,6 +81,28 @@ def _is_key(dotted: str) -> bool:
     return section.startswith("arms.") or any(
         key == each.name for found in SECTIONS if found.name == section for each in keys_of(found.holds)
     )
+
+
+def check_recipe_file(arguments: Sequence[str]) -> None:
+    """Reads the recipe that a command line begins with, before typer imports pydantic, to say what is wrong in it.
+
+    Typer does so for the first option of a verb, and it takes twice the time of everything that a mistake in a recipe
+    needs. A command line of another form, such as one with flags that change the recipe, is left to its verb.
+
+    Args:
+        arguments: of the command, the verb first.
+
+    Raises:
+        UserError: see `mixtura.config.load_recipe`.
+    """
+    if len(arguments) < 2 or arguments[0] not in _READ_RECIPES or not arguments[1].endswith(".toml"):
+        return
+    flags = {argument.partition("=")[0] for argument in arguments[2:] if argument.startswith("-")}
+    if not flags <= _LEAVE_RECIPES:
+        return
+    from mixtura.config import load_recipe
+
+    load_recipe(Path(arguments[1]))
 
 
 class VerbsByUse(TyperGroup):
@@ -217,6 +245,8 @@ def recipe_path(recipe: Path | None, preset: str | None) -> Path:
 def open_page(page: Path) -> None:
     """Opens a page in a browser where there is a screen: never in CI, over ssh or on a machine without one."""
     if _has_display():
+        import webbrowser
+
         webbrowser.open(page.resolve().as_uri())
 
 
@@ -224,3 +254,99 @@ def _has_display() -> bool:
     if os.environ.get("CI") or os.environ.get("SSH_CONNECTION"):
         return False
     return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+_TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+InOption = Annotated[
+    Path | None, typer.Option("--in", help="A text file, a text a line; - reads standard input.", show_default=False)
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="The file to write, a line for each line read.", show_default=False)
+]
+
+
+def given_texts(texts: Sequence[str], source: Path | None, *, what: str) -> list[str]:
+    """The texts that were typed, or the lines of a file; a lone "-" is standard input.
+
+    Args:
+        texts: what was typed.
+        source: the file of --in.
+        what: what a text is called, such as "prompt".
+
+    Raises:
+        UserError: there are none, there are two sources, or the file cannot be read.
+    """
+    if "-" in texts and len(texts) > 1:
+        raise UserError(f"A {what} is -, which stands for standard input: give it alone, or leave it out.")
+    if list(texts) == ["-"] and source is None:
+        return read_lines(Path("-"), what=what)
+    if bool(texts) == (source is not None):
+        raise UserError(f"Give either a {what} or a file of them with --in; - is standard input.")
+    if source is not None:
+        return read_lines(source, what=what)
+    for text in texts:
+        if not text.strip():
+            raise UserError(f"The {what} is empty: give some text.")
+    return list(texts)
+
+
+def read_lines(source: Path, *, what: str) -> list[str]:
+    """The lines of a UTF-8 file or of standard input ("-"), without their ends; empty ones too.
+
+    Raises:
+        UserError: it cannot be read, is a table, or has no text at all.
+    """
+    name = "Standard input" if str(source) == "-" else f"'{source}'"
+    if source.suffix.lower() in _TABLES:
+        raise UserError(f"{name} is a table: give a text file with a {what} a line.")
+    try:
+        content = sys.stdin.buffer.read() if str(source) == "-" else source.read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{name} cannot be read ({reason_of(error)}): give a text file with a {what} a line.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text (byte {error.start:,}): convert it.") from None
+    # Only at line feeds: other characters that Python takes for ends of lines may stand within one.
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    if not any(line.strip() for line in lines):
+        raise UserError(f"{name} is empty: give a {what} a line.")
+    return lines
+
+
+def put_lines(lines: Sequence[str], out: Path | None) -> None:
+    """Writes lines to a file, whole or not at all, or to standard output.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if out is None:
+        for line in lines:
+            typer.echo(line)
+        return
+    put_text("".join(f"{line}\n" for line in lines), out)
+    typer.echo(f"{len(lines):,} lines: {out}", err=True)
+
+
+def put_text(text: str, out: Path) -> None:
+    """Writes a file, whole or not at all, in a folder that need not exist.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    check_out(out)
+    try:
+        with folders_above(out):
+            write_text(out, text)
+    except OSError as error:
+        raise UserError(f"'{out}' cannot be written ({reason_of(error)}): name another file with --out.") from error
+
+
+def check_out(out: Path | None) -> None:
+    """Refuses a place where no file can be, before the model works for it."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise UserError(f"'{out}' is a folder: name a file with --out.")
+    if (file := file_above(out)) is not None:
+        raise UserError(f"'{file}' is a file, so nothing can be written in it: name another file with --out.")

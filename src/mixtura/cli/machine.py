@@ -10,9 +10,7 @@ from typing import Annotated, cast
 
 import typer
 
-from mixtura.cli.application import PresetOption, RecipeArgument, SetOption, app, recipe_path
-from mixtura.cli.lines import put_text
-from mixtura.config.describe import SECTIONS, keys_of, lines_of
+from mixtura.cli.application import PresetOption, RecipeArgument, SetOption, app, put_text, recipe_path
 from mixtura.config.threads import crowded
 from mixtura.errors import EXTRAS, UserError
 
@@ -24,6 +22,8 @@ def keys(
     ] = None,
 ) -> None:
     """List the keys of recipes, with types and defaults."""
+    from mixtura.config.describe import SECTIONS, keys_of, lines_of
+
     wanted = (section or "").strip("[]").removeprefix("arms.NAME.")
     chosen = [each for each in SECTIONS if section is None or wanted in (each.name, each.name.rpartition(".")[2])]
     if section is not None and wanted == "arms":

@@ -13,13 +13,17 @@ import mixtura
 from mixtura.cli.application import (
     DATA_FLAGS,
     MODEL_FLAGS,
+    InOption,
     ModelArgument,
+    OutOption,
     app,
+    check_out,
+    given_texts,
     naming_flags,
     open_page,
+    put_lines,
     quiet_transformers,
 )
-from mixtura.cli.lines import InOption, OutOption, check_out, given_texts, put_lines
 from mixtura.errors import UserError, need
 
 

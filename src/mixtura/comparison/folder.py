@@ -31,7 +31,7 @@ from mixtura.config import AnyRecipe, Interrupted, UserError, recipe_to_dict, re
 from mixtura.errors import launch, rank, reason_of
 from mixtura.files import file_above, write_json, write_text
 from mixtura.kernels import native
-from mixtura.results.stored import Plain, read_json
+from mixtura.results.document import Plain, read_json
 from mixtura.training import ranks
 from mixtura.training.interface import Experiment
 

@@ -36,14 +36,14 @@ from mixtura.errors import need
 from mixtura.files import write_json
 from mixtura.report.summary import summarize
 from mixtura.results import ArmResult, ArmTiming, Leaks, Results, RunResult, SearchRecord
-from mixtura.results.document import DataFacts
-from mixtura.results.json_form import to_plain
-from mixtura.results.stored import (
+from mixtura.results.document import (
     RESULTS,
+    DataFacts,
     read_json,
     read_records,
     write_results,
 )
+from mixtura.results.json_form import to_plain
 from mixtura.training import (
     ProgressReporter,
     SilentProgress,

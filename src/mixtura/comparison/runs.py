@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mixtura.config import Interrupted, TrainingConfig, UserError
 from mixtura.results import LOSS, RunResult
-from mixtura.results.stored import RESULT, read_run, write_run
+from mixtura.results.document import RESULT, read_run, write_run
 from mixtura.training import (
     METRICS,
     ProgressReporter,

@@ -19,9 +19,8 @@ from mixtura.config import Recipe, SearchConfig, TranslationRecipe, UserError
 from mixtura.config.initialization import start_scales
 from mixtura.files import write_json
 from mixtura.results import Facts, SearchRecord
-from mixtura.results.document import Trial
+from mixtura.results.document import Trial, read_json, read_records
 from mixtura.results.json_form import to_plain
-from mixtura.results.stored import read_json, read_records
 
 
 def search_grid(search: SearchConfig) -> list[tuple[float, float | None, int]]:

@@ -27,7 +27,7 @@ from mixtura.comparison.plan import AnyRecipe, make_experiment
 from mixtura.comparison.runs import Job, run_or_mark
 from mixtura.config import UserError
 from mixtura.config.threads import usable_cores
-from mixtura.results.stored import RESULT
+from mixtura.results.document import RESULT
 from mixtura.training import ProgressReporter, SilentProgress, ranks
 from mixtura.training.interface import Experiment
 

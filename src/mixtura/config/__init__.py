@@ -10,7 +10,7 @@ from mixtura.config.arm import InferenceMode as InferenceMode
 from mixtura.config.arm import Placement as Placement
 from mixtura.config.checks import check_recipe as check_recipe
 from mixtura.config.families import Family as Family
-from mixtura.config.from_checkpoint import starts_from_checkpoints as starts_from_checkpoints
+from mixtura.config.initialization import starts_from_checkpoints as starts_from_checkpoints
 from mixtura.config.load import PRESETS as PRESETS
 from mixtura.config.load import TASKS as TASKS
 from mixtura.config.load import load_recipe as load_recipe

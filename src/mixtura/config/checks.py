@@ -11,7 +11,7 @@ from typing import Any
 from mixtura.config.arm import SETTINGS, ArmConfig, has_setting
 from mixtura.config.controls import check_controls
 from mixtura.config.families import facts_of
-from mixtura.config.from_checkpoint import check_starts, starts_from_checkpoints
+from mixtura.config.initialization import check_starts, starts_from_checkpoints
 from mixtura.config.schema import DataConfig, ModelConfig, Recipe, SearchConfig, TrainingConfig
 from mixtura.errors import UserError, refuse_together
 

@@ -15,7 +15,7 @@ import tomli_w
 from mixtura.config.checks import check_recipe
 from mixtura.config.controls import fill_controls
 from mixtura.config.finetune_checks import check_finetune_recipe
-from mixtura.config.from_checkpoint import fill_from_checkpoints
+from mixtura.config.initialization import fill_from_checkpoints
 from mixtura.config.schema import (
     AnyRecipe,
     ChatRecipe,

@@ -20,7 +20,7 @@ _FOUND = find_spec("triton")
 TRITON = _FOUND is not None and _FOUND.origin is not None
 """Whether Triton is installed: torch brings it along with its builds for CUDA. A mere folder of that name is not it."""
 if TRITON or TYPE_CHECKING:
-    from mixtura.kernels import triton_mixing, triton_routing, triton_sparse
+    from mixtura.kernels import triton_mixing, triton_sparse
 
 
 def can_sort_choices(expert_TK: Tensor) -> bool:
@@ -30,7 +30,7 @@ def can_sort_choices(expert_TK: Tensor) -> bool:
 
 def sort_choices(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """The stable order by expert (R,), each choice's row (T, K) and the rows of every expert (E,), all int64."""
-    return triton_routing.sort_choices(expert_TK, num_experts)
+    return triton_sparse.sort_choices(expert_TK, num_experts)
 
 
 def can_run_rows(x_TD: Tensor, experts: ExpertWeights) -> bool:

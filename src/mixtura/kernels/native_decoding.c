@@ -1,4 +1,4 @@
-/* The few tokens of a decoding step, inference only; native_decoding.py calls it. Letters as in native_experts.h.
+/* The few tokens of a decoding step, inference only; small_batch.py calls it. Letters as in native_experts.h.
 
    With one token a layer is a few products of a matrix and a vector, which wait for the weights to arrive from memory.
    What can be saved is everything in between: one call does the choice, the order, the products and the sum, in memory

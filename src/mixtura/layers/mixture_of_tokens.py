@@ -17,9 +17,9 @@ from mixtura.layers import token_by_token
 from mixtura.layers.experts import Experts
 from mixtura.layers.group_mixing import real_places, run_a_share, run_groups, warn_partial_group
 from mixtura.layers.limits import check_mixture_of_tokens
-from mixtura.layers.neighbours import Neighbours, ServedTokenByToken, observe, zero_neighbours
 from mixtura.layers.routing import ChoiceTap, Router, from_groups, to_groups
 from mixtura.layers.statistics import LayerOutput, group_stats, token_stats
+from mixtura.layers.token_by_token import Neighbours, ServedTokenByToken, observe, zero_neighbours
 
 
 class MixtureOfTokens(ServedTokenByToken):

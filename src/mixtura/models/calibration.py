@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixtura.config import UserError
-from mixtura.layers.neighbours import Observation
+from mixtura.layers.token_by_token import Observation
 from mixtura.models.inference import running_in
 from mixtura.models.modeling_mixture import MixturePreTrainedModel
 

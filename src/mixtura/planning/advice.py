@@ -16,9 +16,18 @@ import numpy as np
 from mixtura.config import ArmConfig, Family, Placement, UserError
 from mixtura.config.families import facts_of
 from mixtura.planning.decoder import DecoderShape, layer_families
-from mixtura.planning.evidence import HIDDEN_MULTIPLE, Evidence, body_parameters, load_evidence
+from mixtura.planning.evidence import (
+    BASELINE,
+    HIDDEN_MULTIPLE,
+    Evidence,
+    Law,
+    body_parameters,
+    fit_law,
+    held_out_forecasts,
+    law_replicates,
+    load_evidence,
+)
 from mixtura.planning.formulas import match_intermediate_size, model_parameters, state_memory
-from mixtura.planning.laws import BASELINE, Law, fit_law, held_out_forecasts, law_replicates
 from mixtura.planning.shapes import feed_forward_shapes
 
 LEAST_TOKENS, MOST_TOKENS = 1e5, 1e10

@@ -1,16 +1,257 @@
-"""The runs that advice stands on: small decoders of every family, trained at several budgets (docs/results.md).
+"""The runs that advice stands on, and laws of the held-out loss over parameters and tokens, fitted to them.
 
-`evidence.json` is made of the committed results by `python benchmarks/long_runs.py evidence`, and holds nothing else.
+The runs are small decoders of every family, trained at several budgets (docs/results.md). `evidence.json` is made of
+the committed results by `python benchmarks/long_runs.py evidence`, and holds nothing else.
+
+The laws say what they do not know. For arm a, a model of N parameters outside the embeddings (those of its dense
+counterpart) and D training tokens
+
+    L_a(N, D) = c_a + n_a N^-alpha + b_a D^-beta
+
+with exponents that all arms share, as the joint law for dense models and mixtures (arXiv 2502.05172, equation 3) does
+but for small terms: few budgets cannot tell an exponent for each arm. Given the exponents the rest is linear, so only
+they are searched. An arm with runs of one size takes n_a from dense, and one with runs of one budget b_a: its
+difference is taken to stay. If dense has one size or budget, that term is left out, and part of c_a.
+
+Where runs differ from the law is noise of two kinds: of a whole run, whose budgets share their first weights and most
+of their data, and of a single end. `law_replicates` draws both again and again and fits each time.
 """
 
 import json
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean
 
-from mixtura.planning.laws import BASELINE, RunEnd
+import numpy as np
+from scipy.optimize import minimize
+
+BASELINE = "dense"
+"""The arm that all others are compared with."""
+REPLICATES = 200
+UNKNOWN_NOISE = 0.02
+"""Standard deviation between seeds, in nats, where no arm has two: what runs of this kind had (docs/log.md)."""
+_EXPONENTS = (0.05, 1.0)
+"""Between which exponents are searched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnd:
+    """The loss at one budget of one run."""
+
+    arm: str
+    parameters: float
+    """N, of the dense counterpart, without embeddings and head."""
+    tokens: float
+    seed: int
+    loss: float
+    """Held-out nats a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Law:
+    """The law with its numbers."""
+
+    alpha: float | None
+    """None where dense has one N."""
+    beta: float | None
+    """None where dense has one D."""
+    floors: dict[str, float]
+    """c of every arm."""
+    size_terms: dict[str, float]
+    """n of every arm; empty where alpha is None."""
+    data_terms: dict[str, float]
+    """b of every arm; empty where beta is None."""
+
+    def loss(self, arm: str, *, parameters: float, tokens: float) -> float:
+        """Held-out nats a token."""
+        size = 0.0 if self.alpha is None else self.size_terms[arm] * parameters**-self.alpha
+        data = 0.0 if self.beta is None else self.data_terms[arm] * tokens**-self.beta
+        return self.floors[arm] + size + data
+
+    def tokens_for(self, arm: str, loss: float, *, parameters: float) -> float:
+        """How many tokens bring an arm down to a loss; infinite if none do, or the law knows one budget."""
+        rest = loss - self.loss(arm, parameters=parameters, tokens=math.inf)
+        if self.beta is None or rest <= 0:
+            return math.inf
+        return (self.data_terms[arm] / rest) ** (1 / self.beta)
+
+
+def fit_law(ends: Sequence[RunEnd]) -> Law:
+    """The law with the least squared error.
+
+    Args:
+        ends: of dense and of any other arms.
+    """
+    arms = sorted({end.arm for end in ends})
+    table = _Table(ends, arms)
+    bounds = [_EXPONENTS] * len(table.terms)
+    found: list[float] = []
+    if bounds:
+        least = minimize(lambda at: table.solve(at)[1], [0.3] * len(bounds), bounds=bounds, method="L-BFGS-B")
+        found = least.x.tolist()
+    terms = table.solve(found)[0].tolist()
+    floors, rest = dict(zip(arms, terms[: len(arms)], strict=True)), terms[len(arms) :]
+    values: dict[str, dict[str, float]] = {"size": {}, "data": {}}
+    for term in table.terms:
+        values[term.name] = {arm: rest[term.column(arm)] for arm in arms}
+        rest = rest[len(term.arms) :]
+    exponents = dict(zip((term.name for term in table.terms), found, strict=True))
+    return Law(
+        alpha=exponents.get("size"),
+        beta=exponents.get("data"),
+        floors=floors,
+        size_terms=values["size"],
+        data_terms=values["data"],
+    )
+
+
+class _Term:
+    """A power of one quantity, with a factor for each arm that has two values of it or more; others take dense's."""
+
+    def __init__(self, name: str, ends: Sequence[RunEnd], values: Sequence[float]) -> None:
+        seen: dict[str, set[float]] = defaultdict(set)
+        for end, value in zip(ends, values, strict=True):
+            seen[end.arm].add(value)
+        self.name = name
+        self.arms = [BASELINE, *sorted(arm for arm in seen if len(seen[arm]) > 1 and arm != BASELINE)]
+        self.known = len(seen[BASELINE]) > 1
+        self.values = np.array(values)[:, None]
+        self.of_column = np.array([[self.column(end.arm) == k for k in range(len(self.arms))] for end in ends])
+
+    def column(self, arm: str) -> int:
+        """Which of the factors an arm has."""
+        return self.arms.index(arm) if arm in self.arms else 0
+
+
+class _Table:
+    """Runs as the arrays of a linear problem, whose unknowns are all but the exponents."""
+
+    def __init__(self, ends: Sequence[RunEnd], arms: Sequence[str]) -> None:
+        self.losses = np.array([end.loss for end in ends])
+        self.of_arm = np.array([[end.arm == arm for arm in arms] for end in ends], dtype=float)
+        terms = [
+            _Term("data", ends, [end.tokens for end in ends]),
+            _Term("size", ends, [end.parameters for end in ends]),
+        ]
+        self.terms = [term for term in terms if term.known]
+
+    def solve(self, exponents: Sequence[float]) -> tuple[np.ndarray, float]:
+        """The best factors for given exponents, and the sum of squared errors."""
+        powers = [term.of_column * term.values**-at for term, at in zip(self.terms, exponents, strict=True)]
+        table = np.concatenate([self.of_arm, *powers], axis=1)
+        scale = np.abs(table).max(0)
+        factors = np.linalg.lstsq(table / scale, self.losses, rcond=None)[0] / scale
+        return factors, float(np.square(table @ factors - self.losses).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """How runs scatter around a law, as standard deviations in nats."""
+
+    of_run: float
+    of_end: float
+
+
+def noise_of(ends: Sequence[RunEnd], law: Law) -> Noise:
+    """The scatter of runs of one arm and size between seeds, and that of ends within a run, lack of fit included."""
+    rest: dict[tuple[str, float, int], list[float]] = defaultdict(list)
+    for end in ends:
+        expected = law.loss(end.arm, parameters=end.parameters, tokens=end.tokens)
+        rest[end.arm, end.parameters, end.seed].append(end.loss - expected)
+    seeds: dict[tuple[str, float], list[float]] = defaultdict(list)
+    for (arm, parameters, _), values in rest.items():
+        seeds[arm, parameters].append(math.fsum(values) / len(values))
+    between = [(value - math.fsum(group) / len(group)) ** 2 for group in seeds.values() for value in group]
+    within = [(value - math.fsum(values) / len(values)) ** 2 for values in rest.values() for value in values]
+    free_between, free_within = len(between) - len(seeds), len(within) - len(rest)
+    return Noise(
+        of_run=math.sqrt(math.fsum(between) / free_between) if free_between else UNKNOWN_NOISE,
+        of_end=math.sqrt(math.fsum(within) / free_within) if free_within > 0 else 0.0,
+    )
+
+
+def law_replicates(ends: Sequence[RunEnd], law: Law, *, replicates: int = REPLICATES, seed: int = 0) -> list[Law]:
+    """Laws of as many drawn sets of runs (parametric bootstrap), whose spread is what the seeds leave open."""
+    noise, random = noise_of(ends, law), np.random.default_rng(seed)
+    runs = sorted({(end.arm, end.parameters, end.seed) for end in ends})
+    laws = []
+    for _ in range(replicates):
+        shift = dict(zip(runs, random.normal(0.0, noise.of_run, len(runs)), strict=True))
+        single = random.normal(0.0, noise.of_end, len(ends))
+        drawn = [
+            RunEnd(
+                arm=end.arm,
+                parameters=end.parameters,
+                tokens=end.tokens,
+                seed=end.seed,
+                loss=law.loss(end.arm, parameters=end.parameters, tokens=end.tokens)
+                + float(shift[end.arm, end.parameters, end.seed] + own),
+            )
+            for end, own in zip(ends, single, strict=True)
+        ]
+        laws.append(fit_law(drawn))
+    return laws
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a law of shorter runs says of the longest, and what they had: means over the seeds."""
+
+    arm: str
+    parameters: float
+    tokens: float
+    farther: float
+    """How many times the longest budget of the fit."""
+    predicted: float
+    measured: float
+
+
+def held_out_forecasts(ends: Sequence[RunEnd]) -> list[Forecast]:
+    """Forecasts of every arm's longest runs of each size, where it has at least two shorter budgets there."""
+    budgets: dict[tuple[str, float], list[float]] = defaultdict(list)
+    for key, tokens in sorted({((end.arm, end.parameters), end.tokens) for end in ends}):
+        budgets[key].append(tokens)
+    longest = {key: tokens[-1] for key, tokens in budgets.items() if len(tokens) > 2}
+    kept = [end for end in ends if longest.get((end.arm, end.parameters)) != end.tokens]
+    usable = {arm for arm, _ in longest if len({end.tokens for end in kept if end.arm == arm}) > 1}
+    if not usable:
+        return []
+    law = fit_law([end for end in kept if end.arm in usable])
+    forecasts = []
+    for (arm, parameters), tokens in longest.items():
+        losses = [end.loss for end in ends if (end.arm, end.parameters, end.tokens) == (arm, parameters, tokens)]
+        forecasts.append(
+            Forecast(
+                arm=arm,
+                parameters=parameters,
+                tokens=tokens,
+                farther=tokens / budgets[arm, parameters][-2],
+                predicted=law.loss(arm, parameters=parameters, tokens=tokens),
+                measured=math.fsum(losses) / len(losses),
+            )
+        )
+    return forecasts
+
+
+def published_loss(*, active_parameters: float, tokens: float, experts: int) -> float:
+    """The joint law for dense models and mixtures (arXiv 2502.05172): Switch's top 1, 79 million parameters and more.
+
+    Args:
+        active_parameters: N.
+        tokens: D.
+        experts: E; 1 is dense.
+    """
+    start, most = 2.0732, 290.4521
+    e = 1 / (1 / (experts - 1 + 1 / (1 / start - 1 / most)) + 1 / most)
+    log_e = math.log(e)
+    size = 35.91 * e**-0.2285 * active_parameters ** (-0.1889 + 0.0098 * log_e)
+    data = 35.98 * e**0.5529 * tokens ** (-0.1775 - 0.0259 * log_e)
+    return size + data + 1.3637
+
 
 FILE = Path(__file__).with_name("evidence.json")
 HIDDEN_MULTIPLE = 12

@@ -41,8 +41,8 @@ from mixtura.report.wording import (
     without_interval,
 )
 from mixtura.results import ArmResult, ArmSummary, Results, Summary, read_results
+from mixtura.results.document import RESULTS
 from mixtura.results.json_form import to_plain
-from mixtura.results.stored import RESULTS
 
 _TEMPLATES = Path(__file__).parent / "templates"
 WORDS_BEFORE_THE_PICTURE = 40

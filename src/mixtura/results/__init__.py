@@ -15,8 +15,8 @@ from mixtura.results.document import ArmTiming as ArmTiming
 from mixtura.results.document import Leaks as Leaks
 from mixtura.results.document import Results as Results
 from mixtura.results.document import SearchRecord as SearchRecord
+from mixtura.results.document import read_results as read_results
 from mixtura.results.json_form import Facts as Facts
 from mixtura.results.run import LOSS as LOSS
 from mixtura.results.run import Measure as Measure
 from mixtura.results.run import RunResult as RunResult
-from mixtura.results.stored import read_results as read_results

@@ -19,8 +19,7 @@ from mixtura.config import UserError
 from mixtura.data.chats import Chat, Message
 from mixtura.data.prepare import train_tokenizer
 from mixtura.models import MixtureConfig, MixtureForCausalLM
-from mixtura.tasks.chat.batches import ChatDataset, collate_windows, pack_chats, packed_inputs
-from mixtura.tasks.chat.prompts import Example, open_prompts
+from mixtura.tasks.chat.batches import ChatDataset, Example, collate_windows, open_prompts, pack_chats, packed_inputs
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

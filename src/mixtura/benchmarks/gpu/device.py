@@ -8,10 +8,9 @@ import torch
 
 from mixtura.benchmarks.gpu.journal import Journal
 from mixtura.benchmarks.gpu.kernel_checks import run_checks
-from mixtura.benchmarks.gpu.layer_times import run_layers
 from mixtura.benchmarks.gpu.side_by_side import run_evidence
-from mixtura.benchmarks.gpu.whole_steps import run_steps
-from mixtura.results.stored import Plain
+from mixtura.benchmarks.gpu.timings import run_layers, run_steps
+from mixtura.results.document import Plain
 
 
 def run_stage(name: str, path: Path, *, seconds: float, pack: Path, smoke: bool) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from mixtura.benchmarks.gpu.stages import BROKEN_CONTEXT, read_journal
 from mixtura.comparison.folder import environment, now
 from mixtura.files import write_json
-from mixtura.results.stored import Plain
+from mixtura.results.document import Plain
 
 LONGEST_ITEM = 60.0
 """Seconds after which an item is taken to hang."""

@@ -18,7 +18,7 @@ from mixtura import kernels
 from mixtura.benchmarks.contenders import Size, own_layers
 from mixtura.benchmarks.gpu.journal import Journal
 from mixtura.kernels import accelerator, reference
-from mixtura.results.stored import Plain
+from mixtura.results.document import Plain
 
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Float32 products on the matrix units are off by 3e-4, which would be told from rounding here."""

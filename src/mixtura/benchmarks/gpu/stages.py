@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from mixtura.files import write_json
-from mixtura.results.stored import Plain
+from mixtura.results.document import Plain
 
 BROKEN_CONTEXT = 70
 """Exit code of a process whose CUDA context can run nothing more."""

@@ -31,8 +31,7 @@ from mixtura.tasks.chat.answers import (
     scores,
     write_judged,
 )
-from mixtura.tasks.chat.batches import ChatDataset, PackedChats, collate_windows, packed_inputs
-from mixtura.tasks.chat.prompts import Prompts
+from mixtura.tasks.chat.batches import ChatDataset, PackedChats, Prompts, collate_windows, packed_inputs
 from mixtura.tasks.tuning import inference_modes, load_tuned, loss_measures, losses_with_routers, running, save_tuned
 from mixtura.training import saving as checkpoints
 from mixtura.training.interface import Batch, StepLosses, TrainingTask

@@ -20,8 +20,7 @@ from mixtura.config.arm import has_setting, model_settings
 from mixtura.config.checks import batch_sizes, check_feed_forward
 from mixtura.config.describe import shown_settings
 from mixtura.config.families import facts_of
-from mixtura.config.from_checkpoint import SHAPE_KEYS, TRAINED_KEYS
-from mixtura.config.initialization import INITIALIZER_RANGE, names_scales
+from mixtura.config.initialization import INITIALIZER_RANGE, SHAPE_KEYS, TRAINED_KEYS, names_scales
 from mixtura.data.prepare import PreparedData, fit_held_out, load_tokenizer, prepare_data
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.evaluation import evaluation_modes

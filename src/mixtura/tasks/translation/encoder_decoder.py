@@ -24,8 +24,7 @@ from mixtura.data.parallel import SentencePair
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.results import Facts
 from mixtura.tasks.translation.decoding import ExampleRouting, batches_by_length, decode, token_limit
-from mixtura.tasks.translation.language_tokens import LanguageTokens, Scheme, scheme_of
-from mixtura.tasks.translation.prompts import Prompts, read_translations
+from mixtura.tasks.translation.prompts import LanguageTokens, Prompts, Scheme, read_translations, scheme_of
 from mixtura.training.interface import Batch
 
 

@@ -23,7 +23,7 @@ from mixtura.diagnostics.examine import diagnose_excerpts
 from mixtura.diagnostics.excerpts import Excerpts
 from mixtura.diagnostics.findings import Diagnosis
 from mixtura.models.loading import folder_settings, load_config, load_model, load_weights, open_tokenizer
-from mixtura.results.stored import Plain
+from mixtura.results.document import Plain
 from mixtura.tasks.translation.decoding import ExampleRouting, token_limit
 from mixtura.tasks.translation.encoder_decoder import AnyPrompts, EncoderDecoderPrompts, decode_prompts, prompts_for
 from mixtura.tasks.translation.prompts import Prompts

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from mixtura.planning.laws import (
+from mixtura.planning.evidence import (
     UNKNOWN_NOISE,
     Law,
     RunEnd,

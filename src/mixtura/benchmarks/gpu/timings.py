@@ -1,25 +1,36 @@
-"""Stage 2: how fast is a layer, forward and backward, against a dense layer of equal FLOPs and one large product?
+"""Stages 2 and 3: how fast are a layer and a whole training step?
 
-Layers come from the most telling size to the least. A contender runs in alternating rounds with the dense layer and the
-product, and ratios are taken within a round; times are those between CUDA events. First the device's two ceilings are
-measured: a large product and a large copy.
+Stage 2 times layers, forward and backward, against a dense layer of equal FLOPs and one large product. Layers come from
+the most telling size to the least. A contender runs in alternating rounds with the dense layer and the product, and
+ratios are taken within a round; times are those between CUDA events. First the device's two ceilings are measured: a
+large product and a large copy.
+
+Stage 3 times whole training steps of a model of 120 million active parameters.
+A step is forward and backward under autocast to bfloat16, clipping and fused AdamW with float32 weights, as
+`mixtura train` takes it. It is timed as it is, replayed from a CUDA graph, and compiled; dense beside each family.
+Utilisation is the share of the rate of one large product in bfloat16.
 """
 
 import gc
 import statistics
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._C._autograd import DeviceType
+from torch.utils.flop_counter import FlopCounterMode
 
 from mixtura.benchmarks.contenders import Size, limit, own_layers, parameters, peers
 from mixtura.benchmarks.gpu.journal import Journal
 from mixtura.benchmarks.gpu.kernel_checks import WithoutTriton
 from mixtura.benchmarks.measure import Pass, calls, interleaved, passes, ratios
-from mixtura.benchmarks.speed_table import LIMIT
-from mixtura.results.stored import Plain
+from mixtura.benchmarks.speed_table import LIMIT, model_of
+from mixtura.config import Family
+from mixtura.models import MixtureForCausalLM
+from mixtura.results.document import Plain
+from mixtura.training.optimization import clip_gradients
 
 PASSES: tuple[Pass, ...] = ("training", "forward")
 SIZES = (
@@ -31,7 +42,7 @@ SIZES = (
     Size(tokens=32768, hidden=1024, experts=256, top_k=8, multiple_of=8),
     Size(tokens=32768, hidden=2048, experts=128, top_k=8, multiple_of=8),
 )
-TINY = (Size(tokens=64, hidden=32, experts=4, top_k=2, multiple_of=8),)
+TINY_SIZES = (Size(tokens=64, hidden=32, experts=4, top_k=2, multiple_of=8),)
 PEERS = ("grouped_mm", "ScatterMoE", "plain")
 """What of the other libraries is timed: names that contain one of these."""
 
@@ -41,7 +52,7 @@ def run_layers(journal: Journal, device: torch.device, *, smoke: bool, rounds: i
     torch.set_default_device(device)
     torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
     journal.attempt("ceilings", "ceilings", partial(_ceilings, smoke=smoke))
-    for size in TINY if smoke else SIZES:
+    for size in TINY_SIZES if smoke else SIZES:
         _run_size(journal, size, device, rounds)
 
 
@@ -57,7 +68,7 @@ def _run_size(journal: Journal, size: Size, device: torch.device, rounds: int) -
             if layer is None:
                 layer = built(bare, device)
             runs = {each: passes(one, x_BLD, what) for each, one in {"dense": dense, name: layer}.items()}
-            return _row(size, name, layer, runs, what, rounds)
+            return _layer_row(size, name, layer, runs, what, rounds)
 
         for what in PASSES:
             journal.attempt("layers", f"{size.label()}: {name}, {what}", partial(row, what=what))
@@ -98,7 +109,7 @@ def _ceilings(*, smoke: bool) -> Plain:
     left, right, out = torch.randn(side, side), torch.randn(side, side), torch.empty(side, side)
     source = torch.randn(numbers)
     target = torch.empty_like(source)
-    seconds = rounds_of(
+    seconds = _rounds_of(
         {"dense": lambda: torch.mm(left, right, out=out), "copy": lambda: target.copy_(source)}, rounds=7
     )
     product, copy = (statistics.median(seconds[name]) for name in ("dense", "copy"))
@@ -106,11 +117,11 @@ def _ceilings(*, smoke: bool) -> Plain:
     return {"teraflops": 2 * side**3 / product / 1e12, "gigabytes_per_second": moved / copy / 1e9}
 
 
-def _row(
+def _layer_row(
     size: Size, name: str, layer: nn.Module, runs: dict[str, Callable[[], None]], what: Pass, rounds: int
 ) -> Plain:
     runs[LIMIT] = limit(size, backward=what != "forward")
-    seconds = rounds_of(runs, rounds=rounds)
+    seconds = _rounds_of(runs, rounds=rounds)
     to_dense, to_limit = ratios(seconds, baseline="dense"), ratios(seconds, baseline=LIMIT)
     median = statistics.median(seconds[name])
     flops = size.flops(backward=what != "forward")
@@ -137,7 +148,7 @@ def _row(
     return row
 
 
-def rounds_of(runs: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
+def _rounds_of(runs: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
     """Seconds of every run in every round, between CUDA events; on the CPU as `mixtura bench` takes them."""
     if not torch.cuda.is_available():
         return interleaved(runs, baseline="dense", rounds=rounds)  # pyright: ignore[reportArgumentType]
@@ -179,3 +190,126 @@ def peak_mebibytes(run: Callable[[], object]) -> float | None:
     run()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+FAMILIES: tuple[Family, ...] = ("dense", "token_choice", "mixture_of_tokens", "expert_choice")
+VARIANTS = ("as it is", "CUDA graph", "torch.compile")
+Step = Callable[[], object]
+
+
+class Shape(NamedTuple):
+    """Sizes of the model and its batch."""
+
+    batch: int
+    length: int
+    hidden: int
+    layers: int
+    vocab_size: int
+    experts: int
+
+
+FULL = Shape(batch=32, length=512, hidden=768, layers=12, vocab_size=32768, experts=16)
+TINY_SHAPE = Shape(batch=4, length=8, hidden=32, layers=1, vocab_size=512, experts=4)
+
+
+def run_steps(journal: Journal, device: torch.device, *, smoke: bool, rounds: int = 7) -> None:
+    """Every family as it is, then in a graph, then compiled, for as long as there is time."""
+    shape = TINY_SHAPE if smoke else FULL
+    size = Size(tokens=shape.batch * shape.length, hidden=shape.hidden, experts=shape.experts, top_k=2, multiple_of=8)
+    variants = VARIANTS if device.type == "cuda" else VARIANTS[:1]
+    for variant in variants:
+        for family in FAMILIES:
+            measure = partial(_step_row, family, variant, shape, size, device, rounds)
+            journal.attempt("models", f"training steps of {family}, {variant}", measure, most_seconds=80.0)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _step_row(family: Family, variant: str, shape: Shape, size: Size, device: torch.device, rounds: int) -> Plain:
+    ids_BL = torch.randint(shape.vocab_size, (shape.batch, shape.length), device=device)
+    model = _model(family, shape, size, device)
+    run = step_of(model, ids_BL, variant)
+    names = {"dense": run} if family == "dense" else {"dense": step_of(_model("dense", shape, size, device), ids_BL)}
+    with torch.device(device):
+        runs: dict[str, Step] = names | {family: run, LIMIT: _limit(size, device)}
+    seconds = _rounds_of(runs, rounds=rounds)
+    flops = _flops(shape, size, device)
+    median, dense = statistics.median(seconds[family]), statistics.median(seconds["dense"])
+    rate = size.flops(backward=True) / statistics.median(seconds[LIMIT])
+    row: Plain = {"family": family, "variant": variant, "milliseconds": 1e3 * median, "to_dense": median / dense}
+    row |= {"tokens_per_second": size.tokens / median, "utilisation": flops / median / rate}
+    row |= {"dense_milliseconds": 1e3 * dense, "dense_tokens_per_second": size.tokens / dense}
+    row |= {"dense_utilisation": flops / dense / rate, "step_teraflop": flops / 1e12, "parameters": parameters(model)}
+    # What a replay holds lies in the graph's own memory.
+    row["peak_mebibytes"] = None if variant == "CUDA graph" else peak_mebibytes(run)
+    row["launches"] = launches(run) if variant == "as it is" else None
+    return row
+
+
+def _model(family: Family, shape: Shape, size: Size, device: torch.device) -> MixtureForCausalLM:
+    torch.manual_seed(0)
+    heads = max(1, shape.hidden // 64)
+    with torch.device(device):  # a billion numbers are drawn faster there
+        return model_of(family, size, layers=shape.layers, heads=heads, vocab_size=shape.vocab_size)
+
+
+def _limit(size: Size, device: torch.device) -> Step:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    try:
+        return limit(size, backward=True)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _flops(shape: Shape, size: Size, device: torch.device) -> int:
+    """Of the dense model's forward and backward pass, without memory; every family is matched to it."""
+    with torch.device("meta"):
+        heads = max(1, shape.hidden // 64)
+        model = model_of("dense", size, layers=shape.layers, heads=heads, vocab_size=shape.vocab_size)
+        ids_BL = torch.zeros(shape.batch, shape.length, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=ids_BL, labels=ids_BL).loss.backward()
+    return counter.get_total_flops()
+
+
+def step_of(model: MixtureForCausalLM, ids_BL: Tensor, variant: str = "as it is") -> Step:
+    """A function that takes one step.
+
+    Args:
+        model: in training.
+        ids_BL: (B, L) the batch, which every step sees.
+        variant: one of `VARIANTS`.
+    """
+    device = ids_BL.device
+    graphed = variant == "CUDA graph"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=graphed)
+    forward: Any = torch.compile(model) if variant == "torch.compile" else model
+
+    def step() -> None:
+        optimizer.zero_grad()
+        # A cast that is kept from one pass to the next would not be in the graph.
+        with torch.autocast(
+            device.type, dtype=torch.bfloat16, enabled=device.type == "cuda", cache_enabled=not graphed
+        ):
+            loss = forward(input_ids=ids_BL, labels=ids_BL).loss
+        loss.backward()
+        clip_gradients(model.parameters(), 1.0)
+        optimizer.step()
+
+    return _captured(step) if graphed else step
+
+
+def _captured(step: Step) -> Step:
+    """The step's launches, recorded once and replayed by one call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
