@@ -7,6 +7,7 @@ A page holds what its records hold and nothing else, so a number is corrected by
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from mixtura.planning.evidence import Evidence, fit_law, held_out_forecasts, load_evidence, noise_of
@@ -22,6 +23,10 @@ PASSES = {
     "forward": "Forward alone",
     "step": "Forward, backward and fused AdamW",
 }
+SEARCHES = ("search", "scale")
+"""Names of long runs that are no evidence of an arm."""
+DERIVED = {"token_choice": 0.28}
+"""The derived scale of gated experts of families whose tokens choose; elsewhere it is that of dense layers."""
 PARTS = ("attention", "feed-forward", "head and loss", "rest", "clipping", "optimizer")
 """What the benchmark of whole steps tells apart, as its records name it."""
 
@@ -38,6 +43,8 @@ def pages() -> dict[str, str]:
         "initialisation": initialisation,
         "long-runs": long_runs,
     }
+    if _records("families-*.json"):
+        makers["families"] = families
     if _records("gpu-*.json"):
         makers["gpu"] = gpu
     return {f"{name}.md": make() for name, make in makers.items()}
@@ -299,6 +306,59 @@ def initialisation() -> str:
     return text.rstrip("\n") + "\n"
 
 
+def families() -> str:
+    """Every family at the default comparison's size."""
+    text = _top(
+        "How do all families compare at one size?",
+        "`benchmarks/results/families-*.json`",
+        "`mixtura compare --preset families`: the default comparison's model, text and steps, every arm at equal FLOPs "
+        "a token and at the best of its own learning rates, which were tried for half of the steps with one seed. "
+        "*Minus dense* is the loss as deployed, paired by seed, with a 95 % t-interval; below zero is better. A family "
+        "without a deployed mode is judged as it trains, and another example of the batch, or a later token, may leak.",
+    )
+    for name, record in _records("families-*.json"):
+        made, about, rows = record["created"][:10], record["environment"], record["rows"]
+        base = _judged(next(row for row in rows if row["arm"] == record["settings"]["baseline"]))
+        text += f"{made}, {about['processor']}, torch {about['torch']}, transformers {about['transformers']}, "
+        text += f"{record['settings']['tokens']:,} tokens a run (`{name}`).\n\n"
+        head = ["arm", "loss as deployed", "minus dense", "mode", "other modes", "rate", "parameters", "step, dense 1"]
+        cells = []
+        for row in sorted(rows, key=lambda row: fmean(_judged(row).values())):
+            own, mode = _judged(row), row["deployed_mode"] or row["training_mode"]
+            others = {of: fmean(losses.values()) for of, losses in row["losses"].items() if of != mode}
+            leaks = "" if row["deployed_mode"] else ", not deployable"
+            cells.append(
+                [
+                    row["arm"].replace("_", " "),
+                    f"{fmean(own.values()):.3f} ({_seeds(len(own))})",
+                    "" if own == base else _margin(paired_difference(own, base)),
+                    mode + leaks,
+                    ", ".join(f"{of.replace('_', ' ')} {loss:.3f}" for of, loss in others.items()),
+                    f"{row['rate']:g}",
+                    f"{row['parameters'] / 1e6:.2f} M",
+                    f"{row['seconds_ratio']:.2f}",
+                ]
+            )
+        text += _table(head, cells) + "\nThe searches (half of the steps, seed 1000):\n\n"
+        tried = sorted({rate for row in rows for rate, _ in row["trials"]})
+        of_rate = [(row["arm"], {rate: loss for rate, loss in row["trials"]}) for row in rows if row["trials"]]
+        text += _table(
+            ["arm", *(f"{rate:g}" for rate in tried)],
+            ([arm.replace("_", " "), *(_loss(losses.get(rate)) for rate in tried)] for arm, losses in of_rate),
+        )
+    return text
+
+
+def _judged(row: dict[str, Any]) -> dict[int, float]:
+    """Losses by seed in the mode that counts."""
+    losses = row["losses"][row["deployed_mode"] or row["training_mode"]]
+    return {int(seed): loss for seed, loss in losses.items()}
+
+
+def _loss(loss: float | None) -> str:
+    return "diverged" if loss is None else f"{loss:.3f}"
+
+
 def long_runs() -> str:
     """Losses of every family at several budgets, the searches before them, and the law fitted to them."""
     text = _top(
@@ -319,6 +379,8 @@ def long_runs() -> str:
     text += f"## Mixture of tokens by mode\n\n{_modes(runs)}\n"
     text += f"## Load, time and spikes\n\n{_loads(runs, evidence)}\n"
     text += f"## Searches, seed 0 unless said\n\n{_searches(runs, width=record['settings']['width'])}\n"
+    if scales := _scales(runs):
+        text += f"## Scales at three widths\n\n{scales}\n"
     text += f"## The law\n\n{_law(evidence)}"
     return text
 
@@ -327,7 +389,7 @@ def _named(runs: list[dict[str, Any]]) -> dict[tuple[str, int], dict[int, dict[i
     """Runs that are evidence: by arm and width, then by budget, then by seed."""
     found: dict[tuple[str, int], dict[int, dict[int, dict[str, Any]]]] = {}
     for run in runs:
-        if run["name"] != "search":
+        if run["name"] not in SEARCHES:
             of_arm = found.setdefault((run["name"], run["width"]), {})
             of_arm.setdefault(run["tokens"], {})[run["seed"]] = run
     return dict(sorted(found.items(), key=lambda item: (item[0][1], item[0][0] != "dense", item[0][0])))
@@ -404,7 +466,27 @@ def _loads(runs: list[dict[str, Any]], evidence: Evidence) -> str:
     return _table(head, rows)
 
 
+def _scales(runs: list[dict[str, Any]]) -> str:
+    """Searches over the scale at which feed-forward layers start, at several widths and placements."""
+    found: dict[tuple[str, str, int], dict[float, list[float]]] = {}
+    for run in (run for run in runs if run["name"] == "scale"):
+        scale = run["arm"]["dense_scale" if run["family"] == "dense" else "expert_scale"]
+        losses = found.setdefault((run["family"], run["placement"], run["width"]), {})
+        losses.setdefault(scale, []).append(_deployed(run))
+    rows = []
+    for (family, placement, width), losses in sorted(found.items()):
+        means = {scale: fmean(of) for scale, of in sorted(losses.items())}
+        derived = means.get(DERIVED.get(family, 0.45))
+        cells = [f"{scale:g}: {mean:.3f} ({_seeds(len(losses[scale]))})" for scale, mean in means.items()]
+        behind = "" if derived is None else f"{derived - min(means.values()):.3f}"
+        rows.append([family.replace("_", " "), placement.replace("_", " "), str(width), ", ".join(cells), behind])
+    if not rows:
+        return ""
+    return _table(["family", "mixtures in", "width", "scale: loss at 0.6 M tokens", "derived behind the best"], rows)
+
+
 def _searches(runs: list[dict[str, Any]], *, width: int) -> str:
+    runs = [run for run in runs if run["name"] != "scale"]
     least = min(run["tokens"] for run in runs)
     shown = [run for run in runs if run["tokens"] == least and run["width"] == width]
     hidden = ("top_k", "normalize_top_k")

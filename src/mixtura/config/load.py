@@ -30,6 +30,7 @@ PRESETS = (
     "quick",
     "default",
     "full",
+    "families",
     "continue",
     "deploy-quick",
     "deploy",
