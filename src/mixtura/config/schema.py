@@ -51,10 +51,10 @@ class ModelConfig:
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
     """Key and value heads (grouped-query attention); None means as many as attention heads."""
-    intermediate_size: int = 512
+    intermediate_size: int = 340
     """Width of the dense feed-forward layer, which sets the FLOPs that every arm must match."""
-    activation: Activation = "relu"
-    gated: bool = False
+    activation: Activation = "silu"
+    gated: bool = True
     """Multiply a second projection into the activation (SwiGLU and its kin)."""
     tie_word_embeddings: bool = True
     initializer_range: float | None = None
