@@ -99,7 +99,7 @@ class StoredWeights:
         try:
             places = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(places.values()))
-        except (ValueError, LookupError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             raise UserError(f"'{INDEX}' of '{self._name}' is damaged ({error!r}): {self._fix}.") from error
         for name in names:
             # A name with folders in it would read files outside of the checkpoint's.
