@@ -77,6 +77,8 @@ def check_inside(folder: Path, name: str | None = None) -> None:
     Raises:
         UserError: names the file.
     """
+    if not os.path.isdir(folder):  # unlike Path's, this is False for a name that no file system takes
+        return
     inside = folder.resolve()
     blobs = inside.parents[1] / "blobs" if inside.parent.name == "snapshots" else None
     for path in [*folder.glob("*"), *folder.glob("*/*")]:

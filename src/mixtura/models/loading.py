@@ -5,6 +5,7 @@ model would be another one.
 """
 
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ def folder_settings(folder: Path) -> Facts:
         UserError: there is none, it cannot be read, or a file of the folder leads out of it.
     """
     file = folder / "config.json"
-    if not file.is_file():
+    if not os.path.isfile(file):  # unlike Path's, this is False for a name that no file system takes
         raise UserError(f"'{folder}' is no model folder ({_what_else(folder)}.")
     check_inside(folder)
     try:
@@ -39,6 +40,8 @@ def folder_settings(folder: Path) -> Facts:
 
 def _what_else(folder: Path) -> str:
     """What a folder without a config.json is, and what to do, to stand behind a bracket."""
+    if not os.path.isdir(folder):
+        return "it has no config.json): give one such as .../checkpoint"
     if (folder / "classifier.json").is_file():
         return "it holds a classifier): use it with `mixtura classify`"
     if (folder / ADAPTER).is_file():
