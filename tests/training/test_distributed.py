@@ -1,6 +1,7 @@
 """Two processes on the CPU, started as a user would start them, against one process with the same recipe."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -95,7 +96,9 @@ def run_two(tmp_path, tiny_data, tiny_training):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         launch += ["--max-restarts", "1"] if "--die" in flags else []
         command = [*launch, str(tmp_path / "script.py"), str(tmp_path), *flags]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        # Else processes that are started again look for peers where those that are gone were.
+        apart = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=apart)
         assert result.returncode == 0, result.stderr
         return tmp_path / "two"
 
