@@ -38,6 +38,7 @@ MAY_IMPORT_LATE = {
     "exporting/run_llama_cpp.py",  # the converter lies where the request says
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+RUNS_TEXT = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -195,7 +196,7 @@ def test_every_package_folder_says_what_it_is() -> None:
 
 @each_module
 def test_nothing_loads_code_from_files(path: Path) -> None:
-    """No pickle in any form, torch.load with weights only, and no code from the Hub."""
+    """No pickle in any form, torch.load with weights only, no shell, no YAML that makes objects, no code of a model."""
     tree = _parse(path)
     imported = {
         alias.name.partition(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
@@ -208,7 +209,10 @@ def test_nothing_loads_code_from_files(path: Path) -> None:
         assert settings.get("allow_pickle", "False") == "False", f"line {call.lineno}: pickle"
         if ast.unparse(call.func) == "torch.load":
             assert settings.get("weights_only") == "True", f"line {call.lineno}: torch.load without weights_only=True"
-        assert ast.unparse(call.func) not in ("eval", "exec", "__import__"), f"line {call.lineno}: runs text as code"
+        assert ast.unparse(call.func) not in RUNS_TEXT, f"line {call.lineno}: runs text as code"
+        assert settings.get("shell", "False") == "False", f"line {call.lineno}: a shell"
+        automatic = re.fullmatch(r"Auto\w+\.from_pretrained", ast.unparse(call.func))
+        assert not automatic or "trust_remote_code" in settings, f"line {call.lineno}: asks whether to run code"
 
 
 @pytest.mark.parametrize("path", OWN_FILES, ids=lambda path: str(path.relative_to(ROOT)))

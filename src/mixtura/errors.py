@@ -95,6 +95,8 @@ def need(module: str) -> Any:
 
 def reason_of(error: Exception) -> str:
     """The first line of an error's message, to stand inside a sentence."""
+    if type(error).__name__ == "UnpicklingError":  # torch's own message says how to run what is in the file
+        return "it has a pickle that holds more than tensors, which is never loaded"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return (text.strip() or type(error).__name__).splitlines()[0].rstrip(".:")
 

@@ -64,6 +64,45 @@ def check_empty(out: Path) -> None:
         raise UserError(f"'{nearest}' may not be written: name a folder elsewhere.")
 
 
+def check_inside(folder: Path, name: str | None = None) -> None:
+    """Refuses a model folder with a link, or an index of weights with a name, that leads out of it.
+
+    Someone else's folder could otherwise bring files of this machine into a model, or into what is exported and
+    published. The hub's cache links from its snapshots to its own blobs, which is fine.
+
+    Args:
+        folder: as someone gave it; one that does not exist passes.
+        name: what to call it in the error; its path when None.
+
+    Raises:
+        UserError: names the file.
+    """
+    if not os.path.isdir(folder):  # unlike Path's, this is False for a name that no file system takes
+        return
+    inside = folder.resolve()
+    blobs = inside.parents[1] / "blobs" if inside.parent.name == "snapshots" else None
+    for path in [*folder.glob("*"), *folder.glob("*/*")]:
+        if path.is_symlink() and not (target := path.resolve()).is_relative_to(inside) and target.parent != blobs:
+            shown = path.relative_to(folder)
+            raise UserError(f"'{shown}' of '{name or folder}' is a link out of its folder: copy the file there.")
+    for index in folder.glob("*.index.json"):
+        for file in _indexed(index):
+            if Path(file).name != file:
+                raise UserError(
+                    f"'{index.name}' of '{name or folder}' names {file!r}, which is no file beside it: copy or fetch "
+                    "the model again."
+                )
+
+
+def _indexed(index: Path) -> set[str]:
+    """The names of files in an index of weights; none where it is damaged, which whoever reads the weights says."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {file for file in places.values() if isinstance(file, str)}
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        return set()
+
+
 def file_above(path: Path) -> Path | None:
     """The file that stands where a folder above `path` would have to be; None where there is none."""
     return next((parent for parent in path.parents if parent.is_file()), None)

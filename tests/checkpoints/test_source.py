@@ -89,7 +89,7 @@ def test_an_index_does_not_lead_out_of_the_folder(dense, tmp_path):
     index = json.loads(path.read_text())
     index["weight_map"]["model.norm.weight"] = "../model.safetensors"
     path.write_text(json.dumps(index))
-    refused(sharded, tmp_path, r"lacks its shard '\.\./model.safetensors'")
+    refused(sharded, tmp_path, r"names '\.\./model.safetensors', which is no file beside it")
 
 
 def test_a_stored_head_that_is_the_embedding_is_left_out(dense, tmp_path):

@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from mixtura.comparison.runner import compare, planned_steps, train_arm
-from mixtura.comparison.runs import fingerprint
+from mixtura.comparison.search import fingerprint
 from mixtura.config import (
     ArmConfig,
     BaseConfig,

@@ -1,5 +1,6 @@
 """The page in a real browser: no errors, no requests, no sideways scrolling, and the layer can be chosen."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,7 +107,9 @@ def test_a_dense_model_has_a_page_too(make_diagnosis: MakeDiagnosis, open_page: 
 
 def test_hostile_text_runs_nothing(make_diagnosis: MakeDiagnosis, open_page: Callable[..., Any]) -> None:
     hostile = "</script><img src=x onerror=\"document.title='owned'\"><b>x</b>"
-    page = open_page(make_diagnosis(texts={hostile: [hostile] * 12, "b": ["x"] * 12}))
+    found = make_diagnosis(texts={hostile: [hostile] * 12, "b": ["x"] * 12})
+    model = dataclasses.replace(found.model, name=hostile, expert_names=[hostile] * 4)
+    page = open_page(dataclasses.replace(found, model=model, command=hostile, group_word=hostile))
     assert page.title() != "owned"
     assert page.locator("img").count() == 0
     assert page.locator("main b").filter(has_text=re.compile("^x$")).count() == 0

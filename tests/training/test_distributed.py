@@ -1,6 +1,8 @@
 """Two processes on the CPU, started as a user would start them, against one process with the same recipe."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +19,7 @@ TOLERANCE = 1e-5
 """Of weights and of what is measured: sums are taken in another order."""
 
 SCRIPT = """
-import json, sys
+import json, os, signal, sys, threading, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -33,7 +35,15 @@ settings = json.loads((folder / "settings.json").read_text())
 tokenizer = train_tokenizer(["some text to fit a tokenizer on"], vocab_size=270)
 packed = {name: PackedTokens(np.load(folder / f"{name}.npy"), bytes_per_token=2.0) for name in ("train", "validation")}
 data = PreparedData(tokenizer, **packed, summary=settings["summary"])
+def die_once(out):
+    while not (out / "checkpoint-2").exists():
+        time.sleep(0.001)
+    (folder / "died").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
 for name, training in settings["runs"].items():
+    if "--die" in sys.argv and os.environ["RANK"] == "1" and not (folder / "died").exists():
+        threading.Thread(target=die_once, args=(folder / "two" / name,), daemon=True).start()
     config = TrainingConfig(**training)
     train(
         MixtureForCausalLM.from_pretrained(folder / "initial" / name),
@@ -84,8 +94,11 @@ def run_two(tmp_path, tiny_data, tiny_training):
         (tmp_path / "settings.json").write_text(json.dumps(settings))
         (tmp_path / "script.py").write_text(SCRIPT)
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        launch += ["--max-restarts", "1"] if "--die" in flags else []
         command = [*launch, str(tmp_path / "script.py"), str(tmp_path), *flags]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        # Else processes that are started again look for peers where those that are gone were.
+        apart = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=apart)
         assert result.returncode == 0, result.stderr
         return tmp_path / "two"
 
@@ -130,6 +143,18 @@ def test_two_processes_resume_bit_for_bit(run_two, tiny_model, tmp_path):
     (tmp_path / "two" / "arm" / "checkpoint-6").rmdir()
     resumed = run_two({"arm": tiny_model(family, **settings)}, {"arm": accumulation}, "--resume")
     for name, actual in load_file(_weights(resumed)).items():
+        assert torch.equal(actual, straight[name]), name
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_started_again_and_nothing_changes(run_two, tiny_model, tmp_path):
+    """SIGKILL to the second process after its first checkpoint; torchrun restarts both, which go on from there."""
+    family, settings, accumulation = RUNS["global balance"]
+    straight = load_file(_weights(run_two({"arm": tiny_model(family, **settings)}, {"arm": accumulation})))
+    shutil.rmtree(tmp_path / "two")
+    restarted = run_two({"arm": tiny_model(family, **settings)}, {"arm": accumulation}, "--resume", "--die")
+    assert (tmp_path / "died").exists()
+    for name, actual in load_file(_weights(restarted)).items():
         assert torch.equal(actual, straight[name]), name
 
 

@@ -38,7 +38,9 @@ def test_a_folder_is_there_only_when_it_is_whole(tmp_path):
     with checkpoints.new_folder(target, step=1, settings={}) as partial:
         (partial / "weights").write_text("abc")
         assert not target.exists()
-    assert json.loads((target / "complete.json").read_text()) == {"step": 1, "settings": {}, "files": {"weights": 3}}
+    marker = json.loads((target / "complete.json").read_text())
+    assert (marker["step"], marker["settings"], marker["files"]) == (1, {}, {"weights": 3})
+    assert marker["checksums"].keys() == {"weights"}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
@@ -112,6 +114,38 @@ def test_a_damaged_checkpoint_names_the_file_and_both_sizes(checkpoint):
     expected = rf"checkpoint-3' is damaged: model.safetensors has 100 bytes where {size:,} bytes .* remove the folder"
     with pytest.raises(UserError, match=expected):
         checkpoints.check_checkpoint(folder, settings_of(model))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "complete.json"])
+def test_a_byte_that_was_flipped_anywhere_is_noticed(checkpoint, name):
+    folder, model = checkpoint
+    content = (folder / name).read_bytes()
+    draw = random.Random(0)
+    places = range(len(content)) if name == "complete.json" else draw.sample(range(len(content)), 40)
+    for place in places[:: max(1, len(places) // 100)]:
+        changed = bytearray(content)
+        changed[place] ^= 1 << draw.randrange(7)
+        (folder / name).write_bytes(changed)
+        if name == "complete.json" and json.loads(content) == _parsed(changed):
+            continue  # a space that became another
+        with pytest.raises(UserError, match=r"is damaged|no checkpoint of this library"):
+            checkpoints.check_checkpoint(folder, settings_of(model))
+    (folder / name).write_bytes(content)
+    assert checkpoints.check_checkpoint(folder, settings_of(model)) == 3
+
+
+def _parsed(content):
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+def test_a_checkpoint_without_checksums_is_one_of_before(checkpoint):
+    folder, model = checkpoint
+    marker = json.loads((folder / "complete.json").read_text())
+    (folder / "complete.json").write_text(json.dumps({key: marker[key] for key in ("step", "settings", "files")}))
+    assert checkpoints.check_checkpoint(folder, settings_of(model)) == 3
 
 
 def test_a_checkpoint_with_a_file_missing_is_damaged(checkpoint):

@@ -38,6 +38,7 @@ from mixtura.adapters.targets import (
 from mixtura.adapters.tuner import RoutedTuner
 from mixtura.config import AdapterConfig, UserError
 from mixtura.errors import reason_of
+from mixtura.files import check_inside
 from mixtura.layers import RoutingStats
 from mixtura.layers.statistics import load_balancing_loss
 from mixtura.models.batch_context import batch_context
@@ -100,6 +101,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     """
     if not (Path(folder) / "adapter_config.json").is_file():
         raise UserError(f"'{folder}' holds no adapter: name a folder with an adapter_config.json.")
+    check_inside(Path(folder))
     try:
         with _without_deprecations():
             return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)

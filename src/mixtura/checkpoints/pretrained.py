@@ -34,7 +34,7 @@ import mixtura.models  # noqa: F401 - so that the Auto classes load folders of M
 from mixtura.checkpoints.nllb_moe import compute_as_published
 from mixtura.config import UserError
 from mixtura.errors import need, reason_of
-from mixtura.files import cache_entry, cache_folder, package_path
+from mixtura.files import cache_entry, cache_folder, check_inside, package_path
 from mixtura.models.loading import ADAPTER, TOKENIZER_ADVICE, adapter_advice, lacks_tokenizer
 
 _TENSORS = {
@@ -193,12 +193,15 @@ def load_base(
     """
     place = resolve_base(name)
     try:
-        config = AutoConfig.from_pretrained(place)
+        check_inside(Path(place), name)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         _cut(config, name, num_layers)
         auto = AutoModel if head == "encoder" else language_model_class(config)
         with _no_report():  # of the weights of the layers that were cut
             # Without a dtype, the one of the file is taken; training needs float32 parameters.
-            loaded: Any = auto.from_pretrained(place, config=config, dtype=torch.float32, output_loading_info=True)
+            loaded: Any = auto.from_pretrained(
+                place, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            )
         model, found = loaded
         if head == "causal" and found["missing_keys"]:
             raise UserError(
@@ -222,7 +225,7 @@ def load_own_tokenizer(place: str) -> PreTrainedTokenizerBase:
     """A model's own tokenizer, without Marian's advice on a package that few need; raises what transformers raises."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
-        return AutoTokenizer.from_pretrained(place)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
 
 
 def load_base_config(name: str) -> PreTrainedConfig:
@@ -232,8 +235,9 @@ def load_base_config(name: str) -> PreTrainedConfig:
         UserError: it cannot be loaded.
     """
     place = resolve_base(name)
+    check_inside(Path(place), name)
     try:
-        return AutoConfig.from_pretrained(place)
+        return AutoConfig.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # As above.
         raise _cannot_load(name, error) from error
 

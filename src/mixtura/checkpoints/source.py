@@ -20,6 +20,7 @@ from mixtura.checkpoints.pretrained import resolve_base
 from mixtura.checkpoints.tensors import COMPANIONS, StoredTensor, StoredWeights
 from mixtura.config import UserError
 from mixtura.errors import reason_of
+from mixtura.files import check_inside
 from mixtura.kernels.expert_weights import check_activation
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.loading import folder_settings, load_config, load_weights
@@ -69,6 +70,7 @@ def open_source(name: str) -> DenseSource:
         UserError: there is none, its architecture is another, it is quantised, or its files do not fit its config.json.
     """
     folder = _folder(name)
+    check_inside(folder, name)
     raw = read_json(folder / "config.json", name)
     config = dense_config(folder, raw, name)
     weights = StoredWeights(folder, name, fix="fetch the model again")
@@ -101,7 +103,7 @@ def read_json(path: Path, name: str) -> Facts:
     """A file of the checkpoint called `name`; raises UserError where it cannot be read or is no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"'{path.name}' of '{name}' cannot be read ({error}): fetch the model again.") from error
     if not isinstance(value, dict):
         raise UserError(f"'{path.name}' of '{name}' is no JSON object: fetch the model again.")
@@ -125,7 +127,7 @@ def dense_config(folder: Path, raw: Facts, name: str) -> MixtureConfig:
     if raw.get("quantization_config"):
         raise UserError(f"'{name}' is quantised: give the checkpoint in float32, bfloat16 or float16.")
     try:
-        config: Any = AutoConfig.from_pretrained(folder)
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers and the strict dataclasses raise many unrelated classes
         raise UserError(
             f"The config.json of '{name}' cannot be used ({reason_of(error)}): fetch the model again."

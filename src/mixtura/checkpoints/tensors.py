@@ -6,6 +6,7 @@ and licence.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -76,7 +77,7 @@ class StoredWeights:
                     part = opened.get_slice(tensor)
                     self.tensors[tensor] = StoredTensor(file, tuple(part.get_shape()), self._dtype(part, tensor))
         if lacking := sorted(indexed - self.tensors.keys()):
-            raise UserError(f"'{self._name}' lacks '{lacking[0]}', which {INDEX} names: {fix}.")
+            raise UserError(f"'{self._name}' lacks {lacking[0]!r}, which {INDEX} names: {fix}.")
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """The tensor of that name, or its part `index` along the first axis."""
@@ -99,11 +100,11 @@ class StoredWeights:
         try:
             places = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(places.values()))
-        except (ValueError, LookupError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             raise UserError(f"'{INDEX}' of '{self._name}' is damaged ({error!r}): {self._fix}.") from error
         for name in names:
             # A name with folders in it would read files outside of the checkpoint's.
-            if not isinstance(name, str) or Path(name).name != name or not (self.folder / name).is_file():
+            if not isinstance(name, str) or Path(name).name != name or not os.path.isfile(self.folder / name):
                 raise UserError(f"'{self._name}' lacks its shard {name!r}: {self._fix}.")
         return [self.folder / name for name in names], set(places)
 

@@ -83,11 +83,15 @@ def check_frame(recipe: Any) -> None:
     )
 
 
+_LONGEST_NAME = 60
+"""Characters of a name that becomes a folder: file systems take 255 bytes, of which a letter may need four."""
+
+
 def _check_recipe_name(name: str) -> None:
-    if not re.fullmatch(r"\w[\w. -]*", name):
+    if not re.fullmatch(rf"\w[\w. -]{{0,{_LONGEST_NAME - 1}}}", name):
         raise UserError(
-            f"The recipe's name '{name}' cannot be a folder: set 'name' to letters, digits, '-', '_', '.' and "
-            "spaces only."
+            f"The recipe's name '{name}' cannot be a folder: set 'name' to letters, digits, '-', '_', '.' and spaces "
+            f"only, {_LONGEST_NAME} at most."
         )
 
 
@@ -205,8 +209,10 @@ def check_attention_heads(model: ModelConfig) -> None:
 
 
 def _check_name(name: str) -> None:
-    if not name.replace("_", "").replace("-", "").isalnum():
-        raise UserError(f"The arm name '{name}' cannot be a folder: use letters, digits, '-' and '_' only.")
+    if not name.replace("_", "").replace("-", "").isalnum() or len(name) > _LONGEST_NAME:
+        raise UserError(
+            f"The arm name '{name}' cannot be a folder: use letters, digits, '-' and '_' only, {_LONGEST_NAME} at most."
+        )
 
 
 def check_feed_forward(

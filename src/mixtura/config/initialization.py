@@ -4,6 +4,7 @@ checkpoint, which then decides some of the settings.
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,19 +115,22 @@ def fill_from_checkpoints(table: TomlTable) -> None:
 def _own_settings(place: str, key: str) -> TomlTable | None:
     """The config.json of a folder, empty for a stock model; None for a name, whose model is looked for when loaded."""
     path = Path(place) / "config.json"
-    if not Path(place).is_dir():
+    if not os.path.isdir(place):  # unlike Path's, this is False for a name that no file system takes
         return None
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         return settings if settings.get("model_type") == "mixtura" else {}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"'{key}' is '{place}', whose config.json cannot be read ({error}): give a model folder."
         ) from error
 
 
 def _family(settings: TomlTable, place: str, key: str) -> str:
-    mixtures = sorted(set(settings.get("mlp_layer_types") or []) - {"dense"})
+    layers = settings.get("mlp_layer_types") or []
+    if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
+        raise UserError(f"'{key}' is '{place}', whose mlp_layer_types in config.json are no list of families: fix it.")
+    mixtures = sorted(set(layers) - {"dense"})
     if len(mixtures) > 1:
         raise UserError(f"'{key}' is '{place}', which mixes {' and '.join(mixtures)}: an arm has one family.")
     return mixtures[0] if mixtures else "dense"

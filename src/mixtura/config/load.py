@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import tomllib
 import types
 import typing
@@ -24,7 +25,7 @@ from mixtura.config.schema import (
     TomlTable,
     TranslationRecipe,
 )
-from mixtura.errors import UserError, refuse_together
+from mixtura.errors import UserError, reason_of, refuse_together
 
 PRESETS = (
     "quick",
@@ -76,8 +77,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
         raise UserError(f"'{path}' is a folder: give the path of a TOML recipe inside it.") from None
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({error.strerror}): check the path and its permissions.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is not a TOML recipe ({error}): {_toml_advice(error)}.") from None
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of 5,000 digits, 1,000 lists in lists
+        raise UserError(f"'{path}' is not a TOML recipe ({reason_of(error)}): {_toml_advice(error)}.") from None
     table.setdefault("name", path.stem)
     if any(override.partition("=")[0].strip() in _BRINGS_DATA for override in overrides) and _is_preset(path):
         _leave_open(table)
@@ -125,7 +126,7 @@ def recipe_from_dict(table: TomlTable) -> AnyRecipe:
         check_recipe(recipe)
         return recipe
     task = table["task"]
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         raise UserError(f"'task' is {task!r}: it must be one of {', '.join(TASKS)}, or left out for pretraining.")
     recipe = _build(TASKS[task], table, "")
     check_finetune_recipe(recipe)
@@ -156,7 +157,7 @@ def _apply_override(table: TomlTable, override: str) -> None:
             raise UserError(f"--set {override}: '{parent}' is a value, not a section: write --set section.key=value.")
     try:
         table[last] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         table[last] = text.strip()
 
 
@@ -168,7 +169,7 @@ def _build(cls: type, table: Any, where: str) -> Any:
     """Makes dataclass `cls` from a TOML table; `where` is the dotted prefix for messages."""
     if not isinstance(table, dict):
         raise UserError(f"'{where.rstrip('.')}' must be a section with keys, not {table!r}.")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     values: TomlTable = {}
 
     def convert(key: str) -> None:
@@ -182,6 +183,9 @@ def _build(cls: type, table: Any, where: str) -> Any:
 
     refuse_together([*(partial(convert, key) for key in table), *(partial(require, name) for name in _required(cls))])
     return cls(**values)
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def _required(cls: type) -> list[str]:

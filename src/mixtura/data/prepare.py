@@ -27,7 +27,7 @@ from mixtura.config import DataConfig, UserError
 from mixtura.data.packing import HELD_OUT, PackedTokens, epoch_order, pack
 from mixtura.data.sources import load_corpus, source_files
 from mixtura.errors import TooLittleText, reason_of
-from mixtura.files import cache_entry, checksum
+from mixtura.files import cache_entry, check_inside, checksum
 
 PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<pad>", "<bos>", "<eos>"
 SPECIAL_TOKENS = (PAD_TOKEN, BOS_TOKEN, EOS_TOKEN)
@@ -80,6 +80,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none, it cannot be read, it needs remote code, or it has no end-of-text token.
     """
+    check_inside(Path(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # The hub client and the Rust parser raise many unrelated classes, bare Exception too.

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from mixtura.config import UserError
+from mixtura.errors import reason_of
 from mixtura.exporting.containers import remote_code
 from mixtura.models import standalone
 from mixtura.models.loading import folder_settings, open_weights
@@ -112,8 +112,10 @@ def load_causal(folder: Path) -> Any:
             # Some containers have experts of width 0, for whose initialisation torch warns.
             warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
             opened = open_weights(auto, folder, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        raise EngineFailed(_first_line(str(error))) from error
+    except EngineFailed:
+        raise
+    except Exception as error:  # transformers, safetensors, torch and its unpickler each have errors of their own
+        raise EngineFailed(_first_line(reason_of(error))) from error
     finally:
         logging.set_verbosity(verbosity)
         if bar:

@@ -5,15 +5,17 @@ model would be another one.
 """
 
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mixtura.config import UserError
 from mixtura.errors import reason_of
+from mixtura.files import check_inside
 from mixtura.results import Facts
 
 
@@ -21,14 +23,15 @@ def folder_settings(folder: Path) -> Facts:
     """The config.json of a model folder.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is none, it cannot be read, or a file of the folder leads out of it.
     """
     file = folder / "config.json"
-    if not file.is_file():
+    if not os.path.isfile(file):  # unlike Path's, this is False for a name that no file system takes
         raise UserError(f"'{folder}' is no model folder ({_what_else(folder)}.")
+    check_inside(folder)
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"'{file}' is damaged ({error}): copy or train the model again.") from error
     if not isinstance(settings, dict):
         raise UserError(f"'{file}' is damaged (it is no JSON object): copy or train the model again.")
@@ -37,6 +40,8 @@ def folder_settings(folder: Path) -> Facts:
 
 def _what_else(folder: Path) -> str:
     """What a folder without a config.json is, and what to do, to stand behind a bracket."""
+    if not os.path.isdir(folder):
+        return "it has no config.json): give one such as .../checkpoint"
     if (folder / "classifier.json").is_file():
         return "it holds a classifier): use it with `mixtura classify`"
     if (folder / ADAPTER).is_file():
@@ -54,7 +59,7 @@ def adapter_advice(folder: Path) -> str:
     """What to do with a folder that holds a PEFT adapter and no model."""
     try:
         base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         base = None
     of = f" '{base}'" if base else ""
     return f"merge it into its base model{of} with PEFT's merge_and_unload, and give that model's folder"
@@ -67,8 +72,10 @@ def load_config(kind: Any, folder: Path) -> Any:
         UserError: there is none, or it cannot be used.
     """
     folder_settings(folder)
+    # An Auto class asks on the terminal whether to run a folder's code unless it is told; other classes run none.
+    asked = {"trust_remote_code": False} if kind is AutoConfig else {}
     try:
-        return kind.from_pretrained(folder, local_files_only=True)
+        return kind.from_pretrained(folder, local_files_only=True, **asked)
     except Exception as error:  # transformers and its strict dataclasses raise many unrelated classes
         raise UserError(
             f"The config.json of '{folder}' cannot be used ({reason_of(error)}): copy or train the model again."
@@ -87,7 +94,12 @@ class Opened(NamedTuple):
 def open_weights(kind: Any, folder: Path, **settings: Any) -> Opened:
     """Opens a model folder with `from_pretrained` of a class of models or an Auto class; raises what that raises."""
     model, found = kind.from_pretrained(
-        folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        folder,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **settings,
     )
     mismatched = sorted(name for name, *_ in found["mismatched_keys"])
     return Opened(model, sorted(found["missing_keys"]), sorted(found["unexpected_keys"]), mismatched)
@@ -159,7 +171,7 @@ def open_tokenizer(folder: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and the tokenizers' parser raise many classes, bare Exception too
         if lacks_tokenizer(folder):
             raise UserError(f"'{folder}' has no tokenizer: {TOKENIZER_ADVICE}.") from error

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from mixtura.config import UserError
+from mixtura.errors import reason_of
 from mixtura.files import write_text
 from mixtura.pages import page_environment
 from mixtura.report import facts, tables
@@ -57,9 +58,10 @@ def write_report(results: Results, out: Path) -> Path:
         out: folder of the run; made if it is missing.
     """
     summary = results.summary or summarize(results)
+    markdown, page = render_markdown(results, summary), render_html(results, summary)
     write_pictures(results, summary, out / "figures")
-    write_text(out / "report.md", render_markdown(results, summary))
-    write_text(out / "report.html", render_html(results, summary))
+    write_text(out / "report.md", markdown)
+    write_text(out / "report.html", page)
     return out / "report.html"
 
 
@@ -84,6 +86,12 @@ def report_folder(folder: Path) -> Path:
         raise UserError(
             f"'{folder}' cannot be written ({error.strerror}): make room or check its permissions."
         ) from None
+    except (ArithmeticError, LookupError, AttributeError, TypeError, ValueError) as error:
+        # Each field has its type, but together they say what no comparison does: an arm without runs, say.
+        raise UserError(
+            f"'{folder / RESULTS}' is damaged (its parts do not fit together: {reason_of(error)}): put back the one "
+            "that the comparison wrote, or run it again."
+        ) from error
 
 
 def render_html(results: Results, summary: Summary) -> str:

@@ -361,7 +361,7 @@ def read_json(path: Path, *, keys: Collection[str] = ()) -> Plain | None:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise _damaged(path, "it is no JSON") from None
     if not isinstance(stored, dict):
         raise _damaged(path, "it is no JSON object")

@@ -3,9 +3,9 @@
 A run is only ever continued with the settings that it was started with; `check_settings` compares them.
 
 A checkpoint is written into a folder with a temporary name. Its last file is `complete.json` (the step, what was
-trained, names and sizes of the files), and then the folder is renamed. So a `checkpoint-N` without `complete.json` was
-not written here, and one whose sizes differ was damaged later. Weights are safetensors; everything else is JSON, or
-tensors that `torch.load(weights_only=True)` reads.
+trained, sizes and checksums of the files, and one over all this), and then the folder is renamed. So a `checkpoint-N`
+without `complete.json` was not written here, and one whose bytes differ was damaged later. Weights are safetensors;
+everything else is JSON, or tensors that `torch.load(weights_only=True)` reads.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from mixtura.config import UserError
 from mixtura.errors import reason_of
-from mixtura.files import put_folder, write_json
+from mixtura.files import checksum, put_folder, write_json
 from mixtura.results import Facts
 
 COMPLETE = "complete.json"
@@ -124,7 +124,9 @@ def check_checkpoint(folder: Path, settings: Facts) -> int:
     try:
         marker = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
         step, saved, files = int(marker["step"]), dict(marker["settings"]), dict(marker["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        # Checkpoints of before have neither; with only one of the two, the other was damaged.
+        checksums, digest = dict(marker.get("checksums", {})), marker.pop("digest", None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"'{folder}' is no checkpoint of this library (it has no {COMPLETE} that this version reads): move it out "
             "of the way."
@@ -138,6 +140,12 @@ def check_checkpoint(folder: Path, settings: Facts) -> int:
                 f"The checkpoint '{folder}' is damaged: {name} {found} where {size:,} bytes were written; remove the "
                 "folder to go on from the one before it, or from the start."
             )
+    changed = next((name for name in files if checksums and checksum(folder / name) != checksums.get(name)), None)
+    if changed or ((checksums or digest) and digest != settings_hash(marker)):
+        raise UserError(
+            f"The checkpoint '{folder}' is damaged: {changed or COMPLETE} has other bytes than were written; remove "
+            "the folder to go on from the one before it, or from the start."
+        )
     difference = first_difference(saved, json.loads(json.dumps(settings)))
     if difference is not None:
         key, before, now = difference
@@ -280,7 +288,9 @@ def _unreadable(file: Path, error: Exception) -> UserError:
 
 def _close(folder: Path, *, step: int, settings: Facts) -> None:
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    marker = {"step": step, "settings": settings, "files": files}
+    checksums = {name: checksum(folder / name) for name in files}
+    marker = json.loads(json.dumps({"step": step, "settings": settings, "files": files, "checksums": checksums}))
+    marker["digest"] = settings_hash(marker)
     (folder / COMPLETE).write_text(json.dumps(marker, indent=1), encoding="utf-8")
 
 

@@ -28,6 +28,7 @@ from mixtura.adapters.attach import load_adapter, router_losses, routing_stats
 from mixtura.adapters.tuner import RoutedTuner
 from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import AdapterConfig, ArmConfig, HeadConfig, UserError
+from mixtura.files import check_inside
 from mixtura.layers import MixtureOfTokens, RoutingStats
 from mixtura.models import MixtureModel
 from mixtura.models.inference import mixing_layers, running_in
@@ -277,6 +278,7 @@ def load_classifier(folder: Path) -> tuple[SavedClassifier, TextClassifier]:
 
 
 def _read(folder: Path) -> SavedClassifier:
+    check_inside(folder)
     try:
         plain = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if plain.pop("format") != _FORMAT:
@@ -293,7 +295,9 @@ def _read(folder: Path) -> SavedClassifier:
         raise UserError(
             f"'{folder}' holds no classifier (it has no {MANIFEST}): give the checkpoint folder of a finished run."
         ) from None
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except UserError:
+        raise
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise UserError(f"The classifier in '{folder}' is damaged ({error}): train it again.") from error
 
 

@@ -22,6 +22,7 @@ from mixtura.data.parallel import SentencePair
 from mixtura.diagnostics.examine import diagnose_excerpts
 from mixtura.diagnostics.excerpts import Excerpts
 from mixtura.diagnostics.findings import Diagnosis
+from mixtura.files import check_inside
 from mixtura.models.loading import folder_settings, load_config, load_model, load_weights, open_tokenizer
 from mixtura.results.document import Plain
 from mixtura.tasks.translation.decoding import ExampleRouting, token_limit
@@ -168,14 +169,22 @@ def _untuned_settings(folder: Path, source_language: str, target_language: str) 
     }
 
 
+_WRITTEN = {"prompt": str, "directions": list, "max_length": int, "experts": list | None, "experts_through": str}
+
+
 def _read_settings(folder: Path) -> Plain:
+    check_inside(folder)
     try:
-        return json.loads((folder / TRANSLATION_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"'{folder}' is no translation model (it has no readable {TRANSLATION_FILE}): give the checkpoint folder "
-            "of a translation run."
-        ) from error
+        settings = json.loads((folder / TRANSLATION_FILE).read_text(encoding="utf-8"))
+        if all(isinstance(settings[key], kind) for key, kind in _WRITTEN.items()):
+            return settings
+        problem = None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        problem = error
+    raise UserError(
+        f"'{folder}' is no translation model (it has no readable {TRANSLATION_FILE}): give the checkpoint folder of a "
+        "translation run."
+    ) from problem
 
 
 def _prompts(folder: Path, settings: Plain) -> AnyPrompts:
