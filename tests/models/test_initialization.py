@@ -81,7 +81,7 @@ def test_a_checkpoint_says_its_scales_and_is_loaded_as_it_is(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_arm_that_names_no_scale_takes_its_familys(family):
     config = build_model_config(ModelConfig(), ArmConfig(family=family), vocab_size=40, max_position_embeddings=8)
-    derived = derived_scales(ArmConfig(family=family), gated=False)
+    derived = derived_scales(ArmConfig(family=family), gated=True)
     assert config.dense_scale == derived.dense_scale and config.expert_scale == derived.expert_scale
     assert config.router_scale == derived.router_scale and config.initializer_range == 0.02
 
