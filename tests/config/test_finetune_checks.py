@@ -87,7 +87,7 @@ def test_a_resolved_recipe_reads_back_equal(recipe):
         ({"arms": {"x": EXPERTS}, "base": {"name": "smollm2"}}, "is for models from scratch"),
         ({"arms": {"x": {"feed_forward": {"family": "soft"}}}}, "cannot translate one sentence alone"),
         ({"arms": {"x": {"feed_forward": EXPERTS["feed_forward"] | {"top_k": 2}}}}, "names one expert: set it to 1"),
-        ({"arms": {"x": {"feed_forward": {"family": "dense", "route_by": "pair"}}}}, "which dense does not have"),
+        ({"arms": {"x": {"feed_forward": {"family": "dense", "route_by": "pair"}}}}, "which dense does not read"),
         ({"arms": {"x": {"learning_rate": 0.0}}}, "greater than zero"),
         ({"base": {"num_layers": 0}}, "keep at least 1 layer"),
         ({"training": {"steps": 0}}, r"'training\.steps' is 0"),
