@@ -133,6 +133,28 @@ def test_a_rank_left_open_is_matched_to_a_baseline_that_names_its_own():
     assert recipe.arms["mixture"].adapter.rank is None
 
 
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"method": "lora", "rank": 4, "num_experts": 8}, "num_experts' is 8, which lora does not read"),
+        ({"method": "lora", "rank": 4, "group_size": 8}, "set method to mixture_of_tokens"),
+        (
+            {"method": "mixture_of_lora", "rank": 4, "alone_top_k": 1},
+            "alone_top_k' is 1, which mixture_of_lora does not",
+        ),
+        (
+            {"method": "mixture_of_tokens", "rank": 4, "router": "dense"},
+            "'dense', which mixture_of_tokens does not read",
+        ),
+        ({"method": "expert_specialized", "rank": 4}, "set method to lora or mixture_of_lora or mixture_of_tokens"),
+        ({"method": "expert_specialized", "targets": ["q_proj"]}, r"\['q_proj'\], which expert_specialized does not"),
+    ],
+)
+def test_a_setting_that_the_adapters_method_does_not_read_is_refused(adapter, message):
+    with pytest.raises(UserError, match=message):
+        chat({"other": {"adapter": adapter}}, base={"name": "smollm2"}, baseline="lora")
+
+
 def test_plain_text_has_no_languages_to_route_by():
     arms = {"dense": {"family": "dense"}, "x": EXPERTS["feed_forward"]}
     with pytest.raises(UserError, match="plain text has no language pairs"):

@@ -65,7 +65,7 @@ def settings_page() -> str:
     return f"""# Settings of an arm
 
 Every key of an `[arms.NAME]` section besides `family`, and of a `feed_forward` section in fine-tuning recipes. A key
-changes the layers of the families named, and no others. `"none"` turns a setting off that may be off.
+is for the families named; others refuse it. `"none"` turns a setting off that may be off.
 
 This page is written from `mixtura.config.ArmConfig`, where each setting is declared once.
 
