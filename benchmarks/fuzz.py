@@ -27,7 +27,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tomli_w
 import torch
-from mixtura.results.document import read_results, read_run
 from safetensors.torch import save
 from transformers.utils import logging
 
@@ -45,6 +44,7 @@ from mixtura.models.loading import adapter_advice, folder_settings, load_config
 from mixtura.report.html import render_html
 from mixtura.report.markdown import render_markdown
 from mixtura.report.summary import summarize
+from mixtura.results.document import read_results, read_run
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "fuzz.json"

@@ -69,6 +69,7 @@ RECIPES: Mistakes = {
     "which arm": ("train tiny.toml --out new/deep", "--arm dense|mixture_of_tokens"),
     "unknown family": (f"{COMPARE} arms.dense.family=moe", "'moe' | token_choice"),
     "a family of another spelling": (f"{COMPARE} arms.dense.family=Dense", "'Dense' | dense, token_choice"),
+    "a setting of another family": (f"{COMPARE} arms.dense.top_k=2", "top_k' is 2, which dense does not read | remoe"),
     "unknown baseline": (f"{COMPARE} baseline=sparse", "'sparse' | dense, mixture_of_tokens"),
     "an arm that is no folder": (f"{COMPARE} 'arms.\"a/b\".family=dense'", "a/b"),
     "a name that is no folder": (f"{COMPARE} name=../elsewhere", "'../elsewhere' | letters"),

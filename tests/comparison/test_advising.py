@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import mixtura
+from fixtures.browser import sticking_out
 from mixtura import cli
 from mixtura.comparison import advising
 from mixtura.comparison.advising import difference_figure, render_advice
@@ -106,6 +107,18 @@ def test_the_page_holds_the_numbers_and_needs_no_network(evidence):
     figure = difference_figure(advice, evidence)
     assert [trace["meta"]["arm"] for trace in figure["data"]] == ["token_choice"] * 3
     assert len(figure["data"][2]["x"]) == 3
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1280], ids=["phone", "laptop"])
+def test_the_page_fits_the_screen(evidence, browser, tmp_path, width):
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    (tmp_path / "advice.html").write_text(render_advice(advice_of(evidence, tokens=3e6, width=64), evidence), "utf-8")
+    page.goto((tmp_path / "advice.html").as_uri())
+    assert sticking_out(page) == []
+    if width > 390:  # a phone scrolls the table
+        assert page.evaluate("[...document.querySelectorAll('.scroll')].every((e) => e.scrollWidth <= e.clientWidth)")
+    page.close()
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
 """Values that are well-typed and cannot work together."""
 
 from importlib.util import find_spec
+from typing import get_args
 
 import pytest
 
-from mixtura.config import UserError, recipe_from_dict
+from mixtura.config import UserError, recipe_from_dict, recipe_to_dict
+from mixtura.config.arm import SETTINGS, has_setting
+from mixtura.config.families import Family
 
 MOT = {"family": "mixture_of_tokens", "group_size": 4}
 CHANGE = {"transition_to": "token_choice", "transition_fraction": 0.1}
@@ -111,13 +114,14 @@ def test_a_number_that_must_be_positive_is_refused_at_zero_and_below(key, value)
 
 @pytest.mark.parametrize("key", ["num_experts", "top_k", "group_size", "mixtures_per_expert", "temperature"])
 def test_an_arms_counts_are_positive(key):
-    with pytest.raises(UserError, match=rf"'arms\.mixture\.{key}' is 0"):
-        build(arm={"family": "token_choice", key: 0})
+    family = next(family for family in ("token_choice", "mixture_of_tokens") if has_setting(family, key))
+    with pytest.raises(UserError, match=rf"'arms\.mixture\.{key}' is 0(\.0)?: it must"):
+        build(arm={"family": family, key: 0})
 
 
 @pytest.mark.parametrize("key", ["learning_rate", "moe_intermediate_size", "capacity_factor", "alone_top_k"])
 def test_an_arms_optional_settings_are_positive_where_given(key):
-    arm = {"family": "token_choice"}
+    arm = MOT if key == "alone_top_k" else {"family": "token_choice"}
     with pytest.raises(UserError, match=rf"'arms\.mixture\.{key}' is -1"):
         build(arm=arm | {key: -1})
     assert getattr(build(arm=arm | {key: 1}).arms["mixture"], key) == 1
@@ -157,7 +161,7 @@ def test_a_tokenizer_that_is_not_trained_needs_no_vocabulary_size():
     assert build(section={"data": {"tokenizer": "folder", "vocab_size": 1}}).data.tokenizer == "folder"
 
 
-@pytest.mark.parametrize("family", ["dense", "token_choice", "soft"])
+@pytest.mark.parametrize("family", ["token_choice", "soft"])
 def test_a_single_expert_is_fine_where_alone_top_k_has_no_meaning(family):
     assert build(arm={"family": family, "num_experts": 1}).arms["mixture"].alone_top_k == 2
 
@@ -167,6 +171,40 @@ def test_alone_top_k_counts_mixtures_not_experts():
     assert build(arm=two_each | {"alone_top_k": 8}).arms["mixture"].alone_top_k == 8
     with pytest.raises(UserError, match="is 9 but there are only 8 mixtures, 2 for each of 4 experts"):
         build(arm=two_each | {"alone_top_k": 9})
+
+
+@pytest.mark.parametrize("family", get_args(Family))
+def test_a_setting_that_the_family_does_not_read_is_refused_with_the_families_that_do(family):
+    other = {int: 3, float: 0.5, bool: True}
+    for key, setting in SETTINGS.items():
+        if family in setting.families:
+            continue
+        types = (
+            setting.hint,
+            *get_args(setting.hint),
+            *(arg for each in get_args(setting.hint) for arg in get_args(each)),
+        )
+        choices = [each for each in types if isinstance(each, str) and each != setting.default]
+        value = choices[0] if choices else next(other[kind] for kind in types if kind in other)
+        with pytest.raises(
+            UserError, match=rf"'arms\.mixture\.{key}' is .*, which {family} does not read: "
+        ) as refused:
+            build(arm={"family": family, key: value})
+        assert all(owner in str(refused.value).split("choose the family")[1] for owner in setting.families)
+
+
+def test_every_foreign_setting_is_said_at_once():
+    with pytest.raises(UserError) as refused:
+        build(arm={"family": "dense", "top_k": 2, "capacity_factor": 1.5, "route_by": "pair", "normalize_top_k": True})
+    said = str(refused.value)
+    for part in ("top_k' is 2,", "capacity_factor' is 1.5,", "route_by' is 'pair',", "normalize_top_k' is true,"):
+        assert part in said
+
+
+def test_the_recipe_that_a_run_writes_names_every_setting_and_is_read_again():
+    table = recipe_to_dict(build())
+    assert "top_k" in table["arms"]["dense"]
+    assert recipe_from_dict(table) == build()
 
 
 def test_a_rate_to_search_is_given_once():

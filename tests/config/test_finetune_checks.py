@@ -87,7 +87,7 @@ def test_a_resolved_recipe_reads_back_equal(recipe):
         ({"arms": {"x": EXPERTS}, "base": {"name": "smollm2"}}, "is for models from scratch"),
         ({"arms": {"x": {"feed_forward": {"family": "soft"}}}}, "cannot translate one sentence alone"),
         ({"arms": {"x": {"feed_forward": EXPERTS["feed_forward"] | {"top_k": 2}}}}, "names one expert: set it to 1"),
-        ({"arms": {"x": {"feed_forward": {"family": "dense", "route_by": "pair"}}}}, "which dense does not have"),
+        ({"arms": {"x": {"feed_forward": {"family": "dense", "route_by": "pair"}}}}, "which dense does not read"),
         ({"arms": {"x": {"learning_rate": 0.0}}}, "greater than zero"),
         ({"base": {"num_layers": 0}}, "keep at least 1 layer"),
         ({"training": {"steps": 0}}, r"'training\.steps' is 0"),
@@ -131,6 +131,28 @@ def test_a_rank_left_open_is_matched_to_a_baseline_that_names_its_own():
         {"name": "mine", "task": "classification", "baseline": "lora", "arms": {"lora": lora, "mixture": mixture}}
     )
     assert recipe.arms["mixture"].adapter.rank is None
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"method": "lora", "rank": 4, "num_experts": 8}, "num_experts' is 8, which lora does not read"),
+        ({"method": "lora", "rank": 4, "group_size": 8}, "set method to mixture_of_tokens"),
+        (
+            {"method": "mixture_of_lora", "rank": 4, "alone_top_k": 1},
+            "alone_top_k' is 1, which mixture_of_lora does not",
+        ),
+        (
+            {"method": "mixture_of_tokens", "rank": 4, "router": "dense"},
+            "'dense', which mixture_of_tokens does not read",
+        ),
+        ({"method": "expert_specialized", "rank": 4}, "set method to lora or mixture_of_lora or mixture_of_tokens"),
+        ({"method": "expert_specialized", "targets": ["q_proj"]}, r"\['q_proj'\], which expert_specialized does not"),
+    ],
+)
+def test_a_setting_that_the_adapters_method_does_not_read_is_refused(adapter, message):
+    with pytest.raises(UserError, match=message):
+        chat({"other": {"adapter": adapter}}, base={"name": "smollm2"}, baseline="lora")
 
 
 def test_plain_text_has_no_languages_to_route_by():

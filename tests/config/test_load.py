@@ -123,8 +123,8 @@ def test_a_wrong_override_is_refused_with_its_fix(load, override, message):
 
 
 def test_what_was_turned_off_is_still_off_after_the_way_to_toml_and_back(load):
-    recipe = load("arms.dense.alone_top_k=none")
-    assert recipe.arms["dense"].alone_top_k is None
+    recipe = load("arms.mot.family=mixture_of_tokens", "arms.mot.alone_top_k=none")
+    assert recipe.arms["mot"].alone_top_k is None
     assert load(text=recipe_to_toml(recipe)) == recipe
     assert recipe_from_dict(recipe_to_dict(recipe)) == recipe
 

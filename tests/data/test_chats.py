@@ -92,6 +92,12 @@ def test_table_without_messages_says_which_columns_there_are(tmp_path):
         load(write(tmp_path, [{"question": "a", "reply": "b"}] * 3))
 
 
+def test_chats_in_a_column_of_another_name_are_pointed_at(tmp_path):
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    with pytest.raises(UserError, match=r"set 'data\.messages_column' to 'conversations'\.$"):
+        load(write(tmp_path, [row] * 3))
+
+
 def test_too_few_chats_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"has 2 usable chats, too few for 'data.validation_chats' 1"):
         load(write(tmp_path, GOOD[:2]))

@@ -67,7 +67,7 @@ LABELLED = {
     "null for a text": Case("a.jsonl", jsonl(ROWS, {"text": None, "label": "x"}), 40, {"not text": 1}),
     "null for a label": Case("a.jsonl", jsonl(ROWS, {"text": "x", "label": None}), 40, {"no label": 1}),
     "a number for a text": Case("a.jsonl", jsonl(ROWS, {"text": 3, "label": "good"}), 40, {"not text": 1}),
-    "a list for a label": Case("a.jsonl", jsonl(ROWS, {"text": "x", "label": ["good"]}), 40, {"no label": 1}),
+    "a list for a label": Case("a.jsonl", jsonl(ROWS, {"text": "x", "label": ["good"]}), 40, {"label is a list": 1}),
     "an object for a text": Case("a.jsonl", jsonl(ROWS, {"text": {"en": "x"}, "label": "good"}), 40, {"not text": 1}),
     "half a character": Case("a.jsonl", jsonl(ROWS, {"text": "\ud800", "label": "good"}), 40, {"not text": 1}),
     "half a character as a label": Case("a.jsonl", jsonl(ROWS, {"text": "x", "label": "\ud800"}), 40, {"no label": 1}),
@@ -153,6 +153,21 @@ LABELLED = {
     "cut short": Case("a.parquet", parquet(pa.table(COLUMNS, ["text", "label"]))[:-20], "cannot be read as Parquet"),
     # Chats
     "chats": Case("a.jsonl", jsonl(CHATS), "set 'data.text_column' to 'messages.content', which joins"),
+    "chats whose answer is the label": Case(
+        "a.jsonl",
+        jsonl({"messages": [{"content": row["text"]}, {"content": row["label"]}]} for row in ROWS),
+        "set 'data.text_column' to 'messages.0.content' and 'data.label_column' to 'messages.1.content'",
+    ),
+    "labels in lists": Case(
+        "a.jsonl", jsonl({"text": row["text"], "label": [row["label"]]} for row in ROWS), "40 label is a list"
+    ),
+    "one of the labels in a list": Case(
+        "a.jsonl",
+        jsonl({"text": row["text"], "label": [row["label"]]} for row in ROWS),
+        40,
+        {},
+        {"label_column": "label.0"},
+    ),
     "chats, joined": Case("a.jsonl", jsonl(CHATS), 40, {}, {"text_column": "messages.content"}),
     "chats as text": Case("a.jsonl", jsonl(CHATS), "holds lists or objects", {}, {"text_column": "messages"}),
     "chats in Parquet": Case(

@@ -89,6 +89,13 @@ def test_messages_or_prompts_make_it_chat(sketched, tmp_path, row, columns):
     assert (recipe.data.prompt_column, recipe.data.completion_column) == columns
 
 
+def test_chats_of_another_name_are_known_by_their_turns(sketched, tmp_path):
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps(row)] * 20), encoding="utf-8")
+    recipe = sketched(tmp_path / "chats.jsonl")
+    assert isinstance(recipe, ChatRecipe) and recipe.data.messages_column == "conversations"
+
+
 def test_a_text_makes_it_pretraining(sketched, tiny_text):
     recipe = sketched(tiny_text)
     assert isinstance(recipe, Recipe) and recipe.data.path == str(tiny_text) and len(recipe.arms) == 3

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fixtures.browser import sticking_out
 from mixtura.diagnostics.findings import Diagnosis
 from mixtura.diagnostics.page import render_page
 
@@ -63,6 +64,7 @@ def test_figures_are_drawn_without_sideways_scrolling(
     assert page.locator(".plot svg .heatmaplayer image").count() == 2
     assert page.locator(".plot svg path.js-line").count() == 4
     assert overflow(page) <= 0
+    assert sticking_out(page) == []
 
 
 def test_the_layer_is_chosen_by_keyboard(make_diagnosis: MakeDiagnosis, open_page: Callable[..., Any]) -> None:

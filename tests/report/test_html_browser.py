@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from fixtures.browser import next_frame, sticking_out
 from fixtures.results import as_results, summary_of
 from mixtura.report.html import render_html
 
@@ -73,9 +74,17 @@ def test_phone_shows_the_page_without_sideways_scrolling(
 ) -> None:
     page = open_page(make_results(seeds=seeds), width=390, height=844)
     assert overflow(page) <= 0
-    box = page.locator("h1").bounding_box()
-    assert box["x"] >= 0
-    assert box["x"] + box["width"] <= 390
+    assert sticking_out(page) == []
+
+
+def test_plots_are_never_wider_than_their_place(make_results: MakeResults, open_page: Callable[..., Any]) -> None:
+    page = open_page(make_results(), width=500)
+    page.evaluate("document.body.style.width = '360px'")  # as a scroll bar or a fold does: the window says nothing
+    next_frame(page)
+    wider = (
+        "[...document.querySelectorAll('.plot')].filter((p) => p.querySelector('svg').clientWidth > p.clientWidth + 1)"
+    )
+    assert page.evaluate(f"{wider}.length") == 0
 
 
 def test_dark_follows_the_system_and_the_switch_turns_it(
@@ -154,6 +163,7 @@ def test_translation_has_its_pairs_samples_and_specialisation(
     page.locator("#languages details").first.locator("summary").click()
     assert page.locator("#languages table").nth(1).is_visible()
     assert overflow(page) <= 0
+    assert sticking_out(page) == []
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")], ids=["screen", "phone"])
@@ -166,3 +176,4 @@ def test_classification_has_its_layers_calibration_and_confusion(
     assert page.evaluate("document.querySelector('[data-figure=calibration]').layout.shapes.length") == 1
     assert page.locator(".confusion").count() == 3
     assert overflow(page) <= 0
+    assert sticking_out(page) == []

@@ -229,13 +229,42 @@ def check_feed_forward(
     Raises:
         UserError: names the key, the value and the fix.
     """
-    checks = [partial(setting.check, f"{where}.{key}", getattr(arm, key)) for key, setting in SETTINGS.items()]
+    checks = [
+        partial(setting.check, f"{where}.{key}", getattr(arm, key))
+        for key, setting in SETTINGS.items()
+        if arm.family in setting.families
+    ]
+    checks.append(partial(check_own_settings, where, arm))
     checks.append(partial(_check_choice, where, arm))
     if facts_of(arm.family).group_over:
         checks.append(partial(_check_groups, where, arm, batch_sizes, sequence_length))
     if arm.family == "mixture_of_tokens":
         checks.append(partial(_check_mixture_of_tokens, where, arm))
     refuse_together(checks)
+
+
+def check_own_settings(where: str, arm: ArmConfig) -> None:
+    """Refuses settings that the arm's family does not read, since they would change nothing.
+
+    Defaults pass: the recipe that a run writes into its folder names every setting.
+
+    Raises:
+        UserError: names each key, its value, the family and the families that read it.
+    """
+    if arm.control == "shared_width":
+        return  # it has taken over the settings of the arm whose shared experts it is as wide as
+    refuse_together(
+        partial(_refuse_foreign, f"{where}.{key}", getattr(arm, key), arm.family, setting.families)
+        for key, setting in SETTINGS.items()
+        if arm.family not in setting.families and getattr(arm, key) != setting.default
+    )
+
+
+def _refuse_foreign(key: str, value: object, family: str, owners: tuple[str, ...]) -> None:
+    *others, last = owners
+    named = f"{', '.join(others)} or {last}" if others else last
+    said = "'none'" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    raise UserError(f"'{key}' is {said}, which {family} does not read: leave it out, or choose the family {named}.")
 
 
 def _check_mixture_of_tokens(where: str, arm: ArmConfig) -> None:
@@ -280,11 +309,6 @@ def _check_transition(where: str, arm: ArmConfig) -> None:
 
 
 def _check_choice(where: str, arm: ArmConfig) -> None:
-    if arm.route_by != "token" and not has_setting(arm.family, "route_by"):
-        raise UserError(
-            f"'{where}.route_by' is '{arm.route_by}', which {arm.family} does not have: use 'token', or the family "
-            "token_choice."
-        )
     if has_setting(arm.family, "top_k") and arm.top_k > arm.num_experts > 0:
         raise UserError(
             f"'{where}.top_k' is {arm.top_k} but there are {arm.num_experts} experts: lower top_k or raise num_experts."

@@ -29,6 +29,17 @@ _OF_DRAWN_LAYERS = (
     *("combine", "alone_fraction", "zero_fill_unit", "population_rate", "transition_fraction"),
 )
 """Settings of layers that are drawn at random, or that a whole model of ours follows through its training."""
+_LORA, _MIXED, _MOT, _SPECIALIZED = "lora", "mixture_of_lora", "mixture_of_tokens", "expert_specialized"
+_READ_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("rank", "alpha", "dropout"), (_LORA, _MIXED, _MOT)),
+    "targets": (_LORA, _MIXED),
+    "num_experts": (_MIXED, _MOT),
+    **dict.fromkeys(("router", "top_k", "threshold_max", "scope", "share_a"), (_MIXED,)),
+    "router_aux_loss_coef": (_MIXED, _SPECIALIZED),
+    **dict.fromkeys(("group_size", "alone_top_k"), (_MOT,)),
+    "expert_share": (_SPECIALIZED,),
+}
+"""The methods that read a setting of an adapter; `route_by` has a check of its own."""
 
 
 def check_finetune_recipe(recipe: FinetuneRecipe) -> None:
@@ -218,6 +229,7 @@ def _has(adapter: AdapterConfig | None) -> str:
 def _check_adapter(where: str, adapter: AdapterConfig | None, batch_size: int) -> None:
     if adapter is None:
         return
+    _check_own_settings(where, adapter)
     for key in ("rank", "alpha", "num_experts", "top_k", "threshold_max", "group_size", "alone_top_k"):
         value = getattr(adapter, key)
         if value is not None and value <= 0:
@@ -232,6 +244,18 @@ def _check_adapter(where: str, adapter: AdapterConfig | None, batch_size: int) -
             f"'training.batch_size' is {batch_size}, which is no multiple of '{where}.group_size' "
             f"{adapter.group_size}, at least 2: change one of them."
         )
+
+
+def _check_own_settings(where: str, adapter: AdapterConfig) -> None:
+    default = AdapterConfig()
+    for key, methods in _READ_BY.items():
+        value = getattr(adapter, key)
+        if adapter.method not in methods and value != getattr(default, key):
+            shown = list(value) if isinstance(value, tuple) else value
+            raise UserError(
+                f"'{where}.{key}' is {shown!r}, which {adapter.method} does not read: leave it out, or set method to "
+                f"{' or '.join(methods)}."
+            )
 
 
 def _check_adapter_routing(where: str, adapter: AdapterConfig) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixtura.config.arm import SETTINGS, ArmConfig
+from mixtura.config.arm import SETTINGS, ArmConfig, has_setting
 from mixtura.config.families import facts_of
 from mixtura.config.schema import DataConfig, ModelConfig, Recipe, TomlTable
 from mixtura.errors import UserError
@@ -108,7 +108,7 @@ def fill_from_checkpoints(table: TomlTable) -> None:
                 "the family out."
             )
         for trained in TRAINED_KEYS if found not in (None, "dense") else ():
-            if settings and settings.get(trained) is not None:
+            if settings and settings.get(trained) is not None and has_setting(str(found), trained):
                 arm.setdefault(trained, settings[trained])
 
 

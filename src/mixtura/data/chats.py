@@ -182,11 +182,11 @@ def _question(prompt: str, answer: str, where: str) -> Chat:
 
 
 def _chats(rows: Iterator[Row], column: str, skipped: Counter[str], source: str) -> Iterator[Chat]:
-    found, names = False, dict[str, None]()
+    found, names = False, dict[str, object]()
     for row in rows:
         present, value = find_cell(row, column)
         if not present or value is None:
-            names.update(dict.fromkeys(row.values))
+            names.update(row.values)
             skipped[f"without '{column}'"] += 1
             continue
         found = True
@@ -201,11 +201,21 @@ def _chats(rows: Iterator[Row], column: str, skipped: Counter[str], source: str)
             continue
         yield _checked(messages, row.where)
     if names and not found:
+        turns = next((name for name, value in names.items() if holds_turns(value)), None)
+        if turns is not None:
+            raise UserError(f"No row of {source} has '{column}': set 'data.messages_column' to '{turns}'.")
         listed = ", ".join(list(names)[:20])
         raise UserError(
             f"No row of {source} has '{column}': name a column of messages in 'data.messages_column', or two of "
             f"{listed} in 'data.prompt_column' and 'data.completion_column'."
         )
+
+
+def holds_turns(value: object) -> bool:
+    """Whether a cell is a chat: a list of objects that say who speaks, in either style."""
+    return isinstance(value, list) and any(
+        isinstance(turn, Mapping) and {"role", "from"} & turn.keys() for turn in value
+    )
 
 
 def _message(turn: object, where: str) -> Message:

@@ -159,7 +159,7 @@ def _clean(rows: Iterator[tuple[object, object]], skipped: Counter[str]) -> dict
         elif not text.strip():
             skipped["empty"] += 1
         elif label is None:
-            skipped["no label"] += 1
+            skipped["label is a list" if isinstance(value, list) else "no label"] += 1
         else:
             key = normalise(text)
             times[key] += 1

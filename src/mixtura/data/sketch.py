@@ -14,6 +14,7 @@ from mixtura.config import UserError, data_overrides, load_recipe, preset_path, 
 from mixtura.config.describe import SECTIONS, keys_of, written
 from mixtura.config.languages import language_of_column
 from mixtura.config.schema import TomlTable
+from mixtura.data.chats import holds_turns
 from mixtura.data.labelled import MOST_LISTED, label_name
 from mixtura.data.table_files import TABLES, Row, file_rows
 from mixtura.data.text_files import local_files
@@ -136,12 +137,19 @@ def _listed_columns(looks: list[Look]) -> str:
 
 def _task(looks: list[Look], pairs: str | None) -> str:
     names = {look.column for look in looks}
-    if _CHATS in names or names.issuperset(_QUESTIONS):
+    if _chats(looks) is not None or names.issuperset(_QUESTIONS):
         return "chat"
     texts = [look for look in looks if look.is_text]
     if len(texts) >= 2 and (pairs is not None or len(_languages(texts)) >= 2):
         return "translation"
     return "classification" if texts and any(look.is_label for look in looks) else "pretraining"
+
+
+def _chats(looks: list[Look]) -> str | None:
+    """The column of chats: of that name, or of any name where the cells are chats."""
+    if any(look.column == _CHATS for look in looks):
+        return _CHATS
+    return next((look.column for look in looks if any(map(holds_turns, look.values))), None)
 
 
 def _languages(texts: list[Look]) -> dict[str, Look]:
@@ -160,10 +168,13 @@ def _overrides(task: str, data: Path, looks: list[Look], columns: str | None, pa
         changes = ['data.source="local"', f"data.path={json.dumps(str(data))}"]
         return changes + ([f"data.text_column={json.dumps(text, ensure_ascii=False)}"] if looks else [])
     if task == "chat":
-        asked = columns is None and _CHATS not in {look.column for look in looks}
-        return data_overrides(
-            task, data=str(data), columns=",".join(_QUESTIONS) if asked else columns, pairs=None, base=None
-        )
+        chats = _chats(looks)
+        asked = columns is None and chats is None
+        named = ",".join(_QUESTIONS) if asked else columns
+        changes = data_overrides(task, data=str(data), columns=named, pairs=None, base=None)
+        if columns is None and chats not in (None, _CHATS):
+            changes.append(f"data.messages_column={json.dumps(chats, ensure_ascii=False)}")
+        return changes
     if columns is None:
         in_order = [look for look in looks if look in texts]
         if pairs is None and len(named := _languages(in_order)) >= 2:

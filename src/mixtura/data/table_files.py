@@ -135,7 +135,9 @@ def _advice(wrong: Mapping[str, str], names: Sequence[str]) -> str:
     if chat is not None:
         outer, _, inner = chat.partition(".")
         turns = {"data.source_column": f"{outer}.0.{inner}", "data.target_column": f"{outer}.1.{inner}"}
-        parts = [f"'{key}' to '{turns.get(key, chat)}'" for key in wrong if key != "data.label_column"]
+        if {"data.text_column", "data.label_column"} <= wrong.keys():  # the answer is the label
+            turns |= {"data.text_column": f"{outer}.0.{inner}", "data.label_column": f"{outer}.1.{inner}"}
+        parts = [f"'{key}' to '{turns.get(key, chat)}'" for key in wrong if key in turns or key != "data.label_column"]
         how = "which takes one message of a chat" if turns.keys() & wrong.keys() else "which joins a chat's messages"
         if parts:
             return f"set {' and '.join(parts)}, {how}"

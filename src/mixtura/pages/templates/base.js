@@ -4,7 +4,7 @@
   const systemDark = matchMedia("(prefers-color-scheme: dark)");
   const colour = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : systemDark.matches);
-  const config = { responsive: true, displayModeBar: false, displaylogo: false, scrollZoom: false };
+  const config = { responsive: false, displayModeBar: false, displaylogo: false, scrollZoom: false };
   let paperWidth = null;
 
   function axisStyle(own) {
@@ -59,3 +59,14 @@
     draw();
   });
   label();
+
+  // Plotly itself follows the window only, a moment later. A plot's place also changes when a scroll bar comes or a
+  // fold opens, and whoever takes a picture of the page in that moment should not see a plot cut off.
+  const places = new ResizeObserver((entries) => {
+    for (const { target, contentRect } of entries) {
+      const width = Math.round(contentRect.width);
+      const drawn = target._fullLayout && Math.round(target._fullLayout.width);
+      if (drawn && width && !paperWidth && drawn !== width) Plotly.relayout(target, { autosize: true });
+    }
+  });
+  for (const node of document.querySelectorAll(".plot")) places.observe(node);
