@@ -60,8 +60,8 @@ def settings_page() -> str:
     return f"""# Which settings does an arm have?
 
 These keys stand in an `[arms.NAME]` section besides `family`, and in a `feed_forward` section of fine-tuning recipes.
-In brackets are the values and the default; A family refuses what it does not list. `"none"` turns a setting off that may be off. `mixtura keys` lists the keys
-of all sections.
+In brackets are the values and the default; `"none"` turns a setting off that may be off. A family refuses what it does
+not list. `mixtura keys` lists the keys of all sections.
 
 {body}
 """
