@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from mixtura.comparison import runner
+from mixtura.comparison import runs
 from mixtura.comparison.runner import compare
 from mixtura.comparison.search import fingerprint, load_record, record_path, search_rates_and_scales
 from mixtura.config import UserError, load_recipe, preset_path, recipe_from_dict, recipe_to_dict
@@ -54,14 +54,14 @@ def test_a_rate_that_diverged_counts_as_lost(tiny_recipe):
 
 
 def test_a_searched_comparison_trains_at_the_best_rates_and_stores_the_record(tiny_recipe, tmp_path, monkeypatch):
-    original = runner.run_arm
+    original = runs.run_arm
 
     def run_arm(arm, *, learning_rate, **options):
         if learning_rate == 9e-1:
             raise TrainingDiverged("The loss is no number.", step=1)
         return original(arm, learning_rate=learning_rate, **options)
 
-    monkeypatch.setattr(runner, "run_arm", run_arm)
+    monkeypatch.setattr(runs, "run_arm", run_arm)
     recipe = with_search(tiny_recipe(), [1e-3, 5e-3, 9e-1])
     results = compare(recipe, out=tmp_path / "out")
     stored = read_json(tmp_path / "out" / "search" / "record.json")
@@ -108,7 +108,8 @@ def test_every_rate_is_tried_with_every_scale_and_the_best_pair_counts(tiny_reci
 
 
 def test_a_comparison_draws_its_weights_at_the_best_scale_and_says_so(tiny_recipe, tmp_path):
-    recipe = with_search(tiny_recipe(), [1e-3], scales=[0.5, 1e4])
+    plain = dataclasses.replace(tiny_recipe().model, activation="relu", gated=False)
+    recipe = with_search(dataclasses.replace(tiny_recipe(), model=plain), [1e-3], scales=[0.5, 1e4])
     results = compare(recipe, out=tmp_path / "out")
     for name, arm in results.arms.items():
         assert arm.learning_rate_search.best_scale == 0.5 and len(arm.learning_rate_search.trials) == 2

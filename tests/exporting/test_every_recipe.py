@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mixtura.config import PRESETS, Recipe, TranslationRecipe, load_recipe, preset_path
+from mixtura.config import PRESETS, Recipe, TranslationRecipe, UserError, load_recipe, preset_path
 from mixtura.config.families import never_served
 from mixtura.exporting.containers import export_outlook, stock_containers
 from mixtura.exporting.stock_folder import export
@@ -55,8 +55,11 @@ def test_each_arm_of_each_recipe_is_exported_with_a_receipt(tmp_path, preset, na
     if config.route_by != "token":
         assert "take one language's model" in said
         model = extract_language_model(model, 0)
-    elif never_served(config.mlp_layer_types):
+    elif never_served(config.mlp_layer_types) or (preset == "families" and said.startswith("cannot be exported as it")):
         assert said.startswith("cannot be exported as it is: ")
+        model.save_pretrained(tmp_path / "model")
+        with pytest.raises(UserError):
+            export(tmp_path / "model", tmp_path / "out", to="remote_code")
         return
     stock = stock_containers(model.config)
     assert (preset, name) not in STOCK or stock[0] == STOCK[preset, name]
