@@ -284,7 +284,8 @@ class Row:
     tokens: int
     seed: int
     loss: float
-    """Held-out nats a token, as deployed: mixtures of tokens in `population` mode with two mixtures a token."""
+    """Held-out nats a token, as deployed: mixtures of tokens with two mixtures a token, in the better of the modes
+    `population` and `alone`."""
     in_groups: float | None
     """Of mixtures of tokens as they train; None for the other families."""
     alone: float | None
