@@ -205,18 +205,20 @@ def rates() -> str:
         "Which learning rates were tried for the shipped recipes?",
         "`recipes/*.search.json`",
         "A cell is the held-out loss of a trial, the mean over the seeds of the search; the bold one was chosen. A "
-        "rate that is the lowest or highest of its row is at the edge of what was tried, and reports warn of it. "
+        "rate that is the lowest or highest of its row is at the edge of what was tried, and reports warn of it. Of "
+        "the default recipe the two best pairs have seven seeds and the others the first two. "
         "[Comparing](../compare.md) says why every arm has a rate of its own.",
     )
     for path in sorted((ROOT / "recipes").glob("*.search.json")):
         arms = json.loads(path.read_text(encoding="utf-8"))["arms"]
         text += f"## {path.name.removesuffix('.search.json')}\n\n"
-        tried = sorted({trial["learning_rate"] for arm in arms.values() for trial in arm["trials"]})
+        tried = sorted({_pair(trial) for arm in arms.values() for trial in arm["trials"]})
+        heads = [f"{rate:g}" + ("" if scale == 1 else f", scale {scale:g}") for rate, scale in tried]
         rows = (
             [f"`{name}`", str(arm["steps"]), ", ".join(map(str, arm["seeds"])), *_trials(arm, tried)]
             for name, arm in arms.items()
         )
-        text += _table(["arm", "steps", "seeds", *(f"{rate:g}" for rate in tried)], rows) + "\n"
+        text += _table(["arm", "steps", "seeds", *heads], rows) + "\n"
     return text.rstrip("\n") + "\n"
 
 
@@ -573,13 +575,19 @@ def _size(entry: dict[str, Any]) -> str:
     return f"{size['experts']} experts, top {size['top_k']}" + (", skewed" if size["skew"] else "")
 
 
-def _trials(arm: dict[str, Any], tried: list[float]) -> list[str]:
-    losses = {trial["learning_rate"]: trial["loss"] for trial in arm["trials"]}
+def _pair(trial: dict[str, Any]) -> tuple[float, float]:
+    """The rate of a trial and its `feed_forward_scale`."""
+    return trial["learning_rate"], trial.get("scale") or 1.0
+
+
+def _trials(arm: dict[str, Any], tried: list[tuple[float, float]]) -> list[str]:
+    losses = {_pair(trial): trial["loss"] for trial in arm["trials"]}
+    best = arm["best"], arm.get("best_scale") or 1.0
     cells = []
-    for rate in tried:
-        loss = losses.get(rate)
-        cell = ("diverged" if rate in losses else "") if loss is None else f"{loss:.4f}"
-        cells.append(f"**{cell}**" if rate == arm["best"] else cell)
+    for pair in tried:
+        loss = losses.get(pair)
+        cell = ("diverged" if pair in losses else "") if loss is None else f"{loss:.4f}"
+        cells.append(f"**{cell}**" if pair == best else cell)
     return cells
 
 
