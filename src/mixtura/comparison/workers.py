@@ -25,7 +25,7 @@ import torch
 
 from mixtura.comparison.plan import AnyRecipe, make_experiment
 from mixtura.comparison.runs import Job, run_or_mark
-from mixtura.config import UserError
+from mixtura.config import Interrupted, UserError
 from mixtura.config.threads import usable_cores
 from mixtura.results.document import RESULT
 from mixtura.training import ProgressReporter, SilentProgress, ranks
@@ -173,6 +173,8 @@ class _Reporter(SilentProgress):
 
 _EXPERIMENT: Experiment | None = None
 _REPORTER: _Reporter | None = None
+_STOPPED = False
+"""Whether a run was interrupted here: jobs that were handed over before that are then not begun."""
 
 
 def _begin(recipe: AnyRecipe, out: Path, threads: int, number: "Synchronized[int]", events: "Queue[Event]") -> None:
@@ -207,7 +209,14 @@ def _take_device(mine: int, environment: Any = os.environ) -> None:
 
 def _train(job: Job) -> str:
     """Trains one run; says how it ended."""
+    global _STOPPED
     assert _EXPERIMENT is not None and _REPORTER is not None, "the process has begun"
-    result = run_or_mark(_EXPERIMENT.arms[job.arm], job, _REPORTER)
+    if _STOPPED:
+        raise Interrupted(f"'{job.label}' was not begun.")
+    try:
+        result = run_or_mark(_EXPERIMENT.arms[job.arm], job, _REPORTER)
+    except Interrupted:
+        _STOPPED = True
+        raise
     ended = "diverged" if result.diverged else f"done in {result.train_seconds:,.0f} s"
     return "\n".join([f"{job.label}: {ended}", *_REPORTER.notes])
