@@ -237,7 +237,7 @@ TUNING: Mistakes = {
     "one class": (f"{CLASSES} one-class.jsonl", "label 'a' | two classes or more"),
     "a class for every text": (f"{CLASSES} own-class.jsonl", "60 different labels | --columns"),
     "three rows": (f"{CLASSES} three.jsonl", "No training example | more examples"),
-    "several labels a text": (f"{CLASSES} lists.jsonl", "60 no label"),
+    "several labels a text": (f"{CLASSES} lists.jsonl", "60 label is a list"),
     "one text, two labels": (f"{CLASSES} contradictory.jsonl", "60 contradictory labels"),
     "texts without words": (f"{CLASSES} no-texts.jsonl", "60 empty"),
     "more test than there is": (f"{CLASSES} reviews.jsonl --set data.test_examples=999", "test_examples 999"),
@@ -523,7 +523,8 @@ FILES: dict[str, str | bytes] = {
     "model.gguf": b"GGUF\x03\x00",
     "adapter/adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": "some/base"}',
     "classifier/classifier.json": "{}",
-    "translator/translation.json": '{"directions": ["en-de"], "prompt": "tags", "max_length": 16, "route_by": "token"}',
+    "translator/translation.json": '{"directions": ["en-de"], "prompt": "tags", "max_length": 16, "experts": null, '
+    '"experts_through": "task_ids"}',
     "unknown/config.json": '{"model_type": "nonesuch"}',
     "kindless/config.json": "{}",
     "list/config.json": "[1]",

@@ -145,7 +145,7 @@ def test_an_arm_without_a_width_costs_the_dense_arm(family: str) -> None:
         build_model_config(ModelConfig(), ArmConfig(family=name), **sizes)  # pyright: ignore[reportArgumentType]
         for name in ("dense", family)
     )
-    assert flops_ratio(mixture, baseline=dense, sequence_length=128) == pytest.approx(1.0, abs=1e-3)
+    assert flops_ratio(mixture, baseline=dense, sequence_length=128) == pytest.approx(1.0, abs=3e-3)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

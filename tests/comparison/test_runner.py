@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from fixtures.arms import arm_of
 from mixtura.comparison.plan import leak_warning
 from mixtura.comparison.runner import compare, planned_steps, train_arm
 from mixtura.config import Interrupted, UserError, load_recipe, recipe_from_dict, recipe_to_toml
@@ -260,7 +261,7 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_probed_and_warned_of(tiny_recipe, family):
     training_mode, deployed_mode, leaks, warning = FAMILIES[family]
-    mixture = {"family": family, "num_experts": 4, "group_size": 4}
+    mixture = arm_of(family, num_experts=4, group_size=4)
     recipe = tiny_recipe(arms={"dense": {"family": "dense"}, "arm": mixture})
     arm = Pretraining(recipe, prepare_data(recipe.data, cache_dir=None)).arms["arm"]
     before = arm.model_config.to_dict()

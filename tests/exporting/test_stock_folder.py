@@ -312,7 +312,7 @@ def _other_width(folder):
         (_no_weights, "no model.safetensors"),
         (_cut_weights, "is damaged"),
         (_missing_shard, "lacks its shard"),
-        (_shard_elsewhere, r"lacks its shard '\.\./model.safetensors'"),
+        (_shard_elsewhere, r"names '\.\./model.safetensors', which is no file beside it"),
         (_other_width, "missing or does not fit"),
     ],
 )

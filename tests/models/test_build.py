@@ -8,7 +8,7 @@ from mixtura.layers import DenseFFN, ExpertChoiceMoE, MixtureOfTokens, SoftMoE, 
 from mixtura.models.build import build_feed_forward, build_model_config, layer_families
 from mixtura.planning import flops_ratio
 
-MODEL = ModelConfig()
+MODEL = ModelConfig(intermediate_size=512, activation="relu", gated=False)
 
 
 def build(arm, model=MODEL, **more):
@@ -123,8 +123,8 @@ def test_every_setting_of_the_decoder_reaches_the_model():
         num_attention_heads=6,
         num_key_value_heads=2,
         intermediate_size=200,
-        activation="silu",
-        gated=True,
+        activation="gelu",
+        gated=False,
         tie_word_embeddings=False,
         initializer_range=0.05,
     )

@@ -94,9 +94,9 @@ def test_flops_that_differ_are_not_said_to_be_equal(build, checkpoints, tmp_path
 
 
 def test_training_settings_are_the_recipes(build):
-    settings = {"router_z_loss_coef": 0.5, "population_rate": 0.1, "zero_fill": 0.5}
+    settings = {"population_rate": 0.1, "zero_fill": 0.5}
     config = make_pretraining(build("mot", arm=settings), cache_dir=None).arms["mot"].model_config
-    assert (config.router_z_loss_coef, config.population_rate, config.zero_fill) == (0.5, 0.1, 0.5)
+    assert (config.population_rate, config.zero_fill) == (0.1, 0.5)
     assert config.population
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fixtures.arms import arm_of
 from mixtura.comparison.plan import leak_warning
 from mixtura.config.families import FAMILIES
 from mixtura.data.prepare import prepare_data
@@ -16,7 +17,7 @@ def build(tiny_recipe):
     """Makes the arms of a recipe with a dense baseline and one arm of each family asked for."""
 
     def build(*families, **settings):
-        mixtures = {family: {"family": family, "num_experts": 4, "group_size": 4, **settings} for family in families}
+        mixtures = {family: arm_of(family, num_experts=4, group_size=4, **settings) for family in families}
         recipe = tiny_recipe(arms={"dense": {"family": "dense"}} | mixtures)
         return Pretraining(recipe, prepare_data(recipe.data, cache_dir=None)).arms
 

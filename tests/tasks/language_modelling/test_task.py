@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from fixtures.arms import arm_of
 from mixtura.config.families import FAMILIES
 from mixtura.data.prepare import prepare_data
 from mixtura.tasks.language_modelling.experiment import Pretraining
@@ -14,7 +15,7 @@ from mixtura.tasks.language_modelling.task import NEW_TOKENS, continue_held_out
 @pytest.fixture
 def arms_and_data(tiny_recipe):
     mixtures = {
-        family: {"family": family, "num_experts": 4, "group_size": 4} for family in FAMILIES if family != "dense"
+        family: arm_of(family, num_experts=4, group_size=4) for family in FAMILIES if family != "dense"
     }
     recipe = tiny_recipe(arms={"dense": {"family": "dense"}} | mixtures)
     data = prepare_data(recipe.data, cache_dir=None)

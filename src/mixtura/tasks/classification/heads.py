@@ -126,7 +126,13 @@ def pool(x_BLD: Tensor, mask_BL: Tensor, pooling: str) -> Tensor:
 
 def mixture_config(arm: ArmConfig, hidden_size: int) -> MixtureConfig:
     """Sizes of a head's feed-forward layer; one without a width costs what a dense layer of width D does."""
-    sizes = ModelConfig(hidden_size=hidden_size, intermediate_size=hidden_size, num_hidden_layers=1)
+    sizes = ModelConfig(
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size,
+        num_hidden_layers=1,
+        activation="relu",
+        gated=False,
+    )
     return build_model_config(sizes, arm, vocab_size=1, max_position_embeddings=1)
 
 

@@ -76,7 +76,11 @@ def continued_arm(recipe: Recipe, name: str, *, vocab_size: int) -> tuple[ArmCon
     for key in TRAINED_KEYS:
         setattr(config, key, getattr(arm, key))
     config.population = config.population or arm.population_rate > 0
-    decided = {each.name: getattr(config, field) for each, field in model_settings() if each.name in SHAPE_KEYS}
+    decided = {
+        each.name: getattr(config, field)
+        for each, field in model_settings()
+        if each.name in SHAPE_KEYS and has_setting(arm.family, each.name)
+    }
     filled = dataclasses.replace(arm, **decided)
     if vocab_size > config.vocab_size:
         raise UserError(
