@@ -147,8 +147,11 @@ def test_the_logits_are_never_held(monkeypatch):
     monkeypatch.setattr(head_loss, "ROWS_BYTES_ON_CPU", 4 * 16 * vocabulary)
     logits = 4 * rows * vocabulary
     peak = measure_peak_memory(lambda: head_loss.head_loss(hidden_BLD, weight_VD, labels_BL).backward())
-    assert peak < 0.3 * logits < 2.5 * logits < measure_peak_memory(
-        lambda: plain(hidden_BLD, weight_VD, labels_BL).backward()
+    assert (
+        peak
+        < 0.3 * logits
+        < 2.5 * logits
+        < measure_peak_memory(lambda: plain(hidden_BLD, weight_VD, labels_BL).backward())
     )
 
 
