@@ -16,27 +16,35 @@ from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mixtura.kernels.expert_weights import at_autocast_dtype
-from mixtura.planning.training_step import LARGE_LOGITS, ROWS_BYTES
 
 IGNORED = -100
+LARGE_LOGITS = 64 << 20
+"""Bytes of float32 logits from which training never holds them all: head and loss then take some rows at a time."""
 ROWS_BYTES_ON_CPU = LARGE_LOGITS // 2
+"""Bytes of the logits of these rows."""
+ROWS_BYTES = 4 * LARGE_LOGITS
+"""The same on an accelerator, which waits for memory where rows are few."""
 
 
 def logits_and_loss(
     model: Any, hidden_BLD: Tensor, labels_BL: Tensor | None, *, skip_logits: bool, **kwargs: Any
-) -> tuple[Tensor | None, Tensor | None]:
-    """The logits (B, L, V) of a language model, unless they may be skipped, and its loss if there are labels.
+) -> tuple[Any, Any]:
+    """The logits (B, L, V) of a language model, None if they are skipped, and its loss, None without
+    labels.
 
     `skip_logits` is the name that transformers' Trainer uses for a caller who wants the loss alone. Without labels the
     logits are all there is to give. `kwargs` are for the loss.
     """
-    skip, vocab_size = skip_logits and labels_BL is not None, model.config.vocab_size
+    vocab_size = model.config.vocab_size
+    if labels_BL is None:
+        return model.lm_head(hidden_BLD), None
     # Small logits are computed as ever, so that the numbers of small models stay the same to the last bit.
-    if skip and large(hidden_BLD.shape[:-1].numel(), vocab_size) and _is_plain(model.lm_head, model.loss_function):
+    long = skip_logits and large(hidden_BLD.shape[:-1].numel(), vocab_size)
+    if long and _is_plain(model.lm_head, model.loss_function):
         return None, head_loss(hidden_BLD, model.lm_head.weight, labels_BL, **kwargs)
     logits_BLV = model.lm_head(hidden_BLD)
-    loss = None if labels_BL is None else model.loss_function(logits_BLV, labels_BL, vocab_size, **kwargs)
-    return None if skip else logits_BLV, loss
+    loss = model.loss_function(logits_BLV, labels_BL, vocab_size, **kwargs)
+    return None if skip_logits else logits_BLV, loss
 
 
 def _is_plain(head: nn.Module, loss_function: Any) -> bool:
@@ -54,7 +62,7 @@ def large(rows: int, vocab_size: int) -> bool:
 def head_loss(
     hidden_BLD: Tensor,
     weight_VD: Tensor,
-    labels_BL: Tensor | None,
+    labels_BL: Tensor,
     *,
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = IGNORED,
@@ -73,7 +81,6 @@ def head_loss(
         **_: what else a trainer gives a loss function.
     """
     if shift_labels is None:
-        assert labels_BL is not None
         shift_labels = F.pad(labels_BL, (0, 1), value=ignore_index)[..., 1:]
     label_T = shift_labels.reshape(-1).to(hidden_BLD.device)
     hidden_TD, weight_VD = at_autocast_dtype(hidden_BLD.flatten(0, -2), weight_VD)
@@ -83,9 +90,8 @@ def head_loss(
     summed = cast(Tensor, _SummedLoss.apply(hidden_TD, weight_VD, label_T, ignore_index, rows, want_gradients))
     if num_items_in_batch is None:
         return summed / label_T.ne(ignore_index).sum()
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(summed.device)
-    return summed / num_items_in_batch
+    divisor = num_items_in_batch.to(summed.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+    return summed / divisor
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -133,7 +139,9 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         (grad,) = grads
         own = [

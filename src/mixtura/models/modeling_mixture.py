@@ -311,7 +311,7 @@ class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         hidden_states = hidden_states if isinstance(keep, int) else hidden_states[:, keep]
         logits, language_loss = logits_and_loss(self, hidden_states, labels, skip_logits=skip_logits, **kwargs)
-        loss: Any = language_loss
+        loss = language_loss
         losses = self.router_losses(outputs.routing)
         if labels is not None:
             shifted = kwargs.get("shift_labels")
@@ -321,7 +321,7 @@ class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):
         return MixtureCausalLMOutput(
             loss=loss,
             aux_loss=losses[0],
-            logits=logits,  # pyright: ignore[reportArgumentType]
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -10,8 +10,8 @@ experts, S mixtures, G the group:
 - token choice and its kin: K * H, the first projection of every row, and a few numbers an expert and choice;
 - mixing: rows_per_token * (H + 2D), mixtures and their outputs beside the first projection, and S weights.
 
-The loss needs three tensors of the size of the logits at once: log-probabilities and two gradients. Where logits are
-large these are of some rows only, and the gradient of the head is there from the start.
+The loss needs three tensors of the size of the logits at once: log-probabilities and two gradients. Training needs less
+where they are large (`mixtura.models.head_loss`); others' runs, with which the plans are compared, mostly do not.
 
 The seconds are a model of a machine, not a measurement. The efficiencies below are assumptions that were held against
 published runs, see docs/planning.md. A device computes, moves what it computes through its memory and exchanges with
@@ -40,10 +40,6 @@ from mixtura.planning.shapes import FeedForwardShape, ModelShape, attention_widt
 _MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "adafactor": 0.1}
 """What an optimizer keeps of one parameter; Adafactor's is a row and a column of each matrix."""
 LOGIT_COPIES = 3
-LARGE_LOGITS = 64 << 20
-"""Bytes of float32 logits from which training never holds them all: head and loss then take some rows at a time."""
-ROWS_BYTES = 4 * LARGE_LOGITS
-"""Bytes of the float32 logits of these rows on an accelerator, which waits for memory where rows are few."""
 _WORKSPACE = 1.3
 """What the backward pass of one layer takes, as a multiple of what its forward pass has kept."""
 
@@ -144,7 +140,7 @@ def step_memory(
     workspace = _WORKSPACE * max(each.values())
     kept = inputs or sum(count * each[layer] for layer, count in sizes.layers.items())
     head = (12 + width) * shape.hidden_size * tokens
-    logits = _logits(shape, tokens, width=width)
+    logits = LOGIT_COPIES * 4 * shape.vocab_size * tokens + (width if width < 4 else 0) * shape.vocab_size * tokens
     gradients, gathered = 4 * held, 0.0
     if division.shards > 1:
         gathered = 2 * (width + 4) * _largest_layer(sizes, division)
@@ -168,15 +164,6 @@ def step_memory(
         logits=logits * share,
         exchanged=_exchanged(sizes, division, tokens, width),
     )
-
-
-def _logits(shape: ModelShape, tokens: int, *, width: int) -> float:
-    """Bytes that head and loss take; `width` is that of a product's numbers."""
-    copies = LOGIT_COPIES * 4 + (width if width < 4 else 0)
-    if 4 * shape.vocab_size * tokens <= LARGE_LOGITS:
-        return copies * shape.vocab_size * tokens
-    rows = min(tokens, max(1, ROWS_BYTES // (4 * shape.vocab_size)))
-    return shape.vocab_size * (copies * rows + (4 + width) * shape.hidden_size)
 
 
 def _layer_activations(shape: ModelShape, layer: FeedForwardShape, division: Division, *, width: int) -> float:
