@@ -48,8 +48,8 @@ coverage: $(READY_DEV)  ## run the tests of the layers and kernels, and name the
 test-gpu: $(READY_DEV)  ## run the tests that need an accelerator
 	@$(BIN)/python -m pytest -q -m gpu || { test $$? -eq 5 && echo 'No test asks for an accelerator.'; }
 
-test-triton: $(READY_DEV) $(TRITON)  ## run the tests of the Triton kernels in its interpreter, without a GPU; fetches 1 GB
-	@PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/kernels/test_triton.py tests/layers/test_triton_layers.py tests/models/test_on_cuda.py
+test-triton: $(READY_DEV) $(TRITON)  ## run and compile the Triton kernels without a GPU; fetches 1 GB
+	@PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m 'not gpu and not network' tests/kernels/test_triton.py tests/kernels/test_triton_compiles.py tests/layers/test_triton_layers.py tests/models/test_on_cuda.py
 
 test-clients: $(READY_DEV) $(CLIENTS)  ## run transformers' own tests of models, and those with TRL, lm-eval and trackers; fetches 400 MB
 	@PYTHONPATH=$(CLIENTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/clients/test_training_clients.py tests/clients/test_evaluation_clients.py

@@ -13,11 +13,13 @@ import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from mixtura.benchmarks.decoding_bound import FORMS, VOCABULARY, Form, bound
 from mixtura.benchmarks.measure import alternating, store_record
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 
@@ -28,33 +30,28 @@ PROMPT = 8
 def models(options: argparse.Namespace) -> dict[str, MixtureForCausalLM]:
     """One model for each form; the modes of mixture of tokens share one set of sizes."""
 
-    def build(family: str, width: int, **settings: object) -> MixtureForCausalLM:
+    def build(form: Form) -> MixtureForCausalLM:
         torch.manual_seed(0)
+        settings: dict[str, Any] = {"num_experts_per_tok": form.top_k} if form.family == "token_choice" else {}
+        if form.family == "mixture_of_tokens":
+            settings["alone_top_k"] = form.top_k
+        if form.population:
+            settings |= {"inference_mode": "population", "population": True}
         config = MixtureConfig(
-            vocab_size=2048,
+            vocab_size=VOCABULARY,
             hidden_size=options.hidden,
             intermediate_size=4 * options.hidden,
-            moe_intermediate_size=width,
+            moe_intermediate_size=form.width * options.hidden,
             num_hidden_layers=options.layers,
             num_attention_heads=options.hidden // 32,
-            mlp_layer_types=[family] * options.layers,
+            mlp_layer_types=[form.family] * options.layers,
             num_experts=options.experts,
             group_size=options.experts,
-            **settings,  # pyright: ignore[reportArgumentType]
+            **settings,
         )
         return MixtureForCausalLM(config).eval()
 
-    whole, half = 4 * options.hidden, 2 * options.hidden
-    population = {"inference_mode": "population", "population": True}
-    return {
-        "dense": build("dense", whole),
-        "token choice, top 1": build("token_choice", whole, num_experts_per_tok=1),
-        "token choice, top 2": build("token_choice", half, num_experts_per_tok=2),
-        "MoT alone, top 1": build("mixture_of_tokens", whole, alone_top_k=1),
-        "MoT alone, top 2": build("mixture_of_tokens", half, alone_top_k=2),
-        "MoT alone, all": build("mixture_of_tokens", half, alone_top_k=None),
-        "MoT population, top 2": build("mixture_of_tokens", half, alone_top_k=2, **population),
-    }
+    return {name: build(form) for name, form in FORMS.items()}
 
 
 def step(model: MixtureForCausalLM, batch: int) -> Callable[[], None]:
@@ -118,9 +115,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     table = Table(title=f"Decoding, hidden {options.hidden}, {options.layers} layers, {options.experts} experts")
-    columns = ("batch", "form", "layer, us", "layer, x dense", "tokens/s", "model, x dense", "MB of weights")
+    columns = ("batch", "form", "layer, us", "layer, x dense", "tokens/s", "model, x dense", "bound", "MB of weights")
     for column in columns:
         table.add_column(column, justify="left" if column == "form" else "right")
+    sizes = {key: getattr(options, key) for key in ("hidden", "layers", "experts")}
     rows = [row for batch in options.batch for row in rows_of(options, batch)]
     for row in rows:
         us, layer, speed, model, size = (row[key] for key in list(row)[2:])
@@ -131,6 +129,7 @@ def main() -> None:
             f"{layer:.2f}",
             f"{speed:.0f}",
             f"{model:.2f}",
+            f"{bound(str(row['form']), batch=int(str(row['batch'])), **sizes):.2f}",
             f"{size:.1f}",
         )
     Console(width=120).print(table)

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mixtura.benchmarks.decoding_bound import bound
 from mixtura.planning.evidence import Evidence, fit_law, held_out_forecasts, load_evidence, noise_of
 from mixtura.report.significance import paired_difference
 from mixtura.results.conclusions import Difference
@@ -152,18 +153,23 @@ def decoding() -> str:
         "`benchmarks/results/decode-*.json`",
         "Whole models with a cache and random weights, at equal active width; medians of alternating rounds. *Speed* "
         "is tokens per second relative to the dense model, prompt and sampling included. *Layer* is the time of one "
-        "feed-forward layer for one token of each sequence, with its weights in cache. "
+        "feed-forward layer for one token of each sequence, with its weights in cache. *Bound* is the speed of a "
+        "mixture if steps waited for weights alone: bytes that a dense step reads over those of the mixture, attention "
+        "and head included. A batch of B sequences that choose K of E experts evenly runs E (1 - (1 - K/E)^B) of them. "
+        "Speed is above the bound where a step also computes, and waits for Python. "
         "[Deploying mixture of tokens](../deploying-mot.md#speed) says what follows.",
     )
-    head = ["batch", "form", "speed, dense 1", "tokens/s", "layer, microseconds", "model, MB"]
+    head = ["batch", "form", "speed, dense 1", "bound", "tokens/s", "layer, microseconds", "model, MB"]
     for name, record in sorted(_records("decode-*.json"), key=lambda item: item[1]["settings"]["hidden"]):
         settings = record["settings"]
+        sizes = {key: settings[key] for key in ("hidden", "layers", "experts")}
         text += f"## {settings['hidden']} hidden, {settings['layers']} layers, {settings['experts']} experts\n\n"
         rows = (
             [
                 str(row["batch"]),
                 row["form"],
                 f"{row['model_ratio']:.2f}",
+                f"{bound(row['form'], batch=row['batch'], **sizes):.2f}",
                 f"{row['tokens_per_second']:,.0f}",
                 f"{row['layer_microseconds']:,.0f}",
                 f"{row['megabytes']:,.0f}",

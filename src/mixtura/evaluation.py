@@ -22,7 +22,9 @@ from mixtura.config import DataConfig, UserError
 from mixtura.config.families import FAMILIES, facts_of, never_served
 from mixtura.data.packing import PackedTokens, pack
 from mixtura.data.sources import read_documents
+from mixtura.models.head_loss import large
 from mixtura.models.loading import load_model
+from mixtura.models.modeling_mixture import MixtureForCausalLM
 
 
 @dataclass(frozen=True)
@@ -178,12 +180,16 @@ def _mean_loss(model: PreTrainedModel, packed: PackedTokens, *, num_sequences: i
     for start in range(0, num_sequences, batch_size):
         rows = packed.sequences_NL[start : min(start + batch_size, num_sequences)]
         ids_BL = torch.from_numpy(rows.astype("int64")).to(model.device)
-        total = total.to(model.device) + _summed_loss(model(input_ids=ids_BL, use_cache=False).logits, ids_BL)
+        total = total.to(model.device) + _summed_loss(model, ids_BL)
     return total.item() / (num_sequences * (packed.sequence_length - 1))
 
 
-def _summed_loss(logits_BLV: Tensor, ids_BL: Tensor) -> Tensor:
+def _summed_loss(model: Any, ids_BL: Tensor) -> Tensor:
     """Sum over all predicted tokens, in float64 so that the order of batches does not show."""
+    if isinstance(model, MixtureForCausalLM) and large(ids_BL.numel(), model.config.vocab_size):
+        wanted = {"labels": ids_BL, "num_items_in_batch": 1, "skip_logits": True}
+        return model(input_ids=ids_BL, use_cache=False, **wanted).language_loss.double()
+    logits_BLV = model(input_ids=ids_BL, use_cache=False).logits
     return cross_entropy(logits_BLV[:, :-1].flatten(0, 1).float(), ids_BL[:, 1:].flatten(), reduction="sum").double()
 
 

@@ -1,4 +1,6 @@
-"""Training steps of every family as they run on a GPU, traced without one: nothing may make the host wait for it."""
+"""Training and decoding steps of every family as they run on a GPU, traced without one: nothing may make the host wait
+for it.
+"""
 
 import json
 import os
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from fixtures.trace_on_cuda import CASES, LENGTH, config_of
+from mixtura.config.families import never_served
 from mixtura.models import MixtureForCausalLM
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -25,6 +28,7 @@ WAITS = {
 """What cannot be helped, by case: the host asks once a layer and pass."""
 IN_FLOAT32 = "the host waits for aten._local_scalar_dense.default"
 """In float32 torch has no grouped product that runs without the rows of every expert on the host."""
+SERVED = [case for case, (family, _) in CASES.items() if not never_served([family])]
 MIXED_OR_DENSE = ("dense", "dense, gated", "layer mix", "soft", "mixture of tokens")
 
 
@@ -55,6 +59,14 @@ def test_a_step_in_bfloat16_never_waits_for_the_device(traced, case):
 def test_a_step_in_float32_waits_only_where_experts_have_rows_to_count(traced, case):
     runs_rows = not case.startswith(MIXED_OR_DENSE) or case.endswith("alone")
     assert traced[f"{case}, float32"]["error"] == (WAITS.get(case, IN_FLOAT32) if runs_rows else None)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("case", SERVED)
+def test_a_decoding_step_can_be_captured_as_a_cuda_graph(traced, case, dtype):
+    """No number is asked for on the host, and no shape depends on data: a graph can do neither."""
+    waits = WAITS | ({"token choice, capacity": IN_FLOAT32} if dtype == "float32" else {})
+    assert traced[f"{case}, {dtype}, decoding"]["error"] == waits.get(case)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith(("token choice", "expert choice"))])

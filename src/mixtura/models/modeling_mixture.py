@@ -30,6 +30,7 @@ from mixtura.models.decoder_layer import (
     joined_stats,
     make_room_for_memory,
 )
+from mixtura.models.head_loss import logits_and_loss
 from mixtura.models.inference import real_tokens, shares_alone
 from mixtura.models.router_losses import (
     MixtureCausalLMOutput,
@@ -273,6 +274,7 @@ class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         output_routing: bool = False,
         expert_ids: Tensor | None = None,
         **kwargs: Any,
@@ -288,6 +290,7 @@ class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):
             labels: token ids to predict, not shifted; -100 is ignored.
             use_cache: return a cache.
             logits_to_keep: how many last positions get logits; 0 is all.
+            skip_logits: return no logits beside the loss, so that large ones are never held.
             output_routing: return the routing statistics of every layer.
             expert_ids: (B,) experts of the examples, for a model that routes by language or pair (`route_by`).
             **kwargs: passed to attention and to the loss (`num_items_in_batch`).
@@ -306,12 +309,11 @@ class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         hidden_states = outputs.last_hidden_state
-        logits = self.lm_head(hidden_states if isinstance(keep, int) else hidden_states[:, keep])
-        loss: Tensor | None = None
-        language_loss: Any = None
+        hidden_states = hidden_states if isinstance(keep, int) else hidden_states[:, keep]
+        logits, language_loss = logits_and_loss(self, hidden_states, labels, skip_logits=skip_logits, **kwargs)
+        loss = language_loss
         losses = self.router_losses(outputs.routing)
         if labels is not None:
-            language_loss = loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
             shifted = kwargs.get("shift_labels")
             share = share_of_step(labels[..., 1:] if shifted is None else shifted, kwargs.get("num_items_in_batch"))
             added = weighted_router_losses(self.router_loss_weights(), losses, share=share) if self.training else None

@@ -10,7 +10,8 @@ experts, S mixtures, G the group:
 - token choice and its kin: K * H, the first projection of every row, and a few numbers an expert and choice;
 - mixing: rows_per_token * (H + 2D), mixtures and their outputs beside the first projection, and S weights.
 
-The loss needs three tensors of the size of the logits at once: log-probabilities and two gradients.
+The loss needs three tensors of the size of the logits at once: log-probabilities and two gradients. Training needs less
+where they are large (`mixtura.models.head_loss`); others' runs, with which the plans are compared, mostly do not.
 
 The seconds are a model of a machine, not a measurement. The efficiencies below are assumptions that were held against
 published runs, see docs/planning.md. A device computes, moves what it computes through its memory and exchanges with

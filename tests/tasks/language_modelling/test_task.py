@@ -14,9 +14,7 @@ from mixtura.tasks.language_modelling.task import NEW_TOKENS, continue_held_out
 
 @pytest.fixture
 def arms_and_data(tiny_recipe):
-    mixtures = {
-        family: arm_of(family, num_experts=4, group_size=4) for family in FAMILIES if family != "dense"
-    }
+    mixtures = {family: arm_of(family, num_experts=4, group_size=4) for family in FAMILIES if family != "dense"}
     recipe = tiny_recipe(arms={"dense": {"family": "dense"}} | mixtures)
     data = prepare_data(recipe.data, cache_dir=None)
     return Pretraining(recipe, data).arms, data

@@ -121,7 +121,14 @@ class Scale(NamedTuple):
 
 
 FULL = Scale(
-    ModelConfig(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024, activation="relu", gated=False),
+    ModelConfig(
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=1024,
+        activation="relu",
+        gated=False,
+    ),
     experts=32,
     batch=64,
     most_steps=1 << 20,
@@ -129,7 +136,9 @@ FULL = Scale(
     held_out=256,
 )
 TINY = Scale(
-    ModelConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64, activation="relu", gated=False),
+    ModelConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64, activation="relu", gated=False
+    ),
     experts=4,
     batch=8,
     most_steps=24,

@@ -126,7 +126,8 @@ class LanguageModelling(TrainingTask):
     def losses(self, model: Any, batch: Batch, *, num_targets: Tensor | int) -> StepLosses:
         """The language loss without, and beside it, the router losses."""
         # A cache would copy the keys and values of every layer, and keep them.
-        outputs = model(**batch, use_cache=False, output_routing=True, num_items_in_batch=num_targets)
+        wanted: Batch = {"use_cache": False, "output_routing": True, "skip_logits": True}
+        outputs = model(**batch, **wanted, num_items_in_batch=num_targets)
         return StepLosses(outputs.language_loss, outputs.aux_loss, outputs.z_loss, outputs.routing)
 
     def evaluate(self, model: Any, *, final: bool) -> dict[str, dict[str, float]]:

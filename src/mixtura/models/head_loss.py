@@ -1,0 +1,152 @@
+"""The loss of a language model without its logits: the head and the cross-entropy a few rows at a time.
+
+The logits of a batch are often the largest tensor of a training step, and cross-entropy keeps three of that size. Here
+the gradients are formed in the forward pass, from the logits of some rows that are then dropped, so that no product is
+computed twice and the backward pass only has to scale them.
+
+Shapes: B batch, L length, T rows, D hidden, V vocabulary.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from mixtura.kernels.expert_weights import at_autocast_dtype
+
+IGNORED = -100
+LARGE_LOGITS = 64 << 20
+"""Bytes of float32 logits from which training never holds them all: head and loss then take some rows at a time."""
+ROWS_BYTES_ON_CPU = LARGE_LOGITS // 2
+"""Bytes of the logits of these rows."""
+ROWS_BYTES = 4 * LARGE_LOGITS
+"""The same on an accelerator, which waits for memory where rows are few."""
+
+
+def logits_and_loss(
+    model: Any, hidden_BLD: Tensor, labels_BL: Tensor | None, *, skip_logits: bool, **kwargs: Any
+) -> tuple[Any, Any]:
+    """The logits (B, L, V) of a language model, None if they are skipped, and its loss, None without
+    labels.
+
+    `skip_logits` is the name that transformers' Trainer uses for a caller who wants the loss alone. Without labels the
+    logits are all there is to give. `kwargs` are for the loss.
+    """
+    vocab_size = model.config.vocab_size
+    if labels_BL is None:
+        return model.lm_head(hidden_BLD), None
+    # Small logits are computed as ever, so that the numbers of small models stay the same to the last bit.
+    long = skip_logits and large(hidden_BLD.shape[:-1].numel(), vocab_size)
+    if long and _is_plain(model.lm_head, model.loss_function):
+        return None, head_loss(hidden_BLD, model.lm_head.weight, labels_BL, **kwargs)
+    logits_BLV = model.lm_head(hidden_BLD)
+    loss = model.loss_function(logits_BLV, labels_BL, vocab_size, **kwargs)
+    return None if skip_logits else logits_BLV, loss
+
+
+def _is_plain(head: nn.Module, loss_function: Any) -> bool:
+    """Whether nothing has changed the head (an adapter, offloading, a device mesh) nor, like a user, the loss."""
+    plain = type(head) is nn.Linear and type(head.weight) in (Tensor, nn.Parameter) and head.bias is None
+    hooked = bool(head._forward_hooks or head._forward_pre_hooks or head._backward_hooks) or "forward" in vars(head)
+    return plain and not hooked and loss_function is ForCausalLMLoss
+
+
+def large(rows: int, vocab_size: int) -> bool:
+    """Whether the logits of so many rows are too large to hold."""
+    return 4 * rows * vocab_size > LARGE_LOGITS
+
+
+def head_loss(
+    hidden_BLD: Tensor,
+    weight_VD: Tensor,
+    labels_BL: Tensor,
+    *,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = IGNORED,
+    shift_labels: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """What transformers' loss of causal language models gives for the logits `hidden @ weight.T`, without these.
+
+    Args:
+        hidden_BLD: normed hidden states.
+        weight_VD: of the head.
+        labels_BL: token ids, not shifted.
+        num_items_in_batch: the loss is the sum over targets divided by this; None is their mean.
+        ignore_index: the label of rows that predict nothing.
+        shift_labels: labels that are shifted already, in place of `labels_BL`.
+        **_: what else a trainer gives a loss function.
+    """
+    if shift_labels is None:
+        shift_labels = F.pad(labels_BL, (0, 1), value=ignore_index)[..., 1:]
+    label_T = shift_labels.reshape(-1).to(hidden_BLD.device)
+    hidden_TD, weight_VD = at_autocast_dtype(hidden_BLD.flatten(0, -2), weight_VD)
+    at_once = ROWS_BYTES_ON_CPU if hidden_TD.device.type == "cpu" else ROWS_BYTES
+    rows = max(1, at_once // (4 * len(weight_VD)))
+    want_gradients = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+    summed = cast(Tensor, _SummedLoss.apply(hidden_TD, weight_VD, label_T, ignore_index, rows, want_gradients))
+    if num_items_in_batch is None:
+        return summed / label_T.ne(ignore_index).sum()
+    divisor = num_items_in_batch.to(summed.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+    return summed / divisor
+
+
+class _SummedLoss(torch.autograd.Function):
+    """The sum of the cross-entropies of all rows, in float32 or, for float64, in that."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        label_T: Tensor,
+        ignore_index: int,
+        rows: int,
+        want_gradients: bool,
+    ) -> Tensor:
+        wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden_TD.device)
+        real_T1 = label_T.ne(ignore_index)[:, None]
+        # Labels that are ignored may be no index at all.
+        place_T1 = label_T[:, None].masked_fill(~real_T1, 0)
+        grad_hidden_TD = grad_weight_VD = None
+        if want_gradients:
+            grad_hidden_TD = torch.empty_like(hidden_TD)
+            grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide)
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            for start in range(0, len(hidden_TD), rows):
+                part = slice(start, start + rows)
+                hidden_RD, real_R1, place_R1 = hidden_TD[part], real_T1[part], place_T1[part]
+                scores_RV = F.log_softmax(hidden_RD @ weight_VD.T, dim=-1, dtype=wide)
+                total -= scores_RV.gather(1, place_R1).masked_fill(~real_R1, 0.0).sum()
+                if grad_hidden_TD is None or grad_weight_VD is None:
+                    continue
+                ones_R1 = torch.ones_like(place_R1, dtype=wide)
+                grad_RV = scores_RV.exp_().scatter_add_(1, place_R1, -ones_R1).to(hidden_RD.dtype)
+                # Rows that are ignored are cleared where they are narrow.
+                grad_hidden_TD[part] = (grad_RV @ weight_VD) * real_R1
+                product = grad_RV.T, hidden_RD * real_R1
+                if wide == hidden_RD.dtype:
+                    grad_weight_VD.addmm_(*product)
+                else:
+                    grad_weight_VD += product[0] @ product[1]
+        if want_gradients:
+            ctx.save_for_backward(grad_hidden_TD, grad_weight_VD.to(weight_VD.dtype))  # pyright: ignore
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
+        (grad,) = grads
+        own = [
+            # In float32, since the factor, one over the targets of a step, is small for 16 bits.
+            (value * grad).to(value.dtype) if needed else None
+            for value, needed in zip((grad_hidden_TD, grad_weight_VD), ctx.needs_input_grad[:2], strict=True)
+        ]
+        return (*own, None, None, None, None)
