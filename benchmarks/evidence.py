@@ -102,16 +102,18 @@ def draw(evidence: Evidence, *, width: int) -> Figure:
         - published_loss(active_parameters=size, tokens=d, experts=1)
         for d in line
     ]
-    axes.plot(line, published, ":", color=SOFT, linewidth=1.4, label="published joint law, top 1 of 16")
     measured = [end for arm in arms for end in _differences(evidence, arm, width).values()]
-    low, high = min(each.mean for each in measured), max(each.mean for each in measured)
-    axes.set_ylim(min(low, 0) - 0.05, max(high, 0) + 0.05)  # the published law lies far outside at first
+    bottom = min(0.0, *(each.mean if each.low is None else each.low for each in measured)) - 0.02
+    top = max(0.0, *(each.mean if each.high is None else each.high for each in measured)) + 0.02
+    axes.set_ylim(bottom, top)
+    if min(published) < top:  # for budgets this small it lies far above
+        axes.plot(line, published, ":", color=SOFT, linewidth=1.4, label="published joint law, top 1 of 16")
     axes.set(xscale="log", xlabel="Training tokens", ylabel="Held-out nats minus dense, as deployed")
     axes.set_title(f"Below zero is better than dense (width {width}, equal FLOPs a token)", loc="left", fontsize=11)
     axes.grid(True, color="#e3e6ea", linewidth=0.7)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.legend(fontsize=8.5, frameon=False)
+    axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
