@@ -110,6 +110,7 @@ def test_routing_by_target_counts_target_languages():
         ({"tune": "adapter"}, "add an adapter section"),
         ({"adapter": {"rank": 4}}, "set tune to 'adapter'"),
         ({"head": {"per_token": True}}, "use 'layer_mix'"),
+        ({"tune": "full", "head": {"kind": "best_layer"}}, "set tune to 'frozen'"),
         ({"tune": "adapter", "adapter": {"rank": 4, "method": "mixture_of_lora", "top_k": 1}}, "never learn"),
         ({"tune": "adapter", "adapter": {"rank": 4, "method": "mixture_of_lora", "top_k": 9}}, "lower it"),
         ({"tune": "adapter", "adapter": {"rank": 4, "method": "mixture_of_tokens", "group_size": 3}}, "no multiple"),

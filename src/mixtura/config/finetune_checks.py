@@ -208,6 +208,11 @@ def _check_classification_arm(where: str, arm: ClassificationArmConfig, recipe: 
         raise UserError(f"'{where}.tune' is '{arm.tune}' and it has {_has(arm.adapter)}: {fix}.")
     if arm.head.per_token and arm.head.kind != "layer_mix":
         raise UserError(f"'{where}.head.per_token' weighs layers, but the head is '{arm.head.kind}': use 'layer_mix'.")
+    if arm.head.kind == "best_layer" and arm.tune != "frozen":
+        raise UserError(
+            f"'{where}.head.kind' is 'best_layer', which is chosen on a frozen model, but 'tune' is '{arm.tune}': set "
+            "tune to 'frozen', or use last_layer or layer_mix."
+        )
     _check_adapter(f"{where}.adapter", arm.adapter, recipe.training.batch_size)
     if arm.head.feed_forward is not None:
         sizes = {"training.batch_size": recipe.training.batch_size}

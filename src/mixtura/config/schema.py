@@ -141,7 +141,7 @@ class Recipe:
 Task = Literal["translation", "classification", "chat"]
 AdapterMethod = Literal["lora", "mixture_of_lora", "mixture_of_tokens", "expert_specialized"]
 AdapterRouter = Literal["top_k", "dense", "threshold", "task"]
-HeadKind = Literal["last_layer", "layer_mix"]
+HeadKind = Literal["last_layer", "best_layer", "layer_mix"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,10 +198,11 @@ class HeadConfig:
     """What a classifier puts on the hidden states."""
 
     kind: HeadKind = "last_layer"
+    """Which layers it reads: the last, the one of a frozen base that is best on validation texts, or a blend of all."""
     per_token: bool = False
     """Layer mix: let the weights of the layers depend on the token."""
-    pooling: Literal["mean", "first", "last"] = "mean"
-    """How tokens become one vector: their mean, the first token, or the last real one."""
+    pooling: Literal["mean", "first", "last", "attention"] = "mean"
+    """How tokens become one vector: their mean, the first, the last real one, or a mean with learned weights."""
     normalization: Literal["layer_norm", "none"] = "layer_norm"
     """Of every token's state in every layer, before pooling: a layer norm without parameters, or none."""
     feed_forward: ArmConfig | None = None

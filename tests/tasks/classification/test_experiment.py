@@ -21,6 +21,7 @@ from mixtura.config import (
 )
 from mixtura.models import MixtureForCausalLM
 from mixtura.results import Leaks
+from mixtura.tasks.classification.best_layer import BestLayer
 from mixtura.tasks.classification.classifier import classify, evaluating, load_classifier
 from mixtura.tasks.classification.experiment import make_classification
 from mixtura.tasks.classification.features import FeatureExamples, TokenExamples
@@ -34,6 +35,9 @@ ARMS = {
     "last_layer": ClassificationArmConfig(),
     "layer_mix": ClassificationArmConfig(head=MIX),
     "by_token": ClassificationArmConfig(head=HeadConfig(kind="layer_mix", per_token=True)),
+    "best_layer": ClassificationArmConfig(head=HeadConfig(kind="best_layer")),
+    "best_attended": ClassificationArmConfig(head=HeadConfig(kind="best_layer", pooling="attention")),
+    "attention": ClassificationArmConfig(head=HeadConfig(kind="layer_mix", pooling="attention")),
     "moe": ClassificationArmConfig(head=HeadConfig(feed_forward=MOE)),
     "mot": ClassificationArmConfig(head=HeadConfig(kind="layer_mix", feed_forward=MOT)),
     "lora": ClassificationArmConfig(tune="adapter", adapter=LORA, head=MIX),
@@ -163,6 +167,26 @@ def test_features_and_tokens_train_the_same_head(make, run, monkeypatch):
         assert_close(live.head.state_dict()[key], expected, rtol=0, atol=1e-5)
 
 
+def test_the_best_layer_is_chosen_without_the_test_texts_and_said(make, monkeypatch):
+    asked = []
+
+    def choose(train, validation, *, num_classes):
+        asked.append((len(train.label_N), len(validation.label_N), num_classes))
+        return BestLayer(1, (50.0, 75.0, 62.5))
+
+    monkeypatch.setattr("mixtura.tasks.classification.experiment.choose_layer", choose)
+    experiment = make("best_layer", "last_layer", "best_attended")
+    arms = experiment.arms
+    assert asked == [(240 - 32 - 42, 32, 2)] * len(asked)
+    assert arms["best_layer"].describe(arms["best_layer"]).settings["layer"] == (
+        "1 of 2, 75.0 % right on validation texts; the last 62.5 %"
+    )
+    read = arms["best_layer"].splits.train.features_NMD
+    whole = make("layer_mix").arms["layer_mix"].splits.train.features_NMD
+    assert read.shape[1] == 1 and np.array_equal(read[:, 0], whole[:, 1])
+    assert arms["best_attended"].build(0).head.layer == 1 and arms["last_layer"].build(0).head.layer == -1
+
+
 def test_features_are_computed_once_for_all_frozen_arms(make):
     phrases = []
     experiment = make("last_layer", "layer_mix", "mot", progress=phrases.append)
@@ -217,7 +241,7 @@ def test_costs_of_arms(make):
     assert said["last_layer"].parameters_total == base + classifier
     assert said["layer_mix"].parameters_trainable == classifier + 3 + 1
     assert said["full"].parameters_trainable == said["full"].parameters_total == base + classifier + 4
-    assert said["moe"].parameters_total - said["moe"].parameters_active == 2 * 2 * 16 * 8
+    assert said["moe"].parameters_total - said["moe"].parameters_active == 2 * 3 * 16 * 8
     # A product of (1, 16) with (16, 2), forward and for the weight's gradient, over a text's tokens.
     length = int(np.median(arms["last_layer"].splits.train.length_N))
     assert said["last_layer"].flops_per_token == pytest.approx(2 * 2 * 16 * 2 / length, rel=0.3)

@@ -27,6 +27,7 @@ from mixtura.results import ArmDescription, Facts
 from mixtura.results.document import AcrossArms
 from mixtura.tasks.classification.accuracy import paired_bootstrap
 from mixtura.tasks.classification.arms import ClassificationArm, Pretrained
+from mixtura.tasks.classification.best_layer import BestLayer, choose_layer
 from mixtura.tasks.classification.classifier import SavedClassifier, load_encoder
 from mixtura.tasks.classification.features import (
     Examples,
@@ -114,18 +115,21 @@ def make_classification(
     data, digest = _facts(corpus, tokens), _digest(corpus)
     baseline_parameters = _adapter_parameters(recipe, pretrained)
     prepare = functools.cache(functools.partial(_examples, pretrained, tokens, cache_dir, on_progress))
+    choose = functools.cache(functools.partial(_best_layer, prepare, corpus))
     arms: dict[str, Arm] = {}
     for name, config in recipe.arms.items():
         features = config.tune == "frozen" and not blends_tokens(config.head)
         # Features depend on these two keys only, so arms that agree in them share one array.
         pooled = HeadConfig(pooling=config.head.pooling, normalization=config.head.normalization)
         whole = prepare(pooled if features else None)
+        best = choose(pooled) if config.head.kind == "best_layer" else None
+        layer = -1 if best is None else best.layer
         arms[name] = ClassificationArm(
             name,
             config,
             recipe,
             pretrained=pretrained,
-            splits=_split(whole, corpus, last_only=features and config.head.kind == "last_layer"),
+            splits=_split(whole, corpus, layer=None if config.head.kind == "layer_mix" else layer),
             saved=SavedClassifier(
                 base=recipe.base.name or "",
                 num_layers=recipe.base.num_layers,
@@ -139,7 +143,9 @@ def make_classification(
                 labels=tuple(corpus.labels),
                 max_length=length,
                 tokenizer=pretrained.tokenizer,
+                layer=layer,
             ),
+            best_layer=best,
             data_digest=digest,
         )
     return ClassificationExperiment(recipe, arms, data, digest)
@@ -195,10 +201,21 @@ def _examples(
     return FeatureExamples(features_NMD, tokens.label_N, tokens.length_N)
 
 
-def _split(whole: Examples, corpus: LabelledCorpus, *, last_only: bool) -> Splits:
+def _best_layer(prepare: Callable[[HeadConfig], Examples], corpus: LabelledCorpus, pooled: HeadConfig) -> BestLayer:
+    """The best hidden state for a head; attention is not trained yet, so layers are then compared by their mean."""
+    if pooled.pooling == "attention":
+        pooled = dataclasses.replace(pooled, pooling="mean")
+    splits = _split(prepare(pooled), corpus, layer=None)
+    return choose_layer(splits.train, splits.validation, num_classes=len(corpus.labels))
+
+
+def _split(whole: Examples, corpus: LabelledCorpus, *, layer: int | None) -> Splits:
+    """The three sides; of features with one hidden state alone, where a layer is named."""
     ends = np.cumsum([0, *(len(getattr(corpus, part)) for part in _PARTS)])
     parts = [whole.part(slice(start, end)) for start, end in itertools.pairwise(ends)]
-    return Splits(*(part.last_state() if last_only and isinstance(part, FeatureExamples) else part for part in parts))
+    if layer is not None:
+        parts = [part.one_state(layer) if isinstance(part, FeatureExamples) else part for part in parts]
+    return Splits(*parts)
 
 
 def _adapter_parameters(recipe: ClassificationRecipe, pretrained: Pretrained) -> int | None:

@@ -111,9 +111,10 @@ class FeatureExamples(Examples):
         """Some of the examples."""
         return FeatureExamples(self.features_NMD[rows], self.label_N[rows], self.length_N[rows])
 
-    def last_state(self) -> "FeatureExamples":
-        """The same examples with their last hidden state alone, M = 1."""
-        return dataclasses.replace(self, features_NMD=self.features_NMD[:, -1:])
+    def one_state(self, layer: int) -> "FeatureExamples":
+        """The same examples with one hidden state alone, M = 1; -1 is the last."""
+        index = layer % self.features_NMD.shape[1]
+        return dataclasses.replace(self, features_NMD=self.features_NMD[:, index : index + 1])
 
 
 class ScheduledExamples(Dataset):
