@@ -83,6 +83,7 @@ def test_a_resolved_recipe_reads_back_equal(recipe):
         ({"data": {"source": "hub"}}, r"'data\.name' is missing"),
         ({"data": {"vocab_size": 256}}, "300 or more"),
         ({"num_beams": 0}, "must be 1, which is greedy"),
+        ({"data": {"teacher_mix": True}}, r"'data\.teacher' is missing"),
         ({"arms": {"lora": LORA}}, r"'base\.name' is missing"),
         ({"arms": {"x": EXPERTS}, "base": {"name": "smollm2"}}, "is for models from scratch"),
         ({"arms": {"x": {"feed_forward": {"family": "soft"}}}}, "cannot translate one sentence alone"),

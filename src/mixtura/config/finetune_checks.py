@@ -98,6 +98,8 @@ def _check_pairs(recipe: TranslationRecipe) -> None:
 def _check_translation(recipe: TranslationRecipe) -> None:
     if recipe.data.tokenizer == "train" and recipe.data.vocab_size < 300:
         raise UserError(f"'data.vocab_size' is {recipe.data.vocab_size}: it must be 300 or more, for bytes and marks.")
+    if recipe.data.teacher_mix and recipe.data.teacher is None:
+        raise UserError("'data.teacher_mix' is true, but 'data.teacher' is missing: name the teacher, or leave it out.")
     if recipe.num_beams < 1:
         raise UserError(f"'num_beams' is {recipe.num_beams}: it must be 1, which is greedy, or more.")
 

@@ -155,7 +155,7 @@ def test_mixtures_that_make_no_sense_on_one_vector_are_refused(arm):
 
 def test_inactive_parameters_are_the_experts_that_did_not_run():
     arm = ArmConfig(family="token_choice", num_experts=8, top_k=2, moe_intermediate_size=4)
-    assert inactive_parameters(HeadConfig(feed_forward=arm), WIDTH) == 6 * 2 * WIDTH * 4
+    assert inactive_parameters(HeadConfig(feed_forward=arm), WIDTH) == 6 * 3 * WIDTH * 4
     assert inactive_parameters(HeadConfig(), WIDTH) == 0
 
 

@@ -25,6 +25,7 @@ from mixtura.tasks.translation.prompts import (
     train_translation_tokenizer,
 )
 from mixtura.tasks.translation.task import OUTPUTS_FILE, TranslationData, read_outputs
+from mixtura.tasks.translation.teacher import with_teacher
 from mixtura.training.interface import Arm, Experiment
 
 
@@ -48,6 +49,10 @@ def make_translation(
     report("reading")
     corpus = load_parallel(recipe.data)
     recipe = dataclasses.replace(recipe, data=corpus.config)
+    if recipe.data.teacher is not None:
+        corpus = with_teacher(
+            corpus, recipe.data.teacher, num_beams=recipe.num_beams, cache_dir=cache_dir, on_progress=report
+        )
     prompts = _prompts(recipe, corpus, cache_dir, report)
     report("encoding")
     encoded = _encode(recipe, corpus, prompts)
