@@ -243,6 +243,14 @@ class ClassificationArmConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Scores of translations beside those that are always there."""
+
+    comet: str | None = None
+    """Path of a COMET checkpoint, which the package unbabel-comet reads; None leaves COMET out."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TranslationRecipe:
     """A comparison of translation models."""
 
@@ -257,6 +265,7 @@ class TranslationRecipe:
     """The decoder of models from scratch."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     num_beams: int = 1
     """Beams of the final scores; 1 is greedy. With more, both are reported."""
     arms: dict[str, TranslationArmConfig]

@@ -24,7 +24,7 @@ from mixtura.results.run import (
 
 SIGNIFICANT = 0.05
 """A p-value below this is marked."""
-_PAIR_MEASURES = ("chrf", "chrf_pp", "bleu")
+_PAIR_MEASURES = ("chrf", "chrf_pp", "bleu", "comet")
 _SAMPLES, _SAMPLES_A_PAIR = 8, 2
 _MOST_CLASSES = 20
 """A confusion matrix of more classes cannot be read."""
@@ -74,6 +74,7 @@ def translation_section(results: Results) -> TranslationSection | None:
         tables=[
             Group(FURTHER[key].name, [_pair_row(results, details, pair, key) for pair in pairs])
             for key in _PAIR_MEASURES
+            if any(_score(scores, key) is not None for run in everyone for scores in run.pairs.values())
         ],
         signatures=[(_name(key), text) for key, text in everyone[0].signatures.items()],
         bootstrap=bool(results.across_arms.paired_bootstrap),
@@ -96,7 +97,8 @@ def _pair_row(results: Results, details: dict[str, list[TranslationDetails]], pa
         beam = _mean(_score(of, f"beam_{key}") for of in scores)
         if beam is not None:
             notes.append(f"beam {number(beam, FURTHER[key].digits)}")
-        test = results.across_arms.paired_bootstrap.get(name, {}).get(pair) if key == "chrf" else None
+        tests = {"chrf": results.across_arms.paired_bootstrap, "comet": results.across_arms.comet}.get(key, {})
+        test = tests.get(name, {}).get(pair)
         if test:
             notes.append(f"{signed(test.difference, FURTHER[key].digits)}, {_p_value(test.p_value)}")
             mark = "*" if test.p_value < SIGNIFICANT else ""

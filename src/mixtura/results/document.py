@@ -161,6 +161,8 @@ class AcrossArms:
     paired_bootstrap: dict[str, dict[str, PairedTest]] = field(default_factory=dict)
     """For each arm except the baseline: by language pair in translation, under "all" in classification, under "loss" in
     chat."""
+    comet: dict[str, dict[str, PairedTest]] = field(default_factory=dict)
+    """The same in COMET, by language pair; empty where it was not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

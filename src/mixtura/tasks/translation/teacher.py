@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
 
@@ -30,8 +30,18 @@ AT_ONCE = 256
 _FETCHED = ["*.json", "*.safetensors", "*.model", "*.spm", "*.txt"]
 _TOO_LONG, _CUT = "too long for it", "cut at its longest"
 
-Translations = dict[tuple[str, str], tuple[str | None, str]]
-"""For (direction, source) a translation, or None and why there is none."""
+
+class Said(NamedTuple):
+    """What a teacher makes of a sentence."""
+
+    source: str
+    output: str | None
+    reason: str = ""
+    """Why there is no output."""
+
+
+Translations = dict[tuple[str, str], Said]
+"""By direction and source."""
 
 
 def with_teacher(
@@ -80,13 +90,14 @@ def with_teacher(
     )
 
 
-def _taught(corpus: ParallelCorpus, found: Mapping[Any, tuple[str | None, str]]) -> tuple[dict[int, SentencePair], Any]:
+def _taught(corpus: ParallelCorpus, found: Translations) -> tuple[dict[int, SentencePair], Counter[str]]:
     """Training pairs with the teacher's targets, by their place, and a count of those without, by reason."""
     held_out = {normalise(text) for pair in (*corpus.validation, *corpus.test) for text in pair[:2]}
     taught: dict[int, SentencePair] = {}
     left_out: Counter[str] = Counter()
     for place, pair in enumerate(corpus.train):
-        translation, reason = found.get((pair.pair, pair.source), (None, "not translated"))
+        said = found.get((pair.pair, pair.source), Said(pair.source, None, "not translated"))
+        translation, reason = said.output, said.reason
         if translation is not None:
             reason = _fault(pair, translation, held_out, corpus.config.max_characters)
         if translation is None or reason:
@@ -131,7 +142,7 @@ def _read_outputs(path: Path, directions: Sequence[str]) -> Translations:
                     '"en-de" where there are several directions: add them.'
                 )
             source, output = (" ".join(text.split()) for text in texts)
-            found.setdefault((str(split_pair(named)), source), (output, ""))
+            found.setdefault((str(split_pair(named)), source), Said(source, output))
     except UserError:
         raise
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
@@ -169,36 +180,34 @@ def _translate(
             if path is not None:
                 _append(path, rows)
             done += rows
-        for source, row in zip(sources, done, strict=True):
-            found[direction, source] = (row["output"], row["reason"])
+        found |= {(direction, said.source): said for said in done}
     return found
 
 
-def _new_rows(translator: Translator, sources: list[str], *, num_beams: int) -> Iterator[list[dict[str, Any]]]:
+def _new_rows(translator: Translator, sources: list[str], *, num_beams: int) -> Iterator[list[Said]]:
     """What the teacher makes of the sentences, some hundred at a time and in their order."""
     for start in range(0, len(sources), AT_ONCE):
         chunk = sources[start : start + AT_ONCE]
         encoded = translator.encode(chunk)
         short = [i for i, ids in enumerate(encoded) if len(ids) + 1 < translator.max_length]
-        rows = [{"source": source, "output": None, "reason": _TOO_LONG} for source in chunk]
+        rows = [Said(source, None, _TOO_LONG) for source in chunk]
         if short:
             lines, is_cut = translator.translate([encoded[i] for i in short], num_beams=num_beams)
             for i, line, cut in zip(short, lines, is_cut, strict=True):
-                text = " ".join(line.split())
-                rows[i] |= {"output": None, "reason": _CUT} if cut else {"output": text, "reason": ""}
+                rows[i] = Said(chunk[i], None, _CUT) if cut else Said(chunk[i], " ".join(line.split()))
         yield rows
 
 
-def _kept(path: Path, sources: Sequence[str]) -> list[dict[str, Any]]:
+def _kept(path: Path, sources: Sequence[str]) -> list[Said]:
     """The rows that are there, from the first sentence on; a torn or foreign line and all after it are removed."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Said] = []
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     for line, source in zip(lines[:-1], sources, strict=False):
         try:
-            row = json.loads(line)
-            if row["source"] != source or not {"output", "reason"} <= row.keys():
-                break
-        except (ValueError, TypeError, KeyError, AttributeError):
+            row = Said(**json.loads(line))
+        except (ValueError, TypeError):
+            break
+        if row.source != source:
             break
         rows.append(row)
     if lines and lines[len(rows) :] != [b""]:
@@ -206,11 +215,11 @@ def _kept(path: Path, sources: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _append(path: Path, rows: Sequence[Said]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            file.write("".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows))
     except OSError as error:
         raise UserError(
             f"The teacher's translations cannot be kept in '{path.parent}' ({reason_of(error)}): make room."
