@@ -126,6 +126,13 @@ def test_a_classification_recipe_names_the_key_the_value_and_the_fix(arm, messag
         classification({"other": arm})
 
 
+@pytest.mark.parametrize("budgets", [[8, 8], [0, 8]])
+def test_budgets_are_different_numbers(budgets):
+    table = {"name": "mine", "task": "classification", "arms": {"last_layer": {}}, "data": {"budgets": budgets}}
+    with pytest.raises(UserError, match=r"'data\.budgets' is .*give different numbers"):
+        recipe_from_dict(table)
+
+
 def test_a_rank_left_open_is_matched_to_a_baseline_that_names_its_own():
     lora = {"tune": "adapter", "adapter": {"rank": 8}}
     mixture = {"tune": "adapter", "adapter": {"method": "mixture_of_lora"}}

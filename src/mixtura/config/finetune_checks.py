@@ -170,7 +170,16 @@ def _check_language_experts(where: str, arm: TranslationArmConfig) -> None:
 
 def _classification_checks(recipe: ClassificationRecipe) -> list[Callable[[], object]]:
     arms = [partial(_check_classification_arm, f"arms.{name}", arm, recipe) for name, arm in recipe.arms.items()]
-    return [partial(_check_base, recipe, 'classify with, such as "minilm"'), *arms]
+    return [partial(_check_base, recipe, 'classify with, such as "minilm"'), partial(_check_budgets, recipe), *arms]
+
+
+def _check_budgets(recipe: ClassificationRecipe) -> None:
+    budgets = recipe.data.budgets
+    if len(set(budgets)) < len(budgets) or any(budget < 1 for budget in budgets):
+        raise UserError(
+            f"'data.budgets' is {list(budgets)}: give different numbers of rows of each class, 1 or more, such as "
+            "[8, 64]."
+        )
 
 
 def _check_base(recipe: ClassificationRecipe | ChatRecipe, use: str) -> None:

@@ -71,6 +71,8 @@ class ClassificationDataConfig:
     """Examples held out for the scores during training; None is a tenth, at most 500."""
     test_examples: int | None = None
     """Examples held out for the final scores; None is a fifth, at most 1,000."""
+    budgets: tuple[int, ...] = ()
+    """Rows of each class for further runs of every arm and seed on so few training texts; the verdict is of all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -294,6 +294,32 @@ def test_arms_are_compared_over_the_same_test_texts(make, run, tmp_path):
     assert result.low <= result.difference <= result.high and 0 < result.p_value <= 1
 
 
+def test_an_arm_has_few_texts_of_each_class_that_the_seed_draws(make, run):
+    experiment = make("last_layer", "best_layer", "full", data={"budgets": (2, 8)})
+    whole = experiment.arms["full"].splits.train.label_N
+    chosen = {}
+    for name, arm in experiment.arms.items():
+        for rows, seed in ((2, 0), (8, 0), (2, 1)):
+            few = arm.at_budget(rows, seed=seed)
+            assert np.bincount(few.splits.train.label_N).tolist() == [rows, rows]
+            assert len(few.splits.test.label_N) == 42 and few.learning_rate == arm.learning_rate
+            assert few.task.settings(None) != arm.task.settings(None)
+            chosen[name, rows, seed] = few.splits.train
+    texts = {key: [ids.tobytes() for ids in of.ids] for key, of in chosen.items() if key[0] == "full"}
+    assert set(texts["full", 2, 0]) < set(texts["full", 8, 0]) != set(texts["full", 2, 1])
+    # Features and tokens are those of the same texts.
+    assert chosen["last_layer", 8, 0].label_N.tolist() == chosen["full", 8, 0].label_N.tolist()
+    assert chosen["last_layer", 8, 0].length_N.tolist() == chosen["full", 8, 0].length_N.tolist()
+    assert len(whole) == 240 - 32 - 42
+    few = experiment.arms["best_layer"].at_budget(2, seed=0)
+    assert few.splits.train.features_NMD.shape[:2] == (4, 1) and few.build(0).head.layer == few.best_layer.layer
+
+
+def test_a_budget_that_all_texts_do_not_reach_is_refused(make):
+    with pytest.raises(UserError, match=r"'data\.budgets' names 99 rows of each class, but the largest class has 8"):
+        make("last_layer", data={"budgets": (99,)})
+
+
 def test_learning_is_possible_at_all(make, run):
     """The tiny reviews are decided by one word each, which even a random model lets through to a blend."""
     experiment = make("layer_mix")

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +59,12 @@ class ClassificationArm(Arm):
         saved: SavedClassifier,
         data_digest: str,
         best_layer: BestLayer | None = None,
+        at_budget: Callable[[int, int], "ClassificationArm"] | None = None,
     ) -> None:
         """Puts together what was prepared for all arms; `make_classification` calls this."""
         self.name, self.label = name, name.replace("_", " ")
         self.config, self.pretrained, self.splits, self.saved = config, pretrained, splits, saved
-        self.best_layer = best_layer
+        self.best_layer, self._at_budget = best_layer, at_budget
         self.family = _family(config)
         self.learning_rate = config.learning_rate or recipe.training.learning_rate
         self.task = Classification(
@@ -76,6 +77,11 @@ class ClassificationArm(Arm):
         )
         modes = evaluation_modes(self.build(seed=0))
         self.training_mode, self.deployed_mode = modes[0], "alone"
+
+    def at_budget(self, rows: int, *, seed: int) -> "ClassificationArm":
+        """The arm on so few training texts of each class; a best layer is chosen by them too."""
+        assert self._at_budget is not None, "make_classification gives it"
+        return self._at_budget(rows, seed)
 
     @property
     def reads_features(self) -> bool:
