@@ -241,8 +241,14 @@ TUNING: Mistakes = {
     "one text, two labels": (f"{CLASSES} contradictory.jsonl", "60 contradictory labels"),
     "texts without words": (f"{CLASSES} no-texts.jsonl", "60 empty"),
     "more test than there is": (f"{CLASSES} reviews.jsonl --set data.test_examples=999", "test_examples 999"),
-    "pooling": (f"{CLASSES} reviews.jsonl --set arms.last_layer.head.pooling=max", "'max' | mean, first, last"),
-    "a head": (f"{CLASSES} reviews.jsonl --set arms.last_layer.head.kind=linear", "'linear' | last_layer, layer_mix"),
+    "pooling": (
+        f"{CLASSES} reviews.jsonl --set arms.last_layer.head.pooling=max",
+        "'max' | mean, first, last, attention",
+    ),
+    "a head": (
+        f"{CLASSES} reviews.jsonl --set arms.last_layer.head.kind=linear",
+        "'linear' | last_layer, best_layer, layer_mix",
+    ),
     "what is tuned": (f"{CLASSES} reviews.jsonl --set arms.last_layer.tune=lora", "'lora' | frozen, adapter, full"),
 }
 

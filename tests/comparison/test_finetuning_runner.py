@@ -1,5 +1,6 @@
 """Comparisons of translation models and of classifiers, from recipe to report, on toy data."""
 
+import dataclasses
 import json
 import random
 
@@ -174,3 +175,25 @@ def test_classifiers_are_compared_by_accuracy_with_all_they_tell(classification_
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     for heading in ("Which layers are read", "How honest the confidence is", "What is taken for what"):
         assert heading in page
+
+
+def test_runs_on_few_texts_stand_beside_the_comparison_and_are_not_repeated(
+    classification_recipe, tmp_path, monkeypatch
+):
+    data = dataclasses.replace(classification_recipe.data, budgets=(2, 8))
+    recipe = dataclasses.replace(classification_recipe, data=data)
+    assert planned_steps(recipe) == 3 * planned_steps(classification_recipe)
+    results = compare(recipe, out=tmp_path / "few")
+    whole = compare(classification_recipe, out=tmp_path / "whole")
+    for name, arm in results.arms.items():
+        scores = results.across_arms.budgets[name]
+        assert [(score.rows, score.seed) for score in scores] == [(2, 0), (2, 1), (8, 0), (8, 1)]
+        assert all(0 <= score.accuracy <= 100 for score in scores)
+        # The comparison itself is that of all texts.
+        assert [run.final for run in arm.runs] == [run.final for run in whole.arms[name].runs]
+    assert not whole.across_arms.budgets
+    page = (tmp_path / "few" / "report.html").read_text(encoding="utf-8")
+    assert "How many texts are enough" in page
+    assert "How many texts are enough" not in (tmp_path / "whole" / "report.html").read_text(encoding="utf-8")
+    monkeypatch.setattr("mixtura.comparison.runs.train", lambda *_, **__: pytest.fail("trained again"))
+    assert compare(recipe, out=tmp_path / "few").across_arms == results.across_arms

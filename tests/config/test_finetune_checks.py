@@ -83,6 +83,7 @@ def test_a_resolved_recipe_reads_back_equal(recipe):
         ({"data": {"source": "hub"}}, r"'data\.name' is missing"),
         ({"data": {"vocab_size": 256}}, "300 or more"),
         ({"num_beams": 0}, "must be 1, which is greedy"),
+        ({"data": {"teacher_mix": True}}, r"'data\.teacher' is missing"),
         ({"arms": {"lora": LORA}}, r"'base\.name' is missing"),
         ({"arms": {"x": EXPERTS}, "base": {"name": "smollm2"}}, "is for models from scratch"),
         ({"arms": {"x": {"feed_forward": {"family": "soft"}}}}, "cannot translate one sentence alone"),
@@ -110,6 +111,7 @@ def test_routing_by_target_counts_target_languages():
         ({"tune": "adapter"}, "add an adapter section"),
         ({"adapter": {"rank": 4}}, "set tune to 'adapter'"),
         ({"head": {"per_token": True}}, "use 'layer_mix'"),
+        ({"tune": "full", "head": {"kind": "best_layer"}}, "set tune to 'frozen'"),
         ({"tune": "adapter", "adapter": {"rank": 4, "method": "mixture_of_lora", "top_k": 1}}, "never learn"),
         ({"tune": "adapter", "adapter": {"rank": 4, "method": "mixture_of_lora", "top_k": 9}}, "lower it"),
         ({"tune": "adapter", "adapter": {"rank": 4, "method": "mixture_of_tokens", "group_size": 3}}, "no multiple"),
@@ -122,6 +124,13 @@ def test_routing_by_target_counts_target_languages():
 def test_a_classification_recipe_names_the_key_the_value_and_the_fix(arm, message):
     with pytest.raises(UserError, match=message):
         classification({"other": arm})
+
+
+@pytest.mark.parametrize("budgets", [[8, 8], [0, 8]])
+def test_budgets_are_different_numbers(budgets):
+    table = {"name": "mine", "task": "classification", "arms": {"last_layer": {}}, "data": {"budgets": budgets}}
+    with pytest.raises(UserError, match=r"'data\.budgets' is .*give different numbers"):
+        recipe_from_dict(table)
 
 
 def test_a_rank_left_open_is_matched_to_a_baseline_that_names_its_own():

@@ -194,6 +194,24 @@ def test_language_pairs_stand_beside_the_copied_source_with_bootstrap_and_beam(m
     assert [name for name, _ in section.signatures] == ["chrF", "BLEU"]
 
 
+def test_comet_has_a_table_of_its_own_where_it_was_asked_for(make_translation: MakeResults) -> None:
+    results = make_translation()
+    for arm in results["arms"].values():
+        for run in arm["runs"]:
+            for scores in run["details"]["pairs"].values():
+                scores |= {"comet": 71.5, "copy_comet": 40.25}
+    name = next(name for name in results["arms"] if name != results["baseline"])
+    pair = next(iter(results["arms"][name]["runs"][0]["details"]["pairs"]))
+    results["across_arms"]["comet"] = {name: {pair: {"difference": 1.5, "p_value": 0.01}}}
+    section = translation_section(as_results(results))
+    assert section is not None
+    table = section.tables[-1]
+    cells = table.rows[0].cells
+    assert table.title == "COMET" and cells[0].text == "40.25"
+    cell = cells[1 + list(results["arms"]).index(name)]
+    assert cell.text == "71.50*" and "p = 0.010" in cell.note
+
+
 def test_each_sample_shows_what_every_arm_makes_of_it(make_translation: MakeResults) -> None:
     section = translation_section(as_results(make_translation()))
     assert section is not None

@@ -25,6 +25,7 @@ from mixtura.comparison.search import load_record, search_grid, search_rates_and
 from mixtura.comparison.timing import ROUNDS, time_arms
 from mixtura.comparison.workers import check_processes, threads_of_each, train_ahead
 from mixtura.config import (
+    ClassificationRecipe,
     TrainingConfig,
     UserError,
     as_recipe,
@@ -39,6 +40,7 @@ from mixtura.results import ArmResult, ArmTiming, Leaks, Results, RunResult, Sea
 from mixtura.results.document import (
     RESULTS,
     DataFacts,
+    budget_folder,
     read_json,
     read_records,
     write_results,
@@ -58,7 +60,12 @@ def planned_steps(recipe: AnyRecipe) -> int:
     search = recipe.search
     tried = len(search.learning_rates) * max(1, len(search.scales))
     trials = tried * len(search.seeds) * (search.steps or recipe.training.steps)
-    return len(recipe.arms) * (trials + len(recipe.seeds) * recipe.training.steps)
+    runs = len(recipe.seeds) * (1 + len(_budgets(recipe)))
+    return len(recipe.arms) * (trials + runs * recipe.training.steps)
+
+
+def _budgets(recipe: AnyRecipe) -> tuple[int, ...]:
+    return recipe.data.budgets if isinstance(recipe, ClassificationRecipe) else ()
 
 
 def compare(
@@ -229,12 +236,21 @@ class _Comparison:
             for seed in self.recipe.seeds
             for name in arms
         ]
-        self._ahead(jobs)
+        few = [
+            replace(
+                job, budget=rows, out=self.out / budget_folder(rows, job.arm, job.seed), label=f"{job.label}, {rows}"
+            )
+            for rows in _budgets(self.recipe)
+            for job in jobs
+        ]
+        self._ahead(jobs + few)
         runs: dict[str, list[RunResult]] = {name: [] for name in arms}
         for job in jobs:
             runs[job.arm].append(run_or_mark(arms[job.arm], job, self.shown))
         if all(run.diverged for of_arm in runs.values() for run in of_arm):
             raise UserError("Every run of every arm diverged: lower the learning rates, with --set or in the recipe.")
+        for job in few:
+            run_or_mark(arms[job.arm], job, self.shown)
         return runs
 
     def _ahead(self, jobs: list[Job]) -> None:

@@ -37,6 +37,8 @@ class Job:
     """The run's folder."""
     label: str
     trial: bool = False
+    budget: int | None = None
+    """Training examples of each class; None takes all."""
 
 
 def run_or_mark(arm: Arm, job: Job, reporter: ProgressReporter) -> RunResult:
@@ -46,6 +48,8 @@ def run_or_mark(arm: Arm, job: Job, reporter: ProgressReporter) -> RunResult:
         UserError, Interrupted: as `run_arm` does.
     """
     at_scale = arm if job.scale is None else arm.at_scale(job.scale)
+    if job.budget is not None:
+        at_scale = arm.at_budget(job.budget, seed=job.seed)
     try:
         return run_arm(
             at_scale,

@@ -34,6 +34,7 @@ from mixtura.config.schema import ClassificationArmConfig as ClassificationArmCo
 from mixtura.config.schema import ClassificationDataConfig as ClassificationDataConfig
 from mixtura.config.schema import ClassificationRecipe as ClassificationRecipe
 from mixtura.config.schema import DataConfig as DataConfig
+from mixtura.config.schema import EvaluationConfig as EvaluationConfig
 from mixtura.config.schema import FinetuneRecipe as FinetuneRecipe
 from mixtura.config.schema import HeadConfig as HeadConfig
 from mixtura.config.schema import ModelConfig as ModelConfig

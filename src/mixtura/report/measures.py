@@ -19,6 +19,7 @@ FURTHER = {
         Measure("chrf", "chrF", "points", "higher", 2),
         Measure("chrf_pp", "chrF++", "points", "higher", 2),
         Measure("bleu", "BLEU", "points", "higher", 2),
+        Measure("comet", "COMET", "points", "higher", 2),
         Measure("accuracy", "accuracy", "%", "higher", 2),
         Measure("exact_match", "exact match", "%", "higher", 2),
         Measure("token_f1", "token F1", "%", "higher", 2),

@@ -24,7 +24,7 @@ from mixtura.results.run import (
 
 SIGNIFICANT = 0.05
 """A p-value below this is marked."""
-_PAIR_MEASURES = ("chrf", "chrf_pp", "bleu")
+_PAIR_MEASURES = ("chrf", "chrf_pp", "bleu", "comet")
 _SAMPLES, _SAMPLES_A_PAIR = 8, 2
 _MOST_CLASSES = 20
 """A confusion matrix of more classes cannot be read."""
@@ -74,6 +74,7 @@ def translation_section(results: Results) -> TranslationSection | None:
         tables=[
             Group(FURTHER[key].name, [_pair_row(results, details, pair, key) for pair in pairs])
             for key in _PAIR_MEASURES
+            if any(_score(scores, key) is not None for run in everyone for scores in run.pairs.values())
         ],
         signatures=[(_name(key), text) for key, text in everyone[0].signatures.items()],
         bootstrap=bool(results.across_arms.paired_bootstrap),
@@ -96,7 +97,8 @@ def _pair_row(results: Results, details: dict[str, list[TranslationDetails]], pa
         beam = _mean(_score(of, f"beam_{key}") for of in scores)
         if beam is not None:
             notes.append(f"beam {number(beam, FURTHER[key].digits)}")
-        test = results.across_arms.paired_bootstrap.get(name, {}).get(pair) if key == "chrf" else None
+        tests = {"chrf": results.across_arms.paired_bootstrap, "comet": results.across_arms.comet}.get(key, {})
+        test = tests.get(name, {}).get(pair)
         if test:
             notes.append(f"{signed(test.difference, FURTHER[key].digits)}, {_p_value(test.p_value)}")
             mark = "*" if test.p_value < SIGNIFICANT else ""
@@ -245,6 +247,7 @@ def task_figures(results: Results, summary: Summary) -> dict[str, Figure]:
     """The interactive figures of one task alone, by name; those without data are left out."""
     figures = {
         "layer_weights": layer_weights_figure(results, summary),
+        "budgets": budgets_figure(results, summary),
         "calibration": calibration_figure(results, summary),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
@@ -267,6 +270,31 @@ def layer_weights_figure(results: Results, summary: Summary) -> Figure | None:
         "hovermode": "x unified",
         "xaxis": {"title": {"text": "Layer; 0 is the embeddings"}, "dtick": 1},
         "yaxis": {"title": {"text": "Weight"}, "rangemode": "tozero"},
+    }
+    return {"data": traces, "layout": layout}
+
+
+def budgets_figure(results: Results, summary: Summary) -> Figure | None:
+    """Accuracy over the training texts of each class, where some runs had few; the last points had all."""
+    budgets = results.across_arms.budgets
+    of_train = results.data.facts.get("examples_train")
+    if not budgets or not isinstance(of_train, int):
+        return None
+    traces = []
+    for index, (name, arm) in enumerate(results.arms.items()):
+        lines: dict[int, list[tuple[float, float]]] = {}
+        for score in budgets.get(name, []):
+            lines.setdefault(score.seed, []).append((float(score.rows), score.accuracy))
+        for run in arm.runs:
+            accuracy = run.final.get(arm.deployed_mode or "", {}).get("accuracy")
+            if accuracy is not None and run.seed in lines and isinstance(run.details, ClassificationDetails):
+                lines[run.seed].append((of_train / len(run.details.labels), accuracy))
+        traces += seeds_and_mean(lines, summary.arms[name].label, index, "%{y:.2f} %")
+    layout = {
+        "height": 340,
+        "hovermode": "x unified",
+        "xaxis": {"title": {"text": "Training texts of each class; the last point has all"}, "type": "log"},
+        "yaxis": {"title": {"text": "Accuracy, %"}},
     }
     return {"data": traces, "layout": layout}
 

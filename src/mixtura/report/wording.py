@@ -23,6 +23,7 @@ FAMILY_WORDS = {
     "expert_specialized": "expert-specialised tuning",
     "full": "full fine-tuning",
     "last_layer": "last layer",
+    "best_layer": "best layer",
     "layer_mix": "layer mix",
 }
 """What a family is called in running text."""
@@ -34,6 +35,7 @@ _FAMILY_COLOURS = {
     "expert_specialized": ("#0b7d5e", "#3ec79c"),
     "full": ("#9c4a94", "#e19bd8"),
     "last_layer": ("#59636e", "#aab4c0"),
+    "best_layer": ("#0b7285", "#4fc3d9"),
     "layer_mix": ("#0a6ebd", "#5cb3f2"),
 }
 _SPARE_COLOURS = (("#a37500", "#e8bf52"), ("#5b4fc4", "#a9a0f5"), ("#00808a", "#4fc6d0"), ("#b0305c", "#f286a9"))

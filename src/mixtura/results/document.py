@@ -155,12 +155,33 @@ class PairedTest:
 
 
 @dataclass(frozen=True)
+class BudgetScore:
+    """What a run on few training examples reached."""
+
+    rows: int
+    """Training examples of each class."""
+    seed: int
+    """Of the run and of the choice of the examples."""
+    accuracy: float
+    """On the test examples, in percent."""
+
+
+def budget_folder(rows: int, arm: str, seed: int) -> Path:
+    """Where in a comparison's folder such a run lies."""
+    return Path("budgets", str(rows), arm, f"seed{seed}")
+
+
+@dataclass(frozen=True)
 class AcrossArms:
     """Results that need all finished runs together."""
 
     paired_bootstrap: dict[str, dict[str, PairedTest]] = field(default_factory=dict)
     """For each arm except the baseline: by language pair in translation, under "all" in classification, under "loss" in
     chat."""
+    comet: dict[str, dict[str, PairedTest]] = field(default_factory=dict)
+    """The same in COMET, by language pair; empty where it was not asked for."""
+    budgets: dict[str, list[BudgetScore]] = field(default_factory=dict)
+    """For each arm its accuracy with few training examples, in classification where `data.budgets` names some."""
 
 
 @dataclass(frozen=True, kw_only=True)

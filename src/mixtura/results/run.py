@@ -55,6 +55,9 @@ class PairScores:
     beam_chrf: float | None = None
     """The score with beam search; None where it was not asked for."""
     beam_bleu: float | None = None
+    comet: float | None = None
+    """About 0 to 100; it and that of the source are None where no checkpoint was named."""
+    copy_comet: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,6 +142,10 @@ class Arm(ABC):
         """The arm with this `feed_forward_scale`, where its feed-forward weights are drawn at random."""
         raise NotImplementedError(f"{type(self).__name__} draws no feed-forward weights at {scale:g}")
 
+    def at_budget(self, rows: int, *, seed: int) -> "Arm":
+        """The arm with so few training examples of each class, which the seed draws, the same for every arm."""
+        raise NotImplementedError(f"{type(self).__name__} has no classes to draw {rows} examples of")
+
     @abstractmethod
     def describe(self, baseline: "Arm") -> ArmDescription:
         """What it is and costs before it runs."""

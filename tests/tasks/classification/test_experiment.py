@@ -21,6 +21,7 @@ from mixtura.config import (
 )
 from mixtura.models import MixtureForCausalLM
 from mixtura.results import Leaks
+from mixtura.tasks.classification.best_layer import BestLayer
 from mixtura.tasks.classification.classifier import classify, evaluating, load_classifier
 from mixtura.tasks.classification.experiment import make_classification
 from mixtura.tasks.classification.features import FeatureExamples, TokenExamples
@@ -34,6 +35,9 @@ ARMS = {
     "last_layer": ClassificationArmConfig(),
     "layer_mix": ClassificationArmConfig(head=MIX),
     "by_token": ClassificationArmConfig(head=HeadConfig(kind="layer_mix", per_token=True)),
+    "best_layer": ClassificationArmConfig(head=HeadConfig(kind="best_layer")),
+    "best_attended": ClassificationArmConfig(head=HeadConfig(kind="best_layer", pooling="attention")),
+    "attention": ClassificationArmConfig(head=HeadConfig(kind="layer_mix", pooling="attention")),
     "moe": ClassificationArmConfig(head=HeadConfig(feed_forward=MOE)),
     "mot": ClassificationArmConfig(head=HeadConfig(kind="layer_mix", feed_forward=MOT)),
     "lora": ClassificationArmConfig(tune="adapter", adapter=LORA, head=MIX),
@@ -163,6 +167,26 @@ def test_features_and_tokens_train_the_same_head(make, run, monkeypatch):
         assert_close(live.head.state_dict()[key], expected, rtol=0, atol=1e-5)
 
 
+def test_the_best_layer_is_chosen_without_the_test_texts_and_said(make, monkeypatch):
+    asked = []
+
+    def choose(train, validation, *, num_classes):
+        asked.append((len(train.label_N), len(validation.label_N), num_classes))
+        return BestLayer(1, (50.0, 75.0, 62.5))
+
+    monkeypatch.setattr("mixtura.tasks.classification.experiment.choose_layer", choose)
+    experiment = make("best_layer", "last_layer", "best_attended")
+    arms = experiment.arms
+    assert asked == [(240 - 32 - 42, 32, 2)] * len(asked)
+    assert arms["best_layer"].describe(arms["best_layer"]).settings["layer"] == (
+        "1 of 2, 75.0 % right on validation texts; the last 62.5 %"
+    )
+    read = arms["best_layer"].splits.train.features_NMD
+    whole = make("layer_mix").arms["layer_mix"].splits.train.features_NMD
+    assert read.shape[1] == 1 and np.array_equal(read[:, 0], whole[:, 1])
+    assert arms["best_attended"].build(0).head.layer == 1 and arms["last_layer"].build(0).head.layer == -1
+
+
 def test_features_are_computed_once_for_all_frozen_arms(make):
     phrases = []
     experiment = make("last_layer", "layer_mix", "mot", progress=phrases.append)
@@ -268,6 +292,32 @@ def test_arms_are_compared_over_the_same_test_texts(make, run, tmp_path):
     assert set(compared) == {"layer_mix"}
     result = compared["layer_mix"]["all"]
     assert result.low <= result.difference <= result.high and 0 < result.p_value <= 1
+
+
+def test_an_arm_has_few_texts_of_each_class_that_the_seed_draws(make, run):
+    experiment = make("last_layer", "best_layer", "full", data={"budgets": (2, 8)})
+    whole = experiment.arms["full"].splits.train.label_N
+    chosen = {}
+    for name, arm in experiment.arms.items():
+        for rows, seed in ((2, 0), (8, 0), (2, 1)):
+            few = arm.at_budget(rows, seed=seed)
+            assert np.bincount(few.splits.train.label_N).tolist() == [rows, rows]
+            assert len(few.splits.test.label_N) == 42 and few.learning_rate == arm.learning_rate
+            assert few.task.settings(None) != arm.task.settings(None)
+            chosen[name, rows, seed] = few.splits.train
+    texts = {key: [ids.tobytes() for ids in of.ids] for key, of in chosen.items() if key[0] == "full"}
+    assert set(texts["full", 2, 0]) < set(texts["full", 8, 0]) != set(texts["full", 2, 1])
+    # Features and tokens are those of the same texts.
+    assert chosen["last_layer", 8, 0].label_N.tolist() == chosen["full", 8, 0].label_N.tolist()
+    assert chosen["last_layer", 8, 0].length_N.tolist() == chosen["full", 8, 0].length_N.tolist()
+    assert len(whole) == 240 - 32 - 42
+    few = experiment.arms["best_layer"].at_budget(2, seed=0)
+    assert few.splits.train.features_NMD.shape[:2] == (4, 1) and few.build(0).head.layer == few.best_layer.layer
+
+
+def test_a_budget_that_all_texts_do_not_reach_is_refused(make):
+    with pytest.raises(UserError, match=r"'data\.budgets' names 99 rows of each class, but the largest class has 8"):
+        make("last_layer", data={"budgets": (99,)})
 
 
 def test_learning_is_possible_at_all(make, run):

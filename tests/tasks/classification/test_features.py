@@ -131,6 +131,7 @@ def test_the_order_is_the_same_for_tokens_and_features(examples):
         ScheduledExamples(examples, length=10, seed=3)[10]
 
 
-def test_the_last_state_alone_is_kept_for_heads_that_read_no_other():
+def test_one_state_alone_is_kept_for_heads_that_read_no_other():
     whole = FeatureExamples(np.arange(24, dtype=np.float32).reshape(2, 3, 4), np.zeros(2), np.ones(2))
-    assert whole.last_state().features_NMD.tolist() == whole.features_NMD[:, 2:].tolist()
+    assert whole.one_state(-1).features_NMD.tolist() == whole.features_NMD[:, 2:].tolist()
+    assert whole.one_state(1).features_NMD.tolist() == whole.features_NMD[:, 1:2].tolist()

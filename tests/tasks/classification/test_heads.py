@@ -12,9 +12,11 @@ from mixtura.tasks.classification.heads import ClassifierHead, inactive_paramete
 STATES, BATCH, LENGTH, WIDTH, CLASSES = 3, 4, 5, 8, 2
 
 
-def make_head(*, double=True, num_states=STATES, **config):
+def make_head(*, double=True, num_states=STATES, layer=-1, **config):
     torch.manual_seed(0)
-    head = ClassifierHead(HeadConfig(**config), num_states=num_states, hidden_size=WIDTH, num_classes=CLASSES)
+    head = ClassifierHead(
+        HeadConfig(**config), num_states=num_states, hidden_size=WIDTH, num_classes=CLASSES, layer=layer
+    )
     return head.double() if double else head
 
 
@@ -64,13 +66,31 @@ def test_pooled_vectors_give_what_tokens_give(pooling):
     assert_close(head(pool_states(states, mask_BL, head.config))[0], expected)
 
 
+def test_attention_pooling_by_reference_starts_as_the_mean():
+    head, (states, mask_BL) = make_head(kind="layer_mix", pooling="attention"), random_states()
+    mixed = head.layer_mix([normalized(state) for state in states])
+    assert_close(head.forward_tokens(states, mask_BL)[0], head.classifier(mean_of_real(mixed, mask_BL)))
+    with torch.no_grad():
+        head.query_D.normal_()
+    pooled = []
+    for row, real in zip(mixed, mask_BL, strict=True):
+        tokens = row[real.bool()]
+        pooled.append(torch.softmax(tokens @ head.query_D / math.sqrt(WIDTH), 0) @ tokens)
+    assert_close(head.forward_tokens(states, mask_BL)[0], head.classifier(torch.stack(pooled)))
+
+
+def test_a_head_without_a_blend_reads_the_layer_it_is_given():
+    head, (states, mask_BL) = make_head(kind="best_layer", layer=1), random_states()
+    assert_close(head.forward_tokens(states, mask_BL)[0], head.classifier(mean_of_real(normalized(states[1]), mask_BL)))
+
+
 @pytest.mark.parametrize(("pooling", "expected"), [("first", [0, 0, 0, 2]), ("last", [4, 2, 0, 3])])
 def test_one_token_is_pooled_whichever_side_is_padded(pooling, expected):
     positions_BLD = torch.arange(LENGTH).view(1, LENGTH, 1).expand(BATCH, -1, 1).double()
     assert pool(positions_BLD, random_states()[1], pooling).flatten().tolist() == expected
 
 
-@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "first", "last", "attention"])
 @pytest.mark.parametrize("per_token", [False, True], ids=["fixed", "by token"])
 def test_padding_changes_nothing(pooling, per_token):
     head, (states, mask_BL) = make_head(kind="layer_mix", per_token=per_token, pooling=pooling), random_states()

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from mixtura.diagnostics.leak import LeakReport, probe_causal_lm, probe_layer
 from mixtura.models import MixtureConfig
 from mixtura.planning import active_parameters, model_parameters
 from mixtura.results import ArmDescription, Facts, Leaks
+from mixtura.tasks.classification.best_layer import BestLayer
 from mixtura.tasks.classification.classifier import SavedClassifier, TextClassifier, evaluation_modes
 from mixtura.tasks.classification.features import FeatureExamples, hidden_states
 from mixtura.tasks.classification.heads import head_settings, inactive_parameters
@@ -57,10 +58,13 @@ class ClassificationArm(Arm):
         splits: Splits,
         saved: SavedClassifier,
         data_digest: str,
+        best_layer: BestLayer | None = None,
+        at_budget: Callable[[int, int], "ClassificationArm"] | None = None,
     ) -> None:
         """Puts together what was prepared for all arms; `make_classification` calls this."""
         self.name, self.label = name, name.replace("_", " ")
         self.config, self.pretrained, self.splits, self.saved = config, pretrained, splits, saved
+        self.best_layer, self._at_budget = best_layer, at_budget
         self.family = _family(config)
         self.learning_rate = config.learning_rate or recipe.training.learning_rate
         self.task = Classification(
@@ -73,6 +77,11 @@ class ClassificationArm(Arm):
         )
         modes = evaluation_modes(self.build(seed=0))
         self.training_mode, self.deployed_mode = modes[0], "alone"
+
+    def at_budget(self, rows: int, *, seed: int) -> "ClassificationArm":
+        """The arm on so few training texts of each class; a best layer is chosen by them too."""
+        assert self._at_budget is not None, "make_classification gives it"
+        return self._at_budget(rows, seed)
 
     @property
     def reads_features(self) -> bool:
@@ -128,6 +137,8 @@ class ClassificationArm(Arm):
         if self.reads_features:
             total += count_parameters(self.pretrained.model)[0]
         settings: Facts = {"tune": self.config.tune, **head_settings(self.config.head)}
+        if self.best_layer is not None:
+            settings["layer"] = str(self.best_layer)
         if self.config.adapter is not None:
             settings["adapter"] = self.config.adapter.method
         if self.reads_features:

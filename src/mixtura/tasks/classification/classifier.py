@@ -34,7 +34,7 @@ from mixtura.models import MixtureModel
 from mixtura.models.inference import mixing_layers, running_in
 from mixtura.models.loading import load_config, open_tokenizer
 from mixtura.tasks.classification.features import encode_texts, hidden_states, weights_digest
-from mixtura.tasks.classification.heads import ClassifierHead, blends_tokens
+from mixtura.tasks.classification.heads import ClassifierHead, blends_tokens, weighs_tokens
 from mixtura.training import saving as checkpoints
 
 Mode = Literal["group", "alone"]
@@ -125,7 +125,7 @@ class TextClassifier(nn.Module):
     @torch.no_grad()
     def layer_weights(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor | None:
         """The weights of the layer mix (M,); the mean over a batch's real tokens where they depend on the token."""
-        if self.head.layer_mix is None or not blends_tokens(self.head.config):
+        if not (weighs_tokens(self.head.config) and blends_tokens(self.head.config)):
             return self.head.layer_weights()
         assert input_ids is not None and attention_mask is not None and self.base is not None
         weights_BLM = self.head.layer_weights(hidden_states(self.base, input_ids, attention_mask))
@@ -180,6 +180,8 @@ class SavedClassifier:
     labels: tuple[str, ...]
     max_length: int
     tokenizer: PreTrainedTokenizerBase
+    layer: int = -1
+    """Which hidden state a head without a blend reads: the last, or the best that was found."""
 
     def write(self, model: TextClassifier, folder: Path) -> None:
         """Writes everything but the trained weights."""
@@ -199,7 +201,11 @@ class SavedClassifier:
     def new_head(self) -> ClassifierHead:
         """A freshly initialised head."""
         return ClassifierHead(
-            self.head, num_states=self.num_states, hidden_size=self.hidden_size, num_classes=len(self.labels)
+            self.head,
+            num_states=self.num_states,
+            hidden_size=self.hidden_size,
+            num_classes=len(self.labels),
+            layer=self.layer,
         )
 
 

@@ -12,6 +12,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,17 @@ from mixtura.config import ClassificationRecipe, HeadConfig, UserError
 from mixtura.config.adapt import MOST_TEXT_TOKENS, Amounts, common_length, with_batches_for
 from mixtura.data.labelled import LabelledCorpus, LabelledText, load_labelled
 from mixtura.results import ArmDescription, Facts
-from mixtura.results.document import AcrossArms
+from mixtura.results.document import RESULT, AcrossArms, BudgetScore, budget_folder, read_run
 from mixtura.tasks.classification.accuracy import paired_bootstrap
 from mixtura.tasks.classification.arms import ClassificationArm, Pretrained
+from mixtura.tasks.classification.best_layer import BestLayer, choose_layer
 from mixtura.tasks.classification.classifier import SavedClassifier, load_encoder
 from mixtura.tasks.classification.features import (
     Examples,
     FeatureExamples,
     TokenExamples,
     encode_texts,
+    few_of_each_class,
     hidden_states,
     pooled_features,
     weights_digest,
@@ -80,7 +83,17 @@ class ClassificationExperiment(Experiment):
             if seeds:
                 answered = [np.mean([side[seed] for seed in seeds], axis=0) for side in (arm, baseline)]
                 compared[name] = {"all": paired_bootstrap(*answered)}
-        return AcrossArms(compared)
+        return AcrossArms(compared, budgets=self._few_shot(out))
+
+    def _few_shot(self, out: Path) -> dict[str, list[BudgetScore]]:
+        """Accuracies of the finished runs on few texts, as deployed."""
+        found: dict[str, list[BudgetScore]] = {}
+        for rows, name, seed in itertools.product(sorted(self.recipe.data.budgets), self.arms, self.recipe.seeds):
+            run = read_run(out / budget_folder(rows, name, seed) / RESULT)
+            accuracy = None if run is None else run.final["alone"].get("accuracy")
+            if accuracy is not None:
+                found.setdefault(name, []).append(BudgetScore(rows, seed, accuracy))
+        return found
 
 
 def make_classification(
@@ -112,37 +125,96 @@ def make_classification(
         max_length=length,
     )
     data, digest = _facts(corpus, tokens), _digest(corpus)
-    baseline_parameters = _adapter_parameters(recipe, pretrained)
-    prepare = functools.cache(functools.partial(_examples, pretrained, tokens, cache_dir, on_progress))
-    arms: dict[str, Arm] = {}
-    for name, config in recipe.arms.items():
+    _check_budgets(recipe, corpus)
+    made = _Prepared(
+        recipe,
+        corpus,
+        pretrained,
+        tokens,
+        digest,
+        length,
+        _adapter_parameters(recipe, pretrained),
+        functools.cache(functools.partial(_examples, pretrained, tokens, cache_dir, on_progress)),
+    )
+    arms: dict[str, Arm] = {name: made.arm(name) for name in recipe.arms}
+    return ClassificationExperiment(recipe, arms, data, digest)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What all arms are made of."""
+
+    recipe: ClassificationRecipe
+    corpus: LabelledCorpus
+    pretrained: Pretrained
+    tokens: TokenExamples
+    digest: str
+    length: int
+    baseline_parameters: int | None
+    examples: Callable[[HeadConfig | None], Examples]
+    """All texts as tokens, or as features of the kind that a head asks for."""
+
+    def arm(self, name: str, rows: int | None = None, seed: int = 0) -> ClassificationArm:
+        """An arm on all training texts, or on so many of each class as the seed draws."""
+        config = self.recipe.arms[name]
         features = config.tune == "frozen" and not blends_tokens(config.head)
         # Features depend on these two keys only, so arms that agree in them share one array.
         pooled = HeadConfig(pooling=config.head.pooling, normalization=config.head.normalization)
-        whole = prepare(pooled if features else None)
-        arms[name] = ClassificationArm(
+        best = self._best_layer(pooled, rows, seed) if config.head.kind == "best_layer" else None
+        layer = -1 if best is None else best.layer
+        return ClassificationArm(
             name,
             config,
-            recipe,
-            pretrained=pretrained,
-            splits=_split(whole, corpus, last_only=features and config.head.kind == "last_layer"),
+            self.recipe,
+            pretrained=self.pretrained,
+            splits=self._split(pooled if features else None, rows, seed).with_layer(
+                None if config.head.kind == "layer_mix" else layer
+            ),
             saved=SavedClassifier(
-                base=recipe.base.name or "",
-                num_layers=recipe.base.num_layers,
-                base_digest=pretrained.digest,
+                base=self.recipe.base.name or "",
+                num_layers=self.recipe.base.num_layers,
+                base_digest=self.pretrained.digest,
                 tune=config.tune,
                 head=config.head,
                 adapter=config.adapter,
-                baseline_parameters=baseline_parameters,
-                num_states=pretrained.num_states,
-                hidden_size=pretrained.hidden_size,
-                labels=tuple(corpus.labels),
-                max_length=length,
-                tokenizer=pretrained.tokenizer,
+                baseline_parameters=self.baseline_parameters,
+                num_states=self.pretrained.num_states,
+                hidden_size=self.pretrained.hidden_size,
+                labels=tuple(self.corpus.labels),
+                max_length=self.length,
+                tokenizer=self.pretrained.tokenizer,
+                layer=layer,
             ),
-            data_digest=digest,
+            data_digest=self.digest if rows is None else f"{self.digest}-{rows}-{seed}",
+            best_layer=best,
+            at_budget=functools.partial(self.arm, name),
         )
-    return ClassificationExperiment(recipe, arms, data, digest)
+
+    def _best_layer(self, pooled: HeadConfig, rows: int | None, seed: int) -> BestLayer:
+        """The best hidden state for a head; attention is not trained yet, so layers are compared by their mean."""
+        if pooled.pooling == "attention":
+            pooled = dataclasses.replace(pooled, pooling="mean")
+        splits = self._split(pooled, rows, seed)
+        return choose_layer(splits.train, splits.validation, num_classes=len(self.corpus.labels))
+
+    def _split(self, pooled: HeadConfig | None, rows: int | None, seed: int) -> Splits:
+        whole, ends = self.examples(pooled), np.cumsum([0, *(len(getattr(self.corpus, part)) for part in _PARTS)])
+        splits = Splits(*(whole.part(slice(start, end)) for start, end in itertools.pairwise(ends)))
+        if rows is None:
+            return splits
+        return dataclasses.replace(
+            splits, train=splits.train.chosen(few_of_each_class(splits.train.label_N, rows, seed=seed))
+        )
+
+
+def _check_budgets(recipe: ClassificationRecipe, corpus: LabelledCorpus) -> None:
+    most = max(Counter(example.label for example in corpus.train).values())
+    for rows in recipe.data.budgets:
+        if rows >= most:
+            raise UserError(
+                f"'data.budgets' names {rows} rows of each class, but the largest class has {most:,} training texts: "
+                "name smaller numbers."
+            )
 
 
 def _check(recipe: ClassificationRecipe) -> None:
@@ -193,12 +265,6 @@ def _examples(
         return tokens
     features_NMD = pooled_features(pretrained.model, tokens, head, cache_dir=cache_dir, on_progress=on_progress)
     return FeatureExamples(features_NMD, tokens.label_N, tokens.length_N)
-
-
-def _split(whole: Examples, corpus: LabelledCorpus, *, last_only: bool) -> Splits:
-    ends = np.cumsum([0, *(len(getattr(corpus, part)) for part in _PARTS)])
-    parts = [whole.part(slice(start, end)) for start, end in itertools.pairwise(ends)]
-    return Splits(*(part.last_state() if last_only and isinstance(part, FeatureExamples) else part for part in parts))
 
 
 def _adapter_parameters(recipe: ClassificationRecipe, pretrained: Pretrained) -> int | None:

@@ -55,6 +55,10 @@ class Examples(ABC):
         """A batch: what the classifier's forward takes, and `labels` (B,)."""
 
     @abstractmethod
+    def chosen(self, row_K: np.ndarray) -> "Examples":
+        """Those examples whose places are in (K,) int64, in that order."""
+
+    @abstractmethod
     def part(self, rows: slice) -> "Examples":
         """Some of the examples, in their order."""
 
@@ -85,6 +89,11 @@ class TokenExamples(Examples):
             mask_BL[row, : len(ids)] = 1
         return {"input_ids": ids_BL, "attention_mask": mask_BL, "labels": _labels(items)}
 
+    def chosen(self, row_K: np.ndarray) -> "TokenExamples":
+        """Those examples; cut texts as in `part`."""
+        ids = [self.ids[row] for row in row_K]
+        return dataclasses.replace(self, ids=ids, label_N=self.label_N[row_K], length_N=self.length_N[row_K])
+
     def part(self, rows: slice) -> "TokenExamples":
         """Some of the examples; the number of cut texts stays that of all, as it is not known for each text."""
         return dataclasses.replace(self, ids=self.ids[rows], label_N=self.label_N[rows], length_N=self.length_N[rows])
@@ -107,13 +116,25 @@ class FeatureExamples(Examples):
         stacked_BMD = np.stack([item["features"] for item in items])
         return {"features": torch.from_numpy(stacked_BMD), "labels": _labels(items)}
 
+    def chosen(self, row_K: np.ndarray) -> "FeatureExamples":
+        """Those examples."""
+        return FeatureExamples(self.features_NMD[row_K], self.label_N[row_K], self.length_N[row_K])
+
     def part(self, rows: slice) -> "FeatureExamples":
         """Some of the examples."""
         return FeatureExamples(self.features_NMD[rows], self.label_N[rows], self.length_N[rows])
 
-    def last_state(self) -> "FeatureExamples":
-        """The same examples with their last hidden state alone, M = 1."""
-        return dataclasses.replace(self, features_NMD=self.features_NMD[:, -1:])
+    def one_state(self, layer: int) -> "FeatureExamples":
+        """The same examples with one hidden state alone, M = 1; -1 is the last."""
+        index = layer % self.features_NMD.shape[1]
+        return dataclasses.replace(self, features_NMD=self.features_NMD[:, index : index + 1])
+
+
+def few_of_each_class(label_N: np.ndarray, rows: int, *, seed: int) -> np.ndarray:
+    """Places of `rows` random examples of each class, or of all that it has; fewer rows are the first of more rows."""
+    draw = np.random.default_rng(seed)
+    classes = [draw.permutation(np.flatnonzero(label_N == label)) for label in np.unique(label_N)]
+    return np.sort(np.concatenate([of[:rows] for of in classes]))
 
 
 class ScheduledExamples(Dataset):

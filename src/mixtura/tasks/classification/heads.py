@@ -1,18 +1,20 @@
 """What a classifier puts on a pretrained model's hidden states: blend of layers, pooling, mixture, linear classifier.
 
     h_m   = norm(hidden states of layer m)                 m = 0 (embeddings) ... M - 1
-    mixed = scale * sum_m softmax(a)_m h_m                  layer mix (ELMo, arXiv 1802.05365, eq. 1); else h_{M-1}
-    z     = pool(mixed)                                     mean of the real tokens, the first, or the last
+    mixed = scale * sum_m softmax(a)_m h_m                  layer mix (ELMo, arXiv 1802.05365, eq. 1); else one layer
+    z     = pool(mixed)                                     the real tokens' mean, the first, the last, or attention
     z     = z + f(norm(z))                                  only with a feed-forward layer
     logits = W z + b
 
 Pooling and mixing layers are both linear, so with fixed weights they commute: mixing M pooled vectors gives the same as
 pooling the mixed tokens. A frozen model therefore has to be run only once (`features.py`). Weights that depend
-on the token are the exception, unless one token is all that is pooled.
+on the token are the exception, unless one token is all that is pooled, and so is attention, whose weights are
+softmax(mixed_l . q / sqrt(D)) over the real tokens l with a learned q.
 
 Shapes: B batch, L length, D hidden, M hidden states of the model (embeddings and layers), C classes.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +35,9 @@ INITIALIZER_RANGE = 0.02
 class ClassifierHead(nn.Module):
     """Hidden states -> logits; see the module's docstring."""
 
-    def __init__(self, config: HeadConfig, *, num_states: int, hidden_size: int, num_classes: int) -> None:
+    def __init__(
+        self, config: HeadConfig, *, num_states: int, hidden_size: int, num_classes: int, layer: int = -1
+    ) -> None:
         """Builds the head. The classifier is drawn first, so that with one seed it is the same for every kind of head.
 
         Args:
@@ -41,18 +45,22 @@ class ClassifierHead(nn.Module):
             num_states: M.
             hidden_size: D.
             num_classes: C.
+            layer: which of the states a head without a blend reads.
 
         Raises:
             UserError: the head's feed-forward layer cannot work here.
         """
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         self.classifier = nn.Linear(hidden_size, num_classes)
         nn.init.normal_(self.classifier.weight, std=INITIALIZER_RANGE)
         nn.init.zeros_(self.classifier.bias)
         self.layer_mix = None
         if config.kind == "layer_mix":
             self.layer_mix = LayerMix(num_states, hidden_size=hidden_size if config.per_token else None)
+        self.query_D = None
+        if config.pooling == "attention":
+            self.query_D = nn.Parameter(torch.zeros(hidden_size))  # equal weights, so it starts as the mean
         self.feed_forward = None
         if config.feed_forward is not None:
             self.feed_forward = _build_feed_forward(config.feed_forward, hidden_size)
@@ -70,8 +78,10 @@ class ClassifierHead(nn.Module):
         """M hidden states (B, L, D) and a mask of the real tokens -> logits (B, C), and statistics when asked for."""
         if not blends_tokens(self.config):
             return self(pool_states(self._used(states), mask_BL, self.config), return_stats)
-        assert self.layer_mix is not None
-        mixed_BLD = self.layer_mix([normalize(state_BLD, self.config) for state_BLD in states])
+        normed = [normalize(state_BLD, self.config) for state_BLD in self._used(states)]
+        mixed_BLD = normed[0] if self.layer_mix is None else self.layer_mix(normed)
+        if self.query_D is not None:
+            return self._classify(pool_by_attention(mixed_BLD, mask_BL, self.query_D), return_stats)
         return self._classify(pool(mixed_BLD, mask_BL, self.config.pooling), return_stats)
 
     def layer_weights(self, states: Sequence[Tensor] | None = None) -> Tensor | None:
@@ -87,7 +97,7 @@ class ClassifierHead(nn.Module):
         return self.layer_mix.weights(torch.stack([normalize(state, self.config) for state in states], dim=-2))
 
     def _used(self, states: Sequence[Tensor]) -> Sequence[Tensor]:
-        return states if self.layer_mix is not None else states[-1:]
+        return states if self.layer_mix is not None else [states[self.layer]]
 
     def _classify(self, z_BD: Tensor, return_stats: bool) -> tuple[Tensor, RoutingStats | None]:
         stats = None
@@ -101,7 +111,12 @@ class ClassifierHead(nn.Module):
 
 def blends_tokens(config: HeadConfig) -> bool:
     """Whether the head needs the states of all tokens: the pooled vectors of each layer do not determine its answer."""
-    return config.kind == "layer_mix" and config.per_token and config.pooling == "mean"
+    return config.pooling == "attention" or (weighs_tokens(config) and config.pooling == "mean")
+
+
+def weighs_tokens(config: HeadConfig) -> bool:
+    """Whether the weights of a blend depend on the token."""
+    return config.kind == "layer_mix" and config.per_token
 
 
 def normalize(state_BLD: Tensor, config: HeadConfig) -> Tensor:
@@ -122,6 +137,13 @@ def pool(x_BLD: Tensor, mask_BL: Tensor, pooling: str) -> Tensor:
     real_BL = mask_BL.bool().int()
     position_B = real_BL.argmax(1) if pooling == "first" else real_BL.size(1) - 1 - real_BL.flip(1).argmax(1)
     return x_BLD[torch.arange(len(x_BLD), device=x_BLD.device), position_B]
+
+
+def pool_by_attention(x_BLD: Tensor, mask_BL: Tensor, query_D: Tensor) -> Tensor:
+    """(B, L, D) -> (B, D): the mean of the real tokens, each weighed by a softmax over its product with a query."""
+    score_BL = x_BLD @ query_D / math.sqrt(len(query_D))
+    weight_BL = score_BL.masked_fill(~mask_BL.bool(), -math.inf).softmax(-1)
+    return (weight_BL.unsqueeze(1) @ x_BLD).squeeze(1)
 
 
 def mixture_config(arm: ArmConfig, hidden_size: int) -> MixtureConfig:

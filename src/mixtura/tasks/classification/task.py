@@ -30,7 +30,7 @@ from mixtura.tasks.classification.classifier import (
     evaluating,
     evaluation_modes,
 )
-from mixtura.tasks.classification.features import Examples, ScheduledExamples
+from mixtura.tasks.classification.features import Examples, FeatureExamples, ScheduledExamples
 from mixtura.tasks.classification.heads import blends_tokens
 from mixtura.training import saving as checkpoints
 from mixtura.training.interface import Batch, Measure, StepLosses, TrainingTask
@@ -46,6 +46,13 @@ class Splits:
     train: Examples
     validation: Examples
     test: Examples
+
+    def with_layer(self, layer: int | None) -> "Splits":
+        """The splits with one hidden state alone, where they are features and a layer is named."""
+        if layer is None or not isinstance(self.train, FeatureExamples):
+            return self
+        sides = (self.train, self.validation, self.test)
+        return Splits(*(side.one_state(layer) for side in sides if isinstance(side, FeatureExamples)))
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,9 @@ def _scratch_arm(
         name,
         family=feed_forward.family,
         settings=settings,
-        task=TranslationTask(data, recipe.training, routing=routing, num_beams=recipe.num_beams),
+        task=TranslationTask(
+            data, recipe.training, routing=routing, num_beams=recipe.num_beams, comet=recipe.evaluation.comet
+        ),
         learning_rate=arm.learning_rate or feed_forward.learning_rate or recipe.training.learning_rate,
         build=build,
         probe=lambda: build(0),
@@ -267,6 +269,7 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
             adapter=adapter,
             base=_base_facts(recipe),
             num_beams=recipe.num_beams,
+            comet=recipe.evaluation.comet,
         ),
         learning_rate=arm.learning_rate or recipe.training.learning_rate,
         build=build,
@@ -308,7 +311,13 @@ def _upcycled_arm(
         family=layer.family,
         settings={"upcycled": sides, "placement": layer.placement, **shown_settings(layer)},
         task=TranslationTask(
-            data, recipe.training, routing=named, upcycled=weights, base=_base_facts(recipe), num_beams=recipe.num_beams
+            data,
+            recipe.training,
+            routing=named,
+            upcycled=weights,
+            base=_base_facts(recipe),
+            num_beams=recipe.num_beams,
+            comet=recipe.evaluation.comet,
         ),
         learning_rate=arm.learning_rate or layer.learning_rate or recipe.training.learning_rate,
         build=build,

@@ -5,7 +5,7 @@ Scores" (signatures), Koehn 2004, "Statistical Significance Tests for Machine Tr
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -39,6 +39,11 @@ def score(outputs: Sequence[str], references: Sequence[str], *, target_language:
         found = {name: metric.corpus_score(list(outputs), [list(references)]) for name, metric in metrics.items()}
     signatures = {name: f"{found[name].name}|{metric.get_signature()}" for name, metric in metrics.items()}
     return Scores(**{name: float(result.score) for name, result in found.items()}), signatures
+
+
+def mean_scores(scores: Mapping[str, Scores]) -> dict[str, float]:
+    """Means over directions, each counting the same however many sentences it has."""
+    return {key: sum(getattr(s, key) for s in scores.values()) / len(scores) for key in Scores._fields}
 
 
 def paired_bootstrap(baseline: Sequence[str], outputs: Sequence[str], references: Sequence[str]) -> PairedTest:

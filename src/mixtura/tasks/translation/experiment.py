@@ -4,7 +4,7 @@ All arms see the same sentence pairs in the same order, and are scored on the sa
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -15,6 +15,7 @@ from mixtura.data.parallel import ParallelCorpus, load_parallel
 from mixtura.data.prepare import load_tokenizer
 from mixtura.results import ArmDescription
 from mixtura.results.document import AcrossArms, PairedTest
+from mixtura.tasks.translation import comet
 from mixtura.tasks.translation.arms import make_arm
 from mixtura.tasks.translation.batches import encode_pairs
 from mixtura.tasks.translation.chrf import paired_bootstrap
@@ -25,6 +26,7 @@ from mixtura.tasks.translation.prompts import (
     train_translation_tokenizer,
 )
 from mixtura.tasks.translation.task import OUTPUTS_FILE, TranslationData, read_outputs
+from mixtura.tasks.translation.teacher import with_teacher
 from mixtura.training.interface import Arm, Experiment
 
 
@@ -45,9 +47,15 @@ def make_translation(
         UserError: the data, the base model or an arm's settings cannot be used.
     """
     report = on_progress or (lambda _: None)
+    if recipe.evaluation.comet is not None:
+        comet.check_comet(recipe.evaluation.comet)
     report("reading")
     corpus = load_parallel(recipe.data)
     recipe = dataclasses.replace(recipe, data=corpus.config)
+    if recipe.data.teacher is not None:
+        corpus = with_teacher(
+            corpus, recipe.data.teacher, num_beams=recipe.num_beams, cache_dir=cache_dir, on_progress=report
+        )
     prompts = _prompts(recipe, corpus, cache_dir, report)
     report("encoding")
     encoded = _encode(recipe, corpus, prompts)
@@ -92,25 +100,21 @@ class TranslationExperiment(Experiment):
         return [*phrases, f"the base model {self.recipe.base.name}; trained parameters: {sizes}"]
 
     def across_arms(self, out: Path) -> AcrossArms:
-        """Paired bootstrap of every arm against the baseline in chrF, for each direction.
+        """Paired bootstrap of every arm against the baseline in chrF, and in COMET where asked, for each direction.
 
         The difference is the mean over seeds. The p-value is the largest over seeds, so that a difference counts as
         sure only where every seed shows it.
         """
         found: dict[str, dict[str, PairedTest]] = {}
+        by_comet: dict[str, dict[str, PairedTest]] = {}
         for name in self.arms:
             # A run that diverged has translated nothing.
             seeds = [seed for seed in self.recipe.seeds if self._translated(out, self.recipe.baseline, name, seed=seed)]
             if name != self.recipe.baseline and seeds:
-                tests = [self._bootstrap(out, name, seed) for seed in seeds]
-                found[name] = {
-                    direction: PairedTest(
-                        difference=sum(test[direction].difference for test in tests) / len(tests),
-                        p_value=max(test[direction].p_value for test in tests),
-                    )
-                    for direction in tests[0]
-                }
-        return AcrossArms(found)
+                found[name] = _over_seeds([self._bootstrap(out, name, seed) for seed in seeds])
+                if self.recipe.evaluation.comet is not None:
+                    by_comet[name] = _over_seeds([self._bootstrap_comet(out, name, seed) for seed in seeds])
+        return AcrossArms(found, by_comet)
 
     def _translated(self, out: Path, *arms: str, seed: int) -> bool:
         return all((out / "arms" / arm / f"seed{seed}" / OUTPUTS_FILE).exists() for arm in arms)
@@ -125,6 +129,27 @@ class TranslationExperiment(Experiment):
                 [b.output for b, _ in pairs], [a.output for _, a in pairs], [b.reference for b, _ in pairs]
             )
         return result
+
+    def _bootstrap_comet(self, out: Path, name: str, seed: int) -> dict[str, PairedTest]:
+        paths = [out / "arms" / arm / f"seed{seed}" / OUTPUTS_FILE for arm in (self.recipe.baseline, name)]
+        directions = [record.pair for record in read_outputs(paths[0])]
+        before, after = map(comet.read_scores, paths)
+        rows = [row for row in zip(directions, before, after, strict=True) if None not in row]
+        return {
+            direction: comet.paired_bootstrap(*zip(*(row[1:] for row in rows if row[0] == direction), strict=True))
+            for direction in dict.fromkeys(row[0] for row in rows)
+        }
+
+
+def _over_seeds(tests: Sequence[Mapping[str, PairedTest]]) -> dict[str, PairedTest]:
+    """For each direction the mean difference, and the largest p-value."""
+    return {
+        direction: PairedTest(
+            difference=sum(test[direction].difference for test in tests) / len(tests),
+            p_value=max(test[direction].p_value for test in tests),
+        )
+        for direction in tests[0]
+    }
 
 
 def _prompts(

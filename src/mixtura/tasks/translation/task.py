@@ -25,7 +25,9 @@ from mixtura.results import Facts
 from mixtura.results.json_form import from_plain, to_plain
 from mixtura.results.run import PairScores, Sample, Specialization, TranslationDetails
 from mixtura.tasks.translation.batches import EncodedPairs, PairDataset, collate_rows
-from mixtura.tasks.translation.chrf import Scores, score
+from mixtura.tasks.translation.chrf import Scores, mean_scores, score
+from mixtura.tasks.translation.comet import KEY as COMET_KEY
+from mixtura.tasks.translation.comet import comet_scores, means_by_direction
 from mixtura.tasks.translation.decoding import ExampleRouting
 from mixtura.tasks.translation.encoder_decoder import (
     AnyPrompts,
@@ -77,6 +79,8 @@ class DecodedTest:
 
     greedy: list[str]
     beam: list[str] | None
+    comet: list[float] | None = None
+    """COMET of the greedy ones, where asked for."""
 
 
 @final
@@ -95,6 +99,7 @@ class TranslationTask(TrainingTask):
         upcycled: tuple[float, float] | None = None,
         base: Facts | None = None,
         num_beams: int = 1,
+        comet: str | None = None,
     ) -> None:
         """Trains and evaluates as `config` says.
 
@@ -106,9 +111,11 @@ class TranslationTask(TrainingTask):
             upcycled: the weights of load-balancing and z-loss, where the base model's layers became mixtures.
             base: name and number of layers of the base model, None from scratch.
             num_beams: also decode with so many beams, if more than one.
+            comet: a checkpoint to score the greedy outputs with too.
         """
         self.data, self.config, self.routing = data, config, routing
         self.adapter, self.upcycled, self.base, self.num_beams = adapter, upcycled, base, num_beams
+        self.comet = comet
         self._decoded: tuple[weakref.ref[nn.Module], DecodedTest] | None = None
 
     @property
@@ -197,7 +204,9 @@ class TranslationTask(TrainingTask):
         if final:
             decoded = self.decode_test(model)
             self._decoded = (weakref.ref(model), decoded)
-            measured[inference_modes(model)[-1]] |= _macro(self._scores(decoded.greedy)[0])
+            measured[inference_modes(model)[-1]] |= mean_scores(self._scores(decoded.greedy)[0])
+            if comet := means_by_direction(decoded.comet, self.data.test.sentences):
+                measured[inference_modes(model)[-1]]["comet"] = sum(comet.values()) / len(comet)
         return measured
 
     def decode_test(self, model: nn.Module) -> DecodedTest:
@@ -205,7 +214,8 @@ class TranslationTask(TrainingTask):
         with running(model, inference_modes(model)[-1]):
             greedy = self._decode(model, num_beams=1)
             beam = self._decode(model, num_beams=self.num_beams) if self.num_beams > 1 else None
-        return DecodedTest(greedy, beam)
+        comet = None if self.comet is None else comet_scores(self.comet, self.data.test.sentences, greedy)
+        return DecodedTest(greedy, beam, comet)
 
     def details(self, model: nn.Module, *, out: Path) -> TranslationDetails:
         """Scores by direction, signatures and samples; writes all outputs to `outputs.jsonl`."""
@@ -213,8 +223,12 @@ class TranslationTask(TrainingTask):
         decoded = last[1] if last is not None and last[0]() is model else self.decode_test(model)
         sentences = self.data.test.sentences
         scores, signatures = self._scores(decoded.greedy)
-        copied, _ = self._scores([pair.source for pair in sentences])
+        sources = [pair.source for pair in sentences]
+        copied, _ = self._scores(sources)
         beams = self._scores(decoded.beam)[0] if decoded.beam is not None else {}
+        comet = means_by_direction(decoded.comet, sentences)
+        of_sources = comet_scores(self.comet, sentences, sources) if self.comet else None
+        copied_comet = means_by_direction(of_sources, sentences)
         pairs = {
             name: PairScores(
                 **found._asdict(),
@@ -223,6 +237,8 @@ class TranslationTask(TrainingTask):
                 sentences=len(self._rows_of(name)),
                 beam_chrf=beams[name].chrf if beams else None,
                 beam_bleu=beams[name].bleu if beams else None,
+                comet=comet.get(name),
+                copy_comet=copied_comet.get(name),
             )
             for name, found in scores.items()
         }
@@ -230,7 +246,8 @@ class TranslationTask(TrainingTask):
             Sample(pair=pair.pair, source=pair.source, reference=pair.target, output=output)
             for pair, output in zip(sentences, decoded.greedy, strict=True)
         ]
-        beamed = [{} if decoded.beam is None else {"beam": decoded.beam[i]} for i in range(len(records))]
+        further = {"beam": decoded.beam, COMET_KEY: decoded.comet}
+        beamed = [{key: of[i] for key, of in further.items() if of is not None} for i in range(len(records))]
         with checkpoints.writing(out):
             lines = [
                 json.dumps({**to_plain(record), **beam}, ensure_ascii=False) + "\n"
@@ -361,11 +378,6 @@ class TranslationTask(TrainingTask):
                 if known != signature:
                     signatures[f"{metric} ({language})"] = signature
         return scores, signatures
-
-
-def _macro(scores: dict[str, Scores]) -> dict[str, float]:
-    """Means over directions, each counting the same however many sentences it has."""
-    return {key: sum(getattr(s, key) for s in scores.values()) / len(scores) for key in Scores._fields}
 
 
 def _config(model: Any) -> Any:

@@ -3,6 +3,7 @@
 The model is one trained from scratch, a tuned base model, or an adapter on one.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,40 +77,68 @@ def translate_lines(
         UserError: the folder is none of a translation run, the model does not know the direction, all lines are empty,
             or some are too long.
     """
-    settings = _untuned_settings(model_folder, source_language, target_language) or _read_settings(model_folder)
-    source_language, target_language = _languages(settings["directions"], source_language, target_language)
-    direction = f"{source_language}-{target_language}"
-    if direction not in settings["directions"]:
-        raise UserError(
-            f"The model does not translate {direction}: choose one of {', '.join(settings['directions'])}, or "
-            "train it so."
-        )
+    translator = Translator(model_folder, source_language, target_language)
     if num_beams < 1:
         raise UserError(f"num_beams is {num_beams}: give 1 for greedy decoding, or more.")
     asked = [i for i, line in enumerate(lines) if line.strip()]
     if not asked:
         raise UserError("The text is empty: give a sentence to translate.")
-    prompts = _prompts(model_folder, settings)
-    encoded = prompts.encode([SentencePair(lines[i], "", source_language, target_language) for i in asked])
-    _check_lengths(asked, encoded, settings["max_length"])
-    model = _load(model_folder, settings)
-    with running(model, inference_modes(model)[-1]):
-        generated = decode_prompts(
-            model,
-            encoded,
-            prompts=prompts,
-            directions=[settings["directions"].index(direction)] * len(asked),
-            names=settings["directions"],
-            routing=_routing(settings),
-            max_length=settings["max_length"],
-            num_beams=num_beams,
-        )
+    encoded = translator.encode([lines[i] for i in asked])
+    _check_lengths(asked, encoded, translator.max_length)
+    translations, is_cut = translator.translate(encoded, num_beams=num_beams)
     done = [""] * len(lines)
-    for i, translation in zip(asked, prompts.decode(generated), strict=True):
-        done[i] = " ".join(translation.splitlines())  # a line for a line
-    limits = [token_limit(len(ids), settings["max_length"]) for ids in encoded]
-    cut = [i + 1 for i, ids, limit in zip(asked, generated, limits, strict=True) if len(ids) >= limit]
-    return Translated(done, cut)
+    for i, translation in zip(asked, translations, strict=True):
+        done[i] = translation
+    return Translated(done, [i + 1 for i, at_limit in zip(asked, is_cut, strict=True) if at_limit])
+
+
+class Translator:
+    """A translation model opened for one direction; its weights are loaded when it first translates."""
+
+    def __init__(self, model_folder: Path, source_language: str, target_language: str) -> None:
+        """Reads what the folder says; see `translate_lines` for the arguments.
+
+        Raises:
+            UserError: the folder is none of a translation run, or the model does not know the direction.
+        """
+        settings = _untuned_settings(model_folder, source_language, target_language) or _read_settings(model_folder)
+        languages = _languages(settings["directions"], source_language, target_language)
+        direction = "-".join(languages)
+        if direction not in settings["directions"]:
+            raise UserError(
+                f"The model does not translate {direction}: choose one of {', '.join(settings['directions'])}, or "
+                "train it so."
+            )
+        self._folder, self._settings, self._languages = model_folder, settings, languages
+        self._direction: int = settings["directions"].index(direction)
+        self._prompts = _prompts(model_folder, settings)
+        self.max_length: int = settings["max_length"]
+
+    @functools.cached_property
+    def _model(self) -> Any:
+        return _load(self._folder, self._settings)
+
+    def encode(self, lines: Sequence[str]) -> list[list[int]]:
+        """Lines as prompts; one that has `max_length` - 1 tokens or more leaves no room for a translation."""
+        return self._prompts.encode([SentencePair(line, "", *self._languages) for line in lines])
+
+    def translate(self, encoded: Sequence[Sequence[int]], *, num_beams: int) -> tuple[list[str], list[bool]]:
+        """A line for each prompt, and whether it ended only because it was as long as it may be."""
+        model, settings = self._model, self._settings
+        with running(model, inference_modes(model)[-1]):
+            generated = decode_prompts(
+                model,
+                encoded,
+                prompts=self._prompts,
+                directions=[self._direction] * len(encoded),
+                names=settings["directions"],
+                routing=_routing(settings),
+                max_length=self.max_length,
+                num_beams=num_beams,
+            )
+        lines = [" ".join(text.splitlines()) for text in self._prompts.decode(generated)]  # a line for a line
+        limits = [token_limit(len(ids), self.max_length) for ids in encoded]
+        return lines, [len(ids) >= limit for ids, limit in zip(generated, limits, strict=True)]
 
 
 def _check_lengths(asked: Sequence[int], encoded: Sequence[Sequence[int]], max_length: int) -> None:
