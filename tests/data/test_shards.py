@@ -4,15 +4,18 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixtura.comparison.verbs import train
 from mixtura.config import DataConfig, UserError
 from mixtura.data import prepare, shards, sources, tokenizing
 from mixtura.data.packing import PackedTokens, ScheduledDataset
@@ -281,3 +284,30 @@ def test_training_on_shards_is_training_on_their_sequences(data, tmp_path):
         row = found.train.sequences_NL[found.train.index_at(place, seed=3)]
         assert dataset[place]["input_ids"].tolist() == row.tolist()
     assert found.summary == json.loads(json.dumps(found.summary))
+
+
+def test_a_run_on_shards_that_goes_on_ends_with_the_same_bits(tiny_recipe, tmp_path):
+    recipe = tiny_recipe(arms={"dense": {"family": "dense"}})
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, shards=True))
+    whole = (train(recipe, out=tmp_path / "run").checkpoint / "model.safetensors").read_bytes()
+    run = tmp_path / "run" / "arms" / "dense" / "seed0"
+    for folder in ("checkpoint-4", "checkpoint"):
+        shutil.rmtree(run / folder)
+    (run / "result.json").unlink()
+    again = train(recipe, out=tmp_path / "run")
+    assert (again.checkpoint / "model.safetensors").read_bytes() == whole
+
+
+def test_a_hub_dataset_is_streamed_into_shards(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(name, subset, *, split, streaming):
+        asked.append((name, split, streaming))
+        rows = [{"text": f"document {number} has some words of its own"} for number in range(400)]
+        return datasets.IterableDataset.from_generator(lambda: iter(rows))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = DataConfig(source="hub", name="some/set", vocab_size=280, sequence_length=16, validation_fraction=0.2)
+    found, _ = in_shards(data, tmp_path / "cache")
+    assert asked == [("some/set", "train", True)] * 2  # the second time for the tokenizer
+    assert np.array_equal(found.train.sequences_NL[:], prepare_data(data, cache_dir=None).train.sequences_NL)

@@ -115,7 +115,11 @@ class _Progress:
     def end(self, parts: int) -> None:
         """All parts are there."""
         if self._bytes:
-            kept = f", {self.kept} of {parts} shards kept from before" if self.kept else f" in {parts} shards"
+            kept = (
+                f", {self.kept} of {parts} shards kept from before"
+                if self.kept
+                else f" in {parts} shard{'s' * (parts > 1)}"
+            )
             self._report(f"encoded {self._so_far()}{kept}")
 
     def _so_far(self) -> str:
