@@ -63,8 +63,9 @@ class PackedTokens:
 
     def content(self) -> bytes:
         """What is equal where the tokens and their places are: the tokens, or the checksums of their files."""
-        in_files = isinstance(self.sequences_NL, ShardedSequences)
-        return self.sequences_NL.content() if in_files else self.sequences_NL.tobytes()
+        if isinstance(self.sequences_NL, ShardedSequences):
+            return self.sequences_NL.content()
+        return self.sequences_NL.tobytes()
 
 
 def pack(

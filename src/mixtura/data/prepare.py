@@ -198,7 +198,7 @@ def _prepare(data: DataConfig, report: Callable[[str], None]) -> PreparedData:
     train = pack(corpus.train, tokenizer, sequence_length=length, name=name)
     validation = pack(corpus.validation, tokenizer, sequence_length=length, name=HELD_OUT)
     order = epoch_order(validation.num_sequences, seed=0, epoch=0)
-    validation = dataclasses.replace(validation, sequences_NL=validation.sequences_NL[order])
+    validation = dataclasses.replace(validation, sequences_NL=validation.sequences_NL[:][order])
     facts = {
         "description": corpus.description,
         "documents_train": len(corpus.train),
@@ -271,7 +271,7 @@ def _make_shards(data: DataConfig, entry: Path, report: Callable[[str], None]) -
         report=report,
     )
     sides = {side: sum(getattr(part, side).documents for part in parts) for side in _SIDES}
-    check_sides(*sides.values(), documents.skipped, documents.source(), data)
+    check_sides(sides["train"], sides["validation"], documents.skipped, documents.source(), data)
     facts = {
         "description": documents.source() + documents.left_out(),
         **{f"documents_{side}": number for side, number in sides.items()},
@@ -297,13 +297,13 @@ def _load_shards(data: DataConfig, entry: Path) -> PreparedData | None:
     if not same:
         return None
     check_parts(entry, parts)
-    packed: list[PackedTokens] = []
+    packed: dict[str, PackedTokens] = {}
     for side, name in zip(_SIDES, (_training_text(facts["rows_skipped"]), HELD_OUT), strict=True):
         sequences_NL = ShardedSequences(
             entry, parts, side=side, sequence_length=data.sequence_length, shuffled=side == "validation"
         )
-        packed.append(packed_shards(sequences_NL, num_bytes=facts[f"bytes_{side}"], name=name))
-    return _prepared(data, load_tokenizer(str(entry / "tokenizer")), *packed, facts)
+        packed[side] = packed_shards(sequences_NL, num_bytes=facts[f"bytes_{side}"], name=name)
+    return _prepared(data, load_tokenizer(str(entry / "tokenizer")), packed["train"], packed["validation"], facts)
 
 
 def _num_bytes(documents: Iterable[str]) -> int:
