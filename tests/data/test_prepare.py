@@ -19,11 +19,11 @@ from mixtura.data.prepare import (
     MAX_TRAINING_CHARACTERS,
     PreparedData,
     _sample,
-    fit_held_out,
     load_tokenizer,
     prepare_data,
     train_tokenizer,
 )
+from mixtura.data.short_texts import fit_held_out
 
 SLOW_PARTS = ["reading", "training tokenizer", "encoding"]
 

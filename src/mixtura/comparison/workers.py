@@ -7,8 +7,6 @@ model trains faster so than with several threads, which wait for each other at e
 
 import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -26,7 +24,7 @@ import torch
 from mixtura.comparison.plan import AnyRecipe, make_experiment
 from mixtura.comparison.runs import Job, run_or_mark
 from mixtura.config import Interrupted, UserError
-from mixtura.config.threads import usable_cores
+from mixtura.config.threads import follow_parent, usable_cores
 from mixtura.results.document import RESULT
 from mixtura.training import ProgressReporter, SilentProgress, ranks
 from mixtura.training.interface import Experiment
@@ -180,23 +178,13 @@ _STOPPED = False
 def _begin(recipe: AnyRecipe, out: Path, threads: int, number: "Synchronized[int]", events: "Queue[Event]") -> None:
     """Makes this process ready: its device and threads, and the data from the comparison's folder."""
     global _EXPERIMENT, _REPORTER
-    # Ctrl-C reaches every process of a terminal; the one that started this one passes it on, once.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    follow_parent()
     with number.get_lock():
         mine, number.value = number.value, number.value + 1
     _take_device(mine)
     torch.set_num_threads(threads)
     _REPORTER = _Reporter(events)
     _EXPERIMENT = make_experiment(recipe, out, SilentProgress())
-
-
-def _end_with_parent() -> None:
-    """Ends the process when the one that started it is gone: its folder may then be taken by another comparison."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _take_device(mine: int, environment: Any = os.environ) -> None:

@@ -32,6 +32,8 @@ class DataConfig:
     """Column or JSON key that holds the text."""
     max_bytes: int = 16_000_000
     """Stop reading documents after this many bytes of UTF-8 text."""
+    shards: bool = False
+    """Keep tokens in files that training maps, for text that does not fit in memory; the order of training differs."""
     tokenizer: str = "train"
     """"train" fits a byte-level BPE on the training documents; anything else is a tokenizer folder or hub name."""
     vocab_size: int = 1024

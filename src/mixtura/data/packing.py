@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from mixtura.data.shards import ShardedSequences, scattered
 from mixtura.errors import TooLittleText
 
 HELD_OUT = "the held-out text"
@@ -25,8 +26,8 @@ _CHUNK_CHARACTERS = 1_000_000
 class PackedTokens:
     """Tokens of one split, cut into windows of one length."""
 
-    sequences_NL: np.ndarray
-    """(N, L) int32, at least one row."""
+    sequences_NL: np.ndarray | ShardedSequences
+    """(N, L) int32, at least one row; in memory, or in files that are read a row at a time."""
     bytes_per_token: float
     """UTF-8 bytes of the documents over all their tokens, the one eos after each document counted, the remainder too.
 
@@ -50,6 +51,22 @@ class PackedTokens:
         """N * L, the tokens in full windows."""
         return self.sequences_NL.size
 
+    def index_at(self, position: int, *, seed: int) -> int:
+        """Which sequence stands at `position` of a run; each epoch is a fresh permutation, a function of the seed.
+
+        For tokens in files it is another permutation than for the same tokens in memory, one that is never written out.
+        """
+        if isinstance(self.sequences_NL, ShardedSequences):
+            epoch, offset = divmod(position, self.num_sequences)
+            return scattered(offset, number=self.num_sequences, seed=seed, epoch=epoch)
+        return sequence_index(position, num_sequences=self.num_sequences, seed=seed)
+
+    def content(self) -> bytes:
+        """What is equal where the tokens and their places are: the tokens, or the checksums of their files."""
+        if isinstance(self.sequences_NL, ShardedSequences):
+            return self.sequences_NL.content()
+        return self.sequences_NL.tobytes()
+
 
 def pack(
     documents: Sequence[str],
@@ -71,24 +88,49 @@ def pack(
     Raises:
         UserError: the documents do not fill one window.
     """
-    eos = tokenizer.eos_token_id
-    assert isinstance(eos, int), "load_tokenizer checks that there is an eos token"
-    encoded = [_encode(chunk, tokenizer, eos) for chunk in _chunks(documents)]
-    tokens = np.concatenate(encoded) if encoded else np.empty(0, dtype=np.int32)
-    num_sequences, tokens_dropped = divmod(tokens.size, sequence_length)
-    if num_sequences == 0:
-        raise TooLittleText(
-            f"{name[0].upper()}{name[1:]} has {tokens.size} tokens, fewer than the {sequence_length} of "
-            "'data.sequence_length': give more text, lower 'data.sequence_length' or change "
-            "'data.validation_fraction'.",
-            held_out=name == HELD_OUT,
-        )
+    tokens = encode(documents, tokenizer)
+    num_sequences, tokens_dropped = _whole_sequences(tokens.size, sequence_length, name)
     num_bytes = sum(len(document.encode()) for document in documents)
     return PackedTokens(
         sequences_NL=tokens[: num_sequences * sequence_length].reshape(num_sequences, sequence_length),
         bytes_per_token=num_bytes / tokens.size,
         tokens_dropped=tokens_dropped,
     )
+
+
+def packed_shards(sequences_NL: ShardedSequences, *, num_bytes: int, name: str) -> PackedTokens:
+    """The same of documents whose tokens are in files.
+
+    Args:
+        sequences_NL: their (N, L) sequences.
+        num_bytes: UTF-8 bytes of the documents.
+        name: as for `pack`.
+
+    Raises:
+        UserError: the documents do not fill one window.
+    """
+    _, tokens_dropped = _whole_sequences(sequences_NL.tokens, sequences_NL.shape[1], name)
+    return PackedTokens(sequences_NL, num_bytes / sequences_NL.tokens, tokens_dropped)
+
+
+def _whole_sequences(tokens: int, sequence_length: int, name: str) -> tuple[int, int]:
+    """How many sequences the tokens fill, and how many tokens are left over."""
+    if tokens < sequence_length:
+        raise TooLittleText(
+            f"{name[0].upper()}{name[1:]} has {tokens} tokens, fewer than the {sequence_length} of "
+            "'data.sequence_length': give more text, lower 'data.sequence_length' or change "
+            "'data.validation_fraction'.",
+            held_out=name == HELD_OUT,
+        )
+    return divmod(tokens, sequence_length)
+
+
+def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """(tokens,) int32 of all documents in their order, eos after each."""
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int), "load_tokenizer checks that there is an eos token"
+    encoded = [_encode(chunk, tokenizer, eos) for chunk in _chunks(documents)]
+    return np.concatenate(encoded) if encoded else np.empty(0, dtype=np.int32)
 
 
 def sequence_index(position: int, *, num_sequences: int, seed: int) -> int:
@@ -127,7 +169,7 @@ class ScheduledDataset(torch.utils.data.Dataset):
         """`input_ids` (L,) and `labels` (L,), int64 and equal: the model shifts."""
         if not 0 <= position < self.length:
             raise IndexError(f"position {position} is outside a schedule of {self.length} sequences")
-        index = sequence_index(position, num_sequences=self.packed.num_sequences, seed=self.seed)
+        index = self.packed.index_at(position, seed=self.seed)
         tokens_L = torch.from_numpy(self.packed.sequences_NL[index].astype(np.int64))
         return {"input_ids": tokens_L, "labels": tokens_L.clone()}
 

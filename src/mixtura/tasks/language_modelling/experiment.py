@@ -21,7 +21,8 @@ from mixtura.config.checks import batch_sizes, check_feed_forward
 from mixtura.config.describe import shown_settings
 from mixtura.config.families import facts_of
 from mixtura.config.initialization import INITIALIZER_RANGE, SHAPE_KEYS, TRAINED_KEYS, names_scales
-from mixtura.data.prepare import PreparedData, fit_held_out, load_tokenizer, prepare_data
+from mixtura.data.prepare import PreparedData, load_tokenizer, prepare_data
+from mixtura.data.short_texts import fit_held_out
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.evaluation import evaluation_modes
 from mixtura.models import MixtureConfig, MixtureForCausalLM
@@ -363,5 +364,5 @@ def _make_arm(recipe: Recipe, data: PreparedData, name: str) -> PretrainingArm:
 def _digest(data: PreparedData) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for packed in (data.train, data.validation):
-        digest.update(packed.sequences_NL.tobytes())
+        digest.update(packed.content())
     return digest.hexdigest()
