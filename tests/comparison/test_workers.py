@@ -79,7 +79,8 @@ def test_runs_side_by_side_give_the_results_of_one_after_another(tiny_recipe, tm
     compare(recipe, out=tmp_path / "two", arms_in_parallel=2, reporter=heard)
     compare(recipe, out=tmp_path / "one")
     one, two = results_of(tmp_path / "one"), results_of(tmp_path / "two")
-    assert differences(one, two) == []
+    # Which arm takes the least time a step is said in the answer.
+    assert [found for found in differences(one, two) if found[0] != ".summary.verdict.answer"] == []
     for name in ARMS:
         for run, other in zip(one["arms"][name]["runs"], two["arms"][name]["runs"], strict=True):
             assert run["final"] == other["final"]
