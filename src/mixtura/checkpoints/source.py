@@ -90,13 +90,26 @@ def _folder(name: str) -> Path:
         folder_settings(folder)
     if folder.exists() or folder.suffix == ".gguf":
         raise UserError(f"'{name}' is a file: give a folder in Hugging Face format, with config.json and safetensors.")
+    return hub_folder(
+        name, _FETCHED, missing=f"There is no folder '{name}'", fix="give a folder, a hub name or smollm2"
+    )
+
+
+def hub_folder(name: str, patterns: Sequence[str], *, missing: str, fix: str) -> Path:
+    """The folder with those files of a hub model, fetched if it is not in the cache.
+
+    Args:
+        name: on the hub.
+        patterns: which files, such as "*.json".
+        missing, fix: how a sentence begins and ends that says that there is no such folder here either.
+
+    Raises:
+        UserError: the hub does not give it.
+    """
     try:
-        return Path(snapshot_download(name, allow_patterns=_FETCHED))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # the hub client has many unrelated classes, for names, networks and permissions
-        raise UserError(
-            f"There is no folder '{name}', and the hub does not give it ({reason_of(error)}): give a folder, a hub "
-            "name or smollm2."
-        ) from error
+        raise UserError(f"{missing}, and the hub does not give it ({reason_of(error)}): {fix}.") from error
 
 
 def read_json(path: Path, name: str) -> Facts:

@@ -37,7 +37,10 @@ _FLAGS = {
 }
 _READ_RECIPES = ("compare", "plan", "train")
 """Verbs whose first argument is a recipe."""
-_LEAVE_RECIPES = {"--out", "--resume", "--no-resume", "--dry-run", "--open", "--arm", "--seed", "--hardware", "--json"}
+_LEAVE_RECIPES = {
+    *("--out", "--resume", "--no-resume", "--dry-run", "--open", "--arms-in-parallel"),
+    *("--arm", "--seed", "--hardware", "--json"),
+}
 """Flags of these verbs that do not change it."""
 _KEY = re.compile(r"'((?:data|base|model|training|search|arms)\.[\w.-]+)'")
 

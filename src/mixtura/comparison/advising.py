@@ -37,11 +37,10 @@ from mixtura.report.wording import (
     NONE,
     compact,
     count,
+    expected_words,
     memory,
     number,
     quantity,
-    signed,
-    signed_interval,
     start,
     times,
 )
@@ -76,13 +75,6 @@ def certainty(found: Expected) -> str:
     if found.decided:
         return DECIDED
     return LIKELY if max(found.ahead, 1 - found.ahead) >= _LIKELY else "open"
-
-
-def difference(found: Expected | None) -> str:
-    """A difference with its interval: "-0.052 (-0.071 to -0.033)"; an en dash where there is none."""
-    if found is None:
-        return NONE
-    return f"{signed(found.mean)} ({signed_interval(found.low, found.high)})"
 
 
 def payoff(found: Payoff | None) -> str:
@@ -162,8 +154,8 @@ def _cells(arm: ArmAdvice) -> list[str]:
     sure = "" if arm.at_equal_flops is None else certainty(arm.at_equal_flops)
     return [
         arm.label,
-        "baseline" if arm.at_equal_flops is None else difference(arm.at_equal_flops),
-        difference(arm.at_equal_seconds),
+        "baseline" if arm.at_equal_flops is None else expected_words(arm.at_equal_flops),
+        expected_words(arm.at_equal_seconds),
         arm.refused or sure,
         dense_loss(arm),
         payoff(arm.pays_flops),
@@ -182,7 +174,7 @@ def render_advice(advice: Advice, evidence: Evidence) -> str:
     """The page as text."""
     environment = page_environment(_TEMPLATES)
     environment.filters |= {
-        "difference": difference,
+        "difference": expected_words,
         "payoff": payoff,
         "dense_loss": dense_loss,
         "stands_on": stands_on,

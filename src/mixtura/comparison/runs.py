@@ -47,12 +47,12 @@ def run_or_mark(arm: Arm, job: Job, reporter: ProgressReporter) -> RunResult:
     Raises:
         UserError, Interrupted: as `run_arm` does.
     """
-    at_scale = arm if job.scale is None else arm.at_scale(job.scale)
+    of_job = arm if job.scale is None else arm.at_scale(job.scale)
     if job.budget is not None:
-        at_scale = arm.at_budget(job.budget, seed=job.seed)
+        of_job = of_job.at_budget(job.budget, seed=job.seed)
     try:
         return run_arm(
-            at_scale,
+            of_job,
             seed=job.seed,
             learning_rate=job.learning_rate,
             training=job.training,
@@ -63,7 +63,7 @@ def run_or_mark(arm: Arm, job: Job, reporter: ProgressReporter) -> RunResult:
         )
     except TrainingDiverged as error:
         reporter.note(f"{error} {'This trial counts as lost' if job.trial else 'The other runs go on'}.")
-        result = diverged_run(at_scale, job.out, seed=job.seed, learning_rate=job.learning_rate)
+        result = diverged_run(of_job, job.out, seed=job.seed, learning_rate=job.learning_rate)
         if ranks.is_first():
             write_run(job.out / RESULT, result)
         return result

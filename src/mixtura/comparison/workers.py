@@ -8,10 +8,8 @@ model trains faster so than with several threads, which wait for each other at e
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.queues import Queue
 from multiprocessing.sharedctypes import Synchronized
@@ -24,12 +22,17 @@ import torch
 from mixtura.comparison.plan import AnyRecipe, make_experiment
 from mixtura.comparison.runs import Job, run_or_mark
 from mixtura.config import Interrupted, UserError
-from mixtura.config.threads import follow_parent, usable_cores
+from mixtura.config.threads import usable_cores
+from mixtura.processes import CONTEXT, worker_pool
 from mixtura.results.document import RESULT
 from mixtura.training import ProgressReporter, SilentProgress, ranks
 from mixtura.training.interface import Experiment
 
 _POLL_SECONDS = 0.2
+_LOST = (
+    "A process that trained was ended from outside, as happens where memory runs out: the same command goes on, with "
+    "fewer processes in --arms-in-parallel."
+)
 Event = tuple[str, int, float, float]
 """Of a run: its label, the step it has reached, the loss there and tokens a second."""
 
@@ -74,46 +77,24 @@ def train_ahead(
         return
     processes = min(processes, len(left))
     shown = _Together(reporter, {job.label: job.training.steps for job in left}, processes)
-    with _pool(recipe, out, processes) as (pool, events):
-        pending = {pool.submit(_train, job) for job in left}
+    events, number = CONTEXT.Queue(), CONTEXT.Value("i", 0)
+    settings = (recipe, out, threads_of_each(recipe, processes), number, events)
+    with worker_pool(processes, _begin, settings, lost=_LOST) as pool:
         try:
+            pending = {pool.submit(_train, job) for job in left}
             while pending:
                 done, pending = wait(pending, timeout=_POLL_SECONDS)
                 shown.follow(events)
                 for future in done:
-                    shown.note(_result(future))
+                    shown.note(future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                if isinstance(child, SpawnProcess):
+                    child.terminate()  # SIGTERM, at which a run saves its step
+            raise
         finally:
             shown.end()
-
-
-def _result(future: Future[str]) -> str:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        raise UserError(
-            "A process that trained was ended from outside, as happens where memory runs out: the same command goes "
-            "on, with fewer processes in --arms-in-parallel."
-        ) from None
-
-
-@contextmanager
-def _pool(recipe: AnyRecipe, out: Path, processes: int) -> Iterator[tuple[ProcessPoolExecutor, "Queue[Event]"]]:
-    """Processes that have read the data; where the block fails, they save what they train and end."""
-    context = multiprocessing.get_context("spawn")
-    events, number = context.Queue(), context.Value("i", 0)
-    settings = (recipe, out, threads_of_each(recipe, processes), number, events)
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=settings)
-    try:
-        yield pool, events
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
-            if isinstance(child, SpawnProcess):
-                child.terminate()  # SIGTERM, at which a run saves its step
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-        events.cancel_join_thread()
 
 
 class _Together:
@@ -178,11 +159,11 @@ _STOPPED = False
 def _begin(recipe: AnyRecipe, out: Path, threads: int, number: "Synchronized[int]", events: "Queue[Event]") -> None:
     """Makes this process ready: its device and threads, and the data from the comparison's folder."""
     global _EXPERIMENT, _REPORTER
-    follow_parent()
     with number.get_lock():
         mine, number.value = number.value, number.value + 1
     _take_device(mine)
     torch.set_num_threads(threads)
+    events.cancel_join_thread()  # what nobody reads any more must not keep this process from ending
     _REPORTER = _Reporter(events)
     _EXPERIMENT = make_experiment(recipe, out, SilentProgress())
 

@@ -7,10 +7,7 @@ where nothing else runs, since every product wakes them anew; with a short spin 
 (docs/performance.md).
 """
 
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -48,21 +45,6 @@ def usable_cores() -> int:
         return max(1, min(cores, round(int(quota) / int(period))))
     except (OSError, ValueError):  # no cgroup of version 2, or "max"
         return cores
-
-
-def follow_parent() -> None:
-    """In a process that another one started to share its work: that one alone is told of Ctrl-C, and ends this one."""
-    # Ctrl-C reaches every process of a terminal; the one that started this one passes it on, once.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Ends the process when the one that started it is gone: its folder may then be taken by another command."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def crowded() -> bool:

@@ -7,28 +7,29 @@ parts that are complete are kept: each says from which text and with which token
 """
 
 import hashlib
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mixtura.config import UserError
-from mixtura.config.threads import follow_parent
 from mixtura.data.packing import encode
 from mixtura.data.shards import Part, SideOfPart, finished_part, write_part
 from mixtura.data.sources import Document
+from mixtura.processes import worker_pool
 
 PART_BYTES = 16_000_000
 """UTF-8 text of a part; the document that passes it is the part's last. Raise `CACHE_FORMAT` with it."""
 _REPORT_SECONDS = 10.0
+_LOST = (
+    "A process that tokenises has ended, as happens where memory runs out, or where the script that called has no 'if "
+    '__name__ == "__main__":\': the same command goes on and keeps the finished shards.'
+)
 
 
 class _Work(NamedTuple):
@@ -67,7 +68,7 @@ def write_shards(
     """
     parts: dict[int, Part] = {}
     progress = _Progress(report, processes)
-    pool = _pool(tokenizer, processes) if processes > 1 else nullcontext()
+    pool = worker_pool(processes, _begin, (tokenizer,), lost=_LOST) if processes > 1 else nullcontext()
     with pool as workers:
         pending: dict[Future[Part], _Work] = {}
         for work in _cut(documents, made_with):
@@ -156,26 +157,9 @@ def _write(work: _Work, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Par
 _TOKENIZER: PreTrainedTokenizerBase | None = None
 
 
-@contextmanager
-def _pool(tokenizer: PreTrainedTokenizerBase, processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that have the tokenizer; where the block fails, they finish the part they are at."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(tokenizer,))
-    try:
-        yield pool
-    except BrokenProcessPool:
-        raise UserError(
-            "A process that tokenises has ended, as happens where memory runs out, or where the script that called "
-            "has no 'if __name__ == \"__main__\":': the same command goes on and keeps the finished shards."
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _begin(tokenizer: PreTrainedTokenizerBase) -> None:
     """Makes this process ready."""
     global _TOKENIZER
-    follow_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has a core of its own to use, not all of them
     _TOKENIZER = tokenizer
 

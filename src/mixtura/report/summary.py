@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mixtura.planning.advice import LEAST_WIDTH, Expected, Question, advise_on
+from mixtura.planning.advice import LEAST_WIDTH, Question, advise_on
 from mixtura.planning.evidence import load_evidence
 from mixtura.report.cautions import find_cautions, list_limits
 from mixtura.report.measures import Yardstick, yardstick_of
@@ -22,7 +22,7 @@ from mixtura.report.significance import (
     speed_up,
 )
 from mixtura.report.verdict import judge, write_rule, write_verdict
-from mixtura.report.wording import FAMILY_WORDS, NBSP, signed, signed_interval
+from mixtura.report.wording import FAMILY_WORDS, NBSP, expected_words
 from mixtura.results import ArmResult, ArmSummary, Results, RunResult, Summary
 from mixtura.results.conclusions import (
     Anchor,
@@ -82,8 +82,8 @@ def _with_advice(verdict: Verdict, results: Results, yardstick: Yardstick) -> Ve
     now, later = (advise_on(Question(tokens=n * tokens, width=width, layers=layers)) for n in (1, _LONGER))
     after = {arm.arm: arm.at_equal_flops for arm in later.arms}
     said = [
-        f"{arm.label} {_expected(arm.at_equal_flops)} after this budget, {_expected(after[arm.arm])} after {_LONGER} "
-        "times as much"
+        f"{arm.label} {expected_words(arm.at_equal_flops)} after this budget, "
+        f"{expected_words(after[arm.arm])} after {_LONGER} times as much"
         for arm in now.arms
         if arm.arm in families and arm.at_equal_flops
     ]
@@ -95,10 +95,6 @@ def _with_advice(verdict: Verdict, results: Results, yardstick: Yardstick) -> Ve
     )
     beyond = f" Extrapolated: {'; '.join(later.extrapolated)}." if later.extrapolated else ""
     return dataclasses.replace(verdict, longer=[*verdict.longer, sentence + beyond])
-
-
-def _expected(found: Expected | None) -> str:
-    return "unknown" if found is None else f"{signed(found.mean)} ({signed_interval(found.low, found.high)})"
 
 
 def _anchor(arms: dict[str, ArmSummary], yardstick: Yardstick) -> Anchor | None:

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from mixtura.config.families import FAMILIES
+from mixtura.planning.advice import Expected
 from mixtura.results import ArmResult, Interval
 
 NONE = "\N{EN DASH}"
@@ -99,6 +100,11 @@ def interval(low: float | None, high: float | None, digits: int = 3) -> str:
 def signed_interval(low: float | None, high: float | None, digits: int = 3) -> str:
     """The interval of a difference, each end with its sign: "-0.021 to +0.114"."""
     return NONE if low is None or high is None else f"{signed(low, digits)} to {signed(high, digits)}"
+
+
+def expected_words(found: Expected | None) -> str:
+    """A difference that advice expects: "-0.052 (-0.071 to -0.033)"; an en dash where there is none."""
+    return NONE if found is None else f"{signed(found.mean)} ({signed_interval(found.low, found.high)})"
 
 
 def quantity(value: float | None) -> str:

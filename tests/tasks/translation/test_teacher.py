@@ -6,6 +6,7 @@ import json
 import pytest
 
 from fixtures.encoder_decoders import encoder_decoder, parallel_rows  # noqa: F401 - fixtures
+from mixtura.checkpoints import source
 from mixtura.config import (
     BaseConfig,
     TrainingConfig,
@@ -89,7 +90,7 @@ def test_a_model_that_is_nowhere_is_refused(corpus, monkeypatch):
     def nowhere(*_, **__):
         raise OSError("no such model")
 
-    monkeypatch.setattr(teacher, "snapshot_download", nowhere)
+    monkeypatch.setattr(source, "snapshot_download", nowhere)
     with pytest.raises(UserError, match=r"'data\.teacher' is 'some/model', which is no folder"):
         taught(corpus(), "some/model")
 

@@ -25,6 +25,7 @@ from mixtura.models.generation import CHAT_FILE
 from mixtura.models.loading import load_model, open_tokenizer
 from mixtura.results.document import PairedTest
 from mixtura.results.run import Interval
+from mixtura.tasks.resampling import two_sided_p
 
 BATCH = 8
 """Prompts that are answered at once."""
@@ -127,12 +128,11 @@ def paired_test(arm_N: np.ndarray, baseline_N: np.ndarray, weights_N: np.ndarray
     """Arm minus baseline on the same examples, by drawing these again: what each example adds to either's sum."""
     means_R = _resampled(arm_N - baseline_N, weights_N)
     low, high = np.quantile(means_R, (0.025, 0.975))
-    rarer_side = min(int((means_R <= 0).sum()), int((means_R >= 0).sum()))
     return PairedTest(
         difference=float((arm_N - baseline_N).sum() / weights_N.sum()),
         low=float(low),
         high=float(high),
-        p_value=min(1.0, 2 * (rarer_side + 1) / (RESAMPLES + 1)),
+        p_value=two_sided_p(means_R),
     )
 
 

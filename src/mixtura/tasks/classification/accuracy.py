@@ -7,6 +7,7 @@ import numpy as np
 
 from mixtura.results.document import PairedTest
 from mixtura.results.run import CalibrationBin
+from mixtura.tasks.resampling import two_sided_p
 
 NUM_BINS = 15
 """Calibration bins of equal width, as in Guo et al. (arXiv 1706.04599, section 4)."""
@@ -106,10 +107,9 @@ def paired_bootstrap(
     drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=resamples)
     means = drawn @ values / counts.sum()
     low, high = np.quantile(means, (0.025, 0.975))
-    rarer_side = min(int((means <= 0).sum()), int((means >= 0).sum()))
     return PairedTest(
         difference=100 * float((arm_N - baseline_N).mean()),
         low=100 * float(low),
         high=100 * float(high),
-        p_value=min(1.0, 2 * (rarer_side + 1) / (resamples + 1)),
+        p_value=two_sided_p(means),
     )

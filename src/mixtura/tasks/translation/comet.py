@@ -21,6 +21,7 @@ from mixtura.config import UserError
 from mixtura.data.parallel import SentencePair
 from mixtura.errors import reason_of
 from mixtura.results.document import PairedTest
+from mixtura.tasks.resampling import two_sided_p
 from mixtura.tasks.translation.chrf import NUM_RESAMPLES
 
 BATCH_SIZE = 16
@@ -102,7 +103,4 @@ def paired_bootstrap(baseline: Sequence[float], arm: Sequence[float]) -> PairedT
     draw = np.random.default_rng(0)
     count = len(difference_N)
     means = np.array([difference_N[draw.integers(count, size=count)].mean() for _ in range(NUM_RESAMPLES)])
-    rarer_side = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    return PairedTest(
-        difference=float(difference_N.mean()), p_value=min(1.0, 2 * (rarer_side + 1) / (NUM_RESAMPLES + 1))
-    )
+    return PairedTest(difference=float(difference_N.mean()), p_value=two_sided_p(means))

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import snapshot_download
-
+from mixtura.checkpoints.source import hub_folder
 from mixtura.config import UserError
 from mixtura.config.languages import split_pair
 from mixtura.data.held_out import normalise
@@ -230,10 +229,9 @@ def _folder(teacher: str) -> Path:
     folder = Path(teacher)
     if folder.is_dir():
         return folder
-    try:
-        return Path(snapshot_download(teacher, allow_patterns=_FETCHED))
-    except Exception as error:  # the hub client has many unrelated classes, for names, networks and permissions
-        raise UserError(
-            f"'data.teacher' is '{teacher}', which is no folder, and the hub does not give it ({reason_of(error)}): "
-            "give a model that `mixtura translate` runs, or a .jsonl file of its outputs."
-        ) from error
+    return hub_folder(
+        teacher,
+        _FETCHED,
+        missing=f"'data.teacher' is '{teacher}', which is no folder",
+        fix="give a model that `mixtura translate` runs, or a .jsonl file of its outputs",
+    )
