@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixtura.config import TrainingConfig
-from mixtura.config.threads import usable_cores
+from mixtura.threads import usable_cores
 from mixtura.training import process
 from mixtura.training.process import slow_memory, slow_settings
 

@@ -11,7 +11,7 @@ from typing import Annotated, cast
 import typer
 
 from mixtura.cli.application import PresetOption, RecipeArgument, SetOption, app, put_text, recipe_path
-from mixtura.config.threads import crowded
+from mixtura.threads import crowded
 from mixtura.errors import EXTRAS, UserError
 
 

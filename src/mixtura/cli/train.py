@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,8 +24,10 @@ from mixtura.cli.application import (
     recipe_path,
     say,
 )
-from mixtura.config import AnyRecipe
 from mixtura.errors import UserError, need, rank
+
+if TYPE_CHECKING:  # help shows sooner without all of a recipe's keys
+    from mixtura.config import AnyRecipe
 
 _AMOUNT = re.compile(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
 _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
@@ -235,7 +237,7 @@ def train(
     say(f"Model: {trained.checkpoint}")
 
 
-def _plan(recipe: AnyRecipe, out: Path | None, *, arm: str | None = None, seeds: tuple[int, ...] = ()) -> None:
+def _plan(recipe: "AnyRecipe", out: Path | None, *, arm: str | None = None, seeds: tuple[int, ...] = ()) -> None:
     """Says what a recipe would take."""
     from mixtura.comparison.plan import plan
 

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mixtura.config import DataConfig, UserError
-from mixtura.config.threads import usable_cores
+from mixtura.threads import usable_cores
 from mixtura.data.packing import HELD_OUT, PackedTokens, epoch_order, pack, packed_shards
 from mixtura.data.shards import Part, ShardedSequences, check_parts
 from mixtura.data.sources import DocumentStream, check_sides, load_corpus, source_files

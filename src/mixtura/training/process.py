@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from mixtura.config import TrainingConfig
-from mixtura.config.threads import SPINS, crowded, usable_cores, waits_as_installed
+from mixtura.threads import SPINS, crowded, usable_cores, waits_as_installed
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """mallopt's parameters, as in malloc.h of glibc."""

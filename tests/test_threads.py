@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from mixtura.config import threads
-from mixtura.config.threads import prepare_threads
+from mixtura import threads
+from mixtura.threads import prepare_threads
 
 
 def test_waiting_threads_sleep_soon():
