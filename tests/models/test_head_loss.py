@@ -4,7 +4,18 @@ import functools
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
+from transformers import (
+    CodeGenConfig,
+    CodeGenForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mixtura import evaluation
@@ -183,3 +194,72 @@ def test_the_loss_compiles_as_one_graph(model):
     built.zero_grad()
     loss_of(IDS_BL).backward()
     assert_close(grad, built.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+DECODERS = {
+    "plain": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "with a soft cap on its logits": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5)
+    ),
+    "with a bias on its logits": lambda: CodeGenForCausalLM(
+        CodeGenConfig(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=4, rotary_dim=4)
+    ),
+}
+PLACES_K = torch.tensor([3, 5, 6, 8])
+TARGETS_BK = IDS_BL[:, PLACES_K + 1].masked_fill(torch.eye(4, dtype=torch.bool), -100)
+
+
+def summed(model, monkeypatch, *, large, run=None, targets_BK=TARGETS_BK):
+    """The output and summed loss of a model, and its gradients."""
+    monkeypatch.setattr(head_loss, "LARGE_LOGITS", 0 if large else 1 << 30)
+    run = run or (lambda: model(input_ids=IDS_BL, logits_to_keep=PLACES_K, use_cache=False))
+    model.zero_grad()
+    outputs, loss = head_loss.run_and_sum(model, run, targets_BK)
+    loss.backward()
+    return (
+        outputs,
+        loss,
+        {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None},
+    )
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_any_decoder_has_the_same_loss_without_its_logits(kind, monkeypatch):
+    torch.manual_seed(0)
+    built = DECODERS[kind]()
+    usual, wanted, grads = summed(built, monkeypatch, large=False)
+    outputs, loss, without = summed(built, monkeypatch, large=True)
+    assert usual.logits.shape[1] == len(PLACES_K)
+    assert outputs.logits.shape[1] == (1 if kind == "plain" else len(PLACES_K))
+    assert_close(loss, wanted)
+    assert without.keys() == grads.keys()
+    for name, value in grads.items():
+        assert_close(without[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_decoder_has_the_same_loss_without_its_logits(monkeypatch):
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=64, d_model=16, d_ff=24, d_kv=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    built = T5ForConditionalGeneration(config).eval()
+    targets_BL = IDS_BL.masked_fill(IDS_BL < 9, -100)
+    given = {"run": lambda: built(input_ids=IDS_BL, decoder_input_ids=IDS_BL), "targets_BK": targets_BL}
+    _, wanted, grads = summed(built, monkeypatch, large=False, **given)
+    outputs, loss, without = summed(built, monkeypatch, large=True, **given)
+    assert outputs.logits.shape[1] == 1
+    assert_close(loss, wanted)
+    for name, value in grads.items():
+        assert_close(without[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_head_gets_no_gradient_and_each_target_its_nats(monkeypatch):
+    built = get_peft_model(DECODERS["plain"](), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    _, wanted, grads = summed(built, monkeypatch, large=False)
+    _, loss, without = summed(built, monkeypatch, large=True)
+    assert_close(loss, wanted)
+    assert without.keys() == grads.keys() and all("lora" in name for name in grads)
+    run = lambda: built(input_ids=IDS_BL, logits_to_keep=PLACES_K, use_cache=False)  # noqa: E731
+    _, hidden = head_loss.run_without_logits(built, run, rows=TARGETS_BK.numel())
+    logits_TV = run().logits.detach().flatten(0, 1)
+    reference = torch.nn.functional.cross_entropy(logits_TV, TARGETS_BK.flatten(), reduction="none")
+    assert_close(hidden.nats(TARGETS_BK), reference.view_as(TARGETS_BK))

@@ -18,8 +18,8 @@ import typer
 from mixtura import __version__
 from mixtura.cli.application import app as app
 from mixtura.cli.application import check_recipe_file, name_flags
-from mixtura.threads import prepare_threads
 from mixtura.errors import Interrupted, UserError, disk_error, local_rank, missing_extra
+from mixtura.threads import prepare_threads
 
 from mixtura.cli import train, use, convert, machine  # isort: skip  # noqa: F401
 

@@ -11,8 +11,8 @@ from typing import Annotated, cast
 import typer
 
 from mixtura.cli.application import PresetOption, RecipeArgument, SetOption, app, put_text, recipe_path
-from mixtura.threads import crowded
 from mixtura.errors import EXTRAS, UserError
+from mixtura.threads import crowded
 
 
 @app.command(rich_help_panel="Recipes")

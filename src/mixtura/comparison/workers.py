@@ -22,9 +22,9 @@ import torch
 from mixtura.comparison.plan import AnyRecipe, make_experiment
 from mixtura.comparison.runs import Job, run_or_mark
 from mixtura.config import Interrupted, UserError
-from mixtura.threads import usable_cores
 from mixtura.processes import CONTEXT, worker_pool
 from mixtura.results.document import RESULT
+from mixtura.threads import usable_cores
 from mixtura.training import ProgressReporter, SilentProgress, ranks
 from mixtura.training.interface import Experiment
 

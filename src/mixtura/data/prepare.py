@@ -25,13 +25,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mixtura.config import DataConfig, UserError
-from mixtura.threads import usable_cores
 from mixtura.data.packing import HELD_OUT, PackedTokens, epoch_order, pack, packed_shards
 from mixtura.data.shards import Part, ShardedSequences, check_parts
 from mixtura.data.sources import DocumentStream, check_sides, load_corpus, source_files
 from mixtura.data.tokenizing import write_shards
 from mixtura.errors import reason_of
 from mixtura.files import cache_entry, cache_folder, check_inside, checksum, write_json
+from mixtura.threads import usable_cores
 
 PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<pad>", "<bos>", "<eos>"
 SPECIAL_TOKENS = (PAD_TOKEN, BOS_TOKEN, EOS_TOKEN)

@@ -1,13 +1,17 @@
 """The loss of a language model without its logits: the head and the cross-entropy a few rows at a time.
 
+`logits_and_loss` is what Mixtura's own models call. `run_without_logits` does the same for any model of transformers.
+
 The logits of a batch are often the largest tensor of a training step, and cross-entropy keeps three of that size. Here
 the gradients are formed in the forward pass, from the logits of some rows that are then dropped, so that no product is
 computed twice and the backward pass only has to scale them.
 
-Shapes: B batch, L length, T rows, D hidden, V vocabulary.
+Shapes: B batch, L length, K places of a row that have logits, T rows, D hidden, V vocabulary.
 """
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +53,79 @@ def logits_and_loss(
 
 def _is_plain(head: nn.Module, loss_function: Any) -> bool:
     """Whether nothing has changed the head (an adapter, offloading, a device mesh) nor, like a user, the loss."""
-    plain = type(head) is nn.Linear and type(head.weight) in (Tensor, nn.Parameter) and head.bias is None
-    hooked = bool(head._forward_hooks or head._forward_pre_hooks or head._backward_hooks) or "forward" in vars(head)
-    return plain and not hooked and loss_function is ForCausalLMLoss
+    return is_plain_head(head) and loss_function is ForCausalLMLoss
+
+
+def is_plain_head(head: Any) -> bool:
+    """Whether a head is one product with a weight that this process holds whole, and nothing listens to it."""
+    if type(head) is not nn.Linear or type(head.weight) not in (Tensor, nn.Parameter) or head.bias is not None:
+        return False
+    return not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in vars(head))
+
+
+class Hidden(NamedTuple):
+    """What the head of a model was given, and the head's weight."""
+
+    states_BKD: Tensor
+    weight_VD: Tensor
+
+    def summed_loss(self, targets_BK: Tensor) -> Tensor:
+        """The sum of the cross-entropies of all targets; -100 marks places without one."""
+        real_BK = targets_BK.ne(IGNORED)
+        return _summed(self.states_BKD[real_BK], self.weight_VD, targets_BK[real_BK], IGNORED)
+
+    @torch.no_grad()
+    def nats(self, targets_BK: Tensor) -> Tensor:
+        """The cross-entropy of every target (B, K), zero where there is none."""
+        real_BK = targets_BK.ne(IGNORED)
+        hidden_TD, weight_VD = at_autocast_dtype(self.states_BKD[real_BK], self.weight_VD)
+        rows = _rows_at_once(hidden_TD, weight_VD)
+        parts = zip(hidden_TD.split(rows), targets_BK[real_BK].split(rows), strict=True)
+        found = [F.cross_entropy((part @ weight_VD.T).float(), labels, reduction="none") for part, labels in parts]
+        nats_BK = torch.zeros(targets_BK.shape, device=targets_BK.device)
+        return nats_BK.masked_scatter_(real_BK, torch.cat(found)) if found else nats_BK
+
+
+_CHANGED_LATER: WeakSet[nn.Module] = WeakSet()
+"""Heads whose logits the model changes afterwards, such as by a soft cap or a scale."""
+
+
+def run_without_logits(model: Any, run: Callable[[], Any], *, rows: int) -> tuple[Any, Hidden | None]:
+    """The output of `run()`, which calls the model once, and what the head was given in place of large logits.
+
+    While it runs, the head computes the logits of the first place alone. Were they changed afterwards, the model's
+    logits are not the head's, and `run` is called again as usual.
+
+    Args:
+        model: a language model of transformers, which an adapter or data parallelism may wrap.
+        run: calls it.
+        rows: how many rows of logits it would compute.
+
+    Returns:
+        The output, with the logits of the first place alone where there is something else beside it, which is None
+        where logits are small or the head is no plain product.
+    """
+    head = getattr(model, "module", model).get_output_embeddings()
+    if not is_plain_head(head) or head in _CHANGED_LATER or not large(rows, len(head.weight)):
+        return run(), None
+    given: list[Tensor] = []
+
+    def first_place(states_BKD: Tensor) -> Tensor:
+        given.append(states_BKD)
+        return F.linear(states_BKD[:, :1], head.weight)
+
+    head.forward = first_place
+    try:
+        outputs = run()
+    finally:
+        del head.forward
+    if len(given) == 1:
+        with torch.no_grad():
+            expected_B1V = head(given[0][:, :1])
+        if torch.equal(outputs.logits.to(expected_B1V.dtype), expected_B1V):
+            return outputs, Hidden(given[0], head.weight)
+    _CHANGED_LATER.add(head)
+    return run(), None
 
 
 def large(rows: int, vocab_size: int) -> bool:
@@ -83,15 +157,32 @@ def head_loss(
     if shift_labels is None:
         shift_labels = F.pad(labels_BL, (0, 1), value=ignore_index)[..., 1:]
     label_T = shift_labels.reshape(-1).to(hidden_BLD.device)
-    hidden_TD, weight_VD = at_autocast_dtype(hidden_BLD.flatten(0, -2), weight_VD)
-    at_once = ROWS_BYTES_ON_CPU if hidden_TD.device.type == "cpu" else ROWS_BYTES
-    rows = max(1, at_once // (4 * len(weight_VD)))
-    want_gradients = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
-    summed = cast(Tensor, _SummedLoss.apply(hidden_TD, weight_VD, label_T, ignore_index, rows, want_gradients))
+    summed = _summed(hidden_BLD.flatten(0, -2), weight_VD, label_T, ignore_index)
     if num_items_in_batch is None:
         return summed / label_T.ne(ignore_index).sum()
     divisor = num_items_in_batch.to(summed.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
     return summed / divisor
+
+
+def run_and_sum(model: Any, run: Callable[[], Any], targets_BK: Tensor) -> tuple[Any, Tensor]:
+    """The output of `run()`, and the sum of the cross-entropies of its targets; -100 marks places without one."""
+    outputs, hidden = run_without_logits(model, run, rows=targets_BK.numel())
+    if hidden is not None:
+        return outputs, hidden.summed_loss(targets_BK)
+    real_BK = targets_BK.ne(IGNORED)
+    return outputs, F.cross_entropy(outputs.logits[real_BK].float(), targets_BK[real_BK], reduction="sum")
+
+
+def _summed(hidden_TD: Tensor, weight_VD: Tensor, label_T: Tensor, ignore_index: int) -> Tensor:
+    hidden_TD, weight_VD = at_autocast_dtype(hidden_TD, weight_VD)
+    rows = _rows_at_once(hidden_TD, weight_VD)
+    want_gradients = torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad)
+    return cast(Tensor, _SummedLoss.apply(hidden_TD, weight_VD, label_T, ignore_index, rows, want_gradients))
+
+
+def _rows_at_once(hidden_TD: Tensor, weight_VD: Tensor) -> int:
+    at_once = ROWS_BYTES_ON_CPU if hidden_TD.device.type == "cpu" else ROWS_BYTES
+    return max(1, at_once // (4 * len(weight_VD)))
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -115,26 +206,30 @@ class _SummedLoss(torch.autograd.Function):
         grad_hidden_TD = grad_weight_VD = None
         if want_gradients:
             grad_hidden_TD = torch.empty_like(hidden_TD)
-            grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide)
+            if ctx.needs_input_grad[1]:  # an adapter leaves the head as it is
+                grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide)
         with torch.autocast(hidden_TD.device.type, enabled=False):
             for start in range(0, len(hidden_TD), rows):
                 part = slice(start, start + rows)
                 hidden_RD, real_R1, place_R1 = hidden_TD[part], real_T1[part], place_T1[part]
                 scores_RV = F.log_softmax(hidden_RD @ weight_VD.T, dim=-1, dtype=wide)
                 total -= scores_RV.gather(1, place_R1).masked_fill(~real_R1, 0.0).sum()
-                if grad_hidden_TD is None or grad_weight_VD is None:
+                if grad_hidden_TD is None:
                     continue
                 ones_R1 = torch.ones_like(place_R1, dtype=wide)
                 grad_RV = scores_RV.exp_().scatter_add_(1, place_R1, -ones_R1).to(hidden_RD.dtype)
                 # Rows that are ignored are cleared where they are narrow.
                 grad_hidden_TD[part] = (grad_RV @ weight_VD) * real_R1
+                if grad_weight_VD is None:
+                    continue
                 product = grad_RV.T, hidden_RD * real_R1
                 if wide == hidden_RD.dtype:
                     grad_weight_VD.addmm_(*product)
                 else:
                     grad_weight_VD += product[0] @ product[1]
         if want_gradients:
-            ctx.save_for_backward(grad_hidden_TD, grad_weight_VD.to(weight_VD.dtype))  # pyright: ignore
+            narrow = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
+            ctx.save_for_backward(grad_hidden_TD, narrow)
         return total
 
     @staticmethod
@@ -146,7 +241,7 @@ class _SummedLoss(torch.autograd.Function):
         (grad,) = grads
         own = [
             # In float32, since the factor, one over the targets of a step, is small for 16 bits.
-            (value * grad).to(value.dtype) if needed else None
+            (value * grad).to(value.dtype) if needed and value is not None else None
             for value, needed in zip((grad_hidden_TD, grad_weight_VD), ctx.needs_input_grad[:2], strict=True)
         ]
         return (*own, None, None, None, None)

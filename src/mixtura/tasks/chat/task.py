@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from mixtura.config import AdapterConfig, ChatDataConfig, TrainingConfig, UserError
 from mixtura.models import MixtureConfig
 from mixtura.models.generation import CHAT_FILE
+from mixtura.models.head_loss import Hidden, run_without_logits
 from mixtura.models.inference import mixing_layers
 from mixtura.results import Facts
 from mixtura.results.run import ChatDetails, ChatSample, ChatScores
@@ -137,8 +138,11 @@ class ChatTask(TrainingTask):
 
     def losses(self, model: Any, batch: Batch, *, num_targets: Tensor | int) -> StepLosses:
         """The cross-entropy of the answers, and what a router adds."""
-        outputs, nats_BK, _ = self._forward(model, batch, want_routing=True)
-        return losses_with_routers(model, outputs, nats_BK.sum() / num_targets, self.adapter)
+        places_K = _target_places(batch)
+        targets_BK = batch["labels"][:, places_K]
+        outputs, hidden = self._forward(model, batch, places_K, want_routing=True)
+        summed = _nats(outputs.logits, targets_BK).sum() if hidden is None else hidden.summed_loss(targets_BK)
+        return losses_with_routers(model, outputs, summed / num_targets, self.adapter)
 
     def router_loss_weights(self, model: nn.Module) -> tuple[Tensor | float, Tensor | float]:
         """The weights of the adapter's losses, where there is an adapter; a frozen base model is not balanced."""
@@ -239,11 +243,8 @@ class ChatTask(TrainingTask):
                 items += [{**item, "targets": torch.zeros_like(item["targets"])} for item in spare]
             yield {name: value.to(device) for name, value in self.collate(items).items()}
 
-    def _forward(self, model: Any, batch: Batch, *, want_routing: bool) -> tuple[Any, Tensor, Tensor]:
-        """The model's output, the nats of each target (B, K), zero elsewhere, and the positions (K,) of the targets."""
-        labels_BL = batch["labels"]
-        # Logits are only computed where some row has a target: the head is a large part of a small model.
-        places_K = labels_BL.ne(-100).any(0).nonzero().squeeze(1)
+    def _forward(self, model: Any, batch: Batch, places_K: Tensor, *, want_routing: bool) -> tuple[Any, Hidden | None]:
+        """The model's output with logits for the targets at those places, or what its head was given in their place."""
         config = getattr(model, "module", model).config
         wanted: Batch = {}
         if want_routing and self.adapter is None and isinstance(config, MixtureConfig):
@@ -251,12 +252,8 @@ class ChatTask(TrainingTask):
         elif getattr(config, "output_router_logits", False):
             # transformers' balance loss reads a mask (B, L), which packed chats do not have.
             wanted["output_router_logits"] = False
-        outputs = model(
-            **packed_inputs(model, batch), use_cache=False, logits_to_keep=(places_K - 1).clamp(min=0), **wanted
-        )
-        targets_BK = labels_BL[:, places_K]
-        nats = cross_entropy(outputs.logits.float().flatten(0, 1), targets_BK.flatten(), reduction="none")
-        return outputs, nats.view_as(targets_BK), places_K
+        wanted |= packed_inputs(model, batch) | {"use_cache": False, "logits_to_keep": (places_K - 1).clamp(min=0)}
+        return run_without_logits(model, lambda: model(**wanted), rows=len(batch["labels"]) * len(places_K))
 
     def _nats_of_chats(
         self, model: nn.Module, split: PackedChats, most: int | None
@@ -265,10 +262,23 @@ class ChatTask(TrainingTask):
         nats: dict[int, float] = {}
         tokens: dict[int, int] = {}
         for batch in self.batches(model, split, most):
-            _, nats_BK, places_K = self._forward(model, batch, want_routing=False)
-            real_BK = batch["labels"][:, places_K].ne(-100)
+            places_K = _target_places(batch)
+            targets_BK = batch["labels"][:, places_K]
+            outputs, hidden = self._forward(model, batch, places_K, want_routing=False)
+            nats_BK = _nats(outputs.logits, targets_BK) if hidden is None else hidden.nats(targets_BK)
+            real_BK = targets_BK.ne(-100)
             chats = batch["chats"][:, places_K][real_BK].tolist()
             for chat, value in zip(chats, nats_BK[real_BK].double().tolist(), strict=True):
                 nats[chat] = nats.get(chat, 0.0) + value
                 tokens[chat] = tokens.get(chat, 0) + 1
         return nats, tokens
+
+
+def _target_places(batch: Batch) -> Tensor:
+    """The places (K,) where some row has a target: the head, a large part of a small model, runs for these alone."""
+    return batch["labels"].ne(-100).any(0).nonzero().squeeze(1)
+
+
+def _nats(logits_BKV: Tensor, targets_BK: Tensor) -> Tensor:
+    """The cross-entropy of every target (B, K), zero where there is none."""
+    return cross_entropy(logits_BKV.float().flatten(0, 1), targets_BK.flatten(), reduction="none").view_as(targets_BK)

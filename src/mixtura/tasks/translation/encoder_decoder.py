@@ -15,13 +15,13 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from mixtura.config import UserError
 from mixtura.config.languages import language_name
 from mixtura.data.parallel import SentencePair
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
+from mixtura.models.head_loss import run_and_sum
 from mixtura.results import Facts
 from mixtura.tasks.translation.decoding import ExampleRouting, batches_by_length, decode, token_limit
 from mixtura.tasks.translation.prompts import LanguageTokens, Prompts, Scheme, read_translations, scheme_of
@@ -169,9 +169,7 @@ def _padded(rows: Sequence[Tensor], value: int) -> tuple[Tensor, Tensor]:
 def forward_pairs(model: Any, batch: Batch, named: Batch) -> tuple[Any, Tensor]:
     """The model's output, and the summed cross-entropy of the translations; `named` are further arguments."""
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "directions")}
-    outputs = model(**inputs, use_cache=False, **named)
-    real_BL = batch["labels"].ne(-100)
-    return outputs, cross_entropy(outputs.logits[real_BL].float(), batch["labels"][real_BL], reduction="sum")
+    return run_and_sum(model, lambda: model(**inputs, use_cache=False, **named), batch["labels"])
 
 
 def probe_pairs(model: nn.Module, routing: ExampleRouting, *, batch: int) -> LeakReport:

@@ -14,12 +14,12 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from mixtura.config import AdapterConfig, TrainingConfig, UserError
 from mixtura.diagnostics.choices import routed_layers
 from mixtura.files import write_text
 from mixtura.models import MixtureConfig
+from mixtura.models.head_loss import run_and_sum
 from mixtura.models.inference import mixing_layers
 from mixtura.results import Facts
 from mixtura.results.json_form import from_plain, to_plain
@@ -323,17 +323,9 @@ class TranslationTask(TrainingTask):
         experts: Batch = self.routing.name_experts(model, batch["directions"])
         if want_routing and self.adapter is None and isinstance(_config(model), MixtureConfig):
             experts["output_routing"] = True
-        outputs = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            use_cache=False,
-            logits_to_keep=positions,
-            **experts,
-        )
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"use_cache": False, **experts}
         targets_BK = labels_BL[:, first + 1 :]
-        real_BK = targets_BK.ne(-100)
-        summed = cross_entropy(outputs.logits[real_BK].float(), targets_BK[real_BK], reduction="sum")
-        return outputs, summed
+        return run_and_sum(model, lambda: model(**inputs, logits_to_keep=positions), targets_BK)
 
     def _mean_loss(self, model: nn.Module, split: EncodedPairs, most: int) -> float:
         """Nats a target token."""
