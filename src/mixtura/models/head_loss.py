@@ -16,14 +16,9 @@ from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mixtura.kernels.expert_weights import at_autocast_dtype
+from mixtura.planning.training_step import LARGE_LOGITS, ROWS_BYTES, ROWS_BYTES_ON_CPU
 
 IGNORED = -100
-LARGE_LOGITS = 64 << 20
-"""Bytes of float32 logits from which training never holds them all: head and loss then take some rows at a time."""
-ROWS_BYTES_ON_CPU = LARGE_LOGITS // 2
-"""Bytes of the logits of these rows."""
-ROWS_BYTES = 4 * LARGE_LOGITS
-"""The same on an accelerator, which waits for memory where rows are few."""
 
 
 def logits_and_loss(
@@ -122,17 +117,18 @@ class _SummedLoss(torch.autograd.Function):
                 hidden_RD, real_R1, place_R1 = hidden_TD[part], real_T1[part], place_T1[part]
                 scores_RV = F.log_softmax(hidden_RD @ weight_VD.T, dim=-1, dtype=wide)
                 total -= scores_RV.gather(1, place_R1).masked_fill(~real_R1, 0.0).sum()
-                if grad_hidden_TD is None or grad_weight_VD is None:
-                    continue
-                ones_R1 = torch.ones_like(place_R1, dtype=wide)
-                grad_RV = scores_RV.exp_().scatter_add_(1, place_R1, -ones_R1).to(hidden_RD.dtype)
-                # Rows that are ignored are cleared where they are narrow.
-                grad_hidden_TD[part] = (grad_RV @ weight_VD) * real_R1
-                product = grad_RV.T, hidden_RD * real_R1
-                if wide == hidden_RD.dtype:
-                    grad_weight_VD.addmm_(*product)
-                else:
-                    grad_weight_VD += product[0] @ product[1]
+                if grad_hidden_TD is not None and grad_weight_VD is not None:
+                    ones_R1 = torch.ones_like(place_R1, dtype=wide)
+                    grad_RV = scores_RV.exp_().scatter_add_(1, place_R1, -ones_R1).to(hidden_RD.dtype)
+                    # Rows that are ignored are cleared where they are narrow.
+                    grad_hidden_TD[part] = (grad_RV @ weight_VD) * real_R1
+                    product = grad_RV.T, hidden_RD * real_R1
+                    if wide == hidden_RD.dtype:
+                        grad_weight_VD.addmm_(*product)
+                    else:
+                        grad_weight_VD += product[0] @ product[1]
+                    del grad_RV, product
+                del scores_RV  # or it would be held beside the logits of the next rows
         if want_gradients:
             ctx.save_for_backward(grad_hidden_TD, grad_weight_VD.to(weight_VD.dtype))  # pyright: ignore
         return total

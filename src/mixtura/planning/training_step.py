@@ -10,8 +10,9 @@ experts, S mixtures, G the group:
 - token choice and its kin: K * H, the first projection of every row, and a few numbers an expert and choice;
 - mixing: rows_per_token * (H + 2D), mixtures and their outputs beside the first projection, and S weights.
 
-The loss needs three tensors of the size of the logits at once: log-probabilities and two gradients. Training needs less
-where they are large (`mixtura.models.head_loss`); others' runs, with which the plans are compared, mostly do not.
+The loss needs three tensors of the size of the logits at once: log-probabilities and two gradients. Where logits are
+large (`LARGE_LOGITS`), training takes head and loss some rows at a time (`mixtura.models.head_loss`) and holds two
+tensors of these rows, and the gradients of the head and its input, which the backward pass scales into a second copy.
 
 The seconds are a model of a machine, not a measurement. The efficiencies below are assumptions that were held against
 published runs, see docs/planning.md. A device computes, moves what it computes through its memory and exchanges with
@@ -40,6 +41,12 @@ from mixtura.planning.shapes import FeedForwardShape, ModelShape, attention_widt
 _MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "adafactor": 0.1}
 """What an optimizer keeps of one parameter; Adafactor's is a row and a column of each matrix."""
 LOGIT_COPIES = 3
+LARGE_LOGITS = 64 << 20
+"""Bytes of float32 logits from which training never holds them all: head and loss then take some rows at a time."""
+ROWS_BYTES_ON_CPU = LARGE_LOGITS // 2
+"""Bytes of the logits of these rows."""
+ROWS_BYTES = 4 * LARGE_LOGITS
+"""The same on an accelerator, which waits for memory where rows are few."""
 _WORKSPACE = 1.3
 """What the backward pass of one layer takes, as a multiple of what its forward pass has kept."""
 
@@ -122,7 +129,12 @@ def _routed_parameters(layer: FeedForwardShape) -> int:
 
 
 def step_memory(
-    sizes: ModelSizes, division: Division, *, dtype: str = "float32", optimizer: str = "adamw"
+    sizes: ModelSizes,
+    division: Division,
+    *,
+    dtype: str = "float32",
+    optimizer: str = "adamw",
+    on_cpu: bool = False,
 ) -> StepMemory:
     """Bytes of a step under autocast: weights, gradients and moments stay float32, products are in `dtype`.
 
@@ -131,6 +143,7 @@ def step_memory(
         division: among devices.
         dtype: "float32" or "bfloat16", of the products.
         optimizer: "adamw", "adamw_8bit" or "adafactor".
+        on_cpu: whether the device is a processor, where fewer rows of large logits are taken at a time.
     """
     width, shape = 4 if dtype == "float32" else 2, sizes.shape
     held, local = sizes.held(division), sizes.experts / division.expert_ranks + sizes.rest
@@ -140,7 +153,7 @@ def step_memory(
     workspace = _WORKSPACE * max(each.values())
     kept = inputs or sum(count * each[layer] for layer, count in sizes.layers.items())
     head = (12 + width) * shape.hidden_size * tokens
-    logits = LOGIT_COPIES * 4 * shape.vocab_size * tokens + (width if width < 4 else 0) * shape.vocab_size * tokens
+    logits = _logits(shape, tokens, width=width, rows_bytes=ROWS_BYTES_ON_CPU if on_cpu else ROWS_BYTES)
     gradients, gathered = 4 * held, 0.0
     if division.shards > 1:
         gathered = 2 * (width + 4) * _largest_layer(sizes, division)
@@ -164,6 +177,17 @@ def step_memory(
         logits=logits * share,
         exchanged=_exchanged(sizes, division, tokens, width),
     )
+
+
+def _logits(shape: ModelShape, tokens: int, *, width: int, rows_bytes: int) -> float:
+    """Bytes that head and loss hold at once, of all rows or, where these are large, of some and of the gradients."""
+    columns, copy = shape.vocab_size, width if width < 4 else 0
+    if 4 * tokens * columns <= LARGE_LOGITS:
+        return (LOGIT_COPIES * 4 + copy) * columns * tokens
+    gradients = width * shape.hidden_size * tokens + 4 * columns * shape.hidden_size
+    rows = min(tokens, max(1, rows_bytes // (4 * columns)))
+    at_a_time = (width + 4) * rows * columns + copy * columns * shape.hidden_size
+    return gradients + max(at_a_time, gradients)
 
 
 def _layer_activations(shape: ModelShape, layer: FeedForwardShape, division: Division, *, width: int) -> float:
