@@ -1,6 +1,7 @@
 """The command line as a stranger meets it: help, verbs, exit codes."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -37,6 +38,7 @@ VERBS = (
     "export",
     "verify",
     "doctor",
+    "plan",
     "bench",
 )
 
@@ -85,6 +87,7 @@ OPTIONS = {
     "report": ("--open",),
     "train": ("--preset", "--arm", "--seed", "--out", "--set", "--resume", "--dry-run"),
     "keys": (),
+    "plan": ("--preset", "--hardware", "--probe", "--arm", "--set", "--json"),
     "init": ("--data", "--task", "--columns", "--pairs", "--out"),
     "evaluate": (
         "--text",
@@ -158,6 +161,14 @@ def test_init_writes_a_recipe_once(run, tiny_text, tmp_path):
 )
 def test_messages_name_flags_in_place_of_keys_that_nobody_wrote(command, message, said):
     assert name_flags(message, command.split()) == said
+
+
+def test_a_probe_times_the_arms_on_this_machine(run, recipe):
+    code, text = run("plan", recipe, "--probe", "--arm", "dense", "--json")
+    assert code == 0, text
+    told = json.loads(text)
+    assert told["tried_steps"] == 20 and told["arms"][0]["seconds"] > 0
+    assert run("plan", recipe, "--probe", "--hardware", "2xH200") == (2, "")
 
 
 def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(run, recipe, tmp_path):

@@ -10,7 +10,7 @@ from typing import Annotated, cast
 
 import typer
 
-from mixtura.cli.application import PresetOption, RecipeArgument, SetOption, app, put_text, recipe_path
+from mixtura.cli.application import PresetOption, RecipeArgument, SetOption, app, progress, put_text, recipe_path
 from mixtura.config.threads import crowded
 from mixtura.errors import EXTRAS, UserError
 
@@ -101,18 +101,32 @@ def plan(
     recipe: RecipeArgument = None,
     preset: PresetOption = None,
     hardware: Annotated[
-        str, typer.Option(help="Such as 64xH200, or a .toml file with a cluster of your own.", show_default=False)
-    ] = "1xH100",
+        str | None,
+        typer.Option(help="Such as 64xH200, or a .toml file with a cluster of your own.", show_default="1xH100"),
+    ] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Time 20 steps of every arm on this machine.")] = False,
     arm: Annotated[str | None, typer.Option(help="Only this arm of the recipe.", show_default=False)] = None,
     overrides: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="All numbers as JSON.")] = False,
 ) -> None:
-    """Say what a recipe would take on hardware."""
+    """Say what a recipe would take on hardware, or by a probe on this machine."""
     from mixtura.config import load_recipe
     from mixtura.planning.bill import plan_recipe
     from mixtura.planning.hardware import read_hardware
 
-    planned = plan_recipe(load_recipe(recipe_path(recipe, preset), overrides or []), read_hardware(hardware), arm=arm)
+    if probe and hardware is not None:
+        raise UserError("--probe times this machine and --hardware describes another: give one of them.")
+    loaded = load_recipe(recipe_path(recipe, preset), overrides or [])
+    if probe:
+        from mixtura.comparison.plan import PROBE_ROUNDS
+        from mixtura.comparison.plan import plan as plan_here
+        from mixtura.training import SilentProgress
+
+        with progress(None) as reporter:
+            told = SilentProgress() if as_json else reporter
+            planned = plan_here(loaded, reporter=told, arm=arm, rounds=PROBE_ROUNDS)
+    else:
+        planned = plan_recipe(loaded, read_hardware(hardware or "1xH100"), arm=arm)
     typer.echo(json.dumps(planned.plain_form(), indent=1) if as_json else "\n".join(planned.lines()))
 
 

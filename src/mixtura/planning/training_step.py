@@ -33,13 +33,15 @@ from mixtura.planning.formulas import (
     layer_flops,
     layer_parameters,
     model_parameters,
+    muon_parameters,
     routing_flops,
 )
 from mixtura.planning.hardware import Hardware
 from mixtura.planning.shapes import FeedForwardShape, ModelShape, attention_widths, feed_forward_shapes
 
-_MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "adafactor": 0.1}
-"""What an optimizer keeps of one parameter; Adafactor's is a row and a column of each matrix."""
+_MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "adafactor": 0.1, "muon": 8.0}
+"""What an optimizer keeps of one parameter; Adafactor's is a row and a column of each matrix, and Muon keeps half of
+this of the matrices that it moves."""
 LOGIT_COPIES = 3
 LARGE_LOGITS = 64 << 20
 """Bytes of float32 logits from which training never holds them all: head and loss then take some rows at a time."""
@@ -118,6 +120,8 @@ class ModelSizes:
         self.experts = sum(_routed_parameters(layer) for layer in layers)
         """Parameters of all routed experts, which expert parallelism divides."""
         self.rest = self.parameters - self.experts
+        self.share_of_muon = muon_parameters(shape) / self.parameters
+        """How much of it Muon moves, the rest being AdamW's."""
 
     def held(self, division: Division) -> float:
         """Parameters that one device keeps and updates."""
@@ -142,7 +146,7 @@ def step_memory(
         sizes: of the model.
         division: among devices.
         dtype: "float32" or "bfloat16", of the products.
-        optimizer: "adamw", "adamw_8bit" or "adafactor".
+        optimizer: "adamw", "adamw_8bit", "adafactor" or "muon".
         on_cpu: whether the device is a processor, where fewer rows of large logits are taken at a time.
     """
     width, shape = 4 if dtype == "float32" else 2, sizes.shape
@@ -171,7 +175,7 @@ def step_memory(
     return StepMemory(
         weights=4 * held,
         gradients=gradients,
-        optimizer=_MOMENT_BYTES[optimizer] * held,
+        optimizer=(_MOMENT_BYTES[optimizer] - (4 * sizes.share_of_muon if optimizer == "muon" else 0)) * held,
         gathered=gathered,
         activations=(kept + head) * share,
         logits=logits * share,
