@@ -109,7 +109,7 @@ def plan(
     overrides: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="All numbers as JSON.")] = False,
 ) -> None:
-    """Say what a recipe would take on hardware, or by a probe on this machine."""
+    """Say what a recipe would take on hardware."""
     from mixtura.config import load_recipe
     from mixtura.planning.bill import plan_recipe
     from mixtura.planning.hardware import read_hardware
