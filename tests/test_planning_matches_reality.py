@@ -16,7 +16,7 @@ from mixtura.models.build import build_model_config
 from mixtura.planning import flops_per_token, flops_ratio, model_parameters, state_memory
 from mixtura.planning.formulas import attention_flops, head_flops, layer_flops
 from mixtura.planning.shapes import feed_forward_shapes
-from mixtura.planning.training_step import Division, ModelSizes, step_memory
+from mixtura.planning.step_memory import Division, ModelSizes, step_memory
 from mixtura.training.optimization import build_optimizer
 
 BATCH, LENGTH = 8, 12

@@ -15,7 +15,8 @@ from mixtura.planning import flops_per_token, model_parameters, state_memory
 from mixtura.planning.bill import Workload, best_layout, plan_recipe
 from mixtura.planning.decoder import DecoderShape, shape_of_arm
 from mixtura.planning.hardware import read_hardware
-from mixtura.planning.training_step import Division, ModelSizes, communicated_bytes, step_memory
+from mixtura.planning.step_memory import Division, ModelSizes, step_memory
+from mixtura.planning.step_time import communicated_bytes
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PRETRAINING = [

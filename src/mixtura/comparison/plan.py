@@ -29,7 +29,7 @@ from mixtura.config.adapt import MOST_PAIR_TOKENS, changes
 from mixtura.errors import need
 from mixtura.models.build import build_model_config
 from mixtura.planning import state_memory
-from mixtura.planning.training_step import Division, ModelSizes, step_memory
+from mixtura.planning.step_memory import Division, ModelSizes, step_memory
 from mixtura.results import ArmTiming, Leaks
 from mixtura.results.document import Task
 from mixtura.tasks.language_modelling.experiment import PretrainingArm, make_pretraining

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mixtura.kernels.expert_weights import at_autocast_dtype
-from mixtura.planning.training_step import LARGE_LOGITS, ROWS_BYTES, ROWS_BYTES_ON_CPU
+from mixtura.planning.step_memory import LARGE_LOGITS, ROWS_BYTES, ROWS_BYTES_ON_CPU
 
 IGNORED = -100
 

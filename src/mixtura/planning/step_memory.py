@@ -1,4 +1,4 @@
-"""What one training step needs on given hardware: bytes by kind, and seconds from FLOPs, bytes and links.
+"""What one training step needs of memory: bytes by kind, for a model that is divided among devices.
 
 Measured steps are held against the bytes in the tests. What autograd keeps of a layer follows from its operators. Per
 token, with D hidden, A and V columns of queries and of keys, F the expert width, H = 2F when gated else F, K rows, E
@@ -13,11 +13,6 @@ experts, S mixtures, G the group:
 The loss needs three tensors of the size of the logits at once: log-probabilities and two gradients. Where logits are
 large (`LARGE_LOGITS`), training takes head and loss some rows at a time (`mixtura.models.head_loss`) and holds two
 tensors of these rows, and the gradients of the head and its input, which the backward pass scales into a second copy.
-
-The seconds are a model of a machine, not a measurement. The efficiencies below are assumptions that were held against
-published runs, see docs/planning.md. A device computes, moves what it computes through its memory and exchanges with
-the others. Gathering weights and averaging gradients run beside the computation and cost what they take longer than it;
-an all-to-all has to be waited for.
 """
 
 from collections import Counter
@@ -25,18 +20,12 @@ from dataclasses import dataclass
 
 from mixtura.config.families import facts_of
 from mixtura.planning.formulas import (
-    BACKWARD,
-    attention_flops,
     attention_parameters,
     expert_parameters,
-    head_flops,
-    layer_flops,
     layer_parameters,
     model_parameters,
     muon_parameters,
-    routing_flops,
 )
-from mixtura.planning.hardware import Hardware
 from mixtura.planning.shapes import FeedForwardShape, ModelShape, attention_widths, feed_forward_shapes
 
 _MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "adafactor": 0.1, "muon": 8.0}
@@ -152,7 +141,7 @@ def step_memory(
     width, shape = 4 if dtype == "float32" else 2, sizes.shape
     held, local = sizes.held(division), sizes.experts / division.expert_ranks + sizes.rest
     tokens = division.micro_batch * sizes.sequence_length
-    each = {layer: _layer_activations(shape, layer, division, width=width) * tokens for layer in sizes.layers}
+    each = {layer: layer_activations(shape, layer, division, width=width) * tokens for layer in sizes.layers}
     inputs = 4 * shape.hidden_size * tokens * sizes.num_layers if division.checkpointing else 0.0
     workspace = _WORKSPACE * max(each.values())
     kept = inputs or sum(count * each[layer] for layer, count in sizes.layers.items())
@@ -194,7 +183,7 @@ def _logits(shape: ModelShape, tokens: int, *, width: int, rows_bytes: int) -> f
     return gradients + max(at_a_time, gradients)
 
 
-def _layer_activations(shape: ModelShape, layer: FeedForwardShape, division: Division, *, width: int) -> float:
+def layer_activations(shape: ModelShape, layer: FeedForwardShape, division: Division, *, width: int) -> float:
     """Bytes that one decoder layer keeps of a token for the backward pass; `width` is that of a product's numbers."""
     hidden = shape.hidden_size
     query, key = attention_widths(shape)
@@ -250,114 +239,3 @@ def _exchanged(sizes: ModelSizes, division: Division, tokens: int, width: int) -
         return 0.0
     rows = max((layer.rows_per_token for layer in sizes.layers if layer.family != "dense"), default=0.0)
     return 2 * rows * tokens * sizes.shape.hidden_size * width
-
-
-PRODUCT_EFFICIENCY = 0.68
-"""Share of the peak that large dense products reach."""
-EXPERT_WIDTH = 600
-"""Width of an expert at which grouped products reach half of that: narrow experts keep the units waiting."""
-MEMORY_EFFICIENCY = 0.85
-ACTIVATION_PASSES = 3.5
-"""How often the bytes that a layer keeps pass through memory in a step outside of products."""
-LINK_EFFICIENCY = 0.75
-LAUNCH_SECONDS = 4e-6
-KERNELS_PER_LAYER = 90
-"""Kernels that a layer starts forward and backward; small layers wait for the host that starts them."""
-IMBALANCE = 1.15
-"""Rows of the busiest expert rank over the mean, where tokens choose; experts that choose or mix get equal rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepTime:
-    """Seconds of a step, by what the device does."""
-
-    computing: float
-    exchanging: float
-    """Gradients and weights, as far as they take longer than what is computed meanwhile."""
-    routing: float
-    """The all-to-all of expert parallelism."""
-    updating: float
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return self.computing + self.exchanging + self.routing + self.updating
-
-
-def step_time(sizes: ModelSizes, division: Division, hardware: Hardware, *, dtype: str = "bfloat16") -> StepTime:
-    """Seconds of a step; `dtype` is that of the products."""
-    width = 2 if dtype == "bfloat16" else 4
-    passes, pass_seconds = division.micro_batches, _computing(sizes, division, hardware, dtype=dtype)
-    per_pass, per_step = _exchanged_bytes(sizes, division, width=width)
-    gathering = per_pass / (hardware.link(division.shards) * LINK_EFFICIENCY)
-    averaging = per_step / (hardware.link(division.devices) * LINK_EFFICIENCY)
-    # The first gather and the last average have nothing to hide behind; a tenth stands for both.
-    exchanging = passes * max(gathering - pass_seconds, 0.1 * gathering)
-    exchanging += max(averaging - pass_seconds / 2, 0.1 * averaging)
-    return StepTime(
-        computing=passes * pass_seconds,
-        exchanging=exchanging,
-        routing=passes * _all_to_all(sizes, division, hardware, width=width),
-        updating=28 * sizes.held(division) / (1e9 * hardware.memory_gb_per_s * MEMORY_EFFICIENCY),
-    )
-
-
-def communicated_bytes(sizes: ModelSizes, division: Division, *, dtype: str) -> float:
-    """Bytes that one device sends in a step."""
-    width = 2 if dtype == "bfloat16" else 4
-    per_pass, per_step = _exchanged_bytes(sizes, division, width=width)
-    return division.micro_batches * (per_pass + _rows_moved(sizes, division, width=width)) + per_step
-
-
-def expert_efficiency(width: int) -> float:
-    """Share of the peak that grouped products reach: half as much as dense ones with experts of `EXPERT_WIDTH`."""
-    return PRODUCT_EFFICIENCY * width / (width + EXPERT_WIDTH)
-
-
-def _computing(sizes: ModelSizes, division: Division, hardware: Hardware, *, dtype: str) -> float:
-    """Seconds of one micro-batch, forward and backward."""
-    width, shape = 2 if dtype == "bfloat16" else 4, sizes.shape
-    tokens, peak = division.micro_batch * sizes.sequence_length, hardware.peak(dtype)
-    forwards = 1 + BACKWARD + (1 if division.checkpointing else 0)
-    seconds = (1 + BACKWARD) * head_flops(shape) * tokens / (peak * PRODUCT_EFFICIENCY)
-    moved = 4 * 4 * shape.vocab_size * tokens
-    attention = attention_flops(shape, sequence_length=sizes.sequence_length) / PRODUCT_EFFICIENCY
-    for layer, count in sizes.layers.items():
-        mixing = routing_flops(layer) / PRODUCT_EFFICIENCY
-        own = layer_flops(layer) - routing_flops(layer)
-        if layer.family == "dense":
-            own /= PRODUCT_EFFICIENCY
-        else:
-            chosen = facts_of(layer.family).routing == "tokens choose" and division.expert_ranks > 1
-            own *= (IMBALANCE if chosen else 1.0) / expert_efficiency(layer.intermediate_size)
-        seconds += count * forwards * tokens * (attention + mixing + own) / peak
-        moved += count * ACTIVATION_PASSES * _layer_activations(shape, layer, division, width=width) * tokens
-    launching = sizes.num_layers * KERNELS_PER_LAYER * LAUNCH_SECONDS * forwards / (1 + BACKWARD)
-    return max(seconds + moved / (1e9 * hardware.memory_gb_per_s * MEMORY_EFFICIENCY), launching)
-
-
-def _exchanged_bytes(sizes: ModelSizes, division: Division, *, width: int) -> tuple[float, float]:
-    """Bytes that one device sends for weights and gradients: for each pass, and once a step."""
-    shards, expert_shards, local = division.shards, division.expert_shards, sizes.experts / division.expert_ranks
-    # Gathered forward and backward in the dtype of the products, scattered once as float32.
-    gathered = sizes.rest * (shards - 1) / shards + local * (expert_shards - 1) / expert_shards
-    copies = division.replicas
-    expert_copies = max(1, division.devices // (division.expert_ranks * expert_shards))
-    averaged = sizes.rest / shards * (copies - 1) / copies
-    averaged += local / expert_shards * (expert_copies - 1) / expert_copies
-    return (2 * width + 4) * gathered, 8 * averaged
-
-
-def _rows_moved(sizes: ModelSizes, division: Division, *, width: int) -> float:
-    """Bytes of the rows that a pass sends to other ranks' experts and back, forward and backward."""
-    ranks, tokens = division.expert_ranks, division.micro_batch * sizes.sequence_length
-    rows = sum(count * layer.rows_per_token for layer, count in sizes.layers.items() if layer.family != "dense")
-    return 4 * rows * tokens * sizes.shape.hidden_size * width * (ranks - 1) / ranks
-
-
-def _all_to_all(sizes: ModelSizes, division: Division, hardware: Hardware, *, width: int) -> float:
-    """Seconds of the all-to-all of one pass: what leaves the node takes the network, the rest the node's links."""
-    moved = _rows_moved(sizes, division, width=width)
-    outside = max(0.0, 1 - hardware.devices_per_node / division.expert_ranks)
-    within = moved * (1 - outside) / (1e9 * hardware.node_gb_per_s * LINK_EFFICIENCY)
-    return max(within, moved * outside / (1e9 * hardware.network_gb_per_s * LINK_EFFICIENCY))
