@@ -244,13 +244,13 @@ class Plan:
 
     def plain_form(self) -> dict[str, object]:
         """All numbers, JSON-able."""
-        facts = dataclasses.asdict(self) | {"out": None if self.out is None else str(self.out)}
-        return facts | {"minutes": self.minutes}
+        out = None if self.out is None else str(self.out)
+        return {**dataclasses.asdict(self), "out": out, "minutes": self.minutes}
 
     def _table(self) -> list[str]:
         width = max(len("arm"), *(len(arm.name) for arm in self.arms))
         heads = ("parameters", "trained", "FLOPs a run", "peak memory", "planned", "step", "minutes")
-        rows = [heads]
+        rows: list[tuple[str, ...]] = [heads]
         for arm in self.arms:
             sizes = f"{arm.parameters:,}", f"{arm.trained:,}", f"{arm.flops:.2e}"
             planned = "-" if arm.planned_bytes is None else in_words(arm.planned_bytes)
