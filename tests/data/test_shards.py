@@ -269,6 +269,19 @@ def test_duplicates_are_found_among_hashes_that_were_sorted_away(monkeypatch):
     assert not any(seen_before.add(number) for number in numbers)
 
 
+def test_hashes_that_were_sorted_once_are_seldom_moved_again(monkeypatch):
+    """A billion documents are 15,000 runs: sorting all hashes again for each would take days."""
+    monkeypatch.setattr(sources, "_RECENT", 4)
+    seen_before, draw, moved, longest = sources._Seen(), random.Random(0), 0, []
+    for _ in range(4096):
+        before = {id(run) for run in seen_before._runs}
+        assert seen_before.add(draw.randrange(2**64))
+        moved += sum(run.size for run in seen_before._runs if id(run) not in before)
+        longest.append(len(seen_before._runs))
+    assert sum(run.size for run in seen_before._runs) == 4096 and max(longest) <= 10
+    assert moved <= 4096 * 11
+
+
 def test_a_tokenizer_for_a_large_text_is_fitted_on_documents_spread_over_it(monkeypatch):
     monkeypatch.setattr(prepare, "MAX_TRAINING_CHARACTERS", 100)
     texts = [f"{number:010d}" for number in range(1000)]

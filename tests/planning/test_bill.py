@@ -11,11 +11,12 @@ import pytest
 
 from mixtura.config import Recipe, UserError, load_recipe, starts_from_checkpoints
 from mixtura.models.build import build_model_config
-from mixtura.planning import flops_per_token, model_parameters
+from mixtura.planning import flops_per_token, model_parameters, state_memory
 from mixtura.planning.bill import Workload, best_layout, plan_recipe
 from mixtura.planning.decoder import DecoderShape, shape_of_arm
 from mixtura.planning.hardware import read_hardware
-from mixtura.planning.training_step import Division, ModelSizes, communicated_bytes
+from mixtura.planning.step_memory import Division, ModelSizes, step_memory
+from mixtura.planning.step_time import communicated_bytes
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PRETRAINING = [
@@ -108,6 +109,14 @@ def test_what_does_not_fit_is_said_with_what_would():
 def test_recipes_that_start_from_pretrained_models_are_refused():
     with pytest.raises(UserError, match="only recipes that train from random weights are planned"):
         plan_recipe(load_recipe(RECIPES / "translation.toml"), read_hardware("1xH100"))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_are_those_of_the_optimizer(name):
+    shape = mixtral()
+    sizes = ModelSizes(shape, sequence_length=4096)
+    planned = step_memory(sizes, Division(), optimizer=name).optimizer
+    assert planned == pytest.approx(state_memory(shape, optimizer=name).optimizer)
 
 
 def test_an_unknown_arm_is_refused():

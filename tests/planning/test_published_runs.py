@@ -110,8 +110,8 @@ RATES = {
     # tokens a second of a device, as published, and what is planned of it
     "OLMoE, 256 H100": (OLMOE, "256xH100", 1024, 23600, 1.93),
     "Mixtral 8x22B, 128 H100, Megatron-Core (arXiv 2504.14960)": (MIXTRAL_8X22B, "128xH100", 1024, 1944, 0.80),
-    "DeepSeek-V3, 2048 H800, in float8": (DEEPSEEK_V3, "2048xH800", 16384, 1543, 0.49),
-    "Qwen3-30B-A3B, 8 H100, NeMo Automodel": (QWEN3_30B, "8xH100", 512, 12040, 0.81),
+    "DeepSeek-V3, 2048 H800, in float8": (DEEPSEEK_V3, "2048xH800", 16384, 1543, 0.58),
+    "Qwen3-30B-A3B, 8 H100, NeMo Automodel": (QWEN3_30B, "8xH100", 512, 12040, 0.845),
 }
 
 

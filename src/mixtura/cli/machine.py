@@ -10,7 +10,7 @@ from typing import Annotated, cast
 
 import typer
 
-from mixtura.cli.application import PresetOption, RecipeArgument, SetOption, app, put_text, recipe_path
+from mixtura.cli.application import PresetOption, RecipeArgument, SetOption, app, progress, put_text, recipe_path
 from mixtura.errors import EXTRAS, UserError
 from mixtura.threads import crowded
 
@@ -77,9 +77,11 @@ def init(
 def doctor() -> None:
     """Say what this machine can run, and what to install for more."""
     from mixtura.comparison.folder import environment
+    from mixtura.models.experts_backends import backends
 
     for key, value in environment().items():
         typer.echo(f"{key:13} {value}")
+    typer.echo(f"{'experts':13} {'; '.join(backends())}")
     waiting = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY") if name in os.environ}
     busy = "; other programs keep the cores busy" if crowded() else ""
     typer.echo(f"{'waiting':13} {', '.join(f'{name}={value}' for name, value in waiting.items())}{busy}")
@@ -101,8 +103,10 @@ def plan(
     recipe: RecipeArgument = None,
     preset: PresetOption = None,
     hardware: Annotated[
-        str, typer.Option(help="Such as 64xH200, or a .toml file with a cluster of your own.", show_default=False)
-    ] = "1xH100",
+        str | None,
+        typer.Option(help="Such as 64xH200, or a .toml file with a cluster of your own.", show_default="1xH100"),
+    ] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Time 20 steps of every arm on this machine.")] = False,
     arm: Annotated[str | None, typer.Option(help="Only this arm of the recipe.", show_default=False)] = None,
     overrides: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="All numbers as JSON.")] = False,
@@ -112,7 +116,19 @@ def plan(
     from mixtura.planning.bill import plan_recipe
     from mixtura.planning.hardware import read_hardware
 
-    planned = plan_recipe(load_recipe(recipe_path(recipe, preset), overrides or []), read_hardware(hardware), arm=arm)
+    if probe and hardware is not None:
+        raise UserError("--probe times this machine and --hardware describes another: give one of them.")
+    loaded = load_recipe(recipe_path(recipe, preset), overrides or [])
+    if probe:
+        from mixtura.comparison.plan import PROBE_ROUNDS
+        from mixtura.comparison.plan import plan as plan_here
+        from mixtura.training import SilentProgress
+
+        with progress(None) as reporter:
+            told = SilentProgress() if as_json else reporter
+            planned = plan_here(loaded, reporter=told, arm=arm, rounds=PROBE_ROUNDS)
+    else:
+        planned = plan_recipe(loaded, read_hardware(hardware or "1xH100"), arm=arm)
     typer.echo(json.dumps(planned.plain_form(), indent=1) if as_json else "\n".join(planned.lines()))
 
 

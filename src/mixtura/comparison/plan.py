@@ -1,7 +1,7 @@
 """Before a recipe runs: its experiment is made, its arms are checked, and `--dry-run` says what it would take.
 
-For that a few steps of every arm are tried, and nothing is kept. Whether memory suffices is known from formulas before
-anything is built.
+For that a few steps of every arm are tried, and nothing is kept; `mixtura plan --probe` tries more of them. Whether
+memory suffices is known from formulas before anything is built.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,10 +28,12 @@ from mixtura.config import (
 from mixtura.config.adapt import MOST_PAIR_TOKENS, changes
 from mixtura.errors import need
 from mixtura.models.build import build_model_config
+from mixtura.models.experts_backends import use_experts_backend
 from mixtura.planning import state_memory
+from mixtura.planning.step_memory import Division, ModelSizes, step_memory
 from mixtura.results import ArmTiming, Leaks
 from mixtura.results.document import Task
-from mixtura.tasks.language_modelling.experiment import make_pretraining
+from mixtura.tasks.language_modelling.experiment import PretrainingArm, make_pretraining
 from mixtura.training import ProgressReporter, ranks
 from mixtura.training.interface import Arm, Experiment
 
@@ -62,12 +65,20 @@ def check_arms(arms: Mapping[str, Arm], training: TrainingConfig) -> None:
     """Refuses arms that could not be trained or evaluated, before any of them is.
 
     Raises:
-        UserError: an arm's task says why, or the processes cannot share its batches.
+        UserError: an arm's task says why, the processes cannot share its batches, or its experts cannot run on the
+            backend, or no arm has experts that could.
     """
+    device, backend = torch.device("cuda" if torch.cuda.is_available() else "cpu"), training.experts_backend
+    used = backend == "auto"
     for arm in arms.values():
         model = arm.build(seed=0)
+        used |= use_experts_backend(model, backend, device=device, dtype=training.dtype)
         arm.task.check(model, batch_size=training.batch_size)
         ranks.share_of_step(model, training, ranks.world_size())
+    if not used:
+        raise UserError(
+            f"'training.experts_backend' is '{backend}', but no arm has experts that tokens choose: set it to \"auto\"."
+        )
 
 
 def tokens_per_step(arm: Arm, training: TrainingConfig) -> int:
@@ -161,8 +172,8 @@ def in_words(number: float) -> str:
     return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"
 
 
-PROBE_ROUNDS = 3
-"""Steps of every arm that are timed, after those that warm up."""
+DRY_ROUNDS, PROBE_ROUNDS = 3, 20
+"""Steps of every arm that are timed, after those that warm up, in a dry run and in a probe."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,10 +185,19 @@ class ArmPlan:
     trained: int
     flops: float
     """Of the whole run, forward and backward."""
+    planned_bytes: float | None
+    """The peak of a step by the planner's formulas; None where the model is no decoder of ours on one device."""
     peak_bytes: int
     """Measured at one step: parameters, gradients, optimizer state and all that a step allocates."""
-    minutes: float
-    """Of training alone, at the rate of the steps that were tried."""
+    seconds: float
+    """The median step of those that were tried."""
+    steps: int
+    """Of a run."""
+
+    @property
+    def minutes(self) -> float:
+        """Of training alone, at the rate of the steps that were tried."""
+        return self.seconds * self.steps / 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +213,11 @@ class Plan:
     """Full runs of each arm: its seeds."""
     trials_of_arm: int
     trial_steps: int
+    tried_steps: int
+    """Of every arm."""
     arms: tuple[ArmPlan, ...]
-    out: Path
+    out: Path | None
+    """The folder that would be written; None for a probe."""
     begun: bool
     """Whether the folder holds runs already, which are not repeated."""
 
@@ -208,25 +231,41 @@ class Plan:
         """The plan for people to read."""
         runs = len(self.arms) * self.runs_of_arm
         trials = f", and {self.trials_of_arm} trials of {self.trial_steps:,} steps an arm" if self.trials_of_arm else ""
-        width = max(len("arm"), *(len(arm.name) for arm in self.arms))
-        heads = (
-            f"{'arm':{width}}  {'parameters':>13}  {'trained':>13}  {'FLOPs a run':>11}  {'peak memory':>11}  minutes"
-        )
-        rows = [
-            f"{arm.name:{width}}  {arm.parameters:13,}  {arm.trained:13,}  {arm.flops:11.2e}  "
-            f"{in_words(arm.peak_bytes):>11}  {_minutes(arm.minutes):>7}"
-            for arm in self.arms
-        ]
-        models = sum(4 * arm.trained for arm in self.arms) * self.runs_of_arm
         return [
-            f"Plan for {self.task}, from {PROBE_ROUNDS} steps of every arm; nothing was written.",
+            f"Plan for {self.task}, from {self.tried_steps} steps of every arm on this machine; nothing was written.",
             f"Data: {self.data}",
             *([f"Fitted to the data: {'; '.join(self.fitted)}"] if self.fitted else []),
             f"{runs} {'run' if runs == 1 else 'runs'} of {self.steps:,} steps, {self.tokens_per_step:,} tokens a step, "
             f"{self.steps * self.tokens_per_step:,} a run{trials}.",
-            heads,
-            *rows,
+            *self._table(),
             f"All together {_minutes(self.minutes)} minutes of training; evaluations come on top.",
+            *self._written(),
+        ]
+
+    def plain_form(self) -> dict[str, object]:
+        """All numbers, JSON-able."""
+        out = None if self.out is None else str(self.out)
+        return {**dataclasses.asdict(self), "out": out, "minutes": self.minutes}
+
+    def _table(self) -> list[str]:
+        width = max(len("arm"), *(len(arm.name) for arm in self.arms))
+        heads = ("parameters", "trained", "FLOPs a run", "peak memory", "planned", "step", "minutes")
+        rows: list[tuple[str, ...]] = [heads]
+        for arm in self.arms:
+            sizes = f"{arm.parameters:,}", f"{arm.trained:,}", f"{arm.flops:.2e}"
+            planned = "-" if arm.planned_bytes is None else in_words(arm.planned_bytes)
+            rows.append((*sizes, in_words(arm.peak_bytes), planned, _seconds(arm.seconds), _minutes(arm.minutes)))
+        wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return [
+            "  ".join([f"{name:{width}}", *(f"{cell:>{room}}" for cell, room in zip(row, wide, strict=True))])
+            for name, row in zip(["arm", *(arm.name for arm in self.arms)], rows, strict=True)
+        ]
+
+    def _written(self) -> list[str]:
+        if self.out is None:
+            return []
+        models = sum(4 * arm.trained for arm in self.arms) * self.runs_of_arm
+        return [
             f"To be written: {self.out}/ with recipe.toml, results.json, report.html, report.md, figures/, and in "
             f"arms/ the finished models ({in_words(models)}) with their metrics"
             + ("; the runs that it holds already are kept." if self.begun else "."),
@@ -234,29 +273,38 @@ class Plan:
 
 
 def plan(
-    recipe: AnyRecipe, *, out: Path, reporter: ProgressReporter, arm: str | None = None, seeds: Sequence[int] = ()
+    recipe: AnyRecipe,
+    *,
+    reporter: ProgressReporter,
+    out: Path | None = None,
+    arm: str | None = None,
+    seeds: Sequence[int] = (),
+    rounds: int = DRY_ROUNDS,
 ) -> Plan:
     """Plans a comparison, or the training of one arm.
 
     Args:
         recipe: what would run.
-        out: the folder it would write.
         reporter: told of what happens.
-        arm: the only arm, for `mixtura train`, which searches no rates.
+        out: the folder it would write; None where that is not asked.
+        arm: the only arm, as for `mixtura train`, which searches no rates.
         seeds: those of the runs; none are the recipe's.
+        rounds: steps of every arm that are timed.
 
     Raises:
-        UserError: whatever would stop the run itself before its first step.
+        UserError: whatever would stop the run itself before its first step, or there is no such arm.
     """
+    if arm is not None and arm not in recipe.arms:
+        raise UserError(f"The recipe has no arm '{arm}': choose one of {', '.join(recipe.arms)}.")
     check_memory(recipe)
     with tempfile.TemporaryDirectory(prefix="mixtura-plan-") as scratch:
         experiment = make_experiment(recipe, Path(scratch), reporter)
         fitted, training = experiment.recipe, experiment.recipe.training
         arms = {name: each for name, each in experiment.arms.items() if arm in (None, name)}
         check_arms(arms, training)
-        reporter.note(f"timing {PROBE_ROUNDS} steps of every arm")
+        reporter.note(f"timing {rounds} steps of every arm")
         baseline = experiment.arms[arm or fitted.baseline]
-        timed = time_arms(arms, training, baseline.name, rounds=PROBE_ROUNDS)
+        timed = time_arms(arms, training, baseline.name, rounds=rounds)
     search = fitted.search if arm is None else None
     return Plan(
         task=task_of(recipe),
@@ -267,14 +315,19 @@ def plan(
         runs_of_arm=len(seeds or fitted.seeds),
         trials_of_arm=len(search.learning_rates) * max(1, len(search.scales)) * len(search.seeds) if search else 0,
         trial_steps=(search.steps if search else None) or training.steps,
+        tried_steps=rounds,
         arms=tuple(_arm_plan(each, baseline, training, timed[name]) for name, each in arms.items()),
         out=out,
-        begun=has_runs(out),
+        begun=out is not None and has_runs(out),
     )
 
 
 def _minutes(number: float) -> str:
     return f"{number:,.1f}" if number >= 0.05 else "<0.1"
+
+
+def _seconds(number: float) -> str:
+    return f"{number:,.3g} s" if number >= 1 else f"{1000 * number:,.3g} ms"
 
 
 def _arm_plan(arm: Arm, baseline: Arm, training: TrainingConfig, timed: ArmTiming) -> ArmPlan:
@@ -285,6 +338,27 @@ def _arm_plan(arm: Arm, baseline: Arm, training: TrainingConfig, timed: ArmTimin
         parameters=described.parameters_total,
         trained=described.parameters_trainable,
         flops=described.flops_per_token * tokens_per_step(arm, training) * training.steps,
+        planned_bytes=_planned_bytes(arm, training),
         peak_bytes=timed.peak_memory_bytes,
-        minutes=timed.seconds_per_step * training.steps / 60,
+        seconds=timed.seconds_per_step,
+        steps=training.steps,
     )
+
+
+def _planned_bytes(arm: Arm, training: TrainingConfig) -> float | None:
+    """The peak of a step by the planner's formulas, in a process by itself."""
+    if not isinstance(arm, PretrainingArm) or ranks.world_size() > 1:
+        return None
+    shape: Any = arm.model_config
+    division = Division(
+        micro_batch=training.batch_size,
+        micro_batches=training.gradient_accumulation_steps,
+        checkpointing=training.activation_checkpointing,
+    )
+    return step_memory(
+        ModelSizes(shape, sequence_length=arm.sequence_length),
+        division,
+        dtype=training.dtype,
+        optimizer=training.optimizer,
+        on_cpu=not torch.cuda.is_available(),
+    ).total

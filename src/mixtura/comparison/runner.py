@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mixtura.comparison.folder import check_same_data, environment, holding, now, open_folder, ready, store_fitted
 from mixtura.comparison.plan import (
-    PROBE_ROUNDS,
+    DRY_ROUNDS,
     AnyRecipe,
     check_arms,
     check_memory,
@@ -212,7 +212,7 @@ class _Comparison:
         if not ranks.of_first(read_json(path, keys=arms) is not None):
             self.reporter.note("timing a step of every arm, side by side")
             # Of a short run with long steps, timing must not take longer than training.
-            rounds = min(ROUNDS, max(PROBE_ROUNDS, self.recipe.training.steps // 4))
+            rounds = min(ROUNDS, max(DRY_ROUNDS, self.recipe.training.steps // 4))
             timing = time_arms(arms, self.recipe.training, self.recipe.baseline, rounds=rounds)
             if ranks.is_first():
                 write_json(path, to_plain(timing))

@@ -16,6 +16,7 @@ from mixtura.config import TrainingConfig
 from mixtura.diagnostics.memory import live_bytes, measure_peak_memory
 from mixtura.errors import rank
 from mixtura.models import MixtureForCausalLM
+from mixtura.models.experts_backends import use_experts_backend
 from mixtura.models.inference import step_kinds
 from mixtura.results import ArmTiming
 from mixtura.results.document import StepParts
@@ -75,6 +76,7 @@ class _Step:
             if enable is not None:
                 enable()
         self.model.to(device)
+        use_experts_backend(self.model, training.experts_backend, device=device, dtype=training.dtype)
         self.share = ranks.share_of_step(self.model, training, ranks.world_size())
         # Under torchrun a step ends when all have exchanged their gradients, as in training.
         self.trained = ranks.in_step(self.model) if ranks.world_size() > 1 else self.model

@@ -53,6 +53,8 @@ class Experts(nn.Module):
         self.to_latent = None if latent_size is None else LatentProjection(hidden_size, latent_size, bias=False)
         self.from_latent = None if latent_size is None else LatentProjection(latent_size, hidden_size, bias=False)
         self.input_size = latent_size or hidden_size
+        self.backend: Callable[..., Tensor] | None = None
+        """What runs in place of Mixtura's kernels where tokens choose; takes the choices and weights (T, K) of each."""
         width = 2 * intermediate_size if gated else intermediate_size
         up = nn.Parameter(torch.empty(num_experts, width, self.input_size))
         self.register_parameter("gate_up_proj" if gated else "up_proj", up)

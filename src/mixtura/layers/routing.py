@@ -178,9 +178,10 @@ def run_chosen(
         limit: the most real tokens that an expert takes.
         counted: whether to sort the rows by expert, which counts them.
     """
+    run = experts.backend or kernels.routed_ffn
     if weight_TK.size(1) > choice_TK.size(1):
         expert_TE = torch.arange(weight_TK.size(1), device=x_TD.device).expand_as(weight_TK)
-        return experts(x_TD, kernels.routed_ffn, expert_TE, weight_TK), None
+        return experts(x_TD, run, expert_TE, weight_TK), None
     if free is not None:
         weight_TE = weight_TK.new_zeros(len(x_TD), experts.num_experts + sum(free.counts))
         active_TE = torch.zeros_like(weight_TE, dtype=torch.bool).scatter(1, choice_TK, True)
@@ -188,7 +189,9 @@ def run_chosen(
         y_TD = sparse_experts(experts, x_TD, active_rows(paid_TE, active_TE[:, : experts.num_experts]))
         return y_TD + free(x_TD, free_TZ), None
     if not counted:
-        return experts(x_TD, kernels.routed_ffn, choice_TK, weight_TK), None
+        return experts(x_TD, run, choice_TK, weight_TK), None
+    if experts.backend is not None:
+        return _counted_on_backend(experts, x_TD, choice_TK, weight_TK, real_T)
     routing = sort_by_expert(choice_TK, weight_TK, experts.num_experts)
     rows_E = routing.tokens_per_expert_E
     if real_T is not None or limit is not None:
@@ -196,6 +199,17 @@ def run_chosen(
         # Where every row is kept, some with a weight of zero, each token's rows still are where they were.
         routing = SparseRouting(*kept, row_TK=routing.row_TK if kept[0] is routing.token_R else None)
     return sparse_experts(experts, x_TD, routing), rows_E
+
+
+def _counted_on_backend(
+    experts: Experts, x_TD: Tensor, choice_TK: Tensor, weight_TK: Tensor, real_T: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `run_chosen`, by `experts.backend`, which also runs padding, with a weight of zero."""
+    assert experts.backend is not None, "the caller has asked"
+    real_T1 = torch.ones_like(choice_TK[:, :1]) if real_T is None else real_T.unsqueeze(-1).to(choice_TK.dtype)
+    y_TD = experts(x_TD, experts.backend, choice_TK, weight_TK if real_T is None else weight_TK * real_T1)
+    rows_E = torch.zeros(experts.num_experts, dtype=choice_TK.dtype, device=x_TD.device)
+    return y_TD, rows_E.index_add(0, choice_TK.flatten(), real_T1.expand_as(choice_TK).flatten())
 
 
 def in_best_groups(scores_TE: Tensor, top_k: int, groups: int, groups_per_token: int) -> Tensor:

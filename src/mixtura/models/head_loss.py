@@ -20,14 +20,9 @@ from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mixtura.kernels.expert_weights import at_autocast_dtype
+from mixtura.planning.step_memory import LARGE_LOGITS, ROWS_BYTES, ROWS_BYTES_ON_CPU
 
 IGNORED = -100
-LARGE_LOGITS = 64 << 20
-"""Bytes of float32 logits from which training never holds them all: head and loss then take some rows at a time."""
-ROWS_BYTES_ON_CPU = LARGE_LOGITS // 2
-"""Bytes of the logits of these rows."""
-ROWS_BYTES = 4 * LARGE_LOGITS
-"""The same on an accelerator, which waits for memory where rows are few."""
 
 
 def logits_and_loss(
@@ -214,19 +209,15 @@ class _SummedLoss(torch.autograd.Function):
                 hidden_RD, real_R1, place_R1 = hidden_TD[part], real_T1[part], place_T1[part]
                 scores_RV = F.log_softmax(hidden_RD @ weight_VD.T, dim=-1, dtype=wide)
                 total -= scores_RV.gather(1, place_R1).masked_fill(~real_R1, 0.0).sum()
-                if grad_hidden_TD is None:
-                    continue
-                ones_R1 = torch.ones_like(place_R1, dtype=wide)
-                grad_RV = scores_RV.exp_().scatter_add_(1, place_R1, -ones_R1).to(hidden_RD.dtype)
-                # Rows that are ignored are cleared where they are narrow.
-                grad_hidden_TD[part] = (grad_RV @ weight_VD) * real_R1
-                if grad_weight_VD is None:
-                    continue
-                product = grad_RV.T, hidden_RD * real_R1
-                if wide == hidden_RD.dtype:
-                    grad_weight_VD.addmm_(*product)
-                else:
-                    grad_weight_VD += product[0] @ product[1]
+                if grad_hidden_TD is not None:
+                    ones_R1 = torch.ones_like(place_R1, dtype=wide)
+                    grad_RV = scores_RV.exp_().scatter_add_(1, place_R1, -ones_R1).to(hidden_RD.dtype)
+                    # Rows that are ignored are cleared where they are narrow.
+                    grad_hidden_TD[part] = (grad_RV @ weight_VD) * real_R1
+                    if grad_weight_VD is not None:
+                        _add_product(grad_weight_VD, grad_RV.T, hidden_RD * real_R1)
+                    del grad_RV
+                del scores_RV  # or it would be held beside the logits of the next rows
         if want_gradients:
             narrow = None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
             ctx.save_for_backward(grad_hidden_TD, narrow)
@@ -245,3 +236,11 @@ class _SummedLoss(torch.autograd.Function):
             for value, needed in zip((grad_hidden_TD, grad_weight_VD), ctx.needs_input_grad[:2], strict=True)
         ]
         return (*own, None, None, None, None)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds `left @ right` to a total that may be wider."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

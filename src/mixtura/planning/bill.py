@@ -16,15 +16,8 @@ from mixtura.config.families import facts_of
 from mixtura.planning.decoder import DecoderShape, shape_of_arm
 from mixtura.planning.formulas import active_parameters, flops_per_token, model_parameters
 from mixtura.planning.hardware import Hardware
-from mixtura.planning.training_step import (
-    Division,
-    ModelSizes,
-    StepMemory,
-    StepTime,
-    communicated_bytes,
-    step_memory,
-    step_time,
-)
+from mixtura.planning.step_memory import Division, ModelSizes, StepMemory, step_memory
+from mixtura.planning.step_time import MixtureSpeed, StepTime, communicated_bytes, step_time
 
 RESERVE = 0.08
 """Share of a device's memory that the driver, libraries and fragmentation take."""
@@ -130,14 +123,23 @@ def _workload_of(recipe: Recipe, arm: ArmConfig) -> Workload:
     )
 
 
-def best_layout(name: str, workload: Workload, hardware: Hardware) -> _ArmOnHardware:
+def best_layout(
+    name: str, workload: Workload, hardware: Hardware, *, mixtures: MixtureSpeed | None = None
+) -> _ArmOnHardware:
     """The quickest layout that fits, and what else is worth knowing.
+
+    Args:
+        name: of the arm, for messages.
+        workload: what is trained.
+        hardware: on what.
+        mixtures: how fast they run; None is as assumed.
 
     Raises:
         UserError: the step's batch cannot be divided among the devices; the sentence says what to change.
     """
     sizes = ModelSizes(workload.shape, sequence_length=workload.sequence_length)
-    found = [_layout(sizes, division, workload, hardware) for division in _divisions(name, workload, hardware)]
+    speed = mixtures or MixtureSpeed()
+    found = [_layout(sizes, division, workload, hardware, speed) for division in _divisions(name, workload, hardware)]
     fitting = [layout for layout in found if layout.fits(hardware)]
     plain = [layout for layout in found if layout.division.shards == 1 and layout.division.expert_ranks == 1]
     plain = [layout for layout in plain if not layout.division.checkpointing]
@@ -165,11 +167,13 @@ def _simplest_of_the_quick(layouts: list[Layout]) -> Layout | None:
     return min(quick, key=lambda it: (it.division.expert_ranks, it.division.shards, it.memory.total))
 
 
-def _layout(sizes: ModelSizes, division: Division, workload: Workload, hardware: Hardware) -> Layout:
+def _layout(
+    sizes: ModelSizes, division: Division, workload: Workload, hardware: Hardware, mixtures: MixtureSpeed
+) -> Layout:
     return Layout(
         division=division,
         memory=step_memory(sizes, division, dtype=workload.dtype, optimizer=workload.optimizer),
-        time=step_time(sizes, division, hardware, dtype=workload.dtype),
+        time=step_time(sizes, division, hardware, dtype=workload.dtype, mixtures=mixtures),
         sent=communicated_bytes(sizes, division, dtype=workload.dtype),
     )
 

@@ -192,12 +192,12 @@ def state_memory(
     AdamW's step counters (4 bytes a tensor) and buffers such as rotary frequencies are left out.
     """
     count, size = model_parameters(shape), _BYTES[dtype]
-    by_muon = _muon_parameters(shape) if optimizer == "muon" else 0
+    by_muon = muon_parameters(shape) if optimizer == "muon" else 0
     return StateMemory(parameters=count * size, gradients=count * size, optimizer=(2 * count - by_muon) * size)
 
 
-def _muon_parameters(shape: ModelShape) -> int:
-    """Parameters of the matrices inside the layers but the routers."""
+def muon_parameters(shape: ModelShape) -> int:
+    """Parameters that Muon moves: the matrices inside the layers but the routers."""
     layers = feed_forward_shapes(shape, sequence_length=1)
     matrices = sum(layer_parameters(layer) - router_parameters(layer) for layer in layers)
     return matrices + shape.num_hidden_layers * attention_parameters(shape)

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from mixtura.config import TrainingConfig, UserError
+from mixtura.models.experts_backends import use_experts_backend
 from mixtura.results import Facts
 from mixtura.results.run import CurvePoint
 from mixtura.training import ranks
@@ -100,6 +101,7 @@ def train(
         _prepare_folder(out, settings, resume=resume)
     ranks.wait_for_all()
     model.to(arguments.device)
+    use_experts_backend(model, config.experts_backend, device=arguments.device, dtype=config.dtype)
     if (out / checkpoints.FINAL).exists():
         checkpoints.check_checkpoint(out / checkpoints.FINAL, trained)
         task.load(model, out / checkpoints.FINAL)

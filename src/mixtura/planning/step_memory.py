@@ -1,4 +1,4 @@
-"""What one training step needs on given hardware: bytes by kind, and seconds from FLOPs, bytes and links.
+"""What one training step needs of memory: bytes by kind, for a model that is divided among devices.
 
 Measured steps are held against the bytes in the tests. What autograd keeps of a layer follows from its operators. Per
 token, with D hidden, A and V columns of queries and of keys, F the expert width, H = 2F when gated else F, K rows, E
@@ -10,13 +10,9 @@ experts, S mixtures, G the group:
 - token choice and its kin: K * H, the first projection of every row, and a few numbers an expert and choice;
 - mixing: rows_per_token * (H + 2D), mixtures and their outputs beside the first projection, and S weights.
 
-The loss needs three tensors of the size of the logits at once: log-probabilities and two gradients. Training needs less
-where they are large (`mixtura.models.head_loss`); others' runs, with which the plans are compared, mostly do not.
-
-The seconds are a model of a machine, not a measurement. The efficiencies below are assumptions that were held against
-published runs, see docs/planning.md. A device computes, moves what it computes through its memory and exchanges with
-the others. Gathering weights and averaging gradients run beside the computation and cost what they take longer than it;
-an all-to-all has to be waited for.
+The loss needs three tensors of the size of the logits at once: log-probabilities and two gradients. Where logits are
+large (`LARGE_LOGITS`), training takes head and loss some rows at a time (`mixtura.models.head_loss`) and holds two
+tensors of these rows, and the gradients of the head and its input, which the backward pass scales into a second copy.
 """
 
 from collections import Counter
@@ -24,22 +20,24 @@ from dataclasses import dataclass
 
 from mixtura.config.families import facts_of
 from mixtura.planning.formulas import (
-    BACKWARD,
-    attention_flops,
     attention_parameters,
     expert_parameters,
-    head_flops,
-    layer_flops,
     layer_parameters,
     model_parameters,
-    routing_flops,
+    muon_parameters,
 )
-from mixtura.planning.hardware import Hardware
 from mixtura.planning.shapes import FeedForwardShape, ModelShape, attention_widths, feed_forward_shapes
 
-_MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "adafactor": 0.1}
-"""What an optimizer keeps of one parameter; Adafactor's is a row and a column of each matrix."""
+_MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "adafactor": 0.1, "muon": 8.0}
+"""What an optimizer keeps of one parameter; Adafactor's is a row and a column of each matrix, and Muon keeps half of
+this of the matrices that it moves."""
 LOGIT_COPIES = 3
+LARGE_LOGITS = 64 << 20
+"""Bytes of float32 logits from which training never holds them all: head and loss then take some rows at a time."""
+ROWS_BYTES_ON_CPU = LARGE_LOGITS // 2
+"""Bytes of the logits of these rows."""
+ROWS_BYTES = 4 * LARGE_LOGITS
+"""The same on an accelerator, which waits for memory where rows are few."""
 _WORKSPACE = 1.3
 """What the backward pass of one layer takes, as a multiple of what its forward pass has kept."""
 
@@ -111,6 +109,8 @@ class ModelSizes:
         self.experts = sum(_routed_parameters(layer) for layer in layers)
         """Parameters of all routed experts, which expert parallelism divides."""
         self.rest = self.parameters - self.experts
+        self.share_of_muon = muon_parameters(shape) / self.parameters
+        """How much of it Muon moves, the rest being AdamW's."""
 
     def held(self, division: Division) -> float:
         """Parameters that one device keeps and updates."""
@@ -122,7 +122,12 @@ def _routed_parameters(layer: FeedForwardShape) -> int:
 
 
 def step_memory(
-    sizes: ModelSizes, division: Division, *, dtype: str = "float32", optimizer: str = "adamw"
+    sizes: ModelSizes,
+    division: Division,
+    *,
+    dtype: str = "float32",
+    optimizer: str = "adamw",
+    on_cpu: bool = False,
 ) -> StepMemory:
     """Bytes of a step under autocast: weights, gradients and moments stay float32, products are in `dtype`.
 
@@ -130,17 +135,18 @@ def step_memory(
         sizes: of the model.
         division: among devices.
         dtype: "float32" or "bfloat16", of the products.
-        optimizer: "adamw", "adamw_8bit" or "adafactor".
+        optimizer: "adamw", "adamw_8bit", "adafactor" or "muon".
+        on_cpu: whether the device is a processor, where fewer rows of large logits are taken at a time.
     """
     width, shape = 4 if dtype == "float32" else 2, sizes.shape
     held, local = sizes.held(division), sizes.experts / division.expert_ranks + sizes.rest
     tokens = division.micro_batch * sizes.sequence_length
-    each = {layer: _layer_activations(shape, layer, division, width=width) * tokens for layer in sizes.layers}
+    each = {layer: layer_activations(shape, layer, division, width=width) * tokens for layer in sizes.layers}
     inputs = 4 * shape.hidden_size * tokens * sizes.num_layers if division.checkpointing else 0.0
     workspace = _WORKSPACE * max(each.values())
     kept = inputs or sum(count * each[layer] for layer, count in sizes.layers.items())
     head = (12 + width) * shape.hidden_size * tokens
-    logits = LOGIT_COPIES * 4 * shape.vocab_size * tokens + (width if width < 4 else 0) * shape.vocab_size * tokens
+    logits = _logits(shape, tokens, width=width, rows_bytes=ROWS_BYTES_ON_CPU if on_cpu else ROWS_BYTES)
     gradients, gathered = 4 * held, 0.0
     if division.shards > 1:
         gathered = 2 * (width + 4) * _largest_layer(sizes, division)
@@ -158,7 +164,7 @@ def step_memory(
     return StepMemory(
         weights=4 * held,
         gradients=gradients,
-        optimizer=_MOMENT_BYTES[optimizer] * held,
+        optimizer=(_MOMENT_BYTES[optimizer] - (4 * sizes.share_of_muon if optimizer == "muon" else 0)) * held,
         gathered=gathered,
         activations=(kept + head) * share,
         logits=logits * share,
@@ -166,7 +172,18 @@ def step_memory(
     )
 
 
-def _layer_activations(shape: ModelShape, layer: FeedForwardShape, division: Division, *, width: int) -> float:
+def _logits(shape: ModelShape, tokens: int, *, width: int, rows_bytes: int) -> float:
+    """Bytes that head and loss hold at once, of all rows or, where these are large, of some and of the gradients."""
+    columns, copy = shape.vocab_size, width if width < 4 else 0
+    if 4 * tokens * columns <= LARGE_LOGITS:
+        return (LOGIT_COPIES * 4 + copy) * columns * tokens
+    gradients = width * shape.hidden_size * tokens + 4 * columns * shape.hidden_size
+    rows = min(tokens, max(1, rows_bytes // (4 * columns)))
+    at_a_time = (width + 4) * rows * columns + copy * columns * shape.hidden_size
+    return gradients + max(at_a_time, gradients)
+
+
+def layer_activations(shape: ModelShape, layer: FeedForwardShape, division: Division, *, width: int) -> float:
     """Bytes that one decoder layer keeps of a token for the backward pass; `width` is that of a product's numbers."""
     hidden = shape.hidden_size
     query, key = attention_widths(shape)
@@ -222,114 +239,3 @@ def _exchanged(sizes: ModelSizes, division: Division, tokens: int, width: int) -
         return 0.0
     rows = max((layer.rows_per_token for layer in sizes.layers if layer.family != "dense"), default=0.0)
     return 2 * rows * tokens * sizes.shape.hidden_size * width
-
-
-PRODUCT_EFFICIENCY = 0.68
-"""Share of the peak that large dense products reach."""
-EXPERT_WIDTH = 600
-"""Width of an expert at which grouped products reach half of that: narrow experts keep the units waiting."""
-MEMORY_EFFICIENCY = 0.85
-ACTIVATION_PASSES = 3.5
-"""How often the bytes that a layer keeps pass through memory in a step outside of products."""
-LINK_EFFICIENCY = 0.75
-LAUNCH_SECONDS = 4e-6
-KERNELS_PER_LAYER = 90
-"""Kernels that a layer starts forward and backward; small layers wait for the host that starts them."""
-IMBALANCE = 1.15
-"""Rows of the busiest expert rank over the mean, where tokens choose; experts that choose or mix get equal rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepTime:
-    """Seconds of a step, by what the device does."""
-
-    computing: float
-    exchanging: float
-    """Gradients and weights, as far as they take longer than what is computed meanwhile."""
-    routing: float
-    """The all-to-all of expert parallelism."""
-    updating: float
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return self.computing + self.exchanging + self.routing + self.updating
-
-
-def step_time(sizes: ModelSizes, division: Division, hardware: Hardware, *, dtype: str = "bfloat16") -> StepTime:
-    """Seconds of a step; `dtype` is that of the products."""
-    width = 2 if dtype == "bfloat16" else 4
-    passes, pass_seconds = division.micro_batches, _computing(sizes, division, hardware, dtype=dtype)
-    per_pass, per_step = _exchanged_bytes(sizes, division, width=width)
-    gathering = per_pass / (hardware.link(division.shards) * LINK_EFFICIENCY)
-    averaging = per_step / (hardware.link(division.devices) * LINK_EFFICIENCY)
-    # The first gather and the last average have nothing to hide behind; a tenth stands for both.
-    exchanging = passes * max(gathering - pass_seconds, 0.1 * gathering)
-    exchanging += max(averaging - pass_seconds / 2, 0.1 * averaging)
-    return StepTime(
-        computing=passes * pass_seconds,
-        exchanging=exchanging,
-        routing=passes * _all_to_all(sizes, division, hardware, width=width),
-        updating=28 * sizes.held(division) / (1e9 * hardware.memory_gb_per_s * MEMORY_EFFICIENCY),
-    )
-
-
-def communicated_bytes(sizes: ModelSizes, division: Division, *, dtype: str) -> float:
-    """Bytes that one device sends in a step."""
-    width = 2 if dtype == "bfloat16" else 4
-    per_pass, per_step = _exchanged_bytes(sizes, division, width=width)
-    return division.micro_batches * (per_pass + _rows_moved(sizes, division, width=width)) + per_step
-
-
-def expert_efficiency(width: int) -> float:
-    """Share of the peak that grouped products reach: half as much as dense ones with experts of `EXPERT_WIDTH`."""
-    return PRODUCT_EFFICIENCY * width / (width + EXPERT_WIDTH)
-
-
-def _computing(sizes: ModelSizes, division: Division, hardware: Hardware, *, dtype: str) -> float:
-    """Seconds of one micro-batch, forward and backward."""
-    width, shape = 2 if dtype == "bfloat16" else 4, sizes.shape
-    tokens, peak = division.micro_batch * sizes.sequence_length, hardware.peak(dtype)
-    forwards = 1 + BACKWARD + (1 if division.checkpointing else 0)
-    seconds = (1 + BACKWARD) * head_flops(shape) * tokens / (peak * PRODUCT_EFFICIENCY)
-    moved = 4 * 4 * shape.vocab_size * tokens
-    attention = attention_flops(shape, sequence_length=sizes.sequence_length) / PRODUCT_EFFICIENCY
-    for layer, count in sizes.layers.items():
-        mixing = routing_flops(layer) / PRODUCT_EFFICIENCY
-        own = layer_flops(layer) - routing_flops(layer)
-        if layer.family == "dense":
-            own /= PRODUCT_EFFICIENCY
-        else:
-            chosen = facts_of(layer.family).routing == "tokens choose" and division.expert_ranks > 1
-            own *= (IMBALANCE if chosen else 1.0) / expert_efficiency(layer.intermediate_size)
-        seconds += count * forwards * tokens * (attention + mixing + own) / peak
-        moved += count * ACTIVATION_PASSES * _layer_activations(shape, layer, division, width=width) * tokens
-    launching = sizes.num_layers * KERNELS_PER_LAYER * LAUNCH_SECONDS * forwards / (1 + BACKWARD)
-    return max(seconds + moved / (1e9 * hardware.memory_gb_per_s * MEMORY_EFFICIENCY), launching)
-
-
-def _exchanged_bytes(sizes: ModelSizes, division: Division, *, width: int) -> tuple[float, float]:
-    """Bytes that one device sends for weights and gradients: for each pass, and once a step."""
-    shards, expert_shards, local = division.shards, division.expert_shards, sizes.experts / division.expert_ranks
-    # Gathered forward and backward in the dtype of the products, scattered once as float32.
-    gathered = sizes.rest * (shards - 1) / shards + local * (expert_shards - 1) / expert_shards
-    copies = division.replicas
-    expert_copies = max(1, division.devices // (division.expert_ranks * expert_shards))
-    averaged = sizes.rest / shards * (copies - 1) / copies
-    averaged += local / expert_shards * (expert_copies - 1) / expert_copies
-    return (2 * width + 4) * gathered, 8 * averaged
-
-
-def _rows_moved(sizes: ModelSizes, division: Division, *, width: int) -> float:
-    """Bytes of the rows that a pass sends to other ranks' experts and back, forward and backward."""
-    ranks, tokens = division.expert_ranks, division.micro_batch * sizes.sequence_length
-    rows = sum(count * layer.rows_per_token for layer, count in sizes.layers.items() if layer.family != "dense")
-    return 4 * rows * tokens * sizes.shape.hidden_size * width * (ranks - 1) / ranks
-
-
-def _all_to_all(sizes: ModelSizes, division: Division, hardware: Hardware, *, width: int) -> float:
-    """Seconds of the all-to-all of one pass: what leaves the node takes the network, the rest the node's links."""
-    moved = _rows_moved(sizes, division, width=width)
-    outside = max(0.0, 1 - hardware.devices_per_node / division.expert_ranks)
-    within = moved * (1 - outside) / (1e9 * hardware.node_gb_per_s * LINK_EFFICIENCY)
-    return max(within, moved * outside / (1e9 * hardware.network_gb_per_s * LINK_EFFICIENCY))
