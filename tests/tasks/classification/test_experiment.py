@@ -170,8 +170,8 @@ def test_features_and_tokens_train_the_same_head(make, run, monkeypatch):
 def test_the_best_layer_is_chosen_without_the_test_texts_and_said(make, monkeypatch):
     asked = []
 
-    def choose(train, validation, *, num_classes):
-        asked.append((len(train.label_N), len(validation.label_N), num_classes))
+    def choose(train, validation, *, num_classes, objective):
+        asked.append((len(train.labels), len(validation.labels), num_classes))
         return BestLayer(1, (50.0, 75.0, 62.5))
 
     monkeypatch.setattr("mixtura.tasks.classification.experiment.choose_layer", choose)
@@ -296,19 +296,19 @@ def test_arms_are_compared_over_the_same_test_texts(make, run, tmp_path):
 
 def test_an_arm_has_few_texts_of_each_class_that_the_seed_draws(make, run):
     experiment = make("last_layer", "best_layer", "full", data={"budgets": (2, 8)})
-    whole = experiment.arms["full"].splits.train.label_N
+    whole = experiment.arms["full"].splits.train.labels
     chosen = {}
     for name, arm in experiment.arms.items():
         for rows, seed in ((2, 0), (8, 0), (2, 1)):
             few = arm.at_budget(rows, seed=seed)
-            assert np.bincount(few.splits.train.label_N).tolist() == [rows, rows]
-            assert len(few.splits.test.label_N) == 42 and few.learning_rate == arm.learning_rate
+            assert np.bincount(few.splits.train.labels).tolist() == [rows, rows]
+            assert len(few.splits.test.labels) == 42 and few.learning_rate == arm.learning_rate
             assert few.task.settings(None) != arm.task.settings(None)
             chosen[name, rows, seed] = few.splits.train
     texts = {key: [ids.tobytes() for ids in of.ids] for key, of in chosen.items() if key[0] == "full"}
     assert set(texts["full", 2, 0]) < set(texts["full", 8, 0]) != set(texts["full", 2, 1])
     # Features and tokens are those of the same texts.
-    assert chosen["last_layer", 8, 0].label_N.tolist() == chosen["full", 8, 0].label_N.tolist()
+    assert chosen["last_layer", 8, 0].labels.tolist() == chosen["full", 8, 0].labels.tolist()
     assert chosen["last_layer", 8, 0].length_N.tolist() == chosen["full", 8, 0].length_N.tolist()
     assert len(whole) == 240 - 32 - 42
     few = experiment.arms["best_layer"].at_budget(2, seed=0)
