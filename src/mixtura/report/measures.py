@@ -1,8 +1,8 @@
 """What a comparison is judged by, and how its measures are written: values, differences, and which way is better.
 
-The verdict's measure comes from the task: the held-out loss in pretraining, chrF in translation, accuracy or micro F1 in
-classification. Curves, speed-ups and crossings are about the held-out loss in every task, since it alone is measured on
-the way of a run.
+The verdict's measure comes from the task: the held-out loss in pretraining, chrF in translation, accuracy or micro F1
+in classification. Curves, speed-ups and crossings are about the held-out loss in every task, since it alone is measured
+on the way of a run.
 """
 
 import dataclasses

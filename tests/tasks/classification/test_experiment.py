@@ -7,7 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from typer.testing import CliRunner
 
+from mixtura.cli import app
 from mixtura.config import (
     AdapterConfig,
     ArmConfig,
@@ -25,6 +28,7 @@ from mixtura.tasks.classification.best_layer import BestLayer
 from mixtura.tasks.classification.classifier import classify, evaluating, load_classifier
 from mixtura.tasks.classification.experiment import make_classification
 from mixtura.tasks.classification.features import FeatureExamples, TokenExamples
+from mixtura.tasks.classification.sequence_classifier import export_classifier
 from mixtura.training import train
 
 MIX = HeadConfig(kind="layer_mix")
@@ -123,6 +127,26 @@ def test_every_arm_trains_and_classifies_new_texts_after_it(make, run, name):
         assert batch.pop("labels").tolist() == labels.tolist()
     with torch.no_grad():
         assert_close(loaded(**batch).logits_BC, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["moe", "attention", "best_layer", "lora", "full"])
+def test_an_exported_classifier_is_one_of_transformers(make, run, name, tmp_path):
+    folder = run(make(name), name)[1]
+    told = CliRunner().invoke(app, ["export", str(folder / "checkpoint"), str(tmp_path / "new")])
+    assert told.exit_code == 0, told.output
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "new").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
+    ask = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
+    texts = ["a good film", "the plot was awful"]
+    for answer, said in zip(classify(folder / "checkpoint", texts), ask(texts, truncation=True), strict=True):
+        assert said == {"label": answer.label, "score": pytest.approx(answer.probability, abs=1e-5)}
+
+
+def test_a_mixture_of_adapters_is_not_exported(make, run, tmp_path):
+    folder = run(make("mixture_of_lora"), "mixture_of_lora")[1]
+    with pytest.raises(UserError, match="is a mixture of lora, which cannot be merged into its base"):
+        export_classifier(folder / "checkpoint", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("name", ["mot", "lora", "full"])
