@@ -43,6 +43,7 @@ def pages() -> dict[str, str]:
         "rates": rates,
         "initialisation": initialisation,
         "long-runs": long_runs,
+        "fine-tuning": fine_tuning,
     }
     if _records("families-*.json"):
         makers["families"] = families
@@ -355,6 +356,96 @@ def families() -> str:
             ([arm.replace("_", " "), *(_loss(losses.get(rate)) for rate in tried)] for arm, losses in of_rate),
         )
     return text
+
+
+ASKED = ("full", "LoRA", "mixture of LoRA", "MoT adapter", "expert-specialised", "upcycled experts")
+"""Ways of fine-tuning that the page compares, or names as not measured."""
+
+
+def fine_tuning() -> str:
+    """Full tuning, adapters and heads over the records of all tasks, with an advice."""
+    records = _records("finetuning-*.json")
+    against = [row for _, record in records for row in _beside_lora(record)]
+    ahead = [row["arm"] for row in against if _side(*row["minus_baseline_better"]) > 0]
+    behind = [row["arm"] for row in against if _side(*row["minus_baseline_better"]) < 0]
+    measured = {row["method"] for _, record in records for row in record["rows"]}
+    missing = [method for method in ASKED if method not in measured]
+    counted = f"{_are(len(ahead))} better and {_are(len(behind))} worse by 95 % intervals"
+    text = _top(
+        "Which way of fine-tuning should I use?",
+        "`benchmarks/results/finetuning-*.json`",
+        "**Tune with LoRA first, and compare full tuning where the model is small enough**: of "
+        f"{len(against)} comparisons of another way with LoRA, {counted}; all are of bases with at most 135 million "
+        "parameters, at most a few hundred steps and one kind of machine, so nothing here is known of larger models or "
+        "longer runs.\n\nWhere a base stays frozen, read all its layers and not the last alone. "
+        + (f"Not measured yet: {' and '.join(missing)}. " if missing else "")
+        + "`python benchmarks/finetuning.py FOLDER` adds the record of a comparison of your own.",
+    )
+    for name, record in records:
+        text += f"## {record['task'].capitalize()}: {record['name']}\n\n{_run_of(name, record)}\n\n"
+        text += _table(_HEAD, [_tuned(row, record) for row in record["rows"]]) + "\n"
+    return text.rstrip("\n") + "\n"
+
+
+def _are(count: int) -> str:
+    return f"{count or 'none'} {'are' if count > 1 else 'is'}"
+
+
+_HEAD = ["arm", "way", "trained", "step time", "score", "minus baseline (95 %)", "minus untuned base (95 %)"]
+
+
+def _run_of(name: str, record: dict[str, Any]) -> str:
+    about, measure = record["environment"], record["measure"]
+    how = f", {record['measured']}" if record["measured"] else ""
+    unit = f" in {measure['unit']}" if measure["unit"] else ""
+    minutes = f" {record['minutes']:g} minutes." if record["minutes"] else ""
+    return (
+        f"`{record['command']}`: base {record['base']}, {record['steps']} steps of {record['examples_a_step']}, "
+        f"{measure['name']}{unit} ({measure['better']} is better), baseline {record['baseline'].replace('_', ' ')}. "
+        f"{record['created'][:10]}, {about['processor']}, torch {about['torch']}, transformers {about['transformers']}"
+        f"{how}; from {record['source']} (`{name}`).{minutes}"
+    )
+
+
+def _tuned(row: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    ratio, seconds = row["seconds_ratio"], row["seconds_per_step"]
+    time = "-" if ratio is None else f"{ratio:.2f}" + ("" if seconds is None else f" ({seconds:.2f} s)")
+    return [
+        row["arm"].replace("_", " "),
+        row["method"],
+        "-" if row["trained"] is None else f"{row['trained']:,}",
+        time,
+        f"{row['value']:.{record['measure']['digits']}f} ({_seeds(row['seeds'])})",
+        _interval(row["minus_baseline"], record),
+        _interval(row["minus_base"], record),
+    ]
+
+
+def _interval(found: dict[str, Any] | None, record: dict[str, Any]) -> str:
+    if found is None:
+        return ""
+    digits = record["measure"]["digits"]
+    if found["low"] is None:
+        return f"{found['mean']:+.{digits}f} ({found['over']})"
+    return f"{found['mean']:+.{digits}f} ({found['low']:+.{digits}f} to {found['high']:+.{digits}f}, {found['over']})"
+
+
+def _beside_lora(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that were compared with LoRA, with the interval turned so that more is better."""
+    methods = {row["arm"]: row["method"] for row in record["rows"]}
+    if methods[record["baseline"]] != "LoRA":
+        return []
+    sign = 1 if record["measure"]["better"] == "higher" else -1
+    return [
+        row | {"minus_baseline_better": sorted(sign * row["minus_baseline"][end] for end in ("low", "high"))}
+        for row in record["rows"]
+        if row["minus_baseline"] is not None and row["minus_baseline"]["low"] is not None
+    ]
+
+
+def _side(low: float, high: float) -> int:
+    """1 or -1 where an interval lies on one side of zero, else 0."""
+    return int(low > 0) - int(high < 0)
 
 
 def _judged(row: dict[str, Any]) -> dict[int, float]:

@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+from fixtures.results import build_classification
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,3 +26,27 @@ def test_every_record_is_on_a_page():
     text = "".join([*_script().pages().values(), *pages])
     records = {path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")}
     assert {name for name in records if name not in text} == set()
+
+
+def test_a_record_of_fine_tuning_has_a_row_an_arm_with_its_interval():
+    spec = importlib.util.spec_from_file_location("finetuning_script", ROOT / "benchmarks" / "finetuning.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    results = build_classification()
+    results["recipe"] |= {
+        "base": {"name": "minilm"},
+        "training": {"steps": 10, "batch_size": 4},
+        "arms": {
+            "last_layer": {"tune": "frozen"},
+            "layer_mix": {"tune": "full"},
+            "lora": {"adapter": {"method": "lora"}},
+        },
+    }
+    results["environment"] = dict.fromkeys(script.KEPT, "x")
+    results["command"] += " --out runs/here"
+    record = script.record_of(results, measured="")
+    assert "runs/here" not in record["command"]
+    assert [row["method"] for row in record["rows"]] == ["frozen, head alone", "full", "LoRA"]
+    assert record["rows"][0]["minus_baseline"] is None
+    gain = record["rows"][1]["minus_baseline"]
+    assert gain["low"] < gain["mean"] < gain["high"] and gain["over"] == "3 seeds"

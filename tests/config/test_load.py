@@ -159,7 +159,12 @@ def test_a_hub_dataset_and_a_base_are_named_by_flags():
     assert (recipe.data.source, recipe.data.name, recipe.base.name) == ("hub", "imdb", 'C:\\"odd"')
 
 
-@pytest.mark.parametrize("columns", ["text", "a,b,c", "text,"])
+def test_columns_of_flags_follow_that_of_texts():
+    changes = data_overrides("classification", data=None, columns="text,toxic, rude", pairs=None, base=None)
+    assert changes == ['data.text_column="text"', 'data.label_columns=["toxic", "rude"]']
+
+
+@pytest.mark.parametrize("columns", ["text", "a,,c", "text,"])
 def test_columns_must_be_two(columns):
     with pytest.raises(UserError, match="give two names, TEXT,LABEL"):
         data_overrides("classification", data=None, columns=columns, pairs=None, base=None)

@@ -10,7 +10,8 @@ import pytest
 
 from mixtura.config import ClassificationDataConfig, UserError
 from mixtura.data.held_out import normalise
-from mixtura.data.labelled import LabelledCorpus, label_name, load_labelled
+from mixtura.data.label_sets import label_name
+from mixtura.data.labelled import LabelledCorpus, load_labelled
 
 
 def rows(number: int = 60, labels: tuple[object, ...] = ("bad", "good")) -> list[dict]:
@@ -220,3 +221,73 @@ def test_a_label_has_one_name():
     assert {value: label_name(value) for value in NAMES} == NAMES
     # They are one key of a dictionary.
     assert [label_name(value) for value in (1, 1.0, True, False)] == ["1", "1", "true", "false"]
+
+
+SEVERAL = [[], ["b"], ["b", "a"], ["a", "a"], ["c"]]
+JOINED = ["", "b", "b| a", "a||a", "c"]
+
+
+def several(cells: list[object], column: str = "label") -> list[dict]:
+    return [{"text": f"example {i}", column: cells[i % len(cells)]} for i in range(60)]
+
+
+def sets(corpus: LabelledCorpus) -> set[tuple[str, ...]]:
+    return {tuple(corpus.labels[label] for label in of.labels) for of in corpus.train}
+
+
+def test_lists_separators_and_columns_of_flags_are_the_same_labels(path, tmp_path):
+    listed = load(path, several(SEVERAL))
+    assert listed.several and listed.labels == ("a", "b", "c")
+    assert sets(listed) == {(), ("b",), ("a", "b"), ("a",), ("c",)}
+    assert (
+        "3 labels (training: a 32.5 %, b 45.0 %, c 22.5 %; 1.00 labels a text, 17.5 % without any)"
+        in listed.description
+    )
+    pd.DataFrame(several(JOINED)).to_csv(tmp_path / "joined.csv", index=False)
+    flags = [{"text": row["text"], **{name: int(name in row["label"]) for name in "cab"}} for row in several(SEVERAL)]
+    pd.DataFrame(flags).to_csv(tmp_path / "flags.csv", index=False)
+    held_out = {"validation_examples": 10, "test_examples": 10}
+    for name, keys in (("joined", {"label_separator": "|"}), ("flags", {"label_columns": ("a", "b", "c")})):
+        config = ClassificationDataConfig(source="local", path=str(tmp_path / f"{name}.csv"), **keys, **held_out)
+        corpus = load_labelled(config)
+        assert (corpus.labels, corpus.train, corpus.test) == (listed.labels, listed.train, listed.test)
+
+
+def test_a_lone_label_beside_lists_is_a_list_of_one_and_bad_lists_are_counted(path):
+    bad = [{"text": "null", "label": None}, {"text": "hole", "label": ["a", None]}, {"text": "deep", "label": [["a"]]}]
+    corpus = load(path, several([["a"], ["a", "b"], "b"]) + bad)
+    assert sets(corpus) == {("a",), ("a", "b"), ("b",)} and corpus.skipped["no label"] == 3
+
+
+def test_some_lists_among_classes_are_left_out_as_before(path):
+    corpus = load(path, [*rows(), {"text": "odd", "label": ["good"]}])
+    assert not corpus.several and corpus.skipped["label is a list"] == 1
+
+
+SEVERAL_MISTAKES = {
+    "separator that is nowhere": (several(["a", "b"]), {"label_separator": ";"}, r"is ';', which no cell of 'label'"),
+    "flags that are none": (
+        [{"text": f"example {i}", "a": i % 2, "b": i % 3} for i in range(60)],
+        {"label_columns": ("a", "b")},
+        r"'b' of the file a.jsonl has '2', but a column of 'data.label_columns' has 1 for texts with that label and 0",
+    ),
+    "a flag column that is missing": (
+        [{"text": f"example {i}", "toxic": i % 2, "rude": i % 2} for i in range(60)],
+        {"label_columns": ("toxic", "rud")},
+        r"set 'data.label_columns\[1\]' to 'rude'",
+    ),
+    "lists as text": (
+        several(["['a']", "['a', 'b']"]),
+        {},
+        r"has lists that are written as text, such as \['a', 'b'\]",
+    ),
+    "the same labels everywhere": (several([["a", "b"]]), {}, r"All 60 examples .* have the label 'a, b'"),
+    "no label anywhere": (several([[]]), {}, r"All 60 examples .* have no label"),
+}
+
+
+@pytest.mark.parametrize(("lines", "changes", "message"), SEVERAL_MISTAKES.values(), ids=SEVERAL_MISTAKES)
+def test_a_mistake_in_several_labels_is_refused_in_one_sentence(path, lines, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load(path, lines, **changes)
+    assert "\n" not in str(caught.value)

@@ -8,7 +8,7 @@ import typer
 
 import mixtura
 from mixtura.cli.application import MODEL_FLAGS, ModelArgument, app, naming_flags, quiet_transformers
-from mixtura.errors import UserError
+from mixtura.errors import UserError, need
 
 NewFolderArgument = Annotated[Path, typer.Argument(help="The folder to write; it must be new or empty.")]
 
@@ -155,11 +155,19 @@ def export(
 ) -> None:
     """Write a checkpoint in the form that other tools serve.
 
-    That is a stock architecture of transformers, vLLM and llama.cpp, or a folder with its own code.
+    That is a stock architecture of transformers, vLLM and llama.cpp, or a folder with its own code; of a classifier a
+    folder for transformers' pipelines.
 
     Nothing is written unless the export computes what the source computes.
     """
     quiet_transformers()
+    if (model / "classifier.json").is_file():
+        need("mixtura.tasks.classification.sequence_classifier").export_classifier(model, out)
+        typer.echo(
+            f"Exported to {out}: import mixtura.tasks.classification.sequence_classifier, then transformers' "
+            "AutoModelForSequenceClassification reads it."
+        )
+        return
     exported = mixtura.export(
         model, out, to=to, base_model=base_model, max_shard_bytes=round(shard_size * 1e9), check=check
     )

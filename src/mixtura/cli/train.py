@@ -151,7 +151,8 @@ def finetune(
         str | None,
         typer.Option(
             help="Your columns: SOURCE,TARGET for translation, with SOURCE_LANGUAGE,TARGET_LANGUAGE where rows name "
-            "theirs; TEXT,LABEL for classification; PROMPT,COMPLETION for chat."
+            "theirs; TEXT,LABEL for classification, with further labels where these are columns of 0 and 1; "
+            "PROMPT,COMPLETION for chat."
         ),
     ] = None,
     pairs: Annotated[

@@ -215,13 +215,15 @@ def classify(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="The file to write: label, tab and probability for each line read.", show_default=False
+            "--out",
+            help="The file to write: label, tab and probability for each line read; of several labels all pairs.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
     """Label texts with a model that was tuned for it.
 
-    An empty line of a file gets an empty line.
+    An empty line of a file gets an empty line; a text without any of several labels gets a dash.
     """
     from mixtura.tasks.classification.classifier import classify as run_classifier
 
@@ -239,9 +241,12 @@ def classify(
 def _label_line(text: str, answer: Any, *, to_file: bool) -> str:
     if answer is None:
         return ""
+    given = [(label, answer.probabilities[label]) for label in answer.labels]
     if to_file:
-        return f"{answer.label}\t{answer.probability:.6f}"
-    return f"{answer.label:12} {answer.probability:6.1%}  {text}"
+        return "\t".join(f"{label}\t{probability:.6f}" for label, probability in given) or "-"
+    if len(given) == 1:
+        return f"{answer.label:12} {answer.probability:6.1%}  {text}"
+    return f"{', '.join(f'{label} {probability:.1%}' for label, probability in given) or '-':20}  {text}"
 
 
 def _note_cut(numbers: list[int], what: str) -> None:

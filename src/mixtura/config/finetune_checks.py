@@ -170,7 +170,8 @@ def _check_language_experts(where: str, arm: TranslationArmConfig) -> None:
 
 def _classification_checks(recipe: ClassificationRecipe) -> list[Callable[[], object]]:
     arms = [partial(_check_classification_arm, f"arms.{name}", arm, recipe) for name, arm in recipe.arms.items()]
-    return [partial(_check_base, recipe, 'classify with, such as "minilm"'), partial(_check_budgets, recipe), *arms]
+    base = partial(_check_base, recipe, 'classify with, such as "minilm"')
+    return [base, partial(_check_budgets, recipe), partial(_check_labels, recipe.data), *arms]
 
 
 def _check_budgets(recipe: ClassificationRecipe) -> None:
@@ -179,6 +180,27 @@ def _check_budgets(recipe: ClassificationRecipe) -> None:
         raise UserError(
             f"'data.budgets' is {list(budgets)}: give different numbers of rows of each class, 1 or more, such as "
             "[8, 64]."
+        )
+
+
+def _check_labels(data: ClassificationDataConfig) -> None:
+    keys = {"label_separator": data.label_separator is not None, "label_columns": bool(data.label_columns)}
+    given = [key for key, there in keys.items() if there]
+    if given and data.source == "movie-reviews":
+        raise UserError(
+            f"'data.{given[0]}' is for texts with several labels, but the movie reviews have one each: leave it out."
+        )
+    if len(given) == 2:
+        raise UserError(
+            "'data.label_separator' splits the cells of 'data.label_column', but 'data.label_columns' takes its place: "
+            "leave one out."
+        )
+    if data.label_separator is not None and not data.label_separator:
+        raise UserError("'data.label_separator' is empty: name what stands between two labels, such as \"|\".")
+    if len({data.text_column, *data.label_columns}) < len(data.label_columns) + 1:
+        raise UserError(
+            f"'data.label_columns' is {list(data.label_columns)}: name different columns, none of which is "
+            "'data.text_column'."
         )
 
 

@@ -63,6 +63,11 @@ class ClassificationDataConfig:
     """File of .jsonl, .json, .csv, .tsv or .parquet (source "local" only)."""
     text_column: str = "text"
     label_column: str = "label"
+    """Column with the class, or with a list of labels: then a text has any number of them, or none."""
+    label_separator: str | None = None
+    """What stands between the labels of a text where its cell holds several, such as "|"; an empty cell is none."""
+    label_columns: tuple[str, ...] = ()
+    """Columns of 0 and 1, each a label that a text has or not, in place of `label_column`."""
     max_examples: int | None = None
     """Stop after so many examples, a fixed shuffled choice."""
     max_length: int | None = 64

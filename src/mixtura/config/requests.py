@@ -86,7 +86,7 @@ def finetune_recipe(
         preset: "quick" or "default".
         data: a file, or "hub:NAME".
         columns: "SOURCE,TARGET", with ",SOURCE_LANGUAGE,TARGET_LANGUAGE" where rows name their languages,
-            "TEXT,LABEL" or "PROMPT,COMPLETION".
+            "TEXT,LABEL", with more labels where these are columns of 0 and 1, or "PROMPT,COMPLETION".
         pairs: directions of translation, separated by commas.
         base: the pretrained model.
         overrides: "section.key=value" changes, which come last.
@@ -118,7 +118,7 @@ def data_overrides(
         task: one of `TASKS`.
         data: a file, or "hub:NAME".
         columns: "SOURCE,TARGET", with ",SOURCE_LANGUAGE,TARGET_LANGUAGE" where rows name their languages,
-            "TEXT,LABEL" or "PROMPT,COMPLETION".
+            "TEXT,LABEL", with more labels where these are columns of 0 and 1, or "PROMPT,COMPLETION".
         pairs: directions of translation, separated by commas; None takes columns that are named after languages.
         base: the pretrained model.
 
@@ -147,9 +147,11 @@ def data_overrides(
     return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
 
 
-def _column_keys(task: str, columns: str, names: Sequence[str]) -> dict[str, str]:
+def _column_keys(task: str, columns: str, names: Sequence[str]) -> dict[str, str | list[str]]:
     """The keys that name columns, by what was typed for --columns."""
     keys = _COLUMNS[task]
+    if task == "classification" and len(names) > len(keys) and all(names):
+        return {"data.text_column": names[0], "data.label_columns": list(names[1:])}
     if len(names) not in (2, len(keys)) or not all(names):
         wanted = f"two names, {','.join(keys[:2]).upper()}"
         if task == "translation":

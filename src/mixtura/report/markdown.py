@@ -127,6 +127,10 @@ def _classification_parts(results: Results, labels: dict[str, str]) -> list[str]
             *(_row([escape(row.label), *(escape(cell.text) for cell in row.cells)]) for row in found.rows),
         ]
         parts.append("\n".join(lines))
+    if section and section.label_rows:
+        lines = [_row(["F1 of label", *labels.values()]), _rule(len(labels))]
+        lines += [_row([escape(row.label), *(escape(cell.text) for cell in row.cells)]) for row in section.label_rows]
+        parts.append("\n".join(lines))
     if section and section.tests:
         parts.append("\n".join(f"- {labels[name]} by paired bootstrap: {escape(text)}" for name, text in section.tests))
     if names:

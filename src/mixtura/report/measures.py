@@ -1,8 +1,8 @@
 """What a comparison is judged by, and how its measures are written: values, differences, and which way is better.
 
-The verdict's measure comes from the task: the held-out loss in pretraining, chrF in translation, accuracy in
-classification. Curves, speed-ups and crossings are about the held-out loss in every task, since it alone is measured on
-the way of a run.
+The verdict's measure comes from the task: the held-out loss in pretraining, chrF in translation, accuracy or micro F1
+in classification. Curves, speed-ups and crossings are about the held-out loss in every task, since it alone is measured
+on the way of a run.
 """
 
 import dataclasses
@@ -23,6 +23,8 @@ FURTHER = {
         Measure("accuracy", "accuracy", "%", "higher", 2),
         Measure("exact_match", "exact match", "%", "higher", 2),
         Measure("token_f1", "token F1", "%", "higher", 2),
+        Measure("micro_f1", "micro F1", "%", "higher", 2),
+        Measure("subset_accuracy", "subset accuracy", "%", "higher", 2),
         Measure("macro_f1", "macro F1", "%", "higher", 2),
         Measure("ece", "expected calibration error", "%", "lower", 2),
         Measure("brier", "Brier score", "", "lower"),

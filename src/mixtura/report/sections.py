@@ -156,7 +156,9 @@ class ClassificationSection:
     confusions: list[Confusion]
     """Those small enough to be read."""
     classes: int
-    """Most of any arm."""
+    """Most of any arm, where a text has one class."""
+    label_rows: list[Row]
+    """F1 of each label, a cell an arm, where a text has any number of labels."""
     tests: list[tuple[str, str]]
     """(arm, words)."""
 
@@ -166,13 +168,37 @@ def classification_section(results: Results) -> ClassificationSection | None:
     details = details_of(results, ClassificationDetails)
     if not details:
         return None
-    confusions = [_confusion(name, runs) for name, runs in details.items()]
-    tests = {name: of["all"] for name, of in results.across_arms.paired_bootstrap.items() if "all" in of}
+    confusions = [_confusion(name, runs) for name, runs in details.items() if runs[0].confusion]
     return ClassificationSection(
         confusions=[found for found in confusions if len(found.labels) <= _MOST_CLASSES],
-        classes=max(len(found.labels) for found in confusions),
-        tests=[(name, _test_words(test)) for name, test in tests.items()],
+        classes=max((len(found.labels) for found in confusions), default=0),
+        label_rows=_label_rows(details, list(results.arms)),
+        tests=[(name, _tests_words(tests)) for name, tests in results.across_arms.paired_bootstrap.items()],
     )
+
+
+def _tests_words(tests: dict[str, PairedTest]) -> str:
+    """Those of every measure, the verdict's first; that of accuracy goes without a name."""
+    return ", ".join(
+        _test_words(test) + ("" if key == "all" else f" in {FURTHER[key].name}") for key, test in tests.items()
+    )
+
+
+def _label_rows(details: dict[str, list[ClassificationDetails]], arms: list[str]) -> list[Row]:
+    """A row a label with its F1 in every arm, mean over seeds, the most frequent label first."""
+    known = {name: [run.label_counts for run in runs if run.label_counts] for name, runs in details.items()}
+    first = next((runs[0] for runs in known.values() if runs), [])
+    names = next(iter(details.values()))[0].labels
+    rows = []
+    for place in sorted(range(len(first)), key=lambda place: -first[place].true):
+        cells = []
+        for arm in arms:
+            counts = [run[place] for run in known.get(arm, [])]
+            scores = [200 * of.hits / (of.true + of.answered) for of in counts if of.true + of.answered]
+            given = _mean(float(of.answered) for of in counts)
+            cells.append(Cell(number(_mean(scores), 1), "" if given is None else f"given {number(given, 0)} times"))
+        rows.append(Row(f"{names[place]} ({first[place].true:,})", cells))
+    return rows
 
 
 def _confusion(name: str, runs: list[ClassificationDetails]) -> Confusion:
@@ -275,7 +301,7 @@ def layer_weights_figure(results: Results, summary: Summary) -> Figure | None:
 
 
 def budgets_figure(results: Results, summary: Summary) -> Figure | None:
-    """Accuracy over the training texts of each class, where some runs had few; the last points had all."""
+    """The verdict's measure over the training texts of each class, where some runs had few; the last points had all."""
     budgets = results.across_arms.budgets
     of_train = results.data.facts.get("examples_train")
     if not budgets or not isinstance(of_train, int):
@@ -286,15 +312,15 @@ def budgets_figure(results: Results, summary: Summary) -> Figure | None:
         for score in budgets.get(name, []):
             lines.setdefault(score.seed, []).append((float(score.rows), score.accuracy))
         for run in arm.runs:
-            accuracy = run.final.get(arm.deployed_mode or "", {}).get("accuracy")
-            if accuracy is not None and run.seed in lines and isinstance(run.details, ClassificationDetails):
-                lines[run.seed].append((of_train / len(run.details.labels), accuracy))
+            score = run.final.get(arm.deployed_mode or "", {}).get(results.measure.key)
+            if score is not None and run.seed in lines and isinstance(run.details, ClassificationDetails):
+                lines[run.seed].append((of_train / len(run.details.labels), score))
         traces += seeds_and_mean(lines, summary.arms[name].label, index, "%{y:.2f} %")
     layout = {
         "height": 340,
         "hovermode": "x unified",
         "xaxis": {"title": {"text": "Training texts of each class; the last point has all"}, "type": "log"},
-        "yaxis": {"title": {"text": "Accuracy, %"}},
+        "yaxis": {"title": {"text": f"{results.measure.name[0].upper()}{results.measure.name[1:]}, %"}},
     }
     return {"data": traces, "layout": layout}
 

@@ -163,7 +163,7 @@ class BudgetScore:
     seed: int
     """Of the run and of the choice of the examples."""
     accuracy: float
-    """On the test examples, in percent."""
+    """On the test examples, in percent; micro F1 where a text has several labels."""
 
 
 def budget_folder(rows: int, arm: str, seed: int) -> Path:
@@ -176,8 +176,8 @@ class AcrossArms:
     """Results that need all finished runs together."""
 
     paired_bootstrap: dict[str, dict[str, PairedTest]] = field(default_factory=dict)
-    """For each arm except the baseline: by language pair in translation, under "all" in classification, under "loss" in
-    chat."""
+    """For each arm except the baseline: by language pair in translation, under "all" in classification, by measure in
+    chat and where a text has several labels."""
     comet: dict[str, dict[str, PairedTest]] = field(default_factory=dict)
     """The same in COMET, by language pair; empty where it was not asked for."""
     budgets: dict[str, list[BudgetScore]] = field(default_factory=dict)

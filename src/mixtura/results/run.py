@@ -144,14 +144,26 @@ class CalibrationBin:
     count: int
 
 
+@dataclass(frozen=True)
+class LabelCounts:
+    """How often one of several labels was true and given."""
+
+    hits: int
+    """Test texts that have it and were given it."""
+    true: int
+    answered: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClassificationDetails:
     """Details of a classifier."""
 
     labels: list[str]
     confusion: list[list[int]]
-    """Counts, with a row for each true class and a column for each answer."""
+    """Counts, with a row for each true class and a column for each answer; empty where a text has several labels."""
     calibration: list[CalibrationBin]
+    label_counts: list[LabelCounts] | None = None
+    """For each of the labels, where a text has any number of them."""
     layer_weights: list[float] | None = None
     """Weights of the blended layers, the embeddings first; None without a blend."""
     kind: Literal["classification"] = "classification"

@@ -7,7 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from typer.testing import CliRunner
 
+from mixtura.cli import app
 from mixtura.config import (
     AdapterConfig,
     ArmConfig,
@@ -25,6 +28,7 @@ from mixtura.tasks.classification.best_layer import BestLayer
 from mixtura.tasks.classification.classifier import classify, evaluating, load_classifier
 from mixtura.tasks.classification.experiment import make_classification
 from mixtura.tasks.classification.features import FeatureExamples, TokenExamples
+from mixtura.tasks.classification.sequence_classifier import export_classifier
 from mixtura.training import train
 
 MIX = HeadConfig(kind="layer_mix")
@@ -125,6 +129,26 @@ def test_every_arm_trains_and_classifies_new_texts_after_it(make, run, name):
         assert_close(loaded(**batch).logits_BC, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["moe", "attention", "best_layer", "lora", "full"])
+def test_an_exported_classifier_is_one_of_transformers(make, run, name, tmp_path):
+    folder = run(make(name), name)[1]
+    told = CliRunner().invoke(app, ["export", str(folder / "checkpoint"), str(tmp_path / "new")])
+    assert told.exit_code == 0, told.output
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "new").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
+    ask = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")
+    texts = ["a good film", "the plot was awful"]
+    for answer, said in zip(classify(folder / "checkpoint", texts), ask(texts, truncation=True), strict=True):
+        assert said == {"label": answer.label, "score": pytest.approx(answer.probability, abs=1e-5)}
+
+
+def test_a_mixture_of_adapters_is_not_exported(make, run, tmp_path):
+    folder = run(make("mixture_of_lora"), "mixture_of_lora")[1]
+    with pytest.raises(UserError, match="is a mixture of lora, which cannot be merged into its base"):
+        export_classifier(folder / "checkpoint", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("name", ["mot", "lora", "full"])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(make, run, name, tmp_path):
     experiment = make(name)
@@ -170,8 +194,8 @@ def test_features_and_tokens_train_the_same_head(make, run, monkeypatch):
 def test_the_best_layer_is_chosen_without_the_test_texts_and_said(make, monkeypatch):
     asked = []
 
-    def choose(train, validation, *, num_classes):
-        asked.append((len(train.label_N), len(validation.label_N), num_classes))
+    def choose(train, validation, *, num_classes, objective):
+        asked.append((len(train.labels), len(validation.labels), num_classes))
         return BestLayer(1, (50.0, 75.0, 62.5))
 
     monkeypatch.setattr("mixtura.tasks.classification.experiment.choose_layer", choose)
@@ -296,19 +320,19 @@ def test_arms_are_compared_over_the_same_test_texts(make, run, tmp_path):
 
 def test_an_arm_has_few_texts_of_each_class_that_the_seed_draws(make, run):
     experiment = make("last_layer", "best_layer", "full", data={"budgets": (2, 8)})
-    whole = experiment.arms["full"].splits.train.label_N
+    whole = experiment.arms["full"].splits.train.labels
     chosen = {}
     for name, arm in experiment.arms.items():
         for rows, seed in ((2, 0), (8, 0), (2, 1)):
             few = arm.at_budget(rows, seed=seed)
-            assert np.bincount(few.splits.train.label_N).tolist() == [rows, rows]
-            assert len(few.splits.test.label_N) == 42 and few.learning_rate == arm.learning_rate
+            assert np.bincount(few.splits.train.labels).tolist() == [rows, rows]
+            assert len(few.splits.test.labels) == 42 and few.learning_rate == arm.learning_rate
             assert few.task.settings(None) != arm.task.settings(None)
             chosen[name, rows, seed] = few.splits.train
     texts = {key: [ids.tobytes() for ids in of.ids] for key, of in chosen.items() if key[0] == "full"}
     assert set(texts["full", 2, 0]) < set(texts["full", 8, 0]) != set(texts["full", 2, 1])
     # Features and tokens are those of the same texts.
-    assert chosen["last_layer", 8, 0].label_N.tolist() == chosen["full", 8, 0].label_N.tolist()
+    assert chosen["last_layer", 8, 0].labels.tolist() == chosen["full", 8, 0].labels.tolist()
     assert chosen["last_layer", 8, 0].length_N.tolist() == chosen["full", 8, 0].length_N.tolist()
     assert len(whole) == 240 - 32 - 42
     few = experiment.arms["best_layer"].at_budget(2, seed=0)

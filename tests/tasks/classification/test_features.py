@@ -27,7 +27,7 @@ def encoder(encoder_folder):
 
 @pytest.fixture
 def examples(encoder):
-    return encode_texts(TEXTS, [1, 0, 1, 0], encoder[1], max_length=8)
+    return encode_texts(TEXTS, np.array([1, 0, 1, 0]), encoder[1], max_length=8)
 
 
 def silent(_phrase):
@@ -43,7 +43,7 @@ def test_a_text_without_tokens_becomes_one_token(encoder):
     tokenizer = encoder[1]
     tokenizer.backend_tokenizer.post_processor = None
     tokenizer.eos_token = "[SEP]"
-    assert encode_texts([""], [0], tokenizer, max_length=8).ids[0].tolist() == [tokenizer.sep_token_id]
+    assert encode_texts([""], np.array([0]), tokenizer, max_length=8).ids[0].tolist() == [tokenizer.sep_token_id]
 
 
 def test_a_batch_is_padded_behind_its_texts(examples):
@@ -121,7 +121,7 @@ def test_the_digest_follows_the_weights(encoder):
 
 
 def test_the_order_is_the_same_for_tokens_and_features(examples):
-    features = FeatureExamples(np.zeros((4, 3, 16), dtype=np.float32), examples.label_N, examples.length_N)
+    features = FeatureExamples(np.zeros((4, 3, 16), dtype=np.float32), examples.labels, examples.length_N)
     orders = [
         [item["labels"] for item in (ScheduledExamples(kind, length=10, seed=3)[i] for i in range(10))]
         for kind in (examples, features)

@@ -112,7 +112,7 @@ class ClassificationArm(Arm):
     def _sample(self) -> Iterator[Batch]:
         """Some training texts, from which adapters find out which experts to tune."""
         examples = self.splits.train
-        for index in range(min(SAMPLE_SIZE, len(examples.label_N))):
+        for index in range(min(SAMPLE_SIZE, len(examples.labels))):
             batch = examples.collate([examples.item(index)])
             yield {key: value for key, value in batch.items() if key != "labels"}
 

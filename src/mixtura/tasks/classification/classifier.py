@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softmax
@@ -35,6 +36,7 @@ from mixtura.models.inference import mixing_layers, running_in
 from mixtura.models.loading import load_config, open_tokenizer
 from mixtura.tasks.classification.features import encode_texts, hidden_states, weights_digest
 from mixtura.tasks.classification.heads import ClassifierHead, blends_tokens, weighs_tokens
+from mixtura.tasks.classification.objectives import THRESHOLD, Objective, OneClass, SeveralLabels
 from mixtura.training import saving as checkpoints
 
 Mode = Literal["group", "alone"]
@@ -182,6 +184,13 @@ class SavedClassifier:
     tokenizer: PreTrainedTokenizerBase
     layer: int = -1
     """Which hidden state a head without a blend reads: the last, or the best that was found."""
+    several: bool = False
+    """Whether a text has any number of the labels, and not one of them."""
+
+    @property
+    def objective(self) -> Objective:
+        """What it learns and is judged by."""
+        return SeveralLabels() if self.several else OneClass()
 
     def write(self, model: TextClassifier, folder: Path) -> None:
         """Writes everything but the trained weights."""
@@ -213,7 +222,10 @@ class Answer(NamedTuple):
     """What a classifier says of one text."""
 
     label: str
+    """The likeliest."""
     probability: float
+    labels: tuple[str, ...]
+    """All that the text is given, the likeliest first: the one class, or any number of labels."""
     probabilities: dict[str, float]
     """Of every label."""
     cut: bool = False
@@ -232,14 +244,16 @@ def classify(model_folder: Path, texts: Sequence[str], *, batch_size: int = 32) 
         UserError: the folder holds no classifier, is damaged, or its base model has changed.
     """
     saved, model = load_classifier(model_folder)
-    examples = encode_texts(texts, [0] * len(texts), saved.tokenizer, max_length=saved.max_length)
+    examples = encode_texts(texts, np.zeros(len(texts), dtype=np.int64), saved.tokenizer, max_length=saved.max_length)
     answers = []
     for start in range(0, len(texts), batch_size):
         items = [examples.item(index) for index in range(start, min(start + batch_size, len(texts)))]
         batch = examples.collate(items)
         with torch.no_grad():
             logits_BC = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits_BC
-        answers += [_answer(row_C, saved.labels) for row_C in softmax(logits_BC.double(), dim=-1).tolist()]
+        logits_BC = logits_BC.double()
+        probability_BC = logits_BC.sigmoid() if saved.several else softmax(logits_BC, dim=-1)
+        answers += [_answer(row_C, saved) for row_C in probability_BC.tolist()]
     full = [index for index, ids in enumerate(examples.ids) if len(ids) == saved.max_length]
     tokenizer: Any = saved.tokenizer
     for index in full:
@@ -307,6 +321,12 @@ def _read(folder: Path) -> SavedClassifier:
         raise UserError(f"The classifier in '{folder}' is damaged ({error}): train it again.") from error
 
 
-def _answer(probability_C: list[float], labels: Sequence[str]) -> Answer:
-    best = max(range(len(labels)), key=probability_C.__getitem__)
-    return Answer(labels[best], probability_C[best], dict(zip(labels, probability_C, strict=True)))
+def _answer(probability_C: list[float], saved: SavedClassifier) -> Answer:
+    order = sorted(range(len(saved.labels)), key=probability_C.__getitem__, reverse=True)
+    given = [label for label in order if probability_C[label] >= THRESHOLD] if saved.several else order[:1]
+    return Answer(
+        saved.labels[order[0]],
+        probability_C[order[0]],
+        tuple(saved.labels[label] for label in given),
+        dict(zip(saved.labels, probability_C, strict=True)),
+    )

@@ -26,7 +26,6 @@ from mixtura.config.adapt import MOST_TEXT_TOKENS, Amounts, common_length, with_
 from mixtura.data.labelled import LabelledCorpus, LabelledText, load_labelled
 from mixtura.results import ArmDescription, Facts
 from mixtura.results.document import RESULT, AcrossArms, BudgetScore, budget_folder, read_run
-from mixtura.tasks.classification.accuracy import paired_bootstrap
 from mixtura.tasks.classification.arms import ClassificationArm, Pretrained
 from mixtura.tasks.classification.best_layer import BestLayer, choose_layer
 from mixtura.tasks.classification.classifier import SavedClassifier, load_encoder
@@ -41,6 +40,7 @@ from mixtura.tasks.classification.features import (
     weights_digest,
 )
 from mixtura.tasks.classification.heads import blends_tokens
+from mixtura.tasks.classification.objectives import Lines, Objective, OneClass, SeveralLabels
 from mixtura.tasks.classification.task import PREDICTIONS, Splits
 from mixtura.training.interface import Arm, Experiment
 
@@ -52,9 +52,12 @@ class ClassificationExperiment(Experiment):
 
     recipe: ClassificationRecipe
 
-    def __init__(self, recipe: ClassificationRecipe, arms: dict[str, Arm], data: Facts, digest: str) -> None:
+    def __init__(
+        self, recipe: ClassificationRecipe, arms: dict[str, Arm], data: Facts, digest: str, objective: Objective
+    ) -> None:
         """Puts together what `make_classification` prepared."""
         self.recipe, self.arms, self.data, self.data_digest = recipe, arms, data, digest
+        self.objective = objective
 
     def held_equal(self, described: Mapping[str, ArmDescription]) -> list[str]:
         """What all classifiers share."""
@@ -75,24 +78,23 @@ class ClassificationExperiment(Experiment):
 
     def across_arms(self, out: Path) -> AcrossArms:
         """Paired bootstrap over the test texts, each arm against the baseline, over the seeds that both have."""
-        baseline = _correct(out / "arms" / self.recipe.baseline)
+        baseline = _answers(out / "arms" / self.recipe.baseline)
         compared = {}
         for name in self.arms:
-            arm = {} if name == self.recipe.baseline else _correct(out / "arms" / name)
+            arm = {} if name == self.recipe.baseline else _answers(out / "arms" / name)
             seeds = sorted(arm.keys() & baseline.keys())
             if seeds:
-                answered = [np.mean([side[seed] for seed in seeds], axis=0) for side in (arm, baseline)]
-                compared[name] = {"all": paired_bootstrap(*answered)}
+                compared[name] = self.objective.compare(*([side[seed] for seed in seeds] for side in (arm, baseline)))
         return AcrossArms(compared, budgets=self._few_shot(out))
 
     def _few_shot(self, out: Path) -> dict[str, list[BudgetScore]]:
-        """Accuracies of the finished runs on few texts, as deployed."""
+        """What the finished runs on few texts reached, as deployed."""
         found: dict[str, list[BudgetScore]] = {}
         for rows, name, seed in itertools.product(sorted(self.recipe.data.budgets), self.arms, self.recipe.seeds):
             run = read_run(out / budget_folder(rows, name, seed) / RESULT)
-            accuracy = None if run is None else run.final["alone"].get("accuracy")
-            if accuracy is not None:
-                found.setdefault(name, []).append(BudgetScore(rows, seed, accuracy))
+            score = None if run is None else run.final["alone"].get(self.objective.measure.key)
+            if score is not None:
+                found.setdefault(name, []).append(BudgetScore(rows, seed, score))
         return found
 
 
@@ -118,12 +120,10 @@ def make_classification(
     texts = [example.text for part in _PARTS for example in getattr(corpus, part)]
     recipe = _fitted(recipe, corpus, pretrained, texts)
     length = recipe.data.max_length or MOST_TEXT_TOKENS
-    tokens = encode_texts(
-        texts,
-        [example.label for part in _PARTS for example in getattr(corpus, part)],
-        pretrained.tokenizer,
-        max_length=length,
-    )
+    objective = SeveralLabels() if corpus.several else OneClass()
+    examples = [example for part in _PARTS for example in getattr(corpus, part)]
+    labels = objective.labels(examples, len(corpus.labels))
+    tokens = encode_texts(texts, labels, pretrained.tokenizer, max_length=length)
     data, digest = _facts(corpus, tokens), _digest(corpus)
     _check_budgets(recipe, corpus)
     made = _Prepared(
@@ -134,10 +134,11 @@ def make_classification(
         digest,
         length,
         _adapter_parameters(recipe, pretrained),
+        objective,
         functools.cache(functools.partial(_examples, pretrained, tokens, cache_dir, on_progress)),
     )
     arms: dict[str, Arm] = {name: made.arm(name) for name in recipe.arms}
-    return ClassificationExperiment(recipe, arms, data, digest)
+    return ClassificationExperiment(recipe, arms, data, digest, objective)
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class _Prepared:
     digest: str
     length: int
     baseline_parameters: int | None
+    objective: Objective
     examples: Callable[[HeadConfig | None], Examples]
     """All texts as tokens, or as features of the kind that a head asks for."""
 
@@ -184,6 +186,7 @@ class _Prepared:
                 max_length=self.length,
                 tokenizer=self.pretrained.tokenizer,
                 layer=layer,
+                several=self.corpus.several,
             ),
             data_digest=self.digest if rows is None else f"{self.digest}-{rows}-{seed}",
             best_layer=best,
@@ -195,7 +198,8 @@ class _Prepared:
         if pooled.pooling == "attention":
             pooled = dataclasses.replace(pooled, pooling="mean")
         splits = self._split(pooled, rows, seed)
-        return choose_layer(splits.train, splits.validation, num_classes=len(self.corpus.labels))
+        classes = len(self.corpus.labels)
+        return choose_layer(splits.train, splits.validation, num_classes=classes, objective=self.objective)
 
     def _split(self, pooled: HeadConfig | None, rows: int | None, seed: int) -> Splits:
         whole, ends = self.examples(pooled), np.cumsum([0, *(len(getattr(self.corpus, part)) for part in _PARTS)])
@@ -203,12 +207,12 @@ class _Prepared:
         if rows is None:
             return splits
         return dataclasses.replace(
-            splits, train=splits.train.chosen(few_of_each_class(splits.train.label_N, rows, seed=seed))
+            splits, train=splits.train.chosen(few_of_each_class(splits.train.labels, rows, seed=seed))
         )
 
 
 def _check_budgets(recipe: ClassificationRecipe, corpus: LabelledCorpus) -> None:
-    most = max(Counter(example.label for example in corpus.train).values())
+    most = max(Counter(label for example in corpus.train for label in example.labels).values())
     for rows in recipe.data.budgets:
         if rows >= most:
             raise UserError(
@@ -264,7 +268,7 @@ def _examples(
     if head is None:
         return tokens
     features_NMD = pooled_features(pretrained.model, tokens, head, cache_dir=cache_dir, on_progress=on_progress)
-    return FeatureExamples(features_NMD, tokens.label_N, tokens.length_N)
+    return FeatureExamples(features_NMD, tokens.labels, tokens.length_N)
 
 
 def _adapter_parameters(recipe: ClassificationRecipe, pretrained: Pretrained) -> int | None:
@@ -276,10 +280,8 @@ def _adapter_parameters(recipe: ClassificationRecipe, pretrained: Pretrained) ->
 
 
 def _facts(corpus: LabelledCorpus, tokens: TokenExamples) -> Facts:
-    tested = {example.label for example in corpus.test}
+    tested = {label for example in corpus.test for label in example.labels}
     untested = [name for label, name in enumerate(corpus.labels) if label not in tested]
-    majority = Counter(example.label for example in corpus.train).most_common(1)[0][0]
-    majority_share = sum(example.label == majority for example in corpus.test) / len(corpus.test)
     return {
         "description": corpus.description,
         "labels": list(corpus.labels),
@@ -288,26 +290,38 @@ def _facts(corpus: LabelledCorpus, tokens: TokenExamples) -> Facts:
         **{f"examples_{part}": len(getattr(corpus, part)) for part in _PARTS},
         "rows_skipped": corpus.skipped,
         "texts_truncated": tokens.truncated,
-        "truncated_percent": 100 * tokens.truncated / len(tokens.label_N),
+        "truncated_percent": 100 * tokens.truncated / len(tokens.labels),
         "tokens_per_example": float(tokens.length_N.mean()),
-        "majority_accuracy": 100 * majority_share,
+        **_blind(corpus),
     }
 
 
+def _blind(corpus: LabelledCorpus) -> Facts:
+    """What an answer that reads no text would score: the most frequent class, or always the same frequent labels."""
+    common = Counter(label for example in corpus.train for label in example.labels).most_common()
+    if not corpus.several:
+        return {"majority_accuracy": 100 * sum(of.label == common[0][0] for of in corpus.test) / len(corpus.test)}
+
+    def micro_f1(texts: list[LabelledText], number: int) -> float:
+        given = {label for label, _ in common[:number]}
+        answered = sum(len(given) + len(text.labels) for text in texts)
+        return 200 * sum(len(given & set(text.labels)) for text in texts) / answered
+
+    best = max(range(1, len(common) + 1), key=lambda number: micro_f1(corpus.train, number))
+    return {"majority_micro_f1": micro_f1(corpus.test, best)}
+
+
 def _digest(corpus: LabelledCorpus) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+    digest, several = hashlib.blake2b(digest_size=16), corpus.several
     for part in _PARTS:
         rows: list[LabelledText] = getattr(corpus, part)
-        digest.update(json.dumps([part, [[row.text, row.label] for row in rows]]).encode())
+        digest.update(json.dumps([part, [[row.text, row.labels if several else row.label] for row in rows]]).encode())
     return digest.hexdigest()
 
 
-def _correct(arm: Path) -> dict[str, np.ndarray]:
-    """For each finished seed of an arm, whether each test text was answered correctly."""
-    answers = {path.parent.name: path.read_text(encoding="utf-8") for path in sorted(arm.glob(f"seed*/{PREDICTIONS}"))}
+def _answers(arm: Path) -> dict[str, Lines]:
+    """The answers of each finished seed of an arm to all test texts."""
+    files = sorted(arm.glob(f"seed*/{PREDICTIONS}"))
     return {
-        seed: np.array(
-            [answer["truth"] == answer["label"] for answer in map(json.loads, text.splitlines())], dtype=float
-        )
-        for seed, text in answers.items()
+        path.parent.name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in files
     }

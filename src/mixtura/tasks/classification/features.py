@@ -41,8 +41,8 @@ _FEATURES, _MANIFEST = "features.npy", "features.json"
 class Examples(ABC):
     """Labelled texts in a fixed order, ready to be fed to a classifier."""
 
-    label_N: np.ndarray
-    """(N,) int64."""
+    labels: np.ndarray
+    """(N,) int64; where a text may have several labels, (N, C) float32 of 0 and 1."""
     length_N: np.ndarray
     """(N,) tokens of each text."""
 
@@ -68,7 +68,7 @@ class TokenExamples(Examples):
     """Texts as token ids."""
 
     ids: list[np.ndarray]
-    label_N: np.ndarray
+    labels: np.ndarray
     length_N: np.ndarray
     truncated: int
     """Texts that were longer and lost their end."""
@@ -76,7 +76,7 @@ class TokenExamples(Examples):
 
     def item(self, index: int) -> Batch:
         """`input_ids` and the label."""
-        return {"input_ids": self.ids[index], "labels": int(self.label_N[index])}
+        return {"input_ids": self.ids[index], "labels": _label(self.labels, index)}
 
     def collate(self, items: Sequence[Batch]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` (B, L) with padding behind the longest, and `labels` (B,)."""
@@ -92,11 +92,11 @@ class TokenExamples(Examples):
     def chosen(self, row_K: np.ndarray) -> "TokenExamples":
         """Those examples; cut texts as in `part`."""
         ids = [self.ids[row] for row in row_K]
-        return dataclasses.replace(self, ids=ids, label_N=self.label_N[row_K], length_N=self.length_N[row_K])
+        return dataclasses.replace(self, ids=ids, labels=self.labels[row_K], length_N=self.length_N[row_K])
 
     def part(self, rows: slice) -> "TokenExamples":
         """Some of the examples; the number of cut texts stays that of all, as it is not known for each text."""
-        return dataclasses.replace(self, ids=self.ids[rows], label_N=self.label_N[rows], length_N=self.length_N[rows])
+        return dataclasses.replace(self, ids=self.ids[rows], labels=self.labels[rows], length_N=self.length_N[rows])
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,12 @@ class FeatureExamples(Examples):
     """Texts as the pooled hidden states of a frozen model."""
 
     features_NMD: np.ndarray
-    label_N: np.ndarray
+    labels: np.ndarray
     length_N: np.ndarray
 
     def item(self, index: int) -> Batch:
         """`features` (M, D) and the label."""
-        return {"features": self.features_NMD[index], "labels": int(self.label_N[index])}
+        return {"features": self.features_NMD[index], "labels": _label(self.labels, index)}
 
     def collate(self, items: Sequence[Batch]) -> dict[str, Tensor]:
         """`features` (B, M, D) and `labels` (B,)."""
@@ -118,11 +118,11 @@ class FeatureExamples(Examples):
 
     def chosen(self, row_K: np.ndarray) -> "FeatureExamples":
         """Those examples."""
-        return FeatureExamples(self.features_NMD[row_K], self.label_N[row_K], self.length_N[row_K])
+        return FeatureExamples(self.features_NMD[row_K], self.labels[row_K], self.length_N[row_K])
 
     def part(self, rows: slice) -> "FeatureExamples":
         """Some of the examples."""
-        return FeatureExamples(self.features_NMD[rows], self.label_N[rows], self.length_N[rows])
+        return FeatureExamples(self.features_NMD[rows], self.labels[rows], self.length_N[rows])
 
     def one_state(self, layer: int) -> "FeatureExamples":
         """The same examples with one hidden state alone, M = 1; -1 is the last."""
@@ -130,11 +130,18 @@ class FeatureExamples(Examples):
         return dataclasses.replace(self, features_NMD=self.features_NMD[:, index : index + 1])
 
 
-def few_of_each_class(label_N: np.ndarray, rows: int, *, seed: int) -> np.ndarray:
-    """Places of `rows` random examples of each class, or of all that it has; fewer rows are the first of more rows."""
+def few_of_each_class(labels: np.ndarray, rows: int, *, seed: int) -> np.ndarray:
+    """Places of `rows` random examples of each class, or of all that it has; fewer rows are the first of more rows.
+
+    Where a text may have several labels, it counts for each of them; texts without any are drawn like a class.
+    """
     draw = np.random.default_rng(seed)
-    classes = [draw.permutation(np.flatnonzero(label_N == label)) for label in np.unique(label_N)]
-    return np.sort(np.concatenate([of[:rows] for of in classes]))
+    if labels.ndim == 1:
+        members = [labels == label for label in np.unique(labels)]
+    else:
+        members = [*(labels.T > 0), ~labels.any(1)]
+    classes = [draw.permutation(np.flatnonzero(of)) for of in members]
+    return np.unique(np.concatenate([of[:rows] for of in classes]))
 
 
 class ScheduledExamples(Dataset):
@@ -152,12 +159,12 @@ class ScheduledExamples(Dataset):
         """The example at `position` of the run."""
         if not 0 <= position < self.length:
             raise IndexError(f"position {position} is outside a schedule of {self.length} examples")
-        count = len(self.examples.label_N)
+        count = len(self.examples.labels)
         return self.examples.item(sequence_index(position, num_sequences=count, seed=self.seed))
 
 
 def encode_texts(
-    texts: Sequence[str], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    texts: Sequence[str], labels: np.ndarray, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> TokenExamples:
     """Texts as tokens with the tokenizer's own special tokens, cut to `max_length`, cuts counted.
 
@@ -172,7 +179,7 @@ def encode_texts(
     ids = [np.asarray(row or blank, dtype=np.int32) for row in encoded["input_ids"]]
     pad = tokenizer_.pad_token_id
     lengths = np.array([len(row) for row in ids])
-    return TokenExamples(ids, np.asarray(labels, dtype=np.int64), lengths, longer, 0 if pad is None else pad)
+    return TokenExamples(ids, labels, lengths, longer, 0 if pad is None else pad)
 
 
 def pooled_features(
@@ -251,8 +258,13 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _label(labels: np.ndarray, index: int) -> int | np.ndarray:
+    return int(labels[index]) if labels.ndim == 1 else labels[index]
+
+
 def _labels(items: Sequence[Batch]) -> Tensor:
-    return torch.tensor([item["labels"] for item in items])
+    """(B,) int64 or (B, C) float32."""
+    return torch.from_numpy(np.stack([item["labels"] for item in items]))
 
 
 def _cache_key(base: nn.Module, examples: TokenExamples, head: HeadConfig) -> str:

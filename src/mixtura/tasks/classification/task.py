@@ -1,4 +1,4 @@
-"""Classification as a training task: cross-entropy over the classes, and scores that look at more than accuracy.
+"""Classification as a training task: the loss of an objective, and scores that look at more than its verdict.
 
 On the way a run is judged on validation examples, and only they may choose a learning rate; the test examples are
 looked at once, at the end.
@@ -6,6 +6,7 @@ looked at once, at the end.
 Shapes: N examples, B batch, C classes, M hidden states.
 """
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.data import Dataset
 
 from mixtura.config import UserError
 from mixtura.layers.statistics import load_balancing_loss
 from mixtura.results import Facts
 from mixtura.results.run import ClassificationDetails
-from mixtura.tasks.classification.accuracy import calibration_bins, classification_scores, confusion_matrix
 from mixtura.tasks.classification.classifier import (
     Mode,
     SavedClassifier,
@@ -33,9 +32,8 @@ from mixtura.tasks.classification.classifier import (
 from mixtura.tasks.classification.features import Examples, FeatureExamples, ScheduledExamples
 from mixtura.tasks.classification.heads import blends_tokens
 from mixtura.training import saving as checkpoints
-from mixtura.training.interface import Batch, Measure, StepLosses, TrainingTask
+from mixtura.training.interface import Batch, StepLosses, TrainingTask
 
-ACCURACY = Measure("accuracy", "accuracy", "%", "higher", 2)
 PREDICTIONS = "predictions.jsonl"
 
 
@@ -76,8 +74,6 @@ class RouterLossWeights:
 class Classification(TrainingTask):
     """Trains a `TextClassifier`; see the module's docstring."""
 
-    measure = ACCURACY
-
     def __init__(
         self,
         splits: Splits,
@@ -100,6 +96,8 @@ class Classification(TrainingTask):
         """
         self.splits, self.saved, self.eval_examples, self.batch_size = splits, saved, eval_examples, batch_size
         self._settings, self.weights = settings, weights
+        self._objective = saved.objective
+        self.measure = self._objective.measure
 
     @property
     def tokens_per_example(self) -> float:
@@ -116,7 +114,7 @@ class Classification(TrainingTask):
         Raises:
             UserError: see above.
         """
-        held_out = len(self.splits.validation.label_N)
+        held_out = len(self.splits.validation.labels)
         if self.eval_examples > held_out:
             raise UserError(
                 f"'training.eval_sequences' is {self.eval_examples} but only {held_out} examples are held out for "
@@ -128,7 +126,7 @@ class Classification(TrainingTask):
                     f"A batch of {batch_size} examples does not fill groups of {layer.group_size}: make "
                     "'training.batch_size' a multiple of the group size."
                 )
-            if min(self.eval_examples, len(self.splits.test.label_N)) < batch_size:
+            if min(self.eval_examples, len(self.splits.test.labels)) < batch_size:
                 raise UserError(
                     f"An evaluation in groups needs at least one batch of {batch_size} examples: raise "
                     "'training.eval_sequences' and 'data.test_examples', or lower 'training.batch_size'."
@@ -147,10 +145,10 @@ class Classification(TrainingTask):
         return torch.tensor(len(batch["labels"]))
 
     def losses(self, model: Any, batch: Batch, *, num_targets: Tensor | int) -> StepLosses:
-        """Cross-entropy, and the router losses of a head, an adapter and a model tuned whole."""
+        """The objective's loss, and the router losses of a head, an adapter and a model tuned whole."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         logits_BC, stats, base_routing = model(**inputs, return_stats=True)
-        loss = cross_entropy(logits_BC.float(), batch["labels"], reduction="sum") / num_targets
+        loss = self._objective.loss(logits_BC.float(), batch["labels"]) / num_targets
         routing, of_adapter = adapter_routing(model)
         if base_routing is not None and any(self.weights.adapter):
             routing, of_adapter = base_routing, model.base.router_losses(base_routing)
@@ -173,28 +171,22 @@ class Classification(TrainingTask):
     def evaluate(self, model: Any, *, final: bool) -> dict[str, dict[str, float]]:
         """Scores in each mode: of the first validation examples during training, of all test examples at the end."""
         examples = self.splits.test if final else self.splits.validation
-        count = len(examples.label_N) if final else self.eval_examples
+        count = len(examples.labels) if final else self.eval_examples
         measured = {}
         for mode in evaluation_modes(model):
-            log_probability_NC = self._answers(model, examples, mode, count=count)
-            measured[mode] = classification_scores(log_probability_NC, examples.label_N[: len(log_probability_NC)])
+            answer_NC = self._answers(model, examples, mode, count=count)
+            measured[mode] = self._objective.scores(answer_NC, examples.labels[: len(answer_NC)])
         return measured
 
     def details(self, model: Any, *, out: Path) -> ClassificationDetails:
-        """Confusion, calibration and layer weights as deployed; every answer goes into `predictions.jsonl`."""
-        labels, truth_N = self.saved.labels, self.splits.test.label_N
-        probability_NC = np.exp(self._answers(model, self.splits.test, "alone", count=len(truth_N)))
-        predicted_N = probability_NC.argmax(1)
+        """What the objective tells of the answers as deployed; every answer goes into `predictions.jsonl`."""
+        names, labels = self.saved.labels, self.splits.test.labels
+        answer_NC = self._answers(model, self.splits.test, "alone", count=len(labels))
         with checkpoints.writing(out), (out / PREDICTIONS).open("w", encoding="utf-8") as file:
-            for truth, predicted, probability in zip(truth_N, predicted_N, probability_NC.max(1), strict=True):
-                answer = {"truth": labels[truth], "label": labels[predicted], "probability": float(probability)}
-                file.write(json.dumps(answer) + "\n")
-        return ClassificationDetails(
-            labels=list(labels),
-            confusion=confusion_matrix(truth_N, predicted_N, num_classes=len(labels)).tolist(),
-            calibration=calibration_bins(probability_NC.max(1), predicted_N == truth_N),
-            layer_weights=self._layer_weights(model),
-        )
+            for line in self._objective.lines(answer_NC, labels, names):
+                file.write(json.dumps(line) + "\n")
+        details = self._objective.details(answer_NC, labels, names)
+        return dataclasses.replace(details, layer_weights=self._layer_weights(model))
 
     def save(self, model: Any, folder: Path) -> None:
         """Writes the head and what is trained of the base model."""
@@ -210,7 +202,7 @@ class Classification(TrainingTask):
         self.saved.write(model, folder)
 
     def _answers(self, model: TextClassifier, examples: Examples, mode: Mode, *, count: int) -> np.ndarray:
-        """Log-probabilities (N, C) of the first `count` examples; in groups, of as many as fill whole batches."""
+        """The objective's answers (N, C) to the first `count` examples; in groups, of as many as fill whole batches."""
         order_N = np.arange(count // self.batch_size * self.batch_size if mode == "group" else count)
         if mode == "alone":
             # Texts of one length together, so that little is padding: an answer does not depend on its batch here.
@@ -220,7 +212,7 @@ class Classification(TrainingTask):
             for start in range(0, len(order_N), self.batch_size):
                 chosen = order_N[start : start + self.batch_size]
                 logits_BC = model(**self._inputs(model, examples, chosen)).logits_BC
-                answer_NC[chosen] = log_softmax(logits_BC.double(), dim=-1).cpu().numpy()
+                answer_NC[chosen] = self._objective.answer(logits_BC.double()).cpu().numpy()
         return answer_NC
 
     def _inputs(self, model: TextClassifier, examples: Examples, chosen: np.ndarray) -> dict[str, Tensor]:
@@ -234,6 +226,6 @@ class Classification(TrainingTask):
             if not blends_tokens(model.head.config):
                 weights_M = model.layer_weights()
             else:
-                first = np.arange(min(self.batch_size, len(self.splits.test.label_N)))
+                first = np.arange(min(self.batch_size, len(self.splits.test.labels)))
                 weights_M = model.layer_weights(**self._inputs(model, self.splits.test, first))
         return None if weights_M is None else weights_M.tolist()
