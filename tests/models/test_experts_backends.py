@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
 from mixtura import kernels
 from mixtura.comparison.plan import check_arms
-from mixtura.comparison.runner import train
+from mixtura.comparison.verbs import train
 from mixtura.config import TrainingConfig, UserError
 from mixtura.data.prepare import prepare_data
 from mixtura.kernels import ExpertWeights, reference
