@@ -105,18 +105,17 @@ def main() -> None:
     from mixtura.benchmarks.measure import store_record
     from mixtura.config import load_recipe, preset_path
 
-    rows, path = [], options.out
     for preset in options.recipes:
+        rows = []
         for arm in load_recipe(preset_path(preset)).arms:
             rows.append(_row(preset, arm, options))
             settings = {"steps": options.steps, "rounds": options.rounds, "threads": 1}
-            path = store_record(options.out, "probe", settings=settings, rows=rows)
+            path = store_record(options.out, "probe", settings=settings, suffix=f"-{preset}", rows=rows)
             print(
                 f"{preset}, {arm}: {rows[-1]['probed_seconds']:.4f} s probed, {rows[-1]['run_seconds']:.4f} s run, "
-                f"{rows[-1]['error']:+.1%}",
+                f"{rows[-1]['error']:+.1%} ({path.name})",
                 flush=True,
             )
-    print(f"Stored in {path}")
 
 
 if __name__ == "__main__":

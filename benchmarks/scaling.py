@@ -7,8 +7,8 @@ experts as a normal distribution is, with the standard deviation at which the bu
 where it was measured; a rank that holds several experts then has the mean of theirs, and the others wait for the
 busiest rank, at every layer.
 
-Run `PYTHONPATH=src python benchmarks/scaling.py`; it takes a minute, prints the table of docs/scaling.md and writes its
-plot.
+Run `PYTHONPATH=src python benchmarks/scaling.py`; it takes a minute, prints a table and writes the
+plot of docs/scaling.md.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def by_network(networks: Sequence[float] = NETWORKS) -> dict[str, dict[float, La
 
 
 def table() -> str:
-    """The table of docs/scaling.md, in Markdown."""
+    """Tokens a second of a GPU, waiting and expert ranks by arm and number of GPUs, in Markdown."""
     counts = by_count(TABLE_COUNTS)
     rows = [[f"{count:,}", *(_cell(of.get(count), count) for of in counts.values())] for count in TABLE_COUNTS]
     lines = [["GPUs", *ARMS], ["---"] * (1 + len(ARMS)), *rows]

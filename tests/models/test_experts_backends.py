@@ -6,10 +6,11 @@ from functools import partial
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig
 
 from mixtura import kernels
 from mixtura.comparison.plan import check_arms
+from mixtura.comparison.verbs import train
 from mixtura.config import TrainingConfig, UserError
 from mixtura.data.prepare import prepare_data
 from mixtura.kernels import ExpertWeights, reference
@@ -85,6 +86,13 @@ def test_a_stock_mixture_is_told_too(name):
     assert_close(model(IDS_BL).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_experts_that_only_transformers_computes_are_told_without_a_trial():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    model = AutoModelForCausalLM.from_config(GptOssConfig(**sizes, **heads))
+    assert use(model, "eager") and model.get_experts_implementation()[""] == "eager"
+
+
 def test_what_no_gpu_or_package_is_there_for_is_refused_in_a_sentence(tiny_config, monkeypatch):
     model = MixtureForCausalLM(tiny_config("token_choice"))
     monkeypatch.setattr(experts_backends, "find_spec", lambda name: None)
@@ -126,3 +134,12 @@ def test_a_comparison_without_experts_that_tokens_choose_is_refused(tiny_recipe)
 
 def test_the_setting_offers_every_backend():
     assert TrainingConfig().experts_backend == "auto" == NAMES[0]
+
+
+def test_a_run_on_a_backend_learns_what_it_learns_on_the_kernels(tiny_recipe, tmp_path):
+    arms = {"dense": {"family": "dense"}, "token_choice": {"family": "token_choice", "num_experts": 4}}
+    losses = []
+    for name in ("auto", "grouped_mm"):
+        run = train(tiny_recipe(arms=arms, experts_backend=name), arm="token_choice", out=tmp_path / name)
+        losses.append([measures["loss"] for measures in run.result.final.values()])
+    assert_close(losses[1], losses[0], rtol=1e-4, atol=0)

@@ -87,7 +87,8 @@ def use_experts_backend(model: nn.Module, name: str, *, device: torch.device, dt
     layers = [layer for layer in model.modules() if isinstance(layer, TokenChoiceMoE)]
     stock = list(_stock_experts(model))
     kinds = [(each.experts.weights, (each.experts.activation, each.experts.gated)) for each in layers]
-    kinds += [_weights_of_stock(each) for each in stock]
+    # Experts of other kinds, such as those with biases, transformers alone computes, by code of its own.
+    kinds += [_weights_of_stock(each) for each in stock if name == "scattermoe" or _has_our_kind(each)]
     for (up_EHD, down_EDF), kind in kinds:
         if (up_EHD.shape, down_EDF.shape, kind) not in tried:
             _try_out(name, run, up_EHD.shape, down_EDF.shape, kind, device=device, dtype=dtype)
@@ -117,6 +118,14 @@ def _stock_experts(model: nn.Module) -> Iterator[Any]:
     known = getattr(model, "_can_set_experts_implementation", None)
     if known is not None and known():
         yield from (each for each in model.modules() if hasattr(each, "has_gate") and hasattr(each, "down_proj"))
+
+
+def _has_our_kind(experts: Any) -> bool:
+    try:
+        kernel_activation(experts)
+    except UserError:
+        return False
+    return True
 
 
 def _weights_of_stock(experts: Any) -> tuple[tuple[Tensor, Tensor], tuple[str, bool]]:
