@@ -18,6 +18,7 @@ from torch import nn
 from mixtura.adapters.attach import adapter_parameters, change_when_perturbed, first_output
 from mixtura.adapters.expert_specialized import ExpertSpecializedLayer
 from mixtura.adapters.targets import count_parameters
+from mixtura.checkpoints.quantized import Quantized, quantized_weights, weights
 from mixtura.config import UserError
 
 _PROBE_SHAPE = (2, 16)
@@ -51,6 +52,8 @@ class AdapterReach(NamedTuple):
     """Parameters of the base in stacked experts."""
     adapted_expert_parameters: int
     """Those of them that the adapter changes."""
+    quantized: Quantized
+    """What of the base is stored in few bits."""
 
     def __str__(self) -> str:
         """One or two sentences."""
@@ -59,6 +62,8 @@ class AdapterReach(NamedTuple):
             f"of which affects the output, and changes {self.adapted_expert_parameters:,} of the "
             f"{self.expert_parameters:,} parameters of experts."
         )
+        if self.quantized.quantized:
+            text += f" {self.quantized}"
         return text + (f" Nothing is called {' or '.join(self.unmatched)}." if self.unmatched else "")
 
 
@@ -97,6 +102,7 @@ def check_adapter(model: PeftModel, batch: Mapping[str, Any] | None = None) -> A
     finally:
         model.train(training)
     total, trained = count_parameters(model)
+    quantized = quantized_weights(model, adapters={id(p) for part in parts for p in part.parameters})
     return AdapterReach(
         targets=tuple(
             TargetReach(part.name, sum(p.numel() for p in part.parameters), part.adapted, change)
@@ -105,8 +111,9 @@ def check_adapter(model: PeftModel, batch: Mapping[str, Any] | None = None) -> A
         unmatched=_unmatched(model),
         trained=trained,
         total=total,
-        expert_parameters=_expert_parameters(model),
+        expert_parameters=quantized.experts,
         adapted_expert_parameters=sum(part.adapted for part in parts if part.is_experts),
+        quantized=quantized,
     )
 
 
@@ -129,7 +136,7 @@ def _parts(model: nn.Module) -> Iterator[_Part]:
             parameters = adapter_parameters(module)
             yield _Part(name, parameters, sum(p.numel() for p in parameters), True)
         elif isinstance(module, BaseTunerLayer):
-            adapted = sum(parameter.numel() for parameter in module.get_base_layer().parameters(recurse=False))
+            adapted = sum(shape.numel() for _, shape, _ in weights(module.get_base_layer()))
             yield _Part(name, adapter_parameters(module), adapted, False)
         elif isinstance(module, ModulesToSaveWrapper):
             parameters = list(module.modules_to_save.parameters())
@@ -187,9 +194,3 @@ def _unmatched(model: PeftModel) -> tuple[str, ...]:
     for wanted in (getattr(config, "target_modules", None), getattr(config, "target_parameters", None)):
         targets += [] if wanted is None or isinstance(wanted, str) else sorted(wanted)
     return tuple(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in found))
-
-
-def _expert_parameters(model: nn.Module) -> int:
-    """Parameters of the base in tensors with an axis of experts."""
-    adapters = {id(p) for part in _parts(model) for p in part.parameters}
-    return sum(p.numel() for p in model.parameters() if p.dim() == 3 and id(p) not in adapters)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mixtura.checkpoints.quantized import weights
 from mixtura.config import AdapterConfig, UserError
 from mixtura.kernels.expert_weights import activate
 from mixtura.layers import FeedForward
@@ -316,8 +317,8 @@ def mot_adapter_flops(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All parameters of a model, and those that are trained; shared ones count once."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    """All parameters of a model, and those that are trained; shared ones count once, packed ones as before packing."""
+    sizes = [(shape.numel(), parameter.requires_grad) for parameter, shape, _ in weights(model)]
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 

@@ -32,6 +32,7 @@ from transformers.utils import logging
 
 import mixtura.models  # noqa: F401 - so that the Auto classes load folders of Mixtura's own
 from mixtura.checkpoints.nllb_moe import compute_as_published
+from mixtura.checkpoints.quantized import Quantize, complete_nf4, loading_options
 from mixtura.config import UserError
 from mixtura.errors import need, reason_of
 from mixtura.files import cache_entry, cache_folder, check_inside, package_path
@@ -179,14 +180,15 @@ def resolve_base(name: str) -> str:
 
 
 def load_base(
-    name: str, *, num_layers: int | None = None, head: Head = "causal"
+    name: str, *, num_layers: int | None = None, head: Head = "causal", quantize: Quantize = "none"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A pretrained model in float32 with its tokenizer.
+    """A pretrained model in float32, or with its linear layers and experts in few bits, and its tokenizer.
 
     Args:
         name: see `resolve_base`.
         num_layers: keep only so many of its first layers; None keeps all.
         head: "causal" for next-token logits, of an encoder-decoder those of its decoder; "encoder" for hidden states.
+        quantize: how linear layers are stored; see `quantized`.
 
     Raises:
         UserError: it cannot be loaded, or has fewer layers.
@@ -197,10 +199,11 @@ def load_base(
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         _cut(config, name, num_layers)
         auto = AutoModel if head == "encoder" else language_model_class(config)
+        options = loading_options(quantize)
         with _no_report():  # of the weights of the layers that were cut
             # Without a dtype, the one of the file is taken; training needs float32 parameters.
             loaded: Any = auto.from_pretrained(
-                place, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+                place, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
             )
         model, found = loaded
         if head == "causal" and found["missing_keys"]:
@@ -209,6 +212,8 @@ def load_base(
                 "be random; name a causal language model in 'base.name'."
             )
         compute_as_published(model)
+        if quantize == "nf4":
+            complete_nf4(model)
         return model, load_own_tokenizer(place)
     except UserError:
         raise

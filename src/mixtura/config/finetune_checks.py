@@ -55,6 +55,7 @@ def check_finetune_recipe(recipe: FinetuneRecipe) -> None:
             partial(refuse_scales, recipe.search),
             partial(check_positive, "data", recipe.data),
             partial(_check_layers, recipe),
+            partial(_check_quantized, recipe),
             partial(_check_source, recipe.data),
             *own,
             partial(_check_ranks, recipe.baseline, {name: arm.adapter for name, arm in recipe.arms.items()}),
@@ -71,6 +72,22 @@ def _own_checks(recipe: FinetuneRecipe) -> list[Callable[[], object]]:
 def _check_layers(recipe: FinetuneRecipe) -> None:
     if recipe.base.num_layers is not None and recipe.base.num_layers < 1:
         raise UserError(f"'base.num_layers' is {recipe.base.num_layers}: keep at least 1 layer, or leave it out.")
+
+
+def _check_quantized(recipe: FinetuneRecipe) -> None:
+    """Refuses to train weights that are stored in few bits; only what is beside them can be."""
+    quantize = recipe.base.quantize
+    if quantize == "none":
+        return
+    if isinstance(recipe, TranslationRecipe):
+        raise UserError(f"'base.quantize' is '{quantize}', which chat and classification know: leave it out.")
+    for name, arm in recipe.arms.items():
+        frozen = isinstance(arm, ClassificationArmConfig) and arm.tune == "frozen"
+        if not frozen and (arm.adapter is None or arm.adapter.method == _SPECIALIZED):
+            raise UserError(
+                f"'base.quantize' is '{quantize}', but arm '{name}' trains the base's own weights: give it an adapter "
+                "beside them, such as a lora, or leave the key out."
+            )
 
 
 def _check_source(data: TranslationDataConfig | ClassificationDataConfig | ChatDataConfig) -> None:

@@ -157,6 +157,9 @@ class BaseConfig:
     """A model folder, a hub name, or `smollm2` or `minilm`, which come as packages."""
     num_layers: int | None = None
     """Keep only so many of its first layers; None keeps all."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """For adapters in chat and classification: linear layers and experts in 4 bits (package bitsandbytes), or linear
+    layers in 8 (torchao)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -209,7 +209,8 @@ def load_chat_model(folder: Path) -> tuple[Any, Any]:
     tokenizer = open_tokenizer(folder)
     if (folder / "adapter_config.json").is_file():
         try:
-            model: Any = load_adapter(load_base(base["name"], num_layers=base["num_layers"])[0], folder).eval()
+            whole, _ = load_base(base["name"], num_layers=base["num_layers"], quantize=base.get("quantize", "none"))
+            model: Any = load_adapter(whole, folder).eval()
         except UserError as error:
             raise UserError(
                 f"The chat model in '{folder}' cannot be loaded: it is an adapter on '{base['name']}'. {error}"

@@ -18,11 +18,12 @@ from mixtura.adapters.attach import apply_adapter
 from mixtura.adapters.expert_specialized import SAMPLE_SIZE
 from mixtura.adapters.targets import count_parameters, measured_flops_per_token
 from mixtura.checkpoints.pretrained import load_base
-from mixtura.config import ChatRecipe, UserError
+from mixtura.checkpoints.quantized import Quantize, quantized_weights
+from mixtura.config import BaseConfig, ChatRecipe, UserError
 from mixtura.config.adapt import MOST_CHAT_TOKENS, Amounts, common_length, with_batches_for
 from mixtura.data.chats import Chat, ChatCorpus, load_chats
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
-from mixtura.results import ArmDescription, Leaks
+from mixtura.results import ArmDescription, Facts, Leaks
 from mixtura.results.document import AcrossArms
 from mixtura.tasks.chat.answers import BaseReference, Judged, Question, paired_test, read_judged, scores
 from mixtura.tasks.chat.batches import Example, Prompts, collate_windows, open_prompts, pack_chats, packed_inputs
@@ -49,17 +50,17 @@ class _ChatArm(Arm):
             data,
             recipe.training,
             adapter=config.adapter,
-            base={"name": base.name, "num_layers": base.num_layers},
+            base=_base_facts(base),
             reference=reference,
         )
 
     def build(self, seed: int) -> nn.Module:
         """The base model, with a fresh adapter where the arm has one."""
-        return self._built(seed, self._recipe.base.num_layers)
+        return self._built(seed, self._recipe.base.num_layers, quantize=self._recipe.base.quantize)
 
-    def _built(self, seed: int, num_layers: int | None) -> nn.Module:
+    def _built(self, seed: int, num_layers: int | None, *, quantize: Quantize = "none") -> nn.Module:
         torch.manual_seed(seed)
-        model, _ = load_base(str(self._recipe.base.name), num_layers=num_layers)
+        model, _ = load_base(str(self._recipe.base.name), num_layers=num_layers, quantize=quantize)
         adapter = self._config.adapter
         if adapter is None:
             return model
@@ -107,6 +108,7 @@ class _ChatArm(Arm):
     def leaks(self) -> Leaks:
         """Whether information leaks from the future, or between chats of a window or a batch; probes a small model."""
         layers = min(self._recipe.base.num_layers or PROBED_LAYERS, PROBED_LAYERS)
+        # Probed in float64, which packed weights do not have; what is stored in few bits leaks neither more nor less.
         model = stirred(self._built(0, layers)).eval()
         return find_leaks(model, self._leak)
 
@@ -145,11 +147,19 @@ class TwoInAWindow(nn.Module):
 
 def _base_reference(recipe: ChatRecipe, data: ChatData, cache_dir: Any) -> BaseReference:
     """What the base makes of the test chats, kept beside the run's other prepared data."""
-    base = {"name": recipe.base.name, "num_layers": recipe.base.num_layers}
-    task = ChatTask(data, recipe.training, adapter=None, base=base)
-    build: Callable[[], nn.Module] = lambda: load_base(str(base["name"]), num_layers=recipe.base.num_layers)[0]  # noqa: E731
+    base = recipe.base
+    task = ChatTask(data, recipe.training, adapter=None, base=_base_facts(base))
+    build: Callable[[], nn.Module] = lambda: load_base(  # noqa: E731
+        str(base.name), num_layers=base.num_layers, quantize=base.quantize
+    )[0]
     file = None if cache_dir is None else cache_dir / f"base-{data.digest}.json"
     return BaseReference(task.judge, build, file)
+
+
+def _base_facts(base: BaseConfig) -> Facts:
+    """What decides a base's weights; how they are stored only where that changes them."""
+    facts: Facts = {"name": base.name, "num_layers": base.num_layers}
+    return facts if base.quantize == "none" else facts | {"quantize": base.quantize}
 
 
 def _sample(data: ChatData, batch_size: int) -> Iterator[dict[str, Tensor]]:
@@ -193,6 +203,9 @@ def make_chat(
     recipe = dataclasses.replace(recipe, data=corpus.config)
     base, tokenizer = load_base(str(recipe.base.name), num_layers=1)
     prompts = open_prompts(tokenizer)
+    if recipe.base.quantize != "none":
+        whole, _ = load_base(str(recipe.base.name), num_layers=1, quantize=recipe.base.quantize)
+        report(f"of the base with one layer: {quantized_weights(whole)}")
     report("encoding")
     data = _encode(recipe, corpus, prompts, positions=getattr(base.config, "max_position_embeddings", None))
     for note in _notes(data):

@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 from mixtura.adapters.attach import load_adapter, router_losses, routing_stats
 from mixtura.adapters.tuner import RoutedTuner
 from mixtura.checkpoints.pretrained import load_base
+from mixtura.checkpoints.quantized import Quantize
 from mixtura.config import AdapterConfig, ArmConfig, HeadConfig, UserError
 from mixtura.files import check_inside
 from mixtura.layers import MixtureOfTokens, RoutingStats
@@ -42,13 +43,15 @@ from mixtura.training import saving as checkpoints
 Mode = Literal["group", "alone"]
 
 
-def load_encoder(name: str, *, num_layers: int | None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def load_encoder(
+    name: str, *, num_layers: int | None, quantize: Quantize = "none"
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """A pretrained model without any head, frozen and in evaluation mode, and its tokenizer.
 
     Raises:
         UserError: there is no such model.
     """
-    model, tokenizer = load_base(name, num_layers=num_layers, head="encoder")
+    model, tokenizer = load_base(name, num_layers=num_layers, head="encoder", quantize=quantize)
     return without_pooler(model).eval().requires_grad_(False), tokenizer
 
 
@@ -186,6 +189,8 @@ class SavedClassifier:
     """Which hidden state a head without a blend reads: the last, or the best that was found."""
     several: bool = False
     """Whether a text has any number of the labels, and not one of them."""
+    quantize: Quantize = "none"
+    """How the base's linear layers are stored."""
 
     @property
     def objective(self) -> Objective:
@@ -275,7 +280,7 @@ def load_classifier(folder: Path) -> tuple[SavedClassifier, TextClassifier]:
         checkpoints.load_trained(model, folder)
         return saved, model.eval()
     try:
-        base, _ = load_encoder(saved.base, num_layers=saved.num_layers)
+        base, _ = load_encoder(saved.base, num_layers=saved.num_layers, quantize=saved.quantize)
     except UserError as error:
         raise UserError(
             f"The model '{saved.base}' that the classifier in '{folder}' was trained on cannot be loaded: put it back, "

@@ -187,6 +187,7 @@ class _Prepared:
                 tokenizer=self.pretrained.tokenizer,
                 layer=layer,
                 several=self.corpus.several,
+                quantize=self.recipe.base.quantize,
             ),
             data_digest=self.digest if rows is None else f"{self.digest}-{rows}-{seed}",
             best_layer=best,
@@ -234,7 +235,8 @@ def _check(recipe: ClassificationRecipe) -> None:
 
 def _load_pretrained(recipe: ClassificationRecipe) -> Pretrained:
     assert recipe.base.name is not None
-    model, tokenizer = load_encoder(recipe.base.name, num_layers=recipe.base.num_layers)
+    base = recipe.base
+    model, tokenizer = load_encoder(recipe.base.name, num_layers=base.num_layers, quantize=base.quantize)
     one = torch.ones(1, 1, dtype=torch.int64)
     with torch.no_grad():
         states = hidden_states(model, one, one)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from mixtura.checkpoints.quantized import plain
 from mixtura.config import HeadConfig, UserError
 from mixtura.data.packing import sequence_index
 from mixtura.files import cache_entry, checksum
@@ -254,6 +255,7 @@ def weights_digest(module: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, value in module.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        value = plain(value)
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data if value.dim() else b"")
     return digest.hexdigest()
 
