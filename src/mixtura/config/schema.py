@@ -99,6 +99,11 @@ class TrainingConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 is autocast: parameters and routers stay in float32."""
     activation_checkpointing: bool = False
+    shards: int = 1
+    """Processes that hold one copy of the model together, each a shard of its weights, gradients and optimizer state
+    (FSDP2); 1: each holds a whole copy; 0: all together."""
+    expert_ranks: int = 1
+    """Processes among which the experts of one copy are divided (expert parallel)."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
