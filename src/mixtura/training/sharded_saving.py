@@ -4,6 +4,9 @@ torch.distributed.checkpoint does both, in safetensors files whose headers say w
 default format keeps that in a pickle, which this library neither writes nor reads. What is not sharded is written once.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,8 @@ def save_shards(model: nn.Module, optimizer: Any, folder: Path) -> None:
     state = _model_state(model) | _optimizer_state(model, optimizer)
     writer = HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
     try:
-        dcp.save(state, storage_writer=writer, no_dist=not distributed.is_initialized())
+        with _alone_in_silence():
+            dcp.save(state, storage_writer=writer, no_dist=not distributed.is_initialized())
     except CheckpointException as error:
         raise OSError(f"{SHARDS} could not be written: {_first_reason(error)}") from error
 
@@ -57,13 +61,22 @@ def load_optimizer(model: nn.Module, optimizer: Any, folder: Path) -> None:
 def _load(state: dict[str, Tensor], folder: Path, *, alone: bool = False) -> None:
     reader = HuggingFaceStorageReader(str(folder / SHARDS))
     try:
-        dcp.load(state, storage_reader=reader, no_dist=alone or not distributed.is_initialized())
+        with _alone_in_silence():
+            dcp.load(state, storage_reader=reader, no_dist=alone or not distributed.is_initialized())
     except (CheckpointException, Exception) as error:  # files, headers and plans each have errors of their own
         reason = _first_reason(error) if isinstance(error, CheckpointException) else reason_of(error)
         raise UserError(
             f"The checkpoint '{folder}' is damaged or of another model: its {SHARDS} cannot be read ({reason}); remove "
             "the folder to go on from the one before it, or from the start."
         ) from error
+
+
+@contextmanager
+def _alone_in_silence() -> Iterator[None]:
+    """A block in which torch does not warn that one process saves and loads by itself, which is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _first_reason(error: CheckpointException) -> str:
