@@ -200,15 +200,14 @@ def assert_same_metrics(one, many, name):
             assert measures == pytest.approx(second["eval"][mode], abs=TOLERANCE), (name, mode)
 
 
+MUON = {"optimizer": "muon"}
 AGAIN = {"activation_checkpointing": True}
 FOUR = [
     ("both", "token choice", BOTH, None),
     ("both again", "token choice", BOTH, "4/both"),
     ("wider", "token choice", BOTH, "1/token choice"),
     ("mixtures", "mixture of tokens", BOTH | AGAIN, None),
-    ("copies", "parts", {"shards": 2, "expert_ranks": 4} | AGAIN, None),
-    ("idle", "idle", EXPERTS, None),
-    ("muon", "token choice", EXPERTS | {"optimizer": "muon"}, None),
+    ("copies", "idle", {"shards": 2, "expert_ranks": 4} | AGAIN, None),
 ]
 
 
@@ -244,20 +243,15 @@ def test_a_checkpoint_of_four_processes_goes_on_with_one(runs):
 
 
 def test_computing_layers_again_routes_no_token_elsewhere_and_counts_none_twice(runs):
-    runs.assert_equal("4/copies", "parts")
+    runs.assert_equal("4/copies", "idle")
 
 
 def test_a_process_that_no_token_is_sent_to_does_not_hang(runs):
-    runs.assert_equal("4/idle", "idle")
-    records = read_metrics(runs.folder / "4" / "idle" / "metrics.jsonl")
+    records = read_metrics(runs.folder / "4" / "copies" / "metrics.jsonl")
     assert [record["load"][0][2:] for record in records if "load" in record] == [[0.0, 0.0]] * 2
 
 
-def test_muon_makes_whole_matrices_orthogonal(runs):
-    runs.assert_equal("4/muon", "token choice", optimizer="muon")
-
-
-@pytest.mark.parametrize(("out", "name"), [("4/both", "token choice"), ("4/copies", "parts")])
+@pytest.mark.parametrize(("out", "name"), [("4/both", "token choice"), ("4/copies", "idle")])
 def test_gradients_of_experts_are_not_multiplied_by_the_processes(runs, out, name):
     """Adam's step hides a factor, its first moment does not."""
     many, one = (_saved(folder / "checkpoint-4") for folder in (runs.folder / out, runs.one(name)))
@@ -267,7 +261,7 @@ def test_gradients_of_experts_are_not_multiplied_by_the_processes(runs, out, nam
         assert torch.linalg.vector_norm(many[key]) == pytest.approx(torch.linalg.vector_norm(one[key]).item(), rel=1e-3)
 
 
-@pytest.mark.parametrize(("out", "name"), [("4/both", "token choice"), ("4/copies", "parts")])
+@pytest.mark.parametrize(("out", "name"), [("4/both", "token choice"), ("4/copies", "idle")])
 def test_the_clip_norm_is_that_of_all_parameters(runs, out, name):
     many, one = (
         [record["grad_norm"] for record in read_metrics(folder / "metrics.jsonl") if "loss" in record]
@@ -277,7 +271,7 @@ def test_the_clip_norm_is_that_of_all_parameters(runs, out, name):
     assert many == pytest.approx(one, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize(("out", "name"), [("4/both", "token choice"), ("4/copies", "parts")])
+@pytest.mark.parametrize(("out", "name"), [("4/both", "token choice"), ("4/copies", "idle")])
 def test_router_losses_count_once_whatever_the_processes(runs, out, name):
     many, one = (
         [
@@ -300,7 +294,7 @@ def test_a_checkpoint_has_the_experts_of_all_processes(runs):
             rows.append(len(opened.get_tensor(key)))
     assert rows == [1, 1, 1, 1]
     _assert_close(
-        {key: _saved(checkpoint)[key]}, {key: _saved(runs.one("parts") / "checkpoint-6")[key]}, 3 * TOLERANCE, "experts"
+        {key: _saved(checkpoint)[key]}, {key: _saved(runs.one("idle") / "checkpoint-6")[key]}, 3 * TOLERANCE, "experts"
     )
     assert len(_weights(runs.folder / "4" / "copies")[key.removeprefix("model.")]) == 4
 
@@ -337,11 +331,11 @@ def test_a_hostile_checkpoint_in_shards_is_refused_and_its_pickle_is_not_run(run
     shutil.copytree(runs.folder / "4" / "copies" / "checkpoint-6", tmp_path / "checkpoint-6")
     shards = tmp_path / "checkpoint-6" / "shards"
     (shards / ".metadata").write_bytes(pickle.dumps(_Hostile()))
-    load_model(_model("parts"), tmp_path / "checkpoint-6", alone=True)
+    load_model(_model("idle"), tmp_path / "checkpoint-6", alone=True)
     first = sorted(shards.glob("*.safetensors"))[0]
     first.write_bytes(pickle.dumps(_Hostile()))
     with pytest.raises(UserError, match=r"checkpoint-6' is damaged or of another model: its shards cannot be read"):
-        load_model(_model("parts"), tmp_path / "checkpoint-6", alone=True)
+        load_model(_model("idle"), tmp_path / "checkpoint-6", alone=True)
 
 
 def test_weights_of_another_model_are_refused(runs):
@@ -354,9 +348,10 @@ def test_every_family_is_one_model_on_two_processes_in_shards_or_with_divided_ex
     every = Runs(tmp_path, tiny_data)
     divided = [name for name in MODELS if name not in EXPERTS_STAY]
     jobs = [(f"shards {name}", name, IN_SHARDS, None) for name in MODELS]
+    jobs += [("muon", "token choice", IN_SHARDS | MUON, None), ("muon experts", "token choice", EXPERTS | MUON, None)]
     every.by(2, jobs + [(f"experts {name}", name, EXPERTS, None) for name in divided])
-    for out, name, _, _ in jobs:
-        every.assert_equal(f"2/{out}", name)
+    for out, name, settings, _ in jobs:
+        every.assert_equal(f"2/{out}", name, **(MUON if "optimizer" in settings else {}))
     for name in divided:
         every.assert_equal(f"2/experts {name}", name)
 

@@ -235,16 +235,18 @@ def reading(divided: nn.Module, part: nn.Module) -> Iterator[None]:
 
 
 def in_step(model: nn.Module, config: TrainingConfig, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """The model whose parameters an optimizer steps, and the one that runs: its backward pass averages gradients.
+    """On the device, the model whose parameters an optimizer steps, and the one that runs, whose gradients are means.
 
-    Each is `model` itself where one process is alone.
+    Both are the model itself where one process is alone, and another one where processes hold shards.
     """
     processes = ranks.world_size()
+    layout = layout_of(config, processes)
+    if layout is not None:
+        ranks.join()
+        divided = divide(model, layout, device)
+        return divided, divided
+    model.to(device)
     if processes == 1:
         return model, model
     ranks.join()
-    layout = layout_of(config, processes)
-    if layout is None:
-        return model, nn.parallel.DistributedDataParallel(model)
-    divided = divide(model, layout, device)
-    return divided, divided
+    return model, nn.parallel.DistributedDataParallel(model)
