@@ -27,7 +27,9 @@ from mixtura.training.sharded_saving import load_model
 from mixtura.training.sharding import Layout, check_layout, layout_of
 
 TOLERANCE = 1e-5
-"""Of what is measured, and of moments: sums are taken in another order. Adam makes more of it in a weight."""
+"""Of what is measured, of gradients and their moments: sums are taken in another order."""
+OF_WEIGHTS = 1e-4
+"""Adam divides by the gradient's size, and so makes more of the last digits of small ones; a weight moves by 0.02."""
 
 SCRIPT = """
 import json, shutil, sys
@@ -159,8 +161,8 @@ class Runs:
     def assert_equal(self, out, name, **settings):
         """Weights, moments, statistics and measures of a run are those of one process."""
         many, one = self.folder / out, self.one(name, **settings)
-        _assert_close(_weights(many), _weights(one), 3 * TOLERANCE, out)
-        _assert_close(_saved(many / "checkpoint-6"), _saved(one / "checkpoint-6"), 3 * TOLERANCE, out)
+        _assert_close(_weights(many), _weights(one), out)
+        _assert_close(_saved(many / "checkpoint-6"), _saved(one / "checkpoint-6"), out)
         assert_same_metrics(read_metrics(one / "metrics.jsonl"), read_metrics(many / "metrics.jsonl"), out)
 
 
@@ -181,10 +183,11 @@ def _saved(checkpoint):
     return found
 
 
-def _assert_close(actual, expected, tolerance, where):
+def _assert_close(actual, expected, where):
     assert actual.keys() == expected.keys()
     for key, value in actual.items():
         said = lambda told, at=f"{where}, {key}": f"{at}: {told}"  # noqa: E731
+        tolerance = TOLERANCE if key.startswith("optimizer.") else OF_WEIGHTS
         torch.testing.assert_close(value, expected[key], rtol=0, atol=tolerance, msg=said)
 
 
@@ -293,9 +296,7 @@ def test_a_checkpoint_has_the_experts_of_all_processes(runs):
         with safe_open(path, framework="pt") as opened:
             rows.append(len(opened.get_tensor(key)))
     assert rows == [1, 1, 1, 1]
-    _assert_close(
-        {key: _saved(checkpoint)[key]}, {key: _saved(runs.one("idle") / "checkpoint-6")[key]}, 3 * TOLERANCE, "experts"
-    )
+    _assert_close({key: _saved(checkpoint)[key]}, {key: _saved(runs.one("idle") / "checkpoint-6")[key]}, "experts")
     assert len(_weights(runs.folder / "4" / "copies")[key.removeprefix("model.")]) == 4
 
 

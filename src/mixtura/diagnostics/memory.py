@@ -38,7 +38,7 @@ def measure_peak_memory(step: Callable[[], None], *, device: torch.device | str 
 
 
 def live_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Bytes of parameters, buffers, gradients and optimizer state; shared storage counts once, others' shards do not."""
+    """Bytes of parameters, buffers, gradients and optimizer state; shared storage counts once, shards are our own."""
     tensors = _tensors([*model.parameters(), *model.buffers()])
     tensors += _tensors([p.grad for p in model.parameters() if p.grad is not None])
     if optimizer is not None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.nn.functional import all_to_all_single
+from torch.autograd.function import once_differentiable
 
 from mixtura.kernels.dispatch import chosen_ffn, order_by_expert, routed_ffn
 from mixtura.kernels.expert_weights import ExpertWeights, at_autocast_dtype
@@ -83,9 +83,9 @@ class ExpertExchange:
 
     def _all(self, own: Tensor) -> Tensor:
         """(e, ...) -> (E, ...)."""
-        found = own.new_empty(self.num_experts, *own.shape[1:])
-        dist.all_gather_into_tensor(found, own.contiguous(), group=self.group)
-        return found
+        parts = [torch.empty_like(own) for _ in range(self.processes)]
+        dist.all_gather(parts, own.contiguous(), group=self.group)
+        return torch.cat(parts)
 
     def _routed(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, own: ExpertWeights) -> Tensor:
         order_R, rows_E = order_by_expert(expert_TK, self.num_experts)
@@ -126,8 +126,7 @@ class ExpertExchange:
         return _Parts(sent, received, expert_R.argsort(stable=True), given_Pe.sum(0))
 
     def _sent(self, x_RD: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        room = x_RD.new_empty(sum(received), *x_RD.shape[1:])
-        return all_to_all_single(room, x_RD.contiguous(), received, sent, group=self.group)  # pyright: ignore
+        return _Exchange.apply(x_RD, sent, received, self.group)
 
     def _mixed(self, x_NGD: Tensor, dispatch_NGEC: Tensor, combine_NGEC: Tensor, own: ExpertWeights) -> Tensor:
         x_NGD, dispatch_NGEC, combine_NGEC = at_autocast_dtype(x_NGD.contiguous(), dispatch_NGEC, combine_NGEC)
@@ -143,8 +142,32 @@ class ExpertExchange:
 
     def _turned(self, x_ERD: Tensor) -> Tensor:
         """Part p of the first axis goes to process p, whose part comes in its place."""
-        x_ERD = x_ERD.contiguous()
-        return all_to_all_single(torch.empty_like(x_ERD), x_ERD, group=self.group)  # pyright: ignore
+        each = [len(x_ERD) // self.processes] * self.processes
+        return _Exchange.apply(x_ERD, each, each, self.group)
+
+
+class _Exchange(torch.autograd.Function):
+    """torch's all-to-all, whose gradient goes the way back.
+
+    torch has had that as a function, but what is public of it warns of its end from version 2.13 on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+        ctx.settings = (sent, received, group)
+        return _exchange(x, sent, received, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        sent, received, group = ctx.settings
+        return _exchange(grad_outputs[0], received, sent, group), None, None, None
+
+
+def _exchange(x: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+    room = x.new_empty(sum(received), *x.shape[1:])
+    dist.all_to_all_single(room, x.contiguous(), received, sent, group=group)
+    return room
 
 
 def _added(y_RD: Tensor, token_R: Tensor, weight_R: Tensor, tokens: int) -> Tensor:

@@ -132,6 +132,7 @@ def train(
             _run_steps(run, model, arguments, checkpoint=checkpoint, step=step)
         finally:
             reporter.end_run()
+    model.to(arguments.device)  # after a run in shards, once their memory is free
     outcome = _outcome(out, interrupted=ranks.any_rank(stop.requested))
     if outcome.steps == config.steps and arguments.should_save:
         with checkpoints.new_folder(out / checkpoints.FINAL, step=config.steps, settings=trained) as folder:
@@ -285,7 +286,6 @@ def _run_steps(
     trained.zero_grad(set_to_none=True)
     if trained is not model:
         sharding.gather(trained, model)
-        model.to(arguments.device)
 
 
 def _outcome(out: Path, *, interrupted: bool) -> TrainingOutcome:

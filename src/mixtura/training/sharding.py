@@ -11,7 +11,7 @@ Letters of the layout are those of `mixtura plan`: replicas (DP), shards (FSDP),
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from mixtura.config import TrainingConfig, UserError
 from mixtura.kernels import ExpertExchange
-from mixtura.layers import Experts, MergedExperts
+from mixtura.layers import Experts, MergedExperts, MixtureOfTokens, SoftMoE
 from mixtura.models import MixtureForCausalLM
 from mixtura.models.decoder_layer import MixtureDecoderLayer
 from mixtura.training import ranks
@@ -121,6 +121,27 @@ def _check_experts(model: MixtureForCausalLM, layout: Layout) -> None:
                 f"{' and '.join(map(str, widths))} rows of an expert's projections, which they cannot evenly: choose "
                 "'training.shards' so that they can."
             )
+
+
+def check_batches(
+    model: MixtureForCausalLM, layout: Layout, batches: Sequence[Mapping[str, Any]], device: torch.device
+) -> None:
+    """Refuses a step whose batches have other lengths on other processes, where these exchange mixtures of one size.
+
+    Raises:
+        UserError: on all processes alike, which would otherwise wait for each other for ever.
+    """
+    if layout.expert_ranks == 1 or not any(isinstance(each, MixtureOfTokens | SoftMoE) for each in model.modules()):
+        return
+    sizes = torch.tensor([tuple(batch["input_ids"].shape) for batch in batches], device=device)
+    least, most = sizes.clone(), sizes.clone()
+    for each, chosen in ((least, distributed.ReduceOp.MIN), (most, distributed.ReduceOp.MAX)):
+        distributed.all_reduce(each, chosen)
+    if not torch.equal(least, most):
+        raise UserError(
+            "The processes have batches of different lengths, so their mixtures are not as many as one another's: set "
+            "'training.expert_ranks' to 1."
+        )
 
 
 def divide(model: nn.Module, layout: Layout, device: torch.device) -> nn.Module:

@@ -128,6 +128,8 @@ class MixtureTrainer(Trainer):
         step, steps = self.state.global_step, self.run.config.steps
         if self._mixture is None:
             return
+        if self.run.layout is not None:
+            sharding.check_batches(self._mixture, self.run.layout, batches, self.args.device)
         if transition_due(self._mixture, step, steps=steps):
             ids = [batch["input_ids"] for batch in batches]
             change_to_token_choice(self._mixture, ids, add_up=self._sum_over_ranks)
