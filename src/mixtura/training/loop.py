@@ -93,19 +93,16 @@ def train(
     """
     _prepare_process(model, config)
     task.check(model, batch_size=config.batch_size)
-    sharding.check_layout(model, config, ranks.world_size())
-    layout = sharding.layout_of(config, ranks.world_size())
+    layout = sharding.check_layout(model, config, ranks.world_size())
     arguments = training_arguments(model, config, seed=seed, out=out)
     trained = task.settings(model)
     if arguments.should_save:
         settings = _settings(trained, config, learning_rate=learning_rate, seed=seed, world_size=arguments.world_size)
         _prepare_folder(out, settings, resume=resume)
     ranks.wait_for_all()
-    if layout is None:
-        model.to(arguments.device)
     if (out / checkpoints.FINAL).exists():
         checkpoints.check_checkpoint(out / checkpoints.FINAL, trained)
-        task.load(model, out / checkpoints.FINAL)
+        task.load(model.to(arguments.device), out / checkpoints.FINAL)
         return _outcome(out, interrupted=False)
     checkpoint = checkpoints.newest_checkpoint(out)
     step = checkpoints.check_checkpoint(checkpoint, trained) if checkpoint else 0
@@ -132,7 +129,7 @@ def train(
             _run_steps(run, model, arguments, checkpoint=checkpoint, step=step)
         finally:
             reporter.end_run()
-    model.to(arguments.device)  # after a run in shards, once their memory is free
+    model.to(arguments.device)  # of a run in shards only now, when their memory is free
     outcome = _outcome(out, interrupted=ranks.any_rank(stop.requested))
     if outcome.steps == config.steps and arguments.should_save:
         with checkpoints.new_folder(out / checkpoints.FINAL, step=config.steps, settings=trained) as folder:
@@ -272,7 +269,8 @@ def _run_steps(
     keep_freed_memory()
     if (warning := slow_memory(model, run.label)) is not None:
         run.reporter.note(warning)
-    trained = model if run.layout is None else sharding.divide(model, run.layout, arguments.device)
+    device = arguments.device
+    trained = model.to(device) if run.layout is None else sharding.divide(model, run.layout, device)
     optimizer = build_optimizer(trained, run.config, learning_rate=run.learning_rate)
     trainer = MixtureTrainer(
         run,

@@ -76,14 +76,14 @@ def layout_of(config: TrainingConfig, processes: int) -> Layout | None:
     return Layout(processes, shards, expert_ranks)
 
 
-def check_layout(model: nn.Module, config: TrainingConfig, processes: int) -> None:
-    """Refuses what cannot be trained in the layout that a recipe asks for, before anything is.
+def check_layout(model: nn.Module, config: TrainingConfig, processes: int) -> Layout | None:
+    """`layout_of`, after refusing what cannot be trained in it.
 
     Raises:
         UserError: names the setting and the fix.
     """
     if not in_shards(config):
-        return
+        return None
     fix = "leave 'training.shards' and 'training.expert_ranks' at 1"
     if not isinstance(model, MixtureForCausalLM):
         raise UserError(f"Only models of this library are trained in shards, not a {type(model).__name__}: {fix}.")
@@ -96,6 +96,7 @@ def check_layout(model: nn.Module, config: TrainingConfig, processes: int) -> No
     layout = layout_of(config, processes)
     if layout is not None and layout.expert_ranks > 1:
         _check_experts(model, layout)
+    return layout
 
 
 def _check_experts(model: MixtureForCausalLM, layout: Layout) -> None:
