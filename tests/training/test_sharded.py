@@ -23,7 +23,8 @@ from mixtura.config import TrainingConfig, UserError
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.tasks.language_modelling.task import LanguageModelling
 from mixtura.training import read_metrics, train
-from mixtura.training.sharded_saving import load_model
+from mixtura.training.saving import writing
+from mixtura.training.sharded_saving import load_model, save_shards
 from mixtura.training.sharding import Layout, check_layout, layout_of
 
 TOLERANCE = 1e-5
@@ -342,6 +343,13 @@ def test_a_hostile_checkpoint_in_shards_is_refused_and_its_pickle_is_not_run(run
 def test_weights_of_another_model_are_refused(runs):
     with pytest.raises(UserError, match="damaged or of another model: its shards cannot be read"):
         load_model(_model("dense"), runs.folder / "4" / "copies" / "checkpoint-6", alone=True)
+
+
+def test_a_folder_that_cannot_be_written_is_told_as_other_writes_are(tmp_path):
+    model = _model("dense")
+    (tmp_path / "shards").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot be written \(.*make room or check its permissions"), writing(tmp_path):
+        save_shards(model, torch.optim.AdamW(model.parameters()), tmp_path)
 
 
 @pytest.mark.slow

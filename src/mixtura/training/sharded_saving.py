@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from mixtura.config import UserError
 from mixtura.errors import reason_of
@@ -33,7 +34,7 @@ def save_shards(model: nn.Module, optimizer: Any, folder: Path) -> None:
     writer = HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
     try:
         with _alone_in_silence():
-            dcp.save(state, storage_writer=writer, no_dist=not distributed.is_initialized())
+            save(state, storage_writer=writer, no_dist=not distributed.is_initialized())
     except CheckpointException as error:
         raise OSError(f"{SHARDS} could not be written: {_first_reason(error)}") from error
 
@@ -62,12 +63,11 @@ def _load(state: dict[str, Tensor], folder: Path, *, alone: bool = False) -> Non
     reader = HuggingFaceStorageReader(str(folder / SHARDS))
     try:
         with _alone_in_silence():
-            dcp.load(state, storage_reader=reader, no_dist=alone or not distributed.is_initialized())
+            load(state, storage_reader=reader, no_dist=alone or not distributed.is_initialized())
     except (CheckpointException, Exception) as error:  # files, headers and plans each have errors of their own
-        reason = _first_reason(error) if isinstance(error, CheckpointException) else reason_of(error)
         raise UserError(
-            f"The checkpoint '{folder}' is damaged or of another model: its {SHARDS} cannot be read ({reason}); remove "
-            "the folder to go on from the one before it, or from the start."
+            f"The checkpoint '{folder}' is damaged or of another model: its {SHARDS} cannot be read "
+            f"({_first_reason(error)}); remove the folder to go on from the one before it, or from the start."
         ) from error
 
 
@@ -79,9 +79,11 @@ def _alone_in_silence() -> Iterator[None]:
         yield
 
 
-def _first_reason(error: CheckpointException) -> str:
-    failed = next(iter(error.failures.values()), None)
-    return reason_of(failed[0]) if failed else str(error)
+def _first_reason(error: BaseException) -> str:
+    """Why it failed, in the first process where it did."""
+    if isinstance(error, CheckpointException):
+        error = next((failed for failed, _ in error.failures.values()), error)
+    return reason_of(error) if isinstance(error, Exception) else str(error)
 
 
 def _model_state(model: nn.Module) -> dict[str, Tensor]:
