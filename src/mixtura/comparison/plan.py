@@ -36,6 +36,7 @@ from mixtura.results.document import Task
 from mixtura.tasks.language_modelling.experiment import PretrainingArm, make_pretraining
 from mixtura.training import ProgressReporter, ranks
 from mixtura.training.interface import Arm, Experiment
+from mixtura.training.sharding import check_layout, layout_of
 
 
 def task_of(recipe: AnyRecipe) -> Task:
@@ -65,8 +66,8 @@ def check_arms(arms: Mapping[str, Arm], training: TrainingConfig) -> None:
     """Refuses arms that could not be trained or evaluated, before any of them is.
 
     Raises:
-        UserError: an arm's task says why, the processes cannot share its batches, or its experts cannot run on the
-            backend, or no arm has experts that could.
+        UserError: an arm's task says why, the processes cannot share its batches or its weights, or its experts cannot
+            run on the backend, or no arm has experts that could.
     """
     device, backend = torch.device("cuda" if torch.cuda.is_available() else "cpu"), training.experts_backend
     used = backend == "auto"
@@ -75,6 +76,7 @@ def check_arms(arms: Mapping[str, Arm], training: TrainingConfig) -> None:
         used |= use_experts_backend(model, backend, device=device, dtype=training.dtype)
         arm.task.check(model, batch_size=training.batch_size)
         ranks.share_of_step(model, training, ranks.world_size())
+        check_layout(model, training, ranks.world_size())
     if not used:
         raise UserError(
             f"'training.experts_backend' is '{backend}', but no arm has experts that tokens choose: set it to \"auto\"."
@@ -130,7 +132,7 @@ def check_memory(recipe: AnyRecipe) -> None:
         length = recipe.data.max_length or MOST_PAIR_TOKENS
     else:
         return
-    most = machine_bytes()
+    most, layout = machine_bytes(), layout_of(recipe.training, ranks.world_size())
     for name, layer in layers.items():
         config = build_model_config(
             recipe.model,
@@ -144,6 +146,7 @@ def check_memory(recipe: AnyRecipe) -> None:
         state = state_memory(config, optimizer=known)  # pyright: ignore[reportArgumentType]
         # The other optimizers keep less; what they keep is left out.
         planned = state.total if optimizer == known else state.total - state.optimizer
+        planned = planned if layout is None else planned // layout.shards
         if planned > most:
             raise UserError(
                 f"Arm '{name}' needs {in_words(planned)} for parameters, gradients and optimizer state, but this "

@@ -24,6 +24,7 @@ from mixtura.training import ranks
 from mixtura.training.interface import Arm, Batch
 from mixtura.training.optimization import build_optimizer, clip_gradients
 from mixtura.training.process import keep_freed_memory
+from mixtura.training.sharding import in_step
 
 WARM_UP_ROUNDS, ROUNDS = 2, 12
 ROUNDS_IN_PARTS = 2
@@ -75,11 +76,10 @@ class _Step:
             enable = next((getattr(self.model, name) for name in names if hasattr(self.model, name)), None)
             if enable is not None:
                 enable()
-        self.model.to(device)
         use_experts_backend(self.model, training.experts_backend, device=device, dtype=training.dtype)
         self.share = ranks.share_of_step(self.model, training, ranks.world_size())
         # Under torchrun a step ends when all have exchanged their gradients, as in training.
-        self.trained = ranks.in_step(self.model) if ranks.world_size() > 1 else self.model
+        self.model, self.trained = in_step(self.model, training, device)
         self.optimizer = build_optimizer(self.model, training, learning_rate=1e-4)
         self.batches = _batches(arm, training, self.share, device)
         self.kinds = [(1.0, 0.0)]

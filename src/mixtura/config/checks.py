@@ -125,7 +125,10 @@ def refuse_scales(search: SearchConfig) -> None:
 
 _AT_MOST = {"threads": 1024, "num_hidden_layers": 10_000}
 """With many more threads a process crashes before it could say why; millions of layers take minutes to count."""
-_MAY_BE_ZERO = {"weight_decay", "threads", "warmup_fraction", "min_learning_rate_fraction", "adam_beta1", "adam_beta2"}
+_MAY_BE_ZERO = {
+    *("weight_decay", "threads", "shards", "warmup_fraction", "min_learning_rate_fraction"),
+    *("adam_beta1", "adam_beta2"),
+}
 
 
 def check_positive(name: str, section: Any) -> None:

@@ -102,6 +102,11 @@ class TrainingConfig:
     experts_backend: Literal["auto", "eager", "grouped_mm", "batched_mm", "sonicmoe", "scattermoe"] = "auto"
     """What computes the experts of token choice and of stock mixtures: "auto" is Mixtura's kernels, in stock mixtures
     transformers' choice. sonicmoe and scattermoe need a GPU and `pip install kernels`. Other families have one way."""
+    shards: int = 1
+    """Processes that hold one copy of the model together, each a shard of its weights, gradients and optimizer state
+    (FSDP2); 1: each holds a whole copy; 0: all together."""
+    expert_ranks: int = 1
+    """Processes among which the experts of one copy are divided (expert parallel)."""
     threads: int = 0
     """CPU threads; 0 leaves the choice to torch."""
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()

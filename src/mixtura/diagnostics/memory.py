@@ -38,9 +38,9 @@ def measure_peak_memory(step: Callable[[], None], *, device: torch.device | str 
 
 
 def live_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Bytes of parameters, buffers, gradients and optimizer state; shared storage counts once."""
-    tensors: list[Tensor] = _tensors([*model.parameters(), *model.buffers()])
-    tensors += [p.grad for p in model.parameters() if p.grad is not None]
+    """Bytes of parameters, buffers, gradients and optimizer state; shared storage counts once, shards are our own."""
+    tensors = _tensors([*model.parameters(), *model.buffers()])
+    tensors += _tensors([p.grad for p in model.parameters() if p.grad is not None])
     if optimizer is not None:
         tensors += _tensors(list(optimizer.state.values()))
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}

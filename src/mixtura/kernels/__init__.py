@@ -14,6 +14,7 @@ from mixtura.kernels.dispatch import order_by_expert as order_by_expert
 from mixtura.kernels.dispatch import routed_ffn as routed_ffn
 from mixtura.kernels.dispatch import rows_by_expert as rows_by_expert
 from mixtura.kernels.dispatch import top_k as top_k
+from mixtura.kernels.exchange import ExpertExchange as ExpertExchange
 from mixtura.kernels.expert_weights import ExpertWeights as ExpertWeights
 from mixtura.kernels.mixing import batched_ffn as batched_ffn
 from mixtura.kernels.mixing import merged_experts as merged_experts

@@ -4,12 +4,13 @@ Shapes: E experts, D hidden, F expert width, R rows.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mixtura.kernels import ExpertWeights
+from mixtura.kernels import ExpertExchange, ExpertWeights
 from mixtura.kernels.expert_weights import check_activation
 
 
@@ -59,6 +60,8 @@ class Experts(nn.Module):
         up = nn.Parameter(torch.empty(num_experts, width, self.input_size))
         self.register_parameter("gate_up_proj" if gated else "up_proj", up)
         self.down_proj = nn.Parameter(torch.empty(num_experts, self.input_size, intermediate_size))
+        self.exchange: ExpertExchange | None = None
+        """Where processes share the experts: reaches those of the others; the projections are then of this one."""
         self.reset_parameters()
 
     @property
@@ -81,9 +84,10 @@ class Experts(nn.Module):
         it wraps is called, so a layer that read `weights` from outside would compute without the update.
         """
         experts = ExpertWeights(*self.weights, self.activation, self.gated)
-        if self.to_latent is None or self.from_latent is None:
-            return kernel(x, *routing, experts)
-        return self.from_latent(kernel(self.to_latent(x), *routing, experts))
+        x = x if self.to_latent is None else self.to_latent(x)
+        run = kernel if self.exchange is None else partial(self.exchange.run, kernel)
+        y = run(x, *routing, experts)
+        return y if self.from_latent is None else self.from_latent(y)
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""

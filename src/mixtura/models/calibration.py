@@ -5,10 +5,11 @@ moving averages while it trains.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixtura.config import UserError
 from mixtura.layers.token_by_token import Observation
@@ -66,7 +67,11 @@ def observe_population(model: MixturePreTrainedModel, observing: bool) -> None:
 
 @torch.no_grad()
 def update_population(
-    model: MixturePreTrainedModel, *, rate: float, average: Callable[[Tensor], Tensor] | None = None
+    model: MixturePreTrainedModel,
+    *,
+    rate: float,
+    average: Callable[[Tensor], Tensor] | None = None,
+    reading: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Moves the averages towards what was seen in the last batch; call it after an optimizer step.
 
@@ -76,6 +81,7 @@ def update_population(
         model: one whose layers keep averages and observe.
         rate: weight of the last batch, see `mixtura.layers.Population.update`.
         average: returns the mean of a tensor over all ranks, so that all hold the same averages; None for one process.
+        reading: a block in which the weights of a layer can be used, where they are not always at hand.
     """
     for layer in model.mixture_of_tokens_layers():
         if layer.population is None or layer.observed is None:
@@ -83,7 +89,8 @@ def update_population(
         seen, layer.observed = layer.observed, None
         if average is not None:
             seen = Observation(*(average(value) for value in seen))
-        layer.population.update(seen, layer.experts, rate=rate)
+        with reading(layer):
+            layer.population.update(seen, layer.experts, rate=rate)
 
 
 def _check_groups(ids_BL: Tensor, group_over: str, group_size: int) -> None:

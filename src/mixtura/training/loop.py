@@ -21,7 +21,7 @@ from mixtura.config import TrainingConfig, UserError
 from mixtura.models.experts_backends import use_experts_backend
 from mixtura.results import Facts
 from mixtura.results.run import CurvePoint
-from mixtura.training import ranks
+from mixtura.training import ranks, sharded_saving, sharding
 from mixtura.training import saving as checkpoints
 from mixtura.training.interface import TrainingTask
 from mixtura.training.metrics import (
@@ -40,7 +40,7 @@ from mixtura.training.trainer import MixtureTrainer, RunContext
 
 METRICS = "metrics.jsonl"
 # Settings that may differ when a run resumes, because they do not affect its numbers.
-_FREE_TO_CHANGE = {"save_every", "threads", "trackers"}
+_FREE_TO_CHANGE = {"save_every", "threads", "trackers", "shards", "expert_ranks"}
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,17 @@ def train(
     """
     _prepare_process(model, config)
     task.check(model, batch_size=config.batch_size)
+    layout = sharding.check_layout(model, config, ranks.world_size())
     arguments = training_arguments(model, config, seed=seed, out=out)
     trained = task.settings(model)
     if arguments.should_save:
         settings = _settings(trained, config, learning_rate=learning_rate, seed=seed, world_size=arguments.world_size)
         _prepare_folder(out, settings, resume=resume)
     ranks.wait_for_all()
-    model.to(arguments.device)
     use_experts_backend(model, config.experts_backend, device=arguments.device, dtype=config.dtype)
     if (out / checkpoints.FINAL).exists():
         checkpoints.check_checkpoint(out / checkpoints.FINAL, trained)
-        task.load(model, out / checkpoints.FINAL)
+        task.load(model.to(arguments.device), out / checkpoints.FINAL)
         return _outcome(out, interrupted=False)
     checkpoint = checkpoints.newest_checkpoint(out)
     step = checkpoints.check_checkpoint(checkpoint, trained) if checkpoint else 0
@@ -117,6 +117,7 @@ def train(
             label=label,
             out=out,
             config=config,
+            layout=layout,
             learning_rate=learning_rate,
             tokens_per_step=sequences_per_step(config) * task.tokens_per_example,
             shares_micro_batches=arguments.per_device_train_batch_size < config.batch_size,
@@ -130,6 +131,7 @@ def train(
             _run_steps(run, model, arguments, checkpoint=checkpoint, step=step)
         finally:
             reporter.end_run()
+    model.to(arguments.device)  # of a run in shards only now, when their memory is free
     outcome = _outcome(out, interrupted=ranks.any_rank(stop.requested))
     if outcome.steps == config.steps and arguments.should_save:
         with checkpoints.new_folder(out / checkpoints.FINAL, step=config.steps, settings=trained) as folder:
@@ -210,7 +212,7 @@ def _settings(
     return {
         "seed": seed,
         "learning_rate": learning_rate,
-        "world_size": world_size,
+        "world_size": "any, in shards" if sharding.in_shards(config) else world_size,
         "training": training,
         **trained,
     }
@@ -260,23 +262,30 @@ def _run_steps(
 ) -> None:
     if checkpoint is not None and step >= run.config.steps:
         # Nothing is left to do, but the stock Trainer would take one more step.
-        run.task.load(model, checkpoint)
+        if sharding.in_shards(run.config):
+            sharded_saving.load_model(model, checkpoint, alone=True)
+        else:
+            run.task.load(model, checkpoint)
         return
     length = run.config.steps * sequences_per_step(run.config)
     keep_freed_memory()
     if (warning := slow_memory(model, run.label)) is not None:
         run.reporter.note(warning)
-    optimizer = build_optimizer(model, run.config, learning_rate=run.learning_rate)
+    device = arguments.device
+    trained = model.to(device) if run.layout is None else sharding.divide(model, run.layout, device)
+    optimizer = build_optimizer(trained, run.config, learning_rate=run.learning_rate)
     trainer = MixtureTrainer(
         run,
-        model=model,
+        model=trained,
         args=arguments,
         data_collator=run.task.collate,
         train_dataset=run.task.dataset(length=length, seed=arguments.seed),
         optimizers=(optimizer, build_schedule(optimizer, run.config)),
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    model.zero_grad(set_to_none=True)
+    trained.zero_grad(set_to_none=True)
+    if trained is not model:
+        sharding.gather(trained, model)
 
 
 def _outcome(out: Path, *, interrupted: bool) -> TrainingOutcome:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -73,9 +74,10 @@ class Muon(Optimizer):
         state["momentum"].lerp_(grad, 1 - _MOMENTUM)
         nesterov = torch.lerp(grad, state["momentum"], _MOMENTUM)
         rows = parameter.size(-2) // group["matrices"]
-        update_PMN = orthogonalize(nesterov.reshape(-1, rows, parameter.size(-1)))
+        update_PMN = orthogonalize(_whole(nesterov).reshape(-1, rows, parameter.size(-1)))
         size = 0.2 * max(update_PMN.shape[-2:]) ** 0.5
-        parameter.add_(update_PMN.view(parameter.shape).to(parameter.dtype), alpha=-group["lr"] * size)
+        update = _part_of(update_PMN.view(parameter.shape).to(parameter.dtype), parameter)
+        parameter.add_(update, alpha=-group["lr"] * size)
 
     def _move_by_adam(self, parameter: Tensor, group: _ParameterGroup) -> None:
         state, grad, (beta1, beta2) = self.state[parameter], parameter.grad, group["betas"]
@@ -89,6 +91,13 @@ class Muon(Optimizer):
         state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         root = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(_ADAM_EPSILON)
         parameter.addcdiv_(state["exp_avg"], root, value=-group["lr"] / (1 - beta1**step))
+
+
+def _part_of(update: Tensor, parameter: Any) -> Tensor:
+    """An update that every process has whole, divided as the parameter is."""
+    if not hasattr(parameter, "full_tensor"):
+        return update
+    return distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def orthogonalize(x_PMN: Tensor) -> Tensor:
@@ -145,8 +154,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, *, learning_rate: 
     vectors = [parameter for parameter in trained if parameter.dim() < 2]
     groups = [
         {"params": parameters, "weight_decay": decay}
-        for parameters, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-        if parameters
+        for kind, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        for parameters in _by_mesh(kind)
     ]
     betas = (config.adam_beta1, config.adam_beta2)
     if config.optimizer == "muon":
@@ -157,6 +166,14 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, *, learning_rate: 
         return import_module("torchao.optim").AdamW8bit(groups, lr=learning_rate, betas=betas)
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in trained)
     return AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+
+def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Any]]:
+    """Parameters that one operation of torch can take together: those that are divided alike, or not at all."""
+    groups: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return list(groups.values())
 
 
 def _muon_groups(model: nn.Module, config: TrainingConfig) -> list[_ParameterGroup]:
@@ -178,13 +195,23 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
     If the norm is within the bound, torch multiplies all gradients by 1. On the CPU that pass over the gradients of
     every expert is left out; on a GPU, finding out whether it is needed would wait for the device.
+
+    Of gradients in shards, the norm is that of the whole gradient of all parameters, however each is divided.
     """
     trained = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+    groups = _by_mesh(parameter.grad for parameter in trained if parameter.grad is not None)
+    norms = [_whole(get_total_norm(grads)) for grads in groups]
+    norm = norms[0] if len(norms) == 1 else get_total_norm(norms)
     within = norm.device.type == "cpu" and bool(norm + _CLIPPING_EPSILON <= max_norm)
     if not within:
-        clip_grads_with_norm_(trained, max_norm, norm)
+        for some in _by_mesh(trained):
+            clip_grads_with_norm_(some, max_norm, norm)
     return norm
+
+
+def _whole(tensor: Any) -> Tensor:
+    """The tensor that shards on several processes are parts of; a plain one is that already."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def build_schedule(optimizer: Optimizer, config: TrainingConfig) -> LambdaLR:
@@ -197,6 +224,15 @@ def build_schedule(optimizer: Optimizer, config: TrainingConfig) -> LambdaLR:
         decay_fraction=config.decay_fraction if config.schedule == "wsd" else None,
     )
     return LambdaLR(optimizer, factor)
+
+
+def set_schedule(optimizer: Optimizer, schedule: LambdaLR, step: int) -> None:
+    """Brings the schedule, and the rates that it sets, to where they are after so many steps."""
+    schedule.last_epoch = step
+    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
 
 
 def warmup_steps(config: TrainingConfig) -> int:

@@ -96,12 +96,6 @@ def first_goes_first() -> Iterator[None]:
         of_first(went_well)
 
 
-def in_step(model: nn.Module) -> nn.Module:
-    """The model so that a backward pass leaves gradients that are means over all processes."""
-    join()
-    return nn.parallel.DistributedDataParallel(model)
-
-
 def exchanging(model: nn.Module, now: bool) -> AbstractContextManager[Any]:
     """A block whose backward pass exchanges gradients, or, with `now` off, leaves that to a later one."""
     if now or not isinstance(model, nn.parallel.DistributedDataParallel):

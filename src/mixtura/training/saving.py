@@ -99,7 +99,7 @@ def numbered(out: Path, step: int) -> Path:
 
 def newest_checkpoint(out: Path) -> Path | None:
     """The `checkpoint-N` of the highest N."""
-    return max(_numbered(out), key=_number, default=None)
+    return max(_numbered(out), key=step_of, default=None)
 
 
 def drop_partial_folders(out: Path) -> None:
@@ -111,7 +111,7 @@ def drop_partial_folders(out: Path) -> None:
 def drop_old_checkpoints(out: Path, *, keep: int) -> None:
     """Removes all whole checkpoints but the newest `keep`; folders that this library did not write are left alone."""
     ours = [folder for folder in _numbered(out) if (folder / COMPLETE).exists()]
-    for folder in sorted(ours, key=_number)[:-keep]:
+    for folder in sorted(ours, key=step_of)[:-keep]:
         shutil.rmtree(folder)
 
 
@@ -298,7 +298,8 @@ def _numbered(out: Path) -> list[Path]:
     return [path for path in out.glob(f"{_PREFIX}*") if path.is_dir() and path.name[len(_PREFIX) :].isdecimal()]
 
 
-def _number(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step N of a `checkpoint-N`."""
     return int(folder.name[len(_PREFIX) :])
 
 

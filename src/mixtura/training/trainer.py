@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ from mixtura.models import MixtureForCausalLM
 from mixtura.models.calibration import observe_population, update_population
 from mixtura.models.transition import change_to_token_choice, transition_due
 from mixtura.results import Facts
-from mixtura.training import balance, ranks
+from mixtura.training import balance, ranks, sharded_saving, sharding
 from mixtura.training import saving as checkpoints
 from mixtura.training.interface import Batch, StepLosses, TrainingTask
 from mixtura.training.metrics import MetricsFile
-from mixtura.training.optimization import clip_gradients
+from mixtura.training.optimization import clip_gradients, set_schedule
 from mixtura.training.process import StopRequest
 from mixtura.training.progress import ProgressReporter
 
@@ -56,6 +57,8 @@ class RunContext:
     label: str
     out: Path
     config: TrainingConfig
+    layout: sharding.Layout | None
+    """How the processes hold the model together; None where each has a whole one."""
     learning_rate: float
     tokens_per_step: float
     shares_micro_batches: bool
@@ -125,6 +128,8 @@ class MixtureTrainer(Trainer):
         step, steps = self.state.global_step, self.run.config.steps
         if self._mixture is None:
             return
+        if self.run.layout is not None:
+            sharding.check_batches(self._mixture, self.run.layout, batches, self.args.device)
         if transition_due(self._mixture, step, steps=steps):
             ids = [batch["input_ids"] for batch in batches]
             change_to_token_choice(self._mixture, ids, add_up=self._sum_over_ranks)
@@ -163,7 +168,12 @@ class MixtureTrainer(Trainer):
         if mixture is not None:
             self._update_routers(mixture, totals)
         if mixture is not None and mixture.config.population_rate > 0:
-            update_population(mixture, rate=mixture.config.population_rate, average=self._mean_over_ranks)
+            update_population(
+                mixture,
+                rate=mixture.config.population_rate,
+                average=self._mean_over_ranks,
+                reading=partial(sharding.reading, mixture),
+            )
         self._load_totals = balance.add_totals(self._load_totals, totals)
         self._load_steps += 1
         step, config = self.state.global_step, self.run.config
@@ -182,7 +192,8 @@ class MixtureTrainer(Trainer):
         balance.update_thresholds(layers, rate=config.threshold_rate, reduce=self._sum_over_ranks)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
-        if self.args.device.type != "cpu" or self.accelerator.distributed_type != DistributedType.NO:
+        alone_on_cpu = self.args.device.type == "cpu" and self.accelerator.distributed_type == DistributedType.NO
+        if self.run.layout is None and not alone_on_cpu:
             return super()._clip_grad_norm(model)
         return clip_gradients(model.parameters(), self.args.max_grad_norm)
 
@@ -217,9 +228,13 @@ class MixtureTrainer(Trainer):
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Measures held-out examples on the first rank, as the task does during training; records finite values."""
+        """Measures held-out examples on the first rank, as the task does during training; records finite values.
+
+        Of a model in shards every rank has a part, so all measure, the same examples at the same time.
+        """
         step, first = self.state.global_step, self.is_world_process_zero()
-        measured = self.run.task.evaluate(self.model, final=False) if first else {}  # pyright: ignore
+        measures = first or self.run.layout is not None
+        measured = self.run.task.evaluate(self.model, final=False) if measures else {}  # pyright: ignore
         losses = [measures["loss"] for measures in measured.values()]
         self._check_finite(step, loss=ranks.of_first(sum(losses)), grad_norm=0.0)
         if first:
@@ -243,17 +258,20 @@ class MixtureTrainer(Trainer):
         step = self.state.global_step
         folder = checkpoints.numbered(self.run.out, step)
         first = self.is_world_process_zero()
-        with checkpoints.new_folder(folder, step=step, settings=self.run.settings, first=first) as partial:
+        with checkpoints.new_folder(folder, step=step, settings=self.run.settings, first=first) as unfinished:
             self.accelerator.wait_for_everyone()
-            checkpoints.save_tensors(checkpoints.random_state(), partial / self._random_state_file())
-            if first:
-                if self.run.metrics is not None:
-                    self.run.metrics.sync()
-                self.run.task.save(self.model, partial)  # pyright: ignore[reportArgumentType]
+            checkpoints.save_tensors(checkpoints.random_state(), unfinished / self._random_state_file())
+            if first and self.run.metrics is not None:
+                self.run.metrics.sync()
+            if sharding.in_shards(self.run.config):
+                sharded_saving.save_shards(self.model, self.optimizer, unfinished)  # pyright: ignore[reportArgumentType]
+            elif first:
+                self.run.task.save(self.model, unfinished)  # pyright: ignore[reportArgumentType]
                 for name, part in self._optimization.items():
-                    checkpoints.save_tensors(part.state_dict(), partial / f"{name}.pt")
-                self.state.save_to_json(str(partial / "trainer_state.json"))
-                self._save_load(partial / _LOAD_FILE)
+                    checkpoints.save_tensors(part.state_dict(), unfinished / f"{name}.pt")
+            if first:
+                self.state.save_to_json(str(unfinished / "trainer_state.json"))
+                self._save_load(unfinished / _LOAD_FILE)
             self.accelerator.wait_for_everyone()
         if first:
             checkpoints.drop_old_checkpoints(self.run.out, keep=KEEP_CHECKPOINTS)
@@ -262,20 +280,31 @@ class MixtureTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        self.run.task.load(self.model, folder)  # pyright: ignore[reportArgumentType]
+        if sharding.in_shards(self.run.config):
+            sharded_saving.load_model(self.model, folder)  # pyright: ignore[reportArgumentType]
+        else:
+            self.run.task.load(self.model, folder)  # pyright: ignore[reportArgumentType]
         load = {name: value.to(self.args.device) for name, value in load_file(folder / _LOAD_FILE).items()}
         self._load_steps = int(load.pop("steps"))
         if self._load_steps:
             self._load_totals = balance.StepTotals(**load)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
+        if checkpoint is None:
+            return
+        if sharding.in_shards(self.run.config):
+            folder = Path(checkpoint)
+            sharded_saving.load_optimizer(self.model, self.optimizer, folder)  # pyright: ignore[reportArgumentType]
+            set_schedule(self.optimizer, self.lr_scheduler, checkpoints.step_of(folder))  # pyright: ignore
+        else:
             for name, part in self._optimization.items():
                 part.load_state_dict(checkpoints.load_tensors(Path(checkpoint) / f"{name}.pt"))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            checkpoints.set_random_state(checkpoints.load_tensors(Path(checkpoint) / self._random_state_file()))
+        state = None if checkpoint is None else Path(checkpoint) / self._random_state_file()
+        # A run in shards may go on with more processes than it had; new ones draw what `begin` has seeded.
+        if state is not None and (state.exists() or not sharding.in_shards(self.run.config)):
+            checkpoints.set_random_state(checkpoints.load_tensors(state))
 
     def _save_load(self, path: Path) -> None:
         totals = self._load_totals._asdict() if self._load_totals is not None else {}
