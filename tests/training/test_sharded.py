@@ -402,6 +402,11 @@ def test_processes_that_do_not_divide_are_refused(settings, told):
     ("name", "settings", "told"),
     [
         ("merged experts", EXPERTS, "merged experts need the weights of all experts everywhere: set it to 1"),
+        (
+            "parts",
+            EXPERTS | {"experts_backend": "eager"},
+            "experts that processes share run on Mixtura's kernels alone",
+        ),
         ("last steps alone", EXPERTS, "'zero_fill' and 'alone_fraction' draw other groups on every process"),
         ("parts", {"expert_ranks": 8}, "is 8, which does not divide the 4 experts of a layer"),
         (
