@@ -6,7 +6,7 @@ as it is without a word: here nf4 stores those too, by bitsandbytes' parametrisa
 experts whenever it runs. Embeddings, heads, norms and routers stay as they are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
@@ -39,7 +39,7 @@ class Quantized(NamedTuple):
         return text + (f", {self.quantized_experts:,} of the {self.experts:,} of experts." if self.experts else ".")
 
 
-def loading_options(quantize: Quantize) -> dict[str, Any]:
+def loading_options(quantize: Quantize) -> Mapping[str, Any]:
     """What `from_pretrained` takes for a base in few bits; nothing for "none".
 
     Raises:

@@ -123,7 +123,7 @@ def export_classifier(checkpoint: Path, out: Path) -> None:
         tokenizer.save_pretrained(new)
 
 
-def _head(table: dict[str, Any]) -> HeadConfig:
+def _head(table: dict) -> HeadConfig:
     layer = table.get("feed_forward")
     return HeadConfig(**{**table, "feed_forward": None if layer is None else ArmConfig(**layer)})
 
