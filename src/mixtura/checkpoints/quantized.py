@@ -68,7 +68,7 @@ def complete_nf4(model: nn.Module) -> None:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On CPUs with AVX-512 bitsandbytes repacks weights at the first evaluation for a product without a
             # gradient, and never back: training after it would stop at every such layer.
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
     replace = import_module("bitsandbytes.nn.parametrize").replace_parameter_4bit
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):

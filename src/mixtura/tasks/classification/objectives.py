@@ -178,7 +178,7 @@ class SeveralLabels(Objective):
     def lines(self, answer_NC: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Iterator[Facts]:
         """`truth` and `labels`, lists of names, and the `probabilities` of all labels."""
         for truth_C, said_C, row_C in zip(labels > 0, _given(answer_NC), _probabilities(answer_NC), strict=True):
-            truth, said = ([names[index] for index in np.flatnonzero(has_C)] for has_C in (truth_C, said_C))
+            truth, said = ([names[int(index)] for index in np.flatnonzero(has_C)] for has_C in (truth_C, said_C))
             yield {
                 "truth": truth,
                 "labels": said,

@@ -59,7 +59,7 @@ class TextClassifierForSequenceClassification(PreTrainedModel):
                 _head(config.head),
                 num_states=config.num_states,
                 hidden_size=base_config.get_text_config().hidden_size,
-                num_classes=config.num_labels,
+                num_classes=config.num_labels or 0,
                 layer=config.layer,
             ),
             base=base,

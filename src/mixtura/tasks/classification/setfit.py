@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -83,7 +82,9 @@ def setfit_answers(
             report_to="none",
             show_progress_bar=False,
         )
-        rows = Dataset.from_dict({"text": list(texts), "label": labels.astype(np.int64).tolist()})
+        rows = import_module("datasets").Dataset.from_dict(
+            {"text": list(texts), "label": labels.astype(np.int64).tolist()}
+        )
         setfit.Trainer(model=model, args=arguments, train_dataset=rows).train()
         return np.asarray(model.predict(list(asked), batch_size=64, show_progress_bar=False, as_numpy=True))
 
