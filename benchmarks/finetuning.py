@@ -62,7 +62,7 @@ def record_of(results: dict[str, Any], *, measured: str) -> dict[str, Any]:
                 "method": _method(recipe["arms"][name]) if recipe["base"]["name"] else "from scratch",
                 "trained": arm["parameters_trainable"],
                 "seconds_ratio": arm["seconds_ratio"],
-                "seconds_per_step": arm["seconds_per_step"],
+                "train_seconds": fmean(run["train_seconds"] for run in arm["runs"]),
                 "value": fmean(values[name].values()),
                 "seeds": len(values[name]),
                 "minus_baseline": None if name == baseline else _difference(results, name, values),

@@ -391,7 +391,7 @@ def _are(count: int) -> str:
     return f"{count or 'none'} {'are' if count > 1 else 'is'}"
 
 
-_HEAD = ["arm", "way", "trained", "step time", "score", "minus baseline (95 %)", "minus untuned base (95 %)"]
+_HEAD = ["arm", "way", "trained", "step time (training)", "score", "minus baseline (95 %)", "minus untuned base (95 %)"]
 
 
 def _run_of(name: str, record: dict[str, Any]) -> str:
@@ -408,8 +408,8 @@ def _run_of(name: str, record: dict[str, Any]) -> str:
 
 
 def _tuned(row: dict[str, Any], record: dict[str, Any]) -> list[str]:
-    ratio, seconds = row["seconds_ratio"], row["seconds_per_step"]
-    time = "-" if ratio is None else f"{ratio:.2f}" + ("" if seconds is None else f" ({seconds:.2f} s)")
+    ratio, seconds = row["seconds_ratio"], row["train_seconds"]
+    time = "-" if ratio is None else f"{ratio:.2f}" + ("" if seconds is None else f" ({seconds:,.0f} s)")
     return [
         row["arm"].replace("_", " "),
         row["method"],

@@ -6,7 +6,7 @@ as it is without a word: here nf4 stores those too, by bitsandbytes' parametrisa
 experts whenever it runs. Embeddings, heads, norms and routers stay as they are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
@@ -39,7 +39,7 @@ class Quantized(NamedTuple):
         return text + (f", {self.quantized_experts:,} of the {self.experts:,} of experts." if self.experts else ".")
 
 
-def loading_options(quantize: Quantize) -> dict[str, Any]:
+def loading_options(quantize: Quantize) -> Mapping[str, Any]:
     """What `from_pretrained` takes for a base in few bits; nothing for "none".
 
     Raises:
@@ -68,7 +68,7 @@ def complete_nf4(model: nn.Module) -> None:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On CPUs with AVX-512 bitsandbytes repacks weights at the first evaluation for a product without a
             # gradient, and never back: training after it would stop at every such layer.
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
     replace = import_module("bitsandbytes.nn.parametrize").replace_parameter_4bit
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):

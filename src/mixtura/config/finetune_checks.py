@@ -193,6 +193,11 @@ def _classification_checks(recipe: ClassificationRecipe) -> list[Callable[[], ob
 
 def _check_budgets(recipe: ClassificationRecipe) -> None:
     budgets = recipe.data.budgets
+    if recipe.setfit and not budgets:
+        raise UserError(
+            "'setfit' is true, but SetFit is for few texts and 'data.budgets' names no number of them: set it, such as "
+            "[8, 64]."
+        )
     if len(set(budgets)) < len(budgets) or any(budget < 1 for budget in budgets):
         raise UserError(
             f"'data.budgets' is {list(budgets)}: give different numbers of rows of each class, 1 or more, such as "

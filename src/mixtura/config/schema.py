@@ -289,6 +289,8 @@ class ClassificationRecipe:
     """A comparison of text classifiers."""
 
     task: Literal["classification"] = "classification"
+    setfit: bool = False
+    """Show SetFit beside the arms on the few texts of `data.budgets`, where its package is installed."""
     name: str
     description: str = ""
     seeds: tuple[int, ...] = (0,)

@@ -131,6 +131,11 @@ def _classification_parts(results: Results, labels: dict[str, str]) -> list[str]
         lines = [_row(["F1 of label", *labels.values()]), _rule(len(labels))]
         lines += [_row([escape(row.label), *(escape(cell.text) for cell in row.cells)]) for row in section.label_rows]
         parts.append("\n".join(lines))
+    if section and section.budget_rows:
+        head, *rest = section.budget_rows
+        lines = [_row([head.label, *(cell.text for cell in head.cells)]), _rule(len(head.cells))]
+        lines += [_row([escape(row.label), *(escape(cell.text) for cell in row.cells)]) for row in rest]
+        parts.append("\n".join(lines))
     if section and section.tests:
         parts.append("\n".join(f"- {labels[name]} by paired bootstrap: {escape(text)}" for name, text in section.tests))
     if names:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from mixtura.report.budgets import budget_rows, budgets_figure
 from mixtura.report.figures import SYMBOLS, Figure, make_trace, safe_text, seeds_and_mean
 from mixtura.report.measures import FURTHER
 from mixtura.report.tables import Cell, Group, Row
@@ -159,6 +160,8 @@ class ClassificationSection:
     """Most of any arm, where a text has one class."""
     label_rows: list[Row]
     """F1 of each label, a cell an arm, where a text has any number of labels."""
+    budget_rows: list[Row]
+    """The verdict's measure on few training texts: a row a reference or arm, a cell a number of texts of each class."""
     tests: list[tuple[str, str]]
     """(arm, words)."""
 
@@ -173,6 +176,7 @@ def classification_section(results: Results) -> ClassificationSection | None:
         confusions=[found for found in confusions if len(found.labels) <= _MOST_CLASSES],
         classes=max((len(found.labels) for found in confusions), default=0),
         label_rows=_label_rows(details, list(results.arms)),
+        budget_rows=budget_rows(results),
         tests=[(name, _tests_words(tests)) for name, tests in results.across_arms.paired_bootstrap.items()],
     )
 
@@ -296,31 +300,6 @@ def layer_weights_figure(results: Results, summary: Summary) -> Figure | None:
         "hovermode": "x unified",
         "xaxis": {"title": {"text": "Layer; 0 is the embeddings"}, "dtick": 1},
         "yaxis": {"title": {"text": "Weight"}, "rangemode": "tozero"},
-    }
-    return {"data": traces, "layout": layout}
-
-
-def budgets_figure(results: Results, summary: Summary) -> Figure | None:
-    """The verdict's measure over the training texts of each class, where some runs had few; the last points had all."""
-    budgets = results.across_arms.budgets
-    of_train = results.data.facts.get("examples_train")
-    if not budgets or not isinstance(of_train, int):
-        return None
-    traces = []
-    for index, (name, arm) in enumerate(results.arms.items()):
-        lines: dict[int, list[tuple[float, float]]] = {}
-        for score in budgets.get(name, []):
-            lines.setdefault(score.seed, []).append((float(score.rows), score.accuracy))
-        for run in arm.runs:
-            score = run.final.get(arm.deployed_mode or "", {}).get(results.measure.key)
-            if score is not None and run.seed in lines and isinstance(run.details, ClassificationDetails):
-                lines[run.seed].append((of_train / len(run.details.labels), score))
-        traces += seeds_and_mean(lines, summary.arms[name].label, index, "%{y:.2f} %")
-    layout = {
-        "height": 340,
-        "hovermode": "x unified",
-        "xaxis": {"title": {"text": "Training texts of each class; the last point has all"}, "type": "log"},
-        "yaxis": {"title": {"text": f"{results.measure.name[0].upper()}{results.measure.name[1:]}, %"}},
     }
     return {"data": traces, "layout": layout}
 

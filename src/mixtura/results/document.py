@@ -182,6 +182,8 @@ class AcrossArms:
     """The same in COMET, by language pair; empty where it was not asked for."""
     budgets: dict[str, list[BudgetScore]] = field(default_factory=dict)
     """For each arm its accuracy with few training examples, in classification where `data.budgets` names some."""
+    references: dict[str, list[BudgetScore]] = field(default_factory=dict)
+    """The same of what is no arm: "SetFit", where it was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from mixtura.adapters.targets import count_parameters
 from mixtura.config import ClassificationRecipe, HeadConfig, UserError
 from mixtura.config.adapt import MOST_TEXT_TOKENS, Amounts, common_length, with_batches_for
 from mixtura.data.labelled import LabelledCorpus, LabelledText, load_labelled
+from mixtura.files import write_json
 from mixtura.results import ArmDescription, Facts
 from mixtura.results.document import RESULT, AcrossArms, BudgetScore, budget_folder, read_run
 from mixtura.tasks.classification.arms import ClassificationArm, Pretrained
@@ -41,6 +42,7 @@ from mixtura.tasks.classification.features import (
 )
 from mixtura.tasks.classification.heads import blends_tokens
 from mixtura.tasks.classification.objectives import Lines, Objective, OneClass, SeveralLabels
+from mixtura.tasks.classification.setfit import check_setfit, setfit_answers
 from mixtura.tasks.classification.task import PREDICTIONS, Splits
 from mixtura.training.interface import Arm, Experiment
 
@@ -52,12 +54,10 @@ class ClassificationExperiment(Experiment):
 
     recipe: ClassificationRecipe
 
-    def __init__(
-        self, recipe: ClassificationRecipe, arms: dict[str, Arm], data: Facts, digest: str, objective: Objective
-    ) -> None:
+    def __init__(self, made: "_Prepared", arms: dict[str, Arm], data: Facts) -> None:
         """Puts together what `make_classification` prepared."""
-        self.recipe, self.arms, self.data, self.data_digest = recipe, arms, data, digest
-        self.objective = objective
+        self.recipe, self.arms, self.data, self.data_digest = made.recipe, arms, data, made.digest
+        self.objective, self.corpus, self.pretrained = made.objective, made.corpus, made.pretrained
 
     def held_equal(self, described: Mapping[str, ArmDescription]) -> list[str]:
         """What all classifiers share."""
@@ -85,7 +85,7 @@ class ClassificationExperiment(Experiment):
             seeds = sorted(arm.keys() & baseline.keys())
             if seeds:
                 compared[name] = self.objective.compare(*([side[seed] for seed in seeds] for side in (arm, baseline)))
-        return AcrossArms(compared, budgets=self._few_shot(out))
+        return AcrossArms(compared, budgets=self._few_shot(out), references=self._references(out))
 
     def _few_shot(self, out: Path) -> dict[str, list[BudgetScore]]:
         """What the finished runs on few texts reached, as deployed."""
@@ -96,6 +96,36 @@ class ClassificationExperiment(Experiment):
             if score is not None:
                 found.setdefault(name, []).append(BudgetScore(rows, seed, score))
         return found
+
+    def _references(self, out: Path) -> dict[str, list[BudgetScore]]:
+        """SetFit on the same few texts, trained once and kept in the comparison's folder."""
+        if not self.recipe.setfit:
+            return {}
+        found = []
+        for rows, seed in itertools.product(sorted(self.recipe.data.budgets), self.recipe.seeds):
+            file = out / "references" / "setfit" / str(rows) / f"seed{seed}.json"
+            if not file.is_file():
+                write_json(file, {self.objective.measure.key: self._setfit(rows, seed)})
+            score = json.loads(file.read_text(encoding="utf-8"))[self.objective.measure.key]
+            found.append(BudgetScore(rows, seed, score))
+        return {"SetFit": found}
+
+    def _setfit(self, rows: int, seed: int) -> float:
+        """What it reaches on the test texts, in the verdict's measure."""
+        train, test = (
+            self.objective.labels(of, len(self.corpus.labels)) for of in (self.corpus.train, self.corpus.test)
+        )
+        few = few_of_each_class(train, rows, seed=seed)
+        answered = setfit_answers(
+            self.pretrained.model,
+            self.pretrained.tokenizer,
+            [self.corpus.train[row].text for row in few],
+            train[few],
+            [of.text for of in self.corpus.test],
+            max_length=self.recipe.data.max_length or MOST_TEXT_TOKENS,
+            seed=seed,
+        )
+        return self.objective.quality(answered, test)
 
 
 def make_classification(
@@ -138,7 +168,7 @@ def make_classification(
         functools.cache(functools.partial(_examples, pretrained, tokens, cache_dir, on_progress)),
     )
     arms: dict[str, Arm] = {name: made.arm(name) for name in recipe.arms}
-    return ClassificationExperiment(recipe, arms, data, digest, objective)
+    return ClassificationExperiment(made, arms, data)
 
 
 @dataclass(frozen=True)
@@ -223,6 +253,8 @@ def _check_budgets(recipe: ClassificationRecipe, corpus: LabelledCorpus) -> None
 
 
 def _check(recipe: ClassificationRecipe) -> None:
+    if recipe.setfit:
+        check_setfit()
     if recipe.base.name is None:
         raise UserError("'base.name' is missing: name a model folder, a hub model, or 'minilm', which is a package.")
     for name, arm in recipe.arms.items():

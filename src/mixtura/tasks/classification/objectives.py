@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, log_softmax
 
 from mixtura.data.labelled import LabelledText
-from mixtura.results import Measure
+from mixtura.results import Facts, Measure
 from mixtura.results.document import PairedTest
 from mixtura.results.run import ClassificationDetails, LabelCounts
 from mixtura.tasks.classification import label_scores
@@ -59,11 +59,15 @@ class Objective(ABC):
         """All measures of one set of answers, the verdict's among them; the loss in nats a text."""
 
     @abstractmethod
+    def quality(self, given: np.ndarray, labels: np.ndarray) -> float:
+        """The verdict's measure of answers that are given as labels are."""
+
+    @abstractmethod
     def details(self, answer_NC: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> ClassificationDetails:
         """What a report shows of one set of answers."""
 
     @abstractmethod
-    def lines(self, answer_NC: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def lines(self, answer_NC: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Iterator[Facts]:
         """Every answer beside the truth, JSON-able."""
 
     @abstractmethod
@@ -93,6 +97,10 @@ class OneClass(Objective):
         """Accuracy, macro F1, calibration and loss."""
         return classification_scores(answer_NC, labels)
 
+    def quality(self, given: np.ndarray, labels: np.ndarray) -> float:
+        """Accuracy in percent."""
+        return 100 * float((given == labels).mean())
+
     def details(self, answer_NC: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> ClassificationDetails:
         """Confusion and calibration."""
         predicted_N = np.exp(answer_NC).argmax(1)
@@ -102,7 +110,7 @@ class OneClass(Objective):
             calibration=calibration_bins(np.exp(answer_NC).max(1), predicted_N == labels),
         )
 
-    def lines(self, answer_NC: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def lines(self, answer_NC: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Iterator[Facts]:
         """`truth`, `label` and its `probability`."""
         probability_NC = np.exp(answer_NC)
         for truth, row_C in zip(labels, probability_NC, strict=True):
@@ -153,6 +161,10 @@ class SeveralLabels(Objective):
             "brier": float(np.square(distance_NC).sum(1).mean()),
         }
 
+    def quality(self, given: np.ndarray, labels: np.ndarray) -> float:
+        """Micro F1 in percent."""
+        return 100 * float(label_scores.micro_f1(label_scores.count(labels > 0, given > 0)))
+
     def details(self, answer_NC: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> ClassificationDetails:
         """Hits, true and answered texts of each label, and calibration of all yes and no."""
         counts = label_scores.count(labels > 0, _given(answer_NC))
@@ -163,10 +175,10 @@ class SeveralLabels(Objective):
             label_counts=[LabelCounts(*map(int, of_label)) for of_label in zip(*counts, strict=True)],
         )
 
-    def lines(self, answer_NC: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def lines(self, answer_NC: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Iterator[Facts]:
         """`truth` and `labels`, lists of names, and the `probabilities` of all labels."""
         for truth_C, said_C, row_C in zip(labels > 0, _given(answer_NC), _probabilities(answer_NC), strict=True):
-            truth, said = ([names[index] for index in np.flatnonzero(has_C)] for has_C in (truth_C, said_C))
+            truth, said = ([names[int(index)] for index in np.flatnonzero(has_C)] for has_C in (truth_C, said_C))
             yield {
                 "truth": truth,
                 "labels": said,

@@ -59,7 +59,7 @@ class TextClassifierForSequenceClassification(PreTrainedModel):
                 _head(config.head),
                 num_states=config.num_states,
                 hidden_size=base_config.get_text_config().hidden_size,
-                num_classes=config.num_labels,
+                num_classes=config.num_labels or 0,
                 layer=config.layer,
             ),
             base=base,
@@ -123,7 +123,7 @@ def export_classifier(checkpoint: Path, out: Path) -> None:
         tokenizer.save_pretrained(new)
 
 
-def _head(table: dict[str, Any]) -> HeadConfig:
+def _head(table: dict) -> HeadConfig:
     layer = table.get("feed_forward")
     return HeadConfig(**{**table, "feed_forward": None if layer is None else ArmConfig(**layer)})
 
