@@ -25,7 +25,7 @@ from mixtura.tasks.language_modelling.task import LanguageModelling
 from mixtura.training import read_metrics, train
 from mixtura.training.saving import writing
 from mixtura.training.sharded_saving import load_model, save_shards
-from mixtura.training.sharding import Layout, check_layout, layout_of
+from mixtura.training.sharding import Layout, check_batches, check_layout, layout_of
 
 TOLERANCE = 1e-5
 """Of what is measured, of gradients and their moments: sums are taken in another order."""
@@ -416,6 +416,15 @@ def test_what_cannot_be_divided_is_refused_with_what_to_change(name, settings, t
     config = _training(name, **settings)
     with pytest.raises(UserError, match=told):
         check_layout(_model(name), config, 24)
+
+
+def test_mixtures_of_batches_of_other_lengths_are_refused_on_all_processes(monkeypatch):
+    longest = torch.distributed.ReduceOp.MAX
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sizes, chosen: sizes.add_(int(chosen == longest)))
+    batches, layout, device = [{"input_ids": torch.zeros(2, 8)}], Layout(2, 1, 2), torch.device("cpu")
+    with pytest.raises(UserError, match=r"have batches of different lengths.*set 'training.expert_ranks' to 1"):
+        check_batches(_model("mixture of tokens"), layout, batches, device)
+    check_batches(_model("parts"), layout, batches, device)
 
 
 def test_other_models_are_not_sharded():
