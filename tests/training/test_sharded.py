@@ -17,15 +17,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import distributed
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mixtura.config import TrainingConfig, UserError
 from mixtura.models import MixtureConfig, MixtureForCausalLM
+from mixtura.planning.training_step import Division, ModelSizes
 from mixtura.tasks.language_modelling.task import LanguageModelling
 from mixtura.training import read_metrics, train
 from mixtura.training.saving import writing
 from mixtura.training.sharded_saving import load_model, save_shards
-from mixtura.training.sharding import Layout, check_layout, layout_of
+from mixtura.training.sharding import Layout, check_batches, check_layout, divide, layout_of
 
 TOLERANCE = 1e-5
 """Of what is measured, of gradients and their moments: sums are taken in another order."""
@@ -95,7 +98,7 @@ MODELS = {
     "expert threshold": ("expert_threshold", {"threshold_rate": 0.1}, 4),
     "remoe": ("remoe", {"router_aux_loss_coef": 1.0}, 1),
     "soft": ("soft", {}, 1),
-    "merged experts": ("merged_experts", {"segment_length": 4}, 1),
+    "merged experts": ("merged_experts", {"segment_length": 4, "num_experts": 3}, 1),
     "mixture of tokens": ("mixture_of_tokens", {"group_size": 2, "mixtures_per_expert": 2}, 4),
     "population": ("mixture_of_tokens", {"group_size": 2, "population_rate": 0.1, "population": True}, 2),
     "last steps alone": ("mixture_of_tokens", {"group_size": 2, "alone_fraction": 0.5, "combine": "separate"}, 1),
@@ -421,6 +424,31 @@ def test_what_cannot_be_divided_is_refused_with_what_to_change(name, settings, t
     config = _training(name, **settings)
     with pytest.raises(UserError, match=told):
         check_layout(_model(name), config, 24)
+
+
+def test_mixtures_of_batches_of_other_lengths_are_refused_on_all_processes(monkeypatch):
+    longest = torch.distributed.ReduceOp.MAX
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sizes, chosen: sizes.add_(int(chosen == longest)))
+    batches, layout, device = [{"input_ids": torch.zeros(2, 8)}], Layout(2, 1, 2), torch.device("cpu")
+    with pytest.raises(UserError, match=r"have batches of different lengths.*set 'training.expert_ranks' to 1"):
+        check_batches(_model("mixture of tokens"), layout, batches, device)
+    check_batches(_model("parts"), layout, batches, device)
+
+
+@pytest.mark.parametrize("layout", [Layout(8, 8, 1), Layout(8, 4, 2), Layout(8, 2, 4), Layout(8, 1, 2)])
+@pytest.mark.parametrize("name", ["dense", "parts", "mixture of tokens"])
+def test_a_process_holds_as_many_parameters_as_the_plan_says(name, layout):
+    model = _model(name)
+    division = Division(replicas=8 // layout.shards, shards=layout.shards, expert_ranks=layout.expert_ranks)
+    distributed.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        parameters = divide(model, layout, torch.device("cpu")).parameters()
+        held = sum(each.to_local().numel() if hasattr(each, "to_local") else each.numel() for each in parameters)
+    finally:
+        distributed.destroy_process_group()
+    planned = ModelSizes(model.config, sequence_length=16).held(division)
+    # The first process has the larger part of what does not divide evenly.
+    assert planned <= held <= 1.02 * planned
 
 
 def test_other_models_are_not_sharded():

@@ -14,6 +14,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,7 +171,8 @@ def divide(model: nn.Module, layout: Layout, device: torch.device) -> nn.Module:
         experts = getattr(layer.mlp, "experts", None)
         if expert_mesh is not None and isinstance(experts, Experts):
             _divide_experts(experts, mesh, expert_mesh, layout)
-        fully_shard(layer, mesh=mesh, ignored_params=numbers)
+        along = partial(_sharded_along, shards=layout.shards)
+        fully_shard(layer, mesh=mesh, ignored_params=numbers, shard_placement_fn=along)
     _copy_to(divided, device)
     fully_shard(divided, mesh=mesh, ignored_params=numbers)
     # Else accelerate would wrap it in DistributedDataParallel, which takes no shards.
@@ -215,6 +217,12 @@ def _copy_to(module: nn.Module, device: torch.device) -> None:
             if id(parameter) not in copies:
                 copies[id(parameter)] = nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
             setattr(part, name, copies[id(parameter)])
+
+
+def _sharded_along(parameter: nn.Parameter, *, shards: int) -> Shard:
+    """The axis of a weight that processes divide: rows of a stack of experts where these are too few to go round."""
+    by_rows = parameter.dim() == 3 and parameter.size(0) % shards and not parameter.size(1) % shards
+    return Shard(1) if by_rows else Shard(0)
 
 
 def _divide_experts(experts: Experts, mesh: DeviceMesh, expert_mesh: DeviceMesh, layout: Layout) -> None:
