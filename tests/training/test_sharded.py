@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from mixtura.planning.training_step import Division, ModelSizes
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import distributed
@@ -24,6 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mixtura.config import TrainingConfig, UserError
 from mixtura.models import MixtureConfig, MixtureForCausalLM
+from mixtura.planning.step_memory import Division, ModelSizes
 from mixtura.tasks.language_modelling.task import LanguageModelling
 from mixtura.training import read_metrics, train
 from mixtura.training.saving import writing
