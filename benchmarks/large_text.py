@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -82,14 +83,31 @@ def _own_memory(process: int) -> int:
     return total + sum(_own_memory(int(child)) for child in children)
 
 
-def measure(side: str, text: Path, tokenizer: Path, processes: int) -> dict[str, Any]:
-    """Runs one side in a new process; seconds on the wall and of the processors, and peak memory."""
+def _processor_seconds(process: int) -> float:
+    """Of a process, its children, and what these have waited for."""
+    try:
+        times = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:15]
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except OSError:
+        return 0.0
+    return sum(map(int, times)) / os.sysconf("SC_CLK_TCK") + sum(_processor_seconds(int(child)) for child in children)
+
+
+def measure(side: str, text: Path, tokenizer: Path, processes: int, most_seconds: float) -> dict[str, Any]:
+    """Runs one side in a new process; seconds on the wall and of the processors, and peak memory.
+
+    After `most_seconds` it is stopped, and the row says how much of the text had been encoded.
+    """
     with tempfile.TemporaryDirectory(dir=text.parent) as folder:
         command = [sys.executable, __file__, "--side", side, str(text), str(tokenizer), folder, str(processes)]
-        before, began, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
-        job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        before, began, peak, used = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0, 0.0
+        log = Path(folder, "log")
+        job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log.open("w"), text=True, start_new_session=True)
         while job.poll() is None:
-            peak = max(peak, _own_memory(job.pid))
+            peak, used = max(peak, _own_memory(job.pid)), max(used, _processor_seconds(job.pid))
+            if time.perf_counter() - began > most_seconds:
+                os.killpg(job.pid, signal.SIGKILL)
+                return _stopped(side, log.read_text(), processes, used, time.perf_counter() - began, peak)
             time.sleep(SAMPLE_SECONDS)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = time.perf_counter() - began
@@ -110,11 +128,25 @@ def measure(side: str, text: Path, tokenizer: Path, processes: int) -> dict[str,
     }
 
 
+def _stopped(side: str, log: str, processes: int, used: float, seconds: float, peak: int) -> dict[str, Any]:
+    """The row of a side that was stopped, by the last line of its log that says how far it was."""
+    done = [line.split()[1] for line in log.splitlines() if line.startswith("encoding: ")]
+    return {
+        "side": side,
+        "stopped_at_megabytes": int(done[-1].replace(",", "")) if done else 0,
+        "processes": processes,
+        "processor_seconds_with_imports": round(used, 1),
+        "wall_seconds_with_imports": round(seconds, 1),
+        "peak_megabytes": round(peak / 1e6),
+    }
+
+
 def main() -> None:
     """Measures every size on both sides, or runs one side for that."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, nargs="+", default=[50, 200])
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which a side is stopped")
     parser.add_argument("--theirs", type=int, nargs="*", help="sizes at which datasets is measured; all when left out")
     parser.add_argument("--side", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -137,7 +169,7 @@ def main() -> None:
             for side in ("ours", "theirs"):
                 if side == "theirs" and options.theirs is not None and megabytes not in options.theirs:
                     continue
-                rows.append(measure(side, text, tokenizer, options.processes))
+                rows.append(measure(side, text, tokenizer, options.processes, 60 * options.minutes))
                 print(json.dumps(rows[-1]), flush=True)
             text.unlink()
     RECORD.write_text(

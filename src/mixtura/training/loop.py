@@ -209,6 +209,8 @@ def _settings(
 ) -> Facts:
     """All settings that affect the run's numbers."""
     training = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE_TO_CHANGE}
+    if config.experts_backend == "auto":
+        del training["experts_backend"]  # runs from before there was a choice go on
     return {
         "seed": seed,
         "learning_rate": learning_rate,
