@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from mixtura.config import ChatRecipe, ClassificationRecipe, Recipe, TranslationRecipe, UserError, load_recipe
+from mixtura.data.labelled import load_labelled
 from mixtura.data.sketch import sketch_recipe
 
 WORDS = ["red", "green", "blue", "small", "large", "old", "new", "house", "river", "cat", "dog", "moon"]
@@ -52,6 +53,17 @@ def test_labels_make_it_classification(sketched, labelled):
     assert (recipe.data.text_column, recipe.data.label_column, recipe.data.path) == ("Body", "Mood", str(labelled))
     assert recipe.data.test_examples is None
     assert "part = " not in sketch_recipe(labelled, name="mine")  # of the movie reviews that come along
+
+
+def test_lists_of_labels_make_it_classification_too(sketched, tmp_path):
+    path = tmp_path / "topics.jsonl"
+    topics = [[], ["old"], ["new", "old"], ["new"]]
+    rows = [{"said": text, "topics": topics[index % 4]} for index, text in enumerate(sentences(60))]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    recipe = sketched(path)
+    assert isinstance(recipe, ClassificationRecipe)
+    assert (recipe.data.text_column, recipe.data.label_column) == ("said", "topics")
+    assert load_labelled(recipe.data).several
 
 
 def test_columns_named_after_languages_make_it_translation(sketched, pairs):
