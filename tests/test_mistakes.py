@@ -237,7 +237,7 @@ TUNING: Mistakes = {
     "one class": (f"{CLASSES} one-class.jsonl", "label 'a' | two classes or more"),
     "a class for every text": (f"{CLASSES} own-class.jsonl", "60 different labels | --columns"),
     "three rows": (f"{CLASSES} three.jsonl", "No training example | more examples"),
-    "several labels a text": (f"{CLASSES} lists.jsonl", "60 label is a list"),
+    "the same labels everywhere": (f"{CLASSES} lists.jsonl", "All 60 | 'a, b' | two classes or more"),
     "one text, two labels": (f"{CLASSES} contradictory.jsonl", "60 contradictory labels"),
     "texts without words": (f"{CLASSES} no-texts.jsonl", "60 empty"),
     "more test than there is": (f"{CLASSES} reviews.jsonl --set data.test_examples=999", "test_examples 999"),

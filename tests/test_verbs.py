@@ -149,7 +149,8 @@ def test_a_file_is_translated_line_by_line(run, tmp_path, monkeypatch):
 
 def test_a_file_is_classified_line_by_line(run, tmp_path, monkeypatch):
     def judge(folder, texts):
-        return [Answer("long" if len(text) > 3 else "short", 0.75, {}, cut=len(text) > 3) for text in texts]
+        given = ["long" if len(text) > 3 else "short" for text in texts]
+        return [Answer(label, 0.75, (label,), {label: 0.75}, cut=label == "long") for label in given]
 
     monkeypatch.setattr("mixtura.tasks.classification.classifier.classify", judge)
     (tmp_path / "in.txt").write_text("one\n\nthree\n", encoding="utf-8")

@@ -158,9 +158,7 @@ LABELLED = {
         jsonl({"messages": [{"content": row["text"]}, {"content": row["label"]}]} for row in ROWS),
         "set 'data.text_column' to 'messages.0.content' and 'data.label_column' to 'messages.1.content'",
     ),
-    "labels in lists": Case(
-        "a.jsonl", jsonl({"text": row["text"], "label": [row["label"]]} for row in ROWS), "40 label is a list"
-    ),
+    "labels in lists": Case("a.jsonl", jsonl({"text": row["text"], "label": [row["label"]]} for row in ROWS), 40),
     "one of the labels in a list": Case(
         "a.jsonl",
         jsonl({"text": row["text"], "label": [row["label"]]} for row in ROWS),

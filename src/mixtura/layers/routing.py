@@ -7,8 +7,9 @@ Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, K top_k, R route
 C mixtures (slots) an expert has in a group.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +179,8 @@ def run_chosen(
         limit: the most real tokens that an expert takes.
         counted: whether to sort the rows by expert, which counts them.
     """
-    run = experts.backend or kernels.routed_ffn
+    backend = _backend(experts)
+    run = backend or kernels.routed_ffn
     if weight_TK.size(1) > choice_TK.size(1):
         expert_TE = torch.arange(weight_TK.size(1), device=x_TD.device).expand_as(weight_TK)
         return experts(x_TD, run, expert_TE, weight_TK), None
@@ -190,8 +192,8 @@ def run_chosen(
         return y_TD + free(x_TD, free_TZ), None
     if not counted:
         return experts(x_TD, run, choice_TK, weight_TK), None
-    if experts.backend is not None:
-        return _counted_on_backend(experts, x_TD, choice_TK, weight_TK, real_T)
+    if backend is not None:
+        return _counted_on_backend(experts, backend, x_TD, choice_TK, weight_TK, real_T)
     routing = sort_by_expert(choice_TK, weight_TK, experts.num_experts)
     rows_E = routing.tokens_per_expert_E
     if real_T is not None or limit is not None:
@@ -201,13 +203,24 @@ def run_chosen(
     return sparse_experts(experts, x_TD, routing), rows_E
 
 
+def _backend(experts: Any) -> Callable[..., Tensor] | None:
+    """What runs the experts in place of our kernels; PEFT wraps them, once for each parameter that it changes."""
+    while not isinstance(experts, Experts):
+        experts = experts.base_layer
+    return experts.backend
+
+
 def _counted_on_backend(
-    experts: Experts, x_TD: Tensor, choice_TK: Tensor, weight_TK: Tensor, real_T: Tensor | None
+    experts: Experts,
+    backend: Callable[..., Tensor],
+    x_TD: Tensor,
+    choice_TK: Tensor,
+    weight_TK: Tensor,
+    real_T: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `run_chosen`, by `experts.backend`, which also runs padding, with a weight of zero."""
-    assert experts.backend is not None, "the caller has asked"
+    """As `run_chosen`, by a backend, which also runs padding, with a weight of zero."""
     real_T1 = torch.ones_like(choice_TK[:, :1]) if real_T is None else real_T.unsqueeze(-1).to(choice_TK.dtype)
-    y_TD = experts(x_TD, experts.backend, choice_TK, weight_TK if real_T is None else weight_TK * real_T1)
+    y_TD = experts(x_TD, backend, choice_TK, weight_TK if real_T is None else weight_TK * real_T1)
     rows_E = torch.zeros(experts.num_experts, dtype=choice_TK.dtype, device=x_TD.device)
     return y_TD, rows_E.index_add(0, choice_TK.flatten(), real_T1.expand_as(choice_TK).flatten())
 

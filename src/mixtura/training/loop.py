@@ -134,10 +134,14 @@ def train(
     model.to(arguments.device)  # of a run in shards only now, when their memory is free
     outcome = _outcome(out, interrupted=ranks.any_rank(stop.requested))
     if outcome.steps == config.steps and arguments.should_save:
-        with checkpoints.new_folder(out / checkpoints.FINAL, step=config.steps, settings=trained) as folder:
-            task.save_for_use(model, folder)
+        _save_finished(model, task, out / checkpoints.FINAL, step=config.steps, settings=trained)
     ranks.wait_for_all()
     return outcome
+
+
+def _save_finished(model: nn.Module, task: TrainingTask, path: Path, *, step: int, settings: Facts) -> None:
+    with checkpoints.new_folder(path, step=step, settings=settings) as folder:
+        task.save_for_use(model, folder)
 
 
 def training_arguments(model: nn.Module, config: TrainingConfig, *, seed: int, out: Path) -> TrainingArguments:
