@@ -50,7 +50,7 @@ def record_of(results: dict[str, Any], *, measured: str) -> dict[str, Any]:
         "source": "results.json of that command",
         "task": results["task"],
         "name": recipe["name"],
-        "base": recipe["base"]["name"] or "none",
+        "base": recipe["base"].get("name") or "none",
         "measure": results["measure"],
         "baseline": baseline,
         "steps": recipe["training"]["steps"],
@@ -59,7 +59,7 @@ def record_of(results: dict[str, Any], *, measured: str) -> dict[str, Any]:
         "rows": [
             {
                 "arm": name,
-                "method": _method(recipe["arms"][name]) if recipe["base"]["name"] else "from scratch",
+                "method": _method(recipe["arms"][name]) if recipe["base"].get("name") else "from scratch",
                 "trained": arm["parameters_trainable"],
                 "seconds_ratio": arm["seconds_ratio"],
                 "train_seconds": fmean(run["train_seconds"] for run in arm["runs"]),
