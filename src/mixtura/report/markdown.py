@@ -1,6 +1,7 @@
 """The report in short as Markdown, for forges and messages: verdict, table, every run, limits, how to reproduce it."""
 
 import re
+from collections.abc import Iterable
 
 from mixtura.report import facts, tables
 from mixtura.report.chat_scores import chat_section
@@ -68,6 +69,15 @@ def _rule(columns: int) -> str:
     return f"| --- |{' ---: |' * columns}"
 
 
+def _table(heads: list[str], rows: Iterable[tables.Row], *, notes: bool) -> str:
+    """A table under heads that are escaped already; `notes` adds the note of a cell to its text."""
+    lines = [_row(heads), _rule(len(heads) - 1)]
+    lines += [
+        _row([escape(row.label), *(escape(cell.both if notes else cell.text) for cell in row.cells)]) for row in rows
+    ]
+    return "\n".join(lines)
+
+
 def _main_table(results: Results, summary: Summary) -> str:
     labels = [escape(arm.label) for arm in summary.arms.values()]
     lines = [_row(["", *labels]), _rule(len(labels))]
@@ -105,10 +115,7 @@ def _translation_parts(results: Results, labels: dict[str, str]) -> list[str]:
         return []
     parts = ["## Language pairs"]
     for table in section.tables:
-        lines = [_row([escape(table.title), "source copied", *labels.values()]), _rule(len(labels) + 1)]
-        for row in table.rows:
-            lines.append(_row([escape(row.label), *(escape(cell.both) for cell in row.cells)]))
-        parts.append("\n".join(lines))
+        parts.append(_table([escape(table.title), "source copied", *labels.values()], table.rows, notes=True))
     if section.bootstrap:
         parts.append(
             escape("* p below 0.05 for every seed by paired bootstrap against the baseline, over the sentences.")
@@ -121,21 +128,12 @@ def _classification_parts(results: Results, labels: dict[str, str]) -> list[str]
     names, rows = weight_rows(results)
     parts = []
     for found in section.confusions if section else ():
-        lines = [
-            _row([f"{labels[found.arm]}: true", *map(escape, found.labels)]),
-            _rule(len(found.labels)),
-            *(_row([escape(row.label), *(escape(cell.text) for cell in row.cells)]) for row in found.rows),
-        ]
-        parts.append("\n".join(lines))
+        parts.append(_table([f"{labels[found.arm]}: true", *map(escape, found.labels)], found.rows, notes=False))
     if section and section.label_rows:
-        lines = [_row(["F1 of label", *labels.values()]), _rule(len(labels))]
-        lines += [_row([escape(row.label), *(escape(cell.text) for cell in row.cells)]) for row in section.label_rows]
-        parts.append("\n".join(lines))
+        parts.append(_table(["F1 of label", *labels.values()], section.label_rows, notes=False))
     if section and section.budget_rows:
         head, *rest = section.budget_rows
-        lines = [_row([head.label, *(cell.text for cell in head.cells)]), _rule(len(head.cells))]
-        lines += [_row([escape(row.label), *(escape(cell.text) for cell in row.cells)]) for row in rest]
-        parts.append("\n".join(lines))
+        parts.append(_table([head.label, *(cell.text for cell in head.cells)], rest, notes=False))
     if section and section.tests:
         parts.append("\n".join(f"- {labels[name]} by paired bootstrap: {escape(text)}" for name, text in section.tests))
     if names:
@@ -148,9 +146,8 @@ def _chat_parts(results: Results, labels: dict[str, str]) -> list[str]:
     section = chat_section(results)
     if section is None:
         return []
-    lines = [_row(["held-out answers", "before training", *labels.values()]), _rule(len(labels) + 1)]
-    lines += [_row([escape(row.label), *(escape(cell.both) for cell in row.cells)]) for row in section.rows]
-    parts = ["## Answers", escape(section.note), "\n".join(lines)]
+    heads = ["held-out answers", "before training", *labels.values()]
+    parts = ["## Answers", escape(section.note), _table(heads, section.rows, notes=True)]
     for sample in section.samples:
         said = [f"- Question: {escape(sample.source)}", f"- In the data: {escape(sample.reference)}"]
         said += [f"- {labels.get(name, name)}: {escape(text)}" for name, text in sample.outputs]
