@@ -1,40 +1,17 @@
 """Two processes on the CPU, started as a user would start them, against one process with the same recipe."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fixtures.several_processes import TOLERANCE, assert_same_metrics, run_script
 from mixtura.config import TrainingConfig, UserError
 from mixtura.training import read_metrics
 from mixtura.training.ranks import Share, share_of_step
 
-TOLERANCE = 1e-5
-"""Of weights and of what is measured: sums are taken in another order."""
-
 SCRIPT = """
-import json, os, signal, sys, threading, time
-from pathlib import Path
-import numpy as np
-import torch
-from mixtura.config import TrainingConfig
-from mixtura.data import PackedTokens, PreparedData, train_tokenizer
-from mixtura.models import MixtureForCausalLM
-from mixtura.tasks.language_modelling.task import LanguageModelling
-from mixtura.training import train
-
-torch.set_num_threads(1)
-folder = Path(sys.argv[1])
-settings = json.loads((folder / "settings.json").read_text())
-tokenizer = train_tokenizer(["some text to fit a tokenizer on"], vocab_size=270)
-packed = {name: PackedTokens(np.load(folder / f"{name}.npy"), bytes_per_token=2.0) for name in ("train", "validation")}
-data = PreparedData(tokenizer, **packed, summary=settings["summary"])
 def die_once(out):
     while not (out / "checkpoint-2").exists():
         time.sleep(0.001)
@@ -88,18 +65,17 @@ def run_two(tmp_path, tiny_data, tiny_training):
         runs = {name: vars(tiny_training(gradient_accumulation_steps=accumulation[name])) for name in models}
         for name, model in models.items():
             model.save_pretrained(tmp_path / "initial" / name)
-        for name in ("train", "validation"):
-            np.save(tmp_path / f"{name}.npy", getattr(tiny_data, name).sequences_NL)
-        settings = {"runs": runs, "summary": tiny_data.summary}
-        (tmp_path / "settings.json").write_text(json.dumps(settings))
-        (tmp_path / "script.py").write_text(SCRIPT)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        launch += ["--max-restarts", "1"] if "--die" in flags else []
-        command = [*launch, str(tmp_path / "script.py"), str(tmp_path), *flags]
-        # Else processes that are started again look for peers where those that are gone were.
-        apart = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=apart)
-        assert result.returncode == 0, result.stderr
+        run_script(
+            tmp_path,
+            tiny_data,
+            body=SCRIPT,
+            settings={"runs": runs},
+            processes=2,
+            flags=flags,
+            options=["--max-restarts", "1"] if "--die" in flags else [],
+            # Else processes that are started again look for peers where those that are gone were.
+            variables={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        )
         return tmp_path / "two"
 
     return start
@@ -119,18 +95,6 @@ def test_two_processes_are_one_in_every_family(run, run_two, tiny_model, tmp_pat
             )
         first, second = (read_metrics(tmp_path / out / name / "metrics.jsonl") for out in ("one", "two"))
         assert_same_metrics(first, second, name)
-
-
-def assert_same_metrics(one, two, name):
-    assert len(one) == len(two)
-    for first, second in zip(one, two, strict=True):
-        assert first.keys() == second.keys()
-        for key in first.keys() & {"loss", "aux_loss", "z_loss", "grad_norm", "tokens", "dropped_share"}:
-            assert first[key] == pytest.approx(second[key], abs=2 * TOLERANCE), (name, key)
-        if "load" in first:
-            np.testing.assert_allclose(first["load"], second["load"], atol=TOLERANCE, err_msg=name)
-        for mode, measures in first.get("eval", {}).items():
-            assert measures == pytest.approx(second["eval"][mode], abs=TOLERANCE), (name, mode)
 
 
 @pytest.mark.slow

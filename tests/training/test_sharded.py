@@ -6,8 +6,6 @@ Processes are started once and run many cases; the tests then look at what they 
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 import warnings
 from dataclasses import asdict
 
@@ -21,6 +19,7 @@ from torch import distributed
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fixtures.several_processes import TOLERANCE, assert_same_metrics, run_script
 from mixtura.config import TrainingConfig, UserError
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.planning.step_memory import Division, ModelSizes
@@ -30,28 +29,10 @@ from mixtura.training.saving import writing
 from mixtura.training.sharded_saving import load_model, save_shards
 from mixtura.training.sharding import Layout, check_batches, check_layout, divide, layout_of
 
-TOLERANCE = 1e-5
-"""Of what is measured, of gradients and their moments: sums are taken in another order."""
 OF_WEIGHTS = 1e-4
 """Adam divides by the gradient's size, and so makes more of the last digits of small ones; a weight moves by 0.02."""
 
 SCRIPT = """
-import json, shutil, sys
-from pathlib import Path
-import numpy as np
-import torch
-from mixtura.config import TrainingConfig
-from mixtura.data import PackedTokens, PreparedData, train_tokenizer
-from mixtura.models import MixtureForCausalLM
-from mixtura.tasks.language_modelling.task import LanguageModelling
-from mixtura.training import ranks, train
-
-torch.set_num_threads(1)
-folder = Path(sys.argv[1])
-settings = json.loads((folder / "settings.json").read_text())
-tokenizer = train_tokenizer(["some text to fit a tokenizer on"], vocab_size=270)
-packed = {name: PackedTokens(np.load(folder / f"{name}.npy"), bytes_per_token=2.0) for name in ("train", "validation")}
-data = PreparedData(tokenizer, **packed, summary=settings["summary"])
 sent, send = [], torch.distributed.all_to_all_single
 
 def counted(output, input, output_split_sizes=None, input_split_sizes=None, **kwargs):
@@ -135,11 +116,8 @@ class Runs:
     """A folder of runs by one, two and four processes."""
 
     def __init__(self, folder, data):
-        """Writes what the processes read."""
+        """The folder is empty; the data is that of every run."""
         self.folder, self.data = folder, data
-        for name in ("train", "validation"):
-            np.save(folder / f"{name}.npy", getattr(data, name).sequences_NL)
-        (folder / "script.py").write_text(SCRIPT)
 
     def by(self, processes, jobs):
         """Runs jobs (out, model, settings, the run to go on from) in so many processes."""
@@ -148,11 +126,7 @@ class Runs:
             _model(name).save_pretrained(self.folder / "initial" / name)
             training = asdict(_training(name, **settings))
             listed.append({"out": f"{processes}/{out}", "model": name, "training": training, "from": before})
-        (self.folder / "settings.json").write_text(json.dumps({"summary": self.data.summary, "jobs": listed}))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [*launch, str(self.folder / "script.py"), str(self.folder)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert result.returncode == 0, result.stderr[-6000:]
+        run_script(self.folder, self.data, body=SCRIPT, settings={"jobs": listed}, processes=processes)
         return self
 
     def one(self, name, **settings):
@@ -193,18 +167,6 @@ def _assert_close(actual, expected, where):
         said = lambda told, at=f"{where}, {key}": f"{at}: {told}"  # noqa: E731
         tolerance = TOLERANCE if key.startswith("optimizer.") else OF_WEIGHTS
         torch.testing.assert_close(value, expected[key], rtol=0, atol=tolerance, msg=said)
-
-
-def assert_same_metrics(one, many, name):
-    assert len(one) == len(many)
-    for first, second in zip(one, many, strict=True):
-        assert first.keys() == second.keys()
-        for key in first.keys() & {"loss", "aux_loss", "z_loss", "grad_norm", "tokens", "dropped_share"}:
-            assert first[key] == pytest.approx(second[key], abs=2 * TOLERANCE), (name, key)
-        if "load" in first:
-            np.testing.assert_allclose(first["load"], second["load"], atol=TOLERANCE, err_msg=name)
-        for mode, measures in first.get("eval", {}).items():
-            assert measures == pytest.approx(second["eval"][mode], abs=TOLERANCE), (name, mode)
 
 
 MUON = {"optimizer": "muon"}
