@@ -139,3 +139,14 @@ def test_the_long_run_counts_and_goes_on(tmp_path):
         assert subprocess.run(command, check=False).returncode == 0
         totals.append(json.loads((tmp_path / "fuzz.json").read_text())["total"])
     assert totals[1] > totals[0] > 1000
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"rope_parameters": {"rope_type": "default", "rope_theta": "a"}}, {"pad_token_id": 99}, {"intermediate_size": -1}],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_source_whose_settings_make_no_model(surfaces, changed):
+    folder, found = surfaces
+    config = json.loads(found["source"].seeds[0]) | changed
+    assert script.attempt(found["source"], folder / "source", json.dumps(config).encode()) == "sentence"

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixtura.config import UserError
-from mixtura.data import packing
+from mixtura.data import tokenizing
 from mixtura.data.packing import PackedTokens, ScheduledDataset, epoch_order, pack, sequence_index
 from mixtura.data.prepare import train_tokenizer
 
@@ -56,7 +56,7 @@ def test_an_end_token_spelled_in_a_document_does_not_end_it():
 def test_windows_do_not_depend_on_the_chunks_they_are_encoded_in(tokenizer, monkeypatch):
     documents = [f"document {i} says hello" for i in range(50)]
     whole = pack(documents, tokenizer, sequence_length=7)
-    monkeypatch.setattr(packing, "_CHUNK_CHARACTERS", 40)
+    monkeypatch.setattr(tokenizing, "_CHUNK_CHARACTERS", 40)
     assert np.array_equal(pack(documents, tokenizer, sequence_length=7).sequences_NL, whole.sequences_NL)
 
 

@@ -256,6 +256,13 @@ def test_a_process_that_is_lost_is_told_in_one_sentence(data, tmp_path, monkeypa
         in_shards(data, tmp_path / "cache")
 
 
+def test_a_process_that_tokenises_does_not_wait_for_torch():
+    code = (
+        "import sys, mixtura.data.tokenizing; sys.exit(bool({'torch', 'transformers', 'pyarrow'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
 def test_a_side_without_text_is_refused(data, tmp_path):
     with pytest.raises(UserError, match="No held-out text"):
         in_shards(dataclasses.replace(data, validation_fraction=1e-9), tmp_path / "cache")

@@ -74,7 +74,11 @@ def open_source(name: str) -> DenseSource:
     raw = read_json(folder / "config.json", name)
     config = dense_config(folder, raw, name)
     weights = StoredWeights(folder, name, fix="fetch the model again")
-    _check_tensors(weights.tensors, config, name)
+    try:
+        expected = expected_shapes(config)
+    except Exception as error:  # sizes that make no model bring many unrelated classes
+        raise UserError(f"The config.json of '{name}' makes no model ({reason_of(error)}): fetch it again.") from error
+    _check_tensors(weights.tensors, expected, config, name)
     source = DenseSource(name, folder, config, weights)
     _check_head(source)
     return source
@@ -175,12 +179,13 @@ def expected_shapes(config: MixtureConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
-def _check_tensors(tensors: dict[str, StoredTensor], config: MixtureConfig, name: str) -> None:
+def _check_tensors(
+    tensors: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]], config: MixtureConfig, name: str
+) -> None:
     """Refuses tensors that are missing, have another shape, are stored as integers, or belong to no dense decoder.
 
     Tables of rotary positions, which older checkpoints store, are left out: they follow from the configuration.
     """
-    expected = expected_shapes(config)
     for tensor in [tensor for tensor in tensors if tensor.endswith("rotary_emb.inv_freq")]:
         del tensors[tensor]
     unused = {HEAD} & set(tensors) if config.tie_word_embeddings else set()

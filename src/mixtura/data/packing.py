@@ -4,22 +4,20 @@ Shapes: `N` sequences, `L` tokens a sequence. The order is a pure function of (s
 that cuts its batches differently, sees the same sequences in the same order, and so do all arms of a comparison.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from mixtura.data.shards import ShardedSequences, scattered
+from mixtura.data.tokenizing import encode
 from mixtura.errors import TooLittleText
 
 HELD_OUT = "the held-out text"
 """The name of the held-out side in messages."""
-# Text encoded at once: enough to use the tokenizer's threads, but its memory stays below about 100 MB.
-_CHUNK_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -125,14 +123,6 @@ def _whole_sequences(tokens: int, sequence_length: int, name: str) -> tuple[int,
     return divmod(tokens, sequence_length)
 
 
-def encode(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """(tokens,) int32 of all documents in their order, eos after each."""
-    eos = tokenizer.eos_token_id
-    assert isinstance(eos, int), "load_tokenizer checks that there is an eos token"
-    encoded = [_encode(chunk, tokenizer, eos) for chunk in _chunks(documents)]
-    return np.concatenate(encoded) if encoded else np.empty(0, dtype=np.int32)
-
-
 def sequence_index(position: int, *, num_sequences: int, seed: int) -> int:
     """Which sequence stands at `position` = step * batch_size + row of a run; each epoch is a fresh permutation."""
     epoch, offset = divmod(position, num_sequences)
@@ -172,29 +162,3 @@ class ScheduledDataset(torch.utils.data.Dataset):
         index = self.packed.index_at(position, seed=self.seed)
         tokens_L = torch.from_numpy(self.packed.sequences_NL[index].astype(np.int64))
         return {"input_ids": tokens_L, "labels": tokens_L.clone()}
-
-
-def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    size = 0
-    for document in documents:
-        chunk.append(document)
-        size += len(document)
-        if size >= _CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _encode(documents: list[str], tokenizer: PreTrainedTokenizerBase, eos: int) -> np.ndarray:
-    """(tokens,) int32 of all documents, eos after each."""
-    ids = tokenizer(
-        documents,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
-    return np.fromiter(chain.from_iterable([*document, eos] for document in ids), dtype=np.int32)

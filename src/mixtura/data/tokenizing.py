@@ -12,20 +12,25 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from mixtura.data.packing import encode
 from mixtura.data.shards import Part, SideOfPart, finished_part, write_part
-from mixtura.data.sources import Document
 from mixtura.processes import worker_pool
+
+if TYPE_CHECKING:  # each process imports this module: torch and what reads text would take it longer than 5 MB of text
+    from transformers import PreTrainedTokenizerBase
+
+    from mixtura.data.sources import Document
 
 PART_BYTES = 16_000_000
 """UTF-8 text of a part; the document that passes it is the part's last. Raise `CACHE_FORMAT` with it."""
 _REPORT_SECONDS = 10.0
+# Text encoded at once: enough to use the tokenizer's threads, but its memory stays below about 100 MB.
+_CHUNK_CHARACTERS = 1_000_000
 _LOST = (
     "A process that tokenises has ended, as happens where memory runs out, or where the script that called has no 'if "
     '__name__ == "__main__":\': the same command goes on and keeps the finished shards.'
@@ -44,8 +49,8 @@ class _Work(NamedTuple):
 
 
 def write_shards(
-    documents: Iterable[Document],
-    tokenizer: PreTrainedTokenizerBase,
+    documents: "Iterable[Document]",
+    tokenizer: "PreTrainedTokenizerBase",
     folder: Path,
     *,
     made_with: bytes,
@@ -131,7 +136,7 @@ class _Progress:
         )
 
 
-def _cut(documents: Iterable[Document], made_with: bytes) -> Iterator[_Work]:
+def _cut(documents: "Iterable[Document]", made_with: bytes) -> Iterator[_Work]:
     """The documents in parts."""
     number, sides, size, digest = 0, ([], []), 0, hashlib.blake2b(made_with, digest_size=16)
     for text, held_out, hashed in documents:
@@ -145,7 +150,7 @@ def _cut(documents: Iterable[Document], made_with: bytes) -> Iterator[_Work]:
         yield _Work(number, *sides, size, digest.hexdigest())
 
 
-def _write(work: _Work, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Part:
+def _write(work: _Work, tokenizer: "PreTrainedTokenizerBase", folder: Path) -> Part:
     kind = np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.int32
     tokens, counts = {}, {}
     for side, texts in (("train", work.train), ("validation", work.validation)):
@@ -154,10 +159,10 @@ def _write(work: _Work, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Par
     return write_part(folder, work.number, **tokens, text=work.text, counts=counts)
 
 
-_TOKENIZER: PreTrainedTokenizerBase | None = None
+_TOKENIZER: "PreTrainedTokenizerBase | None" = None
 
 
-def _begin(tokenizer: PreTrainedTokenizerBase) -> None:
+def _begin(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Makes this process ready."""
     global _TOKENIZER
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has a core of its own to use, not all of them
@@ -167,3 +172,37 @@ def _begin(tokenizer: PreTrainedTokenizerBase) -> None:
 def _write_in_worker(work: _Work, folder: Path) -> Part:
     assert _TOKENIZER is not None, "the process has begun"
     return _write(work, _TOKENIZER, folder)
+
+
+def encode(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
+    """(tokens,) int32 of all documents in their order, eos after each."""
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int), "load_tokenizer checks that there is an eos token"
+    encoded = [_encode(chunk, tokenizer, eos) for chunk in _chunks(documents)]
+    return np.concatenate(encoded) if encoded else np.empty(0, dtype=np.int32)
+
+
+def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    size = 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document)
+        if size >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encode(documents: list[str], tokenizer: "PreTrainedTokenizerBase", eos: int) -> np.ndarray:
+    """(tokens,) int32 of all documents, eos after each."""
+    ids = tokenizer(
+        documents,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    return np.fromiter(chain.from_iterable([*document, eos] for document in ids), dtype=np.int32)
