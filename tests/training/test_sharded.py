@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict
 
 import numpy as np
@@ -26,7 +27,7 @@ from mixtura.planning.step_memory import Division, ModelSizes
 from mixtura.tasks.language_modelling.task import LanguageModelling
 from mixtura.training import read_metrics, train
 from mixtura.training.saving import writing
-from mixtura.training.sharded_saving import load_model, save_shards
+from mixtura.training.sharded_saving import ShardSaver, load_model
 from mixtura.training.sharding import Layout, check_batches, check_layout, divide, layout_of
 
 OF_WEIGHTS = 1e-4
@@ -313,8 +314,10 @@ def test_weights_of_another_model_are_refused(runs):
 def test_a_folder_that_cannot_be_written_is_told_as_other_writes_are(tmp_path):
     model = _model("dense")
     (tmp_path / "shards").write_text("in the way")
-    with pytest.raises(UserError, match=r"cannot be written \(.*make room or check its permissions"), writing(tmp_path):
-        save_shards(model, torch.optim.AdamW(model.parameters()), tmp_path)
+    unfinished = ExitStack()
+    unfinished.enter_context(writing(tmp_path))
+    with pytest.raises(UserError, match=r"cannot be written \(.*make room or check its permissions"):
+        ShardSaver().start(model, torch.optim.AdamW(model.parameters()), tmp_path, unfinished)
 
 
 @pytest.mark.slow

@@ -288,7 +288,8 @@ def _run_steps(
         train_dataset=run.task.dataset(length=length, seed=arguments.seed),
         optimizers=(optimizer, build_schedule(optimizer, run.config)),
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with trainer.saver:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trained.zero_grad(set_to_none=True)
     if trained is not model:
         sharding.gather(trained, model)

@@ -25,7 +25,7 @@ from mixtura.config import TrainingConfig, UserError
 from mixtura.errors import rank
 from mixtura.layers import ExpertChoiceMoE, ExpertThresholdMoE, MixtureOfTokens, TokenChoiceMoE
 
-_PATIENCE = timedelta(hours=12)
+PATIENCE = timedelta(hours=12)
 """How long a process waits for another: the first one may prepare data or evaluate while the others wait."""
 
 
@@ -50,7 +50,7 @@ def join() -> None:
     """Meets the other processes, where there are any; called again, it does nothing."""
     if world_size() > 1 and not torch.distributed.is_initialized():
         cpu = not torch.cuda.is_available()
-        PartialState(cpu=cpu, timeout=_PATIENCE)
+        PartialState(cpu=cpu, timeout=PATIENCE)
         # Threads of the process group that still run when the interpreter exits make it abort.
         atexit.register(_leave)
 

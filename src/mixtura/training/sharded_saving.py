@@ -2,39 +2,122 @@
 
 torch.distributed.checkpoint does both, in safetensors files whose headers say which part of a tensor each holds. Its
 default format keeps that in a pickle, which this library neither writes nor reads. What is not sharded is written once.
+
+Training goes on while files are written: each process copies its part, and a thread writes the copy. The threads talk
+through process groups of their own, since messages of two threads in one group would be taken for each other's.
 """
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from mixtura.config import UserError
 from mixtura.errors import reason_of
+from mixtura.training import ranks
 
 SHARDS = "shards"
 """The folder in a checkpoint."""
 
 
-def save_shards(model: nn.Module, optimizer: Any, folder: Path) -> None:
-    """Writes this process's part of the model and of its optimizer's state; all processes call it alike.
+class ShardSaver:
+    """Writes one checkpoint at a time, in the background where there are several processes, which all call it alike.
 
-    Raises:
-        OSError: a file cannot be written in full, by this process or another.
+    The end of its `with` block waits for the last one.
     """
-    state = _model_state(model) | _optimizer_state(model, optimizer)
-    writer = HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
+
+    def __init__(self) -> None:
+        """Nothing is being written."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._group: Any = None
+
+    def __enter__(self) -> Self:
+        """The block in which checkpoints are started."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Waits; an error in the block is not replaced by one in the background."""
+        try:
+            self.settle() if kind is not None else self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._group is not None:
+                distributed.destroy_process_group(self._group)
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process knows that the checkpoint cannot be written; `wait` says why."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def start(self, model: nn.Module, optimizer: Any, folder: Path, unfinished: ExitStack) -> None:
+        """Copies this process's part of the model and of its optimizer's state, and has the copy written.
+
+        Args:
+            model: in shards, or on one process.
+            optimizer: of its parameters.
+            folder: of the checkpoint, as long as it is unfinished.
+            unfinished: is left once all processes have written, or failed to: it then finishes the folder.
+
+        Raises:
+            UserError: with one process, the files cannot be written.
+        """
+        state = _model_state(model) | _optimizer_state(model, optimizer)
+        writer = HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
+        if not distributed.is_initialized():
+            with unfinished, _as_other_writes_fail(), _alone_in_silence():
+                save(state, storage_writer=writer, no_dist=True)
+            return
+        if self._group is None:
+            self._group = distributed.new_group(backend="gloo", timeout=ranks.PATIENCE)
+        written = async_save(state, storage_writer=writer, process_group=self._group)
+        assert isinstance(written, Future), "which is so for this stager"
+        self._pending = self._thread.submit(_finish, written, unfinished)
+
+    def wait(self) -> None:
+        """Returns once the last checkpoint is whole.
+
+        Raises:
+            UserError: it cannot be written, by this process or another.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        error = pending.exception()
+        lost = ranks.any_rank(error is not None)
+        if error is not None:
+            raise error
+        if lost:
+            raise UserError("Another process could not write its part of a checkpoint, and says why.")
+
+    def settle(self) -> None:
+        """Returns once the last checkpoint is whole or given up, in this process alone."""
+        if self._pending is not None:
+            self._pending.exception()
+
+
+def _finish(written: Future[Any], unfinished: ExitStack) -> None:
+    with unfinished, _as_other_writes_fail():
+        written.result()
+
+
+@contextmanager
+def _as_other_writes_fail() -> Iterator[None]:
+    """A block whose failure to save is an OSError."""
     try:
-        with _alone_in_silence():
-            save(state, storage_writer=writer, no_dist=not distributed.is_initialized())
+        yield
     except CheckpointException as error:
         raise OSError(f"{SHARDS} could not be written: {_first_reason(error)}") from error
 

@@ -91,6 +91,7 @@ class MixtureTrainer(Trainer):
         self._seconds = run.seconds_before
         self._first_step = 0
         self._mark = time.perf_counter()
+        self.saver = sharded_saving.ShardSaver()
 
     def begin(self) -> None:
         """Starts the clock and the observation of groups; called just before the first step."""
@@ -258,23 +259,26 @@ class MixtureTrainer(Trainer):
         step = self.state.global_step
         folder = checkpoints.numbered(self.run.out, step)
         first = self.is_world_process_zero()
-        with checkpoints.new_folder(folder, step=step, settings=self.run.settings, first=first) as unfinished:
+        self.saver.wait()
+        with contextlib.ExitStack() as stack:
+            if first:
+                stack.callback(checkpoints.drop_old_checkpoints, self.run.out, keep=KEEP_CHECKPOINTS)
+            new = checkpoints.new_folder(folder, step=step, settings=self.run.settings, first=first)
+            unfinished = stack.enter_context(new)
             self.accelerator.wait_for_everyone()
             checkpoints.save_tensors(checkpoints.random_state(), unfinished / self._random_state_file())
             if first and self.run.metrics is not None:
                 self.run.metrics.sync()
+            if first:
+                self.state.save_to_json(str(unfinished / "trainer_state.json"))
+                self._save_load(unfinished / _LOAD_FILE)
             if sharding.in_shards(self.run.config):
-                sharded_saving.save_shards(self.model, self.optimizer, unfinished)  # pyright: ignore[reportArgumentType]
+                self.saver.start(self.model, self.optimizer, unfinished, stack.pop_all())  # pyright: ignore
             elif first:
                 self.run.task.save(self.model, unfinished)  # pyright: ignore[reportArgumentType]
                 for name, part in self._optimization.items():
                     checkpoints.save_tensors(part.state_dict(), unfinished / f"{name}.pt")
-            if first:
-                self.state.save_to_json(str(unfinished / "trainer_state.json"))
-                self._save_load(unfinished / _LOAD_FILE)
             self.accelerator.wait_for_everyone()
-        if first:
-            checkpoints.drop_old_checkpoints(self.run.out, keep=KEEP_CHECKPOINTS)
         self.accelerator.wait_for_everyone()
         self.restart_clock()
 
@@ -351,10 +355,8 @@ class MixtureTrainer(Trainer):
         return self._sum_over_ranks(value) / self.args.world_size
 
     def _stop_requested(self) -> bool:
-        """Whether any rank was asked to stop: all ranks have to leave the loop at the same step."""
-        if self.args.world_size == 1:
-            return self.run.stop.requested
-        return bool(self._sum_over_ranks(torch.tensor(float(self.run.stop.requested), device=self.args.device)))
+        """Whether any rank was asked to stop, or cannot write: all ranks have to leave the loop at the same step."""
+        return ranks.any_rank(self.run.stop.requested or self.saver.failed)
 
     def _load_report(self) -> Facts:
         if self._load_totals is None:
@@ -369,6 +371,7 @@ class MixtureTrainer(Trainer):
     def _check_finite(self, step: int, *, loss: float, grad_norm: float) -> None:
         for name, value in (("loss", loss), ("gradient", grad_norm)):
             if not math.isfinite(value):
+                self.saver.settle()
                 newest = checkpoints.newest_checkpoint(self.run.out)
                 kept = f"the last good checkpoint is '{newest}'" if newest else "there is no checkpoint yet"
                 raise TrainingDiverged(
