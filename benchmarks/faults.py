@@ -1,8 +1,9 @@
-"""Kills training, comparing, fine-tuning, tokenising and exporting at random moments, and lets each go on.
+"""Kills training, alone and in shards, comparing, fine-tuning, tokenising and exporting, and lets each go on.
 
-Run `python benchmarks/faults.py --kills 60`. Each job runs undisturbed first. Then it is started again and again in
+Run `python benchmarks/faults.py --kills 72`. Each job runs undisturbed first. Then it is started again and again in
 another folder: a SIGKILL comes after a random share of its processor time, and at the latest the fifth start is left
-alone. What it has made must then be the same bits. Counts go to benchmarks/results/faults.json.
+alone. What it has made must then be the same bits. Counts go to benchmarks/results/faults.json. In shards, two
+processes train together; either is killed, and then the other too, as torchrun does.
 
 Children are forks of this process, which has imported everything: so a start costs no seconds. `--job NAME` runs one.
 """
@@ -14,6 +15,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -42,6 +44,8 @@ WORDS = ("the", "film", "plot", "actor", "music", "river", "house", "story", "go
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 TRAINING = {"batch_size": 4, "eval_every": 2, "eval_sequences": 4, "final_eval_sequences": 4, "save_every": 1}
 MIXTURE = {"family": "mixture_of_tokens", "num_experts": 4, "group_size": 4}
+IN_SHARDS = {"shards": 0, "expert_ranks": 2}
+CHOICE = {"family": "token_choice", "num_experts": 4}
 
 
 class Job(NamedTuple):
@@ -50,6 +54,7 @@ class Job(NamedTuple):
     start: Callable[[Path], object]
     made: Callable[[Path], Any]
     """Numbers and digests of what it left in its folder."""
+    processes: int = 1
 
 
 def material(folder: Path) -> None:
@@ -71,15 +76,11 @@ def material(folder: Path) -> None:
 def jobs(folder: Path) -> dict[str, Job]:
     """All jobs, on the material in `folder`."""
     data = {"source": "local", "path": str(folder / "text.txt"), "vocab_size": 300, "sequence_length": 16}
-    pretraining = recipe_from_dict(
-        {
-            "name": "tiny",
-            "seeds": [0],
-            "data": data | {"validation_fraction": 0.2},
-            "model": SHAPE,
-            "training": TRAINING | {"steps": 6},
-            "arms": {"dense": {"family": "dense"}, "mixture": MIXTURE},
-        }
+    tiny = {"name": "tiny", "seeds": [0], "data": data | {"validation_fraction": 0.2}, "model": SHAPE}
+    arms = {"dense": {"family": "dense"}, "mixture": MIXTURE}
+    pretraining = recipe_from_dict(tiny | {"training": TRAINING | {"steps": 6}, "arms": arms})
+    in_shards = recipe_from_dict(
+        tiny | {"training": TRAINING | IN_SHARDS | {"steps": 6}, "arms": {"dense": arms["dense"], "choice": CHOICE}}
     )
     classification = recipe_from_dict(
         {
@@ -102,6 +103,7 @@ def jobs(folder: Path) -> dict[str, Job]:
     text = DataConfig(**data, validation_fraction=0.2)
     return {
         "train": Job(lambda out: train(pretraining, arm="mixture", out=out), _runs),
+        "shards": Job(lambda out: train(in_shards, arm="choice", out=out), _runs, processes=2),
         "compare": Job(lambda out: compare(pretraining, out=out), _runs),
         "finetune": Job(lambda out: compare(classification, out=out), _runs),
         "tokenise": Job(lambda out: prepare_data(text, cache_dir=out), lambda out: _tokens(text, out)),
@@ -139,32 +141,57 @@ def _digest(path: Path) -> str:
     return hashlib.blake2b(path.read_bytes()).hexdigest()
 
 
-def run_child(job: Job, out: Path, kill_after: float | None) -> tuple[bool, float]:
-    """Starts the job in a fork; returns whether it was killed, and the processor seconds that it had.
+def run_child(job: Job, out: Path, kill_after: float | None, victim: int = 0) -> tuple[bool, float]:
+    """Starts the job in forks, one for each of its processes.
+
+    Args:
+        job: what to start.
+        out: its folder.
+        kill_after: processor seconds of a process, after which all are killed, that one first; None kills none.
+        victim: which process.
+
+    Returns:
+        Whether they were killed, and the processor seconds that the process had.
 
     Raises:
         RuntimeError: it failed.
     """
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    children = [_fork(job, out, rank, port) for rank in range(job.processes)]
+    ended: dict[int, tuple[int, float]] = {}
+    killed = False
+    while len(ended) < len(children):
+        for child in {*children} - ended.keys():
+            done, status, used = os.wait4(child, os.WNOHANG)
+            if done:
+                ended[child] = status, used.ru_utime + used.ru_stime
+        due = kill_after is not None and children[victim] not in ended and _seconds_of(children[victim]) >= kill_after
+        broken = any(status for status, _ in ended.values())
+        if due or broken:
+            killed = killed or due
+            for child in {*children} - ended.keys():
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.002)
+    if any(os.WIFEXITED(status) and os.WEXITSTATUS(status) for status, _ in ended.values()) and not killed:
+        raise RuntimeError("it failed after a kill")
+    return killed, ended[children[victim]][1]
+
+
+def _fork(job: Job, out: Path, rank: int, port: int) -> int:
+    """The number of a new process that runs the job, alone or as one of several."""
     child = os.fork()
     if child == 0:
+        if job.processes > 1:
+            several = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.processes, "MASTER_PORT": port}
+            os.environ.update({key: str(value) for key, value in several.items()}, MASTER_ADDR="localhost")
         try:
             job.start(out)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    while True:
-        done, status, used = os.wait4(child, os.WNOHANG)
-        if done:
-            break
-        if kill_after is not None and _seconds_of(child) >= kill_after:
-            os.kill(child, signal.SIGKILL)
-            _, status, used = os.wait4(child, 0)
-            break
-        time.sleep(0.002)
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        raise RuntimeError("it failed after a kill")
-    return os.WIFSIGNALED(status), used.ru_utime + used.ru_stime
+    return child
 
 
 def _seconds_of(process: int) -> float:
@@ -188,7 +215,8 @@ def disturb(name: str, job: Job, folder: Path, draw: random.Random, kills: int) 
         out.mkdir()
         for start in range(MOST_KILLS + 1):
             alone = start == MOST_KILLS or counts["kills"] == kills
-            killed, _ = run_child(job, out, None if alone else draw.uniform(0, seconds))
+            moment = None if alone else draw.uniform(0, seconds)
+            killed, _ = run_child(job, out, moment, draw.randrange(job.processes) if job.processes > 1 else 0)
             counts["kills"] += killed
             if not killed:
                 break
@@ -222,7 +250,7 @@ def main(kills: int, seed: int, only: list[str], journal: Path | None) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--kills", type=int, default=72)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--job", action="append", default=[], help="one job; repeatable")
     parser.add_argument("--journal", type=Path, help=f"where counts go, such as {RECORD.relative_to(ROOT)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "faults.py"
-JOBS = {"train", "compare", "finetune", "tokenise", "export"}
+JOBS = {"train", "shards", "compare", "finetune", "tokenise", "export"}
 
 
 def run(journal, *arguments):
@@ -25,9 +25,9 @@ def test_what_is_killed_three_times_ends_with_the_same_bits(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_killed_sixty_times_ends_with_the_same_bits(tmp_path):
-    record = run(tmp_path / "faults.json", "--kills", "60")
-    assert record["total"] == 60 and record["jobs"].keys() == JOBS
+def test_what_is_killed_seventy_times_ends_with_the_same_bits(tmp_path):
+    record = run(tmp_path / "faults.json", "--kills", "72")
+    assert record["total"] == 72 and record["jobs"].keys() == JOBS
 
 
 def test_the_stored_counts_are_those_of_the_page():
