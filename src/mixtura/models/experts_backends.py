@@ -85,7 +85,7 @@ def use_experts_backend(model: nn.Module, name: str, *, device: torch.device, dt
         return False
     run, tried = backend(name), set[tuple[Any, ...]]()
     layers = [layer for layer in model.modules() if isinstance(layer, TokenChoiceMoE)]
-    stock = list(_stock_experts(model))
+    stock = list(stock_experts(model))
     kinds = [(each.experts.weights, (each.experts.activation, each.experts.gated)) for each in layers]
     # Experts of other kinds, such as those with biases, transformers alone computes, by code of its own.
     kinds += [_weights_of_stock(each) for each in stock if name == "scattermoe" or _has_our_kind(each)]
@@ -113,7 +113,7 @@ def _check_layer(name: str, layer: TokenChoiceMoE) -> None:
             )
 
 
-def _stock_experts(model: nn.Module) -> Iterator[Any]:
+def stock_experts(model: nn.Module) -> Iterator[Any]:
     """The modules of experts that transformers' interface reaches."""
     known = getattr(model, "_can_set_experts_implementation", None)
     if known is not None and known():

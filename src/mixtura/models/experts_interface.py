@@ -2,7 +2,8 @@
 
 transformers lets the experts of Mixtral, Qwen-MoE, OLMoE and most other mixtures be computed by a registered function.
 This one runs `mixtura.kernels.routed_ffn`, for the many tokens of a batch and for the few of a decoding step. It is
-registered when `mixtura.models` is imported, and is only used by models that name it.
+registered when `mixtura.models` is imported, and is only used by models that name it. Where processes train a model
+together and each holds some of its experts, the module has an `exchange`, as `mixtura.layers.Experts` has.
 
 Shapes: T tokens, K experts of a token, R routed rows, E experts, D hidden, F expert width, H = 2F when gated else F.
 """
@@ -32,7 +33,10 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
     if experts.is_transposed:
         up_EHD, down_EDF = up_EHD.transpose(1, 2), down_EDF.transpose(1, 2)
     weights = kernels.ExpertWeights(up_EHD, down_EDF, activation, experts.has_gate)
-    if _has_rows_of_other_ranks(experts, top_k_index):
+    exchange: kernels.ExpertExchange | None = getattr(experts, "exchange", None)
+    if exchange is not None:
+        y_TD = exchange.run(kernels.routed_ffn, hidden_states, top_k_index, top_k_weights, weights)
+    elif _has_rows_of_other_ranks(experts, top_k_index):
         routing = _rows_of_this_rank(top_k_index, top_k_weights, experts.num_experts)
         y_TD = kernels.sparse_ffn(hidden_states, *routing[:3], weights, row_TK=routing.row_TK)
     else:

@@ -22,12 +22,14 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
 
 from mixtura.config import TrainingConfig, UserError
 from mixtura.kernels import ExpertExchange
 from mixtura.layers import Experts, MergedExperts, MixtureOfTokens, SoftMoE
 from mixtura.models import MixtureForCausalLM
-from mixtura.models.decoder_layer import MixtureDecoderLayer
+from mixtura.models.experts_backends import stock_experts
+from mixtura.models.experts_interface import NAME, kernel_activation
 from mixtura.training import ranks
 
 _OPTIMIZERS = ("adamw", "muon")
@@ -86,13 +88,13 @@ def check_layout(model: nn.Module, config: TrainingConfig, processes: int) -> La
     if not in_shards(config):
         return None
     fix = "leave 'training.shards' and 'training.expert_ranks' at 1"
-    if not isinstance(model, MixtureForCausalLM):
-        raise UserError(f"Only models of this library are trained in shards, not a {type(model).__name__}: {fix}.")
+    if not _layers(model) or getattr(model, "is_quantized", False):
+        raise UserError(f"A {type(model).__name__} is not trained in shards, only whole language models are: {fix}.")
     if config.optimizer not in _OPTIMIZERS:
         raise UserError(
             f"'training.optimizer' is '{config.optimizer}', which cannot step in shards: use adamw or muon, or {fix}."
         )
-    if model.config.transition_to is not None:
+    if isinstance(model, MixtureForCausalLM) and model.config.transition_to is not None:
         raise UserError(f"'transition_to' is '{model.config.transition_to}', which reads all weights at once: {fix}.")
     layout = layout_of(config, processes)
     if layout is not None and layout.expert_ranks > 1:
@@ -105,29 +107,44 @@ def check_layout(model: nn.Module, config: TrainingConfig, processes: int) -> La
     return layout
 
 
-def _check_experts(model: MixtureForCausalLM, layout: Layout) -> None:
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of a language model of ours or of transformers; none where adapters or heads are trained."""
+    ours = isinstance(model, MixtureForCausalLM)
+    if not (ours or (isinstance(model, PreTrainedModel) and all(each.requires_grad for each in model.parameters()))):
+        return []
+    kinds = model._no_split_modules or ()
+    return [layer for layer in model.modules() if type(layer).__name__ in kinds]
+
+
+def _check_experts(model: nn.Module, layout: Layout) -> None:
     where, fix = f"'training.expert_ranks' is {layout.expert_ranks}", "set it to 1"
-    config = model.config
-    if config.zero_fill or config.alone_fraction:
-        raise UserError(
-            f"{where}, but 'zero_fill' and 'alone_fraction' draw other groups on every process, whose mixtures would "
-            f"not be as many: leave these out, or {fix}."
-        )
-    for layer in model.mixture_layers():
-        if isinstance(layer, MergedExperts):
+    if isinstance(model, MixtureForCausalLM):
+        if model.config.zero_fill or model.config.alone_fraction:
+            raise UserError(
+                f"{where}, but 'zero_fill' and 'alone_fraction' draw other groups on every process, whose mixtures "
+                f"would not be as many: leave these out, or {fix}."
+            )
+        if any(isinstance(layer, MergedExperts) for layer in model.mixture_layers()):
             raise UserError(f"{where}, but merged experts need the weights of all experts everywhere: {fix}.")
-        experts: Any = layer.experts
+    for experts in _experts(model):
+        if not isinstance(experts, Experts):
+            kernel_activation(experts)
         if experts.num_experts % layout.expert_ranks:
             raise UserError(
                 f"{where}, which does not divide the {experts.num_experts} experts of a layer: set it to a divisor."
             )
-        widths = [weight.size(1) for weight in experts.weights]
+        widths = [weight.size(1) for weight in experts.parameters(recurse=False)]
         if any(width % layout.expert_shards for width in widths):
             raise UserError(
                 f"{where} and 'training.shards' {layout.shards}, so {layout.expert_shards} processes would share the "
                 f"{' and '.join(map(str, widths))} rows of an expert's projections, which they cannot evenly: choose "
                 "'training.shards' so that they can."
             )
+
+
+def _experts(model: nn.Module) -> list[Any]:
+    """The modules of experts, ours or those that transformers' interface reaches."""
+    return [*(each for each in model.modules() if isinstance(each, Experts)), *stock_experts(model)]
 
 
 def check_batches(
@@ -164,13 +181,15 @@ def divide(model: nn.Module, layout: Layout, device: torch.device) -> nn.Module:
     if layout.expert_ranks > 1:
         copies = layout.processes // (layout.expert_shards * layout.expert_ranks)
         expert_mesh = _mesh(device, copies, layout.expert_shards, layout.expert_ranks)
-    for layer in divided.modules():
-        if not isinstance(layer, MixtureDecoderLayer):
-            continue
+    experts = _experts(divided)
+    if expert_mesh is not None and not all(isinstance(each, Experts) for each in experts):
+        divided.set_experts_implementation(NAME)  # pyright: ignore[reportCallIssue]
+    for layer in _layers(divided):
         _copy_to(layer, device)
-        experts = getattr(layer.mlp, "experts", None)
-        if expert_mesh is not None and isinstance(experts, Experts):
-            _divide_experts(experts, mesh, expert_mesh, layout)
+        within = set(layer.modules())
+        for each in experts if expert_mesh is not None else ():
+            if each in within:
+                _divide_experts(each, mesh, expert_mesh, layout)
         along = partial(_sharded_along, shards=layout.shards)
         fully_shard(layer, mesh=mesh, ignored_params=numbers, shard_placement_fn=along)
     _copy_to(divided, device)
@@ -225,10 +244,10 @@ def _sharded_along(parameter: nn.Parameter, *, shards: int) -> Shard:
     return Shard(1) if by_rows else Shard(0)
 
 
-def _divide_experts(experts: Experts, mesh: DeviceMesh, expert_mesh: DeviceMesh, layout: Layout) -> None:
+def _divide_experts(experts: Any, mesh: DeviceMesh, expert_mesh: DeviceMesh, layout: Layout) -> None:
     """Leaves this process its run of the experts, in shards of their rows where several processes have the same."""
-    for shared in (experts.to_latent, experts.from_latent):
-        if shared is not None:
+    for shared in experts.children():
+        if any(True for _ in shared.parameters()):  # into and out of a space that they share
             fully_shard(shared, mesh=mesh)
     among = expert_mesh["expert_ranks"]
     for name, parameter in list(experts.named_parameters(recurse=False)):
