@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from mixtura.config import UserError
 from mixtura.models import MixtureForCausalLM
-from mixtura.models.calibration import calibrate, observe_population, update_population
+from mixtura.models.calibration import calibrate, collect_population, observe_population, update_population
 
 
 @pytest.fixture
@@ -102,3 +102,15 @@ def test_what_cannot_be_calibrated_is_named(build):
         calibrate(build(), tokens(batch=6))
     with pytest.raises(UserError, match="6 tokens of a sequence do not fill groups of 4"):
         calibrate(build(group_over="sequence"), tokens(batch=3))
+
+
+def test_a_step_of_several_micro_batches_counts_them_all(build):
+    model, (first_BL, second_BL) = build(population=True), tokens(2)
+    observe_population(model, True)
+    seen, step = [], []
+    for ids_BL in (first_BL, second_BL):
+        model.train()(ids_BL)
+        seen.append(model.mixture_of_tokens_layers()[0].observed)
+        step = collect_population(model, step, share=0.5)
+    update_population(model, rate=0.1, step=step)
+    assert_close(averages(model)[0]["log_mass"], (seen[0].log_mass_S + seen[1].log_mass_S) / 2)

@@ -52,7 +52,12 @@ RUNS = {
     "soft": ("soft", {}, 1),
     "mixture of tokens": ("mixture_of_tokens", {"group_size": 2}, 1),
     "mixture of tokens, micro-batches": ("mixture_of_tokens", {"group_size": 4}, 2),
-    "population": ("mixture_of_tokens", {"group_size": 2, "population_rate": 0.1, "population": True}, 2),
+    "population": ("mixture_of_tokens", {"group_size": 2, "population_rate": 0.1, "population": True}, 1),
+    "population, micro-batches": (
+        "mixture_of_tokens",
+        {"group_size": 4, "population_rate": 0.1, "population": True},
+        2,
+    ),
     "last steps alone": ("mixture_of_tokens", {"group_size": 2, "alone_fraction": 0.5, "combine": "separate"}, 1),
 }
 

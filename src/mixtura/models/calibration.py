@@ -65,28 +65,52 @@ def observe_population(model: MixturePreTrainedModel, observing: bool) -> None:
         layer.observing, layer.observed = observing, None
 
 
+def collect_population(
+    model: MixturePreTrainedModel, step: list[Observation | None], *, share: float
+) -> list[Observation | None]:
+    """Adds what each layer has just seen to what it has seen in a step, and has it forgotten.
+
+    Args:
+        model: one whose layers keep averages and observe.
+        step: what this returned for the micro-batches before; empty for the first.
+        share: of the micro-batch in the step, over all ranks.
+    """
+    layers = model.mixture_of_tokens_layers()
+    found = [layer.observed and Observation(*(share * value for value in layer.observed)) for layer in layers]
+    for layer in layers:
+        layer.observed = None
+    return [
+        Observation(*map(torch.add, before, now)) if before and now else now
+        for before, now in zip(step or [None] * len(found), found, strict=True)
+    ]
+
+
 @torch.no_grad()
 def update_population(
     model: MixturePreTrainedModel,
     *,
     rate: float,
+    step: list[Observation | None] | None = None,
     average: Callable[[Tensor], Tensor] | None = None,
     reading: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext,
 ) -> None:
-    """Moves the averages towards what was seen in the last batch; call it after an optimizer step.
+    """Moves the averages towards what was seen in a step, or in the last batch; call it after an optimizer step.
 
     A layer that is run twice for one batch, as under activation checkpointing, still counts it once.
 
     Args:
         model: one whose layers keep averages and observe.
-        rate: weight of the last batch, see `mixtura.layers.Population.update`.
-        average: returns the mean of a tensor over all ranks, so that all hold the same averages; None for one process.
+        rate: weight of what was seen, see `mixtura.layers.Population.update`.
+        step: what `collect_population` returned for a step's micro-batches; None for what was seen last.
+        average: returns the sum of a tensor over all ranks where there is a `step`, else the mean, so that all hold the
+            same averages; None for one process.
         reading: a block in which the weights of a layer can be used, where they are not always at hand.
     """
-    for layer in model.mixture_of_tokens_layers():
-        if layer.population is None or layer.observed is None:
+    layers = model.mixture_of_tokens_layers()
+    for layer, seen in zip(layers, step or [layer.observed for layer in layers], strict=True):
+        layer.observed = None
+        if layer.population is None or seen is None:
             continue
-        seen, layer.observed = layer.observed, None
         if average is not None:
             seen = Observation(*(average(value) for value in seen))
         with reading(layer):

@@ -148,8 +148,7 @@ def share_of_step(model: nn.Module, config: TrainingConfig, processes: int) -> S
 
 def _sees_order(model: nn.Module) -> bool:
     """Whether it matters which micro-batches of a step come before which; parts of each keep that order."""
-    config = getattr(model, "config", None)
-    return getattr(config, "balance_over", "") == "global" or getattr(config, "population_rate", 0) > 0
+    return getattr(getattr(model, "config", None), "balance_over", "") == "global"
 
 
 def _why_whole(model: nn.Module, config: TrainingConfig, processes: int) -> str | None:

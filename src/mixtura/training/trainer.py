@@ -23,7 +23,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 from mixtura.config import TrainingConfig, UserError
 from mixtura.models import MixtureForCausalLM
-from mixtura.models.calibration import observe_population, update_population
+from mixtura.models.calibration import collect_population, observe_population, update_population
 from mixtura.models.transition import change_to_token_choice, transition_due
 from mixtura.results import Facts
 from mixtura.training import balance, ranks, sharded_saving, sharding
@@ -85,6 +85,7 @@ class MixtureTrainer(Trainer):
         self.add_callback(_StepEnd(self))
         self._global_load: balance.Load | None = None
         self._step_totals: balance.StepTotals | None = None
+        self._step_population: list[Any] = []
         self._load_totals: balance.StepTotals | None = None
         self._load_steps = 0
         self._routed_layers: list[int] = []
@@ -158,6 +159,8 @@ class MixtureTrainer(Trainer):
         share = 1.0 / (self.current_gradient_accumulation_steps * self.args.world_size)
         totals = balance.micro_batch_totals(losses.task_loss, aux_loss, z_loss, routing, share=share)
         self._step_totals = balance.add_totals(self._step_totals, totals)
+        if self._mixture is not None and self._mixture.config.population_rate > 0:
+            self._step_population = collect_population(self._mixture, self._step_population, share=share)
         return (loss, losses) if return_outputs else loss
 
     def finish_step(self, control: TrainerControl) -> None:
@@ -165,16 +168,8 @@ class MixtureTrainer(Trainer):
         assert self._step_totals is not None
         totals = balance.reduce_totals(self._step_totals, self._sum_over_ranks)
         self._step_totals, self._global_load = totals, None
-        mixture = self._mixture
-        if mixture is not None:
-            self._update_routers(mixture, totals)
-        if mixture is not None and mixture.config.population_rate > 0:
-            update_population(
-                mixture,
-                rate=mixture.config.population_rate,
-                average=self._mean_over_ranks,
-                reading=partial(sharding.reading, mixture),
-            )
+        if self._mixture is not None:
+            self._update_routers(self._mixture, totals)
         self._load_totals = balance.add_totals(self._load_totals, totals)
         self._load_steps += 1
         step, config = self.state.global_step, self.run.config
@@ -185,12 +180,18 @@ class MixtureTrainer(Trainer):
             control.should_save = control.should_training_stop = True
 
     def _update_routers(self, mixture: MixtureForCausalLM, totals: balance.StepTotals) -> None:
-        """Moves what routers learn from a step's load in place of a gradient."""
+        """Moves what follows from a step's tokens in place of a gradient."""
         layers, config = mixture.mixture_layers(), mixture.config
         if config.expert_bias_update_rate > 0:
             balance.update_expert_bias(layers, totals.tokens_per_expert_ME, rate=config.expert_bias_update_rate)
         balance.update_gates(layers, totals, growth=config.l1_coef_growth)
         balance.update_thresholds(layers, rate=config.threshold_rate, reduce=self._sum_over_ranks)
+        seen, self._step_population = self._step_population, []
+        if config.population_rate > 0:
+            reading = partial(sharding.reading, mixture)
+            update_population(
+                mixture, rate=config.population_rate, step=seen, average=self._sum_over_ranks, reading=reading
+            )
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
         alone_on_cpu = self.args.device.type == "cpu" and self.accelerator.distributed_type == DistributedType.NO
@@ -350,9 +351,6 @@ class MixtureTrainer(Trainer):
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, "sum") if self.args.world_size > 1 else value  # pyright: ignore
-
-    def _mean_over_ranks(self, value: Tensor) -> Tensor:
-        return self._sum_over_ranks(value) / self.args.world_size
 
     def _stop_requested(self) -> bool:
         """Whether any rank was asked to stop, or cannot write: all ranks have to leave the loop at the same step."""
