@@ -14,6 +14,8 @@ from transformers import (
     OlmoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from fixtures.several_processes import TOLERANCE, assert_same_metrics, run_script
@@ -154,7 +156,10 @@ def test_stock_experts_that_do_not_divide_are_refused():
         check_layout(BASES["olmoe"](), TrainingConfig(expert_ranks=8), 8)
 
 
-def test_a_stock_model_with_an_adapter_is_not_sharded():
-    model = apply_adapter(BASES["llama"](), AdapterConfig(rank=2), seed=0)
-    with pytest.raises(UserError, match="is not trained in shards, only whole language models are"):
+@pytest.mark.parametrize("kind", ["an adapter", "an encoder"])
+def test_a_stock_model_with_an_adapter_or_an_encoder_is_not_sharded(kind):
+    sizes = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=32)
+    with_adapter = apply_adapter(BASES["llama"](), AdapterConfig(rank=2), seed=0)
+    model = T5ForConditionalGeneration(sizes) if kind == "an encoder" else with_adapter
+    with pytest.raises(UserError, match="is not trained in shards, only language models that are tuned whole are"):
         check_layout(model, TrainingConfig(shards=0), 2)

@@ -89,7 +89,9 @@ def check_layout(model: nn.Module, config: TrainingConfig, processes: int) -> La
         return None
     fix = "leave 'training.shards' and 'training.expert_ranks' at 1"
     if not _layers(model) or getattr(model, "is_quantized", False):
-        raise UserError(f"A {type(model).__name__} is not trained in shards, only whole language models are: {fix}.")
+        raise UserError(
+            f"A {type(model).__name__} is not trained in shards, only language models that are tuned whole are: {fix}."
+        )
     if config.optimizer not in _OPTIMIZERS:
         raise UserError(
             f"'training.optimizer' is '{config.optimizer}', which cannot step in shards: use adamw or muon, or {fix}."
@@ -109,8 +111,9 @@ def check_layout(model: nn.Module, config: TrainingConfig, processes: int) -> La
 
 def _layers(model: nn.Module) -> list[nn.Module]:
     """The decoder layers of a language model of ours or of transformers; none where adapters or heads are trained."""
-    ours = isinstance(model, MixtureForCausalLM)
-    if not (ours or (isinstance(model, PreTrainedModel) and all(each.requires_grad for each in model.parameters()))):
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+        return []
+    if not (isinstance(model, MixtureForCausalLM) or all(each.requires_grad for each in model.parameters())):
         return []
     kinds = model._no_split_modules or ()
     return [layer for layer in model.modules() if type(layer).__name__ in kinds]
@@ -187,8 +190,8 @@ def divide(model: nn.Module, layout: Layout, device: torch.device) -> nn.Module:
     for layer in _layers(divided):
         _copy_to(layer, device)
         within = set(layer.modules())
-        for each in experts if expert_mesh is not None else ():
-            if each in within:
+        for each in experts:
+            if expert_mesh is not None and each in within:
                 _divide_experts(each, mesh, expert_mesh, layout)
         along = partial(_sharded_along, shards=layout.shards)
         fully_shard(layer, mesh=mesh, ignored_params=numbers, shard_placement_fn=along)
