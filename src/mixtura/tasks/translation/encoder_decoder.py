@@ -21,7 +21,7 @@ from mixtura.config import UserError
 from mixtura.config.languages import language_name
 from mixtura.data.parallel import SentencePair
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
-from mixtura.models.head_loss import run_and_sum
+from mixtura.models.losses import run_and_sum
 from mixtura.results import Facts
 from mixtura.tasks.translation.decoding import ExampleRouting, batches_by_length, decode, token_limit
 from mixtura.tasks.translation.prompts import LanguageTokens, Prompts, Scheme, read_translations, scheme_of
