@@ -393,7 +393,7 @@ def read_runs(path: Path) -> list[Run]:
     return [Run(**{**line, "branches": tuple(line.get("branches", ()))}) for line in lines(path)]
 
 
-def store(folder: Folder, runs: list[Run]) -> Path:
+def store(folder: Folder, runs: list[Run], *, name: str) -> Path:
     """Stores the results: the defaults once, and for every row only what differs from them, without its curve.
 
     A row has the name that its run has in the list now; those that the list no longer has keep theirs.
@@ -408,7 +408,7 @@ def store(folder: Folder, runs: list[Run]) -> Path:
             key=lambda row: (row["name"], row["width"], row["seed"], row["end"]),
         )
     ]
-    return store_record(RESULTS, "long-runs", settings=defaults, rows=rows)
+    return store_record(RESULTS, name, settings=defaults, rows=rows)
 
 
 def main() -> None:
@@ -419,6 +419,7 @@ def main() -> None:
         command = verbs.add_parser(verb, help=says)
         command.add_argument("runs", type=Path, nargs="?", default=LIST, help="a file of JSON lines")
         command.add_argument("--folder", type=Path, default=Path("runs/long"), help="results and states")
+    command.add_argument("--name", default="long-runs", help="of the record")
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = Folder(options.folder)
@@ -426,7 +427,7 @@ def main() -> None:
         while train_next(read_runs(options.runs), folder):
             pass
     else:
-        print(f"Stored in {store(folder, read_runs(options.runs))}")
+        print(f"Stored in {store(folder, read_runs(options.runs), name=options.name)}")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, T5Config
 
-from mixtura.config import UserError
+from mixtura.config import ModelConfig, UserError
 from mixtura.config.languages import language_name
 from mixtura.data.parallel import SentencePair
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
@@ -51,11 +51,14 @@ class EncoderDecoderPrompts:
 
     @property
     def pad(self) -> int:
-        """The padding token, by which some models count positions."""
-        return self.tokenizer.pad_token_id
+        """The padding token, by which some models count positions; eos in a tokenizer of the user's without one."""
+        pad = self.tokenizer.pad_token_id
+        return self.eos if pad is None else pad
 
     def encode(self, pairs: Sequence[SentencePair]) -> list[list[int]]:
         """The ids that the encoder reads, of source and languages alone."""
+        if self.scheme == "tokens":
+            return Prompts("tokens", self.tokenizer).encode(pairs)
         sources = self._ids([" ".join(pair.source.split()) for pair in pairs])
         around = {
             side: self._around(*side) for side in {(pair.source_language, pair.target_language) for pair in pairs}
@@ -113,6 +116,42 @@ class EncoderDecoderPrompts:
 
 
 AnyPrompts = Prompts | EncoderDecoderPrompts
+
+
+def own_encoder_decoder(prompts: Prompts) -> EncoderDecoderPrompts:
+    """How an encoder-decoder from scratch takes the pairs that were encoded for a decoder from scratch.
+
+    Its encoder reads the decoder's prompt, so all arms have the same tokens; its decoder begins with eos.
+    """
+    return EncoderDecoderPrompts(prompts.tokenizer, "tokens", prompts.eos)
+
+
+def new_encoder_decoder(model: ModelConfig, prompts: EncoderDecoderPrompts, *, vocab_size: int) -> T5Config:
+    """The configuration of an encoder-decoder from scratch that costs what the dense decoder costs.
+
+    T5's layers (Raffel et al. 2019, arXiv 1910.10683): norms before each part, relative positions, no biases. Encoder
+    and decoder are each as deep as the decoder, so a token of either side passes as many layers. Attention to the
+    source costs four products of D x D for a token of each side, two of them a token on the average, and the
+    feed-forward layers are narrower by as much: two of D x D are 2 D / 3 columns where layers are gated, else D.
+    """
+    hidden = model.hidden_size
+    narrower = 2 * hidden / 3 if model.gated else hidden
+    width = max(8, 8 * round((model.intermediate_size - narrower) / 8))
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=hidden,
+        d_kv=hidden // model.num_attention_heads,
+        num_heads=model.num_attention_heads,
+        num_layers=model.num_hidden_layers,
+        num_decoder_layers=model.num_hidden_layers,
+        d_ff=width,
+        feed_forward_proj=f"gated-{model.activation}" if model.gated else model.activation,
+        dropout_rate=0.0,
+        pad_token_id=prompts.pad,
+        eos_token_id=prompts.eos,
+    )
+    config.decoder_start_token_id = prompts.decoder_start
+    return config
 
 
 def prompts_for(tokenizer: PreTrainedTokenizerBase, config: Any) -> EncoderDecoderPrompts:
