@@ -237,8 +237,8 @@ class TranslationArmConfig:
 
     learning_rate: float | None = None
     architecture: Literal["decoder", "encoder_decoder"] = "decoder"
-    """Of a model from scratch: a decoder that reads the source before it writes, or an encoder and a decoder as in T5,
-    each of `num_hidden_layers`, whose dense layers are narrower by what attention to the source costs."""
+    """Of a model from scratch: a decoder that reads the source before it writes, or an encoder and a decoder of
+    `num_hidden_layers` each, whose dense layers are narrower by what attention to the source costs."""
     feed_forward: ArmConfig = field(default_factory=lambda: ArmConfig(family="dense"))
     """Of a model from scratch."""
     adapter: AdapterConfig | None = None

@@ -299,7 +299,7 @@ def test_an_encoder_decoder_from_scratch_reads_the_same_tokens_at_the_same_cost(
     made = make_translation(toy_recipe(toy, arms=OWN, model=sizes), cache_dir=None)
     dense, pair = made.arms["dense"], made.arms["pair"]
     described = pair.describe(dense)
-    assert described.settings == {"architecture": "encoder_decoder", "feed_forward_width": 192}
+    assert described.settings == {"architecture": "encoder_decoder", "feed_forward_width": 288}
     assert abs(described.flops_ratio - 1) < 0.03
     assert described.parameters_total == sum(parameter.numel() for parameter in pair.build(0).parameters())
     assert pair.leaks() == Leaks(False, False, False)

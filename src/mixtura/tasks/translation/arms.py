@@ -9,7 +9,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from transformers import T5ForConditionalGeneration
+from transformers import M2M100ForConditionalGeneration
 
 from mixtura.adapters.attach import apply_adapter
 from mixtura.adapters.expert_specialized import SAMPLE_SIZE
@@ -220,12 +220,12 @@ def _encoder_decoder_arm(
 
     def build(seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        return T5ForConditionalGeneration(copy.deepcopy(config))
+        return M2M100ForConditionalGeneration(copy.deepcopy(config))
 
     return TranslationArm(
         name,
         family="dense",
-        settings={"architecture": arm.architecture, "feed_forward_width": config.d_ff},
+        settings={"architecture": arm.architecture, "feed_forward_width": config.decoder_ffn_dim},
         task=TranslationTask(
             dataclasses.replace(data, prompts=prompts),
             recipe.training,

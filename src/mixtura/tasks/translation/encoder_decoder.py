@@ -15,7 +15,7 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, T5Config
+from transformers import M2M100Config, PreTrainedTokenizerBase
 
 from mixtura.config import ModelConfig, UserError
 from mixtura.config.languages import language_name
@@ -126,32 +126,36 @@ def own_encoder_decoder(prompts: Prompts) -> EncoderDecoderPrompts:
     return EncoderDecoderPrompts(prompts.tokenizer, "tokens", prompts.eos)
 
 
-def new_encoder_decoder(model: ModelConfig, prompts: EncoderDecoderPrompts, *, vocab_size: int) -> T5Config:
+def new_encoder_decoder(model: ModelConfig, prompts: EncoderDecoderPrompts, *, vocab_size: int) -> M2M100Config:
     """The configuration of an encoder-decoder from scratch that costs what the dense decoder costs.
 
-    T5's layers (Raffel et al. 2019, arXiv 1910.10683): norms before each part, relative positions, no biases. Encoder
-    and decoder are each as deep as the decoder, so a token of either side passes as many layers. Attention to the
-    source costs four products of D x D for a token of each side, two of them a token on the average, and the
-    feed-forward layers are narrower by as much: two of D x D are 2 D / 3 columns where layers are gated, else D.
+    The layers are those of M2M100 and NLLB (Vaswani et al. 2017, arXiv 1706.03762, with norms before each part), with no
+    dropout. Encoder and decoder are each as deep as the decoder, so a token of either side passes as many layers.
+    Attention to the source costs two products of D x D for a token of each side. The feed-forward layers have no gate,
+    and are narrower by as much.
     """
     hidden = model.hidden_size
-    narrower = 2 * hidden / 3 if model.gated else hidden
-    width = max(8, 8 * round((model.intermediate_size - narrower) / 8))
-    config = T5Config(
+    columns = model.intermediate_size * (1.5 if model.gated else 1.0) - hidden
+    return M2M100Config(
         vocab_size=vocab_size,
         d_model=hidden,
-        d_kv=hidden // model.num_attention_heads,
-        num_heads=model.num_attention_heads,
-        num_layers=model.num_hidden_layers,
-        num_decoder_layers=model.num_hidden_layers,
-        d_ff=width,
-        feed_forward_proj=f"gated-{model.activation}" if model.gated else model.activation,
-        dropout_rate=0.0,
+        encoder_layers=model.num_hidden_layers,
+        decoder_layers=model.num_hidden_layers,
+        encoder_attention_heads=model.num_attention_heads,
+        decoder_attention_heads=model.num_attention_heads,
+        encoder_ffn_dim=max(8, 8 * round(columns / 8)),
+        decoder_ffn_dim=max(8, 8 * round(columns / 8)),
+        activation_function=model.activation,
+        dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        encoder_layerdrop=0.0,
+        decoder_layerdrop=0.0,
         pad_token_id=prompts.pad,
+        bos_token_id=prompts.eos,
         eos_token_id=prompts.eos,
+        decoder_start_token_id=prompts.decoder_start,
     )
-    config.decoder_start_token_id = prompts.decoder_start
-    return config
 
 
 def prompts_for(tokenizer: PreTrainedTokenizerBase, config: Any) -> EncoderDecoderPrompts:
