@@ -129,10 +129,10 @@ def own_encoder_decoder(prompts: Prompts) -> EncoderDecoderPrompts:
 def new_encoder_decoder(model: ModelConfig, prompts: EncoderDecoderPrompts, *, vocab_size: int) -> M2M100Config:
     """The configuration of an encoder-decoder from scratch that costs what the dense decoder costs.
 
-    The layers are those of M2M100 and NLLB (Vaswani et al. 2017, arXiv 1706.03762, with norms before each part), with no
-    dropout. Encoder and decoder are each as deep as the decoder, so a token of either side passes as many layers.
-    Attention to the source costs two products of D x D for a token of each side. The feed-forward layers have no gate,
-    and are narrower by as much.
+    The layers are those of M2M100 and NLLB (Vaswani et al. 2017, arXiv 1706.03762, with norms before each part),
+    without dropout. Encoder and decoder are each as deep as the decoder, so that a token of either side passes as many
+    layers. Attention to the source costs two products of D x D for a token of each side. The feed-forward layers have
+    no gate, and are narrower by as much.
     """
     hidden = model.hidden_size
     columns = model.intermediate_size * (1.5 if model.gated else 1.0) - hidden
