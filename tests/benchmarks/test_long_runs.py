@@ -151,3 +151,13 @@ def test_a_group_may_be_of_consecutive_windows_and_its_router_may_sharpen(script
     for _ in range(4):
         training.advance(6, decaying=False)
     assert [layer.temperature for layer in training.model.mixture_of_tokens_layers()] == [0.25**0.5] * 2
+
+
+def test_mixtures_of_tokens_stay_in_their_groups_however_long_a_run_with_branches_is(script, monkeypatch, tmp_path):
+    run = script.Run(**SMALL, family="mixture_of_tokens", arm=MIXED, branches=(40,))
+    training = script.Training(run, script.prepared(run, script.Folder(tmp_path)))
+    seen = []
+    monkeypatch.setattr(training.model, "prepare_step", lambda step, *, steps: seen.append((step, steps)))
+    for _ in range(30):  # a tenth of it, 20 steps, counts as the warm-up
+        training.advance(40, decaying=False)
+    assert seen[0] == (0, 20) and all(step < steps for step, steps in seen)
