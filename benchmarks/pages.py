@@ -593,7 +593,7 @@ def studies() -> str:
     text = _top(
         "What else helps mixture of tokens?",
         "`benchmarks/results/studies-cpu.json` and `long-runs-cpu.json`",
-        "Held-out nats a token of variants that `python benchmarks/long_runs.py train benchmarks/studies.jsonl` trains: "
+        "Held-out nats a token of variants, by `python benchmarks/long_runs.py train benchmarks/studies.jsonl`: "
         "16 experts in groups of 16 in the later half of the layers where the variant does not say otherwise. "
         "Differences are paired by seed, with 95 % t-intervals where there are two seeds or more; below zero the "
         "variant is better. [Results](../results.md) has the plain arms, the [log](../log.md) says what follows.",
