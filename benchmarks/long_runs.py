@@ -88,7 +88,7 @@ class Run:
     all_mixtures: bool = False
     """Measure mixtures of tokens with all their mixtures too, which takes long, besides the best two of a token."""
     calibration: int = 32
-    """Batches of 16 training sequences from which `population` takes its averages."""
+    """Batches of 16 training sequences, or of a group if that is larger, for the averages of `population`."""
     expert_rate: float = 1.0
     """Rate of the experts as a multiple of all others' (mixing divides the gradient that an expert gets)."""
     last_temperature: float = 1.0
@@ -222,7 +222,8 @@ class Training:
         model, validation = copy.deepcopy(self.model), self.data.validation
         if not self.model.mixture_of_tokens_layers():
             return {mode: found["loss"] for mode, found in evaluate_loss(model, validation, **held_out).items()}
-        calibrate(model, (self._rows(16 * k, 16) for k in range(self.run.calibration)))
+        size = max(16, self.model.config.group_size)
+        calibrate(model, (self._rows(size * k, size) for k in range(self.run.calibration)))
         losses = {}
         for name, top_k in (("top2", 2), ("all", None)) if self.run.all_mixtures else (("top2", 2),):
             model.set_inference_mode("alone", top_k=top_k)

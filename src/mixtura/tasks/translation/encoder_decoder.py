@@ -151,6 +151,8 @@ def new_encoder_decoder(model: ModelConfig, prompts: EncoderDecoderPrompts, *, v
         activation_dropout=0.0,
         encoder_layerdrop=0.0,
         decoder_layerdrop=0.0,
+        # Embeddings, which are multiplied by the root of the width, are then as large as positions.
+        init_std=hidden**-0.5,
         pad_token_id=prompts.pad,
         bos_token_id=prompts.eos,
         eos_token_id=prompts.eos,
