@@ -35,7 +35,7 @@ from mixtura.benchmarks.measure import store_record
 from mixtura.config import ArmConfig, DataConfig, Family, ModelConfig, Placement, TrainingConfig
 from mixtura.config.families import facts_of
 from mixtura.config.schema import Activation
-from mixtura.data.packing import ScheduledDataset
+from mixtura.data.packing import ScheduledDataset, sequence_index
 from mixtura.data.prepare import PreparedData, prepare_data
 from mixtura.diagnostics.health import count_spikes
 from mixtura.evaluation import evaluate_loss
@@ -50,6 +50,7 @@ RESULTS = Path(__file__).parent / "results"
 LIST = Path(__file__).with_name("long_runs.jsonl")
 SAVE_SECONDS = 120
 NOT_SETTINGS = ("name", "priority", "branches", "all_mixtures")
+STUDIED = ("expert_rate", "last_temperature", "neighbours")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +88,21 @@ class Run:
     all_mixtures: bool = False
     """Measure mixtures of tokens with all their mixtures too, which takes long, besides the best two of a token."""
     calibration: int = 32
-    """Batches of 16 training sequences from which `population` takes its averages."""
+    """Batches of 16 training sequences, or of a group if that is larger, for the averages of `population`."""
+    expert_rate: float = 1.0
+    """Rate of the experts as a multiple of all others' (mixing divides the gradient that an expert gets)."""
+    last_temperature: float = 1.0
+    """Temperature of mixtures of tokens at the end of the run; it falls or rises to it evenly in its logarithm."""
+    neighbours: int = 1
+    """Consecutive windows of the text that follow each other in the order of training, so that a group is of similar
+    examples; 1 is the library's order."""
 
     @property
     def key(self) -> str:
         """A name that follows from the settings."""
         settings = {name: value for name, value in asdict(self).items() if name not in NOT_SETTINGS}
+        # Settings that came later leave the names of runs without them as they were.
+        settings = {name: value for name, value in settings.items() if name not in STUDIED or value != 1}
         if self.branches:
             settings["steps"] = None
         return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -144,6 +154,8 @@ class Training:
         self.run, self.data = run, data
         self.model = run.model().train()
         self.optimizer = build_optimizer(self.model, TrainingConfig(), learning_rate=run.rate)
+        if run.expert_rate != 1:
+            self._part_experts()
         self.rows = ScheduledDataset(data.train, length=max(run.ends) * run.batch, seed=run.seed)
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
@@ -153,9 +165,15 @@ class Training:
         """Takes one step."""
         started = time.process_time()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.run.rate * self.run.rate_factor(self.step, end, decaying=decaying)
-        # A run with branches has no length; its warm-up then counts as a tenth of it.
-        self.model.prepare_step(self.step, steps=10 * self.run.warmup if self.run.branches else end)
+            factor = group.get("factor", 1.0) * self.run.rate_factor(self.step, end, decaying=decaying)
+            group["lr"] = self.run.rate * factor
+        if self.run.last_temperature != 1:
+            for layer in self.model.mixture_of_tokens_layers():
+                layer.temperature = self.run.last_temperature ** (self.step / end)
+        # A run with branches has no length; its warm-up then counts as a tenth of it. No step may lie behind the last
+        # one, where mixtures of tokens would run alone.
+        steps = max(10 * self.run.warmup, self.step + 1) if self.run.branches else end
+        self.model.prepare_step(self.step, steps=steps)
         ids_BL = self._rows(self.step * self.run.batch, self.run.batch)
         output = self.model(input_ids=ids_BL, labels=ids_BL, use_cache=False, output_routing=self.follows_load)
         assert output.loss is not None and output.language_loss is not None, "labels were given"
@@ -176,8 +194,26 @@ class Training:
         balance.update_gates(layers, totals, growth=config.l1_coef_growth)
         balance.update_thresholds(layers, rate=config.threshold_rate, reduce=lambda seen: seen)
 
+    def _part_experts(self) -> None:
+        """Gives the experts' weights parameter groups of their own, with a factor on the rate."""
+        experts = {id(weight) for name, weight in self.model.named_parameters() if ".mlp.experts." in name}
+        groups = list(self.optimizer.param_groups)
+        self.optimizer.param_groups.clear()
+        for group in groups:
+            for theirs, factor in ((False, 1.0), (True, self.run.expert_rate)):
+                chosen = [weight for weight in group["params"] if (id(weight) in experts) == theirs]
+                if chosen:
+                    self.optimizer.add_param_group({**group, "params": chosen, "factor": factor})
+
     def _rows(self, first: int, count: int) -> Tensor:
-        return torch.stack([self.rows[i]["input_ids"] for i in range(first, first + count)])
+        return torch.stack([self._row(position) for position in range(first, first + count)])
+
+    def _row(self, position: int) -> Tensor:
+        if self.run.neighbours == 1:
+            return self.rows[position]["input_ids"]
+        sequences_NL, block = self.data.train.sequences_NL, self.run.neighbours
+        chosen = sequence_index(position // block, num_sequences=len(sequences_NL) // block, seed=self.run.seed)
+        return torch.from_numpy(sequences_NL[chosen * block + position % block].astype("int64"))
 
     def measure(self) -> dict[str, float]:
         """Held-out loss by mode; mixture of tokens has three to five, its `population` calibrated on training text."""
@@ -186,7 +222,8 @@ class Training:
         model, validation = copy.deepcopy(self.model), self.data.validation
         if not self.model.mixture_of_tokens_layers():
             return {mode: found["loss"] for mode, found in evaluate_loss(model, validation, **held_out).items()}
-        calibrate(model, (self._rows(16 * k, 16) for k in range(self.run.calibration)))
+        size = max(16, self.model.config.group_size)
+        calibrate(model, (self._rows(size * k, size) for k in range(self.run.calibration)))
         losses = {}
         for name, top_k in (("top2", 2), ("all", None)) if self.run.all_mixtures else (("top2", 2),):
             model.set_inference_mode("alone", top_k=top_k)
@@ -359,7 +396,7 @@ def read_runs(path: Path) -> list[Run]:
     return [Run(**{**line, "branches": tuple(line.get("branches", ()))}) for line in lines(path)]
 
 
-def store(folder: Folder, runs: list[Run]) -> Path:
+def store(folder: Folder, runs: list[Run], *, name: str) -> Path:
     """Stores the results: the defaults once, and for every row only what differs from them, without its curve.
 
     A row has the name that its run has in the list now; those that the list no longer has keep theirs.
@@ -374,7 +411,7 @@ def store(folder: Folder, runs: list[Run]) -> Path:
             key=lambda row: (row["name"], row["width"], row["seed"], row["end"]),
         )
     ]
-    return store_record(RESULTS, "long-runs", settings=defaults, rows=rows)
+    return store_record(RESULTS, name, settings=defaults, rows=rows)
 
 
 def main() -> None:
@@ -385,6 +422,7 @@ def main() -> None:
         command = verbs.add_parser(verb, help=says)
         command.add_argument("runs", type=Path, nargs="?", default=LIST, help="a file of JSON lines")
         command.add_argument("--folder", type=Path, default=Path("runs/long"), help="results and states")
+    command.add_argument("--name", default="long-runs", help="of the record")
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = Folder(options.folder)
@@ -392,7 +430,7 @@ def main() -> None:
         while train_next(read_runs(options.runs), folder):
             pass
     else:
-        print(f"Stored in {store(folder, read_runs(options.runs))}")
+        print(f"Stored in {store(folder, read_runs(options.runs), name=options.name)}")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,8 @@ def pages() -> dict[str, str]:
     }
     if _records("families-*.json"):
         makers["families"] = families
+    if _records("studies-*.json"):
+        makers["studies"] = studies
     if _records("gpu-*.json"):
         makers["gpu"] = gpu
     return {f"{name}.md": make() for name, make in makers.items()}
@@ -568,21 +570,66 @@ def _loads(runs: list[dict[str, Any]], evidence: Evidence) -> str:
 
 def _scales(runs: list[dict[str, Any]]) -> str:
     """Searches over the scale at which feed-forward layers start, at several widths and placements."""
-    found: dict[tuple[str, str, int], dict[float, list[float]]] = {}
+    found: dict[tuple[str, str, int, int], dict[float, list[float]]] = {}
     for run in (run for run in runs if run["name"] == "scale"):
         scale = run["arm"]["dense_scale" if run["family"] == "dense" else "expert_scale"]
-        losses = found.setdefault((run["family"], run["placement"], run["width"]), {})
+        losses = found.setdefault((run["family"], run["placement"], run["width"], run["tokens"]), {})
         losses.setdefault(scale, []).append(_deployed(run))
     rows = []
-    for (family, placement, width), losses in sorted(found.items()):
+    for (family, placement, width, tokens), losses in sorted(found.items()):
         means = {scale: fmean(of) for scale, of in sorted(losses.items())}
         derived = means.get(DERIVED.get(family, 0.45))
         cells = [f"{scale:g}: {mean:.3f} ({_seeds(len(losses[scale]))})" for scale, mean in means.items()]
         behind = "" if derived is None else f"{derived - min(means.values()):.3f}"
-        rows.append([family.replace("_", " "), placement.replace("_", " "), str(width), ", ".join(cells), behind])
+        setting = [family.replace("_", " "), placement.replace("_", " "), str(width), f"{tokens / 1e6:.1f} M"]
+        rows.append([*setting, ", ".join(cells), behind])
     if not rows:
         return ""
-    return _table(["family", "mixtures in", "width", "scale: loss at 0.6 M tokens", "derived behind the best"], rows)
+    return _table(["family", "mixtures in", "width", "tokens", "scale: loss", "derived behind the best"], rows)
+
+
+def studies() -> str:
+    """Variants of mixture of tokens, each beside the plain one and dense of the same seeds."""
+    text = _top(
+        "What else helps mixture of tokens?",
+        "`benchmarks/results/studies-cpu.json` and `long-runs-cpu.json`",
+        "Held-out nats a token of variants, by `python benchmarks/long_runs.py train benchmarks/studies.jsonl`: "
+        "16 experts in groups of 16 in the later half of the layers where the variant does not say otherwise. "
+        "Differences are paired by seed, with 95 % t-intervals where there are two seeds or more; below zero the "
+        "variant is better. [Results](../results.md) has the plain arms, the [log](../log.md) says what follows.",
+    )
+    ((name, record),) = _records("studies-cpu.json")
+    ((_, plain),) = _records("long-runs-cpu.json")
+    named = _named([plain["settings"] | row for row in plain["rows"]])
+    found: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
+    scales = []
+    for run in (record["settings"] | row for row in record["rows"]):
+        if run["name"] == "scale":
+            scales.append(run)
+        else:
+            found.setdefault((run["name"], run["tokens"]), {})[run["seed"]] = run
+    text += f"{_machine(name, record)}\n\n"
+    rows = []
+    for (variant, tokens), of_seed in found.items():
+        width = record["settings"]["width"]
+        own = {seed: _deployed(run) for seed, run in of_seed.items()}
+        base = [
+            {seed: _deployed(run) for seed, run in named.get((arm, width), {}).get(tokens, {}).items()}
+            for arm in ("mixture_of_tokens", "dense")
+        ]
+        modes = [_mean_of(of_seed, mode) for mode in ("group", "alone_top2", "population_top2")]
+        rows.append(
+            [variant, f"{tokens / 1e6:.1f} M", *modes, *(_margin(paired_difference(own, other)) for other in base)]
+        )
+    head = ["variant", "tokens", "in groups", "`alone`", "`population`", "to plain, as deployed", "to dense"]
+    text += _table(head, rows)
+    if scales:
+        text += f"\n## Scales of wide models\n\n{_scales(scales)}"
+    return text
+
+
+def _mean_of(runs: dict[int, dict[str, Any]], mode: str) -> str:
+    return f"{fmean(run['losses'][mode] for run in runs.values()):.3f}"
 
 
 def _searches(runs: list[dict[str, Any]], *, width: int) -> str:

@@ -1,6 +1,6 @@
 """How dense, token choice and mixture of tokens scale from 1 to 16,384 GPUs: a simulation, no measurement on a GPU.
 
-The planner's model of a step and of links (`mixtura.planning.step_time`) searches the best layout at every number of
+The planner's model of a step and of links (`mixtura.planning.hardware`) searches the best layout at every number of
 GPUs. What it assumes of mixtures is replaced by what was measured: the time of a layer relative to a dense one, from
 the record of layers on a CPU, and the busiest expert's load, from the record of long runs. A load is spread over
 experts as a normal distribution is, with the standard deviation at which the busiest of that run's experts is expected
@@ -25,12 +25,10 @@ from matplotlib.ticker import FuncFormatter
 
 from mixtura.errors import UserError
 from mixtura.planning.bill import Layout, Workload, best_layout
-from mixtura.planning.decoder import DecoderShape
 from mixtura.planning.evidence import load_evidence
-from mixtura.planning.formulas import match_intermediate_size
-from mixtura.planning.hardware import Hardware, read_hardware
+from mixtura.planning.formulas import DecoderShape, match_intermediate_size
+from mixtura.planning.hardware import Hardware, MixtureSpeed, read_hardware
 from mixtura.planning.shapes import feed_forward_shapes
-from mixtura.planning.step_time import MixtureSpeed
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results"

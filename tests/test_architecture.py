@@ -30,6 +30,8 @@ FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "core
 # Verbs import what they run, so that `mixtura --help` is quick; everything else says at its top what it needs.
 MAY_IMPORT_LATE = {
     "__init__.py",
+    "cli/__init__.py",
+    "cli/mistakes.py",
     "cli/train.py",
     "cli/machine.py",
     "cli/use.py",

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from mixtura import __version__, cli
-from mixtura.cli import application
-from mixtura.cli.application import name_flags
+from mixtura.cli import application, mistakes
+from mixtura.cli.mistakes import name_flags
 from mixtura.comparison.folder import holding
 from mixtura.config import recipe_to_toml
 from mixtura.errors import UserError
@@ -330,9 +330,9 @@ def test_a_misspelt_key_is_told_before_options_are_parsed(recipe, tmp_path):
 def test_a_recipe_is_left_to_its_verb_where_flags_may_change_it(tmp_path, flags):
     recipe = tmp_path / "misspelt.toml"
     recipe.write_text("[training]\nstepz = 3\n", encoding="utf-8")
-    application.check_recipe_file(["compare", str(recipe), *flags])
+    mistakes.check_recipe_file(["compare", str(recipe), *flags])
     with pytest.raises(UserError, match="stepz"):
-        application.check_recipe_file(["compare", str(recipe), "--out", "x"])
+        mistakes.check_recipe_file(["compare", str(recipe), "--out", "x"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixtura.config import ArmConfig, ModelConfig, TrainingConfig
 from mixtura.diagnostics import live_bytes
-from mixtura.diagnostics.memory import measure_peak_memory
-from mixtura.models import MixtureConfig, MixtureForCausalLM, head_loss
+from mixtura.diagnostics.health import measure_peak_memory
+from mixtura.models import MixtureConfig, MixtureForCausalLM, losses
 from mixtura.models.build import build_model_config
 from mixtura.planning import flops_per_token, flops_ratio, model_parameters, state_memory
 from mixtura.planning.formulas import attention_flops, head_flops, layer_flops
@@ -205,7 +205,7 @@ def test_peak_memory_is_planned_where_head_and_loss_take_some_rows_at_a_time(
 ) -> None:
     division = Division(micro_batch=32, micro_batches=passes, checkpointing=checkpointing)
     sizes = {"vocab_size": vocabulary, "hidden_size": hidden, "mlp_layer_types": ["token_choice"] * 4}
-    assert head_loss.large(32 * 32, vocabulary)
+    assert losses.large(32 * 32, vocabulary)
     planned, measured = planned_and_measured(sizes, division, length=32)
     assert planned == pytest.approx(measured, rel=0.1)
 

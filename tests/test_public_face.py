@@ -105,7 +105,7 @@ def test_importing_the_models_teaches_the_auto_classes():
 def test_a_question_and_a_misspelling_import_no_heavy_package(program, arguments, said):
     recipe = str(Path(__file__).parents[1] / "recipes" / "quick.toml")
     packages, error = imported_by(program, *(argument.format(recipe=recipe) for argument in arguments))
-    assert "typer" in packages and not packages & HEAVY
+    assert "mixtura" in packages and not packages & HEAVY
     assert said in error and "Traceback" not in error
 
 

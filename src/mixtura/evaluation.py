@@ -22,8 +22,8 @@ from mixtura.config import DataConfig, UserError
 from mixtura.config.families import FAMILIES, facts_of, never_served
 from mixtura.data.packing import PackedTokens, pack
 from mixtura.data.sources import read_documents
-from mixtura.models.head_loss import large
 from mixtura.models.loading import load_model
+from mixtura.models.losses import large
 from mixtura.models.modeling_mixture import MixtureForCausalLM
 
 

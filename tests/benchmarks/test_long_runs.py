@@ -123,3 +123,41 @@ def test_a_run_that_another_process_has_is_left_to_it(script, tmp_path):
     folder, run = script.Folder(tmp_path), script.Run(**SMALL, steps=1)
     with folder.claim(run) as mine:
         assert mine and not script.train_next([run], script.Folder(tmp_path))
+
+
+def test_what_a_study_changes_is_part_of_a_runs_name_and_nothing_else_is(script):
+    plain = script.Run(branches=(8,))
+    assert plain.key == script.Run(branches=(8, 12), name="again", neighbours=1).key
+    assert len({plain.key} | {script.Run(branches=(8,), **{name: 2}).key for name in script.STUDIED}) == 4
+
+
+def test_experts_may_learn_at_a_rate_of_their_own(script, tmp_path):
+    run = script.Run(**SMALL, family="mixture_of_tokens", arm=MIXED, branches=(6,), expert_rate=4.0)
+    training = script.Training(run, script.prepared(run, script.Folder(tmp_path)))
+    training.advance(6, decaying=False)
+    rates = {id(weight): group["lr"] for group in training.optimizer.param_groups for weight in group["params"]}
+    found = {(".mlp.experts." in name): rates[id(weight)] for name, weight in training.model.named_parameters()}
+    assert len(rates) == len(list(training.model.parameters())) and found[True] == 4 * found[False] > 0
+
+
+def test_a_group_may_be_of_consecutive_windows_and_its_router_may_sharpen(script, tmp_path):
+    settings = {**SMALL, "family": "mixture_of_tokens", "arm": MIXED, "branches": (6,)}
+    run = script.Run(**settings, neighbours=4, last_temperature=0.25)
+    data = script.prepared(run, script.Folder(tmp_path))
+    training = script.Training(run, data)
+    windows = {tuple(row): index for index, row in enumerate(data.train.sequences_NL.tolist())}
+    places = [windows[tuple(row)] for row in training._rows(0, 8).tolist()]
+    assert places[1:4] == [places[0] + k for k in (1, 2, 3)] and places[4] != places[3] + 1
+    for _ in range(4):
+        training.advance(6, decaying=False)
+    assert [layer.temperature for layer in training.model.mixture_of_tokens_layers()] == [0.25**0.5] * 2
+
+
+def test_mixtures_of_tokens_stay_in_their_groups_however_long_a_run_with_branches_is(script, monkeypatch, tmp_path):
+    run = script.Run(**SMALL, family="mixture_of_tokens", arm=MIXED, branches=(40,))
+    training = script.Training(run, script.prepared(run, script.Folder(tmp_path)))
+    seen = []
+    monkeypatch.setattr(training.model, "prepare_step", lambda step, *, steps: seen.append((step, steps)))
+    for _ in range(30):  # a tenth of it, 20 steps, counts as the warm-up
+        training.advance(40, decaying=False)
+    assert seen[0] == (0, 20) and all(step < steps for step, steps in seen)

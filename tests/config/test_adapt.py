@@ -19,7 +19,7 @@ from mixtura.config import (
     load_recipe,
     preset_path,
 )
-from mixtura.config.adapt import (
+from mixtura.config.requests import (
     Amounts,
     changes,
     common_length,

@@ -10,8 +10,7 @@ import pytest
 
 from mixtura.config import ClassificationDataConfig, UserError
 from mixtura.data.held_out import normalise
-from mixtura.data.label_sets import label_name
-from mixtura.data.labelled import LabelledCorpus, load_labelled
+from mixtura.data.labelled import LabelledCorpus, label_name, load_labelled
 
 
 def rows(number: int = 60, labels: tuple[object, ...] = ("bad", "good")) -> list[dict]:

@@ -46,6 +46,13 @@ def test_all_and_nothing_are_what_they_say(unit):
     assert schedule(0.0, unit, last_fraction=0.25) == [[0.0] * 3] * 24 + [[1.0] * 3] * 8
 
 
+def test_steps_beyond_the_last_one_are_in_groups_where_none_was_to_be_alone():
+    config = MixtureConfig(zero_fill=0.25)
+    assert shares_alone(config, 40, steps=32, layers=3) == [0.25] * 3
+    last = MixtureConfig(zero_fill=0.25, alone_fraction=0.25)
+    assert shares_alone(last, 40, steps=32, layers=3) == [1.0] * 3
+
+
 def build(unit, *, share=0.5):
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 16, "moe_intermediate_size": 12, "num_experts": 4, "group_size": 4}

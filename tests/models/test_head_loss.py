@@ -19,8 +19,8 @@ from transformers import (
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from mixtura import evaluation
-from mixtura.diagnostics.memory import measure_peak_memory
-from mixtura.models import MixtureForCausalLM, head_loss
+from mixtura.diagnostics.health import measure_peak_memory
+from mixtura.models import MixtureForCausalLM, losses
 from mixtura.tasks.language_modelling.task import LanguageModelling
 from mixtura.training.interface import StepLosses
 
@@ -30,8 +30,8 @@ BATCH, LENGTH, HIDDEN, VOCABULARY = 3, 7, 8, 50
 @pytest.fixture(autouse=True)
 def a_few_rows_at_a_time(monkeypatch):
     """Every loss here counts as large, and four rows fit at once: 21 rows are five parts and a rest."""
-    monkeypatch.setattr(head_loss, "LARGE_LOGITS", 0)
-    monkeypatch.setattr(head_loss, "ROWS_BYTES_ON_CPU", 4 * 4 * VOCABULARY)
+    monkeypatch.setattr(losses, "LARGE_LOGITS", 0)
+    monkeypatch.setattr(losses, "ROWS_BYTES_ON_CPU", 4 * 4 * VOCABULARY)
 
 
 def leaves(dtype):
@@ -70,7 +70,7 @@ def test_value_and_gradients_are_those_of_the_plain_loss(settings):
     def run(loss, hidden_BLD, weight_VD, labels_BL):
         return loss(hidden_BLD, weight_VD, labels_BL.masked_fill(labels_BL == -100, ignored), **settings)
 
-    found = gradients(functools.partial(run, head_loss.head_loss), torch.float64)
+    found = gradients(functools.partial(run, losses.head_loss), torch.float64)
     wanted = gradients(functools.partial(run, plain), torch.float64)
     for value, reference in zip(found, wanted, strict=True):
         assert_close(value, reference, rtol=1e-12, atol=1e-14)
@@ -79,19 +79,19 @@ def test_value_and_gradients_are_those_of_the_plain_loss(settings):
 def test_float32_and_autocast_are_as_near_to_the_plain_loss_as_rounding():
     for dtype, rtol in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            found = gradients(head_loss.head_loss, torch.float32)
+            found = gradients(losses.head_loss, torch.float32)
             wanted = gradients(plain, torch.float32)
         for value, reference in zip(found, wanted, strict=True):
             assert value.dtype == reference.dtype
             assert_close(value, reference, rtol=rtol, atol=rtol * float(reference.abs().max()))
     hidden_BLD, weight_VD, labels_BL = leaves(torch.float32)
     usual = ForCausalLMLoss(hidden_BLD @ weight_VD.T, labels_BL, VOCABULARY)
-    assert_close(head_loss.head_loss(hidden_BLD, weight_VD, labels_BL), usual)
+    assert_close(losses.head_loss(hidden_BLD, weight_VD, labels_BL), usual)
 
 
 def test_a_second_backward_pass_adds_the_same_gradient():
     hidden_BLD, weight_VD, labels_BL = leaves(torch.float32)
-    loss = head_loss.head_loss(hidden_BLD, weight_VD, labels_BL)
+    loss = losses.head_loss(hidden_BLD, weight_VD, labels_BL)
     loss.backward(retain_graph=True)
     once = weight_VD.grad.clone()
     loss.backward()
@@ -137,7 +137,7 @@ def test_small_logits_a_changed_head_and_a_loss_of_ones_own_take_the_plain_path(
     def refuse(*_, **__):
         raise AssertionError("the loss without logits ran")
 
-    monkeypatch.setattr(head_loss, "head_loss", refuse)
+    monkeypatch.setattr(losses, "head_loss", refuse)
     hooked, own = model(), model()
     hooked.lm_head.register_forward_hook(lambda module, given, result: 2 * result)
     own.loss_function = lambda logits, labels, vocab_size, **_: logits.sum()
@@ -145,7 +145,7 @@ def test_small_logits_a_changed_head_and_a_loss_of_ones_own_take_the_plain_path(
         assert_close(built(IDS_BL, labels=IDS_BL, skip_logits=True).loss, built(IDS_BL, labels=IDS_BL).loss)
     with pytest.raises(AssertionError, match="ran"):
         model()(IDS_BL, labels=IDS_BL, skip_logits=True)
-    monkeypatch.setattr(head_loss, "LARGE_LOGITS", 4 * IDS_BL.numel() * 64)
+    monkeypatch.setattr(losses, "LARGE_LOGITS", 4 * IDS_BL.numel() * 64)
     out = model()(IDS_BL, labels=IDS_BL, skip_logits=True)
     assert out.logits is None and torch.equal(out.loss, model()(IDS_BL, labels=IDS_BL).loss)
 
@@ -155,9 +155,9 @@ def test_the_logits_are_never_held(monkeypatch):
     hidden_BLD = torch.randn(1, rows, HIDDEN, requires_grad=True)
     weight_VD = torch.randn(vocabulary, HIDDEN, requires_grad=True)
     labels_BL = torch.randint(vocabulary, (1, rows))
-    monkeypatch.setattr(head_loss, "ROWS_BYTES_ON_CPU", 4 * 16 * vocabulary)
+    monkeypatch.setattr(losses, "ROWS_BYTES_ON_CPU", 4 * 16 * vocabulary)
     logits = 4 * rows * vocabulary
-    peak = measure_peak_memory(lambda: head_loss.head_loss(hidden_BLD, weight_VD, labels_BL).backward())
+    peak = measure_peak_memory(lambda: losses.head_loss(hidden_BLD, weight_VD, labels_BL).backward())
     assert (
         peak
         < 0.3 * logits
@@ -175,7 +175,7 @@ def test_training_declines_logits_and_evaluation_has_the_same_loss_without(model
     assert isinstance(losses, StepLosses) and seen == [None]
     built.eval()
     without = evaluation._summed_loss(built, IDS_BL)
-    monkeypatch.setattr(head_loss, "LARGE_LOGITS", 1 << 30)
+    monkeypatch.setattr(losses, "LARGE_LOGITS", 1 << 30)
     assert_close(without, evaluation._summed_loss(built, IDS_BL), rtol=1e-6, atol=0.0)
     assert seen[1] is None and seen[2] is not None
 
@@ -212,10 +212,10 @@ TARGETS_BK = IDS_BL[:, PLACES_K + 1].masked_fill(torch.eye(4, dtype=torch.bool),
 
 def summed(model, monkeypatch, *, large, run=None, targets_BK=TARGETS_BK):
     """The output and summed loss of a model, and its gradients."""
-    monkeypatch.setattr(head_loss, "LARGE_LOGITS", 0 if large else 1 << 30)
+    monkeypatch.setattr(losses, "LARGE_LOGITS", 0 if large else 1 << 30)
     run = run or (lambda: model(input_ids=IDS_BL, logits_to_keep=PLACES_K, use_cache=False))
     model.zero_grad()
-    outputs, loss = head_loss.run_and_sum(model, run, targets_BK)
+    outputs, loss = losses.run_and_sum(model, run, targets_BK)
     loss.backward()
     return (
         outputs,
@@ -259,7 +259,7 @@ def test_a_frozen_head_gets_no_gradient_and_each_target_its_nats(monkeypatch):
     assert_close(loss, wanted)
     assert without.keys() == grads.keys() and all("lora" in name for name in grads)
     run = lambda: built(input_ids=IDS_BL, logits_to_keep=PLACES_K, use_cache=False)  # noqa: E731
-    _, hidden = head_loss.run_without_logits(built, run, rows=TARGETS_BK.numel())
+    _, hidden = losses.run_without_logits(built, run, rows=TARGETS_BK.numel())
     logits_TV = run().logits.detach().flatten(0, 1)
     reference = torch.nn.functional.cross_entropy(logits_TV, TARGETS_BK.flatten(), reduction="none")
     assert_close(hidden.nats(TARGETS_BK), reference.view_as(TARGETS_BK))

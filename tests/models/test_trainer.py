@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from mixtura.models import MixtureForCausalLM, MixtureForSequenceClassification
-from mixtura.models import router_losses as router_losses_module
+from mixtura.models import losses as router_losses_module
 
 GATE = "model.layers.1.mlp.gate.weight"
 IDS_BL = torch.randint(3, 64, (8, 12), generator=torch.Generator().manual_seed(1))

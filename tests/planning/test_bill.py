@@ -13,10 +13,9 @@ from mixtura.config import Recipe, UserError, load_recipe, starts_from_checkpoin
 from mixtura.models.build import build_model_config
 from mixtura.planning import flops_per_token, model_parameters, state_memory
 from mixtura.planning.bill import Workload, best_layout, plan_recipe
-from mixtura.planning.decoder import DecoderShape, shape_of_arm
-from mixtura.planning.hardware import read_hardware
+from mixtura.planning.formulas import DecoderShape, shape_of_arm
+from mixtura.planning.hardware import communicated_bytes, read_hardware
 from mixtura.planning.step_memory import Division, ModelSizes, step_memory
-from mixtura.planning.step_time import communicated_bytes
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PRETRAINING = [

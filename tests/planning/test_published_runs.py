@@ -4,7 +4,7 @@ import pytest
 
 from mixtura.planning import active_parameters, model_parameters
 from mixtura.planning.bill import Workload, best_layout
-from mixtura.planning.decoder import DecoderShape
+from mixtura.planning.formulas import DecoderShape
 from mixtura.planning.hardware import read_hardware
 
 

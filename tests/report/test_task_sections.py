@@ -14,7 +14,6 @@ from mixtura.report import facts, tables
 from mixtura.report.figures import build_figures
 from mixtura.report.html import render_html, write_report
 from mixtura.report.markdown import render_markdown
-from mixtura.report.measures import written_amount, written_value
 from mixtura.report.sections import (
     calibration_figure,
     classification_section,
@@ -23,6 +22,7 @@ from mixtura.report.sections import (
     translation_section,
 )
 from mixtura.report.verdict import judge_difference, write_rule
+from mixtura.report.wording import written_amount, written_value
 from mixtura.results import Interval
 from mixtura.training.interface import LOSS, Measure
 

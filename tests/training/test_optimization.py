@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mixtura.config import TrainingConfig
-from mixtura.diagnostics.memory import live_bytes
+from mixtura.diagnostics.health import live_bytes
 from mixtura.training.optimization import (
     Muon,
     build_optimizer,

@@ -22,7 +22,7 @@ from fixtures.several_processes import TOLERANCE, assert_same_metrics, run_scrip
 from mixtura.adapters.attach import apply_adapter
 from mixtura.config import AdapterConfig, TrainingConfig, UserError, recipe_from_dict
 from mixtura.data.prepare import train_tokenizer
-from mixtura.models import head_loss
+from mixtura.models import losses
 from mixtura.tasks.chat.experiment import make_chat
 from mixtura.training import read_metrics, train
 from mixtura.training.sharding import check_layout
@@ -30,11 +30,11 @@ from mixtura.training.sharding import check_layout
 SCRIPT = """
 from dataclasses import replace
 from mixtura.config import recipe_from_dict
-from mixtura.models import head_loss
+from mixtura.models import losses
 from mixtura.tasks.chat.experiment import make_chat
 
 for job in settings["jobs"]:
-    head_loss.LARGE_LOGITS = job["largest"]
+    losses.LARGE_LOGITS = job["largest"]
     experiment = make_chat(recipe_from_dict(job["recipe"]), cache_dir=None)
     arm, out = experiment.arms["full"], folder / "two" / job["out"]
     if ranks.is_first() and job["from"]:
@@ -119,7 +119,7 @@ def _measured(run):
 
 
 def test_a_stock_mixture_in_shards_with_divided_experts_is_one_model(tmp_path, tiny_data, recipe):
-    largest = head_loss.LARGE_LOGITS
+    largest = losses.LARGE_LOGITS
     jobs = [
         ("olmoe", "olmoe", BOTH, None, largest),
         ("olmoe again", "olmoe", BOTH, "olmoe", largest),
@@ -134,7 +134,7 @@ def test_a_stock_mixture_in_shards_with_divided_experts_is_one_model(tmp_path, t
 def test_every_stock_model_is_one_in_every_layout(tmp_path, tiny_data, recipe):
     layouts = {"shards": IN_SHARDS, "experts": EXPERTS, "both": BOTH}
     jobs = [
-        (f"{base} {name}", base, layout, None, head_loss.LARGE_LOGITS)
+        (f"{base} {name}", base, layout, None, losses.LARGE_LOGITS)
         for base in BASES
         for name, layout in layouts.items()
         if base != "llama" or name == "shards"

@@ -1,4 +1,4 @@
-"""The command line: one verb a function, parsing only. Importing a module of verbs registers them, in this order.
+"""The command line: one verb a function, parsing only. Importing a module of verbs registers them.
 
 A mistake of the user is one sentence on standard error and exit code 2; an interrupted run exits with 130 and says how
 to go on; SIGTERM, which a batch system sends before it takes the machine away, is Ctrl-C. Else it is a bug and shows
@@ -11,17 +11,22 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, cast
-
-import typer
+from typing import Any
 
 from mixtura import __version__
-from mixtura.cli.application import app as app
-from mixtura.cli.application import check_recipe_file, name_flags
+from mixtura.cli.mistakes import check_recipe_file, name_flags
 from mixtura.errors import Interrupted, UserError, disk_error, local_rank, missing_extra
 from mixtura.threads import prepare_threads
 
-from mixtura.cli import train, use, convert, machine  # isort: skip  # noqa: F401
+
+def __getattr__(name: str) -> Any:
+    """Builds `app`, the application of typer with all verbs, when it is first asked for."""
+    if name != "app":
+        raise AttributeError(f"module 'mixtura.cli' has no attribute {name!r}")
+    from mixtura.cli import train, use, convert, machine  # isort: skip  # noqa: F401 (the order of --help)
+    from mixtura.cli.application import app
+
+    return app
 
 
 def main() -> None:
@@ -31,14 +36,13 @@ def main() -> None:
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
     if sys.argv[1:] == ["--version"]:
-        # Typer imports pydantic when it parses an option, which takes longer than everything else this verb needs.
-        typer.echo(f"mixtura {__version__}")
+        print(f"mixtura {__version__}")  # typer takes longer to import than everything else this verb needs
         sys.exit(0)
     prepare_threads()  # verbs import torch
     try:
         with _terminated_as_interrupted():
             check_recipe_file(sys.argv[1:])
-            cast(Any, app)()
+            sys.modules[__name__].app()  # built by `__getattr__`
     except UserError as error:
         _fail(name_flags(str(error), sys.argv[1:]))
     except Interrupted as interruption:
@@ -66,7 +70,7 @@ def _fail(sentences: str) -> None:
 
 def _say(text: str) -> None:
     if local_rank() == 0:
-        typer.echo(text, err=True)
+        print(text, file=sys.stderr)
 
 
 @contextmanager

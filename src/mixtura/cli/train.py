@@ -231,7 +231,7 @@ def train(
         return
     with progress(None) as reporter:
         trained = mixtura.train(path, arm=arm, seed=seed, out=out, overrides=changes, resume=resume, reporter=reporter)
-    from mixtura.report.measures import final_sentence
+    from mixtura.report.wording import final_sentence
 
     for mode, measures in trained.result.final.items():
         say(final_sentence(mode, measures, task=getattr(load_recipe(path, changes), "task", "pretraining")))

@@ -25,7 +25,7 @@ from mixtura.config import (
     UserError,
     starts_from_checkpoints,
 )
-from mixtura.config.adapt import MOST_PAIR_TOKENS, changes
+from mixtura.config.requests import MOST_PAIR_TOKENS, changes
 from mixtura.errors import need
 from mixtura.models.build import build_model_config
 from mixtura.models.experts_backends import use_experts_backend

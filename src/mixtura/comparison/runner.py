@@ -20,10 +20,9 @@ from mixtura.comparison.plan import (
     task_of,
     tokens_per_step,
 )
-from mixtura.comparison.runs import Job, run_arm, run_or_mark, trial_loss
+from mixtura.comparison.runs import Job, check_processes, run_arm, run_or_mark, threads_of_each, train_ahead, trial_loss
 from mixtura.comparison.search import load_record, search_grid, search_rates_and_scales, write_record
 from mixtura.comparison.timing import ROUNDS, time_arms
-from mixtura.comparison.workers import check_processes, threads_of_each, train_ahead
 from mixtura.config import (
     ClassificationRecipe,
     TrainingConfig,
@@ -32,7 +31,7 @@ from mixtura.config import (
     recipe_to_dict,
     recipe_to_toml,
 )
-from mixtura.config.adapt import changes
+from mixtura.config.requests import changes
 from mixtura.errors import need
 from mixtura.files import write_json
 from mixtura.report.summary import summarize

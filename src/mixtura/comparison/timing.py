@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mixtura.config import TrainingConfig
-from mixtura.diagnostics.memory import live_bytes, measure_peak_memory
+from mixtura.diagnostics.health import live_bytes, measure_peak_memory
 from mixtura.errors import rank
 from mixtura.models import MixtureForCausalLM
 from mixtura.models.experts_backends import use_experts_backend

@@ -128,6 +128,8 @@ def _check_translation_arm(where: str, arm: TranslationArmConfig, recipe: Transl
         raise UserError(
             f"'{where}.adapter' adapts a pretrained model, but 'base.name' is missing: name one such as \"smollm2\"."
         )
+    if arm.architecture == "encoder_decoder":
+        _check_encoder_decoder(where, arm, recipe)
     if arm.upcycle is not None:
         _check_upcycled(where, arm, recipe)
         return
@@ -150,6 +152,25 @@ def _check_translation_arm(where: str, arm: TranslationArmConfig, recipe: Transl
     refuse_control(key, feed_forward)
     check_feed_forward(key, feed_forward, batch_sizes=sizes, sequence_length=None)
     _check_language_experts(key, arm)
+
+
+def _check_encoder_decoder(where: str, arm: TranslationArmConfig, recipe: TranslationRecipe) -> None:
+    """An encoder-decoder from scratch has dense layers and heads of one width."""
+    if recipe.base.name is not None:
+        raise UserError(
+            f"'{where}.architecture' is for models from scratch, but 'base.name' is '{recipe.base.name}': leave it out."
+        )
+    if arm.feed_forward.family != "dense":
+        raise UserError(
+            f"'{where}.feed_forward.family' is '{arm.feed_forward.family}', but an encoder-decoder from scratch has "
+            'dense layers: leave it out, or set architecture to "decoder".'
+        )
+    model = recipe.model
+    if model.num_key_value_heads not in (None, model.num_attention_heads) or not model.tie_word_embeddings:
+        raise UserError(
+            f"'{where}.architecture' is 'encoder_decoder', which has as many key as query heads and one table of "
+            "embeddings: leave 'model.num_key_value_heads' and 'model.tie_word_embeddings' out."
+        )
 
 
 def _check_upcycled(where: str, arm: TranslationArmConfig, recipe: TranslationRecipe) -> None:

@@ -236,6 +236,9 @@ class TranslationArmConfig:
     """One side of a translation comparison: feed-forward layers from scratch, or an adapter on the base model."""
 
     learning_rate: float | None = None
+    architecture: Literal["decoder", "encoder_decoder"] = "decoder"
+    """Of a model from scratch: a decoder that reads the source before it writes, or an encoder and a decoder of
+    `num_hidden_layers` each, whose dense layers are narrower by what attention to the source costs."""
     feed_forward: ArmConfig = field(default_factory=lambda: ArmConfig(family="dense"))
     """Of a model from scratch."""
     adapter: AdapterConfig | None = None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mixtura.config import ChatDataConfig, UserError
-from mixtura.config.adapt import held_out_chats
+from mixtura.config.requests import held_out_chats
 from mixtura.data.held_out import is_utf8, normalise, text_hash
 from mixtura.data.table_files import TABLES, Row, file_rows, find_cell, hub_rows, select
 from mixtura.data.text_files import local_files

@@ -11,8 +11,8 @@ from itertools import groupby
 from typing import NamedTuple, TypeGuard
 
 from mixtura.config import TranslationDataConfig, UserError
-from mixtura.config.adapt import MOST_CHARACTERS, MOST_SOURCES, common_length, held_out_sources
 from mixtura.config.languages import Pair, parse_pairs
+from mixtura.config.requests import MOST_CHARACTERS, MOST_SOURCES, common_length, held_out_sources
 from mixtura.data.held_out import Candidate, Sides, Unit, anchor_of, hold_out, is_utf8, normalise, text_hash
 from mixtura.data.parallel_sources import Source, open_source
 

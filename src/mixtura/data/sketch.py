@@ -15,8 +15,7 @@ from mixtura.config.describe import SECTIONS, keys_of, written
 from mixtura.config.languages import language_of_column
 from mixtura.config.schema import TomlTable
 from mixtura.data.chats import holds_turns
-from mixtura.data.label_sets import label_set
-from mixtura.data.labelled import MOST_LISTED
+from mixtura.data.labelled import MOST_LISTED, label_set
 from mixtura.data.table_files import TABLES, Row, file_rows
 from mixtura.data.text_files import local_files
 

@@ -1,7 +1,7 @@
 """What a diagnosis found: the records of diagnosis.json, the verdict in words, and what to know before believing it.
 
 Specialisation is claimed where fewer than one of twenty random permutations reaches the measured association, divided
-by the number of layers that were tested (Bonferroni). docs/diagnose.md says what each field means.
+by the number of layers that were tested (Bonferroni). docs/diagnose.md says how association is measured.
 """
 
 from collections.abc import Sequence
@@ -40,17 +40,20 @@ class GroupFacts:
     excerpts: int
     tokens: int
     token_types: list[int]
-    """Tokens of each kind."""
+    """Tokens of each kind, in the order of the diagnosis' `token_types`."""
 
 
 @dataclass(frozen=True)
 class ShownExcerpt:
-    """An excerpt as pieces, with the experts of each in every layer, the strongest first."""
+    """An excerpt that the page shows, as pieces."""
 
     group: str
     excerpt: int
+    """Its place among all excerpts."""
     pieces: list[str]
+    """Its tokens as text."""
     experts: list[list[list[int]]] = field(default_factory=list)
+    """Of each layer and token, the strongest first, at most three."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,7 @@ class TypicalToken:
     count: float
     """The token's rows in this expert."""
     share: float
-    """Part of the token's rows that go here."""
+    """Part of the token's rows that go here; in a `LayerDiagnosis`, part of its occurrences."""
     pmi: float
     """Pointwise mutual information, in bits."""
     text: str = ""
@@ -110,11 +113,12 @@ class LeakFindings:
 
 @dataclass(frozen=True)
 class DiagnosisVerdict:
-    """What the diagnosis says, and the place of the layer it is about; None where nothing routes."""
+    """What the diagnosis says."""
 
     headline: str
     sentences: list[str]
     layer: int | None
+    """The place among `layers` of the one that the headline is about; None where nothing routes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +132,7 @@ class Diagnosis:
     """What a group is called in sentences."""
     groups: list[GroupFacts]
     token_types: list[str]
+    """Names of the kinds of tokens."""
     layers: list[LayerDiagnosis]
     samples: list[ShownExcerpt]
     leaks: LeakFindings

@@ -6,7 +6,7 @@ It also registers `experts_implementation="mixtura"`, which other mixtures may n
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto import modeling_auto
 
-from mixtura.models import experts_interface
+from mixtura.models import experts_backends
 from mixtura.models.configuration_mixture import MixtureConfig as MixtureConfig
 from mixtura.models.modeling_mixture import MixtureForCausalLM as MixtureForCausalLM
 from mixtura.models.modeling_mixture import MixtureForSequenceClassification as MixtureForSequenceClassification
@@ -16,7 +16,7 @@ AutoConfig.register("mixtura", MixtureConfig)
 AutoModel.register(MixtureConfig, MixtureModel)
 AutoModelForCausalLM.register(MixtureConfig, MixtureForCausalLM)
 AutoModelForSequenceClassification.register(MixtureConfig, MixtureForSequenceClassification)
-experts_interface.register()
+experts_backends.register()
 # The Auto classes leave these tables alone, and the Trainer reads in them whose labels to shift for label smoothing.
 modeling_auto.MODEL_MAPPING_NAMES["mixtura"] = MixtureModel.__name__
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mixtura"] = MixtureForCausalLM.__name__

@@ -16,8 +16,7 @@ from mixtura.layers.experts import LatentProjection
 from mixtura.layers.feed_forward import Projection
 from mixtura.layers.routing import FreeExperts, Router
 from mixtura.models.configuration_mixture import MixtureConfig
-from mixtura.planning.decoder import layer_families
-from mixtura.planning.formulas import match_intermediate_size
+from mixtura.planning.formulas import layer_families, match_intermediate_size
 from mixtura.planning.shapes import feed_forward_shapes
 
 

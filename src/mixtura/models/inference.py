@@ -86,7 +86,8 @@ def shares_alone(config: MixtureConfig, step: int, *, steps: int, layers: int) -
         A number from 0 to 1 for every layer, 0 or 1 for the units "layer" and "step".
     """
     share = float(config.zero_fill)
-    if step >= steps - round(config.alone_fraction * steps):
+    last = round(config.alone_fraction * steps)
+    if last and step >= steps - last:  # a trainer that goes on beyond `steps` asked for no such steps if there are none
         return [1.0] * layers
     if config.zero_fill_unit == "group":
         return [share] * layers

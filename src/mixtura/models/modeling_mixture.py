@@ -30,13 +30,13 @@ from mixtura.models.decoder_layer import (
     joined_stats,
     make_room_for_memory,
 )
-from mixtura.models.head_loss import logits_and_loss
 from mixtura.models.inference import real_tokens, shares_alone
-from mixtura.models.router_losses import (
+from mixtura.models.losses import (
     MixtureCausalLMOutput,
     MixtureClassifierOutput,
     MixtureModelOutput,
     Routing,
+    logits_and_loss,
     router_losses,
     share_of_step,
     warn_of_a_loss_outside,
@@ -113,7 +113,7 @@ class MixturePreTrainedModel(PreTrainedModel):
             layer.set_zero_fill(share)
 
     def router_losses(self, routing: Routing | None) -> tuple[Tensor | None, Tensor | None]:
-        """Unweighted load-balancing and z-loss, see `mixtura.models.router_losses`."""
+        """Unweighted load-balancing and z-loss, see `mixtura.models.losses`."""
         return router_losses(self.config, routing)
 
     def router_loss_weights(self) -> tuple[Tensor | float, Tensor | float]:

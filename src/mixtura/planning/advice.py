@@ -15,7 +15,6 @@ import numpy as np
 
 from mixtura.config import ArmConfig, Family, Placement, UserError
 from mixtura.config.families import facts_of
-from mixtura.planning.decoder import DecoderShape, layer_families
 from mixtura.planning.evidence import (
     BASELINE,
     HIDDEN_MULTIPLE,
@@ -27,7 +26,13 @@ from mixtura.planning.evidence import (
     law_replicates,
     load_evidence,
 )
-from mixtura.planning.formulas import match_intermediate_size, model_parameters, state_memory
+from mixtura.planning.formulas import (
+    DecoderShape,
+    layer_families,
+    match_intermediate_size,
+    model_parameters,
+    state_memory,
+)
 from mixtura.planning.shapes import feed_forward_shapes
 
 LEAST_TOKENS, MOST_TOKENS = 1e5, 1e10

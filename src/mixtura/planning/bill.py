@@ -13,11 +13,9 @@ from typing import Any
 
 from mixtura.config import AnyRecipe, ArmConfig, Recipe, UserError, starts_from_checkpoints
 from mixtura.config.families import facts_of
-from mixtura.planning.decoder import DecoderShape, shape_of_arm
-from mixtura.planning.formulas import active_parameters, flops_per_token, model_parameters
-from mixtura.planning.hardware import Hardware
+from mixtura.planning.formulas import DecoderShape, active_parameters, flops_per_token, model_parameters, shape_of_arm
+from mixtura.planning.hardware import Hardware, MixtureSpeed, StepTime, communicated_bytes, step_time
 from mixtura.planning.step_memory import Division, ModelSizes, StepMemory, step_memory
-from mixtura.planning.step_time import MixtureSpeed, StepTime, communicated_bytes, step_time
 
 RESERVE = 0.08
 """Share of a device's memory that the driver, libraries and fragmentation take."""

@@ -11,7 +11,7 @@ experts, S mixtures, G the group:
 - mixing: rows_per_token * (H + 2D), mixtures and their outputs beside the first projection, and S weights.
 
 The loss needs three tensors of the size of the logits at once: log-probabilities and two gradients. Where logits are
-large (`LARGE_LOGITS`), training takes head and loss some rows at a time (`mixtura.models.head_loss`) and holds two
+large (`LARGE_LOGITS`), training takes head and loss some rows at a time (`mixtura.models.losses`) and holds two
 tensors of these rows, and the gradients of the head and its input, which the backward pass scales into a second copy.
 """
 

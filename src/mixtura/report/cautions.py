@@ -7,12 +7,12 @@ says; "warning", that the comparison may be unfair or its winner dear; "note", a
 from typing import Literal, get_args
 
 from mixtura.planning.formulas import FLOPS_TOLERANCE
-from mixtura.report.measures import Yardstick, yardstick_of
 from mixtura.report.significance import paired_difference, smallest_visible
 from mixtura.report.verdict import difference_words, judge_difference
 from mixtura.report.wording import (
     NBSP,
     TIMES,
+    Yardstick,
     capital,
     count,
     digits_for,
@@ -23,6 +23,7 @@ from mixtura.report.wording import (
     rate,
     start,
     times,
+    yardstick_of,
 )
 from mixtura.results import ArmResult, ArmSummary, Measure, Results
 from mixtura.results.conclusions import Budget, Caution, Limit

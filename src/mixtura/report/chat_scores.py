@@ -3,10 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from mixtura.report.measures import further_measure, yardstick_of
 from mixtura.report.sections import ShownSample, details_of
 from mixtura.report.tables import Cell, Row
-from mixtura.report.wording import number, signed
+from mixtura.report.wording import further_measure, number, signed, yardstick_of
 from mixtura.results import Results
 from mixtura.results.run import ChatDetails, Interval
 

@@ -1,7 +1,7 @@
 """What mixture of tokens loses without its group, beside how peaked its weights are, as plotly's JSON."""
 
 from mixtura.report.figures import SYMBOLS, Figure, make_trace, safe_text
-from mixtura.report.measures import titled_unit, yardstick_of
+from mixtura.report.wording import titled_unit, yardstick_of
 from mixtura.results import ArmResult, Results, Summary
 from mixtura.results.conclusions import MeanScore
 from mixtura.results.run import PretrainingDetails

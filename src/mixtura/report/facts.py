@@ -7,9 +7,8 @@ and the time of a step.
 
 from dataclasses import dataclass
 
-from mixtura.report.measures import seconds_per_step, yardstick_of
 from mixtura.report.tables import Cell, difference_cell
-from mixtura.report.wording import NONE, capital, compact, duration, number, percent
+from mixtura.report.wording import NONE, capital, compact, duration, number, percent, seconds_per_step, yardstick_of
 from mixtura.results import ArmResult, ArmSummary, Facts, Measure, Results, Summary
 from mixtura.results.run import LoadHistory, PretrainingDetails
 

@@ -8,8 +8,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mixtura.report.measures import difference_unit, seconds_per_step, titled_unit, yardstick_of
-from mixtura.report.wording import NBSP, rate, signed, signed_margin
+from mixtura.report.wording import (
+    NBSP,
+    difference_unit,
+    rate,
+    seconds_per_step,
+    signed,
+    signed_margin,
+    titled_unit,
+    yardstick_of,
+)
 from mixtura.results import ArmResult, ArmSummary, Measure, Results, Summary
 from mixtura.results.conclusions import Crossing, Difference
 

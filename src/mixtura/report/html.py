@@ -22,7 +22,6 @@ from mixtura.report.deployment import deployment_figures
 from mixtura.report.facts import continuations_section, held_out, is_even, load_maps, time_bars
 from mixtura.report.figures import AXES, SYMBOLS, arms_in, build_figures
 from mixtura.report.markdown import render_markdown
-from mixtura.report.measures import Yardstick, difference_unit, yardstick_of
 from mixtura.report.pictures import write_pictures
 from mixtura.report.sections import classification_section, specialization_maps, task_figures, translation_section
 from mixtura.report.summary import summarize
@@ -30,9 +29,11 @@ from mixtura.report.verdict import difference_words
 from mixtura.report.wording import (
     NBSP,
     NONE,
+    Yardstick,
     arm_colours,
     capital,
     count,
+    difference_unit,
     listing,
     number,
     quantity,
@@ -40,6 +41,7 @@ from mixtura.report.wording import (
     signed_margin,
     start,
     without_interval,
+    yardstick_of,
 )
 from mixtura.results import ArmResult, ArmSummary, Results, Summary, read_results
 from mixtura.results.document import RESULTS

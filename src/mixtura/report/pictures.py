@@ -14,8 +14,7 @@ from mixtura.files import replacing
 from mixtura.report.deployment import MODES, deployed_arms, gaps
 from mixtura.report.facts import held_out, load_maps
 from mixtura.report.figures import final_gap, final_loss, gap_lines, held_out_lines, mean_line
-from mixtura.report.measures import difference_unit, yardstick_of
-from mixtura.report.wording import MINUS, arm_colours, capital, signed_margin
+from mixtura.report.wording import MINUS, arm_colours, capital, difference_unit, signed_margin, yardstick_of
 from mixtura.results import Results, Summary
 
 INK, SOFT, GRID = "#1f2328", "#59636e", "#e3e6ea"

@@ -11,9 +11,8 @@ from typing import TypeVar
 
 from mixtura.report.budgets import budget_rows, budgets_figure
 from mixtura.report.figures import SYMBOLS, Figure, make_trace, safe_text, seeds_and_mean
-from mixtura.report.measures import FURTHER
 from mixtura.report.tables import Cell, Group, Row
-from mixtura.report.wording import NONE, number, percent, signed
+from mixtura.report.wording import FURTHER, NONE, number, percent, signed
 from mixtura.results import Results, Summary
 from mixtura.results.document import PairedTest
 from mixtura.results.run import (

@@ -17,8 +17,18 @@ from typing import Any
 
 from scipy import stats
 
-from mixtura.report.measures import Yardstick
-from mixtura.report.wording import NBSP, capital, listing, number, percent, quantity, signed, signed_interval, start
+from mixtura.report.wording import (
+    NBSP,
+    Yardstick,
+    capital,
+    listing,
+    number,
+    percent,
+    quantity,
+    signed,
+    signed_interval,
+    start,
+)
 from mixtura.results import ArmSummary
 from mixtura.results.conclusions import (
     Anchor,

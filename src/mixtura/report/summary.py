@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from mixtura.planning.advice import LEAST_WIDTH, Question, advise_on
 from mixtura.planning.evidence import load_evidence
 from mixtura.report.cautions import find_cautions, list_limits
-from mixtura.report.measures import Yardstick, yardstick_of
 from mixtura.report.significance import (
     MOT_ANCHOR,
     Curve,
@@ -22,7 +21,7 @@ from mixtura.report.significance import (
     speed_up,
 )
 from mixtura.report.verdict import judge, write_rule, write_verdict
-from mixtura.report.wording import FAMILY_WORDS, NBSP, expected_words
+from mixtura.report.wording import FAMILY_WORDS, NBSP, Yardstick, expected_words, yardstick_of
 from mixtura.results import ArmResult, ArmSummary, Results, RunResult, Summary
 from mixtura.results.conclusions import (
     Anchor,

@@ -4,25 +4,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from mixtura.report.measures import Yardstick, difference_unit, further_measure, seconds_per_step, yardstick_of
 from mixtura.report.wording import (
     NBSP,
     NONE,
     TIMES,
+    Yardstick,
     capital,
     compact,
     count,
+    difference_unit,
     digits_for,
     duration,
+    further_measure,
     interval,
     is_zero,
     memory,
     number,
     percent,
     rate,
+    seconds_per_step,
     signed,
     signed_interval,
     times,
+    yardstick_of,
 )
 from mixtura.results import ArmResult, ArmSummary, Interval, Measure, Results, Summary
 from mixtura.results.conclusions import SpeedUp

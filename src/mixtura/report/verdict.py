@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mixtura.report.measures import Yardstick, written_amount, written_value
 from mixtura.report.significance import paired_difference, write_longer
 from mixtura.report.wording import (
     NBSP,
     TIMES,
+    Yardstick,
     compact,
     count,
     digits_for,
@@ -26,6 +26,8 @@ from mixtura.report.wording import (
     signed,
     signed_interval,
     start,
+    written_amount,
+    written_value,
 )
 from mixtura.results import ArmSummary, Interval, Measure
 from mixtura.results.conclusions import Budget, Difference, Outcome, Pair, SpeedUp, Verdict

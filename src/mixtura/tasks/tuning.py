@@ -1,4 +1,4 @@
-"""What tuning a pretrained language model has in common, whatever it learns: modes, losses, what is saved, leaks."""
+"""What the tasks share: modes, losses, leaks and what is saved of a tuned model, and the p-value of a bootstrap."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -123,3 +124,13 @@ def check_groups(where: str, group_size: int, batch_size: int) -> None:
             f"'training.batch_size' is {batch_size}, which is no multiple of '{where}.group_size' {group_size}: change "
             "one of them."
         )
+
+
+def two_sided_p(means_R: np.ndarray) -> float:
+    """The p-value of a difference from the means (R,) of R resamples: twice the share on its rarer side of zero.
+
+    One resample more counts on that side, so it is never zero (Koehn 2004, "Statistical Significance Tests for Machine
+    Translation Evaluation"; Davison and Hinkley 1997, section 4.2).
+    """
+    rarer_side = min(int((means_R <= 0).sum()), int((means_R >= 0).sum()))
+    return min(1.0, 2 * (rarer_side + 1) / (len(means_R) + 1))

@@ -28,8 +28,7 @@ from mixtura.config import TrainingConfig, UserError
 from mixtura.kernels import ExpertExchange
 from mixtura.layers import Experts, MergedExperts, MixtureOfTokens, SoftMoE
 from mixtura.models import MixtureForCausalLM
-from mixtura.models.experts_backends import stock_experts
-from mixtura.models.experts_interface import NAME, kernel_activation
+from mixtura.models.experts_backends import NAME, kernel_activation, stock_experts
 from mixtura.training import ranks
 
 _OPTIMIZERS = ("adamw", "muon")

@@ -27,7 +27,7 @@ from mixtura.tasks.inspection import diagnose
 from mixtura.tasks.translation.decoding import ExampleRouting
 from mixtura.tasks.translation.encoder_decoder import collate_pairs, decode_prompts, forward_pairs, prompts_for
 from mixtura.tasks.translation.experiment import make_translation
-from mixtura.tasks.translation.language_pruning import prune_for_sentences
+from mixtura.tasks.translation.experts_by_direction import prune_for_sentences
 from mixtura.tasks.translation.trained_model import translate, translate_lines
 from mixtura.training import train
 

@@ -9,6 +9,7 @@ import torch
 
 from mixtura.config import (
     ArmConfig,
+    BaseConfig,
     ModelConfig,
     TrainingConfig,
     TranslationArmConfig,
@@ -16,6 +17,7 @@ from mixtura.config import (
     TranslationRecipe,
     UserError,
 )
+from mixtura.config.finetune_checks import check_finetune_recipe
 from mixtura.results import Leaks
 from mixtura.results.document import PairedTest
 from mixtura.results.json_form import from_plain, to_plain
@@ -287,3 +289,52 @@ def test_what_a_model_cannot_translate_is_refused(experiment, tmp_path):
         translate(tmp_path, "ban", **languages)
     with pytest.raises(UserError, match="num_beams is 0"):
         translate(folder, "ban", num_beams=0, **languages)
+
+
+OWN = {"dense": TranslationArmConfig(), "pair": TranslationArmConfig(architecture="encoder_decoder")}
+
+
+def test_an_encoder_decoder_from_scratch_reads_the_same_tokens_at_the_same_cost(toy):
+    sizes = {"hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 256}
+    made = make_translation(toy_recipe(toy, arms=OWN, model=sizes), cache_dir=None)
+    dense, pair = made.arms["dense"], made.arms["pair"]
+    described = pair.describe(dense)
+    assert described.settings == {"architecture": "encoder_decoder", "feed_forward_width": 288}
+    assert abs(described.flops_ratio - 1) < 0.03
+    assert described.parameters_total == sum(parameter.numel() for parameter in pair.build(0).parameters())
+    assert pair.leaks() == Leaks(False, False, False)
+    rows = [pair.task.dataset(length=8, seed=3)[i] for i in range(8)]
+    read, own = (arm.task.collate(rows) for arm in (dense, pair))
+    for i, row in enumerate(rows):
+        source, target = row["tokens"][: row["prompt"]], row["tokens"][row["prompt"] :]
+        assert read["input_ids"][i][: len(row["tokens"])].tolist() == row["tokens"].tolist()
+        assert own["input_ids"][i][: len(source)].tolist() == source.tolist()
+        assert own["labels"][i][: len(target)].tolist() == target.tolist()
+    assert dense.task.count_targets(read) == pair.task.count_targets(own)
+
+
+def test_an_encoder_decoder_from_scratch_learns_and_translates_from_its_folder(toy, tmp_path):
+    made = make_translation(toy_recipe(toy, arms=OWN, training={"steps": 40}), cache_dir=None)
+    model, result = run(made, "pair", tmp_path / "pair")
+    losses = [point.measures["loss"]["causal"] for point in result.curve]
+    assert losses[-1] < losses[0] - 0.5
+    task, sentences = made.arms["pair"].task, made.translation.test.sentences
+    texts = [pair.source for pair in sentences if pair.pair == "en-xx"]
+    expected = [
+        output for output, pair in zip(task.decode_test(model).greedy, sentences, strict=True) if pair.pair == "en-xx"
+    ]
+    done = translate_lines(tmp_path / "pair" / "checkpoint", texts, source_language="en", target_language="xx")
+    assert done.lines == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"arms": {"dense": TranslationArmConfig(architecture="encoder_decoder", feed_forward=PAIRS)}}, "dense layers"),
+        ({"arms": OWN, "model": {"num_key_value_heads": 1}}, "num_key_value_heads"),
+        ({"arms": OWN, "base": BaseConfig(name="smollm2")}, "models from scratch"),
+    ],
+)
+def test_what_an_encoder_decoder_from_scratch_cannot_be_is_refused(toy, changes, said):
+    with pytest.raises(UserError, match=said):
+        check_finetune_recipe(toy_recipe(toy, **changes))

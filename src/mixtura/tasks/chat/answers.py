@@ -25,7 +25,7 @@ from mixtura.models.generation import CHAT_FILE
 from mixtura.models.loading import load_model, open_tokenizer
 from mixtura.results.document import PairedTest
 from mixtura.results.run import Interval
-from mixtura.tasks.resampling import two_sided_p
+from mixtura.tasks.tuning import two_sided_p
 
 BATCH = 8
 """Prompts that are answered at once."""

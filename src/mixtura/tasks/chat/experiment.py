@@ -20,7 +20,7 @@ from mixtura.adapters.targets import count_parameters, measured_flops_per_token
 from mixtura.checkpoints.pretrained import load_base
 from mixtura.checkpoints.quantized import Quantize, quantized_weights
 from mixtura.config import BaseConfig, ChatRecipe, UserError
-from mixtura.config.adapt import MOST_CHAT_TOKENS, Amounts, common_length, with_batches_for
+from mixtura.config.requests import MOST_CHAT_TOKENS, Amounts, common_length, with_batches_for
 from mixtura.data.chats import Chat, ChatCorpus, load_chats
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
 from mixtura.results import ArmDescription, Facts, Leaks

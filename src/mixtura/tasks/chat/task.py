@@ -18,8 +18,8 @@ from torch.nn.functional import cross_entropy
 from mixtura.config import AdapterConfig, ChatDataConfig, TrainingConfig, UserError
 from mixtura.models import MixtureConfig
 from mixtura.models.generation import CHAT_FILE
-from mixtura.models.head_loss import Hidden, run_without_logits
 from mixtura.models.inference import mixing_layers
+from mixtura.models.losses import Hidden, run_without_logits
 from mixtura.results import Facts
 from mixtura.results.run import ChatDetails, ChatSample, ChatScores
 from mixtura.tasks.chat.answers import (

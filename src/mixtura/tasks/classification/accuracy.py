@@ -7,7 +7,7 @@ import numpy as np
 
 from mixtura.results.document import PairedTest
 from mixtura.results.run import CalibrationBin
-from mixtura.tasks.resampling import two_sided_p
+from mixtura.tasks.tuning import two_sided_p
 
 NUM_BINS = 15
 """Calibration bins of equal width, as in Guo et al. (arXiv 1706.04599, section 4)."""

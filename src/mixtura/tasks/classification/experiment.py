@@ -22,7 +22,7 @@ import torch
 from mixtura.adapters.attach import apply_adapter
 from mixtura.adapters.targets import count_parameters
 from mixtura.config import ClassificationRecipe, HeadConfig, UserError
-from mixtura.config.adapt import MOST_TEXT_TOKENS, Amounts, common_length, with_batches_for
+from mixtura.config.requests import MOST_TEXT_TOKENS, Amounts, common_length, with_batches_for
 from mixtura.data.labelled import LabelledCorpus, LabelledText, load_labelled
 from mixtura.files import write_json
 from mixtura.results import ArmDescription, Facts

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mixtura.results.document import PairedTest
-from mixtura.tasks.resampling import two_sided_p
+from mixtura.tasks.tuning import two_sided_p
 
 _RESAMPLES, _CHUNK = 10_000, 250
 

@@ -15,12 +15,12 @@ import torch
 from mixtura.checkpoints.pretrained import resolve_base
 from mixtura.checkpoints.source import count_parameters, decoder_config, load_decoder, probe_config, weights_digest
 from mixtura.config import ArmConfig, DataConfig, Recipe, UserError, starts_from_checkpoints
-from mixtura.config.adapt import Amounts, with_batches_for
 from mixtura.config.arm import has_setting, model_settings
 from mixtura.config.checks import batch_sizes, check_feed_forward
 from mixtura.config.describe import shown_settings
 from mixtura.config.families import facts_of
 from mixtura.config.initialization import INITIALIZER_RANGE, SHAPE_KEYS, TRAINED_KEYS, names_scales
+from mixtura.config.requests import Amounts, with_batches_for
 from mixtura.data.prepare import PreparedData, load_tokenizer, prepare_data
 from mixtura.data.short_texts import fit_held_out
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm

@@ -9,6 +9,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from transformers import M2M100ForConditionalGeneration
 
 from mixtura.adapters.attach import apply_adapter
 from mixtura.adapters.expert_specialized import SAMPLE_SIZE
@@ -25,7 +26,14 @@ from mixtura.planning import active_parameters, flops_per_token, model_parameter
 from mixtura.results import ArmDescription, Facts, Leaks
 from mixtura.tasks.translation.batches import PairDataset, collate_rows
 from mixtura.tasks.translation.decoding import ExampleRouting
-from mixtura.tasks.translation.encoder_decoder import EncoderDecoderPrompts, collate_pairs, probe_pairs
+from mixtura.tasks.translation.encoder_decoder import (
+    EncoderDecoderPrompts,
+    collate_pairs,
+    new_encoder_decoder,
+    own_encoder_decoder,
+    probe_pairs,
+)
+from mixtura.tasks.translation.prompts import Prompts
 from mixtura.tasks.translation.task import TranslationData, TranslationTask
 from mixtura.tasks.tuning import PROBED_LAYERS, adapter_settings, check_groups, find_leaks, mixed_examples, stirred
 from mixtura.training.interface import Arm
@@ -41,7 +49,10 @@ def make_arm(recipe: TranslationRecipe, name: str, data: TranslationData) -> "Tr
         UserError: its settings cannot work, or not on this data.
     """
     arm = recipe.arms[name]
-    make = _scratch_arm if recipe.base.name is None else _base_arm if arm.upcycle is None else _upcycled_arm
+    if recipe.base.name is None:
+        make = _scratch_arm if arm.architecture == "decoder" else _encoder_decoder_arm
+    else:
+        make = _base_arm if arm.upcycle is None else _upcycled_arm
     return make(recipe, name, arm, data)
 
 
@@ -116,7 +127,7 @@ class TranslationArm(Arm):
 
     def _measured(self) -> ArmDescription:
         """A mixture of adapters runs all its experts, so that all its parameters are active."""
-        model = self.build(0).train()
+        model: Any = self.build(0).train()
         total, trained = count_parameters(model)
         # Rows of one length, so that all arms are measured without padding, and with half of the tokens as targets.
         tokens = torch.full((min(32, round(self.task.tokens_per_example)),), self._translation.data.prompts.eos)
@@ -127,6 +138,9 @@ class TranslationArm(Arm):
             lambda: self.task.losses(model, batch, num_targets=1).task_loss,
             tokens=len(tokens) * len(batch["input_ids"]),
         )
+        if self._translation.base is None:
+            # Training computes the head for targets alone, here half of the tokens, and plans count it for every token.
+            flops += self._translation.data.vocab_size * model.get_input_embeddings().embedding_dim * 3
         return ArmDescription(
             settings=self._settings,
             parameters_total=total,
@@ -193,6 +207,37 @@ def _scratch_arm(
         probe=lambda: build(0),
         shape=config,
         group_size=feed_forward.group_size if facts_of(feed_forward.family).group_over else None,
+    )
+
+
+def _encoder_decoder_arm(
+    recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, data: TranslationData
+) -> TranslationArm:
+    """An encoder-decoder from scratch, at the cost of the dense decoder."""
+    assert isinstance(data.prompts, Prompts)
+    prompts = own_encoder_decoder(data.prompts)
+    config = new_encoder_decoder(recipe.model, prompts, vocab_size=data.vocab_size)
+
+    def build(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return M2M100ForConditionalGeneration(copy.deepcopy(config))
+
+    return TranslationArm(
+        name,
+        family="dense",
+        settings={"architecture": arm.architecture, "feed_forward_width": config.decoder_ffn_dim},
+        task=TranslationTask(
+            dataclasses.replace(data, prompts=prompts),
+            recipe.training,
+            routing=ExampleRouting(),
+            num_beams=recipe.num_beams,
+            comet=recipe.evaluation.comet,
+        ),
+        learning_rate=arm.learning_rate or arm.feed_forward.learning_rate or recipe.training.learning_rate,
+        build=build,
+        probe=lambda: build(0),
+        shape=None,
+        group_size=None,
     )
 
 

@@ -21,8 +21,8 @@ from mixtura.config import UserError
 from mixtura.data.parallel import SentencePair
 from mixtura.errors import reason_of
 from mixtura.results.document import PairedTest
-from mixtura.tasks.resampling import two_sided_p
 from mixtura.tasks.translation.chrf import NUM_RESAMPLES
+from mixtura.tasks.tuning import two_sided_p
 
 BATCH_SIZE = 16
 KEY = "comet"

@@ -15,13 +15,13 @@ from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import M2M100Config, PreTrainedTokenizerBase
 
-from mixtura.config import UserError
+from mixtura.config import ModelConfig, UserError
 from mixtura.config.languages import language_name
 from mixtura.data.parallel import SentencePair
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
-from mixtura.models.head_loss import run_and_sum
+from mixtura.models.losses import run_and_sum
 from mixtura.results import Facts
 from mixtura.tasks.translation.decoding import ExampleRouting, batches_by_length, decode, token_limit
 from mixtura.tasks.translation.prompts import LanguageTokens, Prompts, Scheme, read_translations, scheme_of
@@ -51,11 +51,14 @@ class EncoderDecoderPrompts:
 
     @property
     def pad(self) -> int:
-        """The padding token, by which some models count positions."""
-        return self.tokenizer.pad_token_id
+        """The padding token, by which some models count positions; eos in a tokenizer of the user's without one."""
+        pad = self.tokenizer.pad_token_id
+        return self.eos if pad is None else pad
 
     def encode(self, pairs: Sequence[SentencePair]) -> list[list[int]]:
         """The ids that the encoder reads, of source and languages alone."""
+        if self.scheme == "tokens":
+            return Prompts("tokens", self.tokenizer).encode(pairs)
         sources = self._ids([" ".join(pair.source.split()) for pair in pairs])
         around = {
             side: self._around(*side) for side in {(pair.source_language, pair.target_language) for pair in pairs}
@@ -113,6 +116,48 @@ class EncoderDecoderPrompts:
 
 
 AnyPrompts = Prompts | EncoderDecoderPrompts
+
+
+def own_encoder_decoder(prompts: Prompts) -> EncoderDecoderPrompts:
+    """How an encoder-decoder from scratch takes the pairs that were encoded for a decoder from scratch.
+
+    Its encoder reads the decoder's prompt, so all arms have the same tokens; its decoder begins with eos.
+    """
+    return EncoderDecoderPrompts(prompts.tokenizer, "tokens", prompts.eos)
+
+
+def new_encoder_decoder(model: ModelConfig, prompts: EncoderDecoderPrompts, *, vocab_size: int) -> M2M100Config:
+    """The configuration of an encoder-decoder from scratch that costs what the dense decoder costs.
+
+    The layers are those of M2M100 and NLLB (Vaswani et al. 2017, arXiv 1706.03762, with norms before each part),
+    without dropout. Encoder and decoder are each as deep as the decoder, so that a token of either side passes as many
+    layers. Attention to the source costs two products of D x D for a token of each side. The feed-forward layers have
+    no gate, and are narrower by as much.
+    """
+    hidden = model.hidden_size
+    columns = model.intermediate_size * (1.5 if model.gated else 1.0) - hidden
+    return M2M100Config(
+        vocab_size=vocab_size,
+        d_model=hidden,
+        encoder_layers=model.num_hidden_layers,
+        decoder_layers=model.num_hidden_layers,
+        encoder_attention_heads=model.num_attention_heads,
+        decoder_attention_heads=model.num_attention_heads,
+        encoder_ffn_dim=max(8, 8 * round(columns / 8)),
+        decoder_ffn_dim=max(8, 8 * round(columns / 8)),
+        activation_function=model.activation,
+        dropout=0.0,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        encoder_layerdrop=0.0,
+        decoder_layerdrop=0.0,
+        # Embeddings, which are multiplied by the root of the width, are then as large as positions.
+        init_std=hidden**-0.5,
+        pad_token_id=prompts.pad,
+        bos_token_id=prompts.eos,
+        eos_token_id=prompts.eos,
+        decoder_start_token_id=prompts.decoder_start,
+    )
 
 
 def prompts_for(tokenizer: PreTrainedTokenizerBase, config: Any) -> EncoderDecoderPrompts:

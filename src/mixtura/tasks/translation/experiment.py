@@ -10,7 +10,7 @@ from typing import Any, final
 
 from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import TranslationRecipe, UserError
-from mixtura.config.adapt import MOST_PAIR_TOKENS, Amounts, with_batches_for, with_experts_of
+from mixtura.config.requests import MOST_PAIR_TOKENS, Amounts, with_batches_for, with_experts_of
 from mixtura.data.parallel import ParallelCorpus, load_parallel
 from mixtura.data.prepare import load_tokenizer
 from mixtura.results import ArmDescription

@@ -4,7 +4,8 @@
 al. 2017, "Google's Multilingual Neural Machine Translation System", section 3). `instruction`, for a pretrained model:
 the words of ALMA (Xu et al. 2024, arXiv 2309.11674, section 2). The loss counts what comes after the bar.
 
-A model from scratch reads with a byte-level BPE over all languages of the comparison, with its prompt tokens.
+A model from scratch reads with a byte-level BPE over all languages of the comparison, with its prompt tokens. The
+encoder of one that has an encoder reads what stands before the bar.
 
 The tokenizers of encoder-decoders are told the languages of a pair thus:
 
@@ -38,7 +39,7 @@ from mixtura.data.parallel import SentencePair
 from mixtura.data.prepare import load_tokenizer, train_tokenizer
 from mixtura.files import cache_entry
 
-Scheme = Literal["nllb", "m2m100", "marian", "madlad", "words"]
+Scheme = Literal["nllb", "m2m100", "marian", "madlad", "words", "tokens"]
 
 _TOKENS: dict[Scheme, re.Pattern[str]] = {
     "nllb": re.compile(r"([a-z]{3}_[A-Z][a-z]{3})"),

@@ -19,8 +19,8 @@ from mixtura.config import AdapterConfig, TrainingConfig, UserError
 from mixtura.diagnostics.choices import routed_layers
 from mixtura.files import write_text
 from mixtura.models import MixtureConfig
-from mixtura.models.head_loss import run_and_sum
 from mixtura.models.inference import mixing_layers
+from mixtura.models.losses import run_and_sum
 from mixtura.results import Facts
 from mixtura.results.json_form import from_plain, to_plain
 from mixtura.results.run import PairScores, Sample, Specialization, TranslationDetails

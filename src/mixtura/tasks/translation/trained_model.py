@@ -17,8 +17,8 @@ from mixtura.adapters.attach import load_adapter
 from mixtura.checkpoints.nllb_moe import compute_as_published
 from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import UserError
-from mixtura.config.adapt import MOST_PAIR_TOKENS
 from mixtura.config.languages import code_advice, find_language, language_code
+from mixtura.config.requests import MOST_PAIR_TOKENS
 from mixtura.data.parallel import SentencePair
 from mixtura.diagnostics.examine import diagnose_excerpts
 from mixtura.diagnostics.excerpts import Excerpts

@@ -13,7 +13,7 @@ import torch
 
 from comparison.test_processes import differences
 from mixtura.comparison.runner import compare
-from mixtura.comparison.workers import _take_device
+from mixtura.comparison.runs import _take_device
 from mixtura.config import SearchConfig, UserError, recipe_to_toml
 from mixtura.training import SilentProgress, ranks
 
