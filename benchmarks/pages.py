@@ -113,13 +113,13 @@ def runs() -> str:
         "`benchmarks/results/runs-*.json`",
         "`mixtura train` against a bare torch loop of 60 lines (`benchmarks/bare_loop.py`) with the same model, text, "
         "batches and steps; medians of alternating rounds, of processor seconds on one thread and seconds on the wall "
-        "on two. *Speed* is that of Mixtura's steps, the loop's being 1. *Around* is what passes between the command "
-        "and the last checkpoint outside the steps, with the text prepared before: in Mixtura with leak probes and two "
-        "evaluations, which the loop has not. What follows the last checkpoint is not counted, and is the last two "
-        "columns of the second table.",
+        "on two, where the loop's threads wait as torch has them. *Speed* is that of Mixtura's steps, the loop's being "
+        "1. *Around* is what passes between the command and the last checkpoint outside the steps, with the text "
+        "prepared before: in Mixtura with leak probes and two evaluations, which the loop has not. What follows the "
+        "last checkpoint is not counted, and is the last two columns of the second table.",
     )
     head = ["size", "arm", "tokens a step", "speed (range)", "tokens/s", "loop", "around, s", "loop, s"]
-    for name, record in _records("runs-*.json"):
+    for name, record in sorted(_records("runs-*.json"), key=lambda item: item[1]["settings"]["threads"]):
         imports = sorted(record["trainer_imports"])
         settings = record["settings"]
         text += f"## {settings['threads']} thread{'s' if settings['threads'] > 1 else ''}\n\n"
