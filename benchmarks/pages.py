@@ -114,16 +114,22 @@ def runs() -> str:
         "How fast is a whole run?",
         "`benchmarks/results/runs-*.json`",
         "`mixtura train` against a bare torch loop of 60 lines (`benchmarks/bare_loop.py`) with the same model, text, "
-        "batches and steps; processor seconds of one thread, medians of alternating rounds. *Speed* is that of "
-        "Mixtura's steps, the loop's being 1. *Around* is what passes between the command and the last checkpoint "
-        "outside the steps, with the text prepared before: in Mixtura with leak probes and two evaluations, which the "
-        "loop has not. What follows the last checkpoint is not counted, and is the last two columns of the second "
-        "table.",
+        "batches and steps; medians of alternating rounds, of processor seconds on one thread and seconds on the wall "
+        "on two, where the loop's threads wait as torch has them. *Speed* is that of Mixtura's steps, the loop's being "
+        "1. *Around* is what passes between the command and the last checkpoint outside the steps, with the text "
+        "prepared before: in Mixtura with leak probes and two evaluations, which the loop has not. What follows the "
+        "last checkpoint is not counted, and is the last two columns of the second table.",
     )
     head = ["size", "arm", "tokens a step", "speed (range)", "tokens/s", "loop", "around, s", "loop, s"]
-    for name, record in _records("runs-*.json"):
+    for name, record in sorted(_records("runs-*.json"), key=lambda item: item[1]["settings"]["threads"]):
         imports = sorted(record["trainer_imports"])
-        text += f"{_machine(name, record)} {record['settings']['steps']} steps a run. Importing torch and "
+        settings = record["settings"]
+        text += f"## {settings['threads']} thread{'s' if settings['threads'] > 1 else ''}\n\n"
+        text += f"{_machine(name, record)} {settings['steps']} steps a run. "
+        if settings.get("beside"):
+            busy = " to ".join(f"{load:.1f}" for load in sorted(settings["load_average"]))
+            text += f"Beside them ran {settings['beside']}: {busy} programs wanted a core. "
+        text += "Importing torch and "
         text += f"transformers' Trainer alone takes {imports[0]:.1f} to {imports[-1]:.1f} s.\n\n"
         text += _table(head, map(_run_speeds, record["rows"])) + "\nSeconds of the parts around the steps:\n\n"
         parts = list(record["rows"][0]["parts"])
@@ -155,14 +161,15 @@ def decoding() -> str:
         "How fast is decoding?",
         "`benchmarks/results/decode-*.json`",
         "Whole models with a cache and random weights, at equal active width; medians of alternating rounds. *Speed* "
-        "is tokens per second relative to the dense model, prompt and sampling included. *Layer* is the time of one "
-        "feed-forward layer for one token of each sequence, with its weights in cache. *Bound* is the speed of a "
-        "mixture if steps waited for weights alone: bytes that a dense step reads over those of the mixture, attention "
-        "and head included. A batch of B sequences that choose K of E experts evenly runs E (1 - (1 - K/E)^B) of them. "
-        "Speed is above the bound where a step also computes, and waits for Python. "
+        "is tokens per second relative to the dense model, prompt and sampling included. *By weights* is what it would "
+        "be if steps waited for weights alone: bytes that a dense step reads over those of the mixture, attention and "
+        "head included. A batch of B sequences that choose K of E experts evenly runs E (1 - (1 - K/E)^B) of them. "
+        "*Layer* is the time of one feed-forward layer, router and Python included, for one token of each sequence. "
+        "*Least* is what the machine allows it: reading as many bytes as the experts have that these tokens chose, or "
+        "as many FLOPs in one large product, if that takes longer; *of it* is the share reached. "
         "[Deploying mixture of tokens](../deploying-mot.md#speed) says what follows.",
     )
-    head = ["batch", "form", "speed, dense 1", "bound", "tokens/s", "layer, microseconds", "model, MB"]
+    head = ["batch", "form", "speed, dense 1", "by weights", "tokens/s", "layer, us", "least, us", "of it", "model, MB"]
     for name, record in sorted(_records("decode-*.json"), key=lambda item: item[1]["settings"]["hidden"]):
         settings = record["settings"]
         sizes = {key: settings[key] for key in ("hidden", "layers", "experts")}
@@ -175,6 +182,8 @@ def decoding() -> str:
                 f"{bound(row['form'], batch=row['batch'], **sizes):.2f}",
                 f"{row['tokens_per_second']:,.0f}",
                 f"{row['layer_microseconds']:,.0f}",
+                f"{row['layer_bound_microseconds']:,.0f}",
+                f"{row['layer_of_bound']:.2f}",
                 f"{row['megabytes']:,.0f}",
             ]
             for row in record["rows"]

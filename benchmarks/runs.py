@@ -1,13 +1,13 @@
 """Times whole runs: `mixtura train` against a bare torch loop with the same model, tokens, batches and steps.
 
 Both run as commands of their own, one after the other in alternating rounds: the bare loop is benchmarks/bare_loop.py.
-Counted are processor seconds on one thread, to which other programs on the machine do not add: within the steps, and
-from the command to the last checkpoint. The time of `mixtura train` around its steps is given by part; the text is
-prepared beforehand, as a run that goes on in its folder finds it. What importing torch and transformers' Trainer costs
-stands beside it.
+Counted are processor seconds on one thread, to which other programs on the machine do not add, and seconds on the wall
+on several: within the steps, and from the command to the last checkpoint. The time of `mixtura train` around its steps
+is given by part; the text is prepared beforehand, as a run that goes on in its folder finds it. What importing torch
+and transformers' Trainer costs stands beside it.
 
 Run `PYTHONPATH=src python benchmarks/runs.py`; it takes a quarter of an hour. The table is printed and stored under
-benchmarks/results/ with versions and hardware.
+benchmarks/results/ with versions, hardware and how busy the machine was.
 """
 
 import argparse
@@ -47,7 +47,7 @@ PARTS = {
     "texts and peakedness": "mixtura.tasks.language_modelling.task:LanguageModelling.details",
 }
 """Functions around the steps; what lies inside another one counts to that."""
-TRAINER = "import torch; torch.set_num_threads(1); from transformers import Trainer"
+TRAINER = "import torch; from transformers import Trainer"
 
 
 def main() -> None:
@@ -56,23 +56,31 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="steps of a run")
     parser.add_argument("--rounds", type=int, default=3, help="rounds that count")
     parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES), help="only these")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of both")
+    parser.add_argument("--beside", default="", help="what else ran on the machine, for the record")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     parser.add_argument("--train", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:
-        _train_with_parts(options.train)
+        _train_with_parts(**options.train)
         return
     _measure_all(options)
 
 
-def _train_with_parts(arguments: list[str]) -> None:
-    """`mixtura train`, with clocks on its parts and processor seconds in place of those on the wall."""
+def _clock_since(started: float, threads: int) -> Callable[[], float]:
+    """Processor seconds of this process on one thread, else seconds on the wall since its command."""
+    return time.process_time if threads == 1 else lambda: time.perf_counter() - started
+
+
+def _train_with_parts(arguments: list[str], started: float, threads: int) -> None:
+    """`mixtura train`, with clocks on its parts, which on one thread count processor seconds."""
     from mixtura.cli import main as command
     from mixtura.files import cache_folder
     from mixtura.tasks.language_modelling import experiment
     from mixtura.training import loop, trainer
 
-    imported = time.process_time()
+    clock = _clock_since(started, threads)
+    imported = clock()
     prepare = experiment.prepare_data
 
     def prepared(data: Any, *, cache_dir: Path | None, on_progress: Any = None) -> Any:
@@ -84,13 +92,13 @@ def _train_with_parts(arguments: list[str]) -> None:
     seconds: dict[str, float] = {"imports": imported}
     running: list[str] = []
     for part, place in PARTS.items():
-        _clock(part, place, seconds, running)
-    trainer.time = _Clock  # pyright: ignore[reportAttributeAccessIssue]
+        _time_part(part, place, seconds, running, clock)
+    trainer.time = _Clock(clock)  # pyright: ignore[reportAttributeAccessIssue]
     ends: list[float] = []
     outcome = loop._outcome
 
     def last(*args: Any, **kwargs: Any) -> Any:
-        ends.append(time.process_time())
+        ends.append(clock())
         return outcome(*args, **kwargs)
 
     loop._outcome = last
@@ -106,11 +114,14 @@ def _train_with_parts(arguments: list[str]) -> None:
 class _Clock:
     """Stands for the module time where steps are timed."""
 
-    perf_counter = staticmethod(time.process_time)
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.perf_counter = clock
 
 
-def _clock(part: str, place: str, seconds: dict[str, float], running: list[str]) -> None:
-    """Adds the processor seconds of a function to its part."""
+def _time_part(
+    part: str, place: str, seconds: dict[str, float], running: list[str], clock: Callable[[], float]
+) -> None:
+    """Adds the seconds of a function to its part."""
     module, _, inside = place.partition(":")
     outer, _, name = inside.rpartition(".")
     owner = pkgutil.resolve_name(f"{module}:{outer}" if outer else module)
@@ -121,44 +132,51 @@ def _clock(part: str, place: str, seconds: dict[str, float], running: list[str])
         if running:
             return function(*args, **kwargs)
         running.append(part)
-        before = time.process_time()
+        before = clock()
         try:
             return function(*args, **kwargs)
         finally:
             running.pop()
-            seconds[part] = seconds.get(part, 0.0) + time.process_time() - before
+            seconds[part] = seconds.get(part, 0.0) + clock() - before
 
     setattr(owner, name, timed)
 
 
 def _measure_all(options: argparse.Namespace) -> None:
     """Every size and arm, a row each; the record is stored anew after every row."""
+    import torch
+
     from mixtura.benchmarks.measure import store_record
 
-    imports = [_processor_seconds([sys.executable, "-c", TRAINER])[0] for _ in range(options.rounds)]
+    torch.set_num_threads(options.threads)
+    several = f"-{options.threads}-threads" if options.threads > 1 else ""
+    busy = os.getloadavg()[0]
+    imports = [_seconds([sys.executable, "-c", TRAINER], options.threads)[0] for _ in range(options.rounds)]
     print(f"Importing torch and transformers' Trainer: {statistics.median(imports):.1f} s")
     rows: list[dict[str, Any]] = []
     path = options.out
     for size in options.sizes:
         for arm in ARMS:
             rows.append(_row(size, arm, options))
-            settings = {"steps": options.steps, "rounds": options.rounds, "threads": 1}
-            path = store_record(options.out, "runs", settings=settings, trainer_imports=imports, rows=rows)
+            settings = {name: getattr(options, name) for name in ("steps", "rounds", "threads", "beside")}
+            settings["load_average"] = [busy, os.getloadavg()[0]]
+            measured = {"trainer_imports": imports, "rows": rows}
+            path = store_record(options.out, "runs", settings=settings, suffix=several, **measured)
             print(_line(rows[-1]), flush=True)
     print(f"Stored in {path}")
 
 
 def _row(size: str, arm: str, options: argparse.Namespace) -> dict[str, Any]:
-    asked = _bare_request(size, arm, options.steps)
+    asked = _bare_request(size, arm, options.steps) | {"threads": options.threads}
     recipe, changes = SIZES[size]
     own, bare = [], []
     for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
             changed = [*changes, f"training.steps={options.steps}", f"training.eval_every={options.steps // 2}"]
-            changed += [f"training.save_every={options.steps}", "training.threads=1"]
+            changed += [f"training.save_every={options.steps}", f"training.threads={options.threads}"]
             sets = [part for change in changed for part in ("--set", change)]
             arguments = ["--preset", recipe, "--arm", arm, "--out", f"{folder}/own", *sets]
-            own.append(_own_run(arguments, Path(folder)))
+            own.append(_own_run(arguments, Path(folder), options.threads))
             bare.append(_bare_run(asked | {"out": f"{folder}/bare"}))
     ratios = [b["inside"] / a["inside"] for a, b in zip(own, bare, strict=True)]
     tokens = asked["batch"] * asked["length"]
@@ -201,13 +219,13 @@ def _bare_request(size: str, arm: str, steps: int) -> dict[str, Any]:
         "steps": steps,
         "batch": recipe.training.batch_size,
         "length": recipe.data.sequence_length,
-        "threads": 1,
     }
 
 
-def _own_run(arguments: list[str], folder: Path) -> dict[str, Any]:
+def _own_run(arguments: list[str], folder: Path, threads: int) -> dict[str, Any]:
     # As one value, or argparse would take what begins with a dash for itself.
-    whole, output = _processor_seconds([sys.executable, __file__, "--train", json.dumps(arguments)])
+    asked = {"arguments": arguments, "started": time.perf_counter(), "threads": threads}
+    whole, output = _seconds([sys.executable, __file__, "--train", json.dumps(asked)], threads)
     found = json.loads(output.splitlines()[-1])
     lines = next(folder.rglob("metrics.jsonl")).read_text(encoding="utf-8").splitlines()
     seconds = [record["seconds"] for record in map(json.loads, lines) if "loss" in record]
@@ -215,7 +233,8 @@ def _own_run(arguments: list[str], folder: Path) -> dict[str, Any]:
 
 
 def _bare_run(asked: dict[str, Any]) -> dict[str, Any]:
-    whole, output = _processor_seconds([sys.executable, str(BARE), json.dumps(asked)])
+    asked["started"] = time.perf_counter()
+    whole, output = _seconds([sys.executable, str(BARE), json.dumps(asked)], asked["threads"])
     found = json.loads(output.splitlines()[-1])
     return {"whole": whole, "inside": statistics.median(found["steps"]), "to_checkpoint": found["to_checkpoint"]}
 
@@ -225,13 +244,15 @@ def _per_step(seconds: list[float]) -> float:
     return statistics.median(after - before for before, after in itertools.pairwise(seconds))
 
 
-def _processor_seconds(command: list[str]) -> tuple[float, str]:
-    """Seconds that a command kept processors busy, itself and its children; and what it printed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def _seconds(command: list[str], threads: int) -> tuple[float, str]:
+    """Seconds that a command takes, and what it printed; on one thread those of processors, with its children's."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {run.returncode}: {run.stderr}")
+    if threads > 1:
+        return time.perf_counter() - started, run.stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, run.stdout
 

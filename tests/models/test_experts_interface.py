@@ -78,7 +78,7 @@ def test_generation_runs_on_the_kernels_of_few_tokens_and_equals_eager(name: str
     expected = build(name, "eager").eval().generate(ids_BL, **settings)
     calls = []
     few = dispatch.small_batch_ffn
-    monkeypatch.setattr(dispatch, "small_batch_ffn", lambda *a: (calls.append(1), few(*a))[1])
+    monkeypatch.setattr(dispatch, "small_batch_ffn", lambda *a, **k: (calls.append(1), few(*a, **k))[1])
     assert torch.equal(build(name, "mixtura").eval().generate(ids_BL, **settings), expected)
     assert calls
 

@@ -20,10 +20,15 @@ from mixtura.kernels.small_batch import is_small_batch, small_batch_ffn
 from mixtura.kernels.sparse import sparse_ffn
 
 
-def routed_ffn(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, experts: ExpertWeights) -> Tensor:
-    """(T, D) -> (T, D): sum over a token's K choices of weight * expert(x); sorted unless there are few."""
+def routed_ffn(
+    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, experts: ExpertWeights, *, decoding: bool = False
+) -> Tensor:
+    """(T, D) -> (T, D): sum over a token's K choices of weight * expert(x); sorted unless there are few.
+
+    `decoding` as for `small_batch_ffn`.
+    """
     if is_small_batch(expert_TK.numel(), experts.activation, x_TD, experts.up, experts.down):
-        return small_batch_ffn(x_TD.unsqueeze(1), expert_TK, None, weight_TK, experts)
+        return small_batch_ffn(x_TD.unsqueeze(1), expert_TK, None, weight_TK, experts, decoding=decoding)
     token_R, weight_R, rows_E, row_TK = rows_by_expert(expert_TK, weight_TK, len(experts.up))
     return sparse_ffn(x_TD, token_R, weight_R, rows_E, experts, row_TK=row_TK)
 

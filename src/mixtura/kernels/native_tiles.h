@@ -5,16 +5,7 @@
 
    out (m, n) = a (m, k) @ b (k, n) [+ out], where a(i, p) = a[i * a_row + p * a_step], and b and out lie by rows. */
 
-#include <stdint.h>
-
-#ifdef __AVX512F__
-#define LANES 16
-#else
-#define LANES 8 /* two registers on NEON */
-#endif
-
-typedef float vec_t __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t mask_t __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#include "native_vectors.h"
 
 typedef struct {
     int64_t m, n, k, a_row, a_step, b_row, out_row; /* n is at least LANES */
@@ -128,31 +119,23 @@ static void gradient_of_weight(
 /* Squares are turned around in registers: one number at a time, a row would be read in order and written with a stride,
    and each write would touch another cache line. */
 enum { TURNED = 8 };
-typedef float oct_t __attribute__((vector_size(32), aligned(4), may_alias));
 
 /* Three rounds of exchanges, each between registers twice as far apart: pairs of rows, pairs of those, halves.
    to (8, to_row), by rows = the columns from `first` on of eight rows. */
 static inline void turn(const float *const rows[TURNED], int64_t first, float *to, int64_t to_row) {
     oct_t r[TURNED], pairs[TURNED], fours[TURNED];
     for (int i = 0; i < TURNED; i++) r[i] = *(const oct_t *)(rows[i] + first);
-#if defined(__clang__) || __GNUC__ >= 12
-#define MIX(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-    typedef int32_t places_t __attribute__((vector_size(32)));
-#define MIX(x, y, ...) __builtin_shuffle(x, y, (places_t){__VA_ARGS__})
-#endif
     for (int i = 0; i < TURNED; i += 2) {
-        pairs[i] = MIX(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-        pairs[i + 1] = MIX(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+        pairs[i] = MIX(eight_places_t, r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        pairs[i + 1] = MIX(eight_places_t, r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
     }
     for (int i = 0; i < TURNED; i += 4)
         for (int j = 0; j < 2; j++) {
-            fours[i + 2 * j] = MIX(pairs[i + j], pairs[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-            fours[i + 2 * j + 1] = MIX(pairs[i + j], pairs[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+            fours[i + 2 * j] = MIX(eight_places_t, pairs[i + j], pairs[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            fours[i + 2 * j + 1] = MIX(eight_places_t, pairs[i + j], pairs[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
         }
     for (int i = 0; i < 4; i++) {
-        *(oct_t *)(to + i * to_row) = MIX(fours[i], fours[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        *(oct_t *)(to + (i + 4) * to_row) = MIX(fours[i], fours[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+        *(oct_t *)(to + i * to_row) = MIX(eight_places_t, fours[i], fours[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        *(oct_t *)(to + (i + 4) * to_row) = MIX(eight_places_t, fours[i], fours[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
     }
-#undef MIX
 }

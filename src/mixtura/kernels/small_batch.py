@@ -1,10 +1,11 @@
 """Sparse routing for the few tokens of a decoding step, where sorting rows costs more than running them.
 
-No order and no counts. On the CPU C runs them; where it cannot, every chosen expert is multiplied where it lies,
-without a copy, and scale and weight ride along with the products: next to products of a single row, every further call
-counts. On an accelerator the chosen weights are indexed and multiplied in two batched products, with no host
-synchronisation. Inference only: under autograd a view of a stacked weight costs a full zero gradient. Definition:
-`reference.small_batch_ffn`.
+No order and no counts. On the CPU C runs them, a decoding step with products of its own for few rows, which round
+otherwise than BLAS's; evaluation of whole sequences keeps those. Where C cannot, every chosen expert is multiplied
+where it lies, without a copy, and scale and weight ride along with the products: next to products of a single row,
+every further call counts. On an accelerator the chosen weights are indexed and multiplied in two batched products, with
+no host synchronisation. Inference only: under autograd a view of a stacked weight costs a full zero gradient.
+Definition: `reference.small_batch_ffn`.
 
 The C is `mixtura_small_batch` and `mixtura_token_by_token` of native_decoding.c. Next to the products of a single token
 every Python statement counts, so each thread keeps the memory that a step works in and the structures that describe it,
@@ -50,10 +51,13 @@ def small_batch_ffn(
     scale_TK: Tensor | None,
     weight_TK: Tensor,
     experts: ExpertWeights,
+    *,
+    decoding: bool = False,
 ) -> Tensor:
     """(T, K, D) -> (T, D): out[t] = sum over the choices k of weight[t, k] * expert[t, k](scale[t, k] * x[t, k]).
 
-    K of the input may be 1, where all choices of a token have the same; no scale is a scale of 1.
+    K of the input may be 1, where all choices of a token have the same; no scale is a scale of 1. `decoding` says that
+    the tokens are one of each sequence, so that nobody compares their rounding with that of a whole sequence.
 
     Raises:
         TypeError: `expert_TK` holds no whole numbers.
@@ -70,7 +74,7 @@ def small_batch_ffn(
     arguments = (x_TKD, expert_TK, scale_TK, weight_TK, experts)
     floats = (x_TKD, weight_TK, *([] if scale_TK is None else [scale_TK]), experts.up, experts.down)
     if native.can_run(experts.activation, *floats) and native.can_read(expert_TK, dtype=torch.int64):
-        return _small_batch_in_c(*arguments)
+        return _small_batch_in_c(*arguments, decoding)
     return _in_place(*arguments) if x_TKD.device.type == "cpu" else _from_copies(*arguments)
 
 
@@ -84,12 +88,15 @@ def token_by_token_ffn(
     top_k: int,
     mixtures_per_expert: int,
     experts: ExpertWeights,
+    *,
+    decoding: bool = False,
 ) -> Tensor:
     """(T, D) -> (T, D): Mixture of Tokens for tokens without a group, the `top_k` mixtures of the largest weights.
 
     Given the router's logits and, for every mixture, what the neighbours would add to the group: the log of their mass,
     their weighted mean and the expert's output for that mean (`layers.token_by_token.Neighbours`). None is zero. C
-    takes all of it; torch takes zero neighbours of one mass, as far as `can_run_token_by_token` says.
+    takes all of it; torch takes zero neighbours of one mass, as far as `can_run_token_by_token` says. `decoding` as for
+    `small_batch_ffn`.
 
     Next to the products of a single token every call counts, so torch computes weights as plain numbers for the chosen
     mixtures only. The choice is made among logits, which sort as the weights do.
@@ -97,7 +104,7 @@ def token_by_token_ffn(
     given = [each for each in (log_mass_S, mean_SD, output_SD) if isinstance(each, Tensor)]
     if native.can_run(experts.activation, x_TD, logits_TS, *given, experts.up, experts.down):
         settings = (temperature, log_mass_S, mean_SD, output_SD, top_k, mixtures_per_expert)
-        return _token_by_token_in_c(x_TD, logits_TS, *settings, experts)
+        return _token_by_token_in_c(x_TD, logits_TS, *settings, experts, decoding)
     if isinstance(log_mass_S, Tensor) or given:
         raise ValueError(
             "The neighbours have averages, which only the C code takes token by token, and it cannot run here: ask "
@@ -201,12 +208,13 @@ def _small_batch_in_c(
     scale_TK: Tensor | None,
     weight_TK: Tensor,
     experts: ExpertWeights,
+    decoding: bool,
 ) -> Tensor:
     """(T, K or 1, D) -> (T, D): `reference.small_batch_ffn`, without an order found beforehand."""
     tokens, choices = expert_TK.shape
     work = _workspace(tokens, choices, 0, x_TKD.size(2), experts)
     fields = work.choices
-    fields.shared = x_TKD.size(1) == 1
+    fields.shared, fields.decoding = x_TKD.size(1) == 1, decoding
     fields.expert, fields.weight = expert_TK.data_ptr(), weight_TK.data_ptr()
     fields.scale = None if scale_TK is None else scale_TK.data_ptr()
     fields.mean = fields.output = None
@@ -226,6 +234,7 @@ def _token_by_token_in_c(
     top_k: int,
     mixtures_per_expert: int,
     experts: ExpertWeights,
+    decoding: bool,
 ) -> Tensor:
     """(T, D) -> (T, D): `MixtureOfTokens` without a group, its top_k mixtures by the sigmoid of their logits.
 
@@ -244,7 +253,8 @@ def _token_by_token_in_c(
         raise ValueError(f"top_k is {top_k}: it must lie between 1 and {mixtures}, the number of mixtures.")
     work = _workspace(tokens, top_k, mixtures, hidden, experts)
     fields = work.choices
-    fields.shared, fields.per_expert, fields.temperature = True, mixtures_per_expert, temperature
+    fields.shared, fields.decoding = True, decoding
+    fields.per_expert, fields.temperature = mixtures_per_expert, temperature
     if isinstance(log_mass_S, Tensor):
         fields.log_mass = log_mass_S.data_ptr()
     else:
@@ -261,7 +271,7 @@ class _ChoicesStruct(ctypes.Structure):
     """`choices_t` of native_decoding.c, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("tokens", "choices", "mixtures", "per_expert", "shared")),
+        *((name, ctypes.c_int64) for name in ("tokens", "choices", "mixtures", "per_expert", "shared", "decoding")),
         *((name, ctypes.c_float) for name in ("temperature", "same_mass")),
         *((name, ctypes.c_void_p) for name in ("expert", "mixture", "scale", "weight", "logits", "log_mass")),
         *((name, ctypes.c_void_p) for name in ("mean", "output", "u", "all", "rank", "out")),
@@ -276,10 +286,11 @@ class _Workspace:
         rows_H = weights.up.size(1)
         rows = tokens * choices
         block = min(BLOCK_ROWS, rows)
-        self._floats = torch.empty(block * (3 * hidden + 2 * width + 2 * rows_H) + mixtures + rows)
+        scratch_floats = block * (3 * hidden + 2 * width + rows_H + 32)
+        self._floats = torch.empty(scratch_floats + block * rows_H + mixtures + rows)
         self._whole = torch.empty(3 * rows + experts, dtype=torch.int64)
         scratch, whole = self._floats.data_ptr(), self._whole.data_ptr()
-        u = scratch + 4 * block * (3 * hidden + 2 * width + rows_H)
+        u = scratch + 4 * scratch_floats
         self.weight = u + 4 * block * rows_H
         self.expert, self.mixture = whole, whole + 8 * rows
         numbers = (

@@ -7,6 +7,7 @@ does depend on its group. Deployed, a token has no group: see `inference_mode`.
 Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, S mixtures of a group, N groups, G tokens of a group.
 """
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -89,7 +90,7 @@ class MixtureOfTokens(ServedTokenByToken):
         if mode != "group":
             neighbours = zero_neighbours(self.group_size) if mode == "alone" else self.keep_population().neighbours
             x_TD, stats = x_BLD.flatten(0, 1), None
-            y_TD = None if want_stats else self._run_decoding_step(x_TD, neighbours)
+            y_TD = None if want_stats else self._run_few_tokens(x_TD, neighbours, decoding=x_BLD.size(1) == 1)
             if y_TD is None:
                 real_T = mask_BL.flatten().bool() if mask_BL is not None and want_stats else None
                 y_TD, stats = self._run_tokens(x_TD, real_T, want_stats, neighbours)
@@ -140,11 +141,17 @@ class MixtureOfTokens(ServedTokenByToken):
             used_TS = torch.zeros_like(scale_TS).scatter(1, choice.mixture_TK, 1.0) if want_stats else scale_TS
         return y_TD, token_stats(logits_TS, used_TS, real_T, self.num_experts) if want_stats else None
 
-    def _run_decoding_step(self, x_TD: Tensor, neighbours: Neighbours) -> Tensor | None:
-        """One kernel in place of `_run_tokens`: same numbers, fewer calls. None where that does not suit."""
+    def _run_few_tokens(self, x_TD: Tensor, neighbours: Neighbours, decoding: bool) -> Tensor | None:
+        """One kernel in place of `_run_tokens`, with fewer calls: the same numbers, but for the rounding of a decoding
+        step. None where that does not suit.
+        """
+        top_k = self.alone_top_k
+        if decoding and top_k is None:
+            top_k = self.num_experts * self.mixtures_per_expert
         unsuited = self.choice_tap.watched or self.combine_gate is not None
-        if unsuited or not kernels.can_run_token_by_token(x_TD, self.alone_top_k, self.activation, *neighbours):
+        if unsuited or not kernels.can_run_token_by_token(x_TD, top_k, self.activation, *neighbours):
             return None
         log_mass_S, _, *means = neighbours
-        settings = (self.temperature, log_mass_S, *means, self.alone_top_k, self.mixtures_per_expert)
-        return self.experts(x_TD, kernels.token_by_token_ffn, self.gate(x_TD), *settings)
+        settings = (self.temperature, log_mass_S, *means, top_k, self.mixtures_per_expert)
+        kernel = partial(kernels.token_by_token_ffn, decoding=decoding)
+        return self.experts(x_TD, kernel, self.gate(x_TD), *settings)

@@ -164,6 +164,7 @@ def run_chosen(
     real_T: Tensor | None,
     limit: int | Tensor | None,
     counted: bool,
+    decoding: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(T, D) -> (T, D): each token through its experts; and, if `counted` on the way, how many chose each expert.
 
@@ -178,9 +179,10 @@ def run_chosen(
         real_T: which tokens are real, where that matters.
         limit: the most real tokens that an expert takes.
         counted: whether to sort the rows by expert, which counts them.
+        decoding: whether the tokens are one of each sequence.
     """
     backend = _backend(experts)
-    run = backend or kernels.routed_ffn
+    run = backend or partial(kernels.routed_ffn, decoding=decoding)
     if weight_TK.size(1) > choice_TK.size(1):
         expert_TE = torch.arange(weight_TK.size(1), device=x_TD.device).expand_as(weight_TK)
         return experts(x_TD, run, expert_TE, weight_TK), None

@@ -119,7 +119,9 @@ class TokenChoiceMoE(FeedForward):
             choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
         self.choice_tap(weight_TK, None if weight_TK.size(1) > choice_TK.size(1) else choice_TK)
         limit = row_limit(x_TD, real_T, self.top_k, self.num_experts, self.capacity_factor)
-        y_TD, rows_E = run_chosen(self.experts, self.free_experts, x_TD, choice_TK, weight_TK, real_T, limit, counted)
+        decoding = x_BLD.size(1) == 1
+        choice = (choice_TK, weight_TK, real_T, limit, counted, decoding)
+        y_TD, rows_E = run_chosen(self.experts, self.free_experts, x_TD, *choice)
         if not want_stats:
             return y_TD.view(x_BLD.shape), None
         if rows_E is None:
