@@ -104,7 +104,8 @@ class Run:
         # Settings that came later leave the names of runs without them as they were.
         settings = {name: value for name, value in settings.items() if name not in STUDIED or value != 1}
         if self.branches:
-            settings["steps"] = None
+            # What sharpens to the end has no trunk that branches of several ends share.
+            settings["steps"] = self.ends if self.last_temperature != 1 else None
         return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
     @property
