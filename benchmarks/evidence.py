@@ -27,6 +27,8 @@ LABELS = {
 }
 ARMS = (*FAMILIES, "dense_of_equal_parameters", "uniform_router")
 """Names of runs that count as evidence: a family in its best form, or a control. Others are searches."""
+FEWEST_TOKENS = 900_000
+"""Runs on fewer count as searches of a scale: after so few steps losses have hardly begun to follow a law."""
 DEPLOYED = ("population_top2", "alone_top2")
 """The modes for one request in which mixtures of tokens are compared: the better of the two, as a user who measures
 both would deploy it. They differ by up to 0.06 nats, and held-out losses of one model in two modes hardly by chance."""
@@ -39,7 +41,7 @@ def evidence_of(record: dict[str, Any]) -> dict[str, Any]:
         ValueError: two runs of one arm, width and seed have results at one budget.
     """
     rows, settings = [record["settings"] | row for row in record["rows"]], record["settings"]
-    found = [_evidence_row(row) for row in rows if row["name"] in ARMS]
+    found = [_evidence_row(row) for row in rows if row["name"] in ARMS and row["tokens"] >= FEWEST_TOKENS]
     if len({tuple(row[:4]) for row in found}) < len(found):
         raise ValueError("two runs have one name, width, budget and seed: name one of them otherwise.")
     about = record["environment"]

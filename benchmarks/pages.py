@@ -26,6 +26,8 @@ PASSES = {
 }
 SEARCHES = ("search", "scale")
 """Names of long runs that are no evidence of an arm."""
+FEWEST_TOKENS = 900_000
+"""Long runs on fewer are no evidence of an arm either (`benchmarks/evidence.py`)."""
 DERIVED = {"token_choice": 0.28}
 """The derived scale of gated experts of families whose tokens choose; elsewhere it is that of dense layers."""
 PARTS = ("attention", "feed-forward", "head and loss", "rest", "clipping", "optimizer")
@@ -482,6 +484,7 @@ def long_runs() -> str:
     )
     ((name, record),) = _records("long-runs-cpu.json")
     runs, evidence = [record["settings"] | row for row in record["rows"]], load_evidence()
+    runs = [run | {"name": "scale"} if run["tokens"] < FEWEST_TOKENS else run for run in runs]
     made, about = record["created"][:10], record["environment"]
     text += (
         f"{made}, {about['processor']}, torch {about['torch']}, transformers {about['transformers']} (`{name}`).\n\n"
@@ -541,7 +544,7 @@ def _margin(found: Difference | None) -> str:
 
 def _modes(runs: list[dict[str, Any]]) -> str:
     modes = ("group", "alone_top2", "population_top2", "alone_all", "population_all")
-    mixing = [run for run in runs if "group" in run["losses"] and run["name"] != "search"]
+    mixing = [run for run in runs if "group" in run["losses"] and run["name"] not in SEARCHES]
     rows = (
         [
             run["name"].replace("_", " "),
@@ -586,6 +589,8 @@ def _scales(runs: list[dict[str, Any]]) -> str:
         losses.setdefault(scale, []).append(_deployed(run))
     rows = []
     for (family, placement, width, tokens), losses in sorted(found.items()):
+        if len(losses) < 2:
+            continue
         means = {scale: fmean(of) for scale, of in sorted(losses.items())}
         derived = means.get(DERIVED.get(family, 0.45))
         cells = [f"{scale:g}: {mean:.3f} ({_seeds(len(losses[scale]))})" for scale, mean in means.items()]
