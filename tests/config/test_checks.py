@@ -62,6 +62,8 @@ def build(section=None, arm=None, **top):
             {"arm": MOT | CHANGE | {"transition_fraction": 0.0}},
             r"transition_to' is 'token_choice' and .* is 0\.0: name",
         ),
+        ({"arm": MOT | CHANGE | {"first_temperature": 4.0}}, "token choice has no temperature, so leave one"),
+        ({"arm": MOT | {"first_temperature": 0.0}}, r"first_temperature' is 0\.0: it must be"),
         ({"arm": MOT | CHANGE | {"alone_fraction": 0.1}}, "both are the last steps, so set one of them to 0"),
         ({"arm": MOT | CHANGE | {"mixtures_per_expert": 2}}, "needs one mixture an expert, one router"),
         ({"arm": MOT | CHANGE | {"alone_top_k": "none"}}, "needs one mixture an expert, one router"),

@@ -53,6 +53,21 @@ def test_steps_beyond_the_last_one_are_in_groups_where_none_was_to_be_alone():
     assert shares_alone(last, 40, steps=32, layers=3) == [1.0] * 3
 
 
+def test_a_temperature_falls_in_equal_ratios_and_ends_at_that_of_the_finished_model():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "moe_intermediate_size": 12, "num_experts": 4, "group_size": 4}
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "mlp_layer_types": ["mixture_of_tokens"] * 2}
+    model = MixtureForCausalLM(MixtureConfig(**sizes, **shape, first_temperature=8.0, temperature=0.5))
+    layers, seen = model.mixture_of_tokens_layers(), []
+    assert [layer.temperature for layer in layers] == [0.5, 0.5]  # whoever loads it has the finished model
+    for step in range(5):
+        model.prepare_step(step, steps=4)
+        seen.append([layer.temperature for layer in layers])
+    assert seen == [[value] * 2 for value in (8.0, 4.0, 2.0, 1.0, 0.5)]
+    model.prepare_step(9, steps=4)
+    assert layers[0].temperature == 0.5
+
+
 def build(unit, *, share=0.5):
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 16, "moe_intermediate_size": 12, "num_experts": 4, "group_size": 4}

@@ -19,6 +19,7 @@ ARMS = {
     },
     "mixture_of_tokens with layers alone": {"zero_fill": 0.5, "zero_fill_unit": "layer"},
     "mixture_of_tokens with steps alone": {"zero_fill": 0.5, "zero_fill_unit": "step", "alone_fraction": 0.2},
+    "mixture_of_tokens that sharpens": {"first_temperature": 4.0, "temperature": 0.5},
     "mixture_of_tokens that becomes token choice": {"transition_to": "token_choice", "transition_fraction": 0.5},
     "token_choice": {"num_experts_per_tok": 2, "router_z_loss_coef": 0.1},
     "expert_threshold": {"threshold_warmup": 0.4},
@@ -159,6 +160,16 @@ def test_the_final_checkpoint_loads_as_any_model_does(run, make, tmp_path, tiny_
     assert_identical(model, loaded)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint")
     assert tokenizer.get_vocab() == tiny_data.tokenizer.get_vocab()
+
+
+def test_what_sharpens_in_training_is_measured_at_its_end_as_it_is_loaded(run, make, tmp_path):
+    model = make("mixture_of_tokens that sharpens")
+    run(model)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint").eval()
+    layers = [layer for each in (model, loaded) for layer in each.mixture_of_tokens_layers()]
+    assert [layer.temperature for layer in layers] == [0.5, 0.5]
+    ids_BL = torch.arange(16).view(2, 8)
+    assert torch.equal(model.eval()(ids_BL).logits, loaded(ids_BL).logits)
 
 
 def test_a_run_folder_has_the_last_two_checkpoints_and_no_pickle(run, make, tmp_path):

@@ -316,6 +316,12 @@ class ArmConfig:
         bounds="positive",
         always_shown=_MOT,
     )
+    first_temperature: float | None = mot_setting(
+        None,
+        says="The temperature when training begins; it goes evenly, in its logarithm, to `temperature`.",
+        role="training",
+        bounds="positive",
+    )
     combine: Literal["same", "separate"] = mot_setting(
         "same",
         says="Whether outputs are spread with the mixing weights or with a second router's.",

@@ -298,6 +298,11 @@ def _check_transition(where: str, arm: ArmConfig) -> None:
         )
     if arm.transition_to is None:
         return
+    if arm.first_temperature is not None:
+        raise UserError(
+            f"'{where}.first_temperature' is {arm.first_temperature} and '{where}.transition_to' is "
+            f"'{arm.transition_to}': token choice has no temperature, so leave one of them out."
+        )
     if arm.alone_fraction > 0:
         raise UserError(
             f"'{where}.alone_fraction' is {arm.alone_fraction} and '{where}.transition_fraction' is "

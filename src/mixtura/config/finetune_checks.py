@@ -26,7 +26,7 @@ from mixtura.errors import UserError, refuse_together
 
 _OF_DRAWN_LAYERS = (
     *("init_from", "control", "control_of", "moe_intermediate_size", "num_shared_experts", "mixtures_per_expert"),
-    *("combine", "alone_fraction", "zero_fill_unit", "population_rate", "transition_fraction"),
+    *("combine", "first_temperature", "alone_fraction", "zero_fill_unit", "population_rate", "transition_fraction"),
 )
 """Settings of layers that are drawn at random, or that a whole model of ours follows through its training."""
 _LORA, _MIXED, _MOT, _SPECIALIZED = "lora", "mixture_of_lora", "mixture_of_tokens", "expert_specialized"

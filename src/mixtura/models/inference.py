@@ -11,7 +11,7 @@ every rank agree without exchanging anything.
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,6 +63,29 @@ def running_in(layers: list[MixtureOfTokens], mode: Any) -> Iterator[None]:
     finally:
         for layer, mode_before in zip(layers, before, strict=True):
             layer.set_inference_mode(mode_before, top_k=layer.alone_top_k)
+
+
+def prepare_mixing(layers: Sequence[MixtureOfTokens], config: MixtureConfig, step: int, *, steps: int) -> None:
+    """Gives layers what the progress of training decides: the share of groups they fill with zeros, and how sharp
+    their routers are.
+
+    Args:
+        layers: all mixture-of-tokens layers of a model.
+        config: the model's.
+        step: optimizer steps taken.
+        steps: of the whole run.
+    """
+    shares = shares_alone(config, step, steps=steps, layers=len(layers))
+    for layer, share in zip(layers, shares, strict=True):
+        layer.set_zero_fill(share)
+        layer.temperature = temperature_at(config, step, steps=steps)
+
+
+def temperature_at(config: MixtureConfig, step: int, *, steps: int) -> float:
+    """The temperature of mixture-of-tokens layers: from `first_temperature` to `temperature` in equal ratios a step."""
+    if config.first_temperature is None:
+        return config.temperature
+    return config.temperature * (config.first_temperature / config.temperature) ** max(0.0, 1 - step / steps)
 
 
 def shares_alone(config: MixtureConfig, step: int, *, steps: int, layers: int) -> list[float]:

@@ -30,7 +30,7 @@ from mixtura.models.decoder_layer import (
     joined_stats,
     make_room_for_memory,
 )
-from mixtura.models.inference import real_tokens, shares_alone
+from mixtura.models.inference import prepare_mixing, real_tokens
 from mixtura.models.losses import (
     MixtureCausalLMOutput,
     MixtureClassifierOutput,
@@ -132,8 +132,8 @@ class MixturePreTrainedModel(PreTrainedModel):
         return bool(asked) or (labels is not None and self.training)
 
     def prepare_step(self, step: int, *, steps: int) -> None:
-        """Sets what depends on the progress of training: which share of its groups each layer fills with zeros, and
-        whether layers with thresholds still choose over the batch.
+        """Sets what depends on the progress of training: which share of its groups each layer fills with zeros, how
+        sharp its router is, and whether layers with thresholds still choose over the batch.
 
         Trainers other than ours never call it. Every layer then has the share `zero_fill` at every step, and layers
         with thresholds use them from the first update on.
@@ -142,10 +142,7 @@ class MixturePreTrainedModel(PreTrainedModel):
             step: optimizer steps taken.
             steps: of the whole run.
         """
-        layers = self.mixture_of_tokens_layers()
-        shares = shares_alone(self.config, step, steps=steps, layers=len(layers))
-        for layer, share in zip(layers, shares, strict=True):
-            layer.set_zero_fill(share)
+        prepare_mixing(self.mixture_of_tokens_layers(), self.config, step, steps=steps)
         for layer in self.mixture_layers():
             if isinstance(layer, ExpertThresholdMoE):
                 layer.choosing_over_batch = step < round(self.config.threshold_warmup * steps)

@@ -174,6 +174,8 @@ class MixtureTrainer(Trainer):
         self._load_steps += 1
         step, config = self.state.global_step, self.run.config
         last = step >= config.steps
+        if last and self._mixture is not None:
+            self._mixture.prepare_step(step, steps=step)  # as the finished model is, when it is loaded
         control.should_evaluate = last or step % config.eval_every == 0
         control.should_save = step % config.save_every == 0
         if self._stop_requested():
