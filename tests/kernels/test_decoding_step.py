@@ -108,10 +108,9 @@ def test_an_expert_that_there_is_not_is_refused(outside):
 @pytest.mark.parametrize("length", [1, 2], ids=["decoding", "sequence"])
 def test_only_passes_of_one_token_a_sequence_are_decoding_steps(monkeypatch, length):
     asked = []
-    for module, name in ((dispatch, "small_batch_ffn"), (kernels, "token_by_token_ffn")):
-        kept = getattr(module, name)
-        wrapped = lambda *a, kept=kept, decoding: (asked.append(decoding), kept(*a, decoding=decoding))[1]  # noqa: E731
-        monkeypatch.setattr(module, name, wrapped)
+    few, by_token = dispatch.small_batch_ffn, kernels.token_by_token_ffn
+    monkeypatch.setattr(dispatch, "small_batch_ffn", lambda *a, decoding: (asked.append(decoding), few(*a))[1])
+    monkeypatch.setattr(kernels, "token_by_token_ffn", lambda *a: (asked.append(a[-2]), by_token(*a))[1])
     x_BLD = torch.randn(3, length, 16)
     mixture = MixtureOfTokens(16, intermediate_size=8, num_experts=4, group_size=4, alone_top_k=2).eval()
     with torch.no_grad():

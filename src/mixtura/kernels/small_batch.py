@@ -87,9 +87,8 @@ def token_by_token_ffn(
     output_SD: Tensor | None,
     top_k: int,
     mixtures_per_expert: int,
+    decoding: bool,
     experts: ExpertWeights,
-    *,
-    decoding: bool = False,
 ) -> Tensor:
     """(T, D) -> (T, D): Mixture of Tokens for tokens without a group, the `top_k` mixtures of the largest weights.
 
@@ -104,7 +103,7 @@ def token_by_token_ffn(
     given = [each for each in (log_mass_S, mean_SD, output_SD) if isinstance(each, Tensor)]
     if native.can_run(experts.activation, x_TD, logits_TS, *given, experts.up, experts.down):
         settings = (temperature, log_mass_S, mean_SD, output_SD, top_k, mixtures_per_expert)
-        return _token_by_token_in_c(x_TD, logits_TS, *settings, experts, decoding)
+        return _token_by_token_in_c(x_TD, logits_TS, *settings, decoding, experts)
     if isinstance(log_mass_S, Tensor) or given:
         raise ValueError(
             "The neighbours have averages, which only the C code takes token by token, and it cannot run here: ask "
@@ -233,8 +232,8 @@ def _token_by_token_in_c(
     output_SD: Tensor | None,
     top_k: int,
     mixtures_per_expert: int,
-    experts: ExpertWeights,
     decoding: bool,
+    experts: ExpertWeights,
 ) -> Tensor:
     """(T, D) -> (T, D): `MixtureOfTokens` without a group, its top_k mixtures by the sigmoid of their logits.
 

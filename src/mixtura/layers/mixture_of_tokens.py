@@ -7,7 +7,6 @@ does depend on its group. Deployed, a token has no group: see `inference_mode`.
 Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, S mixtures of a group, N groups, G tokens of a group.
 """
 
-from functools import partial
 from typing import Literal
 
 import torch
@@ -142,16 +141,10 @@ class MixtureOfTokens(ServedTokenByToken):
         return y_TD, token_stats(logits_TS, used_TS, real_T, self.num_experts) if want_stats else None
 
     def _run_few_tokens(self, x_TD: Tensor, neighbours: Neighbours, decoding: bool) -> Tensor | None:
-        """One kernel in place of `_run_tokens`, with fewer calls: the same numbers, but for the rounding of a decoding
-        step. None where that does not suit.
-        """
-        top_k = self.alone_top_k
-        if decoding and top_k is None:
-            top_k = self.num_experts * self.mixtures_per_expert
+        """`_run_tokens` as one kernel: the same, but for the rounding of a decoding step; None where it cannot be."""
+        top_k = self.alone_top_k or (self._num_mixtures if decoding else None)
         unsuited = self.choice_tap.watched or self.combine_gate is not None
         if unsuited or not kernels.can_run_token_by_token(x_TD, top_k, self.activation, *neighbours):
             return None
-        log_mass_S, _, *means = neighbours
-        settings = (self.temperature, log_mass_S, *means, top_k, self.mixtures_per_expert)
-        kernel = partial(kernels.token_by_token_ffn, decoding=decoding)
-        return self.experts(x_TD, kernel, self.gate(x_TD), *settings)
+        settings = (self.temperature, neighbours.log_mass_S, *neighbours[2:], top_k, self.mixtures_per_expert, decoding)
+        return self.experts(x_TD, kernels.token_by_token_ffn, self.gate(x_TD), *settings)
