@@ -36,6 +36,7 @@ def build(section=None, arm=None, **top):
         ({"section": {"model": {"hidden_size": 100, "num_attention_heads": 4}}}, "even, whole width"),
         ({"section": {"model": {"num_key_value_heads": 3}}}, "must divide the 4 attention heads"),
         ({"section": {"training": {"learning_rate": -1.0}}}, "greater than zero"),
+        ({"section": {"training": {"compile": True}}, "arm": MOT | {"zero_fill": 0.5}}, "zero_fill' changes layers"),
         pytest.param(
             {"section": {"training": {"optimizer": "adamw_8bit"}}},
             "pip install torchao",

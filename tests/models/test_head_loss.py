@@ -171,8 +171,8 @@ def test_training_declines_logits_and_evaluation_has_the_same_loss_without(model
     batch = {"input_ids": IDS_BL, "labels": IDS_BL}
     seen = []
     built.register_forward_hook(lambda module, given, result: seen.append(result.logits))
-    losses = LanguageModelling.losses(None, built, batch, num_targets=44)
-    assert isinstance(losses, StepLosses) and seen == [None]
+    step_losses = LanguageModelling.losses(None, built, batch, num_targets=44)
+    assert isinstance(step_losses, StepLosses) and seen == [None]
     built.eval()
     without = evaluation._summed_loss(built, IDS_BL)
     monkeypatch.setattr(losses, "LARGE_LOGITS", 1 << 30)

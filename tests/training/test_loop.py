@@ -162,6 +162,36 @@ def test_the_final_checkpoint_loads_as_any_model_does(run, make, tmp_path, tiny_
     assert tokenizer.get_vocab() == tiny_data.tokenizer.get_vocab()
 
 
+def test_a_run_is_compiled_where_its_recipe_says_so_and_leaves_an_eager_model(run, make, monkeypatch):
+    asked = []
+
+    def note(model):
+        asked.append(model)
+        model._compiled_call_impl = model._call_impl
+
+    monkeypatch.setattr(torch.nn.Module, "compile", note)
+    run(make(), out="plain", steps=2)
+    assert not asked
+    model = make()
+    run(model, out="compiled", steps=2, compile=True)
+    assert asked == [model] and model._compiled_call_impl is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+@pytest.mark.parametrize("arm", ["dense", "token_choice", "mixture_of_tokens"])
+def test_a_compiled_run_computes_what_an_eager_one_does(run, make, monkeypatch, arm):
+    plain, compiled = make(arm), make(arm)
+
+    def compile_without_a_compiler(model):
+        model._compiled_call_impl = torch.compile(model._call_impl, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_without_a_compiler)
+    run(plain, out="plain", steps=2, eval_every=2)
+    run(compiled, out="compiled", steps=2, eval_every=2, compile=True)
+    assert_identical(plain, compiled)
+
+
 def test_what_sharpens_in_training_is_measured_at_its_end_as_it_is_loaded(run, make, tmp_path):
     model = make("mixture_of_tokens that sharpens")
     run(model)

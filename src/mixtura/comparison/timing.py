@@ -80,6 +80,8 @@ class _Step:
         self.share = ranks.share_of_step(self.model, training, ranks.world_size())
         # Under torchrun a step ends when all have exchanged their gradients, as in training.
         self.model, self.trained = in_step(self.model, training, device)
+        if training.compile:
+            self.model.compile()
         self.optimizer = build_optimizer(self.model, training, learning_rate=1e-4)
         self.batches = _batches(arm, training, self.share, device)
         self.kinds = [(1.0, 0.0)]

@@ -78,9 +78,22 @@ def check_frame(recipe: Any) -> None:
             partial(check_positive, "training", recipe.training),
             partial(_check_training, recipe.training),
             partial(_check_search, recipe.search),
+            partial(_check_compile, recipe),
             *(partial(_check_name, name) for name in recipe.arms),
         ]
     )
+
+
+def _check_compile(recipe: Recipe) -> None:
+    """Compiled layers may not change from step to step: each would be compiled anew."""
+    for name, arm in recipe.arms.items() if recipe.training.compile else ():
+        changing = ("first_temperature", "zero_fill", "alone_fraction", "transition_fraction")
+        found = next((key for key in changing if getattr(arm, key)), None)
+        if found is not None:
+            raise UserError(
+                f"'training.compile' is true, but 'arms.{name}.{found}' changes layers while they train: set it to "
+                "false, or leave the other out."
+            )
 
 
 _LONGEST_NAME = 60

@@ -99,6 +99,8 @@ class TrainingConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 is autocast: parameters and routers stay in float32."""
     activation_checkpointing: bool = False
+    compile: bool = False
+    """Compile every model with torch.compile: a minute or two before its first step, and the last bits differ."""
     experts_backend: Literal["auto", "eager", "grouped_mm", "batched_mm", "sonicmoe", "scattermoe"] = "auto"
     """What computes the experts of token choice and of stock mixtures: "auto" is Mixtura's kernels, in stock mixtures
     transformers' choice. sonicmoe and scattermoe need a GPU and `pip install kernels`. Other families have one way."""

@@ -215,6 +215,8 @@ def _settings(
     training = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE_TO_CHANGE}
     if config.experts_backend == "auto":
         del training["experts_backend"]  # runs from before there was a choice go on
+    if not config.compile:
+        del training["compile"]
     return {
         "seed": seed,
         "learning_rate": learning_rate,
@@ -288,8 +290,11 @@ def _run_steps(
         train_dataset=run.task.dataset(length=length, seed=arguments.seed),
         optimizers=(optimizer, build_schedule(optimizer, run.config)),
     )
+    if run.config.compile:
+        trained.compile()
     with trainer.saver:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trained._compiled_call_impl = None  # what is measured and saved next has other shapes, once each
     trained.zero_grad(set_to_none=True)
     if trained is not model:
         sharding.gather(trained, model)

@@ -95,6 +95,8 @@ def check_layout(model: nn.Module, config: TrainingConfig, processes: int) -> La
         raise UserError(
             f"'training.optimizer' is '{config.optimizer}', which cannot step in shards: use adamw or muon, or {fix}."
         )
+    if config.compile:
+        raise UserError(f"'training.compile' is true, but models in shards are not compiled: leave it out, or {fix}.")
     if isinstance(model, MixtureForCausalLM) and model.config.transition_to is not None:
         raise UserError(f"'transition_to' is '{model.config.transition_to}', which reads all weights at once: {fix}.")
     layout = layout_of(config, processes)
