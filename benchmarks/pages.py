@@ -622,7 +622,9 @@ def studies() -> str:
             scales.append(run)
         else:
             found.setdefault((run["name"], run["tokens"]), {})[run["seed"]] = run
-    text += f"{_machine(name, record)}\n\n"
+    about = record["environment"]
+    text += f"{record['created'][:10]}, {about['processor']}, torch {about['torch']}, "
+    text += f"transformers {about['transformers']} (`{name}`).\n\n"
     rows = []
     for (variant, tokens), of_seed in found.items():
         width = record["settings"]["width"]
