@@ -161,6 +161,7 @@ def test_the_package_holds_what_the_stored_runs_say(script):
 
 def test_two_results_of_one_run_are_refused(script):
     record = json.loads(script.RECORD.read_text(encoding="utf-8"))
-    named = next(row for row in record["rows"] if row["name"] in script.ARMS)
+    counts = (row for row in record["rows"] if row["tokens"] >= script.FEWEST_TOKENS)
+    named = next(row for row in counts if row["name"] in script.ARMS)
     with pytest.raises(ValueError, match="name one of them otherwise"):
         script.evidence_of({**record, "rows": [*record["rows"], named]})
