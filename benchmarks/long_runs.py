@@ -168,13 +168,13 @@ class Training:
         for group in self.optimizer.param_groups:
             factor = group.get("factor", 1.0) * self.run.rate_factor(self.step, end, decaying=decaying)
             group["lr"] = self.run.rate * factor
-        if self.run.last_temperature != 1:
-            for layer in self.model.mixture_of_tokens_layers():
-                layer.temperature = self.run.last_temperature ** (self.step / end)
         # A run with branches has no length; its warm-up then counts as a tenth of it. No step may lie behind the last
         # one, where mixtures of tokens would run alone.
         steps = max(10 * self.run.warmup, self.step + 1) if self.run.branches else end
         self.model.prepare_step(self.step, steps=steps)
+        if self.run.last_temperature != 1:
+            for layer in self.model.mixture_of_tokens_layers():
+                layer.temperature = self.run.last_temperature ** (self.step / end)
         ids_BL = self._rows(self.step * self.run.batch, self.run.batch)
         output = self.model(input_ids=ids_BL, labels=ids_BL, use_cache=False, output_routing=self.follows_load)
         assert output.loss is not None and output.language_loss is not None, "labels were given"

@@ -100,6 +100,7 @@ def test_every_setting_of_an_arm_reaches_the_model():
         zero_fill=0.25,
         zero_fill_unit="step",
         alone_fraction=0.05,
+        first_temperature=3.0,
         transition_to="token_choice",
         transition_fraction=0.1,
         population_rate=0.02,
