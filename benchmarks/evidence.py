@@ -13,7 +13,16 @@ from matplotlib.figure import Figure
 
 from mixtura.config import ArmConfig
 from mixtura.config.families import FAMILIES
-from mixtura.planning.evidence import BASELINE, FILE, Evidence, Row, body_parameters, load_evidence, published_loss
+from mixtura.planning.evidence import (
+    BASELINE,
+    FEWEST_TOKENS,
+    FILE,
+    Evidence,
+    Row,
+    body_parameters,
+    load_evidence,
+    published_loss,
+)
 from mixtura.report.significance import paired_difference
 from mixtura.results.conclusions import Difference
 
@@ -27,8 +36,6 @@ LABELS = {
 }
 ARMS = (*FAMILIES, "dense_of_equal_parameters", "uniform_router")
 """Names of runs that count as evidence: a family in its best form, or a control. Others are searches."""
-FEWEST_TOKENS = 900_000
-"""Runs on fewer count as searches of a scale: after so few steps losses have hardly begun to follow a law."""
 DEPLOYED = ("population_top2", "alone_top2")
 """The modes for one request in which mixtures of tokens are compared: the better of the two, as a user who measures
 both would deploy it. They differ by up to 0.06 nats, and held-out losses of one model in two modes hardly by chance."""

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from mixtura.benchmarks.decoding_bound import bound
-from mixtura.planning.evidence import Evidence, fit_law, held_out_forecasts, load_evidence, noise_of
+from mixtura.planning.evidence import FEWEST_TOKENS, Evidence, fit_law, held_out_forecasts, load_evidence, noise_of
 from mixtura.report.significance import paired_difference
 from mixtura.results.conclusions import Difference
 
@@ -26,8 +26,6 @@ PASSES = {
 }
 SEARCHES = ("search", "scale")
 """Names of long runs that are no evidence of an arm."""
-FEWEST_TOKENS = 900_000
-"""Long runs on fewer are no evidence of an arm either (`benchmarks/evidence.py`)."""
 DERIVED = {"token_choice": 0.28}
 """The derived scale of gated experts of families whose tokens choose; elsewhere it is that of dense layers."""
 PARTS = ("attention", "feed-forward", "head and loss", "rest", "clipping", "optimizer")

@@ -25,7 +25,7 @@ from matplotlib.ticker import FuncFormatter
 
 from mixtura.errors import UserError
 from mixtura.planning.bill import Layout, Workload, best_layout
-from mixtura.planning.evidence import load_evidence
+from mixtura.planning.evidence import FEWEST_TOKENS, load_evidence
 from mixtura.planning.formulas import DecoderShape, match_intermediate_size
 from mixtura.planning.hardware import Hardware, MixtureSpeed, read_hardware
 from mixtura.planning.shapes import feed_forward_shapes
@@ -94,7 +94,9 @@ def busiest_expert() -> float:
     The runs are those of 1 to 3 million tokens at the width that has seeds for both.
     """
     record = json.loads((RECORDS / "long-runs-cpu.json").read_text(encoding="utf-8"))
-    rows = (row for row in record["rows"] if row.get("name") == "token_choice" and 9e5 <= row["tokens"] <= 3e6)
+    rows = (
+        row for row in record["rows"] if row.get("name") == "token_choice" and FEWEST_TOKENS <= row["tokens"] <= 3e6
+    )
     return fmean(row["load"]["busiest"] for row in rows)
 
 

@@ -14,14 +14,6 @@ LARGE = {"hidden": 512, "width": 520}
 """Sizes of which three experts have weights enough for several threads to share them."""
 
 
-@pytest.fixture
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def inputs(expert_TK, *, hidden, width, experts=5, activation="silu", gated=True, scaled=True):
     tokens, choices = expert_TK.shape
     up_EHD = torch.randn(experts, 2 * width if gated else width, hidden) / hidden**0.5

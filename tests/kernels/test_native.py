@@ -11,14 +11,6 @@ from mixtura.kernels import ExpertWeights, mixed_ffn, native, reference, sparse_
 compiled = pytest.mark.skipif(native.library() is None, reason="no C compiler, or torch's library has no sgemm to call")
 
 
-@pytest.fixture
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def sparse_inputs(counts, *, tokens, hidden_size=20, width=12, gated=True):
     token_R = torch.cat([torch.randperm(tokens)[:count].sort().values for count in counts])
     weights = (torch.randn(len(counts), 2 * width if gated else width, hidden_size) / 4,)

@@ -6,8 +6,9 @@ with the installation are English, positive and negative, long and short.
 """
 
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -23,8 +24,6 @@ from mixtura.files import package_path
 
 if TYPE_CHECKING:
     import pandas as pd
-import unicodedata
-from collections.abc import Iterable
 
 LabelSet = tuple[str, ...]
 _WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")

@@ -5,7 +5,11 @@ torch; "grouped_mm", "batched_mm" and "sonicmoe" (arXiv 2512.14080) are implemen
 interface, the last one from the Hub by the package `kernels`, as is "scattermoe" (arXiv 2403.08245). Whatever is chosen
 is tried once on experts of the model's sizes, output and gradients, before anything is trained with it.
 
-Shapes: T tokens, K choices of a token, E experts, D hidden, F expert width, H = 2F when gated else F.
+The other way round, `experts_forward` is Mixtura's kernels for the experts of stock models, by the same interface:
+`from_pretrained(..., experts_implementation="mixtura")`. It is registered when `mixtura.models` is imported, and only
+models that name it use it.
+
+Shapes: T tokens, K choices of a token, R routed rows, E experts, D hidden, F expert width, H = 2F when gated else F.
 """
 
 from collections.abc import Callable, Iterator

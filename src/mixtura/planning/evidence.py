@@ -31,6 +31,8 @@ from scipy.optimize import minimize
 
 BASELINE = "dense"
 """The arm that all others are compared with."""
+FEWEST_TOKENS = 900_000
+"""Runs on fewer count as searches of a scale: after so few steps losses have hardly begun to follow a law."""
 REPLICATES = 200
 UNKNOWN_NOISE = 0.02
 """Standard deviation between seeds, in nats, where no arm has two: what runs of this kind had (docs/log.md)."""

@@ -8,7 +8,8 @@ activations, softmaxes, the embedding look-up and the blend of `layer_mix` are n
 FLOPs are per token and may be fractions, since a group shares its mixtures.
 
 Formulas follow from how a family routes (`mixtura.config.families`), not from which family it is. They also give the
-expert width at which a mixture costs what the dense layer costs, routing and mixing counted.
+expert width at which a mixture costs what the dense layer costs, routing and mixing counted. `shape_of_arm` has the
+sizes of a recipe's arm without the libraries that would build its model.
 """
 
 import dataclasses
