@@ -19,10 +19,12 @@ SCRIPT = """
 import resource
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from mixtura.config import UserError
+from mixtura.training import saving
 from mixtura.training.trainer import MixtureTrainer
 
 trainer, overtaken = [], []
 begin, write_data, rank = MixtureTrainer.begin, HuggingFaceStorageWriter.write_data, int(os.environ["RANK"])
+save_tensors = saving.save_tensors
 
 def begun(self):
     trainer[:] = [self]
@@ -48,7 +50,12 @@ def slow(self, plan, planner):
         os.kill(os.getpid(), signal.SIGKILL)
     return write_data(self, plan, planner)
 
-MixtureTrainer.begin, HuggingFaceStorageWriter.write_data = begun, slow
+def save_small(value, path):
+    if fault == "lose a small file" and rank == 1 and trainer[0].state.global_step == 4:
+        raise OSError(28, "No space left on device")
+    save_tensors(value, path)
+
+MixtureTrainer.begin, HuggingFaceStorageWriter.write_data, saving.save_tensors = begun, slow, save_small
 config = TrainingConfig(**settings["training"])
 for name, fault in settings["runs"]:
     overtaken.clear()
@@ -64,7 +71,7 @@ for name, fault in settings["runs"]:
             resume=True,
         )
     except UserError as error:
-        (folder / f"told-{rank}").write_text(str(error))
+        (folder / f"{name}-told-{rank}").write_text(str(error))
     kept = sorted(path.name for path in (folder / name).glob("*checkpoint*"))
     (folder / f"{name} {fault}-kept-{rank}.json").write_text(json.dumps(kept))
     (folder / f"{name} {fault}-overtaken-{rank}.json").write_text(json.dumps(overtaken))
@@ -102,9 +109,10 @@ def _read(folder, name):
 
 @pytest.fixture(scope="module")
 def background(tmp_path_factory, train_two):
-    """A run that goes through, one whose disk is full for a while, and one that is asked to stop."""
+    """Runs that go through, whose disk is full for a while, that are asked to stop, and that lose a small file."""
     folder = tmp_path_factory.mktemp("background")
     faults = [("filled", "fill the disk"), ("filled", ""), ("stopped", "stop"), ("stopped", "")]
+    faults += [("lost", "lose a small file"), ("lost", "")]
     train_two(folder, [("quick", "quick"), ("straight", ""), *faults])
     return folder
 
@@ -116,7 +124,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(background):
 
 def test_a_disk_that_fills_up_in_the_background_is_told_by_all_processes(background):
     for rank in range(2):
-        told = (background / f"told-{rank}").read_text()
+        told = (background / f"filled-told-{rank}").read_text()
         assert re.search(r"cannot be written \(.*File too large.*make room or check", told)
     assert _read(background, "filled fill the disk-kept") == [["checkpoint-2"]] * 2
     _assert_same_bits(background, "straight", "filled")
@@ -125,6 +133,14 @@ def test_a_disk_that_fills_up_in_the_background_is_told_by_all_processes(backgro
 def test_a_run_that_is_asked_to_stop_finishes_the_checkpoint_that_it_was_writing(background):
     assert _read(background, "stopped stop-kept") == [["checkpoint-2", "checkpoint-3"]] * 2
     _assert_same_bits(background, "straight", "stopped")
+
+
+def test_a_process_that_cannot_write_its_small_file_lets_no_other_wait(background):
+    first, second = ((background / f"lost-told-{rank}").read_text() for rank in range(2))
+    assert first == "Another process has stopped, and says why."
+    assert "cannot be written (No space left on device)" in second
+    assert _read(background, "lost lose a small file-kept") == [["checkpoint-2"]] * 2
+    _assert_same_bits(background, "straight", "lost")
 
 
 def _assert_same_bits(folder, one, other):

@@ -80,7 +80,7 @@ def collect_population(
     for layer in layers:
         layer.observed = None
     return [
-        Observation(*map(torch.add, before, now)) if before and now else now
+        Observation(*map(torch.add, before, now)) if before and now else now or before
         for before, now in zip(step or [None] * len(found), found, strict=True)
     ]
 

@@ -96,6 +96,23 @@ def first_goes_first() -> Iterator[None]:
         of_first(went_well)
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """A block that all processes run, and after which none goes on where one has failed in it.
+
+    Raises:
+        UserError: in the others.
+    """
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        lost = any_rank(failed)
+    if lost:
+        raise UserError("Another process has stopped, and says why.")
+
+
 def exchanging(model: nn.Module, now: bool) -> AbstractContextManager[Any]:
     """A block whose backward pass exchanges gradients, or, with `now` off, leaves that to a later one."""
     if now or not isinstance(model, nn.parallel.DistributedDataParallel):

@@ -263,26 +263,25 @@ class MixtureTrainer(Trainer):
         folder = checkpoints.numbered(self.run.out, step)
         first = self.is_world_process_zero()
         self.saver.wait()
-        with contextlib.ExitStack() as stack:
-            if first:
-                stack.callback(checkpoints.drop_old_checkpoints, self.run.out, keep=KEEP_CHECKPOINTS)
-            new = checkpoints.new_folder(folder, step=step, settings=self.run.settings, first=first)
-            unfinished = stack.enter_context(new)
-            self.accelerator.wait_for_everyone()
-            checkpoints.save_tensors(checkpoints.random_state(), unfinished / self._random_state_file())
-            if first and self.run.metrics is not None:
-                self.run.metrics.sync()
-            if first:
-                self.state.save_to_json(str(unfinished / "trainer_state.json"))
-                self._save_load(unfinished / _LOAD_FILE)
+        with ranks.together(), contextlib.ExitStack() as stack:
+            with ranks.together():
+                if first:
+                    stack.callback(checkpoints.drop_old_checkpoints, self.run.out, keep=KEEP_CHECKPOINTS)
+                new = checkpoints.new_folder(folder, step=step, settings=self.run.settings, first=first)
+                unfinished = stack.enter_context(new)
+            with ranks.together():
+                checkpoints.save_tensors(checkpoints.random_state(), unfinished / self._random_state_file())
+                if first and self.run.metrics is not None:
+                    self.run.metrics.sync()
+                if first:
+                    self.state.save_to_json(str(unfinished / "trainer_state.json"))
+                    self._save_load(unfinished / _LOAD_FILE)
             if sharding.in_shards(self.run.config):
                 self.saver.start(self.model, self.optimizer, unfinished, stack.pop_all())  # pyright: ignore
             elif first:
                 self.run.task.save(self.model, unfinished)  # pyright: ignore[reportArgumentType]
                 for name, part in self._optimization.items():
                     checkpoints.save_tensors(part.state_dict(), unfinished / f"{name}.pt")
-            self.accelerator.wait_for_everyone()
-        self.accelerator.wait_for_everyone()
         self.restart_clock()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
