@@ -201,6 +201,9 @@ def _label_rows(details: dict[str, list[ClassificationDetails]], arms: list[str]
             given = _mean(float(of.answered) for of in counts)
             cells.append(Cell(number(_mean(scores), 1), "" if given is None else f"given {number(given, 0)} times"))
         rows.append(Row(f"{names[place]} ({first[place].true:,})", cells))
+    from_N = {name: [run.threshold for run in runs if run.threshold is not None] for name, runs in details.items()}
+    if rows and any(from_N.values()):
+        rows.append(Row("given from a probability of", [Cell(number(_mean(from_N.get(arm, [])), 2)) for arm in arms]))
     return rows
 
 

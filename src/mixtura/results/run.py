@@ -164,6 +164,8 @@ class ClassificationDetails:
     calibration: list[CalibrationBin]
     label_counts: list[LabelCounts] | None = None
     """For each of the labels, where a text has any number of them."""
+    threshold: float | None = None
+    """Probability from which such a label was given."""
     layer_weights: list[float] | None = None
     """Weights of the blended layers, the embeddings first; None without a blend."""
     kind: Literal["classification"] = "classification"

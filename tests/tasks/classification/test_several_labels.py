@@ -23,7 +23,7 @@ from mixtura.config import (
 )
 from mixtura.tasks.classification.classifier import classify
 from mixtura.tasks.classification.features import few_of_each_class
-from mixtura.tasks.classification.label_scores import count, macro_f1, micro_f1, paired_tests
+from mixtura.tasks.classification.label_scores import best_threshold, count, macro_f1, micro_f1, paired_tests
 from mixtura.tasks.classification.objectives import SeveralLabels
 from mixtura.tasks.classification.sequence_classifier import export_classifier
 
@@ -51,10 +51,26 @@ def test_scores_of_logits_by_hand():
     assert scores["brier"] == pytest.approx((10 * (1 - sure) ** 2 + 2 * sure**2) / 4)
 
 
-def test_a_label_is_given_from_a_probability_of_one_half():
+def test_a_threshold_is_the_best_of_all_on_validation_texts():
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        truth = draw.random((30, 4)) < 0.2
+        probability = np.clip(0.15 * truth + 0.3 * draw.random((30, 4)), 0, 1).round(2)
+        found = best_threshold(truth, probability)
+        tried = [micro_f1(count(truth, probability >= threshold)) for threshold in np.linspace(0, 1, 1001)]
+        assert micro_f1(count(truth, probability >= found)) == max(tried) > micro_f1(count(truth, probability >= 0.5))
+    assert best_threshold(np.eye(2, dtype=bool), np.array([[0.9, 0.2], [0.4, 0.6]])) == 0.5
+    assert best_threshold(np.zeros((2, 2), dtype=bool), np.full((2, 2), 0.1)) == 0.5
+    assert best_threshold(np.zeros((0, 2), dtype=bool), np.zeros((0, 2))) == 0.5
+
+
+def test_a_label_is_given_from_a_probability_of_one_half_unless_said():
     lines = list(SeveralLabels().lines(np.array([[0.0, -0.001], [-9.0, -9.0]]), np.eye(2), ["a", "b"]))
     assert [line["labels"] for line in lines] == [["a"], []]
     assert [line["truth"] for line in lines] == [["a"], ["b"]]
+    rare = SeveralLabels().adjusted(np.array([[-1.0, -3.0], [-3.0, -1.0]]), np.eye(2))
+    assert rare.threshold == pytest.approx((1 / (1 + np.e) + 1 / (1 + np.e**3)) / 2)
+    assert [line["labels"] for line in rare.lines(np.array([[-1.5, -2.5]]), np.eye(2)[:1], ["a", "b"])] == [["a"]]
 
 
 def test_the_bootstrap_sees_a_clear_difference_and_none():
@@ -140,13 +156,14 @@ def test_a_comparison_of_several_labels_from_data_to_answers_and_export(recipe, 
     texts = ["a good film", "the the", "bad bad film"]
     for name in ("best_layer", "lora"):
         checkpoint = out / "arms" / name / "seed0" / "checkpoint"
+        threshold = results.arms[name].runs[0].details.threshold
         answers = classify(checkpoint, texts)
         for answer in answers:
             order = sorted(answer.probabilities, key=answer.probabilities.__getitem__, reverse=True)
-            assert answer.labels == tuple(label for label in order if answer.probabilities[label] >= 0.5)
+            assert answer.labels == tuple(label for label in order if answer.probabilities[label] >= threshold)
         export_classifier(checkpoint, tmp_path / name)
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / name).eval()
-        assert model.config.problem_type == "multi_label_classification"
+        assert model.config.problem_type == "multi_label_classification" and model.config.threshold == threshold
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
         ask = pipeline("text-classification", model=model, tokenizer=tokenizer, top_k=None, device="cpu")
         for answer, said in zip(answers, ask(texts), strict=True):

@@ -61,7 +61,8 @@ def choose_layer(
         mean_D, scale_D = train_ND.mean(0), train_ND.std(0, correction=0).clamp_min(1e-6)
         weight_DC, bias_C = _fit((train_ND - mean_D) / scale_D, labels, num_classes=num_classes, objective=objective)
         logits_NC = (validation_ND - mean_D) / scale_D @ weight_DC + bias_C
-        scores = objective.scores(objective.answer(logits_NC).numpy(), truth)
+        answer_NC = objective.answer(logits_NC).numpy()
+        scores = objective.adjusted(answer_NC, truth).scores(answer_NC, truth)
         found.append((scores[objective.measure.key], -scores["loss"]))
     layer = max(range(len(found)), key=found.__getitem__)
     measure = "right" if isinstance(objective, OneClass) else objective.measure.name

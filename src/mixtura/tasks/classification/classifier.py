@@ -189,13 +189,15 @@ class SavedClassifier:
     """Which hidden state a head without a blend reads: the last, or the best that was found."""
     several: bool = False
     """Whether a text has any number of the labels, and not one of them."""
+    threshold: float = THRESHOLD
+    """Probability from which a text is given one of several labels."""
     quantize: Quantize = "none"
     """How the base's linear layers are stored."""
 
     @property
     def objective(self) -> Objective:
         """What it learns and is judged by."""
-        return SeveralLabels() if self.several else OneClass()
+        return SeveralLabels(self.threshold) if self.several else OneClass()
 
     def write(self, model: TextClassifier, folder: Path) -> None:
         """Writes everything but the trained weights."""
@@ -328,7 +330,7 @@ def _read(folder: Path) -> SavedClassifier:
 
 def _answer(probability_C: list[float], saved: SavedClassifier) -> Answer:
     order = sorted(range(len(saved.labels)), key=probability_C.__getitem__, reverse=True)
-    given = [label for label in order if probability_C[label] >= THRESHOLD] if saved.several else order[:1]
+    given = [label for label in order if probability_C[label] >= saved.threshold] if saved.several else order[:1]
     return Answer(
         saved.labels[order[0]],
         probability_C[order[0]],

@@ -42,6 +42,24 @@ def macro_f1(counts: Counts) -> np.ndarray:
     return (2 * counts.hits_C / np.maximum(seen_C, 1)).sum(-1) / np.maximum((seen_C > 0).sum(-1), 1)
 
 
+def best_threshold(truth_NC: np.ndarray, probability_NC: np.ndarray) -> float:
+    """The probability from which labels are to be given for the best micro F1, between two that occur.
+
+    Of equally good ones it is the nearest to 0.5, which it is too where no text has a label.
+    """
+    if not truth_NC.any():
+        return 0.5
+    order = np.argsort(-probability_NC, axis=None, kind="stable")
+    descending, hits = probability_NC.ravel()[order], truth_NC.ravel()[order].cumsum()
+    # The number of labels given can only be one after which the probability falls.
+    last = np.flatnonzero(np.append(descending[:-1] > descending[1:], True))
+    f1 = 2 * hits[last] / (hits[-1] + last + 1)
+    below = np.append(descending[1:], 0.0)[last]
+    between = np.where((below < 0.5) & (descending[last] >= 0.5), 0.5, (descending[last] + below) / 2)
+    best = np.flatnonzero(f1 == f1.max())
+    return float(between[best][np.abs(between[best] - 0.5).argmin()])
+
+
 def paired_tests(
     truth_NC: np.ndarray, arm_SNC: np.ndarray, baseline_SNC: np.ndarray, *, resamples: int = _RESAMPLES, seed: int = 0
 ) -> dict[str, PairedTest]:

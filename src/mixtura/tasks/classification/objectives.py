@@ -2,14 +2,16 @@
 
 One class is a softmax with cross-entropy, judged by accuracy. Several labels are a sigmoid and binary cross-entropy for
 each, summed over the labels, so that the loss is the negative log-likelihood of a text's labels; a text is given those
-with a probability of `THRESHOLD` or more, and micro F1 decides. Both are judged on the logits of one forward.
+with at least the probability that gives the best micro F1 on validation texts, and micro F1 decides. Both are judged on
+the logits of one forward.
 
 Shapes: N texts, B batch, C classes or labels.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, final
+from dataclasses import dataclass
+from typing import Any, Self, final
 
 import numpy as np
 import torch
@@ -30,7 +32,7 @@ from mixtura.tasks.classification.accuracy import (
 )
 
 THRESHOLD = 0.5
-"""Probability from which a text is given a label."""
+"""Probability from which a text is given a label where nothing better is known."""
 
 Lines = Sequence[Mapping[str, Any]]
 """Every answer of a run, as `predictions.jsonl` has it."""
@@ -41,6 +43,12 @@ class Objective(ABC):
 
     measure: Measure
     """The verdict's."""
+    threshold: float = THRESHOLD
+    """Probability from which a text is given a label; without a part in what has one class."""
+
+    def adjusted(self, answer_NC: np.ndarray, labels: np.ndarray) -> Self:
+        """The objective with what is to be found on texts that are neither trained on nor tested."""
+        return self
 
     @abstractmethod
     def labels(self, examples: Sequence[LabelledText], num_classes: int) -> np.ndarray:
@@ -126,10 +134,16 @@ class OneClass(Objective):
 
 
 @final
+@dataclass(frozen=True)
 class SeveralLabels(Objective):
     """A text has any number of labels."""
 
+    threshold: float = THRESHOLD
     measure = Measure("micro_f1", "micro F1", "%", "higher", 2)
+
+    def adjusted(self, answer_NC: np.ndarray, labels: np.ndarray) -> Self:
+        """With the threshold of the best micro F1: rare labels seldom reach a probability of a half."""
+        return type(self)(label_scores.best_threshold(labels > 0, _probabilities(answer_NC)))
 
     def labels(self, examples: Sequence[LabelledText], num_classes: int) -> np.ndarray:
         """(N, C) of 0 and 1."""
@@ -148,7 +162,7 @@ class SeveralLabels(Objective):
 
     def scores(self, answer_NC: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         """Micro and macro F1, subset accuracy, calibration of single labels, and loss; Brier summed over the labels."""
-        truth_NC, said_NC = labels > 0, _given(answer_NC)
+        truth_NC, said_NC = labels > 0, self._given(answer_NC)
         counts = label_scores.count(truth_NC, said_NC)
         loss = self.loss(torch.from_numpy(answer_NC), torch.from_numpy(labels))
         distance_NC = _probabilities(answer_NC) - truth_NC
@@ -167,17 +181,18 @@ class SeveralLabels(Objective):
 
     def details(self, answer_NC: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> ClassificationDetails:
         """Hits, true and answered texts of each label, and calibration of all yes and no."""
-        counts = label_scores.count(labels > 0, _given(answer_NC))
+        counts = label_scores.count(labels > 0, self._given(answer_NC))
         return ClassificationDetails(
             labels=list(names),
             confusion=[],
             calibration=_bins(answer_NC, labels > 0),
             label_counts=[LabelCounts(*map(int, of_label)) for of_label in zip(*counts, strict=True)],
+            threshold=self.threshold,
         )
 
     def lines(self, answer_NC: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Iterator[Facts]:
         """`truth` and `labels`, lists of names, and the `probabilities` of all labels."""
-        for truth_C, said_C, row_C in zip(labels > 0, _given(answer_NC), _probabilities(answer_NC), strict=True):
+        for truth_C, said_C, row_C in zip(labels > 0, self._given(answer_NC), _probabilities(answer_NC), strict=True):
             truth, said = ([names[int(index)] for index in np.flatnonzero(has_C)] for has_C in (truth_C, said_C))
             yield {
                 "truth": truth,
@@ -192,20 +207,19 @@ class SeveralLabels(Objective):
         sides = (np.stack([_flags(lines, "labels", names) for lines in side]) for side in (arm, baseline))
         return label_scores.paired_tests(truth_NC, *sides)
 
+    def _given(self, logit_NC: np.ndarray) -> np.ndarray:
+        return _probabilities(logit_NC) >= self.threshold
+
 
 def _probabilities(logit_NC: np.ndarray) -> np.ndarray:
     return torch.from_numpy(logit_NC).sigmoid().numpy()
 
 
-def _given(logit_NC: np.ndarray) -> np.ndarray:
-    return _probabilities(logit_NC) >= THRESHOLD
-
-
 def _bins(logit_NC: np.ndarray, truth_NC: np.ndarray) -> list[Any]:
-    """Bins of all answers, yes or no, by the probability of what was answered."""
+    """Bins of all likelier answers, yes or no, by their probability, whatever the threshold."""
     probability_NC = _probabilities(logit_NC)
     confidence_NC = np.maximum(probability_NC, 1 - probability_NC)
-    return calibration_bins(confidence_NC.ravel(), (_given(logit_NC) == truth_NC).ravel())
+    return calibration_bins(confidence_NC.ravel(), ((probability_NC >= 0.5) == truth_NC).ravel())
 
 
 def _flags(lines: Lines, key: str, names: Sequence[str]) -> np.ndarray:

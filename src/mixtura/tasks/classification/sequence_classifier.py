@@ -38,6 +38,8 @@ class TextClassifierConfig(PreTrainedConfig):
     num_states: int = 1
     layer: int = -1
     """Which hidden state a head without a blend reads."""
+    threshold: float | None = None
+    """Probability from which a text is given one of several labels; None where it has one class."""
 
 
 @final
@@ -111,6 +113,7 @@ def export_classifier(checkpoint: Path, out: Path) -> None:
         id2label=dict(enumerate(saved.labels)),
         label2id={label: index for index, label in enumerate(saved.labels)},
         problem_type="multi_label_classification" if saved.several else "single_label_classification",
+        threshold=saved.threshold if saved.several else None,
     )
     exported = TextClassifierForSequenceClassification(config)
     exported.classifier.head.load_state_dict(model.head.state_dict())

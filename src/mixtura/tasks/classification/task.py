@@ -31,6 +31,7 @@ from mixtura.tasks.classification.classifier import (
 )
 from mixtura.tasks.classification.features import Examples, FeatureExamples, ScheduledExamples
 from mixtura.tasks.classification.heads import blends_tokens
+from mixtura.tasks.classification.objectives import Objective
 from mixtura.training import saving as checkpoints
 from mixtura.training.interface import Batch, StepLosses, TrainingTask
 
@@ -172,20 +173,21 @@ class Classification(TrainingTask):
         """Scores in each mode: of the first validation examples during training, of all test examples at the end."""
         examples = self.splits.test if final else self.splits.validation
         count = len(examples.labels) if final else self.eval_examples
-        measured = {}
+        judge, measured = self._judge(model) if final else None, {}
         for mode in evaluation_modes(model):
             answer_NC = self._answers(model, examples, mode, count=count)
-            measured[mode] = self._objective.scores(answer_NC, examples.labels[: len(answer_NC)])
+            labels = examples.labels[: len(answer_NC)]
+            measured[mode] = (judge or self._objective.adjusted(answer_NC, labels)).scores(answer_NC, labels)
         return measured
 
     def details(self, model: Any, *, out: Path) -> ClassificationDetails:
         """What the objective tells of the answers as deployed; every answer goes into `predictions.jsonl`."""
-        names, labels = self.saved.labels, self.splits.test.labels
+        names, labels, judge = self.saved.labels, self.splits.test.labels, self._judge(model)
         answer_NC = self._answers(model, self.splits.test, "alone", count=len(labels))
         with checkpoints.writing(out), (out / PREDICTIONS).open("w", encoding="utf-8") as file:
-            for line in self._objective.lines(answer_NC, labels, names):
+            for line in judge.lines(answer_NC, labels, names):
                 file.write(json.dumps(line) + "\n")
-        details = self._objective.details(answer_NC, labels, names)
+        details = judge.details(answer_NC, labels, names)
         return dataclasses.replace(details, layer_weights=self._layer_weights(model))
 
     def save(self, model: Any, folder: Path) -> None:
@@ -199,7 +201,16 @@ class Classification(TrainingTask):
     def save_for_use(self, model: Any, folder: Path) -> None:
         """Adds all that `classify` needs: what the head is, the labels, the tokenizer, the adapter in PEFT's format."""
         self.save(model, folder)
-        self.saved.write(model, folder)
+        dataclasses.replace(self.saved, threshold=self._judge(model).threshold).write(model, folder)
+
+    def _judge(self, model: TextClassifier) -> Objective:
+        """The objective with what it finds in the answers to all validation texts, as deployed."""
+        if not self.saved.several:
+            return self._objective
+        labels = self.splits.validation.labels
+        return self._objective.adjusted(
+            self._answers(model, self.splits.validation, "alone", count=len(labels)), labels
+        )
 
     def _answers(self, model: TextClassifier, examples: Examples, mode: Mode, *, count: int) -> np.ndarray:
         """The objective's answers (N, C) to the first `count` examples; in groups, of as many as fill whole batches."""
