@@ -24,6 +24,7 @@ from mixtura.config import ClassificationArmConfig, ClassificationRecipe
 from mixtura.config.arm import has_setting
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm, probe_layer
 from mixtura.models import MixtureConfig
+from mixtura.models.inference import running_in
 from mixtura.planning import active_parameters, model_parameters
 from mixtura.results import ArmDescription, Facts, Leaks
 from mixtura.tasks.classification.best_layer import BestLayer
@@ -154,9 +155,11 @@ class ClassificationArm(Arm):
 
     def leaks(self) -> Leaks:
         """Whether the texts of a batch see each other; a classifier may read its whole text, so no future leaks."""
-        model = _without_zeros(self.build(seed=0))
-        trained = self._probe(model.train())
-        return Leaks(future=False, batch=trained.batch, batch_deployed=self._probe(model.eval()).batch)
+        # Groups as in training, but not train(): what a dropout changes at random would pass for a leak.
+        model = _without_zeros(self.build(seed=0)).eval()
+        with running_in(model.mixing_layers(), "group"):
+            trained = self._probe(model)
+        return Leaks(future=False, batch=trained.batch, batch_deployed=self._probe(model).batch)
 
     def _probe(self, model: TextClassifier) -> LeakReport:
         batch = max([4, *(layer.group_size for layer in model.mixing_layers())])
