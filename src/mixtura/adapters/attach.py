@@ -7,6 +7,7 @@ Mixtures of LoRA and of tokens and expert-specialised tuning are PEFT methods of
 Shapes: B batch, L length.
 """
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -88,6 +90,7 @@ def apply_adapter(
     plan = _plan(model, config, num_experts)
     rank = config.rank if config.rank is not None else _solve_rank(plan.cost, config, baseline_parameters)
     peft_config = _peft_config(config, rank=rank, num_experts=num_experts, targets=plan.targets)
+    _refuse_experts_in_their_place(peft_config, model, plan.targets)
     with torch.random.fork_rng(), _without_deprecations():
         torch.manual_seed(seed)
         return get_peft_model(model, peft_config)  # pyright: ignore[reportReturnType]
@@ -190,6 +193,26 @@ def _block_shapes(model: nn.Module, block: Block) -> list[tuple[int, int]]:
 def _shape(model: nn.Module, name: str) -> tuple[int, int]:
     linear: Any = model.get_submodule(name)
     return linear.in_features, linear.out_features
+
+
+def _refuse_experts_in_their_place(peft_config: PeftConfig, model: nn.Module, targets: list[str]) -> None:
+    """Refuses linear layers beside stacked experts that PEFT's LoRA would take for these experts, by their names alone.
+
+    PEFT keeps adapters working that were trained when experts were linear layers: what is called as those were is put
+    on the stacked experts, and a linear layer of that name, such as a shared expert's, gets none.
+    """
+    converted: Any = copy.deepcopy(peft_config)
+    try:
+        convert_peft_config_for_transformers(converted, model, None)
+        if not getattr(converted, "target_parameters", None):
+            return
+    except ValueError:  # only some of the names that stand for one tensor
+        pass
+    names = sorted({target.rpartition(".")[2] for target in targets} - {*getattr(converted, "target_modules", ())})
+    raise UserError(
+        f"{type(model).__name__} has experts in stacked tensors, and PEFT would put LoRA there in place of its linear "
+        f"layers {', '.join(names)}: name other linear layers in 'adapter.targets', such as q_proj and v_proj."
+    )
 
 
 def _solve_rank(cost: RankCost, config: AdapterConfig, baseline_parameters: int | None) -> int:
