@@ -58,6 +58,14 @@ BASES = {
     "dense": lambda: MixtureForCausalLM(MixtureConfig(**OURS)),
     "token_choice": lambda: MixtureForCausalLM(MixtureConfig(**OURS, mlp_layer_types=["token_choice"] * 2)),
     "mixture_of_tokens": lambda: MixtureForCausalLM(MixtureConfig(**OURS, mlp_layer_types=["mixture_of_tokens"] * 2)),
+    "late_mixture_of_tokens": lambda: MixtureForCausalLM(
+        MixtureConfig(**{**OURS, "num_hidden_layers": 4}, mlp_layer_types=["dense"] * 3 + ["mixture_of_tokens"])
+    ),
+    "late_qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **{**DECODER, **FEW, "num_hidden_layers": 3}, moe_intermediate_size=12, head_dim=8, mlp_only_layers=[0, 1]
+        )
+    ),
     "bert": lambda: BertModel(BertConfig(**SIZES, num_attention_heads=2), add_pooling_layer=False),
 }
 ADAPTERS = {
@@ -76,7 +84,7 @@ MIXTURES = (*STOCK_MIXTURES, "token_choice", "mixture_of_tokens")
 
 def refusal(task: str, base: str, adapter: str) -> str | None:
     """The sentence that says why a combination makes no sense; None where it must work."""
-    if adapter == "expert_specialized" and base not in (*STOCK_MIXTURES, "token_choice"):
+    if adapter == "expert_specialized" and base not in (*STOCK_MIXTURES, "token_choice", "late_qwen3_moe"):
         return "has no layer whose tokens choose among experts"
     if adapter == "lora_on_attention" and base == "bert":
         return "which is no linear layer of BertModel"
@@ -84,6 +92,8 @@ def refusal(task: str, base: str, adapter: str) -> str | None:
         return "this data has no tasks or languages"
     if base in MIXTURES and adapter in ("lora", "mixture_of_lora", "languages"):
         return "only experts in stacked tensors: name linear layers in 'adapter.targets'"
+    if base == "late_qwen3_moe" and adapter == "lora":
+        return "PEFT would put LoRA there in place of its linear layers down_proj, gate_proj, up_proj"
     if base in MIXTURES and adapter == "mixture_of_lora_blocks":
         return "are mixtures already"
     return None
@@ -174,7 +184,8 @@ def chat_arms(base, files):
 
 def check(arm):
     """One step moves what is trained, the probe answers in float64, and the model evaluates as deployed."""
-    assert arm.leaks().batch_deployed is False
+    leaks = arm.leaks()
+    assert leaks.batch_deployed is False and leaks.batch == (arm.training_mode == "group")
     model = arm.build(0).train()
     items = arm.task.dataset(length=4, seed=0)
     batch = arm.task.collate([items[index] for index in range(4)])

@@ -197,7 +197,7 @@ def load_base(
     try:
         check_inside(Path(place), name)
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-        _cut(config, name, num_layers)
+        cut(config, name, num_layers)
         auto = AutoModel if head == "encoder" else language_model_class(config)
         options = loading_options(quantize)
         with _no_report():  # of the weights of the layers that were cut
@@ -268,11 +268,14 @@ def _package_part(name: str, package: str, part: str) -> Path:
     return path
 
 
-def _cut(config: Any, name: str, num_layers: int | None) -> None:
+def cut(config: Any, name: str, num_layers: int | None) -> None:
     """Lowers the number of layers in a configuration, and shortens its lists that name every layer.
 
     Of an encoder-decoder both sides keep so many. Its layers are never skipped at random (layerdrop): in a skipped one
     adapters and routers would learn nothing, and its cost would be another at every step.
+
+    Raises:
+        UserError: the model has fewer layers.
     """
     if config.is_encoder_decoder:
         for side in ("encoder_layerdrop", "decoder_layerdrop"):

@@ -20,9 +20,6 @@ from mixtura.results import Facts, Leaks
 from mixtura.training import saving as checkpoints
 from mixtura.training.interface import StepLosses
 
-PROBED_LAYERS = 2
-"""Layers of a base model that a leak probe keeps: a leak shows in any layer, and float64 is slow."""
-
 
 def inference_modes(model: nn.Module) -> tuple[str, ...]:
     """The modes in which a model can run, the one that trains first: see `mixtura.evaluation.evaluation_modes`."""

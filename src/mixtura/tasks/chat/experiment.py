@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from mixtura.adapters.attach import apply_adapter
 from mixtura.adapters.expert_specialized import SAMPLE_SIZE
 from mixtura.adapters.targets import count_parameters, measured_flops_per_token
+from mixtura.checkpoints.few_layers import load_few_layers
 from mixtura.checkpoints.pretrained import load_base
-from mixtura.checkpoints.quantized import Quantize, quantized_weights
+from mixtura.checkpoints.quantized import quantized_weights
 from mixtura.config import BaseConfig, ChatRecipe, UserError
 from mixtura.config.requests import MOST_CHAT_TOKENS, Amounts, common_length, with_batches_for
 from mixtura.data.chats import Chat, ChatCorpus, load_chats
@@ -28,7 +29,7 @@ from mixtura.results.document import AcrossArms
 from mixtura.tasks.chat.answers import BaseReference, Judged, Question, paired_test, read_judged, scores
 from mixtura.tasks.chat.batches import Example, Prompts, collate_windows, open_prompts, pack_chats, packed_inputs
 from mixtura.tasks.chat.task import JUDGED_FILE, ChatData, ChatTask
-from mixtura.tasks.tuning import PROBED_LAYERS, adapter_settings, find_leaks, mixed_examples, stirred
+from mixtura.tasks.tuning import adapter_settings, find_leaks, mixed_examples, stirred
 from mixtura.training.interface import Arm, Experiment
 
 
@@ -56,18 +57,18 @@ class _ChatArm(Arm):
 
     def build(self, seed: int) -> nn.Module:
         """The base model, with a fresh adapter where the arm has one."""
-        return self._built(seed, self._recipe.base.num_layers, quantize=self._recipe.base.quantize)
+        return self._built(seed, functools.partial(load_base, quantize=self._recipe.base.quantize))
 
-    def _built(self, seed: int, num_layers: int | None, *, quantize: Quantize = "none") -> nn.Module:
+    def _built(self, seed: int, load: Callable[..., Any]) -> nn.Module:
         torch.manual_seed(seed)
-        model, _ = load_base(str(self._recipe.base.name), num_layers=num_layers, quantize=quantize)
-        adapter = self._config.adapter
+        base, adapter = self._recipe.base, self._config.adapter
+        model, _ = load(str(base.name), num_layers=base.num_layers)
         if adapter is None:
             return model
         return apply_adapter(
             model,
             adapter,
-            baseline_parameters=_baseline_parameters(self._recipe, num_layers) if adapter.solves_rank else None,
+            baseline_parameters=_baseline_parameters(self._recipe, load) if adapter.solves_rank else None,
             sample=_sample(self._data, self._recipe.training.batch_size),
             seed=seed,
         )
@@ -107,9 +108,8 @@ class _ChatArm(Arm):
 
     def leaks(self) -> Leaks:
         """Whether information leaks from the future, or between chats of a window or a batch; probes a small model."""
-        layers = min(self._recipe.base.num_layers or PROBED_LAYERS, PROBED_LAYERS)
         # Probed in float64, which packed weights do not have; what is stored in few bits leaks neither more nor less.
-        model = stirred(self._built(0, layers)).eval()
+        model = stirred(self._built(0, load_few_layers)).eval()
         return find_leaks(model, self._leak)
 
     def _leak(self, model: Any) -> LeakReport:
@@ -172,12 +172,12 @@ def _sample(data: ChatData, batch_size: int) -> Iterator[dict[str, Tensor]]:
         yield {"input_ids": batch["input_ids"], "attention_mask": (batch["segments"] > 0).long()}
 
 
-def _baseline_parameters(recipe: ChatRecipe, num_layers: int | None) -> int | None:
+def _baseline_parameters(recipe: ChatRecipe, load: Callable[..., Any]) -> int | None:
     """Trained parameters of the baseline, to which arms without a rank are matched; None if it has no rank itself."""
     baseline = recipe.arms[recipe.baseline].adapter
     if baseline is None or baseline.rank is None:
         return None
-    model, _ = load_base(str(recipe.base.name), num_layers=num_layers)
+    model, _ = load(str(recipe.base.name), num_layers=recipe.base.num_layers)
     return count_parameters(apply_adapter(model, baseline, seed=0))[1]
 
 

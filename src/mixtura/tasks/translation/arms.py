@@ -14,6 +14,7 @@ from transformers import M2M100ForConditionalGeneration
 from mixtura.adapters.attach import apply_adapter
 from mixtura.adapters.expert_specialized import SAMPLE_SIZE
 from mixtura.adapters.targets import count_parameters, measured_flops_per_token
+from mixtura.checkpoints.few_layers import load_few_layers
 from mixtura.checkpoints.pretrained import load_base
 from mixtura.config import ArmConfig, TranslationArmConfig, TranslationRecipe, UserError
 from mixtura.config.arm import has_setting
@@ -35,7 +36,7 @@ from mixtura.tasks.translation.encoder_decoder import (
 )
 from mixtura.tasks.translation.prompts import Prompts
 from mixtura.tasks.translation.task import TranslationData, TranslationTask
-from mixtura.tasks.tuning import PROBED_LAYERS, adapter_settings, check_groups, find_leaks, mixed_examples, stirred
+from mixtura.tasks.tuning import adapter_settings, check_groups, find_leaks, mixed_examples, stirred
 from mixtura.training.interface import Arm
 from mixtura.upcycling.copied_layers import inactive_parameters, upcycle_sides
 
@@ -289,15 +290,15 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
     keys = _named_by("pair" if adapter is None else adapter.route_by, data.directions)
     tasks = list(dict.fromkeys(keys))
 
-    def build(seed: int, num_layers: int | None = base.num_layers) -> nn.Module:
+    def build(seed: int, load: Callable[..., Any] = load_base) -> nn.Module:
         torch.manual_seed(seed)
-        model, _ = load_base(str(base.name), num_layers=num_layers)
+        model, _ = load(str(base.name), num_layers=base.num_layers)
         if adapter is None:
             return model
         return apply_adapter(
             model,
             adapter,
-            baseline_parameters=_baseline_parameters(recipe, data, num_layers) if adapter.solves_rank else None,
+            baseline_parameters=_baseline_parameters(recipe, data, load) if adapter.solves_rank else None,
             num_tasks=len(tasks),
             sample=_sample(data, recipe.training.batch_size),
             seed=seed,
@@ -318,7 +319,7 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
         ),
         learning_rate=arm.learning_rate or recipe.training.learning_rate,
         build=build,
-        probe=lambda: stirred(build(0, num_layers=min(base.num_layers or PROBED_LAYERS, PROBED_LAYERS))),
+        probe=lambda: stirred(build(0, load_few_layers)),
         shape=None,
         group_size=group_size,
     )
@@ -341,9 +342,9 @@ def _upcycled_arm(
     if group_size is not None:
         check_groups(where, group_size, recipe.training.batch_size)
 
-    def build(seed: int, num_layers: int | None = base.num_layers) -> nn.Module:
+    def build(seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        model, _ = load_base(str(base.name), num_layers=num_layers)
+        model, _ = load_base(str(base.name), num_layers=base.num_layers)
         sample = _sample(data, recipe.training.batch_size)
         batches = itertools.islice(sample, _CALIBRATION_BATCHES)
         upcycle_sides(model, layer, sides=sides, batches=batches, expert_names=expert_names, seed=seed)
@@ -388,11 +389,11 @@ def _sample(data: TranslationData, batch_size: int) -> Iterator[dict[str, Tensor
         yield {key: value for key, value in batch.items() if key not in ("labels", "directions")}
 
 
-def _baseline_parameters(recipe: TranslationRecipe, data: TranslationData, num_layers: int | None) -> int | None:
+def _baseline_parameters(recipe: TranslationRecipe, data: TranslationData, load: Callable[..., Any]) -> int | None:
     """Trained parameters of the baseline, to which arms without a rank are matched; None if it has no rank itself."""
     baseline = recipe.arms[recipe.baseline].adapter
     if baseline is None or baseline.rank is None:
         return None
-    model, _ = load_base(str(recipe.base.name), num_layers=num_layers)
     num_tasks = len(set(_named_by(baseline.route_by, data.directions)))
+    model, _ = load(str(recipe.base.name), num_layers=recipe.base.num_layers)
     return count_parameters(apply_adapter(model, baseline, num_tasks=num_tasks, seed=0))[1]
