@@ -78,3 +78,6 @@ def _keep(stack: nn.ModuleList, layers: list[int]) -> None:
     del stack[len(chosen) :]
     for place, layer in enumerate(chosen):
         stack[place] = layer
+        numbered: list[Any] = [part for part in layer.modules() if hasattr(part, "layer_idx")]
+        for part in numbered:
+            part.layer_idx = place  # where a cache keeps its keys
