@@ -99,6 +99,8 @@ class MergedExperts(FeedForward):
         (batch, length, hidden), size = x_BLD.shape, self.segment_length
         real_BL = x_BLD.new_ones(batch, length, dtype=torch.bool) if mask_BL is None else mask_BL.bool()
         rank_BL = real_BL.cumsum(1) - 1
+        if memory is None:
+            size = max(1, min(size, length))  # a segment longer than the sequence has no more tokens than that
         count = -(-length // size)
         if memory is not None:
             rank_BL = rank_BL + memory.place_B.unsqueeze(1)

@@ -116,7 +116,7 @@ def routing_flops(layer: FeedForwardShape) -> float:
         return 0.0
     if facts_of(layer.family).routing == "merging":  # once a segment, the merging of all experts besides the router
         merged = layer.num_experts * (expert_parameters(layer) + layer.hidden_size)
-        return 2.0 * merged / layer.segment_length
+        return 2.0 * merged * layer.segments_per_token
     moved = 2 if facts_of(layer.family).routing == "mixing" else 0
     columns = layer.router_columns * (layer.routers + moved) + 3 * layer.constant_experts
     return 2.0 * layer.hidden_size * columns
