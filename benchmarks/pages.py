@@ -5,6 +5,7 @@ A page holds what its records hold and nothing else, so a number is corrected by
 """
 
 import json
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
@@ -118,7 +119,8 @@ def runs() -> str:
         "on two, where the loop's threads wait as torch has them. *Speed* is that of Mixtura's steps, the loop's being "
         "1. *Around* is what passes between the command and the last checkpoint outside the steps, with the text "
         "prepared before: in Mixtura with leak probes and two evaluations, which the loop has not. What follows the "
-        "last checkpoint is not counted, and is the last two columns of the second table.",
+        "last checkpoint is not counted, and is the last two columns of the second table. *Default* is that recipe as "
+        "it was on the day of the record, with plain layers of width 128.",
     )
     head = ["size", "arm", "tokens a step", "speed (range)", "tokens/s", "loop", "around, s", "loop, s"]
     for name, record in sorted(_records("runs-*.json"), key=lambda item: item[1]["settings"]["threads"]):
@@ -332,7 +334,7 @@ def families() -> str:
         "How do all families compare at one size?",
         "`benchmarks/results/families-*.json`",
         "`mixtura compare --preset families`: the default comparison's model, text and steps, every arm at equal FLOPs "
-        "a token and at the best of its own learning rates, which were tried for half of the steps with one seed. "
+        "a token and at the best of its own learning rates, which were tried as the second table says. "
         "*Minus dense* is the loss as deployed, paired by seed, with a 95 % t-interval; below zero is better. A family "
         "without a deployed mode is judged as it trains, and another example of the batch, or a later token, may leak.",
     )
@@ -359,7 +361,11 @@ def families() -> str:
                     f"{row['seconds_ratio']:.2f}",
                 ]
             )
-        text += _table(head, cells) + "\nThe searches (half of the steps, seed 1000):\n\n"
+        recipe = tomllib.loads(record["settings"]["recipe"])
+        search, steps = recipe["search"], recipe["training"]["steps"]
+        seeds = ", ".join(map(str, search["seeds"]))
+        text += _table(head, cells)
+        text += f"\nThe searches ({search.get('steps', steps)} of {steps} steps, seed {seeds}):\n\n"
         tried = sorted({rate for row in rows for rate, _ in row["trials"]})
         of_rate = [(row["arm"], {rate: loss for rate, loss in row["trials"]}) for row in rows if row["trials"]]
         text += _table(

@@ -31,7 +31,6 @@ BARE = Path(__file__).parent / "bare_loop.py"
 SIZES: dict[str, tuple[str, list[str]]] = {
     "quick": ("quick", []),
     "default": ("default", []),
-    "4,096 tokens a step": ("default", ["training.batch_size=32"]),
 }
 """Recipe, and what is changed in it."""
 ARMS = ("dense", "token_choice")

@@ -46,6 +46,8 @@ CASES = {
         "merged_experts",
         {"segment_length": 6, "merge_by": "prefix", "gated": True, "num_shared_experts": 1},
     ),
+    "merged experts, the last segment not full": ("merged_experts", {"segment_length": 5}),
+    "merged experts, segments longer than sequences": ("merged_experts", {"segment_length": 20, "gated": True}),
     "soft": ("soft", {}),
     "soft, three slots": ("soft", {"mixtures_per_expert": 3}),
     "mixture of tokens": ("mixture_of_tokens", {}),

@@ -75,6 +75,15 @@ def test_so_do_they_with_the_averages_of_a_population(saved, changes):
         assert_close(theirs(token_ids()).logits, ours(token_ids()).logits, rtol=0, atol=1e-6)
 
 
+def test_the_temperature_of_routers_is_none_of_sampling(saved, tmp_path):
+    source = saved(**(TOKENS | PLAIN | {"temperature": 0.5}))
+    (source / "generation_config.json").unlink()
+    export(source, tmp_path / "out", to="remote_code")
+    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))
+    assert settings.get("temperature") is None
+    assert MixturaForCausalLM(MixtureConfig.from_pretrained(source)).generation_config.temperature is None
+
+
 def test_padding_and_a_cache_change_nothing(saved):
     model = MixturaForCausalLM.from_pretrained(saved(**TOKENS, **PLAIN)).eval()
     ids, mask = token_ids(), torch.ones(2, 20, dtype=torch.long)

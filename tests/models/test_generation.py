@@ -1,5 +1,6 @@
 """Generation token by token: the cache changes nothing, and what cannot be generated is refused."""
 
+import json
 import math
 
 import pytest
@@ -111,6 +112,28 @@ def test_text_goes_on_from_the_prompt_and_depends_on_the_seed_only_when_sampling
     sampled = [generate_text(folder, "the film", max_new_tokens=12, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
     assert all(text.startswith("the film") and len(text) > len("the film") for text in greedy + sampled)
     assert greedy[0] == greedy[1] and sampled[0] == sampled[1] != sampled[2]
+
+
+def test_the_temperature_of_routers_is_none_of_sampling(saved):
+    folder = saved("mixture_of_tokens", temperature=0.25)
+    settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    assert settings.pop("temperature", None) is None
+    for _ in range(2):
+        model = MixtureForCausalLM.from_pretrained(folder)
+        assert model.generation_config.temperature is None
+        assert model.config.temperature == model.mixture_of_tokens_layers()[0].temperature == 0.25
+        # As earlier releases wrote it.
+        (folder / "generation_config.json").write_text(json.dumps(settings | {"temperature": 0.25}), encoding="utf-8")
+    (folder / "generation_config.json").unlink()
+    assert MixtureForCausalLM.from_pretrained(folder).generation_config.temperature is None
+
+
+def test_a_temperature_of_sampling_that_a_user_has_set_is_kept(saved):
+    folder = saved("mixture_of_tokens", temperature=0.25)
+    model = MixtureForCausalLM.from_pretrained(folder)
+    model.generation_config.do_sample, model.generation_config.temperature = True, 0.7
+    model.save_pretrained(folder)
+    assert MixtureForCausalLM.from_pretrained(folder).generation_config.temperature == 0.7
 
 
 def test_a_model_folder_loads_ready_for_inference(saved):

@@ -1,6 +1,7 @@
 """Advice: what measured runs and their law say of a size and a budget, and what they do not."""
 
 import json
+import math
 
 import pytest
 
@@ -99,6 +100,26 @@ def test_beyond_what_was_measured_intervals_widen_and_it_says_so():
     untested = advise(tokens=1e9, width=64, given=few)
     assert untested.law_error is None
     assert untested.arms[0].at_equal_flops is None or untested.arms[0].at_equal_flops.high > 0.0
+
+
+def test_an_arm_with_shorter_runs_than_the_others_is_extrapolated_sooner_and_that_is_named():
+    whole = evidence()
+    short = tuple(row for row in whole.rows if row.arm != "token_choice" or row.tokens <= 3_000_000)
+    given = Evidence(setting=SETTING, rows=short)
+
+    def found(tokens):
+        advice = advise(tokens=tokens, width=64, given=given)
+        assert advice.extrapolated == ()
+        return {arm.arm: arm for arm in advice.arms}
+
+    near, far = found(3e6), found(3e7)
+    assert near["token_choice"].extrapolated is None and far["mixture_of_tokens"].extrapolated is None
+    assert far["token_choice"].extrapolated == (
+        "30,000,000 tokens lie outside the 1,000,000 to 3,000,000 of token-choice MoE"
+    )
+    error = advise(tokens=3e6, width=64, given=given).law_error
+    spread = (far["token_choice"].at_equal_flops.high - far["token_choice"].at_equal_flops.mean) / 1.96
+    assert error > 0 and spread > error * math.log(10) / math.log(3.1)
 
 
 def test_what_does_not_fit_the_memory_comes_last_with_its_reason():

@@ -102,12 +102,30 @@ def test_tying_the_embeddings_saves_no_flops(tiny_config: Callable[..., MixtureC
         pytest.param({"family": "mixture_of_tokens", "mixtures_per_expert": 2}, 1088, 576, id="two mixtures"),
         pytest.param({"family": "mixture_of_tokens", "group_size": 8}, 1024 + 32, 128 + 32, id="half an expert"),
         pytest.param({"family": "soft"}, 1024 + 33, 256 + 33, id="soft, with its scale"),
+        pytest.param({"family": "merged_experts", "segment_length": 3}, 1024 + 32, 256 + 32, id="merged experts"),
     ],
 )
 def test_layer_parameters_by_hand(settings: dict, total: int, active: int) -> None:
     layer = FeedForwardShape(**(EXPERTS | settings))
     assert layer_parameters(layer) == total
     assert active_layer_parameters(layer) == active
+
+
+@pytest.mark.parametrize(
+    ("settings", "active"),
+    [
+        pytest.param({"alone_top_k": 2}, 512 + 32, id="two mixtures run"),
+        pytest.param({"alone_top_k": None}, 1024 + 32, id="all run"),
+        pytest.param({"alone_top_k": 6, "mixtures_per_expert": 2}, 1024 + 64, id="more mixtures than experts"),
+        pytest.param(
+            {"alone_top_k": 2, "combine": "separate", "num_shared_experts": 1}, 768 + 64, id="a shared expert"
+        ),
+        pytest.param({"family": "token_choice", "alone_top_k": 2}, 256 + 32, id="token choice as it trains"),
+    ],
+)
+def test_deployed_without_groups_a_token_pays_for_the_mixtures_that_run(settings: dict, active: int) -> None:
+    layer = FeedForwardShape(**(EXPERTS | {"family": "mixture_of_tokens"} | settings))
+    assert active_layer_parameters(layer, deployed=True) == active
 
 
 def test_a_dense_model_is_active_in_full(tiny_config: Callable[..., MixtureConfig]) -> None:

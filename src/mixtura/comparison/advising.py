@@ -106,7 +106,8 @@ def stands_on(arm: ArmAdvice) -> str:
 def cautions(advice: Advice, evidence: Evidence) -> list[str]:
     """What to know before believing it."""
     setting = evidence.setting
-    found = [f"Extrapolated: {reason}." for reason in advice.extrapolated]
+    reasons = [*advice.extrapolated, *(arm.extrapolated for arm in advice.arms if arm.extrapolated)]
+    found = [f"Extrapolated: {reason}." for reason in reasons]
     thin = [arm.label for arm in advice.arms if arm.seeds < 2]
     if thin:
         found.append(f"One seed only: {', '.join(thin)}; how much seeds scatter is taken from other runs.")

@@ -96,13 +96,13 @@ class MergedExperts(FeedForward):
     def _run(
         self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, memory: Memory | None
     ) -> tuple[Tensor, RoutingStats | None, Memory | None]:
-        (batch, length, hidden), size = x_BLD.shape, self.segment_length
+        batch, length, hidden = x_BLD.shape
+        size = self.segment_length if memory is not None else max(1, min(self.segment_length, length))
         real_BL = x_BLD.new_ones(batch, length, dtype=torch.bool) if mask_BL is None else mask_BL.bool()
         rank_BL = real_BL.cumsum(1) - 1
         count = -(-length // size)
         if memory is not None:
-            rank_BL = rank_BL + memory.place_B.unsqueeze(1)
-            count = -(-(length + size - 1) // size)
+            rank_BL, count = rank_BL + memory.place_B.unsqueeze(1), -(-(length + size - 1) // size)
         # Padding goes to a place of its own behind all segments.
         place_BL = torch.where(real_BL, rank_BL, count * size)
         index_BLD = place_BL.unsqueeze(-1).expand_as(x_BLD)

@@ -359,6 +359,11 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def post_init(self) -> None:
+        """The configuration's `temperature` is that of routers, which transformers takes for that of sampling."""
+        super().post_init()
+        self.generation_config.temperature = None
+
     @can_return_tuple
     def forward(
         self,

@@ -1,7 +1,7 @@
 """Which family to train: the laws of measured runs, read at a user's size and budget.
 
 Equal FLOPs means the same tokens for all, since every arm costs a dense model's FLOPs a token. Equal seconds means that
-an arm has fewer tokens by as much as its step is slower. Beyond the measured sizes and budgets the intervals widen by
+an arm has fewer tokens by as much as its step is slower. Beyond an arm's own sizes and budgets its intervals widen by
 what the law got wrong when it had to predict the longest runs from the shorter ones.
 """
 
@@ -20,6 +20,7 @@ from mixtura.planning.evidence import (
     HIDDEN_MULTIPLE,
     Evidence,
     Law,
+    Row,
     body_parameters,
     fit_law,
     held_out_forecasts,
@@ -116,6 +117,8 @@ class ArmAdvice:
     budgets: tuple[int, int]
     """The least and the most tokens among them."""
     widths: tuple[int, ...]
+    extrapolated: str | None
+    """What lies beyond its own runs, where these are fewer than all; None within them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +128,7 @@ class Advice:
     question: Question
     arms: tuple[ArmAdvice, ...]
     extrapolated: tuple[str, ...]
-    """What lies beyond the measured runs; empty within them."""
+    """What lies beyond the measured runs of all arms; empty within them."""
     law_error: float | None
     """Root mean square of the held-out errors in the difference to dense; None where nothing could be held out."""
 
@@ -269,6 +272,7 @@ def _advise_arm(reading: _Reading, question: Question, arm: str) -> ArmAdvice:
         seeds=len({row.seed for row in rows}),
         budgets=(min(tokens), max(tokens)),
         widths=tuple(sorted({row.width for row in rows})),
+        extrapolated=_beyond_own(evidence, question, arm),
     )
 
 
@@ -294,7 +298,8 @@ def _expected(reading: _Reading, question: Question, arm: str, ratio: float) -> 
     drawn = [_difference(law, question, arm, tokens=question.tokens, ratio=ratio) for law in reading.replicates]
     mean = _difference(reading.law, question, arm, tokens=question.tokens, ratio=ratio)
     error = _NO_FORECAST_ERROR if reading.law_error is None else reading.law_error
-    steps = sum(math.log(times) for times in _times_beyond(reading.evidence, question)) / math.log(reading.farther)
+    own, dense = (_times_beyond(reading.evidence, question, name) for name in (arm, BASELINE))
+    steps = sum(math.log(max(times)) for times in zip(own, dense, strict=True)) / math.log(reading.farther)
     spread = math.hypot(float(np.std(drawn)), error * steps)
     below = 0.5 * math.erfc(mean / max(spread, 1e-12) / math.sqrt(2))
     return Expected(mean=mean, low=mean - 1.96 * spread, high=mean + 1.96 * spread, ahead=below)
@@ -313,12 +318,15 @@ def _payoff(reading: _Reading, question: Question, arm: str, ratio: float) -> Pa
     return Payoff(tokens=start, always=start <= min(measured), farthest=farthest)
 
 
-def _times_beyond(evidence: Evidence, question: Question) -> tuple[float, float]:
-    """How many times the largest, or a how-manieth part of the smallest, budget and size measured; 1 is within."""
+def _times_beyond(evidence: Evidence, question: Question, arm: str | None = None) -> tuple[float, float]:
+    """How many times the largest, or a how-manieth part of the smallest, budget and size measured; 1 is within.
+
+    Those of one arm, or of all: an arm whose runs are shorter than the others' is extrapolated sooner.
+    """
     size = body_parameters(question.width, layers=question.layers)
-    sizes = [body_parameters(row.width, layers=evidence.setting.layers) for row in evidence.rows]
-    tokens = [row.tokens for row in evidence.rows]
-    return _outside(question.tokens, tokens), _outside(size, sizes)
+    rows = evidence.rows if arm is None else evidence.of(arm)
+    sizes = [body_parameters(row.width, layers=evidence.setting.layers) for row in rows]
+    return _outside(question.tokens, [row.tokens for row in rows]), _outside(size, sizes)
 
 
 def _outside(value: float, measured: Sequence[float]) -> float:
@@ -328,13 +336,10 @@ def _outside(value: float, measured: Sequence[float]) -> float:
 
 def _beyond(evidence: Evidence, question: Question) -> tuple[str, ...]:
     setting, (budget, size) = evidence.setting, _times_beyond(evidence, question)
-    tokens = [row.tokens for row in evidence.rows]
     widths = sorted({row.width for row in evidence.rows})
     found = []
     if budget > 1:
-        least, most = min(tokens), max(tokens)
-        measured = f"{least:,} to {most:,}" if least < most else f"{least:,}"
-        found.append(f"{question.tokens:,.0f} tokens lie outside the {measured} measured")
+        found.append(f"{question.tokens:,.0f} tokens lie outside the {_budgets(evidence.rows)} measured")
     if size > 1:
         named = ", ".join(map(str, widths))
         found.append(
@@ -342,6 +347,25 @@ def _beyond(evidence: Evidence, question: Question) -> tuple[str, ...]:
             f"{setting.layers} layers"
         )
     return tuple(found)
+
+
+def _beyond_own(evidence: Evidence, question: Question, arm: str) -> str | None:
+    """What lies beyond the runs of one arm, where these are fewer than all."""
+    rows, words = evidence.of(arm), facts_of(arm).words
+    budget, size = _times_beyond(evidence, question, arm)
+    found = []
+    if budget > 1 and _budgets(rows) != _budgets(evidence.rows):
+        found.append(f"{question.tokens:,.0f} tokens lie outside the {_budgets(rows)} of {words}")
+    if size > 1 and (widths := {row.width for row in rows}) != {row.width for row in evidence.rows}:
+        named = ", ".join(map(str, sorted(widths)))
+        found.append(f"width {question.width} with {question.layers} layers lies outside the widths {named} of {words}")
+    return "; ".join(found) or None
+
+
+def _budgets(rows: Sequence[Row]) -> str:
+    """The tokens of the shortest run and of the longest, in words."""
+    least, most = min(row.tokens for row in rows), max(row.tokens for row in rows)
+    return f"{least:,} to {most:,}" if least < most else f"{least:,}"
 
 
 def _shape(evidence: Evidence, question: Question, arm: str) -> DecoderShape:

@@ -62,14 +62,18 @@ def layer_parameters(layer: FeedForwardShape) -> int:
     return experts * expert_parameters(layer) + shared_parameters(layer) + router_parameters(layer)
 
 
-def active_layer_parameters(layer: FeedForwardShape) -> int:
-    """Parameters whose FLOPs one token pays for: its rows' worth of experts, shared experts and routers.
+def active_layer_parameters(layer: FeedForwardShape, *, deployed: bool = False) -> int:
+    """Parameters that one token passes through: its rows' worth of experts, shared experts and routers.
 
     For token choice these are the top_k experts of a token. A mixing layer runs all its experts on every group, and one
-    token pays for E * C / G of them.
+    token pays for E * C / G of them; where it is `deployed` without groups, for those of the mixtures that run alone.
     """
-    experts = layer.rows_per_token * expert_parameters(layer) + shared_parameters(layer)
-    return round(experts) + router_parameters(layer)
+    rows = layer.rows_per_token
+    if facts_of(layer.family).routing == "merging":
+        rows = 1.0  # the merged one, also where a last segment that is not full makes a token's share of it dearer
+    elif deployed and facts_of(layer.family).serving == "token by token":
+        rows = min(layer.alone_rows_per_token, layer.num_experts)  # mixtures of one expert share its weights
+    return round(rows * expert_parameters(layer) + shared_parameters(layer)) + router_parameters(layer)
 
 
 def attention_parameters(shape: ModelShape) -> int:
@@ -84,15 +88,16 @@ def model_parameters(shape: ModelShape) -> int:
     return _without_feed_forward(shape) + sum(layer_parameters(layer) for layer in layers)
 
 
-def active_parameters(shape: ModelShape, *, sequence_length: int) -> int:
+def active_parameters(shape: ModelShape, *, sequence_length: int, deployed: bool = False) -> int:
     """Parameters one token passes through: the whole model with `active_layer_parameters` for its mixtures.
 
     Args:
         shape: Sizes of the model.
         sequence_length: Tokens of a sequence, over which Soft MoE spreads its slots; other families do not look at it.
+        deployed: Whether mixture of tokens answers token by token, and not in groups as it trains.
     """
     layers = feed_forward_shapes(shape, sequence_length=sequence_length)
-    return _without_feed_forward(shape) + sum(active_layer_parameters(layer) for layer in layers)
+    return _without_feed_forward(shape) + sum(active_layer_parameters(layer, deployed=deployed) for layer in layers)
 
 
 def _without_feed_forward(shape: ModelShape) -> int:
@@ -116,7 +121,7 @@ def routing_flops(layer: FeedForwardShape) -> float:
         return 0.0
     if facts_of(layer.family).routing == "merging":  # once a segment, the merging of all experts besides the router
         merged = layer.num_experts * (expert_parameters(layer) + layer.hidden_size)
-        return 2.0 * merged / layer.segment_length
+        return 2.0 * merged * layer.segments_per_token
     moved = 2 if facts_of(layer.family).routing == "mixing" else 0
     columns = layer.router_columns * (layer.routers + moved) + 3 * layer.constant_experts
     return 2.0 * layer.hidden_size * columns

@@ -201,7 +201,7 @@ class FeedForwardShape:
     segment_length: int = 1
     """Merged experts: tokens that share one."""
     group_size: int = 1
-    """Tokens that are mixed or compete: the group (mixture of tokens, expert choice), the sequence (soft)."""
+    """Tokens that are mixed or compete: the group (mixture of tokens, expert choice), the sequence (all others)."""
     mixtures_per_expert: int = 1
     combine: Literal["same", "separate"] = "same"
     alone_top_k: int | None = None
@@ -241,8 +241,10 @@ class FeedForwardShape:
         to free experts as many as the load-balancing loss aims at: an expert gets as much less as it counts more.
         """
         match facts_of(self.family).routing:
-            case "none" | "merging":
+            case "none":
                 return 1.0
+            case "merging":  # a last segment that is not full costs what a full one does
+                return self.segments_per_token * self.segment_length
             case "tokens choose":
                 counted = self.free_expert_balance * self.num_experts
                 return self.top_k * counted / (counted + self.free_experts) if self.free_experts else float(self.top_k)
@@ -250,6 +252,11 @@ class FeedForwardShape:
                 return self.num_experts * capacity(self.group_size, self.top_k, self.num_experts) / self.group_size
             case "mixing":
                 return self.num_experts * self.mixtures_per_expert / self.group_size
+
+    @property
+    def segments_per_token(self) -> float:
+        """Merged experts: segments of a sequence, the last one whole or not, over its tokens."""
+        return math.ceil(self.group_size / self.segment_length) / self.group_size
 
     @property
     def trained_rows_per_token(self) -> float:

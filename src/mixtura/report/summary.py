@@ -92,7 +92,9 @@ def _with_advice(verdict: Verdict, results: Results, yardstick: Yardstick) -> Ve
         f"The runs behind mixtura{NBSP}advise, with other text and {load_evidence().setting.experts} experts, expect "
         f"in nats to dense, with 95{NBSP}% intervals: {'; '.join(said)}."
     )
-    beyond = f" Extrapolated: {'; '.join(later.extrapolated)}." if later.extrapolated else ""
+    named = [arm.extrapolated for arm in later.arms if arm.arm in families and arm.extrapolated]
+    reasons = [*later.extrapolated, *named]
+    beyond = f" Extrapolated: {'; '.join(reasons)}." if reasons else ""
     return dataclasses.replace(verdict, longer=[*verdict.longer, sentence + beyond])
 
 

@@ -91,7 +91,7 @@ def _pretraining_rows(results: Results, summary: Summary, yardstick: Yardstick) 
         "Time": _time_rows(results, base),
         "Size and cost": [
             ("Parameters, total", "", _parameters),
-            ("Parameters, active", "used for one token", _active),
+            ("Parameters, active", "used for one token as deployed", _active),
             ("FLOPs a token", "forward and backward, routing and mixing counted", _flops),
             *_equal_flops_rows(summary),
             ("Peak memory", "while training", _memory),
@@ -131,7 +131,7 @@ def _finetuning_rows(results: Results, summary: Summary, yardstick: Yardstick) -
         "Size and cost": [
             ("Parameters, trained", "gradient and optimizer state", _trainable),
             ("Parameters, total", "", _parameters),
-            ("Parameters, active", "used for one token", _active),
+            ("Parameters, active", "used for one token as deployed", _active),
             ("FLOPs a token", "forward and backward, routing and mixing counted", _flops),
             ("Peak memory", "while training", _memory),
             ("Optimizer state", "part of the peak", _optimizer),

@@ -63,7 +63,7 @@ class ArmDescription:
     """The settings that distinguish the arm, as plain values."""
     parameters_total: int
     parameters_active: int
-    """Parameters used for one token."""
+    """Parameters used for one token as deployed."""
     parameters_trainable: int
     flops_per_token: float
     """Forward and backward pass, with routing and mixing counted."""

@@ -43,7 +43,8 @@ def test_an_arm_is_described_by_what_planning_counts(build):
         assert described.parameters_total == model_parameters(arm.model_config)
         assert described.parameters_total == sum(p.numel() for p in arm.build(0).parameters())
         assert described.parameters_trainable == described.parameters_total
-        assert described.parameters_active == active_parameters(arm.model_config, sequence_length=16)
+        deployed = {"sequence_length": 16, "deployed": arm.deployed_mode is not None}
+        assert described.parameters_active == active_parameters(arm.model_config, **deployed)
         assert described.flops_ratio == pytest.approx(
             described.flops_per_token / flops_per_token(arms["dense"].model_config, sequence_length=16)
         )

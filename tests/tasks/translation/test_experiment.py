@@ -179,26 +179,42 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(experiment, name, tmp_p
         assert torch.equal(expected, found), key
 
 
+def write_outputs(folder, sentences, translates):
+    """Outputs of a run that translates the pairs named, and copies the source of the others."""
+    folder.mkdir(parents=True)
+    records = [
+        {
+            "pair": pair.pair,
+            "source": pair.source,
+            "reference": pair.target,
+            "output": pair.target if pair.pair in translates else pair.source,
+        }
+        for pair in sentences
+    ]
+    (folder / "outputs.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+
+
 def test_the_bootstrap_compares_outputs_of_the_same_seed(experiment, tmp_path):
     sentences = experiment.translation.test.sentences
     for name in experiment.arms:
-        folder = tmp_path / "arms" / name / "seed0"
-        folder.mkdir(parents=True)
-        good = name == "languages"
-        records = [
-            {
-                "pair": pair.pair,
-                "source": pair.source,
-                "reference": pair.target,
-                "output": pair.target if good and pair.pair == "en-xx" else pair.source,
-            }
-            for pair in sentences
-        ]
-        (folder / "outputs.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+        write_outputs(tmp_path / "arms" / name / "seed0", sentences, {"en-xx"} if name == "languages" else set())
     found = experiment.across_arms(tmp_path).paired_bootstrap
     assert set(found) == {"token_choice", "languages", "mixture_of_tokens"}
     assert found["languages"]["en-xx"].difference > 50 and found["languages"]["en-xx"].p_value < 0.01
     assert found["languages"]["en-yy"] == PairedTest(difference=0.0, p_value=1.0)
+
+
+def test_seeds_that_are_sure_of_different_winners_show_no_difference(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "recipe", dataclasses.replace(experiment.recipe, seeds=(0, 1)))
+    sentences = experiment.translation.test.sentences
+    for seed, ahead in ((0, "languages"), (1, "dense")):
+        for name in ("dense", "languages"):
+            better = {"en-xx"} if name == ahead else set()
+            better |= {"en-yy"} if name == "languages" else set()
+            write_outputs(tmp_path / "arms" / name / f"seed{seed}", sentences, better)
+    found = experiment.across_arms(tmp_path).paired_bootstrap["languages"]
+    assert found["en-xx"].p_value == 1.0 and abs(found["en-xx"].difference) < 1e-9
+    assert found["en-yy"].p_value < 0.01 and found["en-yy"].difference > 50
 
 
 def test_two_toy_languages_are_learnt(tmp_path):

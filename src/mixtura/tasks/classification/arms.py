@@ -178,7 +178,8 @@ class ClassificationArm(Arm):
         inactive = inactive_parameters(self.config.head, self.saved.hidden_size)
         config: Any = self.pretrained.model.config
         if isinstance(config, MixtureConfig):
-            inactive += model_parameters(config) - active_parameters(config, sequence_length=self._median_length())
+            length = self._median_length()
+            inactive += model_parameters(config) - active_parameters(config, sequence_length=length, deployed=True)
         return inactive
 
     def _feature_flops(self) -> float:

@@ -197,7 +197,7 @@ def inactive_parameters(config: HeadConfig, hidden_size: int) -> int:
     if config.feed_forward is None:
         return 0
     (shape,) = feed_forward_shapes(mixture_config(config.feed_forward, hidden_size), sequence_length=1)
-    return max(0, layer_parameters(shape) - active_layer_parameters(shape))
+    return max(0, layer_parameters(shape) - active_layer_parameters(shape, deployed=True))
 
 
 def head_settings(config: HeadConfig) -> dict[str, object]:

@@ -161,6 +161,7 @@ class PretrainingArm(Arm):
         if self.family != "dense":
             settings |= {"expert_width": shape.moe_intermediate_size, "placement": _placement(shape)}
         total = planned = model_parameters(shape)
+        active = active_parameters(shape, sequence_length=length, deployed=self.deployed_mode is not None)
         if self.config.init_from is not None:
             settings["init_from"] = self.config.init_from
             total = count_parameters(shape)
@@ -169,7 +170,7 @@ class PretrainingArm(Arm):
         return ArmDescription(
             settings={key: value for key, value in settings.items() if value is not None},
             parameters_total=total,
-            parameters_active=active_parameters(shape, sequence_length=length) + total - planned,
+            parameters_active=active + total - planned,
             parameters_trainable=total - _fixed_parameters(shape, sequence_length=length),
             flops_per_token=flops_per_token(shape, sequence_length=length),
             flops_ratio=flops_ratio(shape, baseline=baseline.model_config, sequence_length=length),

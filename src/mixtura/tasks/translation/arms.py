@@ -120,7 +120,7 @@ class TranslationArm(Arm):
         return ArmDescription(
             settings=self._settings,
             parameters_total=model_parameters(shape),
-            parameters_active=active_parameters(shape, sequence_length=length),
+            parameters_active=active_parameters(shape, sequence_length=length, deployed=True),
             parameters_trainable=model_parameters(shape),
             flops_per_token=flops_per_token(shape, sequence_length=length),
             flops_ratio=1.0,

@@ -142,14 +142,17 @@ class TranslationExperiment(Experiment):
 
 
 def _over_seeds(tests: Sequence[Mapping[str, PairedTest]]) -> dict[str, PairedTest]:
-    """For each direction the mean difference, and the largest p-value."""
-    return {
-        direction: PairedTest(
-            difference=sum(test[direction].difference for test in tests) / len(tests),
-            p_value=max(test[direction].p_value for test in tests),
-        )
-        for direction in tests[0]
-    }
+    """For each direction the mean difference, and the largest p-value; 1 where seeds differ in who is ahead.
+
+    The p-values are two-sided: two seeds, each sure of another winner, would both have small ones.
+    """
+    found = {}
+    for direction in tests[0]:
+        differences = [test[direction].difference for test in tests]
+        agree = min(differences) > 0 or max(differences) < 0
+        p_value = max(test[direction].p_value for test in tests) if agree else 1.0
+        found[direction] = PairedTest(difference=sum(differences) / len(differences), p_value=p_value)
+    return found
 
 
 def _prompts(
