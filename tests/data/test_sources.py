@@ -130,11 +130,12 @@ def test_each_txt_file_of_a_folder_is_one_document(tmp_path):
     texts = [f"first paragraph {i}\n\nsecond paragraph\n" for i in range(40)]
     for i, text in enumerate(texts):
         (tmp_path / ("deep/deeper" if i % 2 else ".") / f"{i}.TXT").write_text(text, encoding="utf-8")
-    (tmp_path / "notes.md").write_text("not read", encoding="utf-8")
+    for name in ("notes.md", "part.jsonl.gz", "more.jsonl.gz", "LICENSE"):
+        (tmp_path / name).write_text("not read", encoding="utf-8")
     corpus = load_corpus(local(tmp_path))
     assert all_of(corpus) == sorted(texts)
     assert "40 files in" in corpus.description
-    assert "1 of other kinds not read" in corpus.description
+    assert "(4 of other kinds not read: .gz, without an ending, .md)" in corpus.description
 
 
 def test_a_folder_of_mixed_kinds_is_read_in_sorted_order(tmp_path):

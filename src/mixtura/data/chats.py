@@ -164,7 +164,7 @@ def _open(config: ChatDataConfig, skipped: Counter[str]) -> tuple[Iterator[Chat]
     rows = (row for file in files for row in file_rows(file, wanted or [config.messages_column]))
     single = files == [Path(str(config.path)).expanduser()]
     name = f"the file {files[0].name}" if single else f"{len(files)} files in {config.path}"
-    return _read(rows, config, skipped, name), name + (f" ({others} of other kinds not read)" if others else "")
+    return _read(rows, config, skipped, name), name + others
 
 
 def _read(rows: Iterator[Row], config: ChatDataConfig, skipped: Counter[str], source: str) -> Iterator[Chat]:

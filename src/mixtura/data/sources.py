@@ -245,7 +245,7 @@ def _read_local(data: DataConfig, skipped: Counter[str]) -> tuple[Iterator[objec
     single = files == [Path(str(data.path)).expanduser()]
     description = f"the file {files[0].name}" if single else f"{len(files)} files in {data.path}"
     rows = _file_texts(files, data, skipped, description, split_paragraphs=single)
-    return rows, description + (f" ({others} of other kinds not read)" if others else "")
+    return rows, description + others
 
 
 def _file_texts(
