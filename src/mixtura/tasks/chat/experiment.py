@@ -28,7 +28,14 @@ from mixtura.results.document import AcrossArms
 from mixtura.tasks.chat.answers import BaseReference, Judged, Question, paired_test, read_judged, scores
 from mixtura.tasks.chat.batches import Example, Prompts, collate_windows, open_prompts, pack_chats, packed_inputs
 from mixtura.tasks.chat.task import JUDGED_FILE, ChatData, ChatTask
-from mixtura.tasks.tuning import PROBED_LAYERS, adapter_settings, find_leaks, mixed_examples, stirred
+from mixtura.tasks.tuning import (
+    PROBED_LAYERS,
+    adapter_settings,
+    find_leaks,
+    mixed_examples,
+    naming_adapter,
+    stirred,
+)
 from mixtura.training.interface import Arm, Experiment
 
 
@@ -64,13 +71,10 @@ class _ChatArm(Arm):
         adapter = self._config.adapter
         if adapter is None:
             return model
-        return apply_adapter(
-            model,
-            adapter,
-            baseline_parameters=_baseline_parameters(self._recipe, num_layers) if adapter.solves_rank else None,
-            sample=_sample(self._data, self._recipe.training.batch_size),
-            seed=seed,
-        )
+        baseline = _baseline_parameters(self._recipe, num_layers) if adapter.solves_rank else None
+        sample = _sample(self._data, self._recipe.training.batch_size)
+        with naming_adapter(self.name):
+            return apply_adapter(model, adapter, baseline_parameters=baseline, sample=sample, seed=seed)
 
     def describe(self, baseline: Arm) -> ArmDescription:
         """What it is and costs; FLOPs are measured."""
@@ -178,7 +182,8 @@ def _baseline_parameters(recipe: ChatRecipe, num_layers: int | None) -> int | No
     if baseline is None or baseline.rank is None:
         return None
     model, _ = load_base(str(recipe.base.name), num_layers=num_layers)
-    return count_parameters(apply_adapter(model, baseline, seed=0))[1]
+    with naming_adapter(recipe.baseline):
+        return count_parameters(apply_adapter(model, baseline, seed=0))[1]
 
 
 SIDES = ("train", "validation", "test")
