@@ -265,6 +265,15 @@ def test_classifiers_that_one_answer_for_every_text_outscores_are_named(make_cla
     assert found.level == "warning" and "57.6 % accuracy, no less than LoRA:" in found.text
 
 
+def test_texts_that_the_tokenizer_does_not_know_are_told(make_classification: MakeResults) -> None:
+    results = make_classification()
+    results["data"]["facts"]["unknown_percent"] = 1.5
+    assert "unknown_tokens" not in {caution.kind for caution in summary_of(results).cautions}
+    results["data"]["facts"]["unknown_percent"] = 68.7
+    (found,) = [caution for caution in summary_of(results).cautions if caution.kind == "unknown_tokens"]
+    assert "does not know 69 % of these texts: name another base" in found.text
+
+
 def test_training_examples_that_a_run_does_not_reach_are_counted(make_classification: MakeResults) -> None:
     results = make_classification()
     results["data"]["epochs"] = 0.125

@@ -39,6 +39,7 @@ MANY_EPOCHS = 4.0
 """Text repeated more often than this is worth clearly less than new text (Muennighoff et al., 2023)."""
 MOST_OF_TEXT = 0.9
 """A run that reads a smaller part of the examples to fine-tune on leaves some of somebody's data unused."""
+MOST_UNKNOWN = 5.0
 MOST_LABELS = 5
 """Labels that a caution names."""
 
@@ -134,8 +135,12 @@ def _about_copying(results: Results, arms: dict[str, ArmSummary]) -> list[Cautio
 
 
 def _about_classes(results: Results) -> list[Caution]:
-    """Classification: classes that only one of training and test has."""
+    """Classification: texts that the base cannot read, and classes that only one of training and test has."""
     found = []
+    unknown = results.data.facts.get("unknown_percent")
+    if isinstance(unknown, float) and unknown > MOST_UNKNOWN:
+        text = f"The base model's tokenizer does not know {number(unknown, 0)} % of these texts: name another base."
+        found.append(_caution("warning", "unknown_tokens", None, text))
     if untested := results.data.facts.get("labels_untested"):
         text = f"No test text has the label {_labels(untested)}: the scores say nothing of how well it is recognised."
         found.append(_caution("warning", "untested_class", None, text))
