@@ -162,6 +162,26 @@ def test_a_file_is_classified_line_by_line(run, tmp_path, monkeypatch):
     assert (code, text) == (2, "") and "The text is empty" in told
 
 
+def test_a_column_of_a_table_is_classified_row_by_row(run, tmp_path, monkeypatch):
+    def judge(folder, texts):
+        return [Answer(text[:3], 0.75, (text[:3],), {text[:3]: 0.75}, cut=False) for text in texts]
+
+    monkeypatch.setattr("mixtura.tasks.classification.classifier.classify", judge)
+    table = tmp_path / "new.csv"
+    table.write_text('Nr.;\u00c4u\u00dferung\r\n1;"one\r\nmore; two"\r\n2;\r\n3;three\r\n', encoding="utf-8-sig")
+    command = ("classify", tmp_path, "--in", table)
+    code, text, _ = run(*command, "--text-column", "\u00c4u\u00dferung")
+    assert code == 0 and text == "one           75.0%  one more; two\n\nthr           75.0%  three\n"
+    code, _, told = run(*command)
+    assert code == 2 and "is a table: name its column of texts with --text-column." in told
+    code, _, told = run(*command, "--text-column", "text")
+    assert code == 2 and "has text in 'text': name another column" in told and "\u00c4u\u00dferung" in told
+    code, _, told = run("classify", tmp_path, "one", "--text-column", "text")
+    assert code == 2 and "give either" in told
+    code, _, told = run("classify", tmp_path, "--text-column", "text")
+    assert code == 2 and "no file is given with --in" in told
+
+
 def test_an_evaluation_says_how_much_it_read_and_can_be_json(run, model, tiny_text):
     folder = model("mixture_of_tokens")
     command = ("evaluate", folder, "--text", tiny_text, "--batch-size", 8, "--sequence-length", 16)

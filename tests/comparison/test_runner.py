@@ -333,6 +333,7 @@ def test_the_reporter_hears_of_every_run_and_leak(observed):
     listener = observed[0]
     assert listener.runs == [(f"{name} seed {seed}", 0, 4) for seed in (0, 1) for name in ARMS]
     assert sum("lets examples of a batch see each other in training" in note for note in listener.notes) == 1
+    assert [note for note in listener.notes if note.startswith("data: ")] == [f"data: {observed[1].data.description}"]
 
 
 def test_an_arm_that_the_recipe_has_not_is_refused_before_anything_is_written(recipe, tmp_path):

@@ -93,6 +93,13 @@ def test_presets_are_found_and_others_are_not():
         preset_path("fast")
 
 
+@pytest.mark.parametrize("own", ["data.path=mine.jsonl", "base.name=mine"])
+def test_a_preset_on_data_or_a_model_of_ones_own_does_not_describe_its_own(own):
+    assert "Python" in load_recipe(preset_path("chat"), ["training.steps=5"]).description
+    changes = ["data.source=local", own] if own.startswith("data") else [own]
+    assert not load_recipe(preset_path("chat"), changes).description
+
+
 def test_the_last_of_two_overrides_wins(load):
     assert load("training.steps=7", "training.steps=9").training.steps == 9
 

@@ -57,6 +57,20 @@ def test_chats_with_one_opening_are_on_one_side_and_repeated_ones_come_once(tmp_
     assert corpus.skipped == {"duplicate": 1, "without an answer": 1}
 
 
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        (1, "remove this chat, or write the call as text of the assistant\\.$"),
+        (2, "assistant; 1 other row cannot be used as it is either\\.$"),
+        (4, "line 6 calls a tool .*; 3 other rows cannot be used as they are either\\.$"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_counted(tmp_path, bad, told):
+    tool = chat(("user", "hi"), ("tool", "4"), ("assistant", "four"))
+    with pytest.raises(UserError, match=told):
+        load(write(tmp_path, [*GOOD, *[tool] * bad]))
+
+
 REFUSED = {
     "no role": ({"messages": [{"content": "hi"}]}, "Message 1 of '.*' line 2 has no role: write system, user"),
     "unknown role": (chat(("narrator", "hi")), "Message 1 of .* line 2 has the role 'narrator': use system"),

@@ -121,20 +121,26 @@ LABELLED = {
     "an open quote": Case("a.csv", csv('"one,good'), "is not CSV"),
     "a lone quote between tabs": Case("a.tsv", csv('"one\tgood', header="text\tlabel", mark="\t"), 41),
     "semicolons": Case("a.csv", csv(header="text;label", mark=";"), 40),
+    "a comma among semicolons": Case("a.csv", csv(header='text;label;"a, b, c, d"', mark=";"), 40),
+    "a comma in a name": Case("a.csv", csv("one;good;", header="text;label;Dauer, Sekunden", mark=";"), 41),
+    "Excel's own first line": Case("a.csv", b"sep=;\r\n" + csv(header="text;label", mark=";"), 40),
     "tabs in .csv": Case("a.csv", csv(header="text\tlabel", mark="\t"), 40),
     "a cell of a megabyte": Case("a.csv", csv(f"{'x' * 2**20},good"), 41),
     "words for nothing": Case("a.csv", csv("one,NA", "two,NA", "three,None", "four,nan", "five,null"), 42, {}),
     # Encodings and containers
     "an empty file": Case("a.csv", b"", "which is empty"),
     "only white space": Case("a.csv", b" \n\n", "it has no rows"),
-    "Latin-1": Case("a.csv", csv("caf\u00e9,good").replace(b"\xc3\xa9", b"\xe9"), "is not UTF-8 text at byte"),
+    "Latin-1": Case(
+        "a.csv", csv("caf\u00e9,good").replace(b"\xc3\xa9", b"\xe9"), "CP1252 -t UTF-8`, or save it anew as 'CSV UTF-8'"
+    ),
     "UTF-16": Case("a.csv", csv().decode().encode("utf-16"), "is UTF-16 text: convert it"),
     "a NUL": Case("a.csv", csv("a\0b,good"), "holds a NUL byte"),
     "gzip": Case("a.csv.gz", gzip.compress(csv()), "is packed: unpack it"),
     "gzip under another name": Case("a.csv", gzip.compress(csv()), "is packed by gzip: unpack it"),
     "bzip2 under another name": Case("a.jsonl", bz2.compress(jsonl(ROWS)), "is packed by bzip2"),
     "xz under another name": Case("a.jsonl", lzma.compress(jsonl(ROWS)), "is packed by xz"),
-    "a spreadsheet": Case("a.xlsx", archive("sheet.xml", b"x"), "is a spreadsheet: save it as CSV"),
+    "a spreadsheet": Case("a.xlsx", archive("sheet.xml", b"x"), "is a spreadsheet: save it as CSV UTF-8"),
+    "a translation memory": Case("a.tmx", b"<tmx></tmx>", "is a translation memory: export it as .tsv"),
     "a spreadsheet named .csv": Case("a.csv", archive("sheet.xml", b"x"), "is a zip archive or a spreadsheet"),
     "Parquet named .csv": Case("a.csv", parquet(pa.table(COLUMNS, ["text", "label"])), "is a Parquet file"),
     "a pointer of Git LFS": Case(
@@ -301,4 +307,4 @@ def test_a_folder_is_read_whatever_lies_beside_its_tables(tmp_path):
     corpus = load_labelled(config)
     assert len(corpus.train) == 30
     assert {reason: count for reason, count in corpus.skipped.items() if count} == {"without 'text'": 1}
-    assert "(1 of other kinds not read)" in corpus.description
+    assert "(1 of other kinds not read: .json)" in corpus.description

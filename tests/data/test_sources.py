@@ -95,6 +95,16 @@ def test_documents_after_max_bytes_are_never_read(tmp_path):
         load_corpus(local(path))
 
 
+def test_the_file_of_a_folder_where_reading_stopped_is_named(tmp_path):
+    for name in ("arabic", "code", "zh"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name} {text}"} for text in documents(60)])
+    (tmp_path / "notes.txt").write_text("one more", encoding="utf-8")
+    size = (tmp_path / "arabic.jsonl").stat().st_size - 60 * len('{"text": ""}\n')
+    for max_bytes, place in ((size - 5, "1 of 4, 'arabic.jsonl'"), (size + 50, "2 of 4, 'code.jsonl'")):
+        corpus = load_corpus(local(tmp_path, max_bytes=max_bytes))
+        assert f"4 files in {tmp_path}, cut off at {max_bytes:,} bytes in file {place}" in corpus.description
+
+
 def test_an_empty_training_side_is_refused_with_the_number_of_documents(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in documents(5)])
     with pytest.raises(UserError, match=r"No training text: .* the 5 documents .*'data.validation_fraction'"):
@@ -130,11 +140,12 @@ def test_each_txt_file_of_a_folder_is_one_document(tmp_path):
     texts = [f"first paragraph {i}\n\nsecond paragraph\n" for i in range(40)]
     for i, text in enumerate(texts):
         (tmp_path / ("deep/deeper" if i % 2 else ".") / f"{i}.TXT").write_text(text, encoding="utf-8")
-    (tmp_path / "notes.md").write_text("not read", encoding="utf-8")
+    for name in ("notes.md", "part.jsonl.gz", "more.jsonl.gz", "LICENSE"):
+        (tmp_path / name).write_text("not read", encoding="utf-8")
     corpus = load_corpus(local(tmp_path))
     assert all_of(corpus) == sorted(texts)
     assert "40 files in" in corpus.description
-    assert "1 of other kinds not read" in corpus.description
+    assert "(4 of other kinds not read: .gz, without an ending, .md)" in corpus.description
 
 
 def test_a_folder_of_mixed_kinds_is_read_in_sorted_order(tmp_path):

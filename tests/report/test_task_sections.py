@@ -234,13 +234,52 @@ def test_a_specialisation_map_is_relative_to_an_even_share(make_translation: Mak
 
 def test_confusions_add_up_over_seeds(make_classification: MakeResults) -> None:
     results = make_classification()
-    section = classification_section(as_results(results))
+    section = classification_section(as_results(results), summary_of(results))
     assert section is not None and [found.arm for found in section.confusions] == list(results["arms"])
     first = section.confusions[0].rows[0]
     counts = [int(cell.note.replace(",", "")) for cell in first.cells]
     assert sum(counts) == 3 * 500
     assert first.cells[0].text == f"{100 * counts[0] / 1500:.1f}{SPACE}%"
     assert section.tests[0][0] == "layer_mix" and section.tests[0][1].startswith("+3.10 points")
+
+
+def test_every_class_has_its_f1_beside_the_number_of_its_test_texts(make_classification: MakeResults) -> None:
+    results = make_classification(seeds=(0,))
+    for arm in results["arms"].values():
+        arm["runs"][0]["details"] |= {"labels": ["no", "yes"], "confusion": [[80, 10], [6, 4]]}
+    section = classification_section(as_results(results), summary_of(results))
+    assert section is not None
+    assert [row.label for row in section.label_rows] == ["no (90)", "yes (10)"]
+    assert [row.cells[0].text for row in section.label_rows] == ["90.9", "33.3"]
+    assert section.label_rows[1].cells[0].note == "given 14 times"
+    assert "How well each label is found" in render_html(as_results(results), summary_of(results))
+
+
+def test_classifiers_that_one_answer_for_every_text_outscores_are_named(make_classification: MakeResults) -> None:
+    results = make_classification()
+    results["data"]["facts"]["majority_accuracy"] = 57.61
+    assert "below_majority" not in {caution.kind for caution in summary_of(results).cautions}
+    for run in results["arms"]["lora"]["runs"]:
+        run["final"]["classify"]["accuracy"] = 36.0
+    (found,) = [caution for caution in summary_of(results).cautions if caution.kind == "below_majority"]
+    assert found.level == "warning" and "57.6 % accuracy, no less than LoRA:" in found.text
+
+
+def test_texts_that_the_tokenizer_does_not_know_are_told(make_classification: MakeResults) -> None:
+    results = make_classification()
+    results["data"]["facts"]["unknown_percent"] = 1.5
+    assert "unknown_tokens" not in {caution.kind for caution in summary_of(results).cautions}
+    results["data"]["facts"]["unknown_percent"] = 68.7
+    (found,) = [caution for caution in summary_of(results).cautions if caution.kind == "unknown_tokens"]
+    assert "does not know 69 % of these texts: name another base" in found.text
+
+
+def test_training_examples_that_a_run_does_not_reach_are_counted(make_classification: MakeResults) -> None:
+    results = make_classification()
+    results["data"]["epochs"] = 0.125
+    (found,) = [caution for caution in summary_of(results).cautions if caution.kind == "unread"]
+    steps = results["arms"]["lora"]["runs"][0]["steps"]
+    assert f"reads 12.5{SPACE}% of the training examples" in found.text and f"{8 * steps:,} reads" in found.text
 
 
 def test_calibration_pools_the_answers_of_all_seeds(make_classification: MakeResults) -> None:
@@ -331,7 +370,7 @@ def test_incomplete_details_still_make_a_page(make_classification: MakeResults, 
                 }
     page = render_html(as_results(results), summary_of(results))
     assert ("Classes and confidence" in page) == (case != "no_details")
-    assert ("too many for a table" in page) == (case == "too_many_classes")
+    assert ("too many for a table of what" in page) == (case == "too_many_classes")
 
 
 def test_arms_that_the_copied_source_outscores_are_named(make_translation: MakeResults) -> None:

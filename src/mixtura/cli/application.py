@@ -202,6 +202,30 @@ def given_texts(texts: Sequence[str], source: Path | None, *, what: str) -> list
     return list(texts)
 
 
+def column_texts(source: Path | None, column: str) -> list[str]:
+    """What a column of a table holds, a text for each row; an empty one where a row has none.
+
+    Raises:
+        UserError: no table is named, it cannot be read, or no row has text in that column.
+    """
+    from mixtura.data.table_files import file_rows, find_cell
+
+    if source is None or source.suffix.lower() not in _TABLES:
+        named = "no file is given with --in" if source is None else f"'{source}' is no table"
+        raise UserError(f"--text-column is '{column}', but {named}: give one of {', '.join(_TABLES)}, or leave it out.")
+    if not source.is_file():
+        raise UserError(f"There is no file '{source}': give a table with texts.")
+    texts, names = [], dict[str, object]()
+    for row in file_rows(source, [column]):
+        value = find_cell(row, column)[1]
+        texts.append(value if isinstance(value, str) else "")
+        names.update(row.values)
+    if not any(text.strip() for text in texts):
+        listed = f", some of {', '.join(list(names)[:20])}" if names else ""
+        raise UserError(f"No row of '{source}' has text in '{column}': name another column with --text-column{listed}.")
+    return texts
+
+
 def read_lines(source: Path, *, what: str) -> list[str]:
     """The lines of a UTF-8 file or of standard input ("-"), without their ends; empty ones too.
 

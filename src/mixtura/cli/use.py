@@ -18,6 +18,7 @@ from mixtura.cli.application import (
     OutOption,
     app,
     check_out,
+    column_texts,
     given_texts,
     naming_flags,
     open_page,
@@ -212,24 +213,33 @@ def classify(
         list[str] | None, typer.Argument(help="Texts, each judged by itself; - reads them line by line.")
     ] = None,
     source: InOption = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Where --in names a table: the column that holds the texts.", show_default=False)
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
-            help="The file to write: label, tab and probability for each line read; of several labels all pairs.",
+            help="The file to write: label, tab and probability for each line or row; of several labels all pairs.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
     """Label texts with a model that was tuned for it.
 
-    An empty line of a file gets an empty line; a text without any of several labels gets a dash.
+    An empty line or cell of a file gets an empty line; a text without any of several labels gets a dash.
     """
     from mixtura.tasks.classification.classifier import classify as run_classifier
 
     quiet_transformers()
     check_out(out)
-    lines = given_texts(texts or [], source, what="text")
+    if text_column is None:
+        with naming_flags({"give a text file with a text a line.": "name its column of texts with --text-column."}):
+            lines = given_texts(texts or [], source, what="text")
+    elif texts:
+        raise UserError("Texts are given beside --text-column: give either.")
+    else:
+        lines = column_texts(source, text_column)
     asked = [number for number, line in enumerate(lines) if line.strip()]
     answers = dict(zip(asked, run_classifier(model, [lines[number] for number in asked]), strict=True))
     shown = [_label_line(line, answers.get(number), to_file=out is not None) for number, line in enumerate(lines)]
@@ -244,6 +254,7 @@ def _label_line(text: str, answer: Any, *, to_file: bool) -> str:
     given = [(label, answer.probabilities[label]) for label in answer.labels]
     if to_file:
         return "\t".join(f"{label}\t{probability:.6f}" for label, probability in given) or "-"
+    text = text.replace("\n", " ")  # a cell may have several lines
     if len(given) == 1:
         return f"{answer.label:12} {answer.probability:6.1%}  {text}"
     return f"{', '.join(f'{label} {probability:.1%}' for label, probability in given) or '-':20}  {text}"

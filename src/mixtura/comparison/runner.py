@@ -286,6 +286,9 @@ def _prepare(recipe: AnyRecipe, out: Path, reporter: ProgressReporter) -> Experi
     """The experiment of a recipe in its folder, which notes how the recipe was fitted to the data, and which data."""
     with ranks.first_goes_first():
         experiment = make_experiment(recipe, out, reporter)
+        reporter.note(
+            f"data: {experiment.data['description']}"
+        )  # what was left unread or out, while one can still stop
         fitted = changes(recipe, experiment.recipe)
         if fitted:
             reporter.note(f"fitted to the data: {'; '.join(fitted)}")

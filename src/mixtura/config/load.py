@@ -111,6 +111,7 @@ def _leave_open(table: TomlTable) -> None:
     for key in _OPEN.get(table.get("task", ""), ()):
         table["data"][key] = "none"
     table["data"].pop("part", None)  # of the movie reviews
+    table.pop("description", None)  # it names the preset's own data and model
 
 
 def recipe_from_dict(table: TomlTable) -> AnyRecipe:

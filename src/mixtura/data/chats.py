@@ -12,11 +12,11 @@ first paragraph of its docstring. Python's licence covers them; the answers diff
 import ast
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from mixtura.config import ChatDataConfig, UserError
 from mixtura.config.requests import held_out_chats
@@ -164,17 +164,46 @@ def _open(config: ChatDataConfig, skipped: Counter[str]) -> tuple[Iterator[Chat]
     rows = (row for file in files for row in file_rows(file, wanted or [config.messages_column]))
     single = files == [Path(str(config.path)).expanduser()]
     name = f"the file {files[0].name}" if single else f"{len(files)} files in {config.path}"
-    return _read(rows, config, skipped, name), name + (f" ({others} of other kinds not read)" if others else "")
+    return _read(rows, config, skipped, name), name + others
 
 
 def _read(rows: Iterator[Row], config: ChatDataConfig, skipped: Counter[str], source: str) -> Iterator[Chat]:
     if config.prompt_column is None or config.completion_column is None:
         return _chats(rows, config.messages_column, skipped, source)
     columns = {"data.prompt_column": config.prompt_column, "data.completion_column": config.completion_column}
-    return (
-        _question(_text(prompt, row.where, "prompt"), _text(answer, row.where, "completion"), row.where)
-        for row, (prompt, answer) in select(rows, columns, skipped, source=source)
-    )
+
+    def chat_of(found: tuple[Row, list[object]]) -> Chat:
+        row, (prompt, answer) = found
+        return _question(_text(prompt, row.where, "prompt"), _text(answer, row.where, "completion"), row.where)
+
+    return _usable(select(rows, columns, skipped, source=source), chat_of)
+
+
+MOST_COUNTED = 1_000
+"""Refused rows are counted up to so many: a hub dataset may have millions."""
+Found = TypeVar("Found")
+
+
+def _usable(rows: Iterable[Found], chat_of: Callable[[Found], Chat | None]) -> Iterator[Chat]:
+    """The chats of rows. A row that is refused is told at the end, with how many more there are.
+
+    Whoever cleans a file then knows whether to mend a row or to write a filter.
+    """
+    first, others = "", 0
+    for row in rows:
+        try:
+            chat = chat_of(row)
+        except UserError as error:
+            first, others = first or str(error), others + bool(first)
+            if others == MOST_COUNTED:
+                break
+            continue
+        if chat is not None and not first:
+            yield chat
+    if first:
+        many = f"{'at least ' * (others == MOST_COUNTED)}{others:,} other row{'s' * (others > 1)}"
+        also = f"; {many} cannot be used as {'they are' if others > 1 else 'it is'} either." if others else "."
+        raise UserError(first.removesuffix(".") + also)
 
 
 def _question(prompt: str, answer: str, where: str) -> Chat:
@@ -183,12 +212,14 @@ def _question(prompt: str, answer: str, where: str) -> Chat:
 
 def _chats(rows: Iterator[Row], column: str, skipped: Counter[str], source: str) -> Iterator[Chat]:
     found, names = False, dict[str, object]()
-    for row in rows:
+
+    def chat_of(row: Row) -> Chat | None:
+        nonlocal found
         present, value = find_cell(row, column)
         if not present or value is None:
             names.update(row.values)
             skipped[f"without '{column}'"] += 1
-            continue
+            return None
         found = True
         if not isinstance(value, list):
             raise UserError(
@@ -198,8 +229,10 @@ def _chats(rows: Iterator[Row], column: str, skipped: Counter[str], source: str)
         messages = [_message(turn, f"message {place} of {row.where}") for place, turn in enumerate(value, start=1)]
         if not any(message.role == ANSWERS for message in messages):
             skipped["without an answer"] += 1
-            continue
-        yield _checked(messages, row.where)
+            return None
+        return _checked(messages, row.where)
+
+    yield from _usable(rows, chat_of)
     if names and not found:
         turns = next((name for name, value in names.items() if holds_turns(value)), None)
         if turns is not None:

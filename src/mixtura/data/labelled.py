@@ -243,7 +243,7 @@ def _open(config: ClassificationDataConfig, skipped: Counter[str]) -> tuple[Iter
     rows = (row for file in files for row in file_rows(file, columns))
     single = files == [Path(str(config.path)).expanduser()]
     name = f"the file {files[0].name}" if single else f"{len(files)} files in {config.path}"
-    return _cells(rows, config, skipped, source=name), name + (f" ({others} of other kinds not read)" if others else "")
+    return _cells(rows, config, skipped, source=name), name + others
 
 
 def _cells(

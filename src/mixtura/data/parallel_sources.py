@@ -257,7 +257,7 @@ def _open_local(config: TranslationDataConfig, pairs: tuple[Pair, ...], skipped:
     rows = (row for file in files for row in file_rows(file, columns))
     name = f"the file {files[0].name}" if len(files) == 1 else f"{len(files)} files in {config.path}"
     units = _row_units(rows, config, pairs, skipped, source=name)
-    return Source(units, name + (f" ({others} of other kinds not read)" if others else ""))
+    return Source(units, name + others)
 
 
 def _open_hub(config: TranslationDataConfig, pairs: tuple[Pair, ...], skipped: Counter[str]) -> Source:

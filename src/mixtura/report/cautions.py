@@ -4,6 +4,7 @@ Level "serious" means that a number does not mean what its name
 says; "warning", that the comparison may be unfair or its winner dear; "note", a property of an arm worth knowing.
 """
 
+import math
 from typing import Literal, get_args
 
 from mixtura.planning.formulas import FLOPS_TOLERANCE
@@ -36,6 +37,9 @@ TIMING_TOLERANCE = 0.1
 DROPPED_TOLERANCE = 0.01
 MANY_EPOCHS = 4.0
 """Text repeated more often than this is worth clearly less than new text (Muennighoff et al., 2023)."""
+MOST_OF_TEXT = 0.9
+"""A run that reads a smaller part of the examples to fine-tune on leaves some of somebody's data unused."""
+MOST_UNKNOWN = 5.0
 MOST_LABELS = 5
 """Labels that a caution names."""
 
@@ -53,7 +57,7 @@ def find_cautions(results: Results, arms: dict[str, ArmSummary]) -> list[Caution
     yardstick = yardstick_of(results)
     found = [*_about_seeds(results, arms), *_about_data(results), *_about_search(results, arms, yardstick)]
     found += [*_about_resolution(results, arms, yardstick.measure), *_about_copying(results, arms)]
-    found += _about_classes(results)
+    found += [*_about_classes(results), *_about_guessing(results, arms, yardstick.measure)]
     found += about_controls(results, arms, yardstick.measure)
     for name, arm in results.arms.items():
         label = arms[name].label
@@ -131,8 +135,12 @@ def _about_copying(results: Results, arms: dict[str, ArmSummary]) -> list[Cautio
 
 
 def _about_classes(results: Results) -> list[Caution]:
-    """Classification: classes that only one of training and test has."""
+    """Classification: texts that the base cannot read, and classes that only one of training and test has."""
     found = []
+    unknown = results.data.facts.get("unknown_percent")
+    if isinstance(unknown, float) and unknown > MOST_UNKNOWN:
+        text = f"The base model's tokenizer does not know {number(unknown, 0)} % of these texts: name another base."
+        found.append(_caution("warning", "unknown_tokens", None, text))
     if untested := results.data.facts.get("labels_untested"):
         text = f"No test text has the label {_labels(untested)}: the scores say nothing of how well it is recognised."
         found.append(_caution("warning", "untested_class", None, text))
@@ -140,6 +148,20 @@ def _about_classes(results: Results) -> list[Caution]:
         text = f"No training text has the label {_labels(unlearnt)}: its texts were left out of the test as well."
         found.append(_caution("warning", "unlearnt_class", None, text))
     return found
+
+
+def _about_guessing(results: Results, arms: dict[str, ArmSummary], measure: Measure) -> list[Caution]:
+    """Classification: arms that one answer for every text outscores."""
+    blind = results.data.facts.get(f"majority_{measure.key}")
+    scores = [(arm.label, arm.score.deployed) for arm in arms.values()]
+    behind = [label for label, score in scores if score is not None and isinstance(blind, float) and score <= blind]
+    if not isinstance(blind, float) or not behind:
+        return []
+    text = (
+        f"One answer for every text, that of the most frequent label, scores {number(blind, 1)} {measure.unit} "
+        f"{measure.name}, no less than {listing(behind)}: as deployed, that tells no labels apart."
+    )
+    return [_caution("warning", "below_majority", None, text)]
 
 
 def _labels(labels: object) -> str:
@@ -150,6 +172,13 @@ def _labels(labels: object) -> str:
 
 def _about_data(results: Results) -> list[Caution]:
     epochs = results.data.epochs or 0.0
+    if 0 < epochs < MOST_OF_TEXT and results.task != "pretraining":
+        steps = max(run.steps for arm in results.arms.values() for run in arm.runs)
+        text = (
+            f"A run reads {percent(epochs)} of the training examples: 'training.steps' of about "
+            f"{math.ceil(steps / epochs):,} reads each once."
+        )
+        return [_caution("note", "unread", None, text)]
     if epochs <= MANY_EPOCHS:
         return []
     text = (

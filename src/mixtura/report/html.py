@@ -147,7 +147,7 @@ def render_html(results: Results, summary: Summary) -> str:
         maps=maps,
         shares=shares,
         translation=translation_section(results),
-        classification=classification_section(results),
+        classification=classification_section(results, summary),
         chat=chat_section(results),
         even=[judged.label for name, judged in summary.arms.items() if is_even(results.arms[name])],
         map_seeds=map_seeds,

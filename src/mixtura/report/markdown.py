@@ -103,7 +103,7 @@ def _task_parts(results: Results, summary: Summary) -> list[str]:
     labels = {name: escape(arm.label) for name, arm in summary.arms.items()}
     return [
         *_translation_parts(results, labels),
-        *_classification_parts(results, labels),
+        *_classification_parts(results, summary, labels),
         *_chat_parts(results, labels),
         *_specialization_parts(results, summary),
     ]
@@ -123,14 +123,14 @@ def _translation_parts(results: Results, labels: dict[str, str]) -> list[str]:
     return [*parts, "\n".join(f"- {escape(name)}: {escape(text)}" for name, text in section.signatures)]
 
 
-def _classification_parts(results: Results, labels: dict[str, str]) -> list[str]:
-    section = classification_section(results)
+def _classification_parts(results: Results, summary: Summary, labels: dict[str, str]) -> list[str]:
+    section = classification_section(results, summary)
     names, rows = weight_rows(results)
     parts = []
     for found in section.confusions if section else ():
         parts.append(_table([f"{labels[found.arm]}: true", *map(escape, found.labels)], found.rows, notes=False))
     if section and section.label_rows:
-        parts.append(_table(["F1 of label", *labels.values()], section.label_rows, notes=False))
+        parts.append(_table(["F1 of label (test texts)", *labels.values()], section.label_rows, notes=False))
     if section and section.budget_rows:
         head, *rest = section.budget_rows
         parts.append(_table([head.label, *(cell.text for cell in head.cells)], rest, notes=False))

@@ -17,6 +17,7 @@ from mixtura.results import Results, Summary
 from mixtura.results.document import PairedTest
 from mixtura.results.run import (
     ClassificationDetails,
+    LabelCounts,
     PairScores,
     Specialization,
     TranslationDetails,
@@ -28,6 +29,8 @@ _PAIR_MEASURES = ("chrf", "chrf_pp", "bleu", "comet")
 _SAMPLES, _SAMPLES_A_PAIR = 8, 2
 _MOST_CLASSES = 20
 """A confusion matrix of more classes cannot be read."""
+_MOST_LABELS = 200
+"""The same of a row for each class."""
 
 Details = TypeVar("Details")
 
@@ -158,14 +161,14 @@ class ClassificationSection:
     classes: int
     """Most of any arm, where a text has one class."""
     label_rows: list[Row]
-    """F1 of each label, a cell an arm, where a text has any number of labels."""
+    """F1 of each label, a cell an arm; empty where there are too many."""
     budget_rows: list[Row]
     """The verdict's measure on few training texts: a row a reference or arm, a cell a number of texts of each class."""
     tests: list[tuple[str, str]]
     """(arm, words)."""
 
 
-def classification_section(results: Results) -> ClassificationSection | None:
+def classification_section(results: Results, summary: Summary) -> ClassificationSection | None:
     """What the report shows of classifiers; None without confusions."""
     details = details_of(results, ClassificationDetails)
     if not details:
@@ -175,7 +178,7 @@ def classification_section(results: Results) -> ClassificationSection | None:
         confusions=[found for found in confusions if len(found.labels) <= _MOST_CLASSES],
         classes=max((len(found.labels) for found in confusions), default=0),
         label_rows=_label_rows(details, list(results.arms)),
-        budget_rows=budget_rows(results),
+        budget_rows=budget_rows(results, summary),
         tests=[(name, _tests_words(tests)) for name, tests in results.across_arms.paired_bootstrap.items()],
     )
 
@@ -189,7 +192,7 @@ def _tests_words(tests: dict[str, PairedTest]) -> str:
 
 def _label_rows(details: dict[str, list[ClassificationDetails]], arms: list[str]) -> list[Row]:
     """A row a label with its F1 in every arm, mean over seeds, the most frequent label first."""
-    known = {name: [run.label_counts for run in runs if run.label_counts] for name, runs in details.items()}
+    known = {name: [counts for run in runs if (counts := _counts_of(run))] for name, runs in details.items()}
     first = next((runs[0] for runs in known.values() if runs), [])
     names = next(iter(details.values()))[0].labels
     rows = []
@@ -205,6 +208,17 @@ def _label_rows(details: dict[str, list[ClassificationDetails]], arms: list[str]
     if rows and any(from_N.values()):
         rows.append(Row("given from a probability of", [Cell(number(_mean(from_N.get(arm, [])), 2)) for arm in arms]))
     return rows
+
+
+def _counts_of(run: ClassificationDetails) -> list[LabelCounts] | None:
+    """Hits, true and answered texts of each label; None where there are too many to be read, or no details of them."""
+    if len(run.confusion) > _MOST_LABELS:
+        return None
+    if run.label_counts is None and run.confusion:
+        answered = [sum(column) for column in zip(*run.confusion, strict=True)]
+        rows = enumerate(zip(run.confusion, answered, strict=True))
+        return [LabelCounts(row[place], sum(row), times) for place, (row, times) in rows]
+    return run.label_counts
 
 
 def _confusion(name: str, runs: list[ClassificationDetails]) -> Confusion:

@@ -98,6 +98,16 @@ def adapter_settings(adapter: AdapterConfig | None) -> Facts:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in changed.items()}
 
 
+@contextmanager
+def naming_adapter(arm: str) -> Iterator[None]:
+    """Says whose adapter cannot be attached, in the words of a recipe."""
+    try:
+        yield
+    except UserError as error:
+        told = str(error).replace("This adapter", f"The adapter of arm '{arm}'")
+        raise UserError(told.replace("'adapter.", f"'arms.{arm}.adapter.")) from None
+
+
 def mixed_examples(base: str, adapter: AdapterConfig | None, *, arm: str, batch_size: int) -> int | None:
     """The number of examples that an arm mixes, because of its base model or its adapter; None without such mixtures.
 

@@ -14,6 +14,7 @@ from mixtura.config import (
     ChatDataConfig,
     ChatRecipe,
     TrainingConfig,
+    UserError,
 )
 from mixtura.data.prepare import train_tokenizer
 from mixtura.models.generation import Sampling, Writer
@@ -143,6 +144,14 @@ def test_experts_of_a_stock_mixture_are_tuned(chats, tmp_path):
         how = {"learning_rate": 1e-2, "seed": 0, "label": name, "resume": False}
         train(model, task=arm.task, config=experiment.recipe.training, out=tmp_path / name, **how)
         assert arm.task.evaluate(model, final=True)["causal"]["loss"] > 0
+
+
+def test_an_adapter_that_a_mixture_has_no_place_for_is_named_with_its_arm(chats, tmp_path):
+    folder = save(MixtralForCausalLM(MixtralConfig(**DECODER, num_local_experts=4)), tmp_path / "mixtral")
+    experiment = make_chat(recipe_for(folder, chats, {"lora": AdapterConfig(method="lora", rank=2)}), cache_dir=None)
+    told = "The adapter of arm 'lora' goes to .* only experts in .*: name linear layers in 'arms.lora.adapter.targets'"
+    with pytest.raises(UserError, match=told):
+        experiment.arms["lora"].build(0)
 
 
 class PowerCut(SilentProgress):

@@ -67,8 +67,13 @@ def make(encoder_folder, reviews, tmp_path):
             baseline=arms[0],
             data=ClassificationDataConfig(
                 source="local",
-                path=str(reviews),
-                **{"max_length": 10, "validation_examples": 32, "test_examples": 42, **(data or {})},
+                **{
+                    "path": str(reviews),
+                    "max_length": 10,
+                    "validation_examples": 32,
+                    "test_examples": 42,
+                    **(data or {}),
+                },
             ),
             base=BaseConfig(name=str(base or encoder_folder)),
             training=TrainingConfig(**{**settings, **training}),
@@ -411,3 +416,12 @@ def test_a_base_model_that_has_changed_is_refused(make, run, encoder_folder, tmp
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="not the one"):
         classify(folder / "checkpoint", ["good"])
+
+
+def test_tokens_that_the_base_does_not_know_are_counted(make, reviews, tmp_path):
+    before = make("last_layer").data["unknown_percent"]
+    rows = [json.loads(line) for line in reviews.read_text(encoding="utf-8").splitlines()]
+    path = tmp_path / "other.jsonl"
+    other = [row | {"text": f"{row['text']} \u8bed\u8a00"} for row in rows]
+    path.write_text("\n".join(map(json.dumps, other)), encoding="utf-8")
+    assert make("last_layer", data={"path": str(path)}).data["unknown_percent"] > before + 4

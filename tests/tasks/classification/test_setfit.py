@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fixtures.results import as_results, build_classification
+from fixtures.results import as_results, build_classification, summary_of
 from mixtura import compare
 from mixtura.config import (
     BaseConfig,
@@ -79,8 +79,10 @@ def test_a_reference_has_a_row_in_the_table_and_no_arm() -> None:
     built = build_classification(seeds=(0, 1))
     scores = [{"rows": rows, "seed": seed, "accuracy": 60.0 + rows + seed} for rows in (8, 64) for seed in (0, 1)]
     built["across_arms"] |= {"budgets": {"layer_mix": scores}, "references": {"SetFit": scores[:2]}}
-    head, *rows = budget_rows(as_results(built))
-    assert [cell.text for cell in head.cells] == ["8", "64"]
+    head, *rows = budget_rows(as_results(built), summary_of(built))
+    assert head.label == "accuracy, %, by texts of each class"
+    assert [cell.text for cell in head.cells] == ["8", "64", "all"]
     cells = {row.label: [cell.text for cell in row.cells] for row in rows}
-    assert cells["layer_mix"] == ["68.50", "124.50"] and cells["SetFit (reference)"][0] == "68.50"
-    assert budget_rows(as_results(build_classification())) == []
+    assert cells["layer mix"][:2] == ["68.50", "124.50"] and cells["layer mix"][2].startswith("81.")
+    assert cells["SetFit (reference)"][0] == "68.50" and cells["SetFit (reference)"][2] == "\u2013"
+    assert budget_rows(as_results(without := build_classification()), summary_of(without)) == []

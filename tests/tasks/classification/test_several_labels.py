@@ -151,7 +151,7 @@ def test_a_comparison_of_several_labels_from_data_to_answers_and_export(recipe, 
     assert "% micro F1 on validation texts" in results.arms["best_layer"].settings["layer"]
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "How well each label is found" in page and "What is taken for what" not in page
-    assert "| F1 of label |" in (out / "report.md").read_text(encoding="utf-8")
+    assert "| F1 of label (test texts) |" in (out / "report.md").read_text(encoding="utf-8")
 
     texts = ["a good film", "the the", "bad bad film"]
     for name in ("best_layer", "lora"):

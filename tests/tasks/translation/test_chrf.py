@@ -41,3 +41,9 @@ def test_the_bootstrap_tells_a_real_difference_from_none():
     assert swapped.difference == pytest.approx(-found.difference)
     same = paired_bootstrap(worse, worse, REFERENCES)
     assert (same.difference, same.p_value) == (0, 1)
+
+
+def test_different_outputs_of_one_score_are_no_sure_difference():
+    nothing, as_little = ["qq", "ww", "kk"], ["ww", "qq", "vv"]
+    found = paired_bootstrap(nothing, as_little, ["ab cd", "ef gh", "ab ef"])
+    assert (found.difference, found.p_value) == (0, 1)

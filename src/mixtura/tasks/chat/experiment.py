@@ -29,7 +29,7 @@ from mixtura.results.document import AcrossArms
 from mixtura.tasks.chat.answers import BaseReference, Judged, Question, paired_test, read_judged, scores
 from mixtura.tasks.chat.batches import Example, Prompts, collate_windows, open_prompts, pack_chats, packed_inputs
 from mixtura.tasks.chat.task import JUDGED_FILE, ChatData, ChatTask
-from mixtura.tasks.tuning import adapter_settings, find_leaks, mixed_examples, stirred
+from mixtura.tasks.tuning import adapter_settings, find_leaks, mixed_examples, naming_adapter, stirred
 from mixtura.training.interface import Arm, Experiment
 
 
@@ -65,13 +65,10 @@ class _ChatArm(Arm):
         model, _ = load(str(base.name), num_layers=base.num_layers)
         if adapter is None:
             return model
-        return apply_adapter(
-            model,
-            adapter,
-            baseline_parameters=_baseline_parameters(self._recipe, load) if adapter.solves_rank else None,
-            sample=_sample(self._data, self._recipe.training.batch_size),
-            seed=seed,
-        )
+        baseline = _baseline_parameters(self._recipe, load) if adapter.solves_rank else None
+        sample = _sample(self._data, self._recipe.training.batch_size)
+        with naming_adapter(self.name):
+            return apply_adapter(model, adapter, baseline_parameters=baseline, sample=sample, seed=seed)
 
     def describe(self, baseline: Arm) -> ArmDescription:
         """What it is and costs; FLOPs are measured."""
@@ -178,7 +175,8 @@ def _baseline_parameters(recipe: ChatRecipe, load: Callable[..., Any]) -> int | 
     if baseline is None or baseline.rank is None:
         return None
     model, _ = load(str(recipe.base.name), num_layers=recipe.base.num_layers)
-    return count_parameters(apply_adapter(model, baseline, seed=0))[1]
+    with naming_adapter(recipe.baseline):
+        return count_parameters(apply_adapter(model, baseline, seed=0))[1]
 
 
 SIDES = ("train", "validation", "test")

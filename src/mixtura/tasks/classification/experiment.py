@@ -154,7 +154,7 @@ def make_classification(
     examples = [example for part in _PARTS for example in getattr(corpus, part)]
     labels = objective.labels(examples, len(corpus.labels))
     tokens = encode_texts(texts, labels, pretrained.tokenizer, max_length=length)
-    data, digest = _facts(corpus, tokens), _digest(corpus)
+    data, digest = _facts(corpus, tokens, pretrained.tokenizer), _digest(corpus)
     _check_budgets(recipe, corpus)
     made = _Prepared(
         recipe,
@@ -313,7 +313,7 @@ def _adapter_parameters(recipe: ClassificationRecipe, pretrained: Pretrained) ->
     return count_parameters(apply_adapter(copy.deepcopy(pretrained.model), adapter, seed=0))[1]
 
 
-def _facts(corpus: LabelledCorpus, tokens: TokenExamples) -> Facts:
+def _facts(corpus: LabelledCorpus, tokens: TokenExamples, tokenizer: Any) -> Facts:
     tested = {label for example in corpus.test for label in example.labels}
     untested = [name for label, name in enumerate(corpus.labels) if label not in tested]
     return {
@@ -326,8 +326,17 @@ def _facts(corpus: LabelledCorpus, tokens: TokenExamples) -> Facts:
         "texts_truncated": tokens.truncated,
         "truncated_percent": 100 * tokens.truncated / len(tokens.labels),
         "tokens_per_example": float(tokens.length_N.mean()),
+        "unknown_percent": _unknown_percent(tokens, tokenizer),
         **_blind(corpus),
     }
+
+
+def _unknown_percent(tokens: TokenExamples, tokenizer: Any) -> float:
+    """Tokens that stand for what the tokenizer does not know, such as the signs of a script that it never saw."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        return 0.0  # tokenizers over bytes know everything, and name another token so
+    return 100 * sum(int((ids == unknown).sum()) for ids in tokens.ids) / int(tokens.length_N.sum())
 
 
 def _blind(corpus: LabelledCorpus) -> Facts:
