@@ -12,6 +12,8 @@ from statistics import fmean
 from typing import Any
 
 from mixtura.benchmarks.decoding_bound import bound
+from mixtura.config import ArmConfig
+from mixtura.config.initialization import derived_scales
 from mixtura.planning.evidence import FEWEST_TOKENS, Evidence, fit_law, held_out_forecasts, load_evidence, noise_of
 from mixtura.report.significance import paired_difference
 from mixtura.results.conclusions import Difference
@@ -27,8 +29,6 @@ PASSES = {
 }
 SEARCHES = ("search", "scale")
 """Names of long runs that are no evidence of an arm."""
-DERIVED = {"token_choice": 0.28}
-"""The derived scale of gated experts of families whose tokens choose; elsewhere it is that of dense layers."""
 PARTS = ("attention", "feed-forward", "head and loss", "rest", "clipping", "optimizer")
 """What the benchmark of whole steps tells apart, as its records name it."""
 
@@ -584,23 +584,34 @@ def _loads(runs: list[dict[str, Any]], evidence: Evidence) -> str:
     return _table(head, rows)
 
 
+def _derived(family: str, placement: str, width: int) -> float:
+    """The scale of gated experts, or of dense layers, that an arm without one of its own takes."""
+    arm = ArmConfig(family=family, placement=placement)  # pyright: ignore[reportArgumentType]
+    scales = derived_scales(arm, hidden_size=width, gated=True)
+    return round(scales.expert_scale or scales.dense_scale or 0.0, 3)
+
+
 def _scales(runs: list[dict[str, Any]]) -> str:
     """Searches over the scale at which feed-forward layers start, at several widths and placements."""
-    found: dict[tuple[str, str, int, int], dict[float, list[float]]] = {}
+    found: dict[tuple[str, str, int, int], dict[float, dict[int, float]]] = {}
     for run in (run for run in runs if run["name"] == "scale"):
         scale = run["arm"]["dense_scale" if run["family"] == "dense" else "expert_scale"]
         losses = found.setdefault((run["family"], run["placement"], run["width"], run["tokens"]), {})
-        losses.setdefault(scale, []).append(_deployed(run))
+        losses.setdefault(scale, {})[run["seed"]] = _deployed(run)
     rows = []
     for (family, placement, width, tokens), losses in sorted(found.items()):
         if len(losses) < 2:
             continue
-        means = {scale: fmean(of) for scale, of in sorted(losses.items())}
-        derived = means.get(DERIVED.get(family, 0.45))
-        cells = [f"{scale:g}: {mean:.3f} ({_seeds(len(losses[scale]))})" for scale, mean in means.items()]
-        behind = "" if derived is None else f"{derived - min(means.values()):.3f}"
+        cells = [f"{scale:g}: {fmean(of.values()):.3f} ({_seeds(len(of))})" for scale, of in sorted(losses.items())]
+        derived = losses.get(_derived(family, placement, width), {})
+        # On the same seeds, which differ more than scales do.
+        behind = [
+            fmean(derived[seed] - of[seed] for seed in of.keys() & derived)
+            for of in losses.values()
+            if of.keys() & derived
+        ]
         setting = [family.replace("_", " "), placement.replace("_", " "), str(width), f"{tokens / 1e6:.1f} M"]
-        rows.append([*setting, ", ".join(cells), behind])
+        rows.append([*setting, ", ".join(cells), f"{max(behind):.3f}" if behind else ""])
     if not rows:
         return ""
     return _table(["family", "mixtures in", "width", "tokens", "scale: loss", "derived behind the best"], rows)

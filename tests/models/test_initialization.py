@@ -81,15 +81,28 @@ def test_a_checkpoint_says_its_scales_and_is_loaded_as_it_is(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_arm_that_names_no_scale_takes_its_familys(family):
     config = build_model_config(ModelConfig(), ArmConfig(family=family), vocab_size=40, max_position_embeddings=8)
-    derived = derived_scales(ArmConfig(family=family), gated=True)
+    derived = derived_scales(ArmConfig(family=family), hidden_size=ModelConfig().hidden_size, gated=True)
     assert config.dense_scale == derived.dense_scale and config.expert_scale == derived.expert_scale
     assert config.router_scale == derived.router_scale and config.initializer_range == 0.02
 
 
 def test_routers_of_gated_token_choice_and_of_mixing_start_decided():
-    scales = {family: derived_scales(ArmConfig(family=family), gated=True).router_scale for family in FAMILIES}
+    found = {of: derived_scales(ArmConfig(family=of), hidden_size=64, gated=True) for of in FAMILIES}
+    scales = {family: of.router_scale for family, of in found.items()}
     assert {family for family, scale in scales.items() if scale == 1.0} == {"token_choice", "soft", "mixture_of_tokens"}
-    assert derived_scales(ArmConfig(family="token_choice"), gated=False).router_scale is None
+    assert derived_scales(ArmConfig(family="token_choice"), hidden_size=64, gated=False).router_scale is None
+
+
+@pytest.mark.parametrize("family", ["token_choice", "mixture_of_tokens"])
+def test_experts_of_wide_models_start_louder_where_nothing_but_mixtures_stands(family):
+    def scale(width, **settings):
+        return derived_scales(ArmConfig(family=family, **settings), hidden_size=width, gated=True).expert_scale
+
+    base = scale(32, placement="all")
+    assert scale(64, placement="all") == base == scale(512, placement="later_half")
+    assert scale(128, placement="all") == pytest.approx(math.sqrt(2) * base)
+    assert scale(144, placement="all") == scale(4096, placement="all") == pytest.approx(1.5 * base)
+    assert scale(512, placement="all", num_shared_experts=1) == base
 
 
 def update_of(layer, x):
@@ -109,7 +122,8 @@ def test_a_gated_layer_drowns_the_residual_stream_no_more_than_a_plain_one(famil
         torch.manual_seed(0)
         model = MixtureForCausalLM(build_model_config(recipe_model, arm, vocab_size=40, max_position_embeddings=8))
         added[gated] = update_of(model.train().model.layers[0].mlp, torch.randn(16, 64, width))
-    assert added[True] < 1.5 * added[False], added
+    # What is widened grows with the square of the scale, or with gates with its cube.
+    assert added[True] < 1.5 * max(1.0, width / 64) ** 0.5 * added[False], added
     if family == "dense":
         assert added[False] == pytest.approx(0.5**2 / math.sqrt(2), rel=0.1)
 

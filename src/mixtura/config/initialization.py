@@ -4,6 +4,7 @@ checkpoint, which then decides some of the settings.
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ SCALE_KEYS = ("feed_forward_scale", "down_scale", "dense_scale", "expert_scale",
 """The settings of an arm that say how its weights are drawn."""
 _PLAIN, _GATED = (0.5, 0.5, 0.125), (0.45, 0.45, 0.28)
 """Scales of dense layers, of experts that get mixtures of tokens, and of experts that get tokens that were chosen."""
+_NARROW, _MOST_WIDENING = 64, 1.5
+"""The width that the scales were found at, and the most by which those of wider experts are raised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,7 @@ class StartScales:
     router_scale: float | None = None
 
 
-def derived_scales(arm: ArmConfig, *, gated: bool) -> StartScales:
+def derived_scales(arm: ArmConfig, *, hidden_size: int, gated: bool) -> StartScales:
     """The scales of an arm that names none.
 
     Embeddings start at 0.02, so the residual stream is quiet, and what a layer adds to it must not drown it. A plain
@@ -53,17 +56,30 @@ def derived_scales(arm: ArmConfig, *, gated: bool) -> StartScales:
     experts that get mixtures start at 0.45, where 0.7 and 1 trained worse (width 64, one seed). Experts that are chosen
     start at (sqrt(2) s^2)^(1/3) = 0.28, where they add what plain ones do.
 
+    Attention starts at 0.02 whatever the width, so what it adds grows with the width, and experts are heard less beside
+    it. Where a dense layer or a shared expert stands somewhere, that matters little. Where every layer is a mixture,
+    experts start with the standard deviation that they have at width 64, which is sqrt(D / 64) times the scale. Nothing
+    was measured beyond width 128, so it is 1.5 times at most.
+
     Args:
         arm: of whose family the scales are.
+        hidden_size: D.
         gated: whether a layer multiplies two projections.
     """
     routing = facts_of(arm.family).routing
     dense, mixing, chosen = _GATED if gated else _PLAIN
+    widening = _widening(arm, hidden_size)
     return StartScales(
         dense_scale=dense,
-        expert_scale=None if routing == "none" else mixing if routing == "mixing" else chosen,
+        expert_scale=None if routing == "none" else widening * (mixing if routing == "mixing" else chosen),
         router_scale=1.0 if routing == "mixing" or (gated and arm.family == "token_choice") else None,
     )
+
+
+def _widening(arm: ArmConfig, hidden_size: int) -> float:
+    """By how much experts of a wide model start louder."""
+    only_mixtures = arm.placement == "all" and arm.num_shared_experts == 0 and arm.route_by == "token"
+    return min(_MOST_WIDENING, max(1.0, math.sqrt(hidden_size / _NARROW))) if only_mixtures else 1.0
 
 
 def start_scales(arm: ArmConfig, model: ModelConfig) -> dict[str, float | None]:
@@ -72,7 +88,9 @@ def start_scales(arm: ArmConfig, model: ModelConfig) -> dict[str, float | None]:
     What the arm names counts; then `initializer_range`, where the recipe names it, is for every matrix; then the scales
     are derived.
     """
-    derived = StartScales() if model.initializer_range is not None else derived_scales(arm, gated=model.gated)
+    derived = StartScales()
+    if model.initializer_range is None:
+        derived = derived_scales(arm, hidden_size=model.hidden_size, gated=model.gated)
     return {name: getattr(arm, name) or value for name, value in vars(derived).items()}
 
 
