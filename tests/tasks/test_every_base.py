@@ -91,7 +91,7 @@ def refusal(task: str, base: str, adapter: str) -> str | None:
     if adapter == "languages" and task in ("classification", "chat"):
         return "this data has no tasks or languages"
     if base in MIXTURES and adapter in ("lora", "mixture_of_lora", "languages"):
-        return "only experts in stacked tensors: name linear layers in 'adapter.targets'"
+        return r"only experts in stacked tensors: name linear layers in 'arms\.\w+\.adapter\.targets'"
     if base == "late_qwen3_moe" and adapter == "lora":
         return "PEFT would put LoRA there in place of its linear layers down_proj, gate_proj, up_proj"
     if base in MIXTURES and adapter == "mixture_of_lora_blocks":

@@ -32,6 +32,7 @@ from mixtura.tasks.classification.classifier import SavedClassifier, TextClassif
 from mixtura.tasks.classification.features import FeatureExamples, hidden_states
 from mixtura.tasks.classification.heads import head_settings, inactive_parameters
 from mixtura.tasks.classification.task import Classification, RouterLossWeights, Splits
+from mixtura.tasks.tuning import naming_adapter
 from mixtura.training.interface import Arm, Batch
 
 
@@ -100,14 +101,11 @@ class ClassificationArm(Arm):
         base = copy.deepcopy(self.pretrained.model)
         if self.config.adapter is None:
             return TextClassifier(head, base=base.requires_grad_(True))
-        frozen_parts = tuple(base.modules())
-        adapted = apply_adapter(
-            base,
-            self.config.adapter,
-            baseline_parameters=self.saved.baseline_parameters,
-            sample=self._sample(),
-            seed=seed,
-        )
+        frozen_parts, fitted = tuple(base.modules()), self.saved.baseline_parameters
+        with naming_adapter(self.name):
+            adapted = apply_adapter(
+                base, self.config.adapter, baseline_parameters=fitted, sample=self._sample(), seed=seed
+            )
         return TextClassifier(head, base=adapted, frozen_parts=frozen_parts)
 
     def _sample(self) -> Iterator[Batch]:

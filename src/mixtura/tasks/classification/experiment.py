@@ -44,6 +44,7 @@ from mixtura.tasks.classification.heads import blends_tokens
 from mixtura.tasks.classification.objectives import Lines, Objective, OneClass, SeveralLabels
 from mixtura.tasks.classification.setfit import check_setfit, setfit_answers
 from mixtura.tasks.classification.task import PREDICTIONS, Splits
+from mixtura.tasks.tuning import naming_adapter
 from mixtura.training.interface import Arm, Experiment
 
 _PARTS = ("train", "validation", "test")
@@ -310,7 +311,8 @@ def _adapter_parameters(recipe: ClassificationRecipe, pretrained: Pretrained) ->
     adapter = recipe.arms[recipe.baseline].adapter
     if adapter is None or adapter.rank is None:
         return None
-    return count_parameters(apply_adapter(copy.deepcopy(pretrained.model), adapter, seed=0))[1]
+    with naming_adapter(recipe.baseline):
+        return count_parameters(apply_adapter(copy.deepcopy(pretrained.model), adapter, seed=0))[1]
 
 
 def _facts(corpus: LabelledCorpus, tokens: TokenExamples, tokenizer: Any) -> Facts:

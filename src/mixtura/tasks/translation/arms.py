@@ -36,7 +36,7 @@ from mixtura.tasks.translation.encoder_decoder import (
 )
 from mixtura.tasks.translation.prompts import Prompts
 from mixtura.tasks.translation.task import TranslationData, TranslationTask
-from mixtura.tasks.tuning import adapter_settings, check_groups, find_leaks, mixed_examples, stirred
+from mixtura.tasks.tuning import adapter_settings, check_groups, find_leaks, mixed_examples, naming_adapter, stirred
 from mixtura.training.interface import Arm
 from mixtura.upcycling.copied_layers import inactive_parameters, upcycle_sides
 
@@ -295,14 +295,10 @@ def _base_arm(recipe: TranslationRecipe, name: str, arm: TranslationArmConfig, d
         model, _ = load(str(base.name), num_layers=base.num_layers)
         if adapter is None:
             return model
-        return apply_adapter(
-            model,
-            adapter,
-            baseline_parameters=_baseline_parameters(recipe, data, load) if adapter.solves_rank else None,
-            num_tasks=len(tasks),
-            sample=_sample(data, recipe.training.batch_size),
-            seed=seed,
-        )
+        baseline = _baseline_parameters(recipe, data, load) if adapter.solves_rank else None
+        more = {"num_tasks": len(tasks), "sample": _sample(data, recipe.training.batch_size), "seed": seed}
+        with naming_adapter(name):
+            return apply_adapter(model, adapter, baseline_parameters=baseline, **more)
 
     return TranslationArm(
         name,
@@ -396,4 +392,5 @@ def _baseline_parameters(recipe: TranslationRecipe, data: TranslationData, load:
         return None
     num_tasks = len(set(_named_by(baseline.route_by, data.directions)))
     model, _ = load(str(recipe.base.name), num_layers=recipe.base.num_layers)
-    return count_parameters(apply_adapter(model, baseline, num_tasks=num_tasks, seed=0))[1]
+    with naming_adapter(recipe.baseline):
+        return count_parameters(apply_adapter(model, baseline, num_tasks=num_tasks, seed=0))[1]
