@@ -42,6 +42,8 @@ def record_of(results: dict[str, Any], *, measured: str) -> dict[str, Any]:
     """What the page needs of a results.json: a row an arm, with its difference to the baseline."""
     key, recipe, baseline = results["measure"]["key"], results["recipe"], results["baseline"]
     values = {name: _by_seed(arm, key) for name, arm in results["arms"].items()}
+    base = recipe["base"].get("name") or "none"
+    upcycled = (Path(base) / "upcycle.json").is_file()
     return {
         "created": results["created"],
         "environment": {name: results["environment"][name] for name in KEPT},
@@ -50,7 +52,7 @@ def record_of(results: dict[str, Any], *, measured: str) -> dict[str, Any]:
         "source": "results.json of that command",
         "task": results["task"],
         "name": recipe["name"],
-        "base": recipe["base"].get("name") or "none",
+        "base": _upcycled_from(Path(base)) if upcycled else base,
         "measure": results["measure"],
         "baseline": baseline,
         "steps": recipe["training"]["steps"],
@@ -59,7 +61,7 @@ def record_of(results: dict[str, Any], *, measured: str) -> dict[str, Any]:
         "rows": [
             {
                 "arm": name,
-                "method": _method(recipe["arms"][name]) if recipe["base"].get("name") else "from scratch",
+                "method": "from scratch" if base == "none" else _method(recipe["arms"][name], upcycled=upcycled),
                 "trained": arm["parameters_trainable"],
                 "seconds_ratio": arm["seconds_ratio"],
                 "train_seconds": fmean(run["train_seconds"] for run in arm["runs"]),
@@ -73,15 +75,25 @@ def record_of(results: dict[str, Any], *, measured: str) -> dict[str, Any]:
     }
 
 
+def _upcycled_from(base: Path) -> str:
+    """What a folder of `mixtura upcycle` was made of."""
+    receipt = json.loads((base / "upcycle.json").read_text(encoding="utf-8"))
+    sources, settings = (receipt[key] for key in ("sources", "settings"))
+    return (
+        f"{sources[0]['name']} upcycled to {settings['num_experts']} experts in {settings['layers'].replace('_', ' ')}"
+    )
+
+
 def _by_seed(arm: dict[str, Any], key: str) -> dict[int, float]:
     return {run["seed"]: run["final"][arm["deployed_mode"]][key] for run in arm["runs"]}
 
 
-def _method(arm: dict[str, Any]) -> str:
+def _method(arm: dict[str, Any], *, upcycled: bool) -> str:
+    """How an arm is tuned, on a base whose layers are upcycled or not."""
     adapter = arm.get("adapter")
     if adapter is not None:
         return METHODS[adapter["method"]]
-    if arm.get("upcycle") is not None:
+    if arm.get("upcycle") is not None or upcycled:
         return "upcycled experts"
     return {"frozen": "frozen, head alone"}.get(arm.get("tune", "full"), "full")
 

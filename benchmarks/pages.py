@@ -120,7 +120,9 @@ def runs() -> str:
         "1. *Around* is what passes between the command and the last checkpoint outside the steps, with the text "
         "prepared before: in Mixtura with leak probes and two evaluations, which the loop has not. What follows the "
         "last checkpoint is not counted, and is the last two columns of the second table. *Default* is that recipe as "
-        "it was on the day of the record, with plain layers of width 128.",
+        "it was on the day of the record: on one thread with plain layers of width 128. Forward, backward, clipping "
+        "and optimizer take 97 % of Mixtura's steps (token choice at the quick size, under a profiler), so a speed "
+        "below 0.97 is how much such medians scatter.",
     )
     head = ["size", "arm", "tokens a step", "speed (range)", "tokens/s", "loop", "around, s", "loop, s"]
     for name, record in sorted(_records("runs-*.json"), key=lambda item: item[1]["settings"]["threads"]):
