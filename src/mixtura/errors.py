@@ -7,7 +7,8 @@ without torchrun it is the first and only one.
 import errno
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -41,6 +42,22 @@ class UserError(ValueError):
 
     Several mistakes in a recipe are reported together, a sentence a line.
     """
+
+
+@contextmanager
+def rewording(words: Mapping[str, str]) -> Iterator[None]:
+    """Rewrites error messages of a block, such as those about keys of a recipe where a user gave flags.
+
+    Args:
+        words: by what is said, what to say instead.
+    """
+    try:
+        yield
+    except UserError as error:
+        told = str(error)
+        for said, instead in words.items():
+            told = told.replace(said, instead)
+        raise UserError(told) from error
 
 
 class TooLittleText(UserError):

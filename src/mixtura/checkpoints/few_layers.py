@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mixtura.checkpoints.pretrained import cut, language_model_class, load_base, load_base_config
+from mixtura.checkpoints.pretrained import cut, language_model_class, load_base, load_base_config, of_layers
 
 FIRST_LAYERS = 2
 """Kept whatever they are, so that one layer's leak can reach another."""
@@ -38,7 +38,7 @@ def load_few_layers(name: str, *, num_layers: int | None = None) -> tuple[PreTra
     for stack, layers in zip(_stacks(model), kept, strict=True):
         _keep(stack, layers)
     own: Any = model.config
-    for key, value in _of_layers(own).items():
+    for key, value in of_layers(own).items():
         setattr(own, key, [value[layer] for layer in kept[0]])
     own.num_hidden_layers = len(kept[0])
     return model, tokenizer
@@ -58,19 +58,13 @@ def _stacks(model: nn.Module) -> list[nn.ModuleList]:
 
 def _one_of_each_kind(stack: nn.ModuleList, config: Any) -> list[int]:
     """The first layers and the first of every other kind, in order."""
-    of_layers = [value for value in _of_layers(config).values() if len(value) == len(stack)]
+    named = [value for value in of_layers(config).values() if len(value) == len(stack)]
     kinds: dict[str, int] = {}
     for place, layer in enumerate(stack):
         parts = [(name, type(part).__name__, part.extra_repr()) for name, part in layer.named_modules()]
         shapes = [(name, tuple(weight.shape)) for name, weight in layer.named_parameters()]
-        kinds.setdefault(repr((parts, shapes, [value[place] for value in of_layers])), place)
+        kinds.setdefault(repr((parts, shapes, [value[place] for value in named])), place)
     return sorted({*range(min(FIRST_LAYERS, len(stack))), *kinds.values()})
-
-
-def _of_layers(config: Any) -> dict[str, list[Any]]:
-    """The lists of a configuration that name something for every layer."""
-    whole = config.num_hidden_layers
-    return {key: value for key, value in config.to_dict().items() if isinstance(value, list) and len(value) == whole}
 
 
 def _keep(stack: nn.ModuleList, layers: list[int]) -> None:

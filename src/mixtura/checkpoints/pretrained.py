@@ -268,6 +268,12 @@ def _package_part(name: str, package: str, part: str) -> Path:
     return path
 
 
+def of_layers(config: Any) -> dict[str, list[Any]]:
+    """The lists of a configuration that name something for every layer."""
+    whole = config.num_hidden_layers
+    return {key: value for key, value in config.to_dict().items() if isinstance(value, list) and len(value) == whole}
+
+
 def cut(config: Any, name: str, num_layers: int | None) -> None:
     """Lowers the number of layers in a configuration, and shortens its lists that name every layer.
 
@@ -286,9 +292,8 @@ def cut(config: Any, name: str, num_layers: int | None) -> None:
     whole = config.num_hidden_layers
     if not 1 <= num_layers <= whole:
         raise UserError(f"'base.num_layers' is {num_layers}, but '{name}' has {whole} layers: set it to 1 to {whole}.")
-    for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == whole:
-            setattr(config, key, value[:num_layers])
+    for key, value in of_layers(config).items():
+        setattr(config, key, value[:num_layers])
     config.num_hidden_layers = num_layers
     for side in ("decoder_layers", "num_decoder_layers"):
         if config.is_encoder_decoder and hasattr(config, side):

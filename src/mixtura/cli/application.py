@@ -4,7 +4,7 @@ from the command line, a file or standard input.
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -112,22 +112,6 @@ MODEL_FLAGS = {
     ", lower 'data.sequence_length' or change 'data.validation_fraction'": "",
 }
 """For verbs where the model alone says how long a sequence is."""
-
-
-@contextmanager
-def naming_flags(flags: Mapping[str, str]) -> Iterator[None]:
-    """Rewrites error messages of a block: flags of the verb take the place of keys of a recipe.
-
-    Args:
-        flags: by what is said of a recipe, what to say instead.
-    """
-    try:
-        yield
-    except UserError as error:
-        told = str(error)
-        for key, flag in flags.items():
-            told = told.replace(key, flag)
-        raise UserError(told) from error
 
 
 def say(text: str) -> None:

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 import mixtura
-from mixtura.cli.application import MODEL_FLAGS, ModelArgument, app, naming_flags, quiet_transformers
-from mixtura.errors import UserError, need
+from mixtura.cli.application import MODEL_FLAGS, ModelArgument, app, quiet_transformers
+from mixtura.errors import UserError, need, rewording
 
 NewFolderArgument = Annotated[Path, typer.Argument(help="The folder to write; it must be new or empty.")]
 
@@ -52,7 +52,7 @@ def upcycle(
     quiet_transformers()
     # The choices are checked where they are used, for Python and the command line alike.
     choices: dict[str, Any] = {"family": family, "score_function": score_function, "router": router}
-    with naming_flags(MODEL_FLAGS):
+    with rewording(MODEL_FLAGS):
         result = mixtura.upcycle(
             source,
             destination,
@@ -102,7 +102,7 @@ def calibrate(
     The new model answers in mode "population"; `mixtura evaluate` compares all modes on a held-out text.
     """
     quiet_transformers()
-    with naming_flags(MODEL_FLAGS):
+    with rewording(MODEL_FLAGS):
         made = mixtura.calibrate(model, out, text, text_column=text_column, max_sequences=max_sequences)
     typer.echo(f"{made.layers} layers keep averages over {made.groups:,} groups each.\nModel: {made.folder}")
 
@@ -126,7 +126,7 @@ def transition(
     All parameters are kept.
     """
     quiet_transformers()
-    with naming_flags(MODEL_FLAGS):
+    with rewording(MODEL_FLAGS):
         made = mixtura.transition(model, out, to=to.value, text=text, text_column=text_column, top_k=top_k)
     config = made.model.config
     experts = config.num_experts_per_tok if to is TransitionTarget.token_choice else config.alone_top_k

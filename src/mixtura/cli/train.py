@@ -18,13 +18,12 @@ from mixtura.cli.application import (
     ResumeOption,
     SetOption,
     app,
-    naming_flags,
     open_page,
     progress,
     recipe_path,
     say,
 )
-from mixtura.errors import UserError, need, rank
+from mixtura.errors import UserError, need, rank, rewording
 
 if TYPE_CHECKING:  # help shows sooner without all of a recipe's keys
     from mixtura.config import AnyRecipe
@@ -77,7 +76,7 @@ def advise(
     budget = amount(tokens, "tokens", _COUNTS)
     size = None if parameters is None else amount(parameters, "parameters", _COUNTS)
     room = None if memory is None else amount(memory, "memory", _BYTES)
-    with naming_flags(_FLAGS):
+    with rewording(_FLAGS):
         found = ask(
             tokens=budget,
             width=width,

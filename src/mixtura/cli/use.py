@@ -20,12 +20,11 @@ from mixtura.cli.application import (
     check_out,
     column_texts,
     given_texts,
-    naming_flags,
     open_page,
     put_lines,
     quiet_transformers,
 )
-from mixtura.errors import UserError, need
+from mixtura.errors import UserError, need, rewording
 
 
 @app.command(rich_help_panel="Use")
@@ -66,7 +65,7 @@ def evaluate(
     if tasks is not None:
         _evaluate_tasks(model, tasks, task_folder, shots=shots, limit=limit, batch_size=batch_size, as_json=as_json)
         return
-    with naming_flags(DATA_FLAGS):
+    with rewording(DATA_FLAGS):
         losses = mixtura.evaluate(
             model,
             str(text),
@@ -234,7 +233,7 @@ def classify(
     quiet_transformers()
     check_out(out)
     if text_column is None:
-        with naming_flags({"give a text file with a text a line.": "name its column of texts with --text-column."}):
+        with rewording({"give a text file with a text a line.": "name its column of texts with --text-column."}):
             lines = given_texts(texts or [], source, what="text")
     elif texts:
         raise UserError("Texts are given beside --text-column: give either.")
@@ -285,7 +284,7 @@ def diagnose(
     """
     quiet_transformers()
     folder = out or Path("diagnosis")
-    with naming_flags(MODEL_FLAGS):
+    with rewording(MODEL_FLAGS):
         found = mixtura.diagnose(
             model,
             text or [],

@@ -286,9 +286,8 @@ def _prepare(recipe: AnyRecipe, out: Path, reporter: ProgressReporter) -> Experi
     """The experiment of a recipe in its folder, which notes how the recipe was fitted to the data, and which data."""
     with ranks.first_goes_first():
         experiment = make_experiment(recipe, out, reporter)
-        reporter.note(
-            f"data: {experiment.data['description']}"
-        )  # what was left unread or out, while one can still stop
+        # What was left unread or out, while one can still stop.
+        reporter.note(f"data: {experiment.data['description']}")
         fitted = changes(recipe, experiment.recipe)
         if fitted:
             reporter.note(f"fitted to the data: {'; '.join(fitted)}")

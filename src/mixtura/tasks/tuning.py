@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mixtura.adapters.attach import restore_adapter, router_losses, routing_stat
 from mixtura.checkpoints.pretrained import load_base_config
 from mixtura.config import AdapterConfig, UserError
 from mixtura.diagnostics.leak import LeakReport
+from mixtura.errors import rewording
 from mixtura.models import MixtureConfig
 from mixtura.models.inference import mixing_layers, running_in
 from mixtura.results import Facts, Leaks
@@ -98,14 +99,9 @@ def adapter_settings(adapter: AdapterConfig | None) -> Facts:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in changed.items()}
 
 
-@contextmanager
-def naming_adapter(arm: str) -> Iterator[None]:
+def naming_adapter(arm: str) -> AbstractContextManager[None]:
     """Says whose adapter cannot be attached, in the words of a recipe."""
-    try:
-        yield
-    except UserError as error:
-        told = str(error).replace("This adapter", f"The adapter of arm '{arm}'")
-        raise UserError(told.replace("'adapter.", f"'arms.{arm}.adapter.")) from None
+    return rewording({"This adapter": f"The adapter of arm '{arm}'", "'adapter.": f"'arms.{arm}.adapter."})
 
 
 def mixed_examples(base: str, adapter: AdapterConfig | None, *, arm: str, batch_size: int) -> int | None:
