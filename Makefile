@@ -55,10 +55,10 @@ test-gpu: $(READY_DEV)  ## run the tests that need an accelerator
 test-triton: $(READY_DEV) $(TRITON)  ## run and compile the Triton kernels without a GPU; fetches 1 GB
 	@PYTHONPATH=$(TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m 'not gpu and not network' tests/kernels/test_triton.py tests/kernels/test_triton_compiles.py tests/layers/test_triton_layers.py tests/models/test_on_cuda.py --deselect $(COMPILED)
 
-test-clients: $(READY_DEV) $(CLIENTS)  ## run transformers' own tests of models, and those with TRL, lm-eval, trackers, quantised bases and SetFit; fetches 550 MB
+test-clients: $(READY_DEV) $(CLIENTS)  ## run transformers' own tests of models, and those with TRL, lm-eval, trackers, quantised bases, SetFit and a translation engine; fetches 550 MB
 	@PYTHONPATH=$(CLIENTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/clients/test_training_clients.py tests/clients/test_evaluation_clients.py
 	@PYTHONPATH=$(CLIENTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/training/test_trackers.py
-	@PYTHONPATH=$(CLIENTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/checkpoints/test_quantized.py tests/tasks/classification/test_setfit.py
+	@PYTHONPATH=$(CLIENTS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/checkpoints/test_quantized.py tests/tasks/classification/test_setfit.py tests/tasks/translation/test_engine.py
 	@PYTHONPATH=$(CLIENTS) MIXTURA_TRANSFORMERS_TESTS=$(CLIENTS)/transformers-source OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m slow tests/clients/test_transformers_suite.py
 
 check: lint type test docs  ## everything that CI runs: lint, import direction, types, spelling, tests, docs

@@ -115,7 +115,7 @@ def _translation_parts(results: Results, labels: dict[str, str]) -> list[str]:
         return []
     parts = ["## Language pairs"]
     for table in section.tables:
-        parts.append(_table([escape(table.title), "source copied", *labels.values()], table.rows, notes=True))
+        parts.append(_table([escape(table.title), *section.references, *labels.values()], table.rows, notes=True))
     if section.bootstrap:
         parts.append(
             escape("* p below 0.05 for every seed by paired bootstrap against the baseline, over the sentences.")

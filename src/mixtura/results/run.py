@@ -58,6 +58,10 @@ class PairScores:
     comet: float | None = None
     """About 0 to 100; it and that of the source are None where no checkpoint was named."""
     copy_comet: float | None = None
+    engine_chrf: float | None = None
+    """Scores of a production engine; None where it is not installed or has not the direction."""
+    engine_chrf_pp: float | None = None
+    engine_bleu: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

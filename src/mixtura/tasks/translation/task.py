@@ -36,6 +36,8 @@ from mixtura.tasks.translation.encoder_decoder import (
     decode_prompts,
     forward_pairs,
 )
+from mixtura.tasks.translation.engine import DIRECTIONS as ENGINE_DIRECTIONS
+from mixtura.tasks.translation.engine import engine_outputs
 from mixtura.tasks.translation.experts_by_direction import measure_directions, measure_sides
 from mixtura.tasks.tuning import inference_modes, load_tuned, loss_measures, losses_with_routers, running, save_tuned
 from mixtura.training import saving as checkpoints
@@ -229,6 +231,7 @@ class TranslationTask(TrainingTask):
         comet = means_by_direction(decoded.comet, sentences)
         of_sources = comet_scores(self.comet, sentences, sources) if self.comet else None
         copied_comet = means_by_direction(of_sources, sentences)
+        engine = self._engine_scores()
         pairs = {
             name: PairScores(
                 **found._asdict(),
@@ -239,6 +242,7 @@ class TranslationTask(TrainingTask):
                 beam_bleu=beams[name].bleu if beams else None,
                 comet=comet.get(name),
                 copy_comet=copied_comet.get(name),
+                **{f"engine_{key}": value for key, value in engine.get(name, {}).items()},
             )
             for name, found in scores.items()
         }
@@ -352,6 +356,11 @@ class TranslationTask(TrainingTask):
 
     def _rows_of(self, name: str) -> list[int]:
         return [i for i, pair in enumerate(self.data.test.sentences) if pair.pair == name]
+
+    def _engine_scores(self) -> dict[str, dict[str, float]]:
+        outputs = engine_outputs(self.data.test.sentences)
+        scores = {} if outputs is None else self._scores(outputs)[0]
+        return {name: found._asdict() for name, found in scores.items() if name in ENGINE_DIRECTIONS}
 
     def _scores(self, outputs: Sequence[str]) -> tuple[dict[str, Scores], dict[str, str]]:
         """Scores of every direction that has test sentences, and the signatures; BLEU's may differ by language."""
