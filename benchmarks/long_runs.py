@@ -50,7 +50,8 @@ RESULTS = Path(__file__).parent / "results"
 LIST = Path(__file__).with_name("long_runs.jsonl")
 SAVE_SECONDS = 120
 NOT_SETTINGS = ("name", "priority", "branches", "all_mixtures")
-STUDIED = ("expert_rate", "last_temperature", "neighbours")
+STUDIED = {"expert_rate": 1, "last_temperature": 1, "neighbours": 1, "dense_steps": 0}
+"""Settings that came later, which leave the keys of runs without them as they were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +98,15 @@ class Run:
     """Consecutive windows of the text that follow each other in the order of training, so that a group is of similar
     examples; 1 is the library's order."""
 
+    dense_steps: int = 0
+    """First steps in which the model is dense; then experts start as copies of its feed-forward layers, as wide as
+    equal FLOPs allow, beside routers as drawn for a new model."""
+
     @property
     def key(self) -> str:
         """A name that follows from the settings."""
         settings = {name: value for name, value in asdict(self).items() if name not in NOT_SETTINGS}
-        # Settings that came later leave the names of runs without them as they were.
-        settings = {name: value for name, value in settings.items() if name not in STUDIED or value != 1}
+        settings = {name: value for name, value in settings.items() if value != STUDIED.get(name, ...)}
         if self.branches:
             # What sharpens to the end has no trunk that branches of several ends share.
             settings["steps"] = self.ends if self.last_temperature != 1 else None
@@ -119,8 +123,8 @@ class Run:
         wide = self.width * (8 / 3 if self.gated else 4)
         return self.intermediate or 8 * round(wide / 8)
 
-    def model(self) -> MixtureForCausalLM:
-        """The model as training starts with it."""
+    def model(self, *, dense: bool = False) -> MixtureForCausalLM:
+        """The model as training starts with it; `dense` is that of the first `dense_steps`."""
         torch.manual_seed(self.seed)
         model = ModelConfig(
             hidden_size=self.width,
@@ -131,6 +135,8 @@ class Run:
             gated=self.gated,
         )
         arm = ArmConfig(family=self.family, placement=self.placement, **self.arm)
+        if dense:
+            arm = ArmConfig(family="dense", dense_scale=arm.dense_scale)
         config = build_model_config(model, arm, vocab_size=self.vocabulary, max_position_embeddings=self.context)
         return MixtureForCausalLM(shared_width_config(config) if arm.control == "shared_width" else config)
 
@@ -153,18 +159,41 @@ class Training:
     def __init__(self, run: Run, data: PreparedData) -> None:
         """Builds the model and the optimizer."""
         self.run, self.data = run, data
-        self.model = run.model().train()
-        self.optimizer = build_optimizer(self.model, TrainingConfig(), learning_rate=run.rate)
-        if run.expert_rate != 1:
-            self._part_experts()
+        self._start(run.model(dense=run.dense_steps > 0))
         self.rows = ScheduledDataset(data.train, length=max(run.ends) * run.batch, seed=run.seed)
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
         self.follows_load = facts_of(run.family).follows_load
 
+    def _start(self, model: MixtureForCausalLM) -> None:
+        self.model = model.train()
+        self.optimizer = build_optimizer(self.model, TrainingConfig(), learning_rate=self.run.rate)
+        if self.run.expert_rate != 1:
+            self._part_experts()
+
+    @torch.no_grad()
+    def _upcycle(self) -> None:
+        """Turns the dense model into the mixture; weights that both have keep their state in the optimizer."""
+        dense, moments = dict(self.model.named_parameters()), self.optimizer.state
+        self._start(self.run.model())
+        for name, weight in self.model.named_parameters():
+            if name in dense:
+                weight.copy_(dense[name])
+                self.optimizer.state[weight] = moments[dense[name]]
+                continue
+            layer, _, part = name.partition(".mlp.")
+            if part == "experts.down_proj":
+                weight.copy_(dense[f"{layer}.mlp.down_proj.weight"][:, : weight.shape[-1]])
+            elif part.startswith("experts."):
+                names = ("gate_proj", "up_proj") if self.run.gated else ("up_proj",)
+                rows = weight.shape[1] // len(names)
+                weight.copy_(torch.cat([dense[f"{layer}.mlp.{name}.weight"][:rows] for name in names]))
+
     def advance(self, end: int, *, decaying: bool) -> None:
         """Takes one step."""
         started = time.process_time()
+        if 0 < self.run.dense_steps == self.step:
+            self._upcycle()
         for group in self.optimizer.param_groups:
             factor = group.get("factor", 1.0) * self.run.rate_factor(self.step, end, decaying=decaying)
             group["lr"] = self.run.rate * factor
@@ -259,6 +288,8 @@ class Training:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from a state."""
+        if self.run.dense_steps:
+            self._start(self.run.model(dense=state["step"] <= self.run.dense_steps))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.losses = state["step"], state["seconds"], list(state["losses"])
