@@ -14,6 +14,7 @@ from mixtura.config import ModelConfig, TranslationArmConfig, TranslationDataCon
 from mixtura.data.parallel import SentencePair
 from mixtura.report.html import render_html
 from mixtura.report.markdown import render_markdown
+from mixtura.results.run import TranslationDetails
 from mixtura.tasks.translation import engine
 from mixtura.tasks.translation.engine import engine_outputs
 from mixtura.tasks.translation.experiment import make_translation
@@ -91,12 +92,13 @@ def test_a_run_holds_its_scores_by_direction(tmp_path: Any) -> None:
         arms={"dense": TranslationArmConfig()},
     )
     arm = make_translation(recipe, cache_dir=None, on_progress=lambda _: None).arms["dense"]
-    pairs = arm.task.details(arm.build(0), out=tmp_path).pairs
-    found = pairs["en-pt"]
+    details = arm.task.details(arm.build(0), out=tmp_path)
+    assert isinstance(details, TranslationDetails)
+    found = details.pairs["en-pt"]
     # Capitals share no letter with the references.
     assert found.engine_chrf is not None and found.engine_chrf < 1 < found.copy_chrf
     assert found.engine_chrf_pp is not None and found.engine_bleu is not None
-    assert pairs["en-yy"].engine_chrf is None
+    assert details.pairs["en-yy"].engine_chrf is None
 
 
 def test_its_scores_stand_beside_the_copied_source() -> None:
