@@ -633,10 +633,12 @@ def studies() -> str:
     ((_, plain),) = _records("long-runs-cpu.json")
     named = _named([plain["settings"] | row for row in plain["rows"]])
     found: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
-    scales = []
+    scales, large = [], []
     for run in (record["settings"] | row for row in record["rows"]):
         if run["name"] == "scale":
             scales.append(run)
+        elif run["batch"] != record["settings"]["batch"]:
+            large.append(run)
         else:
             found.setdefault((run["name"], run["tokens"]), {})[run["seed"]] = run
     about = record["environment"]
@@ -658,7 +660,24 @@ def studies() -> str:
     text += _table(head, rows)
     if scales:
         text += f"\n## Scales of wide models\n\n{_scales(scales)}"
-    return text
+    return text + (f"\n## Large batches\n\n{_large_batches(large)}" if large else "")
+
+
+def _large_batches(runs: list[dict[str, Any]]) -> str:
+    """Mixture of tokens beside dense with steps of many tokens, a row for each rate."""
+    found: dict[tuple[int, int, float, int], dict[str, dict[str, Any]]] = {}
+    for run in runs:
+        key = (run["batch"] * run["context"], run["tokens"], run["rate"], run["seed"])
+        found.setdefault(key, {})[run["family"]] = run
+    rows = []
+    for (step, tokens, rate, seed), arms in sorted(found.items()):
+        dense, mixture = arms["dense"], arms["mixture_of_tokens"]
+        modes = [f"{mixture['losses'][mode]:.3f}" for mode in ("group", "alone_top2", "population_top2")]
+        margin = f"{_deployed(mixture) - _deployed(dense):+.3f}"
+        cells = [f"{step:,}", f"{tokens / 1e6:.1f} M", f"{rate:g}", str(seed), f"{_deployed(dense):.3f}"]
+        rows.append([*cells, *modes, margin])
+    head = ["tokens a step", "tokens", "rate", "seed", "dense", "in groups", "`alone`", "`population`", "to dense"]
+    return _table(head, rows)
 
 
 def _mean_of(runs: dict[int, dict[str, Any]], mode: str) -> str:
