@@ -8,7 +8,8 @@ is one line of JSON with the fields of `Run` that differ from their defaults; `a
 `train RUNS.jsonl` trains them, the lowest `priority` first, on one thread. It appends a row to FOLDER/results.jsonl for
 every run that ends, skips those that have one, and keeps the state of the current run in FOLDER/states, so it may be
 killed and started again at any time; several may share a folder. The list is read anew before each run. `store` puts
-the rows into benchmarks/results/ with versions and hardware.
+the rows into benchmarks/results/ with versions and hardware, and `restore` takes them out of there, so that another
+machine trains what is missing alone.
 
 With "branches" the schedule has no end of its own: after a warm-up the rate is constant, and for every number of steps
 among the branches a copy of the run decays over its last `decay` share, so one run gives the loss at several budgets.
@@ -50,6 +51,7 @@ RESULTS = Path(__file__).parent / "results"
 LIST = Path(__file__).with_name("long_runs.jsonl")
 SAVE_SECONDS = 120
 NOT_SETTINGS = ("name", "priority", "branches", "all_mixtures")
+NOT_STORED = ("key", "priority", "training_curve", "branches", "all_mixtures", "steps")
 STUDIED = {"expert_rate": 1, "last_temperature": 1, "neighbours": 1, "dense_steps": 0}
 """Settings that came later, which leave the keys of runs without them as they were."""
 
@@ -434,10 +436,9 @@ def store(folder: Folder, runs: list[Run], *, name: str) -> Path:
     A row has the name that its run has in the list now; those that the list no longer has keep theirs.
     """
     names = {run.key: run.name for run in runs}
-    left_out = {"key", "priority", "training_curve", "branches", "all_mixtures", "steps"}
-    defaults = {name: value for name, value in asdict(Run()).items() if name not in left_out}
+    defaults = _stored(Run())
     rows = [
-        {name: value for name, value in row.items() if name not in left_out and value != defaults.get(name, ...)}
+        {name: value for name, value in row.items() if name not in NOT_STORED and value != defaults.get(name, ...)}
         for row in sorted(
             (row | {"name": names.get(row["key"], row["name"])} for row in folder.rows()),
             key=lambda row: (row["name"], row["width"], row["seed"], row["end"]),
@@ -446,21 +447,53 @@ def store(folder: Folder, runs: list[Run], *, name: str) -> Path:
     return store_record(RESULTS, name, settings=defaults, rows=rows)
 
 
+def restore(folder: Folder, runs: list[Run], *, name: str) -> int:
+    """Gives an empty folder the rows of the stored record, so that another machine trains what is missing alone.
+
+    Returns how many rows it has now.
+    """
+    if folder.rows():
+        raise SystemExit(f"'{folder.path}' has results: restore into an empty folder.")
+    (path,) = RESULTS.glob(f"{name}-*.json")
+    for row in (_stored(Run()) | row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]):
+        run = next((run for run in runs if row["end"] in run.ends and _same(_stored(run), row)), None)
+        if run is None:
+            settings = {key: value for key, value in row.items() if key in asdict(Run())}
+            run = Run(**settings, branches=(row["end"],))
+        folder.add(row | {"key": run.key})
+    return len(folder.rows())
+
+
+def _stored(run: Run) -> dict[str, Any]:
+    return {name: value for name, value in asdict(run).items() if name not in NOT_STORED}
+
+
+def _same(settings: dict[str, Any], row: dict[str, Any]) -> bool:
+    return all(row[name] == value for name, value in settings.items() if name != "name")
+
+
 def main() -> None:
     """Trains a list of runs, or stores their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb, says in (("train", "train what has no result yet"), ("store", "store the results with versions")):
+    for verb, says in (
+        ("train", "train what has no result yet"),
+        ("store", "store the results with versions"),
+        ("restore", "give an empty folder the stored results"),
+    ):
         command = verbs.add_parser(verb, help=says)
         command.add_argument("runs", type=Path, nargs="?", default=LIST, help="a file of JSON lines")
         command.add_argument("--folder", type=Path, default=Path("runs/long"), help="results and states")
-    command.add_argument("--name", default="long-runs", help="of the record")
+        if verb != "train":
+            command.add_argument("--name", default="long-runs", help="of the record")
     options = parser.parse_args()
     torch.set_num_threads(1)
     folder = Folder(options.folder)
     if options.verb == "train":
         while train_next(read_runs(options.runs), folder):
             pass
+    elif options.verb == "restore":
+        print(f"{restore(folder, read_runs(options.runs), name=options.name)} results in {options.folder}")
     else:
         print(f"Stored in {store(folder, read_runs(options.runs), name=options.name)}")
 

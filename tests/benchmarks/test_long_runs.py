@@ -1,5 +1,6 @@
 """The script of long runs: which models it trains, and that a killed run ends as an unkilled one does."""
 
+import copy
 import importlib.util
 import json
 import sys
@@ -161,3 +162,55 @@ def test_mixtures_of_tokens_stay_in_their_groups_however_long_a_run_with_branche
     for _ in range(30):  # a tenth of it, 20 steps, counts as the warm-up
         training.advance(40, decaying=False)
     assert seen[0] == (0, 20) and all(step < steps for step, steps in seen)
+
+
+def test_a_run_that_begins_dense_goes_on_as_copies_and_resumes_so(script, tmp_path):
+    run = script.Run(**SMALL, family="mixture_of_tokens", branches=(8,), arm=MIXED, dense_steps=3)
+    folder = script.Folder(tmp_path)
+    training = script.Training(run, script.prepared(run, folder))
+    for _ in range(3):
+        training.advance(8, decaying=False)
+    assert not training.model.mixture_layers()
+    last = training.model.model.layers[-1].mlp
+    down, kept = last.down_proj.weight.clone(), copy.deepcopy(training.state())
+    training._upcycle()
+    mixture = training.model.mixture_layers()[-1]
+    first, second = mixture.experts.weights
+    width = second.size(-1)
+    assert all(torch.equal(expert, down[:, :width]) for expert in second)
+    assert torch.equal(first[0, :width], last.gate_proj.weight[:width])
+    assert torch.equal(first[1, width:], last.up_proj.weight[:width])
+    ends = []
+    for state in (kept, None):
+        again = script.Training(run, training.data)
+        if state is None:
+            for _ in range(5):
+                again.advance(8, decaying=False)
+            state = copy.deepcopy(again.state())
+            again = script.Training(run, training.data)
+        again.restore(state)
+        while again.step < 8:
+            again.advance(8, decaying=False)
+        ends.append(again.losses)
+    assert ends[0] == ends[1] and len(ends[0]) == 8
+
+
+def test_what_was_stored_can_be_gone_on_from(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "records")
+    (tmp_path / "records").mkdir()
+    runs = [
+        script.Run(**SMALL, name="dense", branches=(4,)),
+        script.Run(**SMALL, name="tc", family="token_choice", arm=SPARSE, steps=3, seed=1),
+    ]
+    folder = script.Folder(tmp_path / "first")
+    while script.train_next(runs, folder):
+        pass
+    stored = json.loads(script.store(folder, runs, name="toy").read_text("utf-8"))
+    other = script.Folder(tmp_path / "second")
+    # A run that the list no longer has is found by its settings, one with a branch more goes on.
+    longer = [script.Run(**SMALL, name="dense", branches=(4, 6)), runs[1]]
+    assert script.restore(other, longer, name="toy") == 2
+    assert [other.ends(run) for run in longer] == [{4}, {3}]
+    assert json.loads(script.store(other, longer, name="toy").read_text("utf-8"))["rows"] == stored["rows"]
+    with pytest.raises(SystemExit, match="restore into an empty folder"):
+        script.restore(other, longer, name="toy")

@@ -326,6 +326,8 @@ def test_a_comparison_that_went_on_counts_the_time_of_all_its_runs(without_repor
         result = read_json(path) | {"train_seconds": 1000.0}
         write_json(path, result)
         trained += 1000.0
+    # Two at a time take half as long.
+    assert trained / 2 <= compare(recipe, out=out, arms_in_parallel=2).total_seconds < trained
     assert compare(recipe, out=out).total_seconds >= trained > results.total_seconds
 
 

@@ -135,3 +135,78 @@ def test_a_decoding_step_that_runs_all_mixtures_equals_the_sequence(population):
         expected_BLD = layer(x_BLD)
         for place in range(3):
             assert_close(layer(x_BLD[:, place : place + 1]), expected_BLD[:, place : place + 1])
+
+
+def step_reference(x_TD, logits_TE, top_k, softmax, normalize, factor, experts):
+    """In float64, by the definition of the choice and of the experts."""
+    scores_TE = logits_TE.double().softmax(-1) if softmax else logits_TE.double().sigmoid()
+    weight_TK, choice_TK = scores_TE.topk(top_k, dim=-1)
+    if normalize:
+        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+    double = experts._replace(up=experts.up.double(), down=experts.down.double())
+    return reference.small_batch_ffn(x_TD.double().unsqueeze(1), choice_TK, None, factor * weight_TK, double)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu"])
+@pytest.mark.parametrize("softmax", [True, False], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalize", [True, False], ids=["summing to one", "as they are"])
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_a_step_of_token_choice_equals_its_definition(top_k, normalize, softmax, activation):
+    for tokens, spread in ((1, 1.0), (9, 3.0), (4, 200.0)):
+        x_T1D, _, _, _, experts = inputs(torch.zeros(tokens, 1, dtype=torch.int64), hidden=20, width=33)
+        experts = experts._replace(activation=activation)
+        # A sigmoid of much more than three is one for several experts.
+        logits_TE = (spread if softmax else min(spread, 3.0)) * torch.randn(tokens, 5)
+        values = (x_T1D.squeeze(1), logits_TE, top_k, softmax, normalize, 1.7, experts)
+        expected_TD = step_reference(*values)
+        with torch.no_grad():
+            found_TD = kernels.token_choice_ffn(*values)
+        atol = 3e-6 * max(1.0, expected_TD.abs().max().item())
+        assert_close(found_TD.double(), expected_TD, rtol=0, atol=atol)
+
+
+def test_a_step_of_token_choice_checks_its_shapes():
+    x_T1D, _, _, _, experts = inputs(torch.zeros(3, 1, dtype=torch.int64), hidden=8, width=4)
+    with torch.no_grad(), pytest.raises(ValueError, match="logits_TE"):
+        kernels.token_choice_ffn(x_T1D.squeeze(1), torch.randn(3, 4), 2, True, True, 1.0, experts)
+    with torch.no_grad(), pytest.raises(ValueError, match="x_TD"):
+        kernels.token_choice_ffn(torch.randn(3, 7), torch.randn(3, 5), 2, True, True, 1.0, experts)
+
+
+SETTINGS = {
+    "plain": {},
+    "sigmoid": {"score_function": "sigmoid", "normalize_top_k": True, "routed_scaling_factor": 2.5},
+    "latent": {"latent_size": 8},
+    "shared": {"num_shared_experts": 1},
+    "bias": {"expert_bias": True},
+    "groups": {"expert_groups": 2, "groups_per_token": 1},
+    "free": {"zero_experts": 1, "copy_experts": 1},
+    "capacity": {"capacity_factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_layer_takes_one_kernel_where_nothing_speaks_against_it(name, monkeypatch):
+    asked = []
+    step = kernels.token_choice_ffn
+    monkeypatch.setattr(kernels, "token_choice_ffn", lambda *a: (asked.append(1), step(*a))[1])
+    sizes = {"intermediate_size": 12, "num_experts": 4, "activation": "silu", "gated": True}
+    layer = TokenChoiceMoE(16, **sizes, top_k=2, **SETTINGS[name]).eval()
+    if layer.expert_bias is not None:
+        layer.expert_bias.copy_(torch.tensor([3.0, 0.0, 0.0, -3.0]))
+    x_BLD = torch.randn(5, 3, 16)
+    with torch.no_grad():
+        expected_BLD, _ = layer(x_BLD, return_stats=True)
+        for place in range(3):
+            assert_close(layer(x_BLD[:, place : place + 1]), expected_BLD[:, place : place + 1], rtol=1e-5, atol=1e-6)
+    assert len(asked) == (3 if name in ("plain", "sigmoid", "latent", "shared") else 0)
+    asked.clear()
+    handle = layer.choice_tap.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        layer(x_BLD[:, :1])
+    handle.remove()
+    layer.train()
+    with torch.no_grad():
+        layer(x_BLD[:, :1])
+    layer.eval()(x_BLD[:, :1].requires_grad_()).sum().backward()
+    assert not asked

@@ -156,9 +156,9 @@ class _Comparison:
             )
             for name, arm in arms.items()
         }
-        # A comparison that was stopped and resumed has taken at least the time of all its runs.
+        # A comparison that was stopped and resumed has taken at least the time of its runs, as many at a time as now.
         before = (read_json(self.out / RESULTS) or {}).get("total_seconds") or 0.0
-        trained = sum(run.train_seconds for arm_runs in runs.values() for run in arm_runs)
+        trained = sum(run.train_seconds for arm_runs in runs.values() for run in arm_runs) / self.processes
         results = self._results(experiment, described, command)
         results = replace(results, total_seconds=max(before, trained, time.monotonic() - started))
         results = replace(results, summary=summarize(results))

@@ -26,4 +26,5 @@ from mixtura.kernels.small_batch import can_run_token_by_token as can_run_token_
 from mixtura.kernels.small_batch import is_small_batch as is_small_batch
 from mixtura.kernels.small_batch import small_batch_ffn as small_batch_ffn
 from mixtura.kernels.small_batch import token_by_token_ffn as token_by_token_ffn
+from mixtura.kernels.small_batch import token_choice_ffn as token_choice_ffn
 from mixtura.kernels.sparse import sparse_ffn as sparse_ffn

@@ -4,6 +4,7 @@
    So one call does the choice, the order, the products and the sum, in memory that the caller keeps from step to step.
    In a decoding step the products are those of native_dots.h; other passes have BLAS's, on one thread. */
 
+#include <math.h>
 #include <string.h>
 
 #include "native_dots.h"
@@ -17,7 +18,8 @@ typedef struct {
     int64_t tokens, choices, mixtures, per_expert;
     int64_t shared;                /* all choices of a token read its row of x (T, D); else x is (T, K, D) */
     int64_t decoding;              /* whether this is a decoding step: see the top */
-    float temperature, same_mass;
+    int64_t softmax, normalize;    /* how token choice makes weights of logits, else sigmoids; and that they sum to 1 */
+    float temperature, same_mass, factor;
     int64_t *expert, *mixture;     /* (T, K): which expert, and which row of `mean` and `output` */
     const float *scale;            /* (T, K), or NULL, which is 1 */
     float *weight;                 /* (T, K) */
@@ -175,6 +177,42 @@ int mixtura_small_batch(const experts_t *e, const choices_t *c) {
     return 0;
 }
 
+/* Of the S numbers in `all` the K largest: their places into c->mixture, their experts into c->expert, from row `row` on,
+   and the numbers into c->weight. Those taken become -INFINITY. */
+static void take_largest(const choices_t *c, int64_t row, float *all) {
+    /* K passes over S numbers: K is small, and sorting would cost more. */
+    for (int64_t r = row; r < row + c->choices; r++) {
+        int64_t best = 0;
+        for (int64_t s = 1; s < c->mixtures; s++) best = all[s] > all[best] ? s : best;
+        c->expert[r] = best / c->per_expert;
+        c->mixture[r] = best;
+        c->weight[r] = all[best];
+        all[best] = -INFINITY;
+    }
+}
+
+/* Token choice: a token's K experts of the largest logits, with the softmax of these or their sigmoids for weights.
+   c->expert, c->mixture and c->weight are written here. */
+int mixtura_token_choice(const experts_t *e, const choices_t *c) {
+    const int64_t K = c->choices, S = c->mixtures;
+    for (int64_t t = 0; t < c->tokens; t++) {
+        float *all = c->all, *weight = c->weight + t * K, rest = 0.0f, sum = 0.0f;
+        memcpy(all, c->logits + t * S, S * sizeof(float));
+        take_largest(c, t * K, all);
+        const float largest = weight[0];
+        if (c->softmax && !c->normalize)
+            for (int64_t s = 0; s < S; s++) rest += expf(all[s] - largest);
+        for (int64_t k = 0; k < K; k++) {
+            weight[k] = c->softmax ? expf(weight[k] - largest) : sigmoid_f(weight[k]);
+            sum += weight[k];
+        }
+        /* The least sum is that of layers/token_choice.py. */
+        const float over = c->normalize ? (sum < 1e-20f ? 1e-20f : sum) : c->softmax ? sum + rest : 1.0f;
+        for (int64_t k = 0; k < K; k++) weight[k] *= c->factor / over;
+    }
+    return mixtura_small_batch(e, c);
+}
+
 /* Tokens without a group: weight m = sigmoid(logit / temperature - log_mass) for every mixture s; the K largest run as
    above with m as scale and weight, and for the others m * output[s] is added. c->expert, c->mixture and c->weight are
    written here; c->scale is c->weight. */
@@ -187,16 +225,10 @@ int mixtura_token_by_token(const experts_t *e, const choices_t *c) {
         float *all = c->all;
 #pragma omp simd
         for (int64_t s = 0; s < S; s++) all[s] = l[s] / c->temperature - (c->log_mass ? c->log_mass[s] : c->same_mass);
-        for (int64_t r = t * K; r < (t + 1) * K; r++) {
-            /* K passes over S numbers: K is small, and sorting would cost more. Compared before the sigmoid, which is 1
-               for many large logits and would leave their order to chance. */
-            int64_t best = 0;
-            for (int64_t s = 1; s < S; s++) best = all[s] > all[best] ? s : best;
-            c->expert[r] = best / c->per_expert;
-            c->mixture[r] = best;
-            c->weight[r] = sigmoid_f(all[best]);
-            all[best] = -INFINITY; /* taken, and its sigmoid is 0 */
-        }
+        /* Compared before the sigmoid, which is 1 for many large logits and would leave their order to chance, and which
+           is 0 of those taken. */
+        take_largest(c, t * K, all);
+        for (int64_t r = t * K; r < (t + 1) * K; r++) c->weight[r] = sigmoid_f(c->weight[r]);
         /* A mixture that does not run is close to its mean, so the expert's output for the mean stands in for it. */
         for (int64_t s = 0; c->output && s < S; s++) {
             const float m = sigmoid_f(all[s]), *output = c->output + s * D;

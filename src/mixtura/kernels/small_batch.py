@@ -266,12 +266,45 @@ def _token_by_token_in_c(
     return work.run("mixtura_token_by_token", x_TD, experts)[0]
 
 
+def token_choice_ffn(
+    x_TD: Tensor,
+    logits_TE: Tensor,
+    top_k: int,
+    softmax: bool,
+    normalize: bool,
+    factor: float,
+    experts: ExpertWeights,
+) -> Tensor:
+    """(T, D) -> (T, D): a decoding step of token choice, from the router's logits to the sum of the experts' outputs.
+
+    A token runs its `top_k` experts of the largest logits. Their weights are the softmax over all logits, or their
+    sigmoids; `normalize` makes them sum to one, and `factor` multiplies them. C takes all of it where it can.
+    """
+    tokens, (num_experts, hidden, _) = len(x_TD), experts.sizes
+    check_shape("x_TD", x_TD, (tokens, hidden))
+    check_shape("logits_TE", logits_TE, (tokens, num_experts))
+    if not native.can_run(experts.activation, x_TD, logits_TE, experts.up, experts.down):
+        weight_TK, choice_TK = (logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()).topk(top_k, dim=-1)
+        if normalize:
+            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(1e-20)
+        return small_batch_ffn(x_TD.unsqueeze(1), choice_TK, None, weight_TK * factor, experts, decoding=True)
+    work = _workspace(tokens, top_k, num_experts, hidden, experts)
+    fields = work.choices
+    fields.shared = fields.decoding = fields.per_expert = 1
+    fields.softmax, fields.normalize, fields.factor = softmax, normalize, factor
+    fields.expert, fields.mixture, fields.weight = work.expert, work.mixture, work.weight
+    fields.scale = fields.mean = fields.output = None
+    fields.logits = logits_TE.data_ptr()
+    return work.run("mixtura_token_choice", x_TD, experts)[0]
+
+
 class _ChoicesStruct(ctypes.Structure):
     """`choices_t` of native_decoding.c, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tokens", "choices", "mixtures", "per_expert", "shared", "decoding")),
-        *((name, ctypes.c_float) for name in ("temperature", "same_mass")),
+        *((name, ctypes.c_int64) for name in ("softmax", "normalize")),
+        *((name, ctypes.c_float) for name in ("temperature", "same_mass", "factor")),
         *((name, ctypes.c_void_p) for name in ("expert", "mixture", "scale", "weight", "logits", "log_mass")),
         *((name, ctypes.c_void_p) for name in ("mean", "output", "u", "all", "rank", "out")),
     )

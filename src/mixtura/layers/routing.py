@@ -205,11 +205,22 @@ def run_chosen(
     return sparse_experts(experts, x_TD, routing), rows_E
 
 
+def plain_activation(experts: Any) -> str | None:
+    """The activation of experts that our kernels run here; None where a backend or other processes run them."""
+    experts = _unwrapped(experts)
+    return experts.activation if experts.backend is None and experts.exchange is None else None
+
+
 def _backend(experts: Any) -> Callable[..., Tensor] | None:
-    """What runs the experts in place of our kernels; PEFT wraps them, once for each parameter that it changes."""
+    """What runs the experts in place of our kernels."""
+    return _unwrapped(experts).backend
+
+
+def _unwrapped(experts: Any) -> Experts:
+    """PEFT wraps experts, once for each parameter that it changes."""
     while not isinstance(experts, Experts):
         experts = experts.base_layer
-    return experts.backend
+    return experts
 
 
 def _counted_on_backend(

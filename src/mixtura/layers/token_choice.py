@@ -1,9 +1,8 @@
 """Token choice: a router scores every expert for every token, and each token is sent to its top_k.
 
-Switch Transformer (arXiv 2101.03961), Mixtral (arXiv 2401.04088), DeepSeek-V3 (arXiv 2412.19437) are settings of this
-one layer, as are MoE++'s free experts (arXiv 2410.07348) without its gating residuals and its capacities. Dropless by
-default: with a capacity, tokens over it are dropped in order of arrival, and counted. Without a router, experts are
-named for whole examples (Kudugunta et al. 2021, arXiv 2110.03742).
+Switch Transformer (arXiv 2101.03961), Mixtral (2401.04088), DeepSeek-V3 (2412.19437) are settings of this one layer, as
+are MoE++'s free experts (2410.07348) without its gating residuals and its capacities. Dropless by default: with a
+capacity, tokens over it are dropped as they arrive, and counted. Without a router, examples name experts (2110.03742).
 
 Shapes: B batch, L length, T = B*L tokens, D hidden, E experts, K top_k, R routed rows.
 """
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mixtura import kernels
+from mixtura.layers.decoding_step import token_choice_step
 from mixtura.layers.experts import Experts
 from mixtura.layers.feed_forward import FeedForward
 from mixtura.layers.limits import check_expert_groups, check_token_choice, check_token_choice_options
@@ -106,7 +106,9 @@ class TokenChoiceMoE(FeedForward):
         self, x_BLD: Tensor, mask_BL: Tensor | None, want_stats: bool, expert_B: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, L, D) -> (B, L, D) and the statistics of the real tokens."""
-        x_TD = x_BLD.flatten(0, 1)
+        x_TD, decoding = x_BLD.flatten(0, 1), x_BLD.size(1) == 1
+        if decoding and not want_stats and (y_TD := token_choice_step(self, x_TD)) is not None:
+            return y_TD.view(x_BLD.shape), None
         # Padding only matters where tokens compete or are counted; otherwise it may pass through the experts unseen.
         counted = want_stats or self.capacity_factor is not None
         real_T = mask_BL.flatten().bool() if mask_BL is not None and counted else None
@@ -119,7 +121,6 @@ class TokenChoiceMoE(FeedForward):
             choice_TK, weight_TK, probs_TE = self._choose(logits_TE)
         self.choice_tap(weight_TK, None if weight_TK.size(1) > choice_TK.size(1) else choice_TK)
         limit = row_limit(x_TD, real_T, self.top_k, self.num_experts, self.capacity_factor)
-        decoding = x_BLD.size(1) == 1
         choice = (choice_TK, weight_TK, real_T, limit, counted, decoding)
         y_TD, rows_E = run_chosen(self.experts, self.free_experts, x_TD, *choice)
         if not want_stats:
