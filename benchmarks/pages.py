@@ -193,7 +193,42 @@ def decoding() -> str:
             for row in record["rows"]
         )
         text += f"{_machine(name, record)}\n\n{_table(head, rows)}\n"
+    for name, record in _records("served-*.json"):
+        text += _served(name, record)
     return text.rstrip("\n") + "\n"
+
+
+def _served(name: str, record: dict[str, Any]) -> str:
+    """Exports of models in other engines."""
+    settings, rows = record["settings"], record["rows"]
+    own = {(row["form"], row["batch"]): row["tokens_per_second"] for row in rows if row["engine"] == "Mixtura"}
+    text = f"## Exports, {settings['hidden']} hidden, {settings['layers']} layers, {settings['experts']} experts\n\n"
+    text += f"{_machine(name, record)} Gated SiLU models, `generate` of {settings['tokens']} tokens on one thread"
+    text += (
+        f"; llama-cpp-python {settings['llama_cpp_python']}, float32.\n\n" if settings["llama_cpp_python"] else ".\n\n"
+    )
+    cells = (
+        [
+            str(row["batch"]),
+            row["form"],
+            row["engine"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['tokens_per_second'] / own[row['form'], row['batch']]:.2f}",
+            f"{row['tokens_per_second'] / _dense_rate(rows, row):.2f}",
+        ]
+        for row in sorted(rows, key=lambda row: row["batch"])
+    )
+    return text + _table(["batch", "form", "engine", "tokens/s", "Mixtura 1", "dense in it 1"], cells) + "\n"
+
+
+def _dense_rate(rows: list[dict[str, Any]], row: dict[str, Any]) -> float:
+    """Tokens a second of the dense model in the same program, whatever architecture the export has."""
+    program = row["engine"].partition(",")[0]
+    return next(
+        other["tokens_per_second"]
+        for other in rows
+        if other["form"] == "dense" and other["batch"] == row["batch"] and other["engine"].startswith(program)
+    )
 
 
 def experts() -> str:
@@ -227,8 +262,7 @@ def rates() -> str:
         "Which learning rates were tried for the shipped recipes?",
         "`recipes/*.search.json`",
         "A cell is the held-out loss of a trial, the mean over the seeds of the search; the bold one was chosen. A "
-        "rate that is the lowest or highest of its row is at the edge of what was tried, and reports warn of it. Of "
-        "the default recipe the two best pairs have seven seeds and the others the first two. "
+        "rate that is the lowest or highest of its row is at the edge of what was tried, and reports warn of it. "
         "[Comparing](../compare.md) says why every arm has a rate of its own.",
     )
     for path in sorted((ROOT / "recipes").glob("*.search.json")):
@@ -335,10 +369,11 @@ def families() -> str:
     text = _top(
         "How do all families compare at one size?",
         "`benchmarks/results/families-*.json`",
-        "`mixtura compare --preset families`: the default comparison's model, text and steps, every arm at equal FLOPs "
-        "a token and at the best of its own learning rates, which were tried as the second table says. "
-        "*Minus dense* is the loss as deployed, paired by seed, with a 95 % t-interval; below zero is better. A family "
-        "without a deployed mode is judged as it trains, and another example of the batch, or a later token, may leak.",
+        "`mixtura compare --preset families`: the default comparison's model, text and steps, with half its warm-up; "
+        "every arm at equal FLOPs a token and at the best of its own learning rates, which were tried as the second "
+        "table says. *Minus dense* is the loss as deployed, paired by seed, with a 95 % t-interval; below zero is "
+        "better. A family without a deployed mode is judged as it trains, and another example of the batch, or a later "
+        "token, may leak.",
     )
     for name, record in _records("families-*.json"):
         made, about, rows = record["created"][:10], record["environment"], record["rows"]

@@ -129,7 +129,8 @@ def test_a_run_that_another_process_has_is_left_to_it(script, tmp_path):
 def test_what_a_study_changes_is_part_of_a_runs_name_and_nothing_else_is(script):
     plain = script.Run(branches=(8,))
     assert plain.key == script.Run(branches=(8, 12), name="again", neighbours=1).key
-    assert len({plain.key} | {script.Run(branches=(8,), **{name: 2}).key for name in script.STUDIED}) == 4
+    keys = {script.Run(branches=(8,), **{name: 2}).key for name in script.STUDIED}
+    assert len({plain.key} | keys) == 1 + len(script.STUDIED)
 
 
 def test_experts_may_learn_at_a_rate_of_their_own(script, tmp_path):
