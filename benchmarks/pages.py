@@ -163,15 +163,16 @@ def decoding() -> str:
     """Generation token by token."""
     text = _top(
         "How fast is decoding?",
-        "`benchmarks/results/decode-*.json`",
+        "`benchmarks/results/decode-*.json` and `served-*.json`",
         "Whole models with a cache and random weights, at equal active width; medians of alternating rounds. *Speed* "
         "is tokens per second relative to the dense model, prompt and sampling included. *By weights* is what it would "
         "be if steps waited for weights alone: bytes that a dense step reads over those of the mixture, attention and "
         "head included. A batch of B sequences that choose K of E experts evenly runs E (1 - (1 - K/E)^B) of them. "
         "*Layer* is the time of one feed-forward layer, router and Python included, for one token of each sequence. "
         "*Least* is what the machine allows it: reading as many bytes as the experts have that these tokens chose, or "
-        "as many FLOPs in one large product, if that takes longer; *of it* is the share reached. "
-        "[Deploying mixture of tokens](../deploying-mot.md#speed) says what follows.",
+        "as many FLOPs in one large product, if that takes longer; *of it* is the share reached. The last table has "
+        "exports in the programs that serve them. [Deploying mixture of tokens](../deploying-mot.md#speed) says what "
+        "follows.",
     )
     head = ["batch", "form", "speed, dense 1", "by weights", "tokens/s", "layer, us", "least, us", "of it", "model, MB"]
     for name, record in sorted(_records("decode-*.json"), key=lambda item: item[1]["settings"]["hidden"]):

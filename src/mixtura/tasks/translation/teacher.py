@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from mixtura.data.held_out import normalise
 from mixtura.data.parallel import ParallelCorpus, SentencePair
 from mixtura.errors import reason_of
 from mixtura.files import checksum
+from mixtura.tasks.translation.engine import DIRECTIONS, PACKAGE, engine_version, translated
 from mixtura.tasks.translation.trained_model import Translator
 
 AT_ONCE = 256
@@ -41,6 +42,8 @@ class Said(NamedTuple):
 
 Translations = dict[tuple[str, str], Said]
 """By direction and source."""
+Speaker = Callable[[list[str]], list[Said]]
+"""What a teacher makes of some sentences, in their order."""
 
 
 def with_teacher(
@@ -55,8 +58,9 @@ def with_teacher(
 
     Args:
         corpus: whose `config` has the recipe's data section.
-        teacher: a model folder, a hub name, or a .jsonl file with "source" and "output", and with "pair" where there
-            are several directions, as `outputs.jsonl` of a run has them.
+        teacher: a model folder, a hub name, the name of the package with a production engine, or a .jsonl file with
+            "source" and "output", and with "pair" where there are several directions, as `outputs.jsonl` of a run has
+            them.
         num_beams: of a model's search; 1 is greedy.
         cache_dir: where a model's translations are kept; None keeps none.
         on_progress: called with a sentence when translating begins, and with one that says how many were taken.
@@ -160,13 +164,11 @@ def _translate(
     cache_dir: Path | None,
     on_progress: Callable[[str], None],
 ) -> Translations:
-    folder = _folder(teacher)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    identity = [[str(path.relative_to(folder)), checksum(path)] for path in files]
+    identity, speaker = _engine() if teacher == PACKAGE else _model(teacher, num_beams=num_beams)
     found: Translations = {}
     for direction, sources in asked.items():
         try:
-            translator = Translator(folder, *direction.split("-"))
+            say = speaker(direction)
         except UserError as error:
             raise UserError(f"'data.teacher' is '{teacher}', which cannot be used. {error}") from error
         key = hashlib.sha256(json.dumps([identity, direction, num_beams, sources]).encode()).hexdigest()[:24]
@@ -175,7 +177,8 @@ def _translate(
         if len(done) < len(sources):
             kept = f", {len(done):,} are there already" if done else ""
             on_progress(f"translating {len(sources):,} sentences {direction} with the teacher{kept}")
-        for rows in _new_rows(translator, sources[len(done) :], num_beams=num_beams):
+        for start in range(len(done), len(sources), AT_ONCE):
+            rows = say(sources[start : start + AT_ONCE])
             if path is not None:
                 _append(path, rows)
             done += rows
@@ -183,18 +186,38 @@ def _translate(
     return found
 
 
-def _new_rows(translator: Translator, sources: list[str], *, num_beams: int) -> Iterator[list[Said]]:
-    """What the teacher makes of the sentences, some hundred at a time and in their order."""
-    for start in range(0, len(sources), AT_ONCE):
-        chunk = sources[start : start + AT_ONCE]
-        encoded = translator.encode(chunk)
-        short = [i for i, ids in enumerate(encoded) if len(ids) + 1 < translator.max_length]
-        rows = [Said(source, None, _TOO_LONG) for source in chunk]
-        if short:
-            lines, is_cut = translator.translate([encoded[i] for i in short], num_beams=num_beams)
-            for i, line, cut in zip(short, lines, is_cut, strict=True):
-                rows[i] = Said(chunk[i], None, _CUT) if cut else Said(chunk[i], " ".join(line.split()))
-        yield rows
+def _model(teacher: str, *, num_beams: int) -> tuple[list[list[str]], Callable[[str], Speaker]]:
+    """A model folder's files with their hashes, and how it translates in a direction."""
+    folder = _folder(teacher)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+
+    def speaker(direction: str) -> Speaker:
+        translator = Translator(folder, *direction.split("-"))
+
+        def say(sources: list[str]) -> list[Said]:
+            encoded = translator.encode(sources)
+            short = [i for i, ids in enumerate(encoded) if len(ids) + 1 < translator.max_length]
+            rows = [Said(source, None, _TOO_LONG) for source in sources]
+            if short:
+                lines, is_cut = translator.translate([encoded[i] for i in short], num_beams=num_beams)
+                for i, line, cut in zip(short, lines, is_cut, strict=True):
+                    rows[i] = Said(sources[i], None, _CUT) if cut else Said(sources[i], " ".join(line.split()))
+            return rows
+
+        return say
+
+    return [[str(path.relative_to(folder)), checksum(path)] for path in files], speaker
+
+
+def _engine() -> tuple[str, Callable[[str], Speaker]]:
+    """The production engine's version, and how it translates in a direction."""
+
+    def speaker(direction: str) -> Speaker:
+        if direction not in DIRECTIONS:
+            raise UserError(f"It has the directions {' and '.join(DIRECTIONS)}, and 'data.pairs' has {direction}.")
+        return lambda sources: [Said(source, " ".join(translated(direction, source).split())) for source in sources]
+
+    return f"{PACKAGE} {engine_version()}", speaker
 
 
 def _kept(path: Path, sources: Sequence[str]) -> list[Said]:
