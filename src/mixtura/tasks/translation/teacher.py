@@ -10,6 +10,7 @@ the beams. It grows by some hundred lines at a time, so a run that was stopped g
 import dataclasses
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from mixtura.tasks.translation.trained_model import Translator
 
 AT_ONCE = 256
 """Sentences between two writes of the cache."""
+QUIET_SECONDS = 20.0
+"""Until the next word on how far a teacher has come."""
 _FETCHED = ["*.json", "*.safetensors", "*.model", "*.spm", "*.txt"]
 _TOO_LONG, _CUT = "too long for it", "cut at its longest"
 
@@ -177,8 +180,12 @@ def _translate(
         if len(done) < len(sources):
             kept = f", {len(done):,} are there already" if done else ""
             on_progress(f"translating {len(sources):,} sentences {direction} with the teacher{kept}")
+        heard = time.monotonic()
         for start in range(len(done), len(sources), AT_ONCE):
             rows = say(sources[start : start + AT_ONCE])
+            if time.monotonic() - heard > QUIET_SECONDS:
+                on_progress(f"{start + len(rows):,} of {len(sources):,} are translated")
+                heard = time.monotonic()
             if path is not None:
                 _append(path, rows)
             done += rows
