@@ -25,6 +25,33 @@ def with_search(recipe, rates, seeds=(7,), **search):
     return recipe_from_dict(table)
 
 
+def own(recipe, **rates):
+    """The rate of every arm without a search: what is named, and 0.004."""
+    return {name: rates.get(name, 4e-3) for name in recipe.arms}
+
+
+def test_every_arm_may_try_multiples_of_its_own_rate(tiny_recipe):
+    recipe = with_search(tiny_recipe(), [], rate_multiples=[3, 0.5, 1])
+    rates = own(recipe, dense=1e-3)
+    records = search_rates_and_scales(recipe, rates, lambda name, rate, *_: abs(rate / rates[name] - 1))
+    assert [trial.learning_rate for trial in records["dense"].trials] == [5e-4, 1e-3, 3e-3]
+    assert [trial.learning_rate for trial in records["mixture_of_tokens"].trials] == [2e-3, 4e-3, 1.2e-2]
+    assert {name: record.best for name, record in records.items()} == rates
+    assert not records["dense"].at_edge and recipe.search.trials == 3
+    with pytest.raises(UserError, match=r"even 0.0005: add lower ones to 'search.rate_multiples'"):
+        search_rates_and_scales(recipe, rates, lambda name, *_: float("inf") if name == "dense" else 3.0)
+
+
+def test_a_comparison_trains_at_the_best_multiple(tiny_recipe, tmp_path):
+    recipe = with_search(tiny_recipe(), [], rate_multiples=[0.5, 1], steps=1)
+    results = compare(recipe, out=tmp_path / "run")
+    for name, arm in results.arms.items():
+        record = arm.learning_rate_search
+        own_rate = recipe.arms[name].learning_rate or recipe.training.learning_rate
+        assert record is not None and [trial.learning_rate for trial in record.trials] == [own_rate / 2, own_rate]
+        assert arm.learning_rate == record.best == arm.runs[0].learning_rate
+
+
 def test_every_arm_tries_every_rate_and_keeps_the_best(tiny_recipe):
     recipe, tried = with_search(tiny_recipe(), [4e-3, 1e-3, 2e-3]), []
 
@@ -33,7 +60,7 @@ def test_every_arm_tries_every_rate_and_keeps_the_best(tiny_recipe):
         tried.append((name, rate, seed))
         return abs(rate - (1e-3 if name == "dense" else 2e-3))
 
-    records = search_rates_and_scales(recipe, run_trial)
+    records = search_rates_and_scales(recipe, own(recipe), run_trial)
     assert tried == [(name, rate, 7) for name in recipe.arms for rate in (1e-3, 2e-3, 4e-3)]
     assert records["dense"].best == 1e-3 and records["dense"].at_edge
     assert records["mixture_of_tokens"].best == 2e-3 and not records["mixture_of_tokens"].at_edge
@@ -43,13 +70,15 @@ def test_every_arm_tries_every_rate_and_keeps_the_best(tiny_recipe):
 def test_the_mean_over_the_seeds_of_the_search_decides(tiny_recipe):
     recipe = with_search(tiny_recipe(), [1e-3, 2e-3], seeds=(7, 8))
     losses = {(1e-3, 7): 1.0, (1e-3, 8): 4.0, (2e-3, 7): 2.0, (2e-3, 8): 2.5}
-    record = search_rates_and_scales(recipe, lambda _, rate, __, seed: losses[rate, seed])["dense"]
+    record = search_rates_and_scales(recipe, own(recipe), lambda _, rate, __, seed: losses[rate, seed])["dense"]
     assert [trial.loss for trial in record.trials] == [2.5, 2.25] and record.best == 2e-3
 
 
 def test_a_rate_that_diverged_counts_as_lost(tiny_recipe):
     recipe = with_search(tiny_recipe(), [1e-3, 2e-3])
-    record = search_rates_and_scales(recipe, lambda _, rate, *__: float("inf") if rate > 1e-3 else 3.0)["dense"]
+    record = search_rates_and_scales(recipe, own(recipe), lambda _, rate, *__: float("inf") if rate > 1e-3 else 3.0)[
+        "dense"
+    ]
     assert [trial.loss for trial in record.trials] == [3.0, None] and record.best == 1e-3
 
 
@@ -85,12 +114,13 @@ def test_a_rate_that_blows_up_a_model_at_its_last_step_counts_as_lost(tiny_recip
 @pytest.mark.parametrize(("best", "at_edge"), [(1e-3, True), (2e-3, False), (4e-3, True)])
 def test_the_best_rate_may_lie_at_either_edge(tiny_recipe, best, at_edge):
     recipe = with_search(tiny_recipe(), [4e-3, 1e-3, 2e-3])
-    record = search_rates_and_scales(recipe, lambda _, rate, *__: abs(rate - best))["dense"]
+    record = search_rates_and_scales(recipe, own(recipe), lambda _, rate, *__: abs(rate - best))["dense"]
     assert record.best == best and record.at_edge is at_edge
 
 
 def test_a_single_rate_has_no_edge(tiny_recipe):
-    record = search_rates_and_scales(with_search(tiny_recipe(), [1e-3]), lambda *_: 3.0)["dense"]
+    recipe = with_search(tiny_recipe(), [1e-3])
+    record = search_rates_and_scales(recipe, own(recipe), lambda *_: 3.0)["dense"]
     assert record.best == 1e-3 and not record.at_edge
 
 
@@ -101,7 +131,7 @@ def test_every_rate_is_tried_with_every_scale_and_the_best_pair_counts(tiny_reci
         tried.append((name, rate, scale))
         return abs(rate - 1e-3) + abs(scale - (2.0 if name == "dense" else 1.0))
 
-    records = search_rates_and_scales(recipe, run_trial)
+    records = search_rates_and_scales(recipe, own(recipe), run_trial)
     assert tried == [(name, rate, scale) for name in recipe.arms for rate in (1e-3, 2e-3) for scale in (0.5, 1.0, 2.0)]
     assert (records["dense"].best, records["dense"].best_scale, records["dense"].at_edge) == (1e-3, 2.0, True)
     assert records["mixture_of_tokens"].best_scale == 1.0 and records["mixture_of_tokens"].trials[1].scale == 1.0
@@ -123,6 +153,9 @@ def test_a_comparison_draws_its_weights_at_the_best_scale_and_says_so(tiny_recip
         ({"scales": [1.0]}, "'search.learning_rates' is empty: name the rates"),
         ({"scales": [0.0], "learning_rates": [1e-3]}, "'search.scales' has 0.0"),
         ({"scales": [1.0, 1.0], "learning_rates": [1e-3]}, "give each once"),
+        ({"rate_multiples": [1.0, 1.0]}, r"'search.rate_multiples' is \[1.0, 1.0\]: give each once"),
+        ({"rate_multiples": [-1.0]}, "'search.rate_multiples' has -1.0"),
+        ({"rate_multiples": [1.0], "learning_rates": [1e-3]}, "give one of them"),
     ],
 )
 def test_scales_that_cannot_be_searched_are_refused(tiny_recipe, search, words):
@@ -228,7 +261,7 @@ def test_the_fingerprint_sees_the_arms(tiny_recipe, values):
 def test_an_arm_that_diverged_at_every_rate_has_no_best_one(tiny_recipe):
     recipe = with_search(tiny_recipe(), [1.0, 0.5])
     with pytest.raises(UserError, match=r"Every learning rate diverged for 'dense', even 0\.5: add lower ones"):
-        search_rates_and_scales(recipe, lambda name, *_: float("inf") if name == "dense" else 3.0)
+        search_rates_and_scales(recipe, own(recipe), lambda name, *_: float("inf") if name == "dense" else 3.0)
 
 
 @pytest.mark.parametrize("damage", ["{", "{}", "[]"])

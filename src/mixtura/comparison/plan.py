@@ -316,7 +316,7 @@ def plan(
         steps=training.steps,
         tokens_per_step=tokens_per_step(baseline, training),
         runs_of_arm=len(seeds or fitted.seeds),
-        trials_of_arm=len(search.learning_rates) * max(1, len(search.scales)) * len(search.seeds) if search else 0,
+        trials_of_arm=search.trials if search else 0,
         trial_steps=(search.steps if search else None) or training.steps,
         tried_steps=rounds,
         arms=tuple(_arm_plan(each, baseline, training, timed[name]) for name, each in arms.items()),

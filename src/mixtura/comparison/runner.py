@@ -56,9 +56,7 @@ from mixtura.training.process import slow_settings
 
 def planned_steps(recipe: AnyRecipe) -> int:
     """Optimizer steps of all the runs that a comparison of this recipe takes, search included."""
-    search = recipe.search
-    tried = len(search.learning_rates) * max(1, len(search.scales))
-    trials = tried * len(search.seeds) * (search.steps or recipe.training.steps)
+    trials = recipe.search.trials * (recipe.search.steps or recipe.training.steps)
     runs = len(recipe.seeds) * (1 + len(_budgets(recipe)))
     return len(recipe.arms) * (trials + runs * recipe.training.steps)
 
@@ -133,8 +131,7 @@ class _Comparison:
         leaks = self._probe_leaks(arms)
         searched = self._search(arms)
         rates = {
-            name: searched[name].best if self.recipe.search.learning_rates else arm.learning_rate
-            for name, arm in arms.items()
+            name: searched[name].best if self.recipe.search.trials else arm.learning_rate for name, arm in arms.items()
         }
         scales = {name: record.best_scale for name, record in searched.items() if self.recipe.search.scales}
         arms = arms | {name: arms[name].at_scale(scale) for name, scale in scales.items() if scale is not None}
@@ -176,7 +173,7 @@ class _Comparison:
         return leaks
 
     def _search(self, arms: dict[str, Arm]) -> dict[str, SearchRecord]:
-        if not self.recipe.search.learning_rates:
+        if not self.recipe.search.trials:
             return load_record(self.recipe, self.recipe_path)
         search = self.recipe.search
         steps = search.steps or self.recipe.training.steps
@@ -200,8 +197,9 @@ class _Comparison:
         def run_trial(name: str, rate: float, scale: float | None, seed: int) -> float:
             return trial_loss(arms[name], run_or_mark(arms[name], job(name, rate, scale, seed), self.shown))
 
-        self._ahead([job(name, *each) for name in arms for each in search_grid(search)])
-        records = search_rates_and_scales(self.recipe, run_trial)
+        rates = {name: arm.learning_rate for name, arm in arms.items()}
+        self._ahead([job(name, *each) for name, rate in rates.items() for each in search_grid(search, rate)])
+        records = search_rates_and_scales(self.recipe, rates, run_trial)
         if ranks.is_first():
             write_record(self.out / "search" / "record.json", self.recipe, records)
         return records

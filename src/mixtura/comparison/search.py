@@ -23,19 +23,19 @@ from mixtura.results.document import Trial, read_json, read_records
 from mixtura.results.json_form import to_plain
 
 
-def search_grid(search: SearchConfig) -> list[tuple[float, float | None, int]]:
-    """The rates, scales and seeds that every arm is tried with, in the order in which they are."""
-    scales = sorted(search.scales) or [None]
-    return list(itertools.product(sorted(search.learning_rates), scales, search.seeds))
+def search_grid(search: SearchConfig, own_rate: float) -> list[tuple[float, float | None, int]]:
+    """The rates, scales and seeds that an arm of that rate is tried with, in the order in which they are."""
+    return list(itertools.product(search.rates_of(own_rate), sorted(search.scales) or [None], search.seeds))
 
 
 def search_rates_and_scales(
-    recipe: AnyRecipe, run_trial: Callable[[str, float, float | None, int], float]
+    recipe: AnyRecipe, own_rates: dict[str, float], run_trial: Callable[[str, float, float | None, int], float]
 ) -> dict[str, SearchRecord]:
-    """Tries every rate of the recipe on every arm, with every scale where the recipe names some.
+    """Tries as many rates on every arm as the recipe says, with every scale where it names some.
 
     Args:
-        recipe: its `search.learning_rates` and `search.scales` are tried.
+        recipe: its section `search` says what is tried.
+        own_rates: the rate that each arm has without a search.
         run_trial: (arm, rate, scale or None, seed) -> held-out loss of a trial, as deployed; infinite where it
             diverged. It is the loss in every task: it needs no decoding and no test examples, while the verdict uses
             the task's measure.
@@ -47,16 +47,22 @@ def search_rates_and_scales(
     Raises:
         UserError: an arm diverged at every rate.
     """
-    rates, seeds = sorted(recipe.search.learning_rates), recipe.search.seeds
-    grid = list(dict.fromkeys((rate, scale) for rate, scale, _ in search_grid(recipe.search)))
-    losses = {name: [mean(run_trial(name, *pair, seed) for seed in seeds) for pair in grid] for name in recipe.arms}
+    grids = {
+        name: list(dict.fromkeys((rate, scale) for rate, scale, _ in search_grid(recipe.search, own_rates[name])))
+        for name in recipe.arms
+    }
+    losses = {
+        name: [mean(run_trial(name, *pair, seed) for seed in recipe.search.seeds) for pair in grid]
+        for name, grid in grids.items()
+    }
     for name, tried in losses.items():
         if min(tried) == float("inf"):
+            key = "rate_multiples" if recipe.search.rate_multiples else "learning_rates"
+            lowest = grids[name][0][0]
             raise UserError(
-                f"Every learning rate diverged for '{name}', even {rates[0]:g}: add lower ones to "
-                "'search.learning_rates'."
+                f"Every learning rate diverged for '{name}', even {lowest:g}: add lower ones to 'search.{key}'."
             )
-    return {name: _record(recipe, grid, losses[name]) for name in recipe.arms}
+    return {name: _record(recipe, grids[name], losses[name]) for name in recipe.arms}
 
 
 def _record(recipe: AnyRecipe, grid: list[tuple[float, float | None]], losses: list[float]) -> SearchRecord:

@@ -183,16 +183,22 @@ def _check_training(training: TrainingConfig) -> None:
 
 
 def _check_search(search: SearchConfig) -> None:
-    for key, tried in (("learning_rates", search.learning_rates), ("scales", search.scales)):
+    for key in ("learning_rates", "rate_multiples", "scales"):
+        tried = getattr(search, key)
         if len(set(tried)) != len(tried):
             raise UserError(f"'search.{key}' is {list(tried)}: give each once.")
         for value in tried:
             if not 0 < value < math.inf:
                 raise UserError(f"'search.{key}' has {value}: each must be a finite number greater than zero.")
-    if search.scales and not search.learning_rates:
+    if search.rate_multiples and search.learning_rates:
+        raise UserError(
+            f"'search.learning_rates' is {list(search.learning_rates)} and 'search.rate_multiples' is "
+            f"{list(search.rate_multiples)}: give one of them, rates for all arms or multiples of each arm's own."
+        )
+    if search.scales and not search.trials:
         raise UserError(
             f"'search.scales' is {list(search.scales)} but 'search.learning_rates' is empty: name the rates that each "
-            "scale is tried with, one at least."
+            "scale is tried with, one at least, or 'search.rate_multiples'."
         )
     if search.steps is not None and search.steps < 1:
         raise UserError(f"'search.steps' is {search.steps}: it must be greater than zero.")

@@ -126,6 +126,9 @@ class SearchConfig:
 
     learning_rates: tuple[float, ...] = ()
     """Rates tried for each arm; empty means no search, the arms' own rates are used."""
+    rate_multiples: tuple[float, ...] = ()
+    """Multiples of each arm's own rate that are tried in place of `learning_rates`, where no range suits all arms, as
+    with LoRA beside full tuning."""
     scales: tuple[float, ...] = ()
     """Each arm's `feed_forward_scale` that every rate is tried with; empty leaves the arms' own."""
     steps: int | None = None
@@ -133,6 +136,17 @@ class SearchConfig:
     seeds: tuple[int, ...] = (1000,)
     """Data orders and initialisations that each rate is tried with, which differ from the comparison's own seeds;
     the mean loss counts. With one seed, luck may choose the rate."""
+
+    def rates_of(self, own: float) -> list[float]:
+        """The rates that an arm is tried with, from the lowest, given its own; empty where nothing is searched."""
+        # Six digits, so that 3 times 0.001 is 0.003 in names and tables.
+        multiples = (float(f"{own * multiple:.6g}") for multiple in self.rate_multiples)
+        return sorted(self.learning_rates or multiples)
+
+    @property
+    def trials(self) -> int:
+        """Runs of each arm; 0 where nothing is searched."""
+        return len(self.rates_of(1.0)) * max(1, len(self.scales)) * len(self.seeds)
 
 
 @dataclass(frozen=True, kw_only=True)
