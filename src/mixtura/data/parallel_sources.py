@@ -14,6 +14,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mixtura.config import TranslationDataConfig, UserError
-from mixtura.config.languages import Pair, find_language
+from mixtura.config.languages import Pair, find_language, language_of_column
+from mixtura.data.exchange_files import MEMORY, aligned_units, endings_of, memory_units, texts_by_stem
 from mixtura.data.held_out import Unit
 from mixtura.data.table_files import JUDGED_ROWS, TABLES, Row, file_rows, find_cell, hub_rows, select
 from mixtura.data.text_files import local_files
@@ -247,16 +249,32 @@ def _check_languages(pairs: tuple[Pair, ...], known: tuple[str, ...], where: str
 
 
 def _open_local(config: TranslationDataConfig, pairs: tuple[Pair, ...], skipped: Counter[str]) -> Source:
-    files, others = local_files(config.path, TABLES)
+    languages = sorted({language for pair in pairs for language in pair})
+    ending = Path(str(config.path)).suffix
+    if (other := language_of_column(ending)) is not None and find_language(ending[1:], languages) not in languages:
+        raise UserError(
+            f"'data.path' is '{config.path}', a text in {other} by its ending, and 'data.pairs' has "
+            f"{', '.join(map(str, pairs))}: name a direction of {other}, such as {other}-{languages[0]}."
+        )
+    files, others = local_files(config.path, (*TABLES, MEMORY, *endings_of(languages)))
+    name = f"the file {files[0].name}" if len(files) == 1 else f"{len(files)} files in {config.path}"
+    tables = [file for file in files if file.suffix.lower() in TABLES]
+    memories = [file for file in files if file.suffix.lower() == MEMORY]
+    texts = texts_by_stem([file for file in files if file not in {*tables, *memories}], languages)
+    if len(files) == 1 and texts:
+        name = f"the files {' and '.join(path.name for path in texts[0].values())}"
     columns = [
         config.source_column,
         config.target_column,
         config.source_language_column,
         config.target_language_column,
     ]
-    rows = (row for file in files for row in file_rows(file, columns))
-    name = f"the file {files[0].name}" if len(files) == 1 else f"{len(files)} files in {config.path}"
-    units = _row_units(rows, config, pairs, skipped, source=name)
+    rows = (row for file in tables for row in file_rows(file, columns))
+    units = chain(
+        _row_units(rows, config, pairs, skipped, source=name) if tables else (),
+        chain.from_iterable(memory_units(file, languages) for file in memories),
+        chain.from_iterable(map(aligned_units, texts)),
+    )
     return Source(units, name + others)
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,9 @@ from mixtura.config.describe import SECTIONS, keys_of, written
 from mixtura.config.languages import language_of_column
 from mixtura.config.schema import TomlTable
 from mixtura.data.chats import holds_turns
+from mixtura.data.exchange_files import MEMORY, memory_variants
 from mixtura.data.labelled import MOST_LISTED, label_set
-from mixtura.data.table_files import TABLES, Row, file_rows
+from mixtura.data.table_files import TABLES, file_rows
 from mixtura.data.text_files import local_files
 
 LOOKED_AT = 2_000
@@ -84,10 +85,10 @@ def sketch_recipe(
     looks: list[Look] = []
     about = []
     if data is not None:
-        files, _ = local_files(str(data), (".txt", *TABLES))
+        files, _ = local_files(str(data), (".txt", *TABLES, MEMORY))
         many = "1 file" if len(files) == 1 else f"{len(files)} files"
         about.append(f"{many}, {sum(file.stat().st_size for file in files):,} bytes.")
-        if files[0].suffix.lower() in TABLES:
+        if files[0].suffix.lower() in (*TABLES, MEMORY):
             looks = _look(files[0])
             about.append(f"Columns of {files[0].name}, in {len(looks[0].values):,} rows: {_listed_columns(looks)}.")
     _check_columns(columns, looks)
@@ -119,11 +120,13 @@ def _folder_name(name: str) -> str:
 
 def _look(file: Path) -> list[Look]:
     names = pq.read_schema(file).names if file.suffix.lower() == ".parquet" else ()
-    rows: list[Row] = list(islice(file_rows(file, names), LOOKED_AT))
-    columns = list(dict.fromkeys(key for row in rows for key in row.values))
+    is_memory = file.suffix.lower() == MEMORY
+    found = memory_variants(file) if is_memory else (row.values for row in file_rows(file, names))
+    rows: list[Mapping[str, object]] = list(islice(found, LOOKED_AT))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     if not columns:
         raise UserError(f"'{file}' has no rows: give one that has.")
-    return [Look(column, [row.values.get(column) for row in rows]) for column in columns]
+    return [Look(column, [row.get(column) for row in rows]) for column in columns]
 
 
 def _listed_columns(looks: list[Look]) -> str:
@@ -191,6 +194,8 @@ def _overrides(task: str, data: Path, looks: list[Look], columns: str | None, pa
                 f"The languages of the columns {columns} are not in their names: give --pairs, such as en-de."
             )
         pairs = "-".join(map(str, codes))
+    if data.suffix.lower() == MEMORY:  # which names languages, not columns
+        columns = None
     return data_overrides(task, data=str(data), columns=columns, pairs=pairs, base=None)
 
 

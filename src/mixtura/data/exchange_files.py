@@ -1,0 +1,135 @@
+"""The two forms in which translators exchange parallel text: translation memories (.tmx), and a text for each language.
+
+A memory (TMX 1.4b, section 3) has units, and a unit a variant for each language. Codes of a program's formatting inside
+a variant are left out, the text that they format stays. Nothing outside the file is read, whatever its document type
+says.
+
+Texts in a file for each language, such as corpus.en and corpus.de, have a line for each sentence, the same in both (as
+the corpora of OPUS and WMT come).
+"""
+
+from collections.abc import Collection, Iterable, Iterator
+from itertools import zip_longest
+from pathlib import Path
+from xml.etree import ElementTree as XML
+
+from mixtura.config import UserError
+from mixtura.config.languages import find_language
+from mixtura.data.held_out import Unit
+from mixtura.data.text_files import format_of, read_lines
+from mixtura.errors import reason_of
+
+MEMORY = ".tmx"
+_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
+_CODES = {"bpt", "ept", "it", "ph", "ut"}
+"""Elements of a variant that hold formatting in place of text."""
+
+
+def memory_variants(path: Path) -> Iterator[dict[str, str]]:
+    """The units of a memory in their order, each as the text of every language, under its code as it is written.
+
+    Raises:
+        UserError: the file is no such memory, or cannot be read.
+    """
+    parents: list[XML.Element] = []
+    try:
+        for event, element in XML.iterparse(path, ("start", "end")):
+            if event == "start":
+                parents.append(element)
+                continue
+            parents.pop()
+            if _name(element) == "tu":
+                yield dict(filter(None, map(_variant, element)))
+                parents[-1].remove(element)  # a memory may be larger than this machine's
+    except XML.ParseError as error:
+        fault = (
+            f"is no whole XML file ({reason_of(error)}): repair it, or export it as .tsv, a column for each language"
+        )
+        raise UserError(f"'{path}' {format_of(path) or fault}.") from None
+    except (OSError, LookupError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read ({reason_of(error)}): save it anew as UTF-8.") from None
+
+
+def _variant(element: XML.Element) -> tuple[str, str] | None:
+    language = element.get(_LANGUAGE) or element.get("lang")
+    segment = next((child for child in element if _name(child) == "seg"), None)
+    return None if _name(element) != "tuv" or language is None or segment is None else (language, _text(segment))
+
+
+def _text(element: XML.Element) -> str:
+    inside = ("" if _name(child) in _CODES else _text(child) for child in element)
+    tails = (child.tail or "" for child in element)
+    return (element.text or "") + "".join(part for parts in zip(inside, tails, strict=True) for part in parts)
+
+
+def _name(element: XML.Element) -> str:
+    return element.tag.rpartition("}")[2]
+
+
+def memory_units(path: Path, languages: Collection[str]) -> Iterator[Unit]:
+    """The units of a memory, in the languages that are asked for; of two variants of one language the first counts.
+
+    Raises:
+        UserError: see `memory_variants`, or it has not two of the languages anywhere.
+    """
+    there: set[str] = set()
+    for variants in memory_variants(path):
+        texts: dict[str, str] = {}
+        for code, text in variants.items():
+            if (language := find_language(code, languages)) is not None:
+                texts.setdefault(language, text)
+        there |= texts.keys()
+        yield Unit({language: text for language, text in texts.items() if language in languages})
+    if len(there & set(languages)) < 2:
+        found = ", ".join(sorted(there)) or "no language"
+        raise UserError(
+            f"'{path}' has {found}, not two of {', '.join(sorted(languages))}: set 'data.pairs' to languages of it."
+        )
+
+
+def endings_of(languages: Iterable[str]) -> dict[str, str]:
+    """The endings of files in these languages: "pt_br" has .pt_br and .pt-br."""
+    return {f".{form}": language for language in languages for form in (language, language.replace("_", "-"))}
+
+
+def texts_by_stem(files: Iterable[Path], languages: Collection[str]) -> list[dict[str, Path]]:
+    """Files in a language each, gathered by what stands before their ending; a single one is joined by its siblings.
+
+    Raises:
+        UserError: a file has no sibling in another of the languages.
+    """
+    endings = endings_of(languages)
+    found: dict[Path, dict[str, Path]] = {}
+    for file in files:
+        stem = file.with_suffix("")
+        siblings = {language: file.with_suffix(ending) for ending, language in endings.items()}
+        there = {language: path for language, path in siblings.items() if path.is_file()}
+        there[endings[file.suffix.lower()]] = file
+        found[stem] = there
+        if len(found[stem]) < 2:
+            wanted = " or ".join(f"'{path.name}'" for path in siblings.values() if path != file)
+            raise UserError(
+                f"'{file}' has no {wanted} beside it: give the text in the other language the same name and its own "
+                "ending."
+            )
+    return list(found.values())
+
+
+def aligned_units(paths: dict[str, Path]) -> Iterator[Unit]:
+    """A unit for each line of some texts, by language.
+
+    Raises:
+        UserError: a file cannot be read, or they have different numbers of lines.
+    """
+    for number, lines in enumerate(zip_longest(*map(read_lines, paths.values())), start=1):
+        if None in lines:
+            names = [path.name for path, line in zip(paths.values(), lines, strict=True) if line is None]
+            raise UserError(
+                f"'{names[0]}' ends after {number - 1:,} lines, before the texts beside it in '{_folder(paths)}': "
+                "aligned texts have a line for each sentence, so give those from before a sentence was lost."
+            )
+        yield Unit(dict(zip(paths, lines, strict=True)))
+
+
+def _folder(paths: dict[str, Path]) -> Path:
+    return next(iter(paths.values())).parent
