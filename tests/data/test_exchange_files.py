@@ -1,5 +1,7 @@
 """Translation memories, and texts in a file for each language, as sentence pairs."""
 
+from typing import Any
+
 import pytest
 
 from mixtura.config import TranslationDataConfig, UserError
@@ -20,7 +22,7 @@ def memory(*units, head=""):
 
 
 def read(path, pairs="en-pt", **keys):
-    sizes = {"validation_sources": 4, "test_sources": 4, "max_characters": 60}
+    sizes: dict[str, Any] = {"validation_sources": 4, "test_sources": 4, "max_characters": 60}
     config = TranslationDataConfig(source="local", path=str(path), pairs=tuple(pairs.split(",")), **sizes | keys)
     corpus = load_parallel(config)
     return corpus, {pair[:2] for pair in (*corpus.train, *corpus.validation, *corpus.test)}
@@ -35,7 +37,8 @@ def test_a_memory_is_read_in_the_languages_that_are_asked_for(tmp_path):
     path = write(
         tmp_path / "a.tmx",
         memory(
-            '<tu><tuv xml:lang="en"><seg>Open the <bpt i="1">&lt;b></bpt>file<ept i="1">&lt;/b></ept> &amp; go.</seg></tuv>'
+            '<tu><tuv xml:lang="en"><seg>Open the <bpt i="1">&lt;b></bpt>file<ept i="1">&lt;/b></ept> &amp; go.</seg>'
+            "</tuv>"
             '<tuv xml:lang="de"><seg>Nie gelesen.</seg></tuv>'
             '<tuv lang="PT"><prop>x</prop><seg>Abra o <hi>ficheiro <ph>x</ph>e</hi> siga.</seg></tuv></tu>',
             '<tu><tuv xml:lang="en"><seg>Only English.</seg></tuv></tu>',

@@ -73,7 +73,7 @@ def toy(tmp_path: Any, *languages: str) -> ParallelCorpus:
     path = tmp_path / "toy.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     pairs = tuple(f"en-{language}" for language in languages)
-    sizes = {"vocab_size": 300, "max_length": 32, "validation_sources": 8, "test_sources": 8}
+    sizes: dict[str, Any] = {"vocab_size": 300, "max_length": 32, "validation_sources": 8, "test_sources": 8}
     return load_parallel(TranslationDataConfig(source="local", path=str(path), pairs=pairs, **sizes))
 
 
