@@ -245,6 +245,7 @@ def _peft_config(config: AdapterConfig, *, rank: int, num_experts: int, targets:
             num_experts=num_experts,
             group_size=config.group_size,
             alone_top_k=config.alone_top_k,
+            zero_fill=config.zero_fill,
             target_modules=targets,
         )
     return MixtureLoraConfig(

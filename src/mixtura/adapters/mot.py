@@ -45,6 +45,8 @@ class MotAdapterConfig(PeftConfig):
     eval_mode: Literal["group", "alone"] = "alone"
     """How eval() runs; `inference_mode` is PEFT's word for a frozen adapter."""
     alone_top_k: int | None = None
+    zero_fill: float = 0.0
+    """Share of the groups, drawn anew in every step, whose tokens train as they are deployed, alone."""
     target_modules: list[str] | str | None = None
     """Whole feed-forward layers; of a BERT layer, its `intermediate`."""
 
@@ -57,6 +59,8 @@ class MotAdapterConfig(PeftConfig):
                 f"Rank {self.r}, {self.num_experts} experts, alpha {self.alpha} and dropout {self.dropout} cannot "
                 "work: rank and experts must be at least 1, alpha greater than zero and dropout from 0 to below 1."
             )
+        if not 0 <= self.zero_fill <= 1:
+            raise UserError(f"'zero_fill' is {self.zero_fill}: it is a share of the groups, from 0 to 1.")
         if self.group_size < 2:
             raise UserError(f"'group_size' is {self.group_size}: a group needs at least 2 examples.")
         if self.alone_top_k is not None and not 1 <= self.alone_top_k <= self.num_experts:
@@ -81,6 +85,7 @@ class MotExperts(nn.Module):
             group_size=config.group_size,
             inference_mode=config.eval_mode,
             alone_top_k=config.alone_top_k,
+            zero_fill=config.zero_fill,
         )
         nn.init.normal_(self.mixture.gate.weight, std=0.02)
         up_ERD, down_EDR = self.mixture.experts.weights

@@ -2,11 +2,15 @@
 
 Arms are trained one after another, so if the machine slowed down meanwhile, some arms would look slower than they are.
 Here the steps of all arms alternate, and medians are compared.
+
+Where texts differ in length, batches do too: time is that of a step with as many tokens as steps have on average,
+memory that of the longest batch.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,6 +32,8 @@ from mixtura.training.sharding import in_step
 
 WARM_UP_ROUNDS, ROUNDS = 2, 12
 ROUNDS_IN_PARTS = 2
+FIRST_STEPS, LOOKED_AT = 4, 64
+"""Steps whose batches are measured where the first few differ in length."""
 
 
 def time_arms(
@@ -43,7 +49,8 @@ def time_arms(
     ranks.join()
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = {name: _Step(arm, training, device) for name, arm in arms.items()}
+    typical, longest = typical_and_longest(arms[baseline], training)
+    steps = {name: _Step(arm, training, device, typical, longest) for name, arm in arms.items()}
     peaks = {name: step.peak_memory() for name, step in steps.items()}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for round_number in range(WARM_UP_ROUNDS + rounds):
@@ -67,8 +74,9 @@ def time_arms(
 class _Step:
     """One whole training step of an arm: forward, backward, clipping and optimizer."""
 
-    def __init__(self, arm: Arm, training: TrainingConfig, device: torch.device) -> None:
+    def __init__(self, arm: Arm, training: TrainingConfig, device: torch.device, typical: int, longest: int) -> None:
         self.training, self.task, self.device = training, arm.task, device
+        self.arm, self.typical, self.longest = arm, typical, longest
         self.model = arm.build(seed=0).train()
         if training.activation_checkpointing:
             # transformers renamed it within version 5.
@@ -83,10 +91,14 @@ class _Step:
         if training.compile:
             self.model.compile()
         self.optimizer = build_optimizer(self.model, training, learning_rate=1e-4)
-        self.batches = _batches(arm, training, self.share, device)
         self.kinds = [(1.0, 0.0)]
         if isinstance(self.model, MixtureForCausalLM) and self.model.mixture_of_tokens_layers():
             self.kinds = step_kinds(self.model.config, steps=training.steps)
+        self.take(typical)
+
+    def take(self, step: int) -> None:
+        """Gets the data of that step of a run."""
+        self.batches = _batches(self.arm, self.training, self.share, self.device, step)
         self.num_targets = ranks.world_size() * sum(int(self.task.count_targets(batch)) for batch in self.batches)
 
     def run(self, finished: Callable[[str], None] = lambda part: None) -> None:
@@ -144,19 +156,48 @@ class _Step:
 
     def peak_memory(self) -> int:
         """Peak bytes of one step: parameters and optimizer state, and what a step allocates on top."""
+        self.take(self.longest)
         self.run()  # the first step makes the optimizer's state
-        return live_bytes(self.model, self.optimizer) + measure_peak_memory(self.run, device=self.device)
+        peak = live_bytes(self.model, self.optimizer) + measure_peak_memory(self.run, device=self.device)
+        self.take(self.typical)
+        return peak
 
     def optimizer_state(self) -> int:
         """Bytes that the optimizer keeps from step to step."""
         return live_bytes(self.model, self.optimizer) - live_bytes(self.model)
 
 
-def _batches(arm: Arm, training: TrainingConfig, share: ranks.Share, device: torch.device) -> list[Batch]:
-    """This process's micro-batches of a run's first step, the same examples for every arm."""
-    size, step = share.batch_size, training.batch_size * training.gradient_accumulation_steps
-    dataset: Any = arm.task.dataset(length=step, seed=0)
-    mine = range(rank(), step // size, ranks.world_size())
+def typical_and_longest(arm: Arm, training: TrainingConfig) -> tuple[int, int]:
+    """Of a run's first steps the one whose batches hold about the mean number of tokens, and the one of the longest.
+
+    Both are 0 where the first few steps hold equally many, as windows of text do.
+    """
+    size, many = training.batch_size, training.gradient_accumulation_steps
+    dataset: Any = arm.task.dataset(length=min(LOOKED_AT, training.steps) * size * many, seed=0)
+    steps = (
+        [_tokens(arm.task.collate([dataset[i] for i in range(start, start + size)])) for start in starts]
+        for starts in (range(first, first + size * many, size) for first in range(0, len(dataset), size * many))
+    )
+    held = list(islice(steps, FIRST_STEPS))
+    if all(tokens == held[0] for tokens in held):
+        return 0, 0
+    held += steps
+    mean = statistics.fmean(map(sum, held))
+    typical = min(range(len(held)), key=lambda step: abs(sum(held[step]) - mean))
+    return typical, max(range(len(held)), key=lambda step: max(held[step]))
+
+
+def _tokens(batch: Batch) -> int:
+    """Tokens of a batch, its padding and those of the targets among them."""
+    return sum(value.numel() for value in batch.values() if isinstance(value, Tensor) and value.dim() == 2)
+
+
+def _batches(arm: Arm, training: TrainingConfig, share: ranks.Share, device: torch.device, step: int) -> list[Batch]:
+    """This process's micro-batches of that step of a run, the same examples for every arm."""
+    size, rows = share.batch_size, training.batch_size * training.gradient_accumulation_steps
+    dataset: Any = arm.task.dataset(length=(step + 1) * rows, seed=0)
+    each = rows // size
+    mine = range(step * each + rank(), (step + 1) * each, ranks.world_size())
     batches = [arm.task.collate([dataset[i] for i in range(size * k, size * (k + 1))]) for k in mine]
     return [
         {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

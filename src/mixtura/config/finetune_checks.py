@@ -36,7 +36,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "num_experts": (_MIXED, _MOT),
     **dict.fromkeys(("router", "top_k", "threshold_max", "scope", "share_a"), (_MIXED,)),
     "router_aux_loss_coef": (_MIXED, _SPECIALIZED),
-    **dict.fromkeys(("group_size", "alone_top_k"), (_MOT,)),
+    **dict.fromkeys(("group_size", "alone_top_k", "zero_fill"), (_MOT,)),
     "expert_share": (_SPECIALIZED,),
 }
 """The methods that read a setting of an adapter; `route_by` has a check of its own."""
@@ -317,6 +317,8 @@ def _check_adapter(where: str, adapter: AdapterConfig | None, batch_size: int) -
             raise UserError(f"'{where}.{key}' is {value}: it must be greater than zero.")
     if not 0 <= adapter.dropout < 1:
         raise UserError(f"'{where}.dropout' is {adapter.dropout}: it must lie between 0 and 1.")
+    if not 0 <= adapter.zero_fill <= 1:
+        raise UserError(f"'{where}.zero_fill' is {adapter.zero_fill}: it must lie between 0 and 1.")
     _check_adapter_routing(where, adapter)
     if not 0 < adapter.expert_share <= 1:
         raise UserError(f"'{where}.expert_share' is {adapter.expert_share}: it must lie between 0 and 1.")

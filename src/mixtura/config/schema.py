@@ -213,6 +213,8 @@ class AdapterConfig:
     """Examples whose tokens are mixed (mixture of tokens)."""
     alone_top_k: int | None = None
     """Experts that a deployed token runs (mixture of tokens); None runs all."""
+    zero_fill: float = 0.0
+    """Share of the groups in training whose tokens run as they do deployed, alone (mixture of tokens)."""
     expert_share: float = 0.2
     """Expert-specialised tuning: the smallest set of experts that carries this share of the router's choices."""
 
