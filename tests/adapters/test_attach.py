@@ -19,6 +19,7 @@ from mixtura.adapters.attach import (
     routing_stats,
 )
 from mixtura.adapters.mixture_lora import PUBLISHED
+from mixtura.adapters.mot import MotExperts
 from mixtura.adapters.targets import count_parameters
 from mixtura.config import AdapterConfig, UserError
 from mixtura.models.batch_context import observe_routing, set_task_ids, task_ids
@@ -40,6 +41,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "feed_forward_threshold": {"method": "mixture_of_lora", "scope": "feed_forward", "router": "threshold"},
     "feed_forward_task": {"method": "mixture_of_lora", "scope": "feed_forward", "router": "task"},
     "mixture_of_tokens": {"method": "mixture_of_tokens", "group_size": 4},
+    "mixture_of_tokens_zero_fill": {"method": "mixture_of_tokens", "group_size": 4, "zero_fill": 0.5},
     "mixture_of_tokens_top_k": {"method": "mixture_of_tokens", "group_size": 4, "alone_top_k": 2},
 }
 BASES = ("llama", "bert", "mixtura")
@@ -287,6 +289,7 @@ def test_a_model_with_an_adapter_can_be_copied_after_training(make_base: MakeBas
         ({"scope": "feed_forward", "targets": ("up_proj",)}, "whole feed-forward layers"),
         ({"method": "mixture_of_tokens", "alone_top_k": 9}, "alone_top_k"),
         ({"method": "mixture_of_tokens", "group_size": 1}, "at least 2"),
+        ({"method": "mixture_of_tokens", "zero_fill": 1.0}, "a share of the groups, from 0 to below 1"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_with_a_sentence(
@@ -375,6 +378,22 @@ def test_adapters_run_in_half_precision(make_base: MakeBase, batch: Batch, base:
             assert error < 0.1
     actual.float().square().mean().backward()
     assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+def test_a_share_of_the_groups_trains_as_it_is_deployed(make_base: MakeBase) -> None:
+    layers = {}
+    for share in (0.0, 0.25):
+        adapted = _adapted(make_base("llama"), "mixture_of_tokens", zero_fill=share)
+        _randomize(adapted)
+        layers[share] = next(module for module in adapted.modules() if isinstance(module, MotExperts))
+    x_BLD = torch.randn(4, 40, layers[0.0].mixture.gate.in_features)
+    alone_BLD, _ = layers[0.0].eval()(x_BLD, None, False)
+    (grouped_BLD, _), (mixed_BLD, _) = (layers[share].train()(x_BLD, None, False) for share in (0.0, 0.25))
+    is_alone_L = torch.isclose(mixed_BLD, alone_BLD, atol=1e-6).all(-1).all(0)
+    is_grouped_L = torch.isclose(mixed_BLD, grouped_BLD, atol=1e-6).all(-1).all(0)
+    # A group is the tokens at one position: a quarter of the 40 positions.
+    assert is_alone_L.sum() == 10 and torch.equal(is_grouped_L, ~is_alone_L)
+    assert torch.equal(layers[0.25].eval()(x_BLD, None, False)[0], alone_BLD)
 
 
 def test_a_folder_without_an_adapter_is_refused(make_base: MakeBase, tmp_path: Path) -> None:

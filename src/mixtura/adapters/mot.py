@@ -59,8 +59,8 @@ class MotAdapterConfig(PeftConfig):
                 f"Rank {self.r}, {self.num_experts} experts, alpha {self.alpha} and dropout {self.dropout} cannot "
                 "work: rank and experts must be at least 1, alpha greater than zero and dropout from 0 to below 1."
             )
-        if not 0 <= self.zero_fill <= 1:
-            raise UserError(f"'zero_fill' is {self.zero_fill}: it is a share of the groups, from 0 to 1.")
+        if not 0 <= self.zero_fill < 1:
+            raise UserError(f"'zero_fill' is {self.zero_fill}: it is a share of the groups, from 0 to below 1.")
         if self.group_size < 2:
             raise UserError(f"'group_size' is {self.group_size}: a group needs at least 2 examples.")
         if self.alone_top_k is not None and not 1 <= self.alone_top_k <= self.num_experts:

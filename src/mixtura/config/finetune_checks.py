@@ -317,8 +317,11 @@ def _check_adapter(where: str, adapter: AdapterConfig | None, batch_size: int) -
             raise UserError(f"'{where}.{key}' is {value}: it must be greater than zero.")
     if not 0 <= adapter.dropout < 1:
         raise UserError(f"'{where}.dropout' is {adapter.dropout}: it must lie between 0 and 1.")
-    if not 0 <= adapter.zero_fill <= 1:
-        raise UserError(f"'{where}.zero_fill' is {adapter.zero_fill}: it must lie between 0 and 1.")
+    if not 0 <= adapter.zero_fill < 1:
+        raise UserError(
+            f"'{where}.zero_fill' is {adapter.zero_fill}: it is a share of the groups, from 0 to below 1, or nothing "
+            "would be mixed."
+        )
     _check_adapter_routing(where, adapter)
     if not 0 < adapter.expert_share <= 1:
         raise UserError(f"'{where}.expert_share' is {adapter.expert_share}: it must lie between 0 and 1.")
