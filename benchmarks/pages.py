@@ -429,7 +429,8 @@ def fine_tuning() -> str:
     text = _top(
         "Which way of fine-tuning should I use?",
         "`benchmarks/results/finetuning-*.json`",
-        "**Tune with LoRA first, and compare full tuning where the model is small enough**: of "
+        "**Tune with LoRA first, each way at a searched rate, and compare a mixture of LoRA, and full tuning where the "
+        "model is small enough**: of "
         f"{len(against)} comparisons of another way with LoRA, {counted}; all are of bases with at most 135 million "
         "parameters, at most a few hundred steps and one kind of machine, so nothing here is known of larger models or "
         "longer runs.\n\nWhere a base stays frozen, read all its layers and not the last alone. "
