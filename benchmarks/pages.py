@@ -431,7 +431,7 @@ def fine_tuning() -> str:
         "`benchmarks/results/finetuning-*.json`",
         "**Tune with LoRA first, each way at a searched rate, and compare a mixture of LoRA, and full tuning where the "
         "model is small enough**: of "
-        f"{len(against)} comparisons of another way with LoRA, {counted}; all are of bases with at most 135 million "
+        f"{len(against)} comparisons of another way with LoRA, {counted}; all are of bases with at most 254 million "
         "parameters, at most a few hundred steps and one kind of machine, so nothing here is known of larger models or "
         "longer runs.\n\nWhere a base stays frozen, read all its layers and not the last alone. "
         + (f"Not measured yet: {' and '.join(missing)}. " if missing else "")
