@@ -35,6 +35,7 @@ from mixtura.checkpoints.tensors import INDEX, WHOLE, StoredWeights
 from mixtura.config import DataConfig, UserError, load_recipe, recipe_from_dict
 from mixtura.config.schema import ChatDataConfig, ClassificationDataConfig
 from mixtura.data.chats import load_chats
+from mixtura.data.exchange_files import memory_units
 from mixtura.data.labelled import load_labelled
 from mixtura.data.sources import load_corpus
 from mixtura.data.table_files import file_rows, select
@@ -274,6 +275,15 @@ def _toml(value: Any) -> bytes:
     return tomli_w.dumps(value if isinstance(value, dict) else {"a": value}).encode()
 
 
+_MEMORY = b"""<?xml version="1.0" encoding="UTF-8"?>
+<!DOCTYPE tmx SYSTEM "tmx14.dtd">
+<tmx version="1.4"><header srclang="en"/><body>
+<tu><tuv xml:lang="en-US"><seg>Open <bpt i="1">&lt;b></bpt>it<ept i="1"/> &amp; go.</seg></tuv>
+<tuv xml:lang="pt"><seg>Abra-o e <hi>siga</hi>.</seg></tuv></tu>
+</body></tmx>
+"""
+
+
 def _cells(mark: str) -> bytes:
     rows = [f'"{row["text"].replace(chr(34), chr(34) * 2)}"{mark}{row["label"]}' for row in _ROWS]
     return "\n".join([f"text{mark}label", *(row for row in rows if row.count(mark) == 1 or mark != "\t")]).encode()
@@ -378,6 +388,7 @@ def surfaces(folder: Path) -> dict[str, Surface]:
             _lines,
             _write_lines,
         ),
+        "memory": Surface(lambda path: list(memory_units(path, ("en", "pt"))), "a.tmx", [_MEMORY]),
     }
     for name, surface in found.items():
         place = folder / name

@@ -44,7 +44,7 @@ def surfaces(tmp_path_factory):
 
 NAMES = (
     *("recipe", "index", "safetensors", "config", "source", "start", "adapter", "results", "page", "run"),
-    *("jsonl", "json", "csv", "tsv", "parquet", "text", "labelled", "chats"),
+    *("jsonl", "json", "csv", "tsv", "parquet", "text", "labelled", "chats", "memory"),
 )
 
 

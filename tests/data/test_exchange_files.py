@@ -60,6 +60,11 @@ def test_a_memory_is_read_in_the_languages_that_are_asked_for(tmp_path):
         ("", "which is empty"),
         (memory().replace("en-US", "fr"), r"has fr, pt, not two of en, pt: set 'data.pairs'"),
         ("<tmx/>", "has no language, not two of"),
+        ("<tu/>", "has no language, not two of"),
+        (
+            f'<tmx><tu><tuv lang="en"><seg>{"<hi>" * 9_000}{"</hi>" * 9_000}</seg></tuv></tu></tmx>',
+            "is no whole XML file",
+        ),
     ],
 )
 def test_a_memory_that_cannot_be_used_is_refused(tmp_path, text, complaint):
@@ -91,6 +96,21 @@ def test_texts_in_a_file_for_each_language_are_read_line_by_line(tmp_path, named
     assert found == set(PAIRS)
     if named != ".":
         assert corpus.description.startswith("the files corpus.en and corpus.pt, ")
+
+
+@pytest.mark.parametrize("ending", ["pt_br", "pt-br", "pt_BR"])
+def test_a_language_of_a_region_may_be_spelled_in_several_ways(tmp_path, ending):
+    write(tmp_path / "corpus.en", "\n".join(source for source, _ in PAIRS))
+    write(tmp_path / f"corpus.{ending}", "\n".join(target for _, target in PAIRS))
+    for named in ("corpus.en", f"corpus.{ending}", "."):
+        assert read(tmp_path / named, "en-pt_br")[1] == set(PAIRS)
+
+
+def test_a_folder_may_be_called_like_a_language(tmp_path):
+    folder = tmp_path / "texts.de"
+    folder.mkdir()
+    write(folder / "a.tmx", memory())
+    assert read(folder)[1] == set(PAIRS)
 
 
 def test_a_folder_may_hold_all_kinds(tmp_path):

@@ -40,8 +40,9 @@ def memory_variants(path: Path) -> Iterator[dict[str, str]]:
             parents.pop()
             if _name(element) == "tu":
                 yield dict(filter(None, map(_variant, element)))
-                parents[-1].remove(element)  # a memory may be larger than this machine's
-    except XML.ParseError as error:
+                for parent in parents[-1:]:
+                    parent.remove(element)  # a memory may be larger than this machine's
+    except (XML.ParseError, RecursionError) as error:
         fault = (
             f"is no whole XML file ({reason_of(error)}): repair it, or export it as .tsv, a column for each language"
         )
@@ -92,25 +93,25 @@ def endings_of(languages: Iterable[str]) -> dict[str, str]:
     return {f".{form}": language for language in languages for form in (language, language.replace("_", "-"))}
 
 
-def texts_by_stem(files: Iterable[Path], languages: Collection[str]) -> list[dict[str, Path]]:
+def texts_by_stem(files: list[Path], languages: Collection[str]) -> list[dict[str, Path]]:
     """Files in a language each, gathered by what stands before their ending; a single one is joined by its siblings.
 
     Raises:
         UserError: a file has no sibling in another of the languages.
     """
     endings = endings_of(languages)
+    if len(files) == 1:
+        beside = sorted(path for path in files[0].parent.iterdir() if path.is_file())
+        files = [path for path in beside if path.stem == files[0].stem and path.suffix.lower() in endings]
     found: dict[Path, dict[str, Path]] = {}
     for file in files:
-        stem = file.with_suffix("")
-        siblings = {language: file.with_suffix(ending) for ending, language in endings.items()}
-        there = {language: path for language, path in siblings.items() if path.is_file()}
-        there[endings[file.suffix.lower()]] = file
-        found[stem] = there
-        if len(found[stem]) < 2:
-            wanted = " or ".join(f"'{path.name}'" for path in siblings.values() if path != file)
+        found.setdefault(file.with_suffix(""), {})[endings[file.suffix.lower()]] = file
+    for stem, texts in found.items():
+        if len(texts) < 2:
+            wanted = " or ".join(f"'{stem.name}.{language}'" for language in languages if language not in texts)
             raise UserError(
-                f"'{file}' has no {wanted} beside it: give the text in the other language the same name and its own "
-                "ending."
+                f"'{next(iter(texts.values()))}' has no {wanted} beside it: give the text in the other language the "
+                "same name and its own ending."
             )
     return list(found.values())
 

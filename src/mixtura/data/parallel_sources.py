@@ -245,13 +245,19 @@ def _check_languages(pairs: tuple[Pair, ...], known: tuple[str, ...], where: str
                     f"'data.pairs' has '{pair}' but '{language}' is not in {where}: pair two of "
                     f"{', '.join(known)}{advice}."
                 )
+    return _languages_of(pairs)
+
+
+def _languages_of(pairs: tuple[Pair, ...]) -> tuple[str, ...]:
+    """Sorted."""
     return tuple(sorted({language for pair in pairs for language in pair}))
 
 
 def _open_local(config: TranslationDataConfig, pairs: tuple[Pair, ...], skipped: Counter[str]) -> Source:
-    languages = sorted({language for pair in pairs for language in pair})
-    ending = Path(str(config.path)).suffix
-    if (other := language_of_column(ending)) is not None and find_language(ending[1:], languages) not in languages:
+    languages = _languages_of(pairs)
+    path = Path(str(config.path)).expanduser()
+    other = language_of_column(path.suffix) if path.is_file() else None
+    if other is not None and find_language(path.suffix[1:], languages) not in languages:
         raise UserError(
             f"'data.path' is '{config.path}', a text in {other} by its ending, and 'data.pairs' has "
             f"{', '.join(map(str, pairs))}: name a direction of {other}, such as {other}-{languages[0]}."
@@ -290,7 +296,7 @@ def _open_hub(config: TranslationDataConfig, pairs: tuple[Pair, ...], skipped: C
 def _row_units(
     rows: Iterator[Row], config: TranslationDataConfig, pairs: tuple[Pair, ...], skipped: Counter[str], *, source: str
 ) -> Iterator[Unit]:
-    asked = {language for pair in pairs for language in pair}
+    asked = _languages_of(pairs)
     columns = {"data.source_column": config.source_column, "data.target_column": config.target_column}
     # One pair of languages, asked for in one direction or in both: the first direction names the columns.
     default = pairs[0] if all(set(pair) == set(pairs[0]) for pair in pairs) else None
@@ -327,7 +333,7 @@ def _language_columns(config: TranslationDataConfig) -> dict[str, str]:
 
 
 def _row_languages(
-    row: Row, config: TranslationDataConfig, default: Pair | None, asked: set[str], lacking: Counter[str]
+    row: Row, config: TranslationDataConfig, default: Pair | None, asked: Collection[str], lacking: Counter[str]
 ) -> list[str | None]:
     """The languages of source and target; None where there is no code.
 
