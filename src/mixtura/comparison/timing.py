@@ -50,8 +50,10 @@ def time_arms(
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     typical, longest = typical_and_longest(arms[baseline], training)
-    steps = {name: _Step(arm, training, device, typical, longest) for name, arm in arms.items()}
+    steps = {name: _Step(arm, training, device, longest) for name, arm in arms.items()}
     peaks = {name: step.peak_memory() for name, step in steps.items()}
+    for step in steps.values():
+        step.take(typical)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for round_number in range(WARM_UP_ROUNDS + rounds):
         for name, step in steps.items():
@@ -74,9 +76,9 @@ def time_arms(
 class _Step:
     """One whole training step of an arm: forward, backward, clipping and optimizer."""
 
-    def __init__(self, arm: Arm, training: TrainingConfig, device: torch.device, typical: int, longest: int) -> None:
-        self.training, self.task, self.device = training, arm.task, device
-        self.arm, self.typical, self.longest = arm, typical, longest
+    def __init__(self, arm: Arm, training: TrainingConfig, device: torch.device, first: int) -> None:
+        """`first` is the step of a run whose data it takes at first."""
+        self.arm, self.training, self.task, self.device = arm, training, arm.task, device
         self.model = arm.build(seed=0).train()
         if training.activation_checkpointing:
             # transformers renamed it within version 5.
@@ -94,7 +96,7 @@ class _Step:
         self.kinds = [(1.0, 0.0)]
         if isinstance(self.model, MixtureForCausalLM) and self.model.mixture_of_tokens_layers():
             self.kinds = step_kinds(self.model.config, steps=training.steps)
-        self.take(typical)
+        self.take(first)
 
     def take(self, step: int) -> None:
         """Gets the data of that step of a run."""
@@ -156,11 +158,8 @@ class _Step:
 
     def peak_memory(self) -> int:
         """Peak bytes of one step: parameters and optimizer state, and what a step allocates on top."""
-        self.take(self.longest)
         self.run()  # the first step makes the optimizer's state
-        peak = live_bytes(self.model, self.optimizer) + measure_peak_memory(self.run, device=self.device)
-        self.take(self.typical)
-        return peak
+        return live_bytes(self.model, self.optimizer) + measure_peak_memory(self.run, device=self.device)
 
     def optimizer_state(self) -> int:
         """Bytes that the optimizer keeps from step to step."""

@@ -13,6 +13,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -199,21 +200,20 @@ def _model(teacher: str, *, num_beams: int) -> tuple[list[list[str]], Callable[[
     files = sorted(path for path in folder.rglob("*") if path.is_file())
 
     def speaker(direction: str) -> Speaker:
-        translator = Translator(folder, *direction.split("-"))
-
-        def say(sources: list[str]) -> list[Said]:
-            encoded = translator.encode(sources)
-            short = [i for i, ids in enumerate(encoded) if len(ids) + 1 < translator.max_length]
-            rows = [Said(source, None, _TOO_LONG) for source in sources]
-            if short:
-                lines, is_cut = translator.translate([encoded[i] for i in short], num_beams=num_beams)
-                for i, line, cut in zip(short, lines, is_cut, strict=True):
-                    rows[i] = Said(sources[i], None, _CUT) if cut else Said(sources[i], " ".join(line.split()))
-            return rows
-
-        return say
+        return partial(_said, Translator(folder, *direction.split("-")), num_beams)
 
     return [[str(path.relative_to(folder)), checksum(path)] for path in files], speaker
+
+
+def _said(translator: Translator, num_beams: int, sources: list[str]) -> list[Said]:
+    encoded = translator.encode(sources)
+    short = [i for i, ids in enumerate(encoded) if len(ids) + 1 < translator.max_length]
+    rows = [Said(source, None, _TOO_LONG) for source in sources]
+    if short:
+        lines, is_cut = translator.translate([encoded[i] for i in short], num_beams=num_beams)
+        for i, line, cut in zip(short, lines, is_cut, strict=True):
+            rows[i] = Said(sources[i], None, _CUT) if cut else Said(sources[i], " ".join(line.split()))
+    return rows
 
 
 def _engine() -> tuple[str, Callable[[str], Speaker]]:
