@@ -35,10 +35,10 @@ from mixtura.checkpoints.tensors import INDEX, WHOLE, StoredWeights
 from mixtura.config import DataConfig, UserError, load_recipe, recipe_from_dict
 from mixtura.config.schema import ChatDataConfig, ClassificationDataConfig
 from mixtura.data.chats import load_chats
-from mixtura.data.exchange_files import memory_units
+from mixtura.data.formats.exchange_files import memory_units
+from mixtura.data.formats.table_files import file_rows, select
 from mixtura.data.labelled import load_labelled
 from mixtura.data.sources import load_corpus
-from mixtura.data.table_files import file_rows, select
 from mixtura.files import check_inside, write_json
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.models.loading import adapter_advice, folder_settings, load_config

@@ -1,6 +1,7 @@
 """Chats from a user's own rows: both styles are read, and what cannot be trained on is refused with its row."""
 
 import json
+import re
 
 import pytest
 
@@ -108,8 +109,27 @@ def test_table_without_messages_says_which_columns_there_are(tmp_path):
 
 def test_chats_in_a_column_of_another_name_are_pointed_at(tmp_path):
     row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
-    with pytest.raises(UserError, match=r"set 'data\.messages_column' to 'conversations'\.$"):
+    with pytest.raises(UserError, match=r"set 'data\.messages_column' to 'conversations' \(--columns conv"):
         load(write(tmp_path, [row] * 3))
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        (("instruction", "input", "output"), "'instruction+input' and 'data.completion_column' to 'output'"),
+        (("Prompt", "Response"), "'Prompt' and 'data.completion_column' to 'Response' (--columns Prompt,Response)"),
+    ],
+)
+def test_columns_of_instructions_are_pointed_at(tmp_path, columns, named):
+    with pytest.raises(UserError, match=re.escape(f"set 'data.prompt_column' to {named}")):
+        load(write(tmp_path, [dict.fromkeys(columns, "words")] * 3))
+
+
+def test_what_a_question_is_about_is_joined_to_it(tmp_path):
+    rows = [{"instruction": f"sum up {i}", "input": "a text" * (i % 2), "output": f"{i}"} for i in range(6)]
+    _, found = load(write(tmp_path, rows), prompt_column="instruction+input", completion_column="output")
+    asked = {of.messages[1].content: of.messages[0].content for of in found}
+    assert asked["1"] == "sum up 1\n\na text" and asked["2"] == "sum up 2"
 
 
 def test_too_few_chats_are_refused(tmp_path):

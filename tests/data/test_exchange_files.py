@@ -1,5 +1,7 @@
 """Translation memories, and texts in a file for each language, as sentence pairs."""
 
+import gzip
+import lzma
 from typing import Any
 
 import pytest
@@ -98,6 +100,18 @@ def test_texts_in_a_file_for_each_language_are_read_line_by_line(tmp_path, named
         assert corpus.description.startswith("the files corpus.en and corpus.pt, ")
 
 
+def test_packed_files_are_unpacked_in_passing(tmp_path):
+    for language, side in (("en", 0), ("pt", 1)):
+        text = "\n".join(pair[side] for pair in PAIRS)
+        (tmp_path / f"corpus.v1.{language}.gz").write_bytes(gzip.compress(text.encode()))
+    assert read(tmp_path / "corpus.v1.en.gz")[1] == set(PAIRS)
+    (tmp_path / "b.tmx.xz").write_bytes(lzma.compress(memory().encode()))
+    assert read(tmp_path / "b.tmx.xz")[1] == set(PAIRS)
+    (tmp_path / "b.tmx.xz").write_bytes(lzma.compress(memory().encode())[:-30])
+    with pytest.raises(UserError, match="cannot be unpacked"):
+        read(tmp_path / "b.tmx.xz")
+
+
 @pytest.mark.parametrize("ending", ["pt_br", "pt-br", "pt_BR"])
 def test_a_language_of_a_region_may_be_spelled_in_several_ways(tmp_path, ending):
     write(tmp_path / "corpus.en", "\n".join(source for source, _ in PAIRS))
@@ -136,3 +150,4 @@ def test_texts_that_are_not_aligned_are_refused(tmp_path):
 def test_a_recipe_is_sketched_for_a_memory(tmp_path):
     text = sketch_recipe(write(tmp_path / "a.tmx", memory()), name="mine")
     assert 'task = "translation"' in text and 'pairs = ["en-pt"]' in text and "source_column" not in text
+    assert "source_column" not in sketch_recipe(tmp_path, name="mine")

@@ -135,7 +135,18 @@ LABELLED = {
     ),
     "UTF-16": Case("a.csv", csv().decode().encode("utf-16"), "is UTF-16 text: convert it"),
     "a NUL": Case("a.csv", csv("a\0b,good"), "holds a NUL byte"),
-    "gzip": Case("a.csv.gz", gzip.compress(csv()), "is packed: unpack it"),
+    "gzip": Case("a.csv.gz", gzip.compress(csv()), 40),
+    "bzip2": Case("a.JSONL.BZ2", bz2.compress(jsonl(ROWS)), 40),
+    "xz": Case("a.json.xz", lzma.compress(json.dumps(ROWS).encode()), 40),
+    "gzip, cut short": Case("a.csv.gz", gzip.compress(csv())[:-20], "cannot be unpacked"),
+    "gzip, spoilt": Case("a.csv.gz", gzip.compress(csv())[:30] + b"xyzxyz" * 20, "cannot be unpacked"),
+    "xz, cut short": Case("a.csv.xz", lzma.compress(csv())[:-20], "cannot be unpacked"),
+    "xz, spoilt": Case("a.csv.xz", lzma.compress(csv())[:20] + b"xyzxyz" * 20, "cannot be unpacked"),
+    "gzip in name only": Case("a.csv.gz", csv(), "cannot be unpacked (Not a gzipped file"),
+    "UTF-16 in gzip": Case("a.csv.gz", gzip.compress(csv().decode().encode("utf-16")), "is UTF-16 text: convert it"),
+    "zstd": Case("a.csv.zst", b"x", "is packed: unpack it"),
+    "Parquet in gzip": Case("a.parquet.gz", gzip.compress(b"PAR1"), "is packed: unpack it"),
+    "gzip of something": Case("a.gz", gzip.compress(csv()), "is packed: unpack it"),
     "gzip under another name": Case("a.csv", gzip.compress(csv()), "is packed by gzip: unpack it"),
     "bzip2 under another name": Case("a.jsonl", bz2.compress(jsonl(ROWS)), "is packed by bzip2"),
     "xz under another name": Case("a.jsonl", lzma.compress(jsonl(ROWS)), "is packed by xz"),
@@ -173,6 +184,16 @@ LABELLED = {
         {"label_column": "label.0"},
     ),
     "chats, joined": Case("a.jsonl", jsonl(CHATS), 40, {}, {"text_column": "messages.content"}),
+    "two columns": Case("a.csv", csv(), 40, {}, {"text_column": "text + label"}),
+    "two columns of Parquet": Case(
+        "a.parquet", parquet(pa.table(COLUMNS, ["text", "label"])), 40, {}, {"text_column": "label+text"}
+    ),
+    "two columns, one of them wrong": Case(
+        "a.csv", csv(), "set 'data.text_column' to one of text, label", {}, {"text_column": "title+text"}
+    ),
+    "two columns, one of them nested": Case(
+        "a.jsonl", jsonl(CHATS), "holds lists or objects", {}, {"text_column": "label+messages"}
+    ),
     "chats as text": Case("a.jsonl", jsonl(CHATS), "holds lists or objects", {}, {"text_column": "messages"}),
     "chats in Parquet": Case(
         "a.parquet", parquet(pa.Table.from_pylist(CHATS)), 40, {}, {"text_column": "messages.0.content"}
@@ -276,6 +297,7 @@ DOCUMENTS = {
     "paragraphs": Case("a.txt", b"\r\n\r\n".join(row["text"].encode() for row in ROWS), 40),
     "one endless line": Case("a.txt", b"\n\n".join([b"x" * 5_000_000, *(row["text"].encode() for row in ROWS)]), 41),
     "only white space": Case("a.txt", b"\n \n", "There is no text in the file a.txt (it has no rows)"),
+    "paragraphs in gzip": Case("a.txt.gz", gzip.compress(b"\n\n".join(row["text"].encode() for row in ROWS)), 40),
     "only a header": Case("a.csv", b"text\n", "There is no text in the file a.csv (it has no rows)"),
     "no row has the key": Case("a.jsonl", jsonl([{"content": "x"}]), "No row of the file a.jsonl has 'text'"),
     "UTF-16": Case("a.txt", "plain text".encode("utf-16"), "is UTF-16 text"),

@@ -91,6 +91,10 @@ def test_two_of_three_columns_named_after_languages_are_enough(sketched, tmp_pat
     [
         ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, (None, None)),
         ({"prompt": "a", "completion": "b"}, ("prompt", "completion")),
+        ({"Question": "a", "Answer": "b", "source": "c"}, ("Question", "Answer")),
+        ({"instruction": "a", "input": "", "output": "b"}, ("instruction+input", "output")),
+        ({"category": "a", "response": "b", "instruction": "c", "context": "d"}, ("instruction+context", "response")),
+        ({"input": "a", "output": "b"}, ("input", "output")),
     ],
 )
 def test_messages_or_prompts_make_it_chat(sketched, tmp_path, row, columns):
@@ -99,6 +103,27 @@ def test_messages_or_prompts_make_it_chat(sketched, tmp_path, row, columns):
     recipe = sketched(file)
     assert isinstance(recipe, ChatRecipe) and recipe.data.path == str(file)
     assert (recipe.data.prompt_column, recipe.data.completion_column) == columns
+
+
+def test_chats_whose_columns_say_nothing_are_asked_for(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"one": "a", "two": "b"}\n', encoding="utf-8")
+    with pytest.raises(UserError, match="name two with --columns, PROMPT,COMPLETION"):
+        sketch_recipe(tmp_path / "a.jsonl", task="chat", name="mine")
+
+
+def test_columns_may_be_joined(labelled):
+    text = sketch_recipe(labelled, columns="Body+id,Mood", name="mine")
+    assert 'text_column = "Body+id"' in text
+    with pytest.raises(UserError, match="has 'title', which is no column"):
+        sketch_recipe(labelled, columns="title+Body,Mood", name="mine")
+
+
+def test_a_folder_for_each_class_needs_no_columns(sketched, tmp_path):
+    for label in ("good", "bad"):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "1.txt").write_text("text", encoding="utf-8")
+    recipe = sketched(tmp_path, task="classification")
+    assert isinstance(recipe, ClassificationRecipe) and recipe.data.path == str(tmp_path)
 
 
 def test_chats_of_another_name_are_known_by_their_turns(sketched, tmp_path):

@@ -140,12 +140,12 @@ def test_each_txt_file_of_a_folder_is_one_document(tmp_path):
     texts = [f"first paragraph {i}\n\nsecond paragraph\n" for i in range(40)]
     for i, text in enumerate(texts):
         (tmp_path / ("deep/deeper" if i % 2 else ".") / f"{i}.TXT").write_text(text, encoding="utf-8")
-    for name in ("notes.md", "part.jsonl.gz", "more.jsonl.gz", "LICENSE"):
+    for name in ("notes.md", "part.jsonl.zst", "more.jsonl.zst", "LICENSE"):
         (tmp_path / name).write_text("not read", encoding="utf-8")
     corpus = load_corpus(local(tmp_path))
     assert all_of(corpus) == sorted(texts)
     assert "40 files in" in corpus.description
-    assert "(4 of other kinds not read: .gz, without an ending, .md)" in corpus.description
+    assert "(4 of other kinds not read: .zst, without an ending, .md)" in corpus.description
 
 
 def test_a_folder_of_mixed_kinds_is_read_in_sorted_order(tmp_path):
@@ -223,8 +223,8 @@ def test_the_home_folder_of_nobody_is_refused():
 
 
 def test_a_folder_without_readable_files_is_refused(tmp_path):
-    (tmp_path / "a.csv.gz").write_text("text")
-    with pytest.raises(UserError, match=r"a folder without any file of .txt, .* such as 'a.csv.gz', which is packed"):
+    (tmp_path / "a.csv.zst").write_text("text")
+    with pytest.raises(UserError, match=r"a folder without any file of .txt, .* such as 'a.csv.zst', which is packed"):
         load_corpus(local(tmp_path))
 
 

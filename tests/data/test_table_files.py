@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from mixtura.config import UserError
-from mixtura.data.table_files import Row, file_rows, find_cell, select
+from mixtura.data.formats.rows import Row, find_cell
+from mixtura.data.formats.table_files import file_rows, select
 
 ROWS = [{"de": 'Er sagte "Hallo", dann ging er.', "en": 'He said "hello", then left.'}, {"de": '"Nein."', "en": "No."}]
 
@@ -84,6 +85,13 @@ EXPRESSIONS = {
     "nobody": (False, None),
     "text.content": (False, None),
     "none.content": (True, ""),
+    "dotted.name+text": (True, "as it stands\n\nplain"),
+    "text + messages.0.content": (True, "plain\n\nIs it late?"),
+    "none + text": (True, "plain"),
+    "text+nobody": (False, "plain"),
+    "text+messages": (True, CHAT),
+    "number+null+text": (True, "3\n\nplain"),
+    "a+b": (True, "a column"),
 }
 
 
@@ -95,6 +103,10 @@ def test_an_expression_flattens_chats(column, found):
         "dotted.name": "as it stands",
         "text": "plain",
         "none": [],
+        "number": 3,
+        "null": None,
+        "a+b": "a column",
+        "a": "not read",
     }
     assert find_cell(Row(values, "here"), column) == found
 
@@ -121,7 +133,7 @@ def test_a_column_that_nearly_no_row_has_is_refused():
 
 
 def test_no_endless_dataset_is_read_for_a_column_it_does_not_have(monkeypatch):
-    monkeypatch.setattr("mixtura.data.table_files.JUDGED_ROWS", 50)
+    monkeypatch.setattr("mixtura.data.formats.table_files.JUDGED_ROWS", 50)
     endless = (Row({"body": "b"}, "here") for _ in itertools.count())
     with pytest.raises(UserError, match="No row of some set has 'text'"):
         list(select(endless, {"data.text_column": "text"}, Counter(), source="some set"))

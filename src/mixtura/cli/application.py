@@ -192,9 +192,11 @@ def column_texts(source: Path | None, column: str) -> list[str]:
     Raises:
         UserError: no table is named, it cannot be read, or no row has text in that column.
     """
-    from mixtura.data.table_files import file_rows, find_cell
+    from mixtura.data.formats.rows import find_cell
+    from mixtura.data.formats.table_files import file_rows
+    from mixtura.data.formats.text_files import ending
 
-    if source is None or source.suffix.lower() not in _TABLES:
+    if source is None or ending(source) not in _TABLES:
         named = "no file is given with --in" if source is None else f"'{source}' is no table"
         raise UserError(f"--text-column is '{column}', but {named}: give one of {', '.join(_TABLES)}, or leave it out.")
     if not source.is_file():

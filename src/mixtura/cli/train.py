@@ -143,7 +143,9 @@ def finetune(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Your own .jsonl, .json, .csv, .tsv or .parquet, or a hub dataset as hub:NAME.", show_default=False
+            help="Your own .jsonl, .json, .csv, .tsv or .parquet, a folder of them or of a folder for each class, or a "
+            "hub dataset as hub:NAME.",
+            show_default=False,
         ),
     ] = None,
     columns: Annotated[
@@ -151,7 +153,7 @@ def finetune(
         typer.Option(
             help="Your columns: SOURCE,TARGET for translation, with SOURCE_LANGUAGE,TARGET_LANGUAGE where rows name "
             "theirs; TEXT,LABEL for classification, with further labels where these are columns of 0 and 1; "
-            "PROMPT,COMPLETION for chat."
+            "PROMPT,COMPLETION or MESSAGES for chat. TITLE+TEXT joins two."
         ),
     ] = None,
     pairs: Annotated[

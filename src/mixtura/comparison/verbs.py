@@ -45,7 +45,7 @@ def finetune(
         preset: "quick" or "default".
         data: a .jsonl, .csv, .tsv or .parquet file, or "hub:NAME"; None reads the recipe's data.
         columns: of `data`: "SOURCE,TARGET", with ",SOURCE_LANGUAGE,TARGET_LANGUAGE" where rows name their languages,
-            "TEXT,LABEL" or "PROMPT,COMPLETION"; chats need none where each row has its messages.
+            "TEXT,LABEL", "PROMPT,COMPLETION" or "MESSAGES"; "a+b" joins two columns.
         pairs: directions of translation, separated by commas, such as "en-de,de-en".
         base: the pretrained model: a folder, a hub name, "smollm2" or "minilm".
         out: the folder to write; by default runs/<the recipe's name>.

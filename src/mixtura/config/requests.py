@@ -269,7 +269,7 @@ def finetune_recipe(
         preset: "quick" or "default".
         data: a file, or "hub:NAME".
         columns: "SOURCE,TARGET", with ",SOURCE_LANGUAGE,TARGET_LANGUAGE" where rows name their languages,
-            "TEXT,LABEL", with more labels where these are columns of 0 and 1, or "PROMPT,COMPLETION".
+            "TEXT,LABEL", with more labels where these are columns of 0 and 1, "PROMPT,COMPLETION" or "MESSAGES".
         pairs: directions of translation, separated by commas.
         base: the pretrained model.
         overrides: "section.key=value" changes, which come last.
@@ -301,7 +301,7 @@ def data_overrides(
         task: one of `TASKS`.
         data: a file, or "hub:NAME".
         columns: "SOURCE,TARGET", with ",SOURCE_LANGUAGE,TARGET_LANGUAGE" where rows name their languages,
-            "TEXT,LABEL", with more labels where these are columns of 0 and 1, or "PROMPT,COMPLETION".
+            "TEXT,LABEL", with more labels where these are columns of 0 and 1, "PROMPT,COMPLETION" or "MESSAGES".
         pairs: directions of translation, separated by commas; None takes columns that are named after languages.
         base: the pretrained model.
 
@@ -335,8 +335,12 @@ def _column_keys(task: str, columns: str, names: Sequence[str]) -> dict[str, str
     keys = _COLUMNS[task]
     if task == "classification" and len(names) > len(keys) and all(names):
         return {"data.text_column": names[0], "data.label_columns": list(names[1:])}
+    if task == "chat" and len(names) == 1 and all(names):
+        return {"data.messages_column": names[0]}
     if len(names) not in (2, len(keys)) or not all(names):
         wanted = f"two names, {','.join(keys[:2]).upper()}"
+        if task == "chat":
+            wanted += ", or the one column of messages"
         if task == "translation":
             wanted += ", or four with SOURCE_LANGUAGE,TARGET_LANGUAGE where rows name them"
         raise UserError(f"--columns is '{columns}': give {wanted}.")

@@ -20,9 +20,10 @@ from typing import NamedTuple, TypeVar
 
 from mixtura.config import ChatDataConfig, UserError
 from mixtura.config.requests import held_out_chats
+from mixtura.data.formats.rows import Row, find_cell
+from mixtura.data.formats.table_files import TABLES, file_rows, hub_rows, select
+from mixtura.data.formats.text_files import local_files
 from mixtura.data.held_out import is_utf8, normalise, text_hash
-from mixtura.data.table_files import TABLES, Row, file_rows, find_cell, hub_rows, select
-from mixtura.data.text_files import local_files
 
 _LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "site-packages", "dist-packages"}
 _LONGEST_ANSWER, _SHORTEST_ANSWER, _LONGEST_SIGNATURE = 240, 20, 90
@@ -236,7 +237,14 @@ def _chats(rows: Iterator[Row], column: str, skipped: Counter[str], source: str)
     if names and not found:
         turns = next((name for name, value in names.items() if holds_turns(value)), None)
         if turns is not None:
-            raise UserError(f"No row of {source} has '{column}': set 'data.messages_column' to '{turns}'.")
+            raise UserError(
+                f"No row of {source} has '{column}': set 'data.messages_column' to '{turns}' (--columns {turns})."
+            )
+        if (pair := question_columns(names)) is not None:
+            raise UserError(
+                f"No row of {source} has '{column}': set 'data.prompt_column' to '{pair[0]}' and "
+                f"'data.completion_column' to '{pair[1]}' (--columns {','.join(pair)})."
+            )
         listed = ", ".join(list(names)[:20])
         raise UserError(
             f"No row of {source} has '{column}': name a column of messages in 'data.messages_column', or two of "
@@ -249,6 +257,33 @@ def holds_turns(value: object) -> bool:
     return isinstance(value, list) and any(
         isinstance(turn, Mapping) and {"role", "from"} & turn.keys() for turn in value
     )
+
+
+_QUESTIONS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("input", "output"),
+)
+_CONTEXTS = ("input", "context")
+"""Columns of what a question is about, beside it; mostly empty."""
+
+
+def question_columns(names: Iterable[str]) -> tuple[str, str] | None:
+    """The columns of questions and answers, as expressions, by the names that data sets of instructions give them.
+
+    What a question is about is joined to it: "instruction+input".
+    """
+    spelled = {name.casefold(): name for name in names}
+    for question, answer in _QUESTIONS:
+        if question in spelled and answer in spelled:
+            about = [spelled[name] for name in _CONTEXTS if name in spelled and name != question]
+            return "+".join([spelled[question], *about]), spelled[answer]
+    return None
 
 
 def _message(turn: object, where: str) -> Message:

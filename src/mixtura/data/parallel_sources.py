@@ -23,10 +23,11 @@ import pyarrow.parquet as pq
 
 from mixtura.config import TranslationDataConfig, UserError
 from mixtura.config.languages import Pair, find_language, language_of_column
-from mixtura.data.exchange_files import MEMORY, aligned_units, endings_of, memory_units, texts_by_stem
+from mixtura.data.formats.exchange_files import MEMORY, aligned_units, endings_of, memory_units, texts_by_stem
+from mixtura.data.formats.rows import Row, find_cell
+from mixtura.data.formats.table_files import JUDGED_ROWS, TABLES, file_rows, hub_rows, select
+from mixtura.data.formats.text_files import ending, local_files
 from mixtura.data.held_out import Unit
-from mixtura.data.table_files import JUDGED_ROWS, TABLES, Row, file_rows, find_cell, hub_rows, select
-from mixtura.data.text_files import local_files
 from mixtura.errors import reason_of
 from mixtura.files import cache_folder, package_path
 
@@ -256,16 +257,16 @@ def _languages_of(pairs: tuple[Pair, ...]) -> tuple[str, ...]:
 def _open_local(config: TranslationDataConfig, pairs: tuple[Pair, ...], skipped: Counter[str]) -> Source:
     languages = _languages_of(pairs)
     path = Path(str(config.path)).expanduser()
-    other = language_of_column(path.suffix) if path.is_file() else None
-    if other is not None and find_language(path.suffix[1:], languages) not in languages:
+    other = language_of_column(ending(path)) if path.is_file() else None
+    if other is not None and find_language(ending(path)[1:], languages) not in languages:
         raise UserError(
             f"'data.path' is '{config.path}', a text in {other} by its ending, and 'data.pairs' has "
             f"{', '.join(map(str, pairs))}: name a direction of {other}, such as {other}-{languages[0]}."
         )
     files, others = local_files(config.path, (*TABLES, MEMORY, *endings_of(languages)))
     name = f"the file {files[0].name}" if len(files) == 1 else f"{len(files)} files in {config.path}"
-    tables = [file for file in files if file.suffix.lower() in TABLES]
-    memories = [file for file in files if file.suffix.lower() == MEMORY]
+    tables = [file for file in files if ending(file) in TABLES]
+    memories = [file for file in files if ending(file) == MEMORY]
     texts = texts_by_stem([file for file in files if file not in {*tables, *memories}], languages)
     if len(files) == 1 and texts:
         name = f"the files {' and '.join(path.name for path in texts[0].values())}"

@@ -14,11 +14,12 @@ from mixtura.config import UserError, data_overrides, load_recipe, preset_path, 
 from mixtura.config.describe import SECTIONS, keys_of, written
 from mixtura.config.languages import language_of_column
 from mixtura.config.schema import TomlTable
-from mixtura.data.chats import holds_turns
-from mixtura.data.exchange_files import MEMORY, memory_variants
+from mixtura.data.chats import holds_turns, question_columns
+from mixtura.data.formats.exchange_files import MEMORY, memory_variants
+from mixtura.data.formats.rows import joined_columns
+from mixtura.data.formats.table_files import TABLES, file_rows
+from mixtura.data.formats.text_files import ending, local_files
 from mixtura.data.labelled import MOST_LISTED, label_set
-from mixtura.data.table_files import TABLES, file_rows
-from mixtura.data.text_files import local_files
 
 LOOKED_AT = 2_000
 """How many rows are read to tell texts from labels."""
@@ -28,8 +29,8 @@ _PRESETS = {
     "classification": "classification-quick",
     "chat": "chat-quick",
 }
-_CHATS, _QUESTIONS = "messages", ("prompt", "completion")
-"""Column names that mean chats."""
+_CHATS = "messages"
+"""The column of chats, if none is named."""
 
 
 class Look(NamedTuple):
@@ -84,16 +85,19 @@ def sketch_recipe(
         raise UserError(f"There is no task '{task}': choose one of {', '.join(_PRESETS)}.")
     looks: list[Look] = []
     about = []
+    files: list[Path] = []
     if data is not None:
         files, _ = local_files(str(data), (".txt", *TABLES, MEMORY))
         many = "1 file" if len(files) == 1 else f"{len(files)} files"
         about.append(f"{many}, {sum(file.stat().st_size for file in files):,} bytes.")
-        if files[0].suffix.lower() in (*TABLES, MEMORY):
+        if ending(files[0]) in (*TABLES, MEMORY):
             looks = _look(files[0])
             about.append(f"Columns of {files[0].name}, in {len(looks[0].values):,} rows: {_listed_columns(looks)}.")
     _check_columns(columns, looks)
     task = task or _task(looks, pairs)
     overrides = [] if data is None else _overrides(task, data, looks, columns, pairs)
+    if files and ending(files[0]) == MEMORY:  # which names languages, not columns
+        overrides = [each for each in overrides if "_column=" not in each]
     recipe = load_recipe(preset_path(_PRESETS[task]), [f"name={json.dumps(_folder_name(name))}", *overrides])
     table = recipe_to_dict(recipe)
     if data is not None:
@@ -108,10 +112,11 @@ def sketch_recipe(
 
 def _check_columns(columns: str | None, looks: list[Look]) -> None:
     names = [look.column for look in looks]
-    for column in columns.split(",") if names and columns is not None else ():
+    asked = [column.strip() for column in columns.split(",")] if names and columns is not None else []
+    for column in (part for each in asked for part in ([each] if each in names else joined_columns(each))):
         # "messages.content" is a place inside a column.
-        if column.strip() not in names and column.strip().partition(".")[0] not in names:
-            raise UserError(f"--columns has '{column.strip()}', which is no column: name some of {', '.join(names)}.")
+        if column not in names and column.partition(".")[0] not in names:
+            raise UserError(f"--columns has '{column}', which is no column: name some of {', '.join(names)}.")
 
 
 def _folder_name(name: str) -> str:
@@ -119,8 +124,8 @@ def _folder_name(name: str) -> str:
 
 
 def _look(file: Path) -> list[Look]:
-    names = pq.read_schema(file).names if file.suffix.lower() == ".parquet" else ()
-    is_memory = file.suffix.lower() == MEMORY
+    names = pq.read_schema(file).names if ending(file) == ".parquet" else ()
+    is_memory = ending(file) == MEMORY
     found = memory_variants(file) if is_memory else (row.values for row in file_rows(file, names))
     rows: list[Mapping[str, object]] = list(islice(found, LOOKED_AT))
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -140,7 +145,7 @@ def _listed_columns(looks: list[Look]) -> str:
 
 def _task(looks: list[Look], pairs: str | None) -> str:
     names = {look.column for look in looks}
-    if _chats(looks) is not None or names.issuperset(_QUESTIONS):
+    if _chats(looks) is not None or question_columns(names) is not None:
         return "chat"
     texts = [look for look in looks if look.is_text]
     if len(texts) >= 2 and (pairs is not None or len(_languages(texts)) >= 2):
@@ -171,14 +176,9 @@ def _overrides(task: str, data: Path, looks: list[Look], columns: str | None, pa
         changes = ['data.source="local"', f"data.path={json.dumps(str(data))}"]
         return changes + ([f"data.text_column={json.dumps(text, ensure_ascii=False)}"] if looks else [])
     if task == "chat":
-        chats = _chats(looks)
-        asked = columns is None and chats is None
-        named = ",".join(_QUESTIONS) if asked else columns
-        changes = data_overrides(task, data=str(data), columns=named, pairs=None, base=None)
-        if columns is None and chats not in (None, _CHATS):
-            changes.append(f"data.messages_column={json.dumps(chats, ensure_ascii=False)}")
-        return changes
-    if columns is None:
+        columns = columns or _chat_columns(data, looks)
+        return data_overrides(task, data=str(data), columns=columns, pairs=None, base=None)
+    if columns is None and (looks or task == "translation"):
         in_order = [look for look in looks if look in texts]
         if pairs is None and len(named := _languages(in_order)) >= 2:
             in_order = list(named.values())
@@ -187,16 +187,26 @@ def _overrides(task: str, data: Path, looks: list[Look], columns: str | None, pa
             wanted = "two columns of sentences" if task == "translation" else "a column of texts and one of classes"
             raise UserError(f"No {wanted} can be told apart in '{data}': name them with --columns.")
         columns = ",".join(look.column for look in chosen)
-    if task == "translation" and pairs is None:
+    if task == "translation" and pairs is None and columns is not None:
         codes = [language_of_column(column) for column in columns.split(",")]
         if len(codes) != 2 or None in codes or codes[0] == codes[1]:
             raise UserError(
                 f"The languages of the columns {columns} are not in their names: give --pairs, such as en-de."
             )
         pairs = "-".join(map(str, codes))
-    if data.suffix.lower() == MEMORY:  # which names languages, not columns
-        columns = None
     return data_overrides(task, data=str(data), columns=columns, pairs=pairs, base=None)
+
+
+def _chat_columns(data: Path, looks: list[Look]) -> str | None:
+    """What --columns would say; None where the chats are in the column that is read unless another is named."""
+    if (chats := _chats(looks)) is not None:
+        return None if chats == _CHATS else chats
+    if (found := question_columns(look.column for look in looks)) is None:
+        raise UserError(
+            f"No chats, and no column of questions beside one of answers, can be told apart in '{data}': name two with "
+            "--columns, PROMPT,COMPLETION."
+        )
+    return ",".join(found)
 
 
 def _labels(looks: list[Look]) -> list[Look]:

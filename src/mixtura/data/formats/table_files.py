@@ -2,10 +2,6 @@
 
 A column is named once: a header or an object that names one twice is refused, since every reader would choose another.
 The same rules hold for documents, parallel text and labelled text. A row has its place in a file, for messages.
-
-A column expression names a column and, after dots, a part of its value. "translation.en" is a key of an object.
-"messages.content" is that key of every object in a list, as one text with a line for each; "messages.0.content" is that
-of the first object, "messages.-1.content" of the last.
 """
 
 import csv
@@ -17,13 +13,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from decimal import Decimal
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mixtura.config import UserError
-from mixtura.data.text_files import format_of, read_lines
+from mixtura.data.formats.rows import Row, find_cell, joined_columns
+from mixtura.data.formats.text_files import ending, format_of, read_lines
 from mixtura.errors import need, reason_of
 
 COMMON_SHARE = 0.01
@@ -34,14 +31,6 @@ _LISTED = 20
 _QUOTED = re.compile(r'"[^"]*"')
 _MARK_OF_EXCEL = re.compile(r"sep=([,;\t|])\s*")
 _CHAT_TEXT = re.compile(r"(messages?|conversations?|chat|dialog(?:ue)?|turns)\.(content|value|text)")
-
-
-class Row(NamedTuple):
-    """One row of a table."""
-
-    values: Mapping[str, object]
-    where: str
-    """The place, to stand inside a sentence: "'a.jsonl' line 3"."""
 
 
 def hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
@@ -60,13 +49,6 @@ def hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
             f"The hub dataset '{name}' cannot be read ({reason_of(error)}): "
             "check 'data.name', 'data.subset', 'data.split' and the network."
         ) from error
-
-
-def find_cell(row: Row, column: str) -> tuple[bool, object]:
-    """Whether a row has a column, and what it holds there; `column` is an expression, see above."""
-    if column in row.values:
-        return True, row.values[column]
-    return _look(row.values, column)
 
 
 def select(
@@ -148,7 +130,7 @@ def _advice(wrong: Mapping[str, str], names: Sequence[str]) -> str:
         return f"set {keys} to {'two' if len(wrong) == 2 else len(wrong)} of {listed}"
     (column,) = wrong.values()
     folded = {name.casefold().strip(): name for name in names}
-    near = difflib.get_close_matches(column.casefold(), folded, n=1, cutoff=0.75)
+    near = [] if "+" in column else difflib.get_close_matches(column.casefold(), folded, n=1, cutoff=0.75)
     return (
         f"set {keys} to '{_short(folded[near[0]])}', the nearest of {listed}"
         if near
@@ -173,35 +155,6 @@ def _columns(values: Mapping[str, object], prefix: str = "") -> Iterator[str]:
 
 def _is_nested(value: object) -> bool:
     return isinstance(value, Mapping) or (isinstance(value, list) and any(isinstance(item, Mapping) for item in value))
-
-
-def _look(value: object, column: str) -> tuple[bool, object]:
-    """What an expression finds in an object or a list; a list of texts that lies inside one is joined."""
-    head, dot, rest = column.partition(".")
-    if isinstance(value, Mapping):
-        if column in value:
-            return True, value[column]
-        if not dot or head not in value:
-            return False, None
-        present, found = _look(value[head], rest)
-        return present, _joined(found) if present and isinstance(found, list) else found
-    if isinstance(value, list):
-        if re.fullmatch(r"-?\d{1,9}", head):
-            place = int(head)
-            inside = -len(value) <= place < len(value)
-            return (_look(value[place], rest) if dot else (True, value[place])) if inside else (False, None)
-        parts = [found for present, found in (_look(item, column) for item in value) if present]
-        return (True, parts) if parts or not value else (False, None)
-    return False, None
-
-
-def _joined(parts: list[object]) -> object:
-    """A line for each text, those of messages that are made of parts too; the list itself where it holds no text."""
-    texts = []
-    for part in parts:
-        inner = _joined(part) if isinstance(part, list) else part.get("text") if isinstance(part, Mapping) else part
-        texts += [inner] if isinstance(inner, str) else []
-    return "\n".join(texts) if texts or not parts else parts
 
 
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -230,7 +183,7 @@ def file_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
         ".tsv": lambda: _tsv_rows(path),
         ".parquet": lambda: _parquet_rows(path, columns),
     }
-    return readers[path.suffix.lower()]()
+    return readers[ending(path)]()
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
@@ -381,7 +334,8 @@ def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             _check_names(path, names)
-            outer = {name if name in names else name.partition(".")[0] for name in columns}
+            parts = [part for name in columns for part in ([name] if name in names else joined_columns(name))]
+            outer = {name if name in names else name.partition(".")[0] for name in parts}
             # All of them where one is missing, so that the message about it can list them.
             wanted = [name for name in names if name in outer] if outer <= set(names) else names
             for batch in file.iter_batches(batch_size=1000, columns=wanted):

@@ -1,14 +1,22 @@
 """Files of text: which ones a path means, and their lines, or one sentence on why a file cannot be read."""
 
+import bz2
+import gzip
+import lzma
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from mixtura.config import UserError
 from mixtura.errors import reason_of
 
-_PACKED = (".gz", ".zip", ".bz2", ".xz", ".zst", ".tar", ".tgz", ".7z")
+_UNPACKED_IN_PASSING = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_PACKED = (*_UNPACKED_IN_PASSING, ".zip", ".zst", ".tar", ".tgz", ".7z")
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+"""What reading a file may raise, one that is unpacked in passing too."""
 _SPREADSHEETS = (".xlsx", ".xls", ".ods")
 _MEMORIES = (".tmx", ".xliff", ".xlf", ".po")
 _MOST_ENDINGS = 5
@@ -25,6 +33,31 @@ _SIGNATURES = {
     b"%PDF": "is a PDF: take the text out of it",
     b"version https://git-lfs": "is a pointer of Git LFS: fetch the file itself with `git lfs pull`",
 }
+
+
+def ending(path: Path) -> str:
+    """The ending of a file in lower case; of a packed one that of what is in it, such as ".jsonl" of a.jsonl.gz.
+
+    Parquet is packed already, and read from its end: a packed one stays what it is.
+    """
+    inner = _unpacked(path).suffix.lower()
+    return path.suffix.lower() if inner == ".parquet" else inner
+
+
+def without_ending(path: Path) -> Path:
+    """The path without what `ending` gives, and without that of a packed file."""
+    return _unpacked(path).with_suffix("")
+
+
+def _unpacked(path: Path) -> Path:
+    packed = path.suffix.lower() in _UNPACKED_IN_PASSING
+    return path.with_suffix("") if packed and path.with_suffix("").suffix else path
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """Opens a file for reading, and unpacks it in passing where its name says that it is packed; see `UNREADABLE`."""
+    opener = _UNPACKED_IN_PASSING.get(path.suffix.lower())
+    return path.open("rb") if opener is None else opener(path, "rb")
 
 
 def local_files(path: str | None, kinds: tuple[str, ...]) -> tuple[list[Path], str]:
@@ -45,12 +78,12 @@ def local_files(path: str | None, kinds: tuple[str, ...]) -> tuple[list[Path], s
         raise UserError(f"'data.path' is '{path}', which cannot be read ({reason_of(error)}): correct it.") from None
     listed = ", ".join(kinds)
     if found == [start]:
-        if start.suffix.lower() not in kinds:
+        if ending(start) not in kinds:
             raise UserError(f"'data.path' is '{start}', which {_other_kind(start, listed)}.")
         if start.stat().st_size == 0:
             raise UserError(f"'data.path' is '{start}', which is empty: give a file with text in it.")
         return [start], ""
-    files = [file for file in found if file.suffix.lower() in kinds and _holds_rows(file)]
+    files = [file for file in found if ending(file) in kinds and _holds_rows(file)]
     if not files:
         other = (
             f", such as '{found[0].name}', which {_other_kind(found[0], listed)}" if found else ": give one with text"
@@ -78,9 +111,9 @@ def _other_kind(file: Path, listed: str) -> str:
 
 
 def _holds_rows(file: Path) -> bool:
-    if file.suffix.lower() != ".json":
+    if ending(file) != ".json":
         return True
-    with file.open("rb") as opened:
+    with open_bytes(file) as opened:
         return opened.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
@@ -92,7 +125,7 @@ def read_lines(path: Path) -> Iterator[str]:
     """
     offset = 0
     try:
-        with path.open("rb") as file:
+        with open_bytes(path) as file:
             for line in file:
                 if b"\0" in line:
                     place = offset + line.index(b"\0")
@@ -103,13 +136,20 @@ def read_lines(path: Path) -> Iterator[str]:
                 offset += len(line)
     except UnicodeDecodeError as error:
         # Excel's plain CSV is in the system's encoding: where Latin 1 has control characters, Windows has quotes.
-        saved = ", or save it anew as 'CSV UTF-8'" if path.suffix.lower() == ".csv" else ""
+        saved = ", or save it anew as 'CSV UTF-8'" if ending(path) == ".csv" else ""
         no_text = (
             f"is not UTF-8 text at byte {offset + error.start}: convert it, as with `iconv -f CP1252 -t UTF-8`{saved}"
         )
         raise UserError(f"'{path}' {format_of(path) or no_text}.") from None
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read ({reason_of(error)}): check its permissions.") from None
+    except UNREADABLE as error:
+        raise UserError(f"'{path}' {cannot_be_read(error)}.") from None
+
+
+def cannot_be_read(error: Exception) -> str:
+    """What is wrong with a file and what to do, after one of `UNREADABLE`, to stand after its name."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read ({reason_of(error)}): check its permissions"
+    return f"cannot be unpacked ({reason_of(error)}): fetch or pack it anew"
 
 
 def format_of(path: Path, *, besides: bytes = b"") -> str | None:
@@ -122,7 +162,7 @@ def format_of(path: Path, *, besides: bytes = b"") -> str | None:
     Returns:
         None where its first bytes do not show it.
     """
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         start = file.read(32)
     known = (
         advice for signature, advice in _SIGNATURES.items() if signature != besides and start.startswith(signature)

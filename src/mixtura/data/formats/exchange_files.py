@@ -15,8 +15,16 @@ from xml.etree import ElementTree as XML
 
 from mixtura.config import UserError
 from mixtura.config.languages import find_language
+from mixtura.data.formats.text_files import (
+    UNREADABLE,
+    cannot_be_read,
+    ending,
+    format_of,
+    open_bytes,
+    read_lines,
+    without_ending,
+)
 from mixtura.data.held_out import Unit
-from mixtura.data.text_files import format_of, read_lines
 from mixtura.errors import reason_of
 
 MEMORY = ".tmx"
@@ -33,21 +41,24 @@ def memory_variants(path: Path) -> Iterator[dict[str, str]]:
     """
     parents: list[XML.Element] = []
     try:
-        for event, element in XML.iterparse(path, ("start", "end")):
-            if event == "start":
-                parents.append(element)
-                continue
-            parents.pop()
-            if _name(element) == "tu":
-                yield dict(filter(None, map(_variant, element)))
-                for parent in parents[-1:]:
-                    parent.remove(element)  # a memory may be larger than this machine's
+        with open_bytes(path) as file:
+            for event, element in XML.iterparse(file, ("start", "end")):
+                if event == "start":
+                    parents.append(element)
+                    continue
+                parents.pop()
+                if _name(element) == "tu":
+                    yield dict(filter(None, map(_variant, element)))
+                    for parent in parents[-1:]:
+                        parent.remove(element)  # a memory may be larger than this machine's
     except (XML.ParseError, RecursionError) as error:
         fault = (
             f"is no whole XML file ({reason_of(error)}): repair it, or export it as .tsv, a column for each language"
         )
         raise UserError(f"'{path}' {format_of(path) or fault}.") from None
-    except (OSError, LookupError, ValueError) as error:
+    except UNREADABLE as error:
+        raise UserError(f"'{path}' {cannot_be_read(error)}.") from None
+    except (LookupError, ValueError) as error:
         raise UserError(f"'{path}' cannot be read ({reason_of(error)}): save it anew as UTF-8.") from None
 
 
@@ -101,11 +112,12 @@ def texts_by_stem(files: list[Path], languages: Collection[str]) -> list[dict[st
     """
     endings = endings_of(languages)
     if len(files) == 1:
+        stem = without_ending(files[0])
         beside = sorted(path for path in files[0].parent.iterdir() if path.is_file())
-        files = [path for path in beside if path.stem == files[0].stem and path.suffix.lower() in endings]
+        files = [path for path in beside if without_ending(path) == stem and ending(path) in endings]
     found: dict[Path, dict[str, Path]] = {}
     for file in files:
-        found.setdefault(file.with_suffix(""), {})[endings[file.suffix.lower()]] = file
+        found.setdefault(without_ending(file), {})[endings[ending(file)]] = file
     for stem, texts in found.items():
         if len(texts) < 2:
             wanted = " or ".join(f"'{stem.name}.{language}'" for language in languages if language not in texts)
