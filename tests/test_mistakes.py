@@ -5,6 +5,7 @@ mergekit. Every command runs in one folder, whose files are in `place`; it must 
 What single files of data look like is in data/test_situations.py, what happens in the middle of runs in test_errors.py.
 """
 
+import gzip
 import json
 import shlex
 import shutil
@@ -180,6 +181,7 @@ PLACES: Mistakes = {
 
 TRANSLATION = "finetune translation --preset quick --out new/deep --data"
 CLASSES = "finetune classification --preset quick --out new/deep --data"
+CHATS = "finetune chat --preset quick --base llama --out new/deep --data"
 PAIRS, SMALL = "pairs.jsonl --columns English,German", "--set model.hidden_size=32 --set model.num_hidden_layers=1"
 TUNING: Mistakes = {
     "a task of another spelling": ("finetune translaton", "'translaton' | translation, classification"),
@@ -235,6 +237,11 @@ TUNING: Mistakes = {
         '\'q_proj\' | a list, such as ["one", "two"]',
     ),
     "one class": (f"{CLASSES} one-class.jsonl", "label 'a' | two classes or more"),
+    "instructions": (f"{CHATS} alpaca.json", "has 'messages' | set --columns to 'instruction+input' and 'output'."),
+    "chats of another name": (f"{CHATS} shared.jsonl", "has 'messages' | set --columns to 'conversations'."),
+    "three columns of chats": (f"{CHATS} alpaca.json --columns a,b,c", "PROMPT,COMPLETION, or the one column"),
+    "a text without labels": (f"{CLASSES} tiny.txt", "'tiny.txt' has no labels | __label__"),
+    "a packed file cut short": (f"{CLASSES} cut.csv.gz", "'cut.csv.gz' cannot be unpacked"),
     "a class for every text": (f"{CLASSES} own-class.jsonl", "60 different labels | --columns"),
     "three rows": (f"{CLASSES} three.jsonl", "No training example | more examples"),
     "the same labels everywhere": (f"{CLASSES} lists.jsonl", "All 60 | 'a, b' | two classes or more"),
@@ -516,6 +523,9 @@ FILES: dict[str, str | bytes] = {
     "columns.csv": "a,b\n1,2\n",
     "pairs.jsonl": rows(*({"English": f"number {i} here", "German": f"Nummer {i} hier"} for i in range(60))),
     "reviews.jsonl": labelled("review {} of a film", "good", "bad"),
+    "alpaca.json": json.dumps([{"instruction": "Sum up.", "input": "A text.", "output": "It is one."}] * 60),
+    "shared.jsonl": rows(*[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}] * 60),
+    "cut.csv.gz": gzip.compress(b"text,label\n" + b"a film,good\n" * 60)[:-9],
     "one-pair.jsonl": translated("a", "b", 1),
     "no-targets.jsonl": translated("number {}", ""),
     "copies.jsonl": translated("number {}", "number {}"),

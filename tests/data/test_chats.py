@@ -109,19 +109,21 @@ def test_table_without_messages_says_which_columns_there_are(tmp_path):
 
 def test_chats_in_a_column_of_another_name_are_pointed_at(tmp_path):
     row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
-    with pytest.raises(UserError, match=r"set 'data\.messages_column' to 'conversations' \(--columns conv"):
+    with pytest.raises(UserError, match=r"set 'data\.messages_column' to 'conversations'\.$"):
         load(write(tmp_path, [row] * 3))
 
 
 @pytest.mark.parametrize(
     ("columns", "named"),
     [
-        (("instruction", "input", "output"), "'instruction+input' and 'data.completion_column' to 'output'"),
-        (("Prompt", "Response"), "'Prompt' and 'data.completion_column' to 'Response' (--columns Prompt,Response)"),
+        (("instruction", "input", "output"), "'instruction+input' and 'output'"),
+        (("Prompt", "Response"), "'Prompt' and 'Response'"),
     ],
 )
 def test_columns_of_instructions_are_pointed_at(tmp_path, columns, named):
-    with pytest.raises(UserError, match=re.escape(f"set 'data.prompt_column' to {named}")):
+    with pytest.raises(
+        UserError, match=re.escape(f"set 'data.prompt_column' and 'data.completion_column' to {named}.")
+    ):
         load(write(tmp_path, [dict.fromkeys(columns, "words")] * 3))
 
 

@@ -18,7 +18,7 @@ _FLAGS = {
             ),
             "--columns",
         ),
-        **dict.fromkeys(("data.prompt_column", "data.completion_column"), "--columns"),
+        **dict.fromkeys(("data.prompt_column", "data.completion_column", "data.messages_column"), "--columns"),
         "data.pairs": "--pairs",
         "base.name": "--base",
     },

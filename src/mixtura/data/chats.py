@@ -237,13 +237,11 @@ def _chats(rows: Iterator[Row], column: str, skipped: Counter[str], source: str)
     if names and not found:
         turns = next((name for name, value in names.items() if holds_turns(value)), None)
         if turns is not None:
-            raise UserError(
-                f"No row of {source} has '{column}': set 'data.messages_column' to '{turns}' (--columns {turns})."
-            )
+            raise UserError(f"No row of {source} has '{column}': set 'data.messages_column' to '{turns}'.")
         if (pair := question_columns(names)) is not None:
             raise UserError(
-                f"No row of {source} has '{column}': set 'data.prompt_column' to '{pair[0]}' and "
-                f"'data.completion_column' to '{pair[1]}' (--columns {','.join(pair)})."
+                f"No row of {source} has '{column}': set 'data.prompt_column' and 'data.completion_column' to "
+                f"'{pair[0]}' and '{pair[1]}'."
             )
         listed = ", ".join(list(names)[:20])
         raise UserError(
