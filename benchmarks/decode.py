@@ -82,13 +82,13 @@ def cost(model: MixtureForCausalLM, form: Form, x_BLD: torch.Tensor) -> tuple[in
     return each * chosen + router, 2 * len(x_BLD) * (each * choices + router) // FLOAT_BYTES
 
 
-def decode(model: MixtureForCausalLM, batch: int, tokens: int) -> Callable[[], None]:
-    """`tokens` greedy tokens after a short prompt."""
+def decode(model: Any, batch: int, tokens: int) -> Callable[[], None]:
+    """`tokens` greedy tokens after a short prompt, even where an end of text is among them."""
     ids_BL = torch.randint(model.config.vocab_size, (batch, PROMPT))
-    mask_BL = torch.ones_like(ids_BL)
+    how = {"attention_mask": torch.ones_like(ids_BL), "max_new_tokens": tokens, "min_new_tokens": tokens}
 
     def run() -> None:
-        model.generate(ids_BL, attention_mask=mask_BL, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        model.generate(ids_BL, do_sample=False, pad_token_id=0, **how)
 
     return run
 

@@ -17,11 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from decode import PROMPT, decode  # beside this file
 from transformers import AutoModelForCausalLM
 
 import mixtura
@@ -29,7 +29,6 @@ from mixtura.benchmarks.measure import alternating, store_record
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 
 RESULTS = Path(__file__).parent / "results"
-PROMPT = 8
 VOCABULARY = 2048
 FORMS = {
     "dense": ("dense", "llama"),
@@ -83,17 +82,6 @@ def build(form: str, hidden: int, layers: int, experts: int) -> MixtureForCausal
         **settings,
     )
     return MixtureForCausalLM(config).eval()
-
-
-def decode(model: Any, batch: int, tokens: int) -> Callable[[], None]:
-    """`tokens` greedy tokens after a short prompt."""
-    ids_BL = torch.randint(VOCABULARY, (batch, PROMPT))
-    how = {"attention_mask": torch.ones_like(ids_BL), "max_new_tokens": tokens, "min_new_tokens": tokens}
-
-    def run() -> None:
-        model.generate(ids_BL, do_sample=False, pad_token_id=0, **how)
-
-    return run
 
 
 def llama_cpp_seconds(options: argparse.Namespace, folder: Path, tokens: int) -> tuple[float, str]:
