@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from mixtura.data.packing import ScheduledDataset, sequence_index
 from mixtura.data.prepare import PreparedData, prepare_data
 from mixtura.diagnostics.health import count_spikes
 from mixtura.evaluation import evaluate_loss
+from mixtura.layers.routing import Router
 from mixtura.models import MixtureForCausalLM
 from mixtura.models.build import build_model_config, shared_width_config
 from mixtura.models.calibration import calibrate
@@ -52,7 +53,7 @@ LIST = Path(__file__).with_name("long_runs.jsonl")
 SAVE_SECONDS = 120
 NOT_SETTINGS = ("name", "priority", "branches", "all_mixtures")
 NOT_STORED = ("key", "priority", "training_curve", "branches", "all_mixtures", "steps")
-STUDIED = {"expert_rate": 1, "last_temperature": 1, "neighbours": 1, "dense_steps": 0}
+STUDIED = {"expert_rate": 1, "last_temperature": 1, "neighbours": 1, "dense_steps": 0, "router_dtype": "float32"}
 """Settings that came later, which leave the keys of runs without them as they were."""
 
 
@@ -103,6 +104,8 @@ class Run:
     dense_steps: int = 0
     """First steps in which the model is dense; then experts start as copies of its feed-forward layers, as wide as
     equal FLOPs allow, beside routers as drawn for a new model."""
+    router_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the routers' products and logits; the library keeps them in float32."""
 
     @property
     def key(self) -> str:
@@ -155,6 +158,12 @@ class Run:
         return end - round(end * self.decay)
 
 
+def _in_bfloat16(router: Router, inputs: tuple[Tensor], _: Tensor) -> Tensor:
+    """A forward hook that gives what the router would in bfloat16, in the dtype that the layer works in."""
+    (x,) = inputs
+    return torch.nn.functional.linear(x.bfloat16(), router.weight.bfloat16()).to(x.dtype)
+
+
 class Training:
     """A run under way."""
 
@@ -172,6 +181,10 @@ class Training:
         self.optimizer = build_optimizer(self.model, TrainingConfig(), learning_rate=self.run.rate)
         if self.run.expert_rate != 1:
             self._part_experts()
+        if self.run.router_dtype == "bfloat16":
+            for layer in model.mixture_layers():
+                assert isinstance(layer.gate, Router), "a family without a router"
+                layer.gate.register_forward_hook(_in_bfloat16)
 
     @torch.no_grad()
     def _upcycle(self) -> None:

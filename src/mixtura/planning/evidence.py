@@ -1,7 +1,7 @@
 """The runs that advice stands on, and laws of the held-out loss over parameters and tokens, fitted to them.
 
 The runs are small decoders of every family, trained at several budgets (docs/results.md). `evidence.json` is made of
-the committed results by `python benchmarks/long_runs.py evidence`, and holds nothing else.
+the committed results by `python benchmarks/evidence.py`, and holds nothing else.
 
 The laws say what they do not know. For arm a, a model of N parameters outside the embeddings (those of its dense
 counterpart) and D training tokens
