@@ -184,6 +184,27 @@ LABELLED = {
         {"label_column": "label.0"},
     ),
     "chats, joined": Case("a.jsonl", jsonl(CHATS), 40, {}, {"text_column": "messages.content"}),
+    "no header, asked by number": Case(
+        "a.csv", csv(header="a first text,good"), 41, {}, {"text_column": "1", "label_column": "2"}
+    ),
+    "no header in a .tsv": Case(
+        "a.tsv",
+        csv(header="a first text\tgood", mark="\t"),
+        41,
+        {},
+        {"text_column": "1", "label_column": "2"},
+    ),
+    "no header, two columns": Case(
+        "a.csv", csv(header="a first text,good"), 41, {}, {"text_column": "1+2", "label_column": "2"}
+    ),
+    "no header, one name twice": Case(
+        "a.csv", csv(header="good,good"), 41, {}, {"text_column": "1", "label_column": "2"}
+    ),
+    "no header and no numbers": Case(
+        "a.csv", csv(header="a text that is much too long to be the name of a column,good"), "number them where the"
+    ),
+    "a number that is a name": Case("a.csv", csv(header="1,label"), 40, {}, {"text_column": "1"}),
+    "too large a number": Case("a.csv", csv(), "to one of 1, 2.", {}, {"text_column": "7", "label_column": "2"}),
     "two columns": Case("a.csv", csv(), 40, {}, {"text_column": "text + label"}),
     "two columns of Parquet": Case(
         "a.parquet", parquet(pa.table(COLUMNS, ["text", "label"])), 40, {}, {"text_column": "label+text"}

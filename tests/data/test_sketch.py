@@ -126,6 +126,27 @@ def test_a_folder_for_each_class_needs_no_columns(sketched, tmp_path):
     assert isinstance(recipe, ClassificationRecipe) and recipe.data.path == str(tmp_path)
 
 
+def test_translations_in_an_object_make_it_translation(sketched, tmp_path):
+    rows = [{"id": str(i), "translation": {"en": text, "pt": text[::-1]}} for i, text in enumerate(sentences(30))]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    recipe = sketched(tmp_path / "a.jsonl")
+    assert isinstance(recipe, TranslationRecipe) and recipe.data.pairs == ("en-pt",)
+    assert (recipe.data.source_column, recipe.data.target_column) == ("translation.en", "translation.pt")
+
+
+def test_columns_without_names_have_numbers(sketched, tmp_path):
+    rows = [f"{i}\t{text}\t{text[::-1]}" for i, text in enumerate(sentences(30))]
+    (tmp_path / "a.tsv").write_text("\n".join(rows), encoding="utf-8")
+    recipe = sketched(tmp_path / "a.tsv", columns="2,3", pairs="en-pt", task="translation")
+    assert isinstance(recipe, TranslationRecipe)
+    assert (recipe.data.source_column, recipe.data.target_column) == ("2", "3")
+
+
+def test_lines_with_labels_make_it_classification(sketched, tmp_path):
+    (tmp_path / "a.txt").write_text("\n__label__good a film\n__label__bad another\n", encoding="utf-8")
+    assert isinstance(sketched(tmp_path / "a.txt"), ClassificationRecipe)
+
+
 def test_chats_of_another_name_are_known_by_their_turns(sketched, tmp_path):
     row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps(row)] * 20), encoding="utf-8")

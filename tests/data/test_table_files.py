@@ -153,7 +153,11 @@ REFUSALS = {
     "chat pairs": ({"messages": CHAT}, ["source", "target"], "to 'messages.0.content' and .* 'messages.1.content'"),
     "a chat itself": ({"messages": CHAT}, ["messages"], "'messages' of .* is no text but holds lists or objects: set"),
     "an object itself": ({"x": {"en": "a"}, "y": 1}, ["x"], "'x' of .* objects: set 'data.x_column' to one of x.en.$"),
-    "no header": ({"a sentence " * 20: 1}, ["text"], "one of a sentence a sentence a sentence a se[.]{4}$"),
+    "no header": (
+        {"a sentence " * 20: 1},
+        ["text"],
+        "one of a sentence a sentence a sentence a se[.]{3} .or number them where",
+    ),
     "nothing": ({}, ["text"], "to one of none"),
 }
 

@@ -16,7 +16,8 @@ from mixtura.config.languages import language_of_column
 from mixtura.config.schema import TomlTable
 from mixtura.data.chats import holds_turns, question_columns
 from mixtura.data.formats.exchange_files import MEMORY, memory_variants
-from mixtura.data.formats.rows import joined_columns
+from mixtura.data.formats.labelled_files import begins_with_label
+from mixtura.data.formats.rows import Row, find_cell, joined_columns
 from mixtura.data.formats.table_files import TABLES, file_rows
 from mixtura.data.formats.text_files import ending, local_files
 from mixtura.data.labelled import MOST_LISTED, label_set
@@ -91,10 +92,12 @@ def sketch_recipe(
         many = "1 file" if len(files) == 1 else f"{len(files)} files"
         about.append(f"{many}, {sum(file.stat().st_size for file in files):,} bytes.")
         if ending(files[0]) in (*TABLES, MEMORY):
-            looks = _look(files[0])
+            numbers = [part for part in re.split(r"[,+]", columns or "") if part.strip().isdecimal()]
+            looks = _look(files[0], numbers)
             about.append(f"Columns of {files[0].name}, in {len(looks[0].values):,} rows: {_listed_columns(looks)}.")
     _check_columns(columns, looks)
-    task = task or _task(looks, pairs)
+    labelled = len(files) == 1 and ending(files[0]) == ".txt" and begins_with_label(files[0])
+    task = task or ("classification" if labelled else _task(looks, pairs))
     overrides = [] if data is None else _overrides(task, data, looks, columns, pairs)
     if files and ending(files[0]) == MEMORY:  # which names languages, not columns
         overrides = [each for each in overrides if "_column=" not in each]
@@ -123,15 +126,25 @@ def _folder_name(name: str) -> str:
     return re.sub(r"[^\w. -]", "_", name).lstrip("_. -") or "mine"
 
 
-def _look(file: Path) -> list[Look]:
+def _look(file: Path, numbers: list[str]) -> list[Look]:
     names = pq.read_schema(file).names if ending(file) == ".parquet" else ()
     is_memory = ending(file) == MEMORY
-    found = memory_variants(file) if is_memory else (row.values for row in file_rows(file, names))
-    rows: list[Mapping[str, object]] = list(islice(found, LOOKED_AT))
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    found = map(_as_row, memory_variants(file)) if is_memory else file_rows(file, [*names, *numbers])
+    rows = list(islice(found, LOOKED_AT))
+    columns = list(dict.fromkeys(column for row in rows for column in _columns(row.values)))
     if not columns:
         raise UserError(f"'{file}' has no rows: give one that has.")
-    return [Look(column, [row.get(column) for row in rows]) for column in columns]
+    return [Look(column, [find_cell(row, column)[1] for row in rows]) for column in columns]
+
+
+def _as_row(values: Mapping[str, object]) -> Row:
+    return Row(values, "")
+
+
+def _columns(values: Mapping[str, object]) -> Iterator[str]:
+    """The columns of a row; an object in a cell has those of its keys, as translations come."""
+    for name, value in values.items():
+        yield from (f"{name}.{key}" for key in value) if isinstance(value, Mapping) and value else [name]
 
 
 def _listed_columns(looks: list[Look]) -> str:
@@ -164,7 +177,9 @@ def _languages(texts: list[Look]) -> dict[str, Look]:
     """The first column of each language that a name says, in order."""
     found: dict[str, Look] = {}
     for look in texts:
-        if (code := language_of_column(look.column)) is not None:
+        # "id" is Indonesian, and more often the name of a row.
+        is_name = look.column.casefold() == "id" and not any(" " in text for text in look.texts)
+        if not is_name and (code := language_of_column(look.column)) is not None:
             found.setdefault(code, look)
     return found
 

@@ -43,6 +43,15 @@ def labelled_texts(path: str | None, skipped: Counter[str]) -> tuple[Iterator[tu
     return _line_rows(files), name + others
 
 
+def begins_with_label(file: Path) -> bool:
+    """Whether the first line with text of a text file has its labels in it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return next((line for line in read_lines(file) if line.strip()), "").lstrip().startswith(_MARK)
+
+
 def _folder_rows(files: list[Path], skipped: Counter[str]) -> Iterator[tuple[str, object]]:
     for file in files:
         if file.parent.name == _WITHOUT_LABEL:

@@ -1,6 +1,7 @@
 """Tables in files, row by row, and the values of their columns: JSON, CSV, TSV and Parquet. Nothing is executed.
 
 A column is named once: a header or an object that names one twice is refused, since every reader would choose another.
+Columns of a table without a header have numbers, from 1 on: whoever asks for "2" says that the first line is a row.
 The same rules hold for documents, parallel text and labelled text. A row has its place in a file, for messages.
 """
 
@@ -27,7 +28,7 @@ COMMON_SHARE = 0.01
 """If a smaller share of the rows has a column, its name is taken for a mistake; else rows without it are left out."""
 JUDGED_ROWS = 100_000
 """That is decided after so many rows, so that no huge dataset is read for a column that it does not have."""
-_LISTED = 20
+_LISTED, _LONGEST_NAME = 20, 40
 _QUOTED = re.compile(r'"[^"]*"')
 _MARK_OF_EXCEL = re.compile(r"sep=([,;\t|])\s*")
 _CHAT_TEXT = re.compile(r"(messages?|conversations?|chat|dialog(?:ue)?|turns)\.(content|value|text)")
@@ -126,6 +127,8 @@ def _advice(wrong: Mapping[str, str], names: Sequence[str]) -> str:
         if parts:
             return f"set {' and '.join(parts)}, {how}"
     listed = ", ".join(map(_short, names[:_LISTED])) + (", ..." if len(names) > _LISTED else "") or "none"
+    if any(len(name) > _LONGEST_NAME for name in names):
+        listed += " (or number them where the first line names none: 1 is the first)"
     if len(wrong) > 1:
         return f"set {keys} to {'two' if len(wrong) == 2 else len(wrong)} of {listed}"
     (column,) = wrong.values()
@@ -141,7 +144,7 @@ def _advice(wrong: Mapping[str, str], names: Sequence[str]) -> str:
 def _short(name: str) -> str:
     """A name on one line: that of a column may be a whole sentence where the first line is no header."""
     line = " ".join(name.split())
-    return line if len(line) <= 40 else f"{line[:37]}..."
+    return line if len(line) <= _LONGEST_NAME else f"{line[: _LONGEST_NAME - 3]}..."
 
 
 def _columns(values: Mapping[str, object], prefix: str = "") -> Iterator[str]:
@@ -179,8 +182,8 @@ def file_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
     readers: dict[str, Callable[[], Iterator[Row]]] = {
         ".jsonl": lambda: _jsonl_rows(path),
         ".json": lambda: _json_rows(path),
-        ".csv": lambda: _csv_rows(path),
-        ".tsv": lambda: _tsv_rows(path),
+        ".csv": lambda: _csv_rows(path, columns),
+        ".tsv": lambda: _tsv_rows(path, columns),
         ".parquet": lambda: _parquet_rows(path, columns),
     }
     return readers[ending(path)]()
@@ -263,7 +266,7 @@ def _written(text: str) -> Decimal | float:
         return float(text)
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def _csv_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
     """Cells between commas, semicolons, tabs or bars: whichever the first line has most, outside quotation marks."""
     csv.field_size_limit(_LARGEST_CELL)
     lines = read_lines(path)
@@ -274,8 +277,9 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     mark = told[1] if told else max(",;\t|", key=_QUOTED.sub("", opening).count)
     reader = csv.reader(chain([opening], lines), delimiter=mark, strict=True)
     try:
-        header = _header(path, next(reader, []))
-        for cells in reader:
+        first = next(reader, [])
+        header, is_row = _header(path, first, columns)
+        for cells in chain([first] if is_row else [], reader):
             if len(cells) > 1 or "".join(cells).strip():
                 yield _table_row(path, reader.line_num, header, cells, advice=f"quote cells that hold '{mark}'")
     except csv.Error as error:
@@ -283,16 +287,18 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"'{path}' line {reader.line_num} is not CSV ({why}): correct the line.") from None
 
 
-def _tsv_rows(path: Path) -> Iterator[Row]:
+def _tsv_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
     """A tab always ends a cell and a line a row: sentences may hold a lone quote, which CSV would take for a start."""
     header: list[str] = []
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         cells = [_unquote(cell) for cell in line.rstrip("\n").split("\t")]
-        if header:
+        is_row = bool(header)
+        if not header:
+            header, is_row = _header(path, cells, columns)
+        if is_row:
             yield _table_row(path, number, header, cells, advice="remove tabs and line breaks inside cells")
-        header = header or _header(path, cells)
 
 
 def _unquote(text: str) -> str:
@@ -302,10 +308,13 @@ def _unquote(text: str) -> str:
     return inner.replace('""', '"') if quoted else text
 
 
-def _header(path: Path, cells: Iterable[str]) -> list[str]:
+def _header(path: Path, cells: Sequence[str], columns: Collection[str]) -> tuple[list[str], bool]:
+    """Names of the columns, and whether the first line is a row already: where a column is asked for by its number."""
     names = [cell.strip() for cell in cells]
+    if any(part.isdecimal() and part not in names for column in columns for part in joined_columns(column)):
+        return [str(place) for place in range(1, len(names) + 1)], True
     _check_names(path, names)
-    return names
+    return names, False
 
 
 def _check_names(path: Path, names: Iterable[str]) -> None:
