@@ -6,8 +6,11 @@ n` repeats a crash. tests/test_fuzz.py runs some inputs of every surface.
 """
 
 import argparse
+import bz2
 import copy
+import gzip
 import json
+import lzma
 import os
 import random
 import re
@@ -388,6 +391,15 @@ def surfaces(folder: Path) -> dict[str, Surface]:
             _lines,
             _write_lines,
         ),
+        "label lines": Surface(
+            lambda path: load_labelled(ClassificationDataConfig(source="local", path=str(path), **held_out)),
+            "a.txt",
+            ["\n".join(f"__label__{number % 2} {words}" for number, words in enumerate(_WORDS * 3)).encode()],
+            share=0.5,
+        ),
+        "gzip": Surface(_table, "a.jsonl.gz", [gzip.compress(jsonl, mtime=0)]),
+        "bzip2": Surface(_table, "a.jsonl.bz2", [bz2.compress(jsonl)], share=0.5),
+        "xz": Surface(_table, "a.jsonl.xz", [lzma.compress(jsonl)]),
         "memory": Surface(lambda path: list(memory_units(path, ("en", "pt"))), "a.tmx", [_MEMORY]),
     }
     for name, surface in found.items():

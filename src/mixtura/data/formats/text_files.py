@@ -162,8 +162,11 @@ def format_of(path: Path, *, besides: bytes = b"") -> str | None:
     Returns:
         None where its first bytes do not show it.
     """
-    with open_bytes(path) as file:
-        start = file.read(32)
+    try:
+        with open_bytes(path) as file:
+            start = file.read(32)
+    except UNREADABLE as error:
+        return cannot_be_read(error)
     known = (
         advice for signature, advice in _SIGNATURES.items() if signature != besides and start.startswith(signature)
     )
