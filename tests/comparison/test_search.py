@@ -1,6 +1,7 @@
 """The learning-rate search: the same effort for every arm, and a record that is used only where it belongs."""
 
 import dataclasses
+import shutil
 
 import pytest
 
@@ -186,6 +187,19 @@ def test_a_finished_search_is_not_repeated(tiny_recipe, tmp_path):
     again = compare(recipe, out=tmp_path / "out")
     assert len(files) == 4 and [path.stat().st_mtime_ns for path in files] == before
     assert again.arms == first.arms
+
+
+def test_models_of_trials_are_not_kept(tiny_recipe, tmp_path):
+    recipe = with_search(tiny_recipe(), [1e-3, 2e-3, 1e4])
+    compare(recipe, out=tmp_path / "out")
+    trials, checkpoints = sorted((tmp_path / "out/search").glob("*/*/*")), "checkpoint*/complete.json"
+    assert len(trials) == 6 and all((trial / "result.json").exists() for trial in trials)
+    assert not list((tmp_path / "out/search").glob(f"*/*/*/{checkpoints}"))
+    assert len(list((tmp_path / "out/arms").glob(f"*/*/{checkpoints}"))) == 2
+    # A process may be killed between its result and the removal.
+    shutil.copytree(tmp_path / "out/arms/dense/seed0/checkpoint", trials[0] / "checkpoint")
+    compare(recipe, out=tmp_path / "out")
+    assert not (trials[0] / "checkpoint").exists()
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ from mixtura.training import (
     train,
 )
 from mixtura.training.interface import Arm, Experiment
+from mixtura.training.saving import drop_checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,8 @@ def run_or_mark(arm: Arm, job: Job, reporter: ProgressReporter) -> RunResult:
         result = diverged_run(of_job, job.out, seed=job.seed, learning_rate=job.learning_rate)
         if ranks.is_first():
             write_run(job.out / RESULT, result)
+            if job.trial:
+                drop_checkpoints(job.out, model=True)
         return result
 
 
@@ -103,8 +106,9 @@ def run_arm(
 ) -> RunResult:
     """Trains and evaluates one run in folder `out`, or reads its result when it is finished.
 
-    A `trial` of a learning rate is judged by its held-out loss alone. In tasks whose own measure is another one, it is
-    evaluated as in the middle of a run: nothing is decoded, and the test examples stay unseen.
+    Of a finished run the model is kept, and no checkpoint to go on from. A `trial` of a learning rate is judged by its
+    held-out loss alone, and its model is not kept either. In tasks whose own measure is another one, it is evaluated as
+    in the middle of a run: nothing is decoded, and the test examples stay unseen.
 
     Raises:
         UserError: the folder's files are damaged.
@@ -116,6 +120,8 @@ def run_arm(
         _check_same_run(stored, out, seed=seed, learning_rate=learning_rate, steps=training.steps)
         reporter.start_run(label, step=stored.steps, steps=stored.steps)
         reporter.end_run()
+        if ranks.is_first():  # where a process was killed after its result
+            drop_checkpoints(out, model=trial)
         return stored
     model, task = arm.build(seed), arm.task
     outcome = train(
@@ -154,6 +160,7 @@ def run_arm(
             details=None if trial else task.details(model, out=out),
         )
         write_run(out / RESULT, result)
+        drop_checkpoints(out, model=trial)
     ranks.wait_for_all()
     written = read_run(out / RESULT)
     assert written is not None, "the first process has written it"

@@ -115,6 +115,16 @@ def drop_old_checkpoints(out: Path, *, keep: int) -> None:
         shutil.rmtree(folder)
 
 
+def drop_checkpoints(out: Path, *, model: bool) -> None:
+    """Removes all whole checkpoints, whose optimizer states are twice the model's size, and the finished model if told.
+
+    Folders that this library did not write are left alone.
+    """
+    for folder in (*_numbered(out), *([out / FINAL] if model else [])):
+        if (folder / COMPLETE).exists():
+            shutil.rmtree(folder)
+
+
 def check_checkpoint(folder: Path, settings: Facts) -> int:
     """The step of a checkpoint, after checking that it is whole and was made with these settings.
 
