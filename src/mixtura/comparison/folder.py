@@ -2,7 +2,8 @@
 
 `recipe.toml` (resolved, and fitted to the data), `given.toml` (before that, where it differs), `environment.json`,
 `data.json` (which examples), `arms/<arm>/seed<k>/` with metrics, `result.json`, and the model or, until the run is
-finished, checkpoints, `search/<arm>/rate<r>/seed<k>/`, `timing.json`, `results.json`, `report.html`, `report.md`, `figures/`.
+finished, checkpoints, `search/<arm>/rate<r>/seed<k>/`, `timing.json`, `results.json`, `report.html`, `report.md`,
+`figures/`.
 
 One process at a time writes it, and a start that fails leaves none behind. The process locks a file in the folder. The
 system ends the lock with the process, however that ends, so that no lock is ever left over. The file says who holds it,
