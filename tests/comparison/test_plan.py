@@ -6,10 +6,11 @@ import json
 import pytest
 
 from mixtura.comparison import plan as plan_module
+from mixtura.comparison import runs
 from mixtura.comparison.plan import check_memory, in_words, machine_bytes, plan
 from mixtura.comparison.runner import compare
 from mixtura.config import UserError
-from mixtura.training import SilentProgress
+from mixtura.training import SilentProgress, saving
 
 
 def test_a_plan_writes_nothing_and_tells_all(tiny_recipe, tmp_path):
@@ -47,6 +48,21 @@ def test_a_probe_takes_as_many_steps_as_it_is_told_and_has_no_folder(tiny_recipe
     assert "from 5 steps of every arm on this machine" in said[0] and not any("To be written" in line for line in said)
     told = json.loads(json.dumps(planned.plain_form()))
     assert told["arms"][0]["seconds"] == planned.arms[0].seconds > 0 and told["minutes"] == planned.minutes
+
+
+def test_the_planned_checkpoints_are_those_of_a_run(tiny_recipe, tmp_path, monkeypatch):
+    recipe = tiny_recipe(save_every=1)
+    planned = plan(recipe, out=tmp_path / "out", reporter=SilentProgress())
+    monkeypatch.setattr(runs, "drop_checkpoints", lambda *_, **__: None)
+    compare(recipe, out=tmp_path / "out")
+    for arm in planned.arms:
+        kept = list((tmp_path / f"out/arms/{arm.name}/seed0").glob("checkpoint-*"))
+        parts = [path for folder in kept for path in (folder / "model.safetensors", folder / "optimizer.pt")]
+        each = sum(path.stat().st_size for path in parts) / len(kept)
+        assert len(kept) == saving.KEPT and arm.checkpoint_bytes == pytest.approx(3 * each, rel=0.2)
+    assert "more for its checkpoints" in planned.lines()[-1]
+    none = plan(tiny_recipe(save_every=100), out=tmp_path / "new", reporter=SilentProgress())
+    assert none.arms[0].checkpoint_bytes == 0 and "To be written" in none.lines()[-1]
 
 
 def test_an_arm_that_the_recipe_lacks_is_refused(tiny_recipe):

@@ -36,6 +36,7 @@ from mixtura.results.document import Task
 from mixtura.tasks.language_modelling.experiment import PretrainingArm, make_pretraining
 from mixtura.training import ProgressReporter, ranks
 from mixtura.training.interface import Arm, Experiment
+from mixtura.training.saving import KEPT
 from mixtura.training.sharding import check_layout, layout_of
 
 
@@ -196,6 +197,8 @@ class ArmPlan:
     """The median step of those that were tried."""
     steps: int
     """Of a run."""
+    checkpoint_bytes: int
+    """The most that a run's checkpoints take on the disk; none is left when it is finished."""
 
     @property
     def minutes(self) -> float:
@@ -268,10 +271,12 @@ class Plan:
         if self.out is None:
             return []
         models = sum(4 * arm.trained for arm in self.arms) * self.runs_of_arm
+        most = max(arm.checkpoint_bytes for arm in self.arms)
         return [
             f"To be written: {self.out}/ with recipe.toml, results.json, report.html, report.md, figures/, and in "
             f"arms/ the finished models ({in_words(models)}) with their metrics"
             + ("; the runs that it holds already are kept." if self.begun else "."),
+            *([f"A run under way takes up to {in_words(most)} more for its checkpoints."] if most else []),
         ]
 
 
@@ -345,6 +350,9 @@ def _arm_plan(arm: Arm, baseline: Arm, training: TrainingConfig, timed: ArmTimin
         peak_bytes=timed.peak_memory_bytes,
         seconds=timed.seconds_per_step,
         steps=training.steps,
+        # A new one is written before the oldest goes.
+        checkpoint_bytes=min(KEPT + 1, training.steps // training.save_every)
+        * (4 * described.parameters_trainable + (timed.optimizer_state_bytes or 0)),
     )
 
 

@@ -32,6 +32,8 @@ from mixtura.results import Facts
 
 COMPLETE = "complete.json"
 WEIGHTS = "model.safetensors"
+KEPT = 2
+"""Checkpoints that a run keeps until it is finished, in case the newest is damaged."""
 FINAL = "checkpoint"
 _PREFIX = "checkpoint-"
 _PARTIAL = ".partial"

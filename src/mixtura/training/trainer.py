@@ -34,7 +34,6 @@ from mixtura.training.optimization import clip_gradients, set_schedule
 from mixtura.training.process import StopRequest
 from mixtura.training.progress import ProgressReporter
 
-KEEP_CHECKPOINTS = 2
 _LOAD_FILE = "load.safetensors"
 
 
@@ -266,7 +265,7 @@ class MixtureTrainer(Trainer):
         with ranks.together(), contextlib.ExitStack() as stack:
             with ranks.together():
                 if first:
-                    stack.callback(checkpoints.drop_old_checkpoints, self.run.out, keep=KEEP_CHECKPOINTS)
+                    stack.callback(checkpoints.drop_old_checkpoints, self.run.out, keep=checkpoints.KEPT)
                 new = checkpoints.new_folder(folder, step=step, settings=self.run.settings, first=first)
                 unfinished = stack.enter_context(new)
             with ranks.together():
