@@ -223,6 +223,12 @@ def test_statistics_are_kept_in_training_or_when_asked_for(make_base: MakeBase, 
         assert routing_stats(adapted)[0].tokens_per_expert_E.sum() == 2 * batch["attention_mask"].sum()
 
 
+def _recompute(adapted: Any, *how: dict[str, bool]) -> None:
+    """Turns checkpointing of activations on, by the name that this transformers has for it."""
+    base = adapted.get_base_model()
+    getattr(base, "_activation_checkpointing_enable", base.gradient_checkpointing_enable)(*how)
+
+
 @pytest.mark.parametrize("name", ["top_k", "feed_forward_top_k", "mixture_of_tokens", "task"])
 def test_gradients_and_losses_are_the_same_under_checkpointing(make_base: MakeBase, batch: Batch, name: str) -> None:
     found = []
@@ -231,7 +237,7 @@ def test_gradients_and_losses_are_the_same_under_checkpointing(make_base: MakeBa
         _randomize(adapted)
         adapted.train()
         if checkpointing:
-            adapted.get_base_model()._activation_checkpointing_enable()
+            _recompute(adapted)
         loss = _output(adapted, batch).square().mean()
         losses = router_losses(adapted)
         stats = [layer.tokens_per_expert_E for layer in routing_stats(adapted)]
@@ -243,7 +249,7 @@ def test_gradients_and_losses_are_the_same_under_checkpointing(make_base: MakeBa
 def test_reentrant_checkpointing_is_refused_where_a_router_has_a_loss(make_base: MakeBase, batch: Batch) -> None:
     adapted = _adapted(make_base("llama"), "top_k").train()
     adapted.get_base_model().enable_input_require_grads()
-    adapted.get_base_model()._activation_checkpointing_enable({"use_reentrant": True})
+    _recompute(adapted, {"use_reentrant": True})
     adapted(**batch)
     with pytest.raises(UserError, match="use_reentrant"):
         router_losses(adapted)

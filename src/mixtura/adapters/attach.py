@@ -317,8 +317,7 @@ def router_losses(model: nn.Module) -> tuple[Tensor, Tensor] | None:
         return None
     if torch.is_grad_enabled() and model.training and not stats[0].importance_E.requires_grad:
         raise UserError(
-            "Router losses have no gradient: call activation_checkpointing_enable without use_reentrant=True, or turn "
-            "checkpointing off."
+            "Router losses have no gradient: turn checkpointing of activations on without use_reentrant=True, or off."
         )
     aux_losses = [load_balancing_loss(layer.tokens_per_expert_E, layer.importance_E) for layer in stats]
     return torch.stack(aux_losses).mean(), torch.stack([layer.router_z_loss for layer in stats]).mean()

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from mixtura import __version__
 from mixtura.config import AnyRecipe, Interrupted, UserError, recipe_to_dict, recipe_to_toml
 from mixtura.errors import launch, rank, reason_of
 from mixtura.files import file_above, write_json, write_text
@@ -358,7 +359,8 @@ def _first_difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any] | 
 def environment() -> dict[str, str | int | None]:
     """Versions and hardware, as results.json has them."""
     return {
-        **{name: _version(name) for name in ("mixtura", "torch", "transformers", "accelerate", "tokenizers", "numpy")},
+        "mixtura": __version__,
+        **{name: _version(name) for name in ("torch", "transformers", "accelerate", "tokenizers", "numpy")},
         **{name: _version(name) for name in ("peft", "sacrebleu")},
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -374,7 +376,7 @@ def environment() -> dict[str, str | int | None]:
 def _version(name: str) -> str:
     try:
         return metadata.version(name)
-    except metadata.PackageNotFoundError:  # run from the source folder
+    except metadata.PackageNotFoundError:
         return "not installed"
 
 

@@ -345,7 +345,8 @@ class _SummedLoss(torch.autograd.Function):
                 part = slice(start, start + rows)
                 hidden_RD, real_R1, place_R1 = hidden_TD[part], real_T1[part], place_T1[part]
                 scores_RV = F.log_softmax(hidden_RD @ weight_VD.T, dim=-1, dtype=wide)
-                total -= scores_RV.gather(1, place_R1).masked_fill(~real_R1, 0.0).sum()
+                # Not in place: compiled by torch 2.11, an output that is changed in place has gradients of zero.
+                total = total - scores_RV.gather(1, place_R1).masked_fill(~real_R1, 0.0).sum()
                 if grad_hidden_TD is not None:
                     ones_R1 = torch.ones_like(place_R1, dtype=wide)
                     grad_RV = scores_RV.exp_().scatter_add_(1, place_R1, -ones_R1).to(hidden_RD.dtype)

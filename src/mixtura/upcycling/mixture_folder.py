@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mixtura import __version__
 from mixtura.checkpoints.source import UPCYCLE_RECEIPT, DenseSource, check_alike, expected_shapes, open_source
 from mixtura.checkpoints.tensors import copy_companions, write_shards
 from mixtura.config import UserError
@@ -58,7 +58,7 @@ def write_receipt(
     """Writes the settings and hashes from which a reader can make the same mixture, or see that their files differ."""
     receipt = {
         "format": _FORMAT,
-        "mixtura_version": metadata.version("mixtura"),
+        "mixtura_version": __version__,
         "sources": [_source(source) for source in sources],
         "settings": dataclasses.asdict(settings),
         "layers": list(starts),

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config
 
 from mixtura import cli, upcycle
+from mixtura.comparison import runs
 from mixtura.comparison.runner import compare, train_arm
 from mixtura.config import UserError, recipe_from_dict
 from mixtura.data.prepare import train_tokenizer
@@ -260,7 +261,8 @@ def test_another_checkpoint_under_the_same_name_is_refused(build, checkpoints, t
         train_arm(recipe, "changing", seed=0, out=tmp_path / "out")
 
 
-def test_an_interrupted_run_ends_at_the_same_weights(build, tmp_path):
+def test_an_interrupted_run_ends_at_the_same_weights(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "drop_checkpoints", lambda *_, **__: None)
     recipe = build("sparse", steps=4)
     whole = train_arm(recipe, "sparse", seed=0, out=tmp_path / "whole")
     run = tmp_path / "cut" / "arms" / "sparse" / "seed0"
