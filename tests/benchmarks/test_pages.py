@@ -3,17 +3,9 @@
 import importlib.util
 from pathlib import Path
 
-import pytest
-
 from fixtures.results import build_classification
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _beside_the_script(monkeypatch):
-    """Python finds what lies beside a script that it runs, and not what lies beside one that a test loads."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
 def _script():
