@@ -278,6 +278,11 @@ def _toml(value: Any) -> bytes:
     return tomli_w.dumps(value if isinstance(value, dict) else {"a": value}).encode()
 
 
+_DOCUMENT = b"""<?xml version="1.0" encoding="UTF-8"?>
+<xliff version="1.2" xmlns="urn:oasis:names:tc:xliff:document:1.2"><file source-language="en" target-language="pt">
+<body><trans-unit id="1"><source>Open <g id="1">it</g>.</source><target state="final">Abra <g id="1">o</g>.</target>
+</trans-unit><trans-unit id="2"><source>Go.</source><target state="new">Go.</target></trans-unit></body></file></xliff>
+"""
 _MEMORY = b"""<?xml version="1.0" encoding="UTF-8"?>
 <!DOCTYPE tmx SYSTEM "tmx14.dtd">
 <tmx version="1.4"><header srclang="en"/><body>
@@ -400,6 +405,7 @@ def surfaces(folder: Path) -> dict[str, Surface]:
         "gzip": Surface(_table, "a.jsonl.gz", [gzip.compress(jsonl, mtime=0)]),
         "bzip2": Surface(_table, "a.jsonl.bz2", [bz2.compress(jsonl)], share=0.5),
         "xz": Surface(_table, "a.jsonl.xz", [lzma.compress(jsonl)]),
+        "document": Surface(lambda path: list(memory_units(path, ("en", "pt"))), "a.xlf", [_DOCUMENT], share=0.5),
         "memory": Surface(lambda path: list(memory_units(path, ("en", "pt"))), "a.tmx", [_MEMORY]),
     }
     for name, surface in found.items():

@@ -45,7 +45,7 @@ def surfaces(tmp_path_factory):
 NAMES = (
     *("recipe", "index", "safetensors", "config", "source", "start", "adapter", "results", "page", "run"),
     *("jsonl", "json", "csv", "tsv", "parquet", "text", "labelled", "chats", "label lines"),
-    *("gzip", "bzip2", "xz", "memory"),
+    *("gzip", "bzip2", "xz", "document", "memory"),
 )
 
 

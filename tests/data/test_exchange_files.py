@@ -100,6 +100,53 @@ def test_texts_in_a_file_for_each_language_are_read_line_by_line(tmp_path, named
         assert corpus.description.startswith("the files corpus.en and corpus.pt, ")
 
 
+def version_1(*units):
+    rows = [f"<trans-unit id='x'><source>{s}</source><target>{t}</target></trans-unit>" for s, t in PAIRS]
+    head = "<file source-language='en-US' target-language='pt_BR' datatype='plaintext' original='a'>"
+    body = f"{head}<body><group>{''.join([*rows, *units])}</group></body></file>"
+    other = "<file source-language='de' target-language='fr' original='b'><body><trans-unit id='1'><source>Nein"
+    other += "</source><target>Non</target></trans-unit></body></file>"
+    return (
+        f"<?xml version='1.0'?><xliff version='1.2' xmlns='urn:oasis:names:tc:xliff:document:1.2'>{body}{other}</xliff>"
+    )
+
+
+def version_2(*units):
+    rows = [f"<unit id='x'><segment><source>{s}</source><target>{t}</target></segment></unit>" for s, t in PAIRS]
+    head = "<xliff version='2.1' xmlns='urn:oasis:names:tc:xliff:document:2.0' srcLang='en' trgLang='pt'>"
+    return f"<?xml version='1.0'?>{head}<file id='f'>{''.join([*rows, *units])}</file></xliff>"
+
+
+DOCUMENTS = {
+    "1.2": version_1(
+        "<trans-unit id='a'><source>Open the <g id='1'>file</g><x id='2'/> now.</source><target state='final'>Abra o "
+        "<g id='1'>ficheiro</g><ph id='2'>&lt;br&gt;</ph> agora.</target><alt-trans><source>a</source>"
+        "<target>b</target></alt-trans></trans-unit>",
+        "<trans-unit id='b'><source>Not yet.</source><target state='needs-translation'>Not yet.</target></trans-unit>",
+        "<trans-unit id='c' translate='no'><source>Mixtura</source><target>Mixtura</target></trans-unit>",
+        "<trans-unit id='d'><source>Alone.</source></trans-unit>",
+    ),
+    "2.1": version_2(
+        "<unit id='a'><notes><note>n</note></notes><segment state='final'><source>Open the <pc id='1'>file</pc>"
+        "<ph id='2'/> now.</source><target>Abra o <pc id='1'>ficheiro</pc> agora.</target></segment></unit>",
+        "<unit id='b'><segment state='initial'><source>Not yet.</source><target>Not yet.</target></segment></unit>",
+    ),
+}
+
+
+@pytest.mark.parametrize("version", DOCUMENTS)
+@pytest.mark.parametrize("name", ["a.xliff", "a.XLF"])
+def test_a_translated_document_is_read_without_what_is_untranslated(tmp_path, version, name):
+    path = write(tmp_path / name, DOCUMENTS[version])
+    assert read(path)[1] == {*PAIRS, ("Open the file now.", "Abra o ficheiro agora.")}
+    assert 'pairs = ["en-pt"]' in sketch_recipe(path, name="mine")
+
+
+def test_a_document_without_languages_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has no language, not two of en, pt"):
+        read(write(tmp_path / "a.xlf", DOCUMENTS["2.1"].replace("trgLang", "lang").replace("srcLang", "from")))
+
+
 def test_packed_files_are_unpacked_in_passing(tmp_path):
     for language, side in (("en", 0), ("pt", 1)):
         text = "\n".join(pair[side] for pair in PAIRS)

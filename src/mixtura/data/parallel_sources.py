@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from mixtura.config import TranslationDataConfig, UserError
 from mixtura.config.languages import Pair, find_language, language_of_column
-from mixtura.data.formats.exchange_files import MEMORY, aligned_units, endings_of, memory_units, texts_by_stem
+from mixtura.data.formats.exchange_files import MEMORIES, aligned_units, endings_of, memory_units, texts_by_stem
 from mixtura.data.formats.rows import Row, find_cell
 from mixtura.data.formats.table_files import JUDGED_ROWS, TABLES, file_rows, hub_rows, select
 from mixtura.data.formats.text_files import ending, local_files
@@ -263,10 +263,10 @@ def _open_local(config: TranslationDataConfig, pairs: tuple[Pair, ...], skipped:
             f"'data.path' is '{config.path}', a text in {other} by its ending, and 'data.pairs' has "
             f"{', '.join(map(str, pairs))}: name a direction of {other}, such as {other}-{languages[0]}."
         )
-    files, others = local_files(config.path, (*TABLES, MEMORY, *endings_of(languages)))
+    files, others = local_files(config.path, (*TABLES, *MEMORIES, *endings_of(languages)))
     name = f"the file {files[0].name}" if len(files) == 1 else f"{len(files)} files in {config.path}"
     tables = [file for file in files if ending(file) in TABLES]
-    memories = [file for file in files if ending(file) == MEMORY]
+    memories = [file for file in files if ending(file) in MEMORIES]
     texts = texts_by_stem([file for file in files if file not in {*tables, *memories}], languages)
     if len(files) == 1 and texts:
         name = f"the files {' and '.join(path.name for path in texts[0].values())}"

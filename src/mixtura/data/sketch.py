@@ -15,7 +15,7 @@ from mixtura.config.describe import SECTIONS, keys_of, written
 from mixtura.config.languages import language_of_column
 from mixtura.config.schema import TomlTable
 from mixtura.data.chats import holds_turns, question_columns
-from mixtura.data.formats.exchange_files import MEMORY, memory_variants
+from mixtura.data.formats.exchange_files import MEMORIES, memory_variants
 from mixtura.data.formats.labelled_files import begins_with_label
 from mixtura.data.formats.rows import Row, find_cell, joined_columns
 from mixtura.data.formats.table_files import TABLES, file_rows
@@ -88,10 +88,10 @@ def sketch_recipe(
     about = []
     files: list[Path] = []
     if data is not None:
-        files, _ = local_files(str(data), (".txt", *TABLES, MEMORY))
+        files, _ = local_files(str(data), (".txt", *TABLES, *MEMORIES))
         many = "1 file" if len(files) == 1 else f"{len(files)} files"
         about.append(f"{many}, {sum(file.stat().st_size for file in files):,} bytes.")
-        if ending(files[0]) in (*TABLES, MEMORY):
+        if ending(files[0]) in (*TABLES, *MEMORIES):
             numbers = [part for part in re.split(r"[,+]", columns or "") if part.strip().isdecimal()]
             looks = _look(files[0], numbers)
             about.append(f"Columns of {files[0].name}, in {len(looks[0].values):,} rows: {_listed_columns(looks)}.")
@@ -99,7 +99,7 @@ def sketch_recipe(
     labelled = len(files) == 1 and ending(files[0]) == ".txt" and begins_with_label(files[0])
     task = task or ("classification" if labelled else _task(looks, pairs))
     overrides = [] if data is None else _overrides(task, data, looks, columns, pairs)
-    if files and ending(files[0]) == MEMORY:  # which names languages, not columns
+    if files and ending(files[0]) in MEMORIES:  # which names languages, not columns
         overrides = [each for each in overrides if "_column=" not in each]
     recipe = load_recipe(preset_path(_PRESETS[task]), [f"name={json.dumps(_folder_name(name))}", *overrides])
     table = recipe_to_dict(recipe)
@@ -128,7 +128,7 @@ def _folder_name(name: str) -> str:
 
 def _look(file: Path, numbers: list[str]) -> list[Look]:
     names = pq.read_schema(file).names if ending(file) == ".parquet" else ()
-    is_memory = ending(file) == MEMORY
+    is_memory = ending(file) in MEMORIES
     found = map(_as_row, memory_variants(file)) if is_memory else file_rows(file, [*names, *numbers])
     rows = list(islice(found, LOOKED_AT))
     columns = list(dict.fromkeys(column for row in rows for column in _columns(row.values)))

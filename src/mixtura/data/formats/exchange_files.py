@@ -1,8 +1,9 @@
-"""The two forms in which translators exchange parallel text: translation memories (.tmx), and a text for each language.
+"""The forms in which translators exchange parallel text: memories, translated documents, and a text for each language.
 
-A memory (TMX 1.4b, section 3) has units, and a unit a variant for each language. Codes of a program's formatting inside
-a variant are left out, the text that they format stays. Nothing outside the file is read, whatever its document type
-says.
+A memory (.tmx, TMX 1.4b, section 3) has units, and a unit a variant for each language. A document under translation
+(.xliff, .xlf, XLIFF 1.2 and 2) has units of a source and a target; those that nobody has translated yet are left out.
+Codes of a program's formatting inside are left out too, the text that they format stays. Nothing outside the file is
+read, whatever its document type says.
 
 Texts in a file for each language, such as corpus.en and corpus.de, have a line for each sentence, the same in both (as
 the corpora of OPUS and WMT come).
@@ -27,28 +28,36 @@ from mixtura.data.formats.text_files import (
 from mixtura.data.held_out import Unit
 from mixtura.errors import reason_of
 
-MEMORY = ".tmx"
+MEMORIES = (".tmx", ".xliff", ".xlf")
+"""Endings of files whose units say their languages themselves."""
 _LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 _CODES = {"bpt", "ept", "it", "ph", "ut"}
 """Elements of a variant that hold formatting in place of text."""
+_UNITS, _LARGER = {"tu", "trans-unit", "segment"}, {"unit"}
+_UNTRANSLATED = {"new", "needs-translation", "initial"}
+"""States of a target in XLIFF (of its segment in version 2), which may hold the source until somebody translates it."""
 
 
 def memory_variants(path: Path) -> Iterator[dict[str, str]]:
-    """The units of a memory in their order, each as the text of every language, under its code as it is written.
+    """The units of a memory or a translated document in order: the text of every language, under its code as written.
 
     Raises:
-        UserError: the file is no such memory, or cannot be read.
+        UserError: the file is no such file, or cannot be read.
     """
     parents: list[XML.Element] = []
+    languages: dict[str, str | None] = {}
     try:
         with open_bytes(path) as file:
             for event, element in XML.iterparse(file, ("start", "end")):
                 if event == "start":
                     parents.append(element)
+                    languages |= _languages(element)
                     continue
                 parents.pop()
-                if _name(element) == "tu":
-                    yield dict(filter(None, map(_variant, element)))
+                if _name(element) in _UNITS:
+                    variants = map(_variant, element) if _name(element) == "tu" else _sides(element, languages)
+                    yield dict(filter(None, variants))
+                if _name(element) in _UNITS | _LARGER:
                     for parent in parents[-1:]:
                         parent.remove(element)  # a memory may be larger than this machine's
     except (XML.ParseError, RecursionError) as error:
@@ -66,6 +75,25 @@ def _variant(element: XML.Element) -> tuple[str, str] | None:
     language = element.get(_LANGUAGE) or element.get("lang")
     segment = next((child for child in element if _name(child) == "seg"), None)
     return None if _name(element) != "tuv" or language is None or segment is None else (language, _text(segment))
+
+
+def _languages(element: XML.Element) -> dict[str, str | None]:
+    """Those of source and target, where an element of XLIFF says them: version 1.2 for a file, version 2 for all."""
+    if _name(element) == "file" and element.get("source-language") is not None:
+        return {"source": element.get("source-language"), "target": element.get("target-language")}
+    if _name(element) == "xliff":
+        return {"source": element.get("srcLang"), "target": element.get("trgLang")}
+    return {}
+
+
+def _sides(unit: XML.Element, languages: dict[str, str | None]) -> Iterator[tuple[str, str]]:
+    sides = {_name(child): child for child in unit if _name(child) in ("source", "target")}
+    target = sides.get("target")
+    states = {unit.get("state"), None if target is None else target.get("state")}
+    if unit.get("translate") != "no" and not states & _UNTRANSLATED:
+        for name, side in sides.items():
+            if (language := languages.get(name)) is not None:
+                yield language, _text(side)
 
 
 def _text(element: XML.Element) -> str:

@@ -18,7 +18,7 @@ _PACKED = (*_UNPACKED_IN_PASSING, ".zip", ".zst", ".tar", ".tgz", ".7z")
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 """What reading a file may raise, one that is unpacked in passing too."""
 _SPREADSHEETS = (".xlsx", ".xls", ".ods")
-_MEMORIES = (".tmx", ".xliff", ".xlf", ".po")
+_MEMORIES = (".tmx", ".xliff", ".xlf", ".po", ".sdlxliff")
 _MOST_ENDINGS = 5
 # The kind of a file by its first bytes, whatever its name says.
 _SIGNATURES = {
