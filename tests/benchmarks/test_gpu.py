@@ -1,6 +1,6 @@
 """The prepared run for a GPU goes through without one, and no stage can hang it or lose what was measured."""
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -43,11 +43,9 @@ def test_the_rehearsal_runs_every_stage_and_the_page_shows_it(tmp_path, monkeypa
     for arm in found["arms"].values():
         first, last = arm["curve"][0], arm["curve"][-1]
         assert last["tokens"] == 24 * 8 * 32 and last["training_loss"] < first["training_loss"]
-    spec = importlib.util.spec_from_file_location("pages_script", ROOT / "benchmarks" / "pages.py")
-    pages = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pages)
-    monkeypatch.setattr(pages, "RECORDS", tmp_path)
-    text = pages.gpu()
+    layout, speed = (importlib.import_module(f"page_tables.{name}") for name in ("layout", "speed"))
+    monkeypatch.setattr(layout, "RECORDS", tmp_path)
+    text = speed.gpu()
     assert path.name in text and "mixture_of_tokens" in text and "rows of sparse experts, float32" in text
 
 
