@@ -42,4 +42,4 @@ def _cell(runs: list[dict[str, Any]]) -> str:
     losses = [deployed_loss(run) for run in runs]
     scatter = f" ({stdev(losses):.3f})" if len(losses) > 1 else ""
     spikes = sum(run["spikes"] for run in runs)
-    return f"{fmean(losses):.3f}{scatter}" + (f", {spikes} spikes" if spikes else "")
+    return f"{fmean(losses):.3f}{scatter}" + (f", {spikes} spike{'s' if spikes > 1 else ''}" if spikes else "")
