@@ -338,6 +338,12 @@ def test_documents(case, tmp_path):
     assert {reason: count for reason, count in corpus.skipped.items() if count} == case.skipped
 
 
+def test_a_packed_list_that_is_spoilt_is_refused_in_a_folder_too(tmp_path):
+    (tmp_path / "a.json.gz").write_bytes(b"no gzip")
+    with pytest.raises(UserError, match=r"a.json.gz' cannot be unpacked .Not a gzipped file"):
+        load_corpus(DataConfig(source="local", path=str(tmp_path)))
+
+
 def test_a_folder_is_read_whatever_lies_beside_its_tables(tmp_path):
     """Halves in two formats, a description of the set in .json, a table of something else, and an empty file."""
     (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS[:20]))

@@ -113,8 +113,11 @@ def _other_kind(file: Path, listed: str) -> str:
 def _holds_rows(file: Path) -> bool:
     if ending(file) != ".json":
         return True
-    with open_bytes(file) as opened:
-        return opened.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    try:
+        with open_bytes(file) as opened:
+            return opened.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    except UNREADABLE:
+        return True  # whoever reads it says what is wrong
 
 
 def read_lines(path: Path) -> Iterator[str]:
