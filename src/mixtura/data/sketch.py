@@ -92,8 +92,7 @@ def sketch_recipe(
         many = "1 file" if len(files) == 1 else f"{len(files)} files"
         about.append(f"{many}, {sum(file.stat().st_size for file in files):,} bytes.")
         if ending(files[0]) in (*TABLES, *MEMORIES):
-            numbers = [part for part in re.split(r"[,+]", columns or "") if part.strip().isdecimal()]
-            looks = _look(files[0], numbers)
+            looks = _look(files[0], (columns or "").split(","))
             about.append(f"Columns of {files[0].name}, in {len(looks[0].values):,} rows: {_listed_columns(looks)}.")
     _check_columns(columns, looks)
     labelled = len(files) == 1 and ending(files[0]) == ".txt" and begins_with_label(files[0])
@@ -116,7 +115,7 @@ def sketch_recipe(
 def _check_columns(columns: str | None, looks: list[Look]) -> None:
     names = [look.column for look in looks]
     asked = [column.strip() for column in columns.split(",")] if names and columns is not None else []
-    for column in (part for each in asked for part in ([each] if each in names else joined_columns(each))):
+    for column in (part for each in asked for part in joined_columns(each, names)):
         # "messages.content" is a place inside a column.
         if column not in names and column.partition(".")[0] not in names:
             raise UserError(f"--columns has '{column}', which is no column: name some of {', '.join(names)}.")
@@ -126,10 +125,10 @@ def _folder_name(name: str) -> str:
     return re.sub(r"[^\w. -]", "_", name).lstrip("_. -") or "mine"
 
 
-def _look(file: Path, numbers: list[str]) -> list[Look]:
+def _look(file: Path, asked: list[str]) -> list[Look]:
     names = pq.read_schema(file).names if ending(file) == ".parquet" else ()
     is_memory = ending(file) in MEMORIES
-    found = map(_as_row, memory_variants(file)) if is_memory else file_rows(file, [*names, *numbers])
+    found = map(_as_row, memory_variants(file)) if is_memory else file_rows(file, [*names, *asked])
     rows = list(islice(found, LOOKED_AT))
     columns = list(dict.fromkeys(column for row in rows for column in _columns(row.values)))
     if not columns:

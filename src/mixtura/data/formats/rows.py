@@ -7,7 +7,7 @@ that is not empty.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 
@@ -33,9 +33,9 @@ def find_cell(row: Row, column: str) -> tuple[bool, object]:
     return all(there for there, _ in found), nested[0] if nested else "\n\n".join(filter(None, texts))
 
 
-def joined_columns(column: str) -> list[str]:
-    """The parts of an expression that joins columns; the expression itself where it joins none."""
-    return [part.strip() for part in column.split("+")]
+def joined_columns(column: str, names: Collection[str] = ()) -> list[str]:
+    """The parts of an expression that joins columns; itself where it joins none, or is one of the `names` there are."""
+    return [column] if column in names else [part.strip() for part in column.split("+")]
 
 
 def _look(value: object, column: str) -> tuple[bool, object]:

@@ -311,7 +311,7 @@ def _unquote(text: str) -> str:
 def _header(path: Path, cells: Sequence[str], columns: Collection[str]) -> tuple[list[str], bool]:
     """Names of the columns, and whether the first line is a row already: where a column is asked for by its number."""
     names = [cell.strip() for cell in cells]
-    if any(part.isdecimal() and part not in names for column in columns for part in joined_columns(column)):
+    if any(part.isdecimal() and part not in names for column in columns for part in joined_columns(column, names)):
         return [str(place) for place in range(1, len(names) + 1)], True
     _check_names(path, names)
     return names, False
@@ -343,7 +343,7 @@ def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             _check_names(path, names)
-            parts = [part for name in columns for part in ([name] if name in names else joined_columns(name))]
+            parts = [part for name in columns for part in joined_columns(name, names)]
             outer = {name if name in names else name.partition(".")[0] for name in parts}
             # All of them where one is missing, so that the message about it can list them.
             wanted = [name for name in names if name in outer] if outer <= set(names) else names
