@@ -47,11 +47,12 @@ def evidence_of(record: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: two runs of one arm, width and seed have results at one budget.
     """
-    rows, settings = [record["settings"] | row for row in record["rows"]], record["settings"]
+    about = record["environment"]
+    settings = {"processor": about["processor"]} | record["settings"]
+    rows = [settings | row for row in record["rows"]]
     found = [_evidence_row(row) for row in rows if row["name"] in ARMS and row["tokens"] >= FEWEST_TOKENS]
     if len({tuple(row[:4]) for row in found}) < len(found):
         raise ValueError("two runs have one name, width, budget and seed: name one of them otherwise.")
-    about = record["environment"]
     setting = {
         "layers": settings["layers"],
         "vocabulary": settings["vocabulary"],
@@ -61,7 +62,7 @@ def evidence_of(record: dict[str, Any]) -> dict[str, Any]:
         "top_k": 2,
         "group_size": ArmConfig(family="mixture_of_tokens").group_size,
         "text": "English film reviews",
-        "machine": f"one thread of {about['processor']}",
+        "machine": f"one thread of {' or '.join(sorted({row[-1] for row in found}))}",
         "created": record["created"][:10],
     }
     return {"setting": setting, "columns": [field.name for field in fields(Row)], "rows": sorted(found)}
@@ -86,6 +87,7 @@ def _evidence_row(row: dict[str, Any]) -> list[Any]:
         losses.get("alone_top2"),
         row["parameters"],
         round(row["cpu_seconds"] / row["steps_taken"], 4),
+        row["processor"],
     ]
 
 

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from mixtura.benchmarks.measure import store_record
+from mixtura.comparison.folder import environment
 from mixtura.config import ArmConfig, DataConfig, Family, ModelConfig, Placement, TrainingConfig
 from mixtura.config.families import facts_of
 from mixtura.config.schema import Activation
@@ -328,6 +329,7 @@ class Training:
             "spikes": count_spikes(self.losses),
             "training_curve": [round(loss, 3) for loss in curve],
             "cpu_seconds": round(self.seconds, 1),
+            "processor": environment()["processor"],
         }
 
 
@@ -449,7 +451,7 @@ def store(folder: Folder, runs: list[Run], *, name: str) -> Path:
     A row has the name that its run has in the list now; those that the list no longer has keep theirs.
     """
     names = {run.key: run.name for run in runs}
-    defaults = _stored(Run())
+    defaults = _stored(Run()) | {"processor": environment()["processor"]}
     rows = [
         {name: value for name, value in row.items() if name not in NOT_STORED and value != defaults.get(name, ...)}
         for row in sorted(
@@ -468,7 +470,9 @@ def restore(folder: Folder, runs: list[Run], *, name: str) -> int:
     if folder.rows():
         raise SystemExit(f"'{folder.path}' has results: restore into an empty folder.")
     (path,) = RESULTS.glob(f"{name}-*.json")
-    for row in (_stored(Run()) | row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]):
+    record = json.loads(path.read_text(encoding="utf-8"))
+    defaults = _stored(Run()) | {"processor": record["environment"]["processor"]}
+    for row in (defaults | row for row in record["rows"]):
         run = next((run for run in runs if row["end"] in run.ends and _same(_stored(run), row)), None)
         if run is None:
             settings = {key: value for key, value in row.items() if key in asdict(Run())}

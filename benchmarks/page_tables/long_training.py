@@ -165,20 +165,20 @@ def _law(evidence: Evidence) -> str:
     ends = evidence.ends(evidence.arms())
     law, forecasts = fit_law(ends), held_out_forecasts(ends)
     noise = noise_of(ends, law)
-    size = "" if law.alpha is None else f", size exponent {law.alpha:.3f}"
-    data = "One budget, so no data exponent" if law.beta is None else f"Data exponent {law.beta:.3f}"
-    text = f"{data}{size}; runs scatter by {noise.of_run:.4f} nats between seeds and "
+    size = "" if law.alpha is None else f"Size exponent {law.alpha:.3f}; "
+    text = f"{size}{'r' if size else 'R'}uns scatter by {noise.of_run:.4f} nats between seeds and "
     text += f"{noise.of_end:.4f} within a run, lack of fit included.\n\n"
     rows = [
         [
             arm.replace("_", " "),
             f"{law.floors[arm]:.3f}",
-            f"{law.data_terms.get(arm, 0):.1f}",
+            f"{law.betas[arm]:.3f}" if law.betas else "",
+            f"{law.data_terms.get(arm, 0):,.0f}",
             f"{law.size_terms.get(arm, 0):.2f}",
         ]
         for arm in law.floors
     ]
-    text += table_of(["arm", "floor c", "data term b", "size term n"], rows)
+    text += table_of(["arm", "floor c", "data exponent beta", "data term b", "size term n"], rows)
     if not forecasts:
         return text + "\nToo few budgets to hold the longest out.\n"
     rows = [

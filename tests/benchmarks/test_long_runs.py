@@ -213,5 +213,11 @@ def test_what_was_stored_can_be_gone_on_from(script, tmp_path, monkeypatch):
     assert script.restore(other, longer, name="toy") == 2
     assert [other.ends(run) for run in longer] == [{4}, {3}]
     assert json.loads(script.store(other, longer, name="toy").read_text("utf-8"))["rows"] == stored["rows"]
+    # On a machine with another processor these rows keep the name of the one that they were trained on.
+    here = stored["settings"]["processor"]
+    monkeypatch.setattr(script, "environment", lambda: {"processor": "another"})
+    assert script.train_next(longer, other)
+    rows = json.loads(script.store(other, longer, name="toy").read_text("utf-8"))["rows"]
+    assert [(row["end"], row.get("processor")) for row in rows] == [(4, here), (6, None), (3, here)]
     with pytest.raises(SystemExit, match="restore into an empty folder"):
         script.restore(other, longer, name="toy")

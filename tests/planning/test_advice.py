@@ -46,6 +46,7 @@ def evidence(*, seeds=(0, 1, 2), widths=(64,), budgets=(1_000_000, 3_000_000, 10
                             alone=loss + 0.02 if mixing else None,
                             parameters=227_904,
                             seconds_per_step=SECONDS[arm],
+                            processor="a processor",
                         )
                     )
     return Evidence(setting=SETTING, rows=tuple(rows))

@@ -20,10 +20,10 @@ from mixtura.planning.evidence import (
 BUDGETS = (1e6, 3e6, 1e7, 3e7)
 TRUTH = Law(
     alpha=0.3,
-    beta=0.35,
+    betas={"dense": 0.35, "token_choice": 0.3},
     size_terms={"dense": 12.0, "token_choice": 10.0},
     floors={"dense": 1.5, "token_choice": 1.45},
-    data_terms={"dense": 150.0, "token_choice": 170.0},
+    data_terms={"dense": 150.0, "token_choice": 80.0},
 )
 
 
@@ -49,7 +49,8 @@ def ends(law=TRUTH, *, sizes=(5e4, 2e5, 8e5), seeds=(0, 1, 2), run_noise=0.0, en
 
 def test_a_law_is_found_again_in_runs_that_follow_it():
     found = fit_law(ends())
-    assert found.alpha == pytest.approx(TRUTH.alpha, abs=0.01) and found.beta == pytest.approx(TRUTH.beta, abs=0.01)
+    assert found.alpha == pytest.approx(TRUTH.alpha, abs=0.01)
+    assert found.betas == pytest.approx(TRUTH.betas, abs=0.01)
     for arm in TRUTH.floors:
         for parameters, tokens in ((2e5, 1e7), (2e6, 1e8)):
             expected = TRUTH.loss(arm, parameters=parameters, tokens=tokens)
@@ -76,6 +77,15 @@ def test_runs_of_one_width_leave_the_size_out():
     assert found.loss("dense", parameters=1.0, tokens=1e7) == found.loss("dense", parameters=1e9, tokens=1e7)
 
 
+def test_an_arm_of_two_budgets_takes_its_exponent_from_dense():
+    kept = [end for end in ends() if end.arm == "dense" or end.tokens < 5e6]
+    found = fit_law(kept)
+    assert found.betas["token_choice"] == found.betas["dense"] == pytest.approx(TRUTH.betas["dense"], abs=0.01)
+    assert found.data_terms["token_choice"] != found.data_terms["dense"]
+    expected = TRUTH.loss("token_choice", parameters=2e5, tokens=3e6)
+    assert found.loss("token_choice", parameters=2e5, tokens=3e6) == pytest.approx(expected, abs=0.003)
+
+
 def test_an_arm_of_one_budget_keeps_its_difference():
     kept = [end for end in ends(sizes=(2e5,)) if end.arm == "dense" or end.tokens == 1e6]
     found = fit_law(kept)
@@ -89,7 +99,7 @@ def test_an_arm_of_one_budget_keeps_its_difference():
 
 def test_dense_of_one_budget_leaves_the_tokens_out():
     found = fit_law([end for end in ends(sizes=(2e5,)) if end.tokens == 1e6])
-    assert found.beta is None and found.data_terms == {}
+    assert found.betas == {} and found.data_terms == {}
     assert found.tokens_for("dense", 3.0, parameters=2e5) == math.inf
     expected = TRUTH.loss("token_choice", parameters=2e5, tokens=1e6)
     assert found.loss("token_choice", parameters=2e5, tokens=1e9) == pytest.approx(expected)

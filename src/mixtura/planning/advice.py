@@ -253,7 +253,7 @@ def _advise_arm(reading: _Reading, question: Question, arm: str) -> ArmAdvice:
     shape = _shape(evidence, question, arm)
     needed, ratio = state_memory(shape).total, evidence.step_ratio(arm, width=question.width)
     rows, other = evidence.of(arm), arm != BASELINE
-    moving = other and reading.law.beta is not None
+    moving = other and bool(reading.law.betas)
     tokens = [row.tokens for row in rows]
     return ArmAdvice(
         arm=cast(Family, arm),

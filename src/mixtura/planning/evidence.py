@@ -6,12 +6,13 @@ the committed results by `python benchmarks/evidence.py`, and holds nothing else
 The laws say what they do not know. For arm a, a model of N parameters outside the embeddings (those of its dense
 counterpart) and D training tokens
 
-    L_a(N, D) = c_a + n_a N^-alpha + b_a D^-beta
+    L_a(N, D) = c_a + n_a N^-alpha + b_a D^-beta_a
 
-with exponents that all arms share, as the joint law for dense models and mixtures (arXiv 2502.05172, equation 3) does
-but for small terms: few budgets cannot tell an exponent for each arm. Given the exponents the rest is linear, so only
-they are searched. An arm with runs of one size takes n_a from dense, and one with runs of one budget b_a: its
-difference is taken to stay. If dense has one size or budget, that term is left out, and part of c_a.
+where mixtures learn from tokens at a pace of their own, as in the joint law for dense models and mixtures (arXiv
+2502.05172, equation 3, whose exponent of D moves with the number of experts): one beta for all arms missed the
+differences at 30 million tokens by twice as much (docs/log.md). Given the exponents the rest is linear, so only they
+are searched. An arm with runs of two budgets takes beta_a from dense, one of one budget b_a too, and one of one size
+n_a: its difference is taken to stay. If dense has one size or budget, that term is left out, and part of c_a.
 
 Where runs differ from the law is noise of two kinds: of a whole run, whose budgets share their first weights and most
 of their data, and of a single end. `law_replicates` draws both again and again and fits each time.
@@ -38,6 +39,8 @@ UNKNOWN_NOISE = 0.02
 """Standard deviation between seeds, in nats, where no arm has two: what runs of this kind had (docs/log.md)."""
 _EXPONENTS = (0.05, 1.0)
 """Between which exponents are searched."""
+_OWN_EXPONENT = 3
+"""Budgets from which on an arm has an exponent of its own: with its floor and factor it has three unknowns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,27 +62,27 @@ class Law:
 
     alpha: float | None
     """None where dense has one N."""
-    beta: float | None
-    """None where dense has one D."""
+    betas: dict[str, float]
+    """Of every arm; empty where dense has one D."""
     floors: dict[str, float]
     """c of every arm."""
     size_terms: dict[str, float]
     """n of every arm; empty where alpha is None."""
     data_terms: dict[str, float]
-    """b of every arm; empty where beta is None."""
+    """b of every arm; empty where dense has one D."""
 
     def loss(self, arm: str, *, parameters: float, tokens: float) -> float:
         """Held-out nats a token."""
         size = 0.0 if self.alpha is None else self.size_terms[arm] * parameters**-self.alpha
-        data = 0.0 if self.beta is None else self.data_terms[arm] * tokens**-self.beta
+        data = self.data_terms[arm] * tokens ** -self.betas[arm] if self.betas else 0.0
         return self.floors[arm] + size + data
 
     def tokens_for(self, arm: str, loss: float, *, parameters: float) -> float:
         """How many tokens bring an arm down to a loss; infinite if none do, or the law knows one budget."""
         rest = loss - self.loss(arm, parameters=parameters, tokens=math.inf)
-        if self.beta is None or rest <= 0:
+        if not self.betas or rest <= 0:
             return math.inf
-        return (self.data_terms[arm] / rest) ** (1 / self.beta)
+        return (self.data_terms[arm] / rest) ** (1 / self.betas[arm])
 
 
 def fit_law(ends: Sequence[RunEnd]) -> Law:
@@ -90,43 +93,59 @@ def fit_law(ends: Sequence[RunEnd]) -> Law:
     """
     arms = sorted({end.arm for end in ends})
     table = _Table(ends, arms)
-    bounds = [_EXPONENTS] * len(table.terms)
+    count = sum(len(term.exponents) for term in table.terms)
     found: list[float] = []
-    if bounds:
-        least = minimize(lambda at: table.solve(at)[1], [0.3] * len(bounds), bounds=bounds, method="L-BFGS-B")
-        found = least.x.tolist()
-    terms = table.solve(found)[0].tolist()
-    floors, rest = dict(zip(arms, terms[: len(arms)], strict=True)), terms[len(arms) :]
-    values: dict[str, dict[str, float]] = {"size": {}, "data": {}}
+    if count:
+        start, bounds = [0.3] * count, [_EXPONENTS] * count
+        found = minimize(lambda at: table.solve(at)[1], start, bounds=bounds, method="L-BFGS-B").x.tolist()
+    factors = table.solve(found)[0].tolist()
+    floors, factors = dict(zip(arms, factors[: len(arms)], strict=True)), factors[len(arms) :]
+    terms: dict[str, dict[str, float]] = {"size": {}, "data": {}}
+    exponents: dict[str, dict[str, float]] = {"size": {}, "data": {}}
     for term in table.terms:
-        values[term.name] = {arm: rest[term.column(arm)] for arm in arms}
-        rest = rest[len(term.arms) :]
-    exponents = dict(zip((term.name for term in table.terms), found, strict=True))
+        terms[term.name] = {arm: factors[term.column(arm)] for arm in arms}
+        exponents[term.name] = {arm: found[term.exponent(arm)] for arm in arms}
+        factors, found = factors[len(term.arms) :], found[len(term.exponents) :]
     return Law(
-        alpha=exponents.get("size"),
-        beta=exponents.get("data"),
+        alpha=exponents["size"].get(BASELINE),
+        betas=exponents["data"],
         floors=floors,
-        size_terms=values["size"],
-        data_terms=values["data"],
+        size_terms=terms["size"],
+        data_terms=terms["data"],
     )
 
 
 class _Term:
-    """A power of one quantity, with a factor for each arm that has two values of it or more; others take dense's."""
+    """A power of one quantity: which arms have a factor and an exponent of their own; others take dense's."""
 
-    def __init__(self, name: str, ends: Sequence[RunEnd], values: Sequence[float]) -> None:
+    def __init__(self, name: str, ends: Sequence[RunEnd], values: Sequence[float], *, own_exponent: float) -> None:
+        """Counts every arm's values.
+
+        Args:
+            name: of the quantity.
+            ends: the runs.
+            values: the quantity, of each of them.
+            own_exponent: from how many values on an arm has an exponent of its own.
+        """
         seen: dict[str, set[float]] = defaultdict(set)
         for end, value in zip(ends, values, strict=True):
             seen[end.arm].add(value)
+        others = sorted(arm for arm in seen if arm != BASELINE)
         self.name = name
-        self.arms = [BASELINE, *sorted(arm for arm in seen if len(seen[arm]) > 1 and arm != BASELINE)]
+        self.arms = [BASELINE, *(arm for arm in others if len(seen[arm]) > 1)]
+        self.exponents = [BASELINE, *(arm for arm in others if len(seen[arm]) >= own_exponent)]
         self.known = len(seen[BASELINE]) > 1
         self.values = np.array(values)[:, None]
         self.of_column = np.array([[self.column(end.arm) == k for k in range(len(self.arms))] for end in ends])
+        self.exponent_of_column = [self.exponent(arm) for arm in self.arms]
 
     def column(self, arm: str) -> int:
         """Which of the factors an arm has."""
         return self.arms.index(arm) if arm in self.arms else 0
+
+    def exponent(self, arm: str) -> int:
+        """Which of the exponents an arm has."""
+        return self.exponents.index(arm) if arm in self.exponents else 0
 
 
 class _Table:
@@ -136,15 +155,18 @@ class _Table:
         self.losses = np.array([end.loss for end in ends])
         self.of_arm = np.array([[end.arm == arm for arm in arms] for end in ends], dtype=float)
         terms = [
-            _Term("data", ends, [end.tokens for end in ends]),
-            _Term("size", ends, [end.parameters for end in ends]),
+            _Term("data", ends, [end.tokens for end in ends], own_exponent=_OWN_EXPONENT),
+            _Term("size", ends, [end.parameters for end in ends], own_exponent=math.inf),
         ]
         self.terms = [term for term in terms if term.known]
 
     def solve(self, exponents: Sequence[float]) -> tuple[np.ndarray, float]:
-        """The best factors for given exponents, and the sum of squared errors."""
-        powers = [term.of_column * term.values**-at for term, at in zip(self.terms, exponents, strict=True)]
-        table = np.concatenate([self.of_arm, *powers], axis=1)
+        """The best factors for given exponents, those of each term in turn, and the sum of squared errors."""
+        columns, rest = [self.of_arm], np.asarray(exponents)
+        for term in self.terms:
+            columns.append(term.of_column * term.values ** -rest[term.exponent_of_column])
+            rest = rest[len(term.exponents) :]
+        table = np.concatenate(columns, axis=1)
         scale = np.abs(table).max(0)
         factors = np.linalg.lstsq(table / scale, self.losses, rcond=None)[0] / scale
         return factors, float(np.square(table @ factors - self.losses).sum())
@@ -296,6 +318,8 @@ class Row:
     """All of them, embeddings and every expert too."""
     seconds_per_step: float
     """Processor seconds on one thread."""
+    processor: str
+    """On which it was trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,11 +357,21 @@ class Evidence:
         ]
 
     def step_ratio(self, arm: str, *, width: int) -> tuple[float, int]:
-        """A step's time over that of a dense one, at the measured width nearest to `width`, and that width."""
-        widths = {row.width for row in self.of(arm)} & {row.width for row in self.of(BASELINE)}
-        nearest = min(widths, key=lambda other: abs(other - width))
-        own, dense = (fmean(row.seconds_per_step for row in self.of(name, width=nearest)) for name in (arm, BASELINE))
-        return own / dense, nearest
+        """A step's time over that of a dense one, at the measured width nearest to `width`, and that width.
+
+        Only times of one processor are divided; of several, each counts by its number of the arm's runs.
+        """
+        own, dense = ({(row.width, row.processor) for row in self.of(name)} for name in (arm, BASELINE))
+        nearest = min((both[0] for both in own & dense), key=lambda other: abs(other - width))
+        shared = {processor for at, processor in own & dense if at == nearest}
+        rows = [row for row in self.of(arm, width=nearest) if row.processor in shared]
+        times = {
+            processor: fmean(
+                row.seconds_per_step for row in self.of(BASELINE, width=nearest) if row.processor == processor
+            )
+            for processor in shared
+        }
+        return fmean(row.seconds_per_step / times[row.processor] for row in rows), nearest
 
 
 def body_parameters(width: int, *, layers: int) -> int:
