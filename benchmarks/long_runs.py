@@ -451,7 +451,7 @@ def store(folder: Folder, runs: list[Run], *, name: str) -> Path:
     A row has the name that its run has in the list now; those that the list no longer has keep theirs.
     """
     names = {run.key: run.name for run in runs}
-    defaults = _stored(Run()) | {"processor": environment()["processor"]}
+    defaults: dict[str, Any] = _stored(Run()) | {"processor": environment()["processor"]}
     rows = [
         {name: value for name, value in row.items() if name not in NOT_STORED and value != defaults.get(name, ...)}
         for row in sorted(
@@ -471,7 +471,7 @@ def restore(folder: Folder, runs: list[Run], *, name: str) -> int:
         raise SystemExit(f"'{folder.path}' has results: restore into an empty folder.")
     (path,) = RESULTS.glob(f"{name}-*.json")
     record = json.loads(path.read_text(encoding="utf-8"))
-    defaults = _stored(Run()) | {"processor": record["environment"]["processor"]}
+    defaults: dict[str, Any] = _stored(Run()) | {"processor": record["environment"]["processor"]}
     for row in (defaults | row for row in record["rows"]):
         run = next((run for run in runs if row["end"] in run.ends and _same(_stored(run), row)), None)
         if run is None:
