@@ -23,7 +23,7 @@ PLAIN = {"gated": False, "hidden_act": "relu", "norm_topk_prob": False}
 MODELS = [
     TOKENS | PLAIN,
     TOKENS | PLAIN | {"alone_top_k": None},
-    TOKENS | PLAIN | {"combine": "separate", "temperature": 0.5, "alone_top_k": 3, "mixtures_per_expert": 2},
+    TOKENS | PLAIN | {"combine": "separate", "router_temperature": 0.5, "alone_top_k": 3, "mixtures_per_expert": 2},
     TOKENS | PLAIN | {"combine": "separate", "alone_top_k": None, "mixtures_per_expert": 2},
     TOKENS | {"hidden_act": "gelu", "num_shared_experts": 1},
     PLAIN | {"layer_mix": True},
@@ -76,7 +76,7 @@ def test_so_do_they_with_the_averages_of_a_population(saved, changes):
 
 
 def test_the_temperature_of_routers_is_none_of_sampling(saved, tmp_path):
-    source = saved(**(TOKENS | PLAIN | {"temperature": 0.5}))
+    source = saved(**(TOKENS | PLAIN | {"router_temperature": 0.5}))
     (source / "generation_config.json").unlink()
     export(source, tmp_path / "out", to="remote_code")
     settings = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))

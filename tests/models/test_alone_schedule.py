@@ -57,7 +57,7 @@ def test_a_temperature_falls_in_equal_ratios_and_ends_at_that_of_the_finished_mo
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 16, "moe_intermediate_size": 12, "num_experts": 4, "group_size": 4}
     shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "mlp_layer_types": ["mixture_of_tokens"] * 2}
-    model = MixtureForCausalLM(MixtureConfig(**sizes, **shape, first_temperature=8.0, temperature=0.5))
+    model = MixtureForCausalLM(MixtureConfig(**sizes, **shape, first_temperature=8.0, router_temperature=0.5))
     layers, seen = model.mixture_of_tokens_layers(), []
     assert [layer.temperature for layer in layers] == [0.5, 0.5]  # whoever loads it has the finished model
     for step in range(5):

@@ -106,7 +106,7 @@ def test_every_setting_of_an_arm_reaches_the_model():
         population_rate=0.02,
     )
     config = build(arm)
-    renamed = {"expert_groups": "n_group", "groups_per_token": "topk_group"} | {
+    renamed = {"expert_groups": "n_group", "groups_per_token": "topk_group", "temperature": "router_temperature"} | {
         "top_k": "num_experts_per_tok",
         "score_function": "scoring_func",
         "normalize_top_k": "norm_topk_prob",
@@ -191,7 +191,7 @@ def test_mixture_of_tokens_gets_its_settings(tiny_config):
         group_size=8,
         mixtures_per_expert=2,
         group_over="sequence",
-        temperature=0.5,
+        router_temperature=0.5,
         combine="separate",
         inference_mode="group",
         alone_top_k=3,

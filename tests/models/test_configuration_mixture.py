@@ -26,7 +26,7 @@ def test_every_layer_may_have_a_family_of_its_own():
         ({"mlp_layer_types": ["dense"] * 3 + ["moe"]}, "mlp_layer_types has 'moe': it must be one of dense, token_cho"),
         ({"zero_fill_unit": "token"}, "zero_fill_unit is 'token': it must be one of group, layer, step"),
         ({"num_experts": "many"}, "num_experts"),
-        ({"temperature": "hot"}, "temperature"),
+        ({"router_temperature": "hot"}, "router_temperature"),
     ],
     ids=["too few families", "unknown family", "unknown unit", "text for a number", "text for a fraction"],
 )
@@ -40,7 +40,9 @@ def test_number_of_experts_has_its_other_name_on_the_hub():
 
 
 def test_a_saved_configuration_comes_back_equal(tiny_config, tmp_path):
-    config = tiny_config("mixture_of_tokens", temperature=0.5, alone_top_k=None, capacity_factor=2, layer_mix=True)
+    config = tiny_config(
+        "mixture_of_tokens", router_temperature=0.5, alone_top_k=None, capacity_factor=2, layer_mix=True
+    )
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is MixtureConfig

@@ -115,21 +115,27 @@ def test_text_goes_on_from_the_prompt_and_depends_on_the_seed_only_when_sampling
 
 
 def test_the_temperature_of_routers_is_none_of_sampling(saved):
-    folder = saved("mixture_of_tokens", temperature=0.25)
+    folder = saved("mixture_of_tokens", router_temperature=0.25)
     settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    assert settings.pop("temperature", None) is None
+    assert settings.get("temperature") is None
     for _ in range(2):
         model = MixtureForCausalLM.from_pretrained(folder)
         assert model.generation_config.temperature is None
-        assert model.config.temperature == model.mixture_of_tokens_layers()[0].temperature == 0.25
-        # As earlier releases wrote it.
-        (folder / "generation_config.json").write_text(json.dumps(settings | {"temperature": 0.25}), encoding="utf-8")
-    (folder / "generation_config.json").unlink()
-    assert MixtureForCausalLM.from_pretrained(folder).generation_config.temperature is None
+        assert model.config.router_temperature == model.mixture_of_tokens_layers()[0].temperature == 0.25
+        (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def test_the_older_name_of_the_temperature_of_routers_is_read(saved):
+    folder = saved("mixture_of_tokens", router_temperature=0.25)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings["temperature"] = settings.pop("router_temperature")
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    config = MixtureForCausalLM.from_pretrained(folder).config
+    assert config.router_temperature == 0.25 and "temperature" not in config.to_dict()
 
 
 def test_a_temperature_of_sampling_that_a_user_has_set_is_kept(saved):
-    folder = saved("mixture_of_tokens", temperature=0.25)
+    folder = saved("mixture_of_tokens", router_temperature=0.25)
     model = MixtureForCausalLM.from_pretrained(folder)
     model.generation_config.do_sample, model.generation_config.temperature = True, 0.7
     model.save_pretrained(folder)

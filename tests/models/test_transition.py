@@ -60,7 +60,7 @@ def test_a_router_that_knows_nothing_converts_exactly(build, mixtures_per_expert
 
 
 def test_all_parameters_are_shared_but_for_the_scale_of_the_outputs(build):
-    model = build(temperature=0.5)
+    model = build(router_temperature=0.5)
     before = copy.deepcopy(model.state_dict())
     after = to_token_choice(model, tokens(), top_k=2).state_dict()
     assert set(after) == set(before)
@@ -109,7 +109,7 @@ def test_the_last_share_of_the_steps_is_due_for_a_change(build):
 
 
 def test_a_change_where_it_stands_is_the_conversion_with_the_tensors_of_before(build):
-    model, ids = build(temperature=0.5, **PLAN), tokens()
+    model, ids = build(router_temperature=0.5, **PLAN), tokens()
     before, expected = dict(model.named_parameters()), to_token_choice(model, ids, top_k=2)
     state = torch.get_rng_state()
     change_to_token_choice(model.train(), ids)

@@ -312,6 +312,7 @@ class ArmConfig:
         1.0,
         says="Divides the router's logits.",
         role="function",
+        field="router_temperature",
         layer=True,
         bounds="positive",
         always_shown=_MOT,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError
+from transformers import GenerationConfig
 
 from mixtura.checkpoints.source import EMBEDDING, HEAD, expected_shapes
 from mixtura.checkpoints.tensors import PlannedTensor, StoredWeights, copy_companions, write_planned
@@ -29,7 +30,6 @@ from mixtura.exporting.verification import Receipt, verify
 from mixtura.files import check_empty, free_bytes, new_folder
 from mixtura.models import MixtureConfig
 from mixtura.models.loading import folder_settings, load_config
-from mixtura.models.sampling_temperature import generation_settings
 from mixtura.results import Facts
 
 _SPARE_BYTES = 64 * 2**20
@@ -152,7 +152,7 @@ def _write(
     else:
         _write_config(source, folder, container)
     if not (folder / "generation_config.json").is_file():
-        generation_settings(source.config).save_pretrained(folder)
+        GenerationConfig.from_model_config(source.config).save_pretrained(folder)
     write_card(folder, source.config, container, planned, origin)
 
 

@@ -80,6 +80,9 @@ class MixtureConfig(ModelSettings, PreTrainedConfig):
         # Set only here, as no field: transformers asks whether the attribute exists, and None would count as existing.
         if self.attention in ("qwen2", "qwen3") and kwargs.get("layer_types") is None:
             kwargs["layer_types"] = self.attention_kinds()
+        # The name in older folders, which transformers takes for the temperature of sampling.
+        if "temperature" in kwargs:
+            self.router_temperature = kwargs.pop("temperature")
         super().__post_init__(**kwargs)
 
     def validate_mlp_layer_types(self) -> None:

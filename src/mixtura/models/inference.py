@@ -82,10 +82,11 @@ def prepare_mixing(layers: Sequence[MixtureOfTokens], config: MixtureConfig, ste
 
 
 def temperature_at(config: MixtureConfig, step: int, *, steps: int) -> float:
-    """The temperature of mixture-of-tokens layers: from `first_temperature` to `temperature` in equal ratios a step."""
+    """The temperature of mixture-of-tokens layers: from `first_temperature` to `router_temperature` in equal ratios."""
     if config.first_temperature is None:
-        return config.temperature
-    return config.temperature * (config.first_temperature / config.temperature) ** max(0.0, 1 - step / steps)
+        return config.router_temperature
+    last = config.router_temperature
+    return last * (config.first_temperature / last) ** max(0.0, 1 - step / steps)
 
 
 def shares_alone(config: MixtureConfig, step: int, *, steps: int, layers: int) -> list[float]:

@@ -42,7 +42,6 @@ from mixtura.models.losses import (
     warn_of_a_loss_outside,
     weighted_router_losses,
 )
-from mixtura.models.sampling_temperature import SamplesAtItsOwnTemperature
 
 
 class MixturePreTrainedModel(PreTrainedModel):
@@ -248,7 +247,7 @@ def _token_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
     return None if real_BL is None else real_BL[:, -length:]
 
 
-class MixtureForCausalLM(SamplesAtItsOwnTemperature, MixturePreTrainedModel, GenerationMixin):
+class MixtureForCausalLM(MixturePreTrainedModel, GenerationMixin):
     """The decoder with a language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -191,7 +191,7 @@ class MixturaOfTokens(nn.Module):
         return y_TD.view(x_BLD.shape)
 
     def _weights(self, x_TD: Tensor, gate: nn.Linear, log_mass: Tensor | float) -> Tensor:
-        logits_TS = _router_logits(x_TD, gate.weight) / self.config.temperature
+        logits_TS = _router_logits(x_TD, gate.weight) / self.config.router_temperature
         return torch.sigmoid(logits_TS - log_mass).to(x_TD.dtype)
 
 
@@ -358,11 +358,6 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def post_init(self) -> None:
-        """The configuration's `temperature` is that of routers, which transformers takes for that of sampling."""
-        super().post_init()
-        self.generation_config.temperature = None
 
     @can_return_tuple
     def forward(
