@@ -36,9 +36,13 @@ static inline float sigmoid_f(float x) {
     return x < -88.0f ? 0.0f : s; /* exp_f ends there, and x times what it ends with need not be small */
 }
 
+/* A copy for every kind of expert. Left to choose, GCC makes one function of all kinds where vectors have 512 bits, whose
+   branches keep the loops scalar: they took six times as long. */
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
 /* h = act(gate) * up * weight, for n numbers of one row, which share a weight, or, with `per_column`, of n rows. Called
    with constants for `silu`, `gated` and `per_column`, so that each case is its own loop. */
-static inline void activate_run(
+ALWAYS_INLINE void activate_run(
     int silu, int gated, int per_column, int64_t n, const float *gate, const float *up, const float *weight, float *h) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
@@ -49,7 +53,7 @@ static inline void activate_run(
 
 /* Given grad = grad_y @ down: h as above in `h` and the gradients of gate and up; that of a weight, <grad_y, y> =
    <grad, h / weight>, is added to. */
-static inline void activate_run_backward(
+ALWAYS_INLINE void activate_run_backward(
     int silu, int gated, int per_column, int64_t n, const float *gate, const float *up, const float *weight,
     const float *grad, float *h, float *grad_gate, float *grad_up, float *grad_weight) {
     /* y = h @ down.T, so <grad_y, y> is <grad_y @ down, h>: the weight's gradient is found here, where both are at
