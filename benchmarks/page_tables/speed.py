@@ -28,7 +28,8 @@ def layers() -> str:
     for name, record in stored_records("layers-*.json"):
         sizes = record["sizes"]
         shape = sizes[0]["size"]
-        text += f"## {shape['tokens']:,} tokens x {shape['hidden']:,}\n\n{machine_of(name, record)}\n\n"
+        on = record["environment"]["processor"].removesuffix(" Processor").replace("(R)", "")
+        text += f"## {shape['tokens']:,} tokens x {shape['hidden']:,}, {on}\n\n{machine_of(name, record)}\n\n"
         for what, title in PASSES.items():
             cells = [_of_pass(entry, what) for entry in sizes]
             if any(cells):
