@@ -98,17 +98,18 @@ def export_note(arm: Arm) -> str | None:
 
 def leak_warning(arm: Arm, leaks: Leaks, task: str) -> str | None:
     """A warning before an arm that leaks is trained; for a classifier, reading its whole text is no leak."""
+    named = f"'{arm.name}'" if arm.name == arm.family else f"'{arm.name}' ({arm.family})"
     if leaks.future and task != "classification":
         return (
-            f"'{arm.name}' ({arm.family}) sees the future of a sequence: its loss as a causal language model "
-            "means nothing, and it cannot generate."
+            f"{named} sees the future of a sequence: its loss as a causal language model means nothing, and it cannot "
+            "generate."
         )
     if leaks.batch and leaks.batch_deployed is not False:
-        return f"'{arm.name}' ({arm.family}) lets examples of a batch see each other, also when deployed."
+        return f"{named} lets examples of a batch see each other, also when deployed."
     if leaks.batch:
         return (
-            f"'{arm.name}' ({arm.family}) lets examples of a batch see each other in training; deployed "
-            f"in mode '{arm.deployed_mode}' it does not."
+            f"{named} lets examples of a batch see each other in training; deployed in mode '{arm.deployed_mode}' it "
+            "does not."
         )
     return None
 
