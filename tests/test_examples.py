@@ -8,6 +8,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from mixtura.config import UserError
 from mixtura.data.parallel_sources import help_languages
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -26,7 +27,11 @@ def test_the_notebook_is_the_script():
 
 
 def test_the_translation_walk_through_runs_on_the_quick_preset(tmp_path, monkeypatch):
-    if not {"en", "de", "es", "fr", "it"} <= set(help_languages()):
+    try:
+        languages = set(help_languages())
+    except UserError:
+        languages = set()
+    if not {"en", "de", "es", "fr", "it"} <= languages:
         pytest.skip("needs the software help that `make assets` brings")
     for name, value in {"OUT": str(tmp_path / "run"), "STEPS": "4"}.items():
         monkeypatch.setitem(os.environ, f"MIXTURA_EXAMPLE_{name}", value)

@@ -43,6 +43,7 @@ def evidence():
             alone=None,
             parameters=230_000,
             seconds_per_step=seconds,
+            processor="a processor",
         )
         for arm, floor, scale, seconds in (("dense", 2.0, 150.0, 0.2), ("token_choice", 1.9, 166.0, 0.22))
         for seed in (0, 1)

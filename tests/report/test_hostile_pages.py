@@ -61,6 +61,7 @@ def test_the_texts_of_advice_run_nothing(browser: Any, tmp_path: Any) -> None:
             alone=None,
             parameters=230_000,
             seconds_per_step=0.2,
+            processor=RUNS,
         )
         for arm in ("dense", "token_choice")
         for tokens in (1_000_000, 3_000_000, 10_000_000)
