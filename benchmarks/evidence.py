@@ -47,9 +47,7 @@ def evidence_of(record: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: two runs of one arm, width and seed have results at one budget.
     """
-    about = record["environment"]
-    settings = {"processor": about["processor"]} | record["settings"]
-    rows = [settings | row for row in record["rows"]]
+    rows, settings = [record["settings"] | row for row in record["rows"]], record["settings"]
     found = [_evidence_row(row) for row in rows if row["name"] in ARMS and row["tokens"] >= FEWEST_TOKENS]
     if len({tuple(row[:4]) for row in found}) < len(found):
         raise ValueError("two runs have one name, width, budget and seed: name one of them otherwise.")

@@ -135,7 +135,11 @@ def test_the_same_input_gives_the_same_bits(family):
 
 def test_eval_equals_train_unless_tokens_run_alone(family):
     layer, x_BLD = build(family), tokens()
-    same = torch.allclose(layer.eval()(x_BLD), layer.train()(x_BLD), rtol=1e-5, atol=1e-6)
+    answered, trained = layer.eval()(x_BLD), layer.train()(x_BLD)
+    if family == "token_choice_dense_gradient":  # training adds and takes away what has a gradient alone, and rounds
+        torch.testing.assert_close(answered, trained, rtol=1e-5, atol=1e-6)
+        return
+    same = torch.equal(answered, trained)
     assert same is ("alone" not in family and "population" not in family)
 
 

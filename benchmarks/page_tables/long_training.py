@@ -28,7 +28,7 @@ def long_runs() -> str:
     runs, evidence = [record["settings"] | row for row in record["rows"]], load_evidence()
     runs = [run | {"name": "scale"} if run["tokens"] < FEWEST_TOKENS else run for run in runs]
     made, about = record["created"][:10], record["environment"]
-    processors = " and ".join(sorted({run.get("processor", about["processor"]) for run in runs}))
+    processors = " and ".join(sorted({run["processor"] for run in runs}))
     text += f"{made}, {processors}, torch {about['torch']}, transformers {about['transformers']} (`{name}`).\n\n"
     text += f"## Difference to dense\n\n{_differences(runs)}\n"
     text += f"## Mixture of tokens by mode\n\n{_modes(runs)}\n"

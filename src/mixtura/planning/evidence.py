@@ -361,17 +361,13 @@ class Evidence:
 
         Only times of one processor are divided; of several, each counts by its number of the arm's runs.
         """
-        own, dense = ({(row.width, row.processor) for row in self.of(name)} for name in (arm, BASELINE))
-        nearest = min((both[0] for both in own & dense), key=lambda other: abs(other - width))
-        shared = {processor for at, processor in own & dense if at == nearest}
-        rows = [row for row in self.of(arm, width=nearest) if row.processor in shared]
-        times = {
-            processor: fmean(
-                row.seconds_per_step for row in self.of(BASELINE, width=nearest) if row.processor == processor
-            )
-            for processor in shared
-        }
-        return fmean(row.seconds_per_step / times[row.processor] for row in rows), nearest
+        dense: dict[tuple[int, str], list[float]] = defaultdict(list)
+        for row in self.of(BASELINE):
+            dense[row.width, row.processor].append(row.seconds_per_step)
+        rows = [row for row in self.of(arm) if (row.width, row.processor) in dense]
+        nearest = min(sorted({row.width for row in rows}), key=lambda other: abs(other - width))
+        ratios = [row.seconds_per_step / fmean(dense[row.width, row.processor]) for row in rows if row.width == nearest]
+        return fmean(ratios), nearest
 
 
 def body_parameters(width: int, *, layers: int) -> int:
