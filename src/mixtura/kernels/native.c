@@ -92,6 +92,16 @@ static void into_panel(const experts_t *e, const float *from, int64_t start, int
     }
 }
 
+/* A row of a square, `width` of its numbers, written or added. */
+static inline void put_row(float *row, const float *own, int64_t width, int add) {
+    if (width == TURNED) {
+        oct_t sum = *(const oct_t *)own;
+        if (add) sum += *(const oct_t *)row;
+        *(oct_t *)row = sum;
+    } else
+        for (int64_t j = 0; j < width; j++) row[j] = add ? row[j] + own[j] : own[j];
+}
+
 /* Rows (rows, n) with `to_row` between them = panel (n, P).T; with `token` added to the tokens' rows. Threads share out
    the columns n, for the reason that `add_back` gives. */
 static void from_panel(
@@ -109,16 +119,10 @@ static void from_panel(
                 turn(lines + first, r, square, TURNED);
                 for (int64_t i = 0; i < count; i++) {
                     float *row = to + (token ? token[r + i] : r + i) * to_row + d + first;
-                    const float *own = square + i * TURNED;
                     /* The next line of every row: stores wait for their lines one after another, and took half of the
                        time of a product on processors whose caches are far away. */
                     if (first == 0) __builtin_prefetch(row + 2 * TURNED, 1);
-                    if (width == TURNED) {
-                        oct_t sum = *(const oct_t *)own;
-                        if (token) sum += *(const oct_t *)row;
-                        *(oct_t *)row = sum;
-                    } else
-                        for (int64_t j = 0; j < width; j++) row[j] = token ? row[j] + own[j] : own[j];
+                    put_row(row, square + i * TURNED, width, token != NULL);
                 }
             }
         }
