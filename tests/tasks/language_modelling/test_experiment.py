@@ -124,8 +124,16 @@ def test_an_arm_takes_its_own_rate_before_the_recipes(tiny_recipe):
 )
 def test_a_leak_is_told_in_a_sentence_that_names_the_arm(build, leaks, words):
     said = leak_warning(build("mixture_of_tokens")["mixture_of_tokens"], leaks, "pretraining")
-    assert said is not None and said.startswith("'mixture_of_tokens' (mixture_of_tokens)")
+    assert said is not None and said.startswith("'mixture_of_tokens' ")
     assert words in said and said.endswith(".")
+
+
+def test_a_leak_of_an_arm_with_its_own_name_names_the_family_too(tiny_recipe):
+    arms = {"dense": {"family": "dense"}, "sharp": arm_of("mixture_of_tokens", num_experts=4, group_size=4)}
+    recipe = tiny_recipe(arms=arms)
+    made = Pretraining(recipe, prepare_data(recipe.data, cache_dir=None)).arms
+    said = leak_warning(made["sharp"], Leaks(False, True, False), "pretraining")
+    assert said is not None and said.startswith("'sharp' (mixture_of_tokens) ")
 
 
 def test_an_arm_without_leaks_is_passed_over_in_silence(build):
