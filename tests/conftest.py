@@ -139,3 +139,11 @@ def tiny_recipe(tiny_text: Path) -> "Callable[..., Recipe]":
         )
 
     return make
+
+
+@pytest.fixture
+def keep_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ended keeps its checkpoints, as one that was cut off just before its end does."""
+    from mixtura.comparison import runs
+
+    monkeypatch.setattr(runs, "drop_checkpoints", lambda *_, **__: None)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from mixtura import cli
 from mixtura.cli import train as runs
-from mixtura.comparison import runs as comparison_runs
 from mixtura.config import recipe_to_toml
 from mixtura.files import write_json
 from mixtura.models import MixtureForCausalLM
@@ -265,9 +264,8 @@ def test_damaged_metrics_are_named(run, trained, finished):
 
 
 @pytest.fixture
-def trained(run, recipe, tmp_path, monkeypatch):
+def trained(run, recipe, tmp_path, keep_checkpoints):
     """The command of a finished run, and the run's folder, with the checkpoints that it had until then."""
-    monkeypatch.setattr(comparison_runs, "drop_checkpoints", lambda *_, **__: None)
     command = ("train", recipe, "--arm", "dense", "--out", tmp_path / "out")
     assert run(*command) == (0, "")
     return command, tmp_path / "out" / "arms" / "dense" / "seed0"

@@ -6,7 +6,6 @@ import json
 import pytest
 
 from mixtura.comparison import plan as plan_module
-from mixtura.comparison import runs
 from mixtura.comparison.plan import check_memory, in_words, machine_bytes, plan
 from mixtura.comparison.runner import compare
 from mixtura.config import UserError
@@ -50,10 +49,9 @@ def test_a_probe_takes_as_many_steps_as_it_is_told_and_has_no_folder(tiny_recipe
     assert told["arms"][0]["seconds"] == planned.arms[0].seconds > 0 and told["minutes"] == planned.minutes
 
 
-def test_the_planned_checkpoints_are_those_of_a_run(tiny_recipe, tmp_path, monkeypatch):
+def test_the_planned_checkpoints_are_those_of_a_run(tiny_recipe, tmp_path, keep_checkpoints):
     recipe = tiny_recipe(save_every=1)
     planned = plan(recipe, out=tmp_path / "out", reporter=SilentProgress())
-    monkeypatch.setattr(runs, "drop_checkpoints", lambda *_, **__: None)
     compare(recipe, out=tmp_path / "out")
     for arm in planned.arms:
         kept = list((tmp_path / f"out/arms/{arm.name}/seed0").glob("checkpoint-*"))

@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixtura.comparison import runs
 from mixtura.comparison.verbs import train
 from mixtura.config import DataConfig, UserError
 from mixtura.data import prepare, shards, sources, tokenizing
@@ -307,8 +306,7 @@ def test_training_on_shards_is_training_on_their_sequences(data, tmp_path):
     assert found.summary == json.loads(json.dumps(found.summary))
 
 
-def test_a_run_on_shards_that_goes_on_ends_with_the_same_bits(tiny_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "drop_checkpoints", lambda *_, **__: None)
+def test_a_run_on_shards_that_goes_on_ends_with_the_same_bits(tiny_recipe, tmp_path, keep_checkpoints):
     recipe = tiny_recipe(arms={"dense": {"family": "dense"}})
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, shards=True))
     whole = (train(recipe, out=tmp_path / "run").checkpoint / "model.safetensors").read_bytes()

@@ -9,7 +9,6 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config
 
 from mixtura import cli, upcycle
-from mixtura.comparison import runs
 from mixtura.comparison.runner import compare, train_arm
 from mixtura.config import UserError, recipe_from_dict
 from mixtura.data.prepare import train_tokenizer
@@ -261,8 +260,7 @@ def test_another_checkpoint_under_the_same_name_is_refused(build, checkpoints, t
         train_arm(recipe, "changing", seed=0, out=tmp_path / "out")
 
 
-def test_an_interrupted_run_ends_at_the_same_weights(build, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "drop_checkpoints", lambda *_, **__: None)
+def test_an_interrupted_run_ends_at_the_same_weights(build, tmp_path, keep_checkpoints):
     recipe = build("sparse", steps=4)
     whole = train_arm(recipe, "sparse", seed=0, out=tmp_path / "whole")
     run = tmp_path / "cut" / "arms" / "sparse" / "seed0"
