@@ -13,16 +13,8 @@ from matplotlib.figure import Figure
 
 from mixtura.config import ArmConfig
 from mixtura.config.families import FAMILIES
-from mixtura.planning.evidence import (
-    BASELINE,
-    FEWEST_TOKENS,
-    FILE,
-    Evidence,
-    Row,
-    body_parameters,
-    load_evidence,
-    published_loss,
-)
+from mixtura.planning.evidence import FEWEST_TOKENS, FILE, Evidence, Row, body_parameters, load_evidence
+from mixtura.planning.laws import BASELINE, published_loss
 from mixtura.report.significance import paired_difference
 from mixtura.results.conclusions import Difference
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from mixtura import __version__, cli
-from mixtura.cli import application, mistakes
+from mixtura.cli import application, mistakes, train
 from mixtura.cli.mistakes import name_flags
 from mixtura.comparison.folder import holding
 from mixtura.config import recipe_to_toml
@@ -372,6 +372,20 @@ def test_a_terminal_that_is_not_utf8_still_gets_the_verdict(recipe, tmp_path, mo
     terminal.flush()
     shown = terminal.buffer.getvalue().decode("latin-1")
     assert stop.value.code == 0 and "MoT is at \\u22120.5." in shown and "report.html" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("30M", 3e7), ("30,000,000", 3e7), ("1e6", 1e6), ("8G", 8e9), ("8 GiB", 8 * 2**30), ("1.5k", 1500.0)],
+)
+def test_an_amount_may_be_written_in_any_usual_form(text, number):
+    assert train.amount(text, "memory", train._BYTES) == number
+
+
+@pytest.mark.parametrize("text", ["1,5M", "12,00", "3 000", "-1M", ""])
+def test_an_amount_that_may_mean_two_things_is_refused(text):
+    with pytest.raises(UserError, match="is no amount"):
+        train.amount(text, "tokens", train._COUNTS)
 
 
 @pytest.mark.parametrize(

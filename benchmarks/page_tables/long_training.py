@@ -5,7 +5,8 @@ from typing import Any
 
 from mixtura.config import ArmConfig
 from mixtura.config.initialization import derived_scales
-from mixtura.planning.evidence import FEWEST_TOKENS, Evidence, fit_law, held_out_forecasts, load_evidence, noise_of
+from mixtura.planning.evidence import FEWEST_TOKENS, Evidence, load_evidence
+from mixtura.planning.laws import fit_law, held_out_forecasts, noise_of
 from mixtura.report.significance import paired_difference
 from page_tables.layout import count_seeds, deployed_loss, margin_of, page_top, stored_records, table_of
 
@@ -89,14 +90,14 @@ def _loads(runs: list[dict[str, Any]], evidence: Evidence) -> str:
         last = of_arm[max(of_arm)]
         loads = [run["load"] for run in last.values() if run["load"]]
         mean = {key: sum(load[key] for load in loads) / len(loads) for key in loads[0]} if loads else {}
-        ratio, at = evidence.step_ratio(arm, width=width) if evidence.of("dense", width=width) else (None, None)
+        step = evidence.step_ratio(arm, width=width) if evidence.of("dense", width=width) else None
         parameters = next(iter(last.values()))["parameters"]
         rows.append(
             [
                 arm.replace("_", " "),
                 str(width),
                 f"{parameters:,}",
-                "" if ratio is None or at != width else f"{ratio:.2f}",
+                "" if step is None or step.width != width else f"{step.ratio:.2f}",
                 *(f"{mean[key]:.2f}" if mean else "" for key in ("busiest", "idle", "active")),
                 str(sum(run["spikes"] for run in last.values())),
             ]

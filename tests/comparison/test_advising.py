@@ -1,5 +1,6 @@
 """What advice says: a sentence first, what it stands on, and a page without network; and the evidence it comes with."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -14,8 +15,10 @@ from mixtura.comparison import advising
 from mixtura.comparison.advising import difference_figure, render_advice
 from mixtura.errors import UserError
 from mixtura.planning import advice as reading
-from mixtura.planning.advice import Expected, Payoff, advise_on, question_of
+from mixtura.planning.advice import advise_on
 from mixtura.planning.evidence import FILE, Evidence, Row, Setting, load_evidence
+from mixtura.planning.question import Expected, Payoff, question_of
+from mixtura.report.wording import NBSP
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "evidence.py"
 
@@ -73,7 +76,17 @@ def test_the_first_line_is_the_answer(evidence):
     assert ahead.startswith("Token-choice MoE is expected to be 0.0")
     assert "nats ahead of dense at equal FLOPs at width 64" in ahead and "at equal seconds." in ahead
     assert advising.headline(advice_of(evidence, tokens=1e6, width=64)).startswith("Train dense:")
-    assert advising.headline(advice_of(evidence, tokens=1e6, width=64, memory=10)).startswith("No family fits 10")
+    assert ahead.count("extrapolated") == 0
+    beyond = advising.headline(advice_of(evidence, tokens=1e8, width=64))
+    assert beyond.endswith("at equal seconds. This is extrapolated.")
+
+
+def test_the_first_line_names_what_would_be_ahead_with_more_memory(evidence):
+    no_room = advising.headline(advice_of(evidence, tokens=1e6, width=64, memory=10)).replace(NBSP, " ")
+    assert no_room.startswith("No family fits 10 B") and no_room.endswith(": dense needs the least, 3.98 MiB.")
+    little = advising.headline(advice_of(evidence, tokens=1e7, width=64, memory=8e6)).replace(NBSP, " ")
+    assert little.startswith("Train dense: ") and "no mixture that fits 7.63 MiB is expected" in little
+    assert little.endswith(", needs 17.1 MiB.") and "; token-choice MoE, \N{MINUS SIGN}0.0" in little
 
 
 def test_a_difference_is_called_decided_likely_or_open():
@@ -85,19 +98,56 @@ def test_a_difference_is_called_decided_likely_or_open():
     assert advising.certainty(expected(0.01, 0.05, 0.4)) == "open"
 
 
-def test_a_budget_that_pays_is_named_bounded_or_everywhere():
-    assert advising.payoff(Payoff(tokens=2e6, always=False, farthest=1e8)) == "from 2.00\N{NO-BREAK SPACE}M"
-    assert advising.payoff(Payoff(tokens=None, always=False, farthest=1e8)) == "not below 100\N{NO-BREAK SPACE}M"
-    assert advising.payoff(Payoff(tokens=1e5, always=True, farthest=1e8)) == "at every budget measured"
+def test_a_budget_that_pays_is_named_with_its_interval_or_bounded():
+    def words(tokens, low, high):
+        found = advising.payoff(Payoff(tokens=tokens, low=low, high=high, least=1e6, farthest=1e8))
+        return found.replace(NBSP, " ")
+
+    assert words(2e6, 1.5e6, 4e6) == "from 2.00 M (1.50 M to 4.00 M)"
+    assert words(2e6, 2e5, None) == "from 2.00 M (below 1.00 M to beyond 100 M)"
+    assert words(5e5, 2e5, 3e6) == "from below 1.00 M (at most 3.00 M)"
+    assert words(2e5, 1e5, 9e5) == "from below 1.00 M"
+    assert words(None, 2e7, None) == "not below 100 M"
     assert advising.payoff(None) == "\N{EN DASH}"
+
+
+def test_shares_too_small_to_tell_apart_are_bounded(evidence):
+    best = advice_of(evidence, tokens=1e13, width=64).best
+    assert advising.dense_loss(best) in ("below 0.01\N{MULTIPLICATION SIGN}", "\N{EN DASH}")
 
 
 def test_the_terminal_shows_what_it_stands_on_and_what_is_extrapolated(evidence):
     lines = advising.console_lines(advice_of(evidence, tokens=1e9, width=256), evidence)
     text = "\n".join(lines)
-    assert "6 results, 2 seeds, 1.00 M to 10.0 M tokens, width 64" in text
+    assert "6 results at width 64, 1.00 M to 10.0 M tokens; nearest: 2 seeds at width 64 and 10.0 M" in text
     assert "Extrapolated: 1,000,000,000 tokens lie outside" in text and "Extrapolated: width 256" in text
-    assert all(len(line) < 220 for line in lines)
+    table = lines[2 : lines.index("Stands on:")]
+    assert all(len(line) < 130 for line in table)
+
+
+def test_what_has_one_seed_near_the_question_is_named(evidence):
+    kept = tuple(row for row in evidence.rows if row.seed == 0 or row.tokens < 2e6)
+    thin = dataclasses.replace(evidence, rows=kept)
+    assert any("One seed only" in said for said in advising.cautions(advice_of(thin, tokens=1e7, width=64), thin))
+    near = advising.cautions(advice_of(thin, tokens=1e6, width=64), thin)
+    assert not any("One seed only" in said for said in near)
+
+
+def test_in_groups_the_rows_are_those_of_the_groups(evidence):
+    """The page stands on the losses that the law was fitted to."""
+    mixing = (
+        dataclasses.replace(row, arm="mixture_of_tokens", loss=row.loss + 0.1, in_groups=row.loss - 0.05)
+        for row in evidence.rows
+        if row.arm == "dense"
+    )
+    given = dataclasses.replace(evidence, rows=(*evidence.rows, *mixing))
+    for token_by_token, expected in ((True, 0.1), (False, -0.05)):
+        advice = advice_of(given, tokens=3e6, width=64, token_by_token=token_by_token)
+        traces = difference_figure(advice, given)["data"]
+        (marks,) = (each for each in traces if each["mode"] == "markers" and each["meta"]["arm"] == "mixture_of_tokens")
+        assert marks["y"] == pytest.approx([expected] * 3)
+        rows = advising._evidence_rows(given, ["mixture_of_tokens"], advice.question)
+        assert [row.difference for row in rows] == pytest.approx([expected] * 3)
 
 
 def test_the_page_holds_the_numbers_and_needs_no_network(evidence):

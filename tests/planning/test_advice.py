@@ -1,13 +1,15 @@
 """Advice: what measured runs and their law say of a size and a budget, and what they do not."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 
 from mixtura.errors import UserError
-from mixtura.planning.advice import advise_on, expected_difference, question_of
-from mixtura.planning.evidence import Evidence, Row, Setting, load_evidence
+from mixtura.planning.advice import advise_on, expected_difference
+from mixtura.planning.evidence import UNKNOWN_STEP_NOISE, Evidence, Row, Setting, load_evidence
+from mixtura.planning.question import question_of
 
 SETTING = Setting(
     layers=4,
@@ -67,7 +69,7 @@ def test_families_are_ranked_by_their_difference_to_dense():
 
 def test_at_equal_seconds_slow_steps_count():
     best = advise(tokens=3e6, width=64).best
-    assert best.step_ratio == pytest.approx(1.5) and best.at_equal_seconds.mean > best.at_equal_flops.mean + 0.02
+    assert best.step.ratio == pytest.approx(1.5) and best.at_equal_seconds.mean > best.at_equal_flops.mean + 0.02
     assert best.pays_seconds.tokens > best.pays_flops.tokens
 
 
@@ -80,12 +82,13 @@ def test_the_share_of_tokens_that_gives_denses_loss_is_named():
 
 def test_the_budget_from_which_a_family_pays_is_named_or_bounded():
     arms = {arm.arm: arm for arm in advise(tokens=3e6, width=64).arms}
-    assert arms["token_choice"].pays_flops.always
-    mixing = arms["mixture_of_tokens"].pays_flops
-    assert not mixing.always and mixing.tokens == pytest.approx((10 / 0.04) ** (1 / 0.35), rel=0.5)
+    choosing, mixing = arms["token_choice"].pays_flops, arms["mixture_of_tokens"].pays_flops
+    assert choosing.tokens < choosing.least == 1_000_000
+    assert mixing.tokens == pytest.approx((10 / 0.04) ** (1 / 0.35), rel=0.5)
+    assert mixing.least < mixing.low < mixing.tokens < mixing.high < mixing.farthest
     never = evidence(budgets=(100_000, 200_000, 400_000))
     bounded = {arm.arm: arm for arm in advise(tokens=3e5, width=64, given=never).arms}["mixture_of_tokens"].pays_flops
-    assert bounded.tokens is None and bounded.farthest == 4_000_000
+    assert bounded.tokens is None and bounded.high is None and bounded.farthest == 4_000_000
 
 
 def test_beyond_what_was_measured_intervals_widen_and_it_says_so():
@@ -116,11 +119,94 @@ def test_an_arm_with_shorter_runs_than_the_others_is_extrapolated_sooner_and_tha
     near, far = found(3e6), found(3e7)
     assert near["token_choice"].extrapolated is None and far["mixture_of_tokens"].extrapolated is None
     assert far["token_choice"].extrapolated == (
-        "30,000,000 tokens lie outside the 1,000,000 to 3,000,000 of token-choice MoE"
+        "token-choice MoE was trained on 1,000,000 to 3,000,000 tokens at width 64"
     )
     error = advise(tokens=3e6, width=64, given=given).law_error
     spread = (far["token_choice"].at_equal_flops.high - far["token_choice"].at_equal_flops.mean) / 1.96
     assert error > 0 and spread > error * math.log(10) / math.log(3.1)
+
+
+def without(arm, *, width=None, tokens=None, seeds=()):
+    """The evidence of two widths without some of an arm's runs."""
+    rows = evidence(widths=(64, 128)).rows
+    gone = {
+        row
+        for row in rows
+        if row.arm == arm
+        and width in (None, row.width)
+        and (tokens is None or row.tokens >= tokens)
+        and (not seeds or row.seed in seeds)
+    }
+    return Evidence(setting=SETTING, rows=tuple(row for row in rows if row not in gone))
+
+
+def test_budgets_count_as_measured_only_at_the_widths_that_had_them():
+    rows = evidence(widths=(64, 128)).rows
+    given = Evidence(setting=SETTING, rows=tuple(row for row in rows if row.width == 64 or row.tokens < 5e6))
+    inside, corner = (advise(tokens=3e7, width=width, given=given) for width in (64, 128))
+    assert inside.extrapolated == () and corner.extrapolated == (
+        "30,000,000 tokens lie outside the 1,000,000 to 3,000,000 measured at width 128",
+    )
+    spans = [arms.best.at_equal_flops.high - arms.best.at_equal_flops.low for arms in (inside, corner)]
+    assert spans[1] > spans[0]
+
+
+def test_a_family_that_was_not_trained_at_the_width_is_put_behind_the_best_that_was():
+    """Its law has token choice ahead, but nothing at this width says so."""
+    rows = without("token_choice", width=128).rows
+    given = Evidence(
+        setting=SETTING,
+        rows=tuple(
+            dataclasses.replace(row, loss=row.loss - 0.067) if row.arm == "mixture_of_tokens" else row for row in rows
+        ),
+    )
+    near, far = (advise(tokens=3e6, width=width, given=given) for width in (64, 128))
+    assert near.best.arm == "token_choice" and near.best.extrapolated is None
+    choosing = next(arm for arm in far.arms if arm.arm == "token_choice")
+    assert choosing.extrapolated == "token-choice MoE was trained at width 64 only"
+    assert far.best.arm == "mixture_of_tokens" and far.arms[1] == choosing
+    assert choosing.at_equal_flops.mean < far.best.at_equal_flops.mean < choosing.at_equal_flops.high
+
+
+def test_the_seeds_are_those_of_the_runs_nearest_to_the_question():
+    given = without("token_choice", width=128, tokens=2e6, seeds=(1, 2))
+
+    def nearest(**asked):
+        return next(arm for arm in advise(given=given, **asked).arms if arm.arm == "token_choice").nearest
+
+    assert vars(nearest(tokens=4e6, width=120)) == {"width": 128, "tokens": 3_000_000, "seeds": 1}
+    assert vars(nearest(tokens=1e6, width=120)) == {"width": 128, "tokens": 1_000_000, "seeds": 3}
+    assert nearest(tokens=4e6, width=70).seeds == 3
+
+
+def test_steps_are_compared_with_dense_steps_of_the_same_run_where_there_are_any():
+    rows = evidence(seeds=(0, 1)).rows
+    slow = {1_000_000: 2.0, 3_000_000: 1.0, 10_000_000: 1.1, 30_000_000: 1.3}
+    drifting = tuple(
+        dataclasses.replace(row, seconds_per_step=row.seconds_per_step * slow[row.tokens])
+        for row in rows
+        if row.arm != "token_choice" or row.tokens < 5e6
+    )
+    step = Evidence(setting=SETTING, rows=drifting).step_ratio("token_choice", width=64)
+    assert step.ratio == pytest.approx(1.5) and step.error == pytest.approx(0) and step.width == 64
+    other = tuple(row for row in rows if row.arm == "dense" or (row.seed, row.tokens) == (0, 1_000_000))
+    alone = Evidence(setting=SETTING, rows=tuple(row for row in other if row.arm != "dense" or row.seed == 1))
+    step = alone.step_ratio("token_choice", width=64)
+    assert step.ratio == pytest.approx(1.5) and step.error == UNKNOWN_STEP_NOISE
+
+
+def test_doubt_about_a_steps_time_widens_what_is_expected_at_equal_seconds():
+    rows = evidence().rows
+    scattered = tuple(
+        dataclasses.replace(row, seconds_per_step=row.seconds_per_step * (1 + 0.2 * (row.seed - 1)))
+        for row in rows
+        if row.arm == "token_choice"
+    )
+    given = Evidence(setting=SETTING, rows=(*scattered, *(row for row in rows if row.arm != "token_choice")))
+    sure, doubtful = (advise(tokens=3e6, width=64, given=each).best for each in (None, given))
+    assert doubtful.step.ratio == pytest.approx(sure.step.ratio) and doubtful.step.error > sure.step.error == 0
+    assert doubtful.at_equal_flops.high == pytest.approx(sure.at_equal_flops.high, abs=1e-6)
+    assert doubtful.at_equal_seconds.high > sure.at_equal_seconds.high + 0.005
 
 
 def test_what_does_not_fit_the_memory_comes_last_with_its_reason():
@@ -148,10 +234,14 @@ def test_parameters_become_the_nearest_width():
     [
         ({"tokens": 1e6}, "either the width"),
         ({"tokens": 1e6, "width": 64, "parameters": 1e6}, "either the width"),
-        ({"tokens": 0, "width": 64}, "tokens is 0: give 1 or more"),
+        ({"tokens": 0, "width": 64}, "tokens is 0: give 100,000 or more"),
+        ({"tokens": 99_999, "width": 64}, "tokens is 99,999: give 100,000 or more"),
+        ({"tokens": float("nan"), "width": 64}, "tokens is nan: give 100,000 or more"),
+        ({"tokens": 1e6, "width": 64, "layers": 100_000}, "layers is 100,000: give 1 to 10,000"),
         ({"tokens": 1e6, "width": 4}, "width is 4: give 8 or more"),
-        ({"tokens": float("inf"), "width": 64}, "tokens is inf"),
-        ({"tokens": 1e6, "parameters": 5}, "parameters is 5: give 1,000 or more"),
+        ({"tokens": float("inf"), "width": 64}, "tokens is inf: give 100,000 or more, a finite number"),
+        ({"tokens": 1e6, "parameters": 5}, "parameters is 5: give 3,072 or more"),
+        ({"tokens": 1e6, "parameters": 9000, "layers": 12}, "parameters is 9,000: give 9,216 or more"),
         ({"tokens": 1e6, "width": 64, "memory": 0}, "memory is 0"),
     ],
 )

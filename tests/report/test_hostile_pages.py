@@ -7,8 +7,9 @@ import pytest
 
 from fixtures.results import as_results, build_classification, build_results, build_translation, summary_of
 from mixtura.comparison.advising import render_advice
-from mixtura.planning.advice import advise_on, question_of
+from mixtura.planning.advice import advise_on
 from mixtura.planning.evidence import Evidence, Row, Setting
+from mixtura.planning.question import question_of
 from mixtura.report.html import render_html
 
 pytestmark = pytest.mark.browser

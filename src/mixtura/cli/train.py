@@ -28,10 +28,11 @@ from mixtura.errors import UserError, need, rank, rewording
 if TYPE_CHECKING:  # help shows sooner without all of a recipe's keys
     from mixtura.config import AnyRecipe
 
-_AMOUNT = re.compile(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
+_AMOUNT = re.compile(r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)", re.IGNORECASE)
 _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 _BYTES = {
     **{unit: 1000.0**power for power, unit in enumerate(("b", "kb", "mb", "gb", "tb"))},
+    **{unit: 1000.0**power for power, unit in enumerate(("k", "m", "g", "t"), start=1)},
     **{unit: 1024.0**power for power, unit in enumerate(("b", "kib", "mib", "gib", "tib"))},
 }
 _FLAGS = {
@@ -108,7 +109,7 @@ def amount(text: str, flag: str, units: dict[str, float]) -> float:
     if found is None or (unit not in units and unit):
         example = "8GB" if "gb" in units else "30M"
         raise UserError(f"--{flag} is '{text}', which is no amount: give a number such as {example}.")
-    return float(found[1]) * units.get(unit, 1.0)
+    return float(found[1].replace(",", "")) * units.get(unit, 1.0)
 
 
 @app.command(rich_help_panel="Train")

@@ -20,17 +20,10 @@ from mixtura.config.families import facts_of
 from mixtura.errors import UserError, reason_of
 from mixtura.files import write_text
 from mixtura.pages import page_environment
-from mixtura.planning.advice import (
-    Advice,
-    ArmAdvice,
-    Expected,
-    Payoff,
-    Question,
-    advise_on,
-    expected_difference,
-    question_of,
-)
-from mixtura.planning.evidence import BASELINE, Evidence, Row, load_evidence
+from mixtura.planning.advice import advise_on, expected_difference
+from mixtura.planning.evidence import Evidence, load_evidence
+from mixtura.planning.laws import BASELINE
+from mixtura.planning.question import Advice, ArmAdvice, Expected, Payoff, Question, question_of
 from mixtura.report.figures import SYMBOLS
 from mixtura.report.wording import (
     NBSP,
@@ -38,6 +31,7 @@ from mixtura.report.wording import (
     compact,
     count,
     expected_words,
+    listing,
     memory,
     number,
     quantity,
@@ -47,6 +41,8 @@ from mixtura.report.wording import (
 
 DECIDED, LIKELY = "decided", "likely"
 _LIKELY = 0.9
+_LEAST_SHARE = 0.01
+"""Shares of dense's tokens below it are not told apart."""
 
 
 def headline(advice: Advice) -> str:
@@ -54,13 +50,30 @@ def headline(advice: Advice) -> str:
     question, best = advice.question, advice.best
     where = f"at width {question.width} and {quantity(question.tokens)} tokens"
     if best.refused is not None:
-        return f"No family fits {memory(question.memory)} {where}: even the best here {best.refused}."
+        least = min(advice.arms, key=lambda arm: arm.training_bytes)
+        return (
+            f"No family fits {memory(question.memory)} {where}: {least.label} needs the least, "
+            f"{memory(least.training_bytes)}."
+        )
     found = best.at_equal_flops
     if found is None:
-        return f"Train dense: {where} no mixture is expected to be ahead of it at equal FLOPs."
+        return f"Train dense: {where} {_none_ahead(advice)}."
     sure = {DECIDED: "is expected to be", LIKELY: "is likely to be"}.get(certainty(found), "may be")
     gain = f"{number(-found.mean)} nats ahead of dense at equal FLOPs"
-    return f"{start(best.label)} {sure} {gain} {where}{_in_time(best.at_equal_seconds)}."
+    beyond = " This is extrapolated." if advice.extrapolated or best.extrapolated else ""
+    return f"{start(best.label)} {sure} {gain} {where}{_in_time(best.at_equal_seconds)}.{beyond}"
+
+
+def _none_ahead(advice: Advice) -> str:
+    """Why dense is first: no mixture is ahead, or none that fits."""
+    too_large = [arm for arm in advice.arms if arm.refused and arm.at_equal_flops and arm.at_equal_flops.mean < 0]
+    if not too_large:
+        return "no mixture is expected to be ahead of it at equal FLOPs"
+    best = too_large[0]
+    return (
+        f"no mixture that fits {memory(advice.question.memory)} is expected to be ahead of it at equal FLOPs; "
+        f"{best.label}, {expected_words(best.at_equal_flops)}, needs {memory(best.training_bytes)}"
+    )
 
 
 def _in_time(found: Expected | None) -> str:
@@ -78,12 +91,18 @@ def certainty(found: Expected) -> str:
 
 
 def payoff(found: Payoff | None) -> str:
-    """From which budget an arm pays: "from 2.1 M", "from the smallest measured", "not below 300 M"."""
+    """From which budget an arm pays: "from 2.1 M (1.2 M to 3.5 M)", "from below 1.0 M", "not below 300 M"."""
     if found is None:
         return NONE
     if found.tokens is None:
         return f"not below {compact(found.farthest)}"
-    return "at every budget measured" if found.always else f"from {compact(found.tokens)}"
+    if found.high is not None and found.high <= found.least:
+        return f"from below {compact(found.least)}"
+    high = f"beyond {compact(found.farthest)}" if found.high is None else compact(found.high)
+    if found.tokens <= found.least:
+        return f"from below {compact(found.least)} (at most {high})"
+    low = f"below {compact(found.least)}" if found.low is None or found.low <= found.least else compact(found.low)
+    return f"from {compact(found.tokens)} ({low} to {high})"
 
 
 def dense_loss(arm: ArmAdvice) -> str:
@@ -92,15 +111,29 @@ def dense_loss(arm: ArmAdvice) -> str:
         return NONE
     if arm.dense_loss_at is None:
         return "not in ten times"
-    return f"{times(arm.dense_loss_at)} tokens, {times(arm.dense_loss_at * arm.step_ratio)} time"
+    if arm.dense_loss_at < _LEAST_SHARE:
+        return f"below {times(_LEAST_SHARE)}"
+    return f"{times(arm.dense_loss_at)} tokens, {times(arm.dense_loss_at * arm.step.ratio)} time"
+
+
+def step_ratio(arm: ArmAdvice) -> str:
+    """A step's time over dense's, with its 95 % interval: "1.19x (1.11 to 1.27)"."""
+    if arm.at_equal_flops is None:
+        return times(1.0)
+    low, high = (arm.step.ratio * np.exp(sign * 1.96 * arm.step.error) for sign in (-1, 1))
+    return f"{times(arm.step.ratio)} ({number(low, 2)} to {number(high, 2)})"
 
 
 def stands_on(arm: ArmAdvice) -> str:
-    """The runs behind an arm: "12 results, 3 seeds, 1.00 M to 10.0 M tokens, width 64"."""
-    widths = ", ".join(map(str, arm.widths))
+    """The runs behind an arm: "12 results at width 64, 1.00 M to 10.0 M tokens; nearest: 3 seeds at width 64, ..."."""
+    near = arm.nearest
+    widths = f"width{'s' * (len(arm.widths) > 1)} {listing([str(width) for width in arm.widths])}"
     low, high = (compact(tokens) for tokens in arm.budgets)
     budgets = low if low == high else f"{low} to {high}"
-    return f"{count(arm.runs, 'result')}, {count(arm.seeds, 'seed')}, {budgets} tokens, width {widths}"
+    return (
+        f"{count(arm.runs, 'result')} at {widths}, {budgets} tokens; nearest: {count(near.seeds, 'seed')} at width "
+        f"{near.width} and {compact(near.tokens)}"
+    )
 
 
 def cautions(advice: Advice, evidence: Evidence) -> list[str]:
@@ -108,9 +141,12 @@ def cautions(advice: Advice, evidence: Evidence) -> list[str]:
     setting = evidence.setting
     reasons = [*advice.extrapolated, *(arm.extrapolated for arm in advice.arms if arm.extrapolated)]
     found = [f"Extrapolated: {reason}." for reason in reasons]
-    thin = [arm.label for arm in advice.arms if arm.seeds < 2]
+    thin = [arm.label for arm in advice.arms if arm.nearest.seeds < 2]
     if thin:
-        found.append(f"One seed only: {', '.join(thin)}; how much seeds scatter is taken from other runs.")
+        found.append(
+            f"One seed only, in the runs nearest to this size and budget: {listing(thin)}; how much seeds scatter is "
+            "taken from other runs."
+        )
     single = [arm.label for arm in advice.arms if arm.budgets[0] == arm.budgets[1]]
     if single:
         found.append(f"One budget only: {', '.join(single)}; their difference is taken to be the same at others.")
@@ -119,7 +155,8 @@ def cautions(advice: Advice, evidence: Evidence) -> list[str]:
     else:
         found.append(
             f"Predicting the longest runs from the shorter ones, the law missed differences to dense by "
-            f"{number(advice.law_error)} nats (root mean square); beyond the measured budgets intervals widen by that."
+            f"{number(advice.law_error)} nats (root mean square); intervals widen by that for every tripling of tokens "
+            "or parameters beyond the runs."
         )
     found.append(
         f"Measured with {setting.experts} experts (top {setting.top_k}, groups of {setting.group_size}), "
@@ -132,38 +169,24 @@ def cautions(advice: Advice, evidence: Evidence) -> list[str]:
 
 def console_lines(advice: Advice, evidence: Evidence) -> list[str]:
     """The answer for a terminal."""
-    head = [
-        "family",
-        "equal FLOPs, nats to dense",
-        "equal seconds",
-        "sure",
-        "dense's loss at",
-        "pays (FLOPs)",
-        "pays (seconds)",
-        "step",
-    ]
-    rows = [[*head, "training memory"], *(_cells(arm) for arm in advice.arms)]
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    losses = [["family", "at equal FLOPs", "sure", "at equal seconds", "dense's loss at"]]
+    costs = [["family", "pays, equal FLOPs", "pays, equal seconds", "step", "training memory"]]
+    for arm in advice.arms:
+        found, seconds = arm.at_equal_flops, expected_words(arm.at_equal_seconds)
+        gain = ["baseline", ""] if found is None else [expected_words(found), certainty(found)]
+        needs = f"{memory(arm.training_bytes)}{'' if arm.refused is None else f' ({arm.refused})'}"
+        losses.append([arm.label, *gain, seconds, dense_loss(arm)])
+        costs.append([arm.label, payoff(arm.pays_flops), payoff(arm.pays_seconds), step_ratio(arm), needs])
     standing = [f"  {arm.label}: {stands_on(arm)}" for arm in advice.arms]
     notes = [f"- {caution}" for caution in cautions(advice, evidence)]
-    text = [headline(advice), "", *table, "", "Stands on:", *standing, "", "Before you believe it:", *notes]
+    tables = ["Held-out nats minus dense's, below zero is better:", *_columns(losses), "", *_columns(costs)]
+    text = [headline(advice), "", *tables, "", "Stands on:", *standing, "", "Before you believe it:", *notes]
     return [line.replace(NBSP, " ") for line in text]
 
 
-def _cells(arm: ArmAdvice) -> list[str]:
-    sure = "" if arm.at_equal_flops is None else certainty(arm.at_equal_flops)
-    return [
-        arm.label,
-        "baseline" if arm.at_equal_flops is None else expected_words(arm.at_equal_flops),
-        expected_words(arm.at_equal_seconds),
-        arm.refused or sure,
-        dense_loss(arm),
-        payoff(arm.pays_flops),
-        payoff(arm.pays_seconds),
-        times(arm.step_ratio),
-        memory(arm.training_bytes),
-    ]
+def _columns(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -180,12 +203,14 @@ def render_advice(advice: Advice, evidence: Evidence) -> str:
         "dense_loss": dense_loss,
         "stands_on": stands_on,
         "memory": memory,
-        "times": times,
+        "step_ratio": step_ratio,
         "quantity": quantity,
         "nats": number,
     }
     shown = [arm for arm in advice.arms if arm.at_equal_flops is not None]
-    symbols = {arm.arm: SYMBOLS[index % len(SYMBOLS)] for index, arm in enumerate(shown)}
+    # A family has the same mark on every page, whatever its rank.
+    known = sorted(arm.arm for arm in advice.arms)
+    symbols = {arm.arm: SYMBOLS[known.index(arm.arm) % len(SYMBOLS)] for arm in shown}
     return environment.get_template("advice.html.j2").render(
         advice=advice,
         question=advice.question,
@@ -196,7 +221,7 @@ def render_advice(advice: Advice, evidence: Evidence) -> str:
         symbols=symbols,
         shown=shown,
         certainty={arm.arm: certainty(arm.at_equal_flops) for arm in shown if arm.at_equal_flops},
-        rows=_evidence_rows(evidence, [arm.arm for arm in advice.arms]),
+        rows=_evidence_rows(evidence, [arm.arm for arm in advice.arms], advice.question),
         page_data={"figure": difference_figure(advice, evidence), "symbols": symbols},
         plotly_js=Markup(get_plotlyjs()),
     )
@@ -214,20 +239,22 @@ class _EvidenceRow:
     difference: float | None
 
 
-def _evidence_rows(evidence: Evidence, arms: Sequence[str]) -> list[_EvidenceRow]:
-    grouped: dict[tuple[str, int, int], list[Row]] = defaultdict(list)
+def _evidence_rows(evidence: Evidence, arms: Sequence[str], question: Question) -> list[_EvidenceRow]:
+    """Of the losses that the question's advice stands on: as deployed, or in groups."""
+    grouped: dict[tuple[str, int, int], dict[int, float]] = defaultdict(dict)
     for row in evidence.rows:
-        grouped[row.arm, row.width, row.tokens].append(row)
+        grouped[row.arm, row.width, row.tokens][row.seed] = row.loss_of(in_groups=not question.token_by_token)
     found = []
     for arm in arms:
-        for (name, width, tokens), rows in sorted(grouped.items()):
-            if name == arm:
-                dense = {row.seed: row.loss for row in grouped.get((BASELINE, width, tokens), [])}
-                paired = [row.loss - dense[row.seed] for row in rows if row.seed in dense and arm != BASELINE]
-                loss = fmean(row.loss for row in rows)
-                found.append(
-                    _EvidenceRow(facts_of(arm).words, width, tokens, len(rows), loss, fmean(paired) if paired else None)
-                )
+        for (name, width, tokens), losses in sorted(grouped.items()):
+            if name != arm:
+                continue
+            dense = grouped.get((BASELINE, width, tokens), {})
+            paired = [losses[seed] - dense[seed] for seed in losses.keys() & dense.keys() if arm != BASELINE]
+            difference = fmean(paired) if paired else None
+            found.append(
+                _EvidenceRow(facts_of(arm).words, width, tokens, len(losses), fmean(losses.values()), difference)
+            )
     return found
 
 
@@ -256,7 +283,7 @@ def _arm_traces(question: Question, evidence: Evidence, arm: ArmAdvice, tokens: 
     found = [expected_difference(each, arm.arm, evidence=evidence) for each in asked]
     band = [each.high for each in found] + [each.low for each in reversed(found)]
     meta = {"arm": arm.arm}
-    measured = [row for row in _evidence_rows(evidence, [arm.arm]) if row.width == question.width]
+    measured = [row for row in _evidence_rows(evidence, [arm.arm], question) if row.width == question.width]
     points = [row for row in measured if row.difference is not None]
     hover = f"{arm.label}: %{{y:+.3f}} at %{{x:,.3s}} tokens<extra></extra>"
     return [

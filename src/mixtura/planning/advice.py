@@ -1,8 +1,8 @@
 """Which family to train: the laws of measured runs, read at a user's size and budget.
 
 Equal FLOPs means the same tokens for all, since every arm costs a dense model's FLOPs a token. Equal seconds means that
-an arm has fewer tokens by as much as its step is slower. Beyond an arm's own sizes and budgets its intervals widen by
-what the law got wrong when it had to predict the longest runs from the shorter ones.
+an arm has fewer tokens by as much as its step is slower. Beyond an arm's own sizes, and the budgets at the nearest of
+them, its intervals widen by what the law got wrong when it had to predict the longest runs from the shorter ones.
 """
 
 import math
@@ -13,20 +13,9 @@ from typing import cast
 
 import numpy as np
 
-from mixtura.config import ArmConfig, Family, Placement, UserError
+from mixtura.config import ArmConfig, Family, Placement
 from mixtura.config.families import facts_of
-from mixtura.planning.evidence import (
-    BASELINE,
-    HIDDEN_MULTIPLE,
-    Evidence,
-    Law,
-    Row,
-    body_parameters,
-    fit_law,
-    held_out_forecasts,
-    law_replicates,
-    load_evidence,
-)
+from mixtura.planning.evidence import Evidence, Row, StepRatio, body_parameters, load_evidence
 from mixtura.planning.formulas import (
     DecoderShape,
     layer_families,
@@ -34,147 +23,25 @@ from mixtura.planning.formulas import (
     model_parameters,
     state_memory,
 )
+from mixtura.planning.laws import BASELINE, Law, fit_law, held_out_forecasts, law_replicates
+from mixtura.planning.question import (
+    LEAST_TOKENS,
+    MOST_SHARE,
+    Advice,
+    ArmAdvice,
+    Expected,
+    Nearest,
+    Payoff,
+    Question,
+)
 from mixtura.planning.shapes import feed_forward_shapes
 
-LEAST_TOKENS, MOST_TOKENS = 1e5, 1e10
-"""Budgets between which it is asked where an arm begins to pay."""
-MOST_SHARE = 10.0
-LEAST_WIDTH = 8
 ROUNDING = 1.05
 """Farther than this beyond the measured runs, a budget or a size is said to be extrapolated."""
 FARTHEST = 10
 """A budget more than this many times the longest measured one is not named as one that pays."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """What a user wants to train."""
-
-    tokens: float
-    width: int = 64
-    """D of the dense model, whose FLOPs all families match."""
-    layers: int = 4
-    vocabulary: int = 1024
-    memory: float | None = None
-    """Bytes for weights, gradients and AdamW's moments in float32; None is no limit."""
-    token_by_token: bool = True
-    """Whether the model answers one request at a time; False lets mixtures of tokens run in groups as they train."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Expected:
-    """A difference to dense in held-out nats a token: below zero is better."""
-
-    mean: float
-    low: float
-    high: float
-    """95 % interval."""
-    ahead: float
-    """Probability that the difference is below zero."""
-
-    @property
-    def decided(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.low > 0 or self.high < 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Payoff:
-    """From which budget an arm is ahead of dense."""
-
-    tokens: float | None
-    """None: nowhere up to `farthest`."""
-    always: bool
-    """At every measured budget already."""
-    farthest: float
-    """The largest budget that was asked about."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArmAdvice:
-    """What the evidence says of one arm."""
-
-    arm: Family
-    label: str
-    parameters: int
-    training_bytes: int
-    refused: str | None
-    """Why it cannot be had; None if it can."""
-    at_equal_flops: Expected | None
-    """None of dense."""
-    at_equal_seconds: Expected | None
-    """None of dense, and where dense has runs of one budget, which say nothing of others; likewise what pays."""
-    step_ratio: float
-    """Time of a step over dense's, measured at `ratio_width`."""
-    ratio_width: int
-    dense_loss_at: float | None
-    """The share of dense's tokens at which it has dense's loss; more than `MOST_SHARE` is None, as it is of dense."""
-    pays_flops: Payoff | None
-    pays_seconds: Payoff | None
-    runs: int
-    """How many run ends it stands on."""
-    seeds: int
-    budgets: tuple[int, int]
-    """The least and the most tokens among them."""
-    widths: tuple[int, ...]
-    extrapolated: str | None
-    """What lies beyond its own runs, where these are fewer than all; None within them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Advice:
-    """The answer: arms from the best to the worst, those that cannot be had last."""
-
-    question: Question
-    arms: tuple[ArmAdvice, ...]
-    extrapolated: tuple[str, ...]
-    """What lies beyond the measured runs of all arms; empty within them."""
-    law_error: float | None
-    """Root mean square of the held-out errors in the difference to dense; None where nothing could be held out."""
-
-    @property
-    def best(self) -> ArmAdvice:
-        """The first."""
-        return self.arms[0]
-
-
-def question_of(
-    *,
-    tokens: float,
-    width: int | None = None,
-    parameters: float | None = None,
-    layers: int = 4,
-    vocabulary: int = 1024,
-    memory: float | None = None,
-    token_by_token: bool = True,
-) -> Question:
-    """A question whose values make sense; parameters without embeddings become the nearest width.
-
-    Raises:
-        UserError: a value is out of range, or width and parameters are both given or both missing.
-    """
-    if (width is None) == (parameters is None):
-        raise UserError("Give either the width of the dense model or its parameters without embeddings.")
-    for name, value, least in (
-        ("tokens", tokens, 1),
-        ("layers", layers, 1),
-        ("width", width, LEAST_WIDTH),
-        ("parameters", parameters, 1000),
-        ("vocabulary", vocabulary, 2),
-        ("memory", memory, 1),
-    ):
-        if value is not None and not least <= value < math.inf:
-            raise UserError(f"{name} is {value:g}: give {least:,} or more.")
-    if width is None:
-        width = 8 * max(1, round(math.sqrt((parameters or 0) / (HIDDEN_MULTIPLE * layers)) / 8))
-    return Question(
-        tokens=tokens,
-        width=width,
-        layers=layers,
-        vocabulary=vocabulary,
-        memory=memory,
-        token_by_token=token_by_token,
-    )
+_BUDGETS = 120
+"""How many budgets are tried for the one from which on an arm pays."""
 
 
 def advise_on(question: Question, evidence: Evidence | None = None) -> Advice:
@@ -188,17 +55,15 @@ def advise_on(question: Question, evidence: Evidence | None = None) -> Advice:
     arms = [_advise_arm(reading, question, arm) for arm in reading.law.floors]
     return Advice(
         question=question,
-        arms=tuple(sorted(arms, key=_rank)),
+        arms=_ranked(arms),
         extrapolated=_beyond(reading.evidence, question),
         law_error=reading.law_error,
     )
 
 
-def expected_difference(
-    question: Question, arm: str, *, ratio: float = 1.0, evidence: Evidence | None = None
-) -> Expected:
-    """Arm minus dense at the question's budget; an arm whose steps take `ratio` times as long has so many fewer."""
-    return _expected(_read(evidence or load_evidence(), question.token_by_token), question, arm, ratio)
+def expected_difference(question: Question, arm: str, *, evidence: Evidence | None = None) -> Expected:
+    """Arm minus dense at the question's budget and equal FLOPs."""
+    return _expected(_read(evidence or load_evidence(), question.token_by_token), question, arm)
 
 
 @dataclass(frozen=True)
@@ -251,7 +116,7 @@ _NO_FORECAST_ERROR = 0.02
 def _advise_arm(reading: _Reading, question: Question, arm: str) -> ArmAdvice:
     evidence, facts = reading.evidence, facts_of(arm)
     shape = _shape(evidence, question, arm)
-    needed, ratio = state_memory(shape).total, evidence.step_ratio(arm, width=question.width)
+    needed, step = state_memory(shape).total, evidence.step_ratio(arm, width=question.width)
     rows, other = evidence.of(arm), arm != BASELINE
     moving = other and bool(reading.law.betas)
     tokens = [row.tokens for row in rows]
@@ -261,23 +126,38 @@ def _advise_arm(reading: _Reading, question: Question, arm: str) -> ArmAdvice:
         parameters=model_parameters(shape),
         training_bytes=needed,
         refused="needs more memory" if question.memory is not None and needed > question.memory else None,
-        at_equal_flops=_expected(reading, question, arm, 1.0) if other else None,
-        at_equal_seconds=_expected(reading, question, arm, ratio[0]) if moving else None,
-        step_ratio=ratio[0],
-        ratio_width=ratio[1],
+        at_equal_flops=_expected(reading, question, arm) if other else None,
+        at_equal_seconds=_expected(reading, question, arm, step) if moving else None,
+        step=step,
         dense_loss_at=_dense_loss_at(reading.law, question, arm) if moving else None,
         pays_flops=_payoff(reading, question, arm, 1.0) if moving else None,
-        pays_seconds=_payoff(reading, question, arm, ratio[0]) if moving else None,
+        pays_seconds=_payoff(reading, question, arm, step.ratio) if moving else None,
         runs=len(rows),
-        seeds=len({row.seed for row in rows}),
         budgets=(min(tokens), max(tokens)),
         widths=tuple(sorted({row.width for row in rows})),
+        nearest=_nearest(evidence, question, rows),
         extrapolated=_beyond_own(evidence, question, arm),
     )
 
 
-def _rank(arm: ArmAdvice) -> tuple[bool, float]:
-    return arm.refused is not None, 0.0 if arm.at_equal_flops is None else arm.at_equal_flops.mean
+def _ranked(arms: Sequence[ArmAdvice]) -> tuple[ArmAdvice, ...]:
+    """The best first, and last what cannot be had.
+
+    An arm without runs near the question is not put before the best that has some, unless its interval lies below that.
+    """
+    near = [_mean(arm) for arm in arms if arm.extrapolated is None and arm.refused is None]
+    best = min(near, default=-math.inf)
+
+    def key(arm: ArmAdvice) -> tuple[bool, float, bool]:
+        far, found = arm.extrapolated is not None, arm.at_equal_flops
+        doubted = far and found is not None and found.high >= best
+        return arm.refused is not None, max(_mean(arm), best) if doubted else _mean(arm), far
+
+    return tuple(sorted(arms, key=key))
+
+
+def _mean(arm: ArmAdvice) -> float:
+    return 0.0 if arm.at_equal_flops is None else arm.at_equal_flops.mean
 
 
 def _difference(law: Law, question: Question, arm: str, *, tokens: float, ratio: float) -> float:
@@ -294,39 +174,73 @@ def _dense_loss_at(law: Law, question: Question, arm: str) -> float | None:
     return share if share <= MOST_SHARE else None
 
 
-def _expected(reading: _Reading, question: Question, arm: str, ratio: float) -> Expected:
-    drawn = [_difference(law, question, arm, tokens=question.tokens, ratio=ratio) for law in reading.replicates]
-    mean = _difference(reading.law, question, arm, tokens=question.tokens, ratio=ratio)
+def _expected(reading: _Reading, question: Question, arm: str, step: StepRatio | None = None) -> Expected:
+    """Arm minus dense; with a step's ratio, where both have trained for as long."""
+    ratio, doubt = (1.0, 0.0) if step is None else (step.ratio, step.error)
+
+    def difference(law: Law, ratio: float) -> float:
+        return _difference(law, question, arm, tokens=question.tokens, ratio=ratio)
+
+    mean = difference(reading.law, ratio)
+    drawn = float(np.std([difference(law, ratio) for law in reading.replicates]))
+    slower = difference(reading.law, ratio * math.exp(doubt)) - mean
     error = _NO_FORECAST_ERROR if reading.law_error is None else reading.law_error
-    own, dense = (_times_beyond(reading.evidence, question, name) for name in (arm, BASELINE))
+    own = _times_beyond(reading.evidence, question, question.tokens / ratio, arm)
+    dense = _times_beyond(reading.evidence, question, question.tokens, BASELINE)
     steps = sum(math.log(max(times)) for times in zip(own, dense, strict=True)) / math.log(reading.farther)
-    spread = math.hypot(float(np.std(drawn)), error * steps)
+    spread = math.hypot(drawn, slower, error * steps)
     below = 0.5 * math.erfc(mean / max(spread, 1e-12) / math.sqrt(2))
     return Expected(mean=mean, low=mean - 1.96 * spread, high=mean + 1.96 * spread, ahead=below)
 
 
 def _payoff(reading: _Reading, question: Question, arm: str, ratio: float) -> Payoff:
-    """The budget from which on the law has the arm ahead."""
-    measured = [row.tokens for row in reading.evidence.of(arm)]
-    farthest = FARTHEST * max(measured)
-    grid = np.geomspace(LEAST_TOKENS, farthest, 400)
-    ahead = [_difference(reading.law, question, arm, tokens=float(d), ratio=ratio) < 0 for d in grid]
-    if not ahead[-1]:
-        return Payoff(tokens=None, always=False, farthest=farthest)
-    first = max((k + 1 for k, better in enumerate(ahead) if not better), default=0)
-    start = float(grid[first])
-    return Payoff(tokens=start, always=start <= min(measured), farthest=farthest)
+    """The budget from which on the law has the arm ahead, and the interval of it that the replicates span."""
+    measured = _nearest_rows(reading.evidence, question, reading.evidence.of(arm))
+    farthest = float(FARTHEST * max(row.tokens for row in reading.evidence.of(arm)))
+    grid = np.geomspace(LEAST_TOKENS, farthest, _BUDGETS).tolist()
+
+    def begins(law: Law) -> float:
+        behind = (
+            k for k in reversed(range(_BUDGETS)) if _difference(law, question, arm, tokens=grid[k], ratio=ratio) >= 0
+        )
+        last = next(behind, -1)
+        return math.inf if last == _BUDGETS - 1 else grid[last + 1]
+
+    low, high = np.quantile([begins(law) for law in reading.replicates], (0.025, 0.975), method="nearest").tolist()
+    tokens, low, high = (budget if math.isfinite(budget) else None for budget in (begins(reading.law), low, high))
+    least = float(min(row.tokens for row in measured))
+    return Payoff(tokens=tokens, low=low, high=high, least=least, farthest=farthest)
 
 
-def _times_beyond(evidence: Evidence, question: Question, arm: str | None = None) -> tuple[float, float]:
+def _nearest_rows(evidence: Evidence, question: Question, rows: Sequence[Row]) -> list[Row]:
+    """Those of the width nearest to the question in parameters."""
+    size = math.log(body_parameters(question.width, layers=question.layers))
+
+    def distance(width: int) -> float:
+        return abs(math.log(body_parameters(width, layers=evidence.setting.layers)) - size)
+
+    nearest = min(sorted({row.width for row in rows}), key=distance)
+    return [row for row in rows if row.width == nearest]
+
+
+def _nearest(evidence: Evidence, question: Question, rows: Sequence[Row]) -> Nearest:
+    near = _nearest_rows(evidence, question, rows)
+    tokens = min(sorted({row.tokens for row in near}), key=lambda budget: abs(math.log(budget / question.tokens)))
+    seeds = len({row.seed for row in near if row.tokens == tokens})
+    return Nearest(width=near[0].width, tokens=tokens, seeds=seeds)
+
+
+def _times_beyond(evidence: Evidence, question: Question, tokens: float, arm: str | None = None) -> tuple[float, float]:
     """How many times the largest, or a how-manieth part of the smallest, budget and size measured; 1 is within.
 
-    Those of one arm, or of all: an arm whose runs are shorter than the others' is extrapolated sooner.
+    Those of one arm, or of all: an arm whose runs are shorter than the others' is extrapolated sooner. Budgets are
+    those at the nearest size.
     """
     size = body_parameters(question.width, layers=question.layers)
     rows = evidence.rows if arm is None else evidence.of(arm)
     sizes = [body_parameters(row.width, layers=evidence.setting.layers) for row in rows]
-    return _outside(question.tokens, [row.tokens for row in rows]), _outside(size, sizes)
+    budgets = [row.tokens for row in _nearest_rows(evidence, question, rows)]
+    return _outside(tokens, budgets), _outside(size, sizes)
 
 
 def _outside(value: float, measured: Sequence[float]) -> float:
@@ -335,16 +249,15 @@ def _outside(value: float, measured: Sequence[float]) -> float:
 
 
 def _beyond(evidence: Evidence, question: Question) -> tuple[str, ...]:
-    setting, (budget, size) = evidence.setting, _times_beyond(evidence, question)
-    widths = sorted({row.width for row in evidence.rows})
+    budget, size = _times_beyond(evidence, question, question.tokens)
     found = []
     if budget > 1:
-        found.append(f"{question.tokens:,.0f} tokens lie outside the {_budgets(evidence.rows)} measured")
+        near = _nearest_rows(evidence, question, evidence.rows)
+        found.append(f"{question.tokens:,.0f} tokens lie outside the {_budgets(near)} measured at {_widths(near)}")
     if size > 1:
-        named = ", ".join(map(str, widths))
         found.append(
-            f"width {question.width} with {question.layers} layers lies outside the measured widths {named} with "
-            f"{setting.layers} layers"
+            f"width {question.width} with {question.layers} layer{'s' * (question.layers > 1)} lies outside the "
+            f"measured {_widths(evidence.rows)} with {evidence.setting.layers} layers"
         )
     return tuple(found)
 
@@ -352,20 +265,25 @@ def _beyond(evidence: Evidence, question: Question) -> tuple[str, ...]:
 def _beyond_own(evidence: Evidence, question: Question, arm: str) -> str | None:
     """What lies beyond the runs of one arm, where these are fewer than all."""
     rows, words = evidence.of(arm), facts_of(arm).words
-    budget, size = _times_beyond(evidence, question, arm)
+    budget, size = _times_beyond(evidence, question, question.tokens, arm)
+    near, others = (_nearest_rows(evidence, question, of) for of in (rows, evidence.rows))
     found = []
-    if budget > 1 and _budgets(rows) != _budgets(evidence.rows):
-        found.append(f"{question.tokens:,.0f} tokens lie outside the {_budgets(rows)} of {words}")
-    if size > 1 and (widths := {row.width for row in rows}) != {row.width for row in evidence.rows}:
-        named = ", ".join(map(str, sorted(widths)))
-        found.append(f"width {question.width} with {question.layers} layers lies outside the widths {named} of {words}")
-    return "; ".join(found) or None
+    if size > 1 and _widths(rows) != _widths(evidence.rows):
+        found.append(f"{words} was trained at {_widths(rows)} only")
+    if budget > 1 and (_budgets(near), _widths(near)) != (_budgets(others), _widths(others)):
+        found.append(f"{words} was trained on {_budgets(near)} tokens at {_widths(near)}")
+    return ", and ".join(found) or None
 
 
 def _budgets(rows: Sequence[Row]) -> str:
     """The tokens of the shortest run and of the longest, in words."""
     least, most = min(row.tokens for row in rows), max(row.tokens for row in rows)
     return f"{least:,} to {most:,}" if least < most else f"{least:,}"
+
+
+def _widths(rows: Sequence[Row]) -> str:
+    *others, last = (str(width) for width in sorted({row.width for row in rows}))
+    return f"widths {', '.join(others)} and {last}" if others else f"width {last}"
 
 
 def _shape(evidence: Evidence, question: Question, arm: str) -> DecoderShape:

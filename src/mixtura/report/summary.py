@@ -9,8 +9,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mixtura.planning.advice import LEAST_WIDTH, Question, advise_on
+from mixtura.planning.advice import advise_on
 from mixtura.planning.evidence import load_evidence
+from mixtura.planning.question import LEAST_TOKENS, LEAST_WIDTH, Question
 from mixtura.report.cautions import find_cautions, list_limits
 from mixtura.report.significance import (
     MOT_ANCHOR,
@@ -72,7 +73,7 @@ _LONGER = 10
 def _with_advice(verdict: Verdict, results: Results, yardstick: Yardstick) -> Verdict:
     """The verdict with what the runs behind `mixtura advise` say of this budget and of a longer one."""
     model, tokens = results.recipe.get("model"), results.data.tokens_per_run
-    if not (yardstick.from_scratch and isinstance(model, dict) and tokens):
+    if not (yardstick.from_scratch and isinstance(model, dict)) or tokens < LEAST_TOKENS:
         return verdict
     width, layers = model.get("hidden_size"), model.get("num_hidden_layers")
     if not (isinstance(width, int) and isinstance(layers, int)) or width < LEAST_WIDTH:
@@ -90,7 +91,7 @@ def _with_advice(verdict: Verdict, results: Results, yardstick: Yardstick) -> Ve
         return verdict
     sentence = (
         f"The runs behind mixtura{NBSP}advise, with other text and {load_evidence().setting.experts} experts, expect "
-        f"in nats to dense, with 95{NBSP}% intervals: {'; '.join(said)}."
+        f"these nats minus dense's, with 95{NBSP}% intervals: {'; '.join(said)}."
     )
     named = [arm.extrapolated for arm in later.arms if arm.arm in families and arm.extrapolated]
     reasons = [*later.extrapolated, *named]

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mixtura.config.families import FAMILIES
-from mixtura.planning.advice import Expected
 from mixtura.planning.formulas import FLOPS_TOLERANCE
+from mixtura.planning.question import Expected
 from mixtura.results import LOSS, ArmResult, Interval, Measure, Results
 
 NONE = "\N{EN DASH}"

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from mixtura.planning.evidence import (
+from mixtura.planning.laws import (
     UNKNOWN_NOISE,
     Law,
     RunEnd,
@@ -63,12 +63,36 @@ def test_tokens_for_a_loss_are_those_that_give_it():
     assert found.tokens_for("dense", loss, parameters=2e5) == pytest.approx(1e7)
 
 
-def test_an_arm_of_one_width_takes_its_size_term_from_dense():
+def test_an_arm_of_one_width_takes_its_size_term_from_dense_where_no_mixture_has_one():
     kept = [end for end in ends() if end.arm == "dense" or end.parameters == 2e5]
     found = fit_law(kept)
     assert found.size_terms["token_choice"] == found.size_terms["dense"]
     expected = TRUTH.loss("token_choice", parameters=2e5, tokens=1e7)
     assert found.loss("token_choice", parameters=2e5, tokens=1e7) == pytest.approx(expected, abs=0.003)
+
+
+def test_an_arm_of_one_width_takes_the_mean_size_term_of_the_mixtures():
+    numbers = {"dense": 12.0, "token_choice": 10.0, "mixture_of_tokens": 8.0, "remoe": 9.0}
+    law = dataclasses.replace(
+        TRUTH,
+        betas=dict.fromkeys(numbers, 0.35),
+        size_terms=numbers,
+        floors=dict.fromkeys(numbers, 1.5),
+        data_terms=dict.fromkeys(numbers, 150.0),
+    )
+    found = fit_law([end for end in ends(law) if end.arm != "remoe" or end.parameters == 2e5])
+    assert found.size_terms["remoe"] == pytest.approx(
+        (found.size_terms["token_choice"] + found.size_terms["mixture_of_tokens"]) / 2
+    )
+    for parameters in (2e5, 8e5):
+        expected = law.loss("remoe", parameters=parameters, tokens=1e7)
+        assert found.loss("remoe", parameters=parameters, tokens=1e7) == pytest.approx(expected, abs=0.005)
+
+
+def test_a_law_nearby_changes_where_the_search_begins_and_not_where_it_ends():
+    runs = ends(run_noise=0.02, end_noise=0.005)
+    law, other = fit_law(runs), fit_law(runs, near=TRUTH)
+    assert other.alpha == pytest.approx(law.alpha, abs=0.005) and other.betas == pytest.approx(law.betas, abs=0.005)
 
 
 def test_runs_of_one_width_leave_the_size_out():
