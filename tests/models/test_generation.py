@@ -88,9 +88,11 @@ def test_prompts_of_different_lengths_go_together_when_padded_left(build, family
     model, ids_BL = build(family, **changes), torch.randint(3, 64, (2, 6))
     padded_BL = ids_BL.clone()
     padded_BL[0, :2] = 0
-    together = continue_greedily(model, padded_BL, attention_mask=padded_BL.ne(0).long())
-    assert torch.equal(together[0, 6:], continue_greedily(model, ids_BL[:1, 2:])[0, 4:])
-    assert torch.equal(together[1], continue_greedily(model, ids_BL[1:])[0])
+    alone = [continue_greedily(model, ids_BL[:1, 2:])[0, 4:], continue_greedily(model, ids_BL[1:])[0, 6:]]
+    mask_BL = padded_BL.ne(0).long()
+    for options in ({}, {"cache_implementation": "static"}, {"use_cache": False}, {"prefill_chunk_size": 2}):
+        together = continue_greedily(model, padded_BL, attention_mask=mask_BL, **options)
+        assert torch.equal(together[:, 6:], torch.stack(alone)), options
 
 
 def test_generating_never_forms_groups_unless_told(build, monkeypatch):

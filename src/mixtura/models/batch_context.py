@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 
 from mixtura.config import UserError
@@ -126,7 +127,8 @@ def _mask_of(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: Named)
         names = list(inspect.signature(module.forward).parameters)
         position = names.index(name) if name in names else len(args)
         mask = args[position] if position < len(args) else None
-    return real_tokens(mask)
+    cache: Any = kwargs.get("past_key_values")
+    return real_tokens(mask, seen=cache.get_seq_length() if isinstance(cache, Cache) else 0)
 
 
 def _entrances(model: nn.Module) -> list[nn.Module]:

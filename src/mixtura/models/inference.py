@@ -22,19 +22,28 @@ from mixtura.layers import MixtureOfTokens
 from mixtura.models.configuration_mixture import MixtureConfig
 
 
-def real_tokens(attention_mask: Any) -> Tensor | None:
+def real_tokens(attention_mask: Any, *, seen: Any = 0) -> Tensor | None:
     """The tokens that are no padding, (B, L), by a model's `attention_mask`; None where it does not say.
 
     Args:
-        attention_mask: (B, L), true where a token is real; or (B, 1, L, L), which pairs of tokens may attend, as packed
-            examples need it: there a token that may not attend to itself is padding. Numbers are added to scores.
+        attention_mask: (B, L), true where a token is real, which may cover those in a cache too; or (B, 1, L, keys),
+            what the L tokens of this call may attend to, as packed examples and caches of fixed size need it: a token
+            that may not attend to itself is padding. Numbers are added to scores. A dictionary has one for each kind
+            of layer.
+        seen: tokens in the cache before those of this call.
     """
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
     if not isinstance(attention_mask, Tensor):
         return None
-    if attention_mask.dim() == 4 and attention_mask.size(2) == attention_mask.size(3):
-        own_BL = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
-        return own_BL if own_BL.dtype == torch.bool else own_BL == 0
-    return attention_mask if attention_mask.dim() == 2 else None
+    if attention_mask.dim() != 4:
+        return attention_mask if attention_mask.dim() == 2 else None
+    length, keys = attention_mask.shape[2:]
+    # A window keeps fewer keys than were seen, this call's last.
+    first = torch.as_tensor(seen, device=attention_mask.device).clamp(max=keys - length)
+    own_L1 = (first + torch.arange(length, device=attention_mask.device)).unsqueeze(-1)
+    own_BL = attention_mask[:, 0].gather(-1, own_L1.expand(attention_mask.size(0), -1, -1)).squeeze(-1)
+    return own_BL if own_BL.dtype == torch.bool else own_BL == 0
 
 
 def mixing_layers(model: nn.Module) -> list[MixtureOfTokens]:

@@ -198,8 +198,8 @@ class MixtureModel(MixturePreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         make_room_for_memory(past_key_values, self.config)
         length = inputs_embeds.size(1)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
         masks = causal_masks(
             self.config,
@@ -213,7 +213,7 @@ class MixtureModel(MixturePreTrainedModel):
             "position_ids": position_ids,
             "past_key_values": past_key_values,
             "use_cache": use_cache,
-            "token_mask": _token_mask(attention_mask, length),
+            "token_mask": _token_mask(attention_mask, length, seen=seen),
             "output_routing": output_routing,
             "expert_ids": expert_ids,
             **attention_arguments(self.config),
@@ -241,9 +241,9 @@ class MixtureModel(MixturePreTrainedModel):
         return hidden_states, tuple(routing) if shared["output_routing"] else None
 
 
-def _token_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
+def _token_mask(attention_mask: Any, length: int, *, seen: Any) -> Tensor | None:
     """(B, L) of the tokens in this call, from a mask that may also cover those in the cache; None when all are real."""
-    real_BL = real_tokens(attention_mask)
+    real_BL = real_tokens(attention_mask, seen=seen)
     return None if real_BL is None else real_BL[:, -length:]
 
 
