@@ -24,12 +24,14 @@ UNTIED = {"tie_word_embeddings": False}
 WIDE_HEADS = {"head_dim": 16}
 QWEN2 = {"attention": "qwen2"}
 QWEN3 = {"attention": "qwen3"}
+ONE_WINDOW = {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
 CELLS = [
     ("llama", DENSE),
     ("llama", DENSE | WIDE_HEADS | UNTIED | {"attention_bias": True}),
     ("mistral", DENSE | {"attention": "mistral", "sliding_window": 8}),
     ("qwen2", DENSE | QWEN2),
     ("qwen3", DENSE | QWEN3),
+    ("qwen3", DENSE | QWEN3 | ONE_WINDOW),
     ("mixtral", {}),
     ("mixtral", {"num_experts_per_tok": 1} | UNTIED | WIDE_HEADS),
     ("mixtral", {"routed_scaling_factor": 2.5}),
@@ -253,6 +255,8 @@ def test_the_card_counts_what_a_token_uses(saved, tmp_path):
             "auto",
             "the nearest, qwen2_moe, cannot have normalised sigmoid gates",
         ),
+        (ONE_WINDOW, "mixtral", "mixtral model cannot have sliding-window attention in some layers.*--to remote_code"),
+        (DENSE | ONE_WINDOW, "auto", "sliding-window attention in some layers"),
         ({}, "flex_olmo", "normalises after its layers"),
         ({}, "gpt9", "no container 'gpt9'.*mixtral"),
     ],

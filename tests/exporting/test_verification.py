@@ -3,6 +3,7 @@
 import json
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from mixtura.exporting.verification import (
     verify,
     write_dense_twin,
 )
+from mixtura.models import MixtureConfig
 from mixtura.models.transition import to_token_choice
 
 # A script in an engine's place: every token of a vocabulary of SIZE is as likely.
@@ -125,10 +127,26 @@ def test_log_probabilities_are_those_of_the_next_token_whatever_the_batch(export
 
 def test_probes_are_texts_and_random_tokens_always_the_same(saved, with_tokenizer):
     folder = saved(vocab_size=300)
-    assert len(probe_tokens(folder, 300)) == 4
-    probes = probe_tokens(with_tokenizer(folder), 300)
-    assert len(probes) == 12 and probes == probe_tokens(folder, 300)
+    config = MixtureConfig.from_pretrained(folder)
+    assert len(probe_tokens(folder, config)) == 4
+    probes = probe_tokens(with_tokenizer(folder), config)
+    assert len(probes) == 12 and probes == probe_tokens(folder, config)
     assert all(1 < len(probe) <= PROBE_TOKENS and max(probe) < 300 for probe in probes)
+
+
+@pytest.mark.parametrize(("window", "longest"), [(8, 24), (24, 48), (100, 124), (120, 128), (5000, 24), (None, 24)])
+def test_one_probe_is_longer_than_a_window_where_positions_allow(saved, window, longest):
+    config = MixtureConfig.from_pretrained(saved(attention="mistral", sliding_window=window))
+    probes = probe_tokens(Path("nowhere"), config)
+    assert config.max_position_embeddings == 128 and max(map(len, probes)) == longest
+
+
+def test_a_window_that_the_export_lost_is_noticed(saved, tmp_path):
+    source = saved(attention="mistral", sliding_window=30)
+    export(source, tmp_path / "out", to="mixtral")
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    (tmp_path / "out" / "config.json").write_text(json.dumps(settings | {"sliding_window": None}))
+    assert not verify(source, tmp_path / "out").passed
 
 
 def test_a_right_export_passes_and_leaves_a_receipt_and_a_table(exported):

@@ -193,6 +193,7 @@ def _can(**values: frozenset[Any]) -> Any:
     plain = {
         "gates": _SOFTMAX,
         "biases": frozenset({"none"}),
+        "window": frozenset({"none"}),
         "dense_layers": frozenset({"none"}),
     }
     return Traits(**{name: values.get(name, plain.get(name, _NO)) for name in Traits._fields})  # pyright: ignore[reportArgumentType]
@@ -200,20 +201,22 @@ def _can(**values: frozenset[Any]) -> Any:
 
 _NO_QKV = frozenset({"none", "qkv"})
 _NO_QKVO = frozenset({"none", "qkvo"})
+_NO_OR_ALL = frozenset({"none", "all"})
+_ANY_WINDOW = _NO_OR_ALL | {"some"}
 _DENSE = {"gates": _ANY_SOFTMAX | _ANY_SIGMOID, "dense_layers": _ALL, "free_head_dim": _BOTH}
 
 CONTAINERS: dict[str, Container] = {
     "llama": Container(_can(**_DENSE, biases=_NO_QKVO), fields.llama, _no_mixture),
-    "mistral": Container(_can(**_DENSE, window=_BOTH), fields.mistral, _no_mixture),
+    "mistral": Container(_can(**_DENSE, window=_NO_OR_ALL), fields.mistral, _no_mixture),
     "qwen2": Container(
-        _can(**(_DENSE | {"free_head_dim": _NO}), biases=frozenset({"qkv"}), window=_BOTH),
+        _can(**(_DENSE | {"free_head_dim": _NO}), biases=frozenset({"qkv"}), window=_ANY_WINDOW),
         fields.qwen2,
         _no_mixture,
     ),
     "qwen3": Container(
-        _can(**_DENSE, biases=_NO_QKVO, qk_norm=frozenset({True}), window=_BOTH), fields.qwen3, _no_mixture
+        _can(**_DENSE, biases=_NO_QKVO, qk_norm=frozenset({True}), window=_ANY_WINDOW), fields.qwen3, _no_mixture
     ),
-    "mixtral": Container(_can(free_head_dim=_BOTH, window=_BOTH), fields.mixtral, _mixtral_tensors),
+    "mixtral": Container(_can(free_head_dim=_BOTH, window=_NO_OR_ALL), fields.mixtral, _mixtral_tensors),
     "granite_moe": Container(_can(shared=_BOTH), fields.granite_moe, _granite_moe_tensors),
     "qwen3_moe": Container(
         _can(
@@ -257,7 +260,7 @@ _WORDS: dict[str, Callable[[Any], str]] = {
         value, "biases on all projections of its attention"
     ),
     "qk_norm": lambda value: f"{'' if value else 'no '}norms on queries and keys",
-    "window": lambda _: "sliding-window attention",
+    "window": lambda value: f"sliding-window attention{' in some layers' if value == 'some' else ''}",
     "free_head_dim": lambda _: "heads of a width of their own",
     "shared": lambda _: "a shared expert",
     "expert_bias": lambda _: "a bias on the choice of experts",

@@ -24,6 +24,7 @@ from mixtura.models import MixtureConfig
 Gates = Literal["softmax", "normalised softmax", "sigmoid", "normalised sigmoid"]
 Biases = Literal["none", "qkv", "qkvo"]
 DenseLayers = Literal["none", "leading", "any", "all"]
+Windows = Literal["none", "some", "all"]
 
 
 class Traits(NamedTuple):
@@ -35,8 +36,8 @@ class Traits(NamedTuple):
     """Which of the attention's projections have biases."""
     qk_norm: bool
     """Whether queries and keys are normalised, head by head."""
-    window: bool
-    """Whether attention looks at the last tokens only, in some layer."""
+    window: Windows
+    """In which layers attention looks at the last tokens only."""
     free_head_dim: bool
     """Whether a head is not hidden_size / num_attention_heads wide."""
     shared: bool
@@ -60,7 +61,7 @@ def traits_of(config: MixtureConfig, names: Collection[str]) -> Traits:
         gates=("normalised " if normalized else "") + config.scoring_func,  # pyright: ignore[reportArgumentType]
         biases="none" if not biased else "qkvo" if "o" in biased else "qkv",
         qk_norm=f"{attention}.q_norm.weight" in names,
-        window=_has_window(config),
+        window=windows(config),
         free_head_dim=config.head_dim != config.hidden_size // config.num_attention_heads,
         shared=config.num_shared_experts > 0 and "token_choice" in (config.mlp_layer_types or []),
         expert_bias=any(name.endswith(".mlp.expert_bias") for name in names),
@@ -68,9 +69,12 @@ def traits_of(config: MixtureConfig, names: Collection[str]) -> Traits:
     )
 
 
-def _has_window(config: MixtureConfig) -> bool:
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    return getattr(config, "sliding_window", None) is not None and "sliding_attention" in kinds
+def windows(config: Any) -> Windows:
+    """In which layers a model's attention looks at the last `sliding_window` tokens only."""
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
+    if getattr(config, "sliding_window", None) is None or "sliding_attention" not in kinds:
+        return "none"
+    return "all" if len(kinds) == 1 else "some"
 
 
 def _dense_layers(config: MixtureConfig) -> DenseLayers:
@@ -181,11 +185,11 @@ def _dense_width(config: MixtureConfig) -> int:
 
 
 def _window(config: MixtureConfig, traits: Traits) -> int | None:
-    return getattr(config, "sliding_window", None) if traits.window else None
+    return getattr(config, "sliding_window", None) if traits.window == "all" else None
 
 
 def _qwen_window(config: MixtureConfig, traits: Traits) -> dict[str, Any]:
-    if not traits.window:
+    if traits.window == "none":
         return {"use_sliding_window": False, "sliding_window": None}
     return {
         "use_sliding_window": True,

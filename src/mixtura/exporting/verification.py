@@ -12,7 +12,7 @@ import random
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from mixtura.exporting.engines import (
     parse_engine,
     run_engine,
 )
-from mixtura.exporting.fields import traits_of
+from mixtura.exporting.fields import traits_of, windows
 from mixtura.files import write_text
 from mixtura.models import MixtureConfig
 from mixtura.models.inference import grouped_layers, running_in
@@ -114,6 +114,8 @@ FLOORS = 3
 CEILING = 0.05
 """The most nats that are allowed, however noisy the engine is."""
 PROBE_TOKENS = 24
+LONGEST_PROBE = 1024
+"""Tokens; a window as long as that is not looked beyond."""
 TEXTS = (
     "The river was high that spring, and nobody crossed it for a week.",
     "Der Zug nach Leipzig hat heute leider eine halbe Stunde Verspätung.",
@@ -199,7 +201,7 @@ def verify(source: Path | str, export: Path | str, engines: Sequence[Engine | st
         model = load_causal(source)
     except EngineFailed as error:
         raise UserError(f"The model in '{source}' cannot be loaded ({error}): train or export it again.") from error
-    probes = probe_tokens(source, model.config.vocab_size)
+    probes = probe_tokens(source, model.config)
     with running_in(grouped_layers(model), "alone"):  # the mode in which it is exported
         expected = model_log_probs(model, probes)
         repeated = largest_difference(expected, model_log_probs(model, probes, batched=True))
@@ -216,10 +218,16 @@ def verify(source: Path | str, export: Path | str, engines: Sequence[Engine | st
     return receipt
 
 
-def probe_tokens(folder: Path, vocab_size: int) -> list[list[int]]:
-    """A handful of texts in several languages, where the folder has a tokenizer, and random tokens; always the same."""
-    draw = random.Random(0)
+def probe_tokens(folder: Path, config: Any) -> list[list[int]]:
+    """A handful of texts in several languages, where the folder has a tokenizer, and random tokens; always the same.
+
+    Where attention has a window of up to `LONGEST_PROBE` tokens, one is longer than it.
+    """
+    draw, vocab_size = random.Random(0), config.vocab_size
     probes = [[draw.randrange(vocab_size) for _ in range(PROBE_TOKENS)] for _ in range(_RANDOM_PROBES)]
+    if windows(config) != "none" and PROBE_TOKENS <= config.sliding_window + 1 < LONGEST_PROBE:
+        length = min(config.sliding_window + PROBE_TOKENS, config.max_position_embeddings)
+        probes.append([draw.randrange(vocab_size) for _ in range(length)])
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = open_tokenizer(folder)
         probes += [tokenizer(text)["input_ids"][:PROBE_TOKENS] for text in TEXTS]

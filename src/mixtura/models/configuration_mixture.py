@@ -21,9 +21,9 @@ class MixtureConfig(ModelSettings, PreTrainedConfig):
     layers differ, and `expert_names` the language or pair of every expert where `route_by` is not "token".
 
     `attention` names the model whose attention the layers have: "qwen2" has biases on queries, keys and values,
-    "qwen3" norms on queries and keys. All may look at the last `sliding_window` tokens only: in every layer, or with
-    Qwen's attention in those that `layer_types` calls "sliding_attention". Llama's attention with a window is Mistral's
-    and is renamed so, unless it has biases (`attention_bias`).
+    "qwen3" norms on queries and keys. All may look at the last `sliding_window` tokens only: in every layer, or in
+    those that `layer_types` calls "sliding_attention". Llama's attention with a window is Mistral's and is renamed so,
+    unless it has biases (`attention_bias`).
 
     Models whose mixtures are all token choice have `output_router_logits` as Mixtral's configuration has it.
     """
