@@ -365,6 +365,15 @@ def test_two_adapters_live_side_by_side(
     assert (tmp_path / "both" / "other" / "adapter_model.safetensors").is_file()
 
 
+def test_an_adapter_added_to_a_model_in_eval_does_not_mix_the_examples(make_base: MakeBase, batch: Batch) -> None:
+    both = _adapted(make_base("llama"), "mixture_of_tokens").eval()
+    both.add_adapter("other", both.peft_config["default"])
+    both.set_adapter("other")
+    _randomize(both)
+    assert not any(module.training for module in both.modules())
+    assert torch.equal(_output(both, batch), _output(both.eval(), batch))
+
+
 @each_base
 @each_adapter
 @pytest.mark.parametrize("how", ["autocast", "bfloat16"])

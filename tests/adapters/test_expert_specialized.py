@@ -138,6 +138,44 @@ def test_merging_is_undone_exactly(batch: Batch) -> None:
     assert all(torch.equal(value, before[key]) for key, value in adapted.state_dict().items())
 
 
+@each_mixture
+def test_switched_off_while_merged_it_leaves_the_base(name: str, batch: Batch) -> None:
+    expected = _model(name)(**batch).logits
+    adapted = _adapted(name, batch)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    tuned = adapted(**batch).logits
+    adapted.merge_adapter()
+    with adapted.disable_adapter():
+        torch.testing.assert_close(adapted(**batch).logits, expected, atol=0, rtol=0)
+    assert not torch.allclose(tuned, expected)
+    torch.testing.assert_close(adapted(**batch).logits, tuned)
+
+
+def test_experts_of_no_cost_are_not_chosen(batch: Batch) -> None:
+    config = MixtureConfig(
+        **SIZES, moe_intermediate_size=12, num_experts=4, zero_experts=2, mlp_layer_types=["token_choice"] * 2
+    )
+    model = MixtureForCausalLM(config).eval()
+    shares = expert_shares(model, [batch])
+    assert all(share_E.shape == (4,) and share_E.sum() == pytest.approx(1) for share_E in shares.values())
+    adapted = apply_adapter(model, AdapterConfig(method="expert_specialized", expert_share=0.9), sample=[batch], seed=0)
+    assert reach(adapted, batch).layers == 2
+
+
+def test_shares_take_the_mask_in_any_form_that_the_model_does(batch: Batch) -> None:
+    model, real_BL = _model("mixtura"), batch["attention_mask"].bool()
+    length = real_BL.size(1)
+    causal_LL = torch.ones(length, length, dtype=torch.bool).tril()
+    packed = {**batch, "attention_mask": (causal_LL & real_BL[:, None, :] & real_BL[:, :, None])[:, None]}
+    for one, other in zip(expert_shares(model, [batch]).values(), expert_shares(model, [packed]).values(), strict=True):
+        torch.testing.assert_close(one, other)
+    empty = {**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}
+    with pytest.raises(UserError, match="at least one batch with a token in it"):
+        expert_shares(model, [empty])
+
+
 def test_every_layer_is_heard_and_described(batch: Batch) -> None:
     adapted = _adapted("mixtral", batch)
     assert reach(adapted, batch).layers == 2

@@ -29,6 +29,7 @@ from mixtura.adapters.tuner import AdapterLayer, RoutedTuner, register_method
 from mixtura.config import UserError
 from mixtura.layers import FeedForward, TokenChoiceMoE
 from mixtura.models.batch_context import BatchContext
+from mixtura.models.inference import real_tokens
 
 SAMPLE_SIZE = 32
 """Training examples of a run that show which experts its data uses."""
@@ -92,6 +93,8 @@ class ExpertSpecializedLayer(AdapterLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer, with the trained experts in place of its own."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         active = self.active_modules()
         if self.merged or not active:
             return self.base_layer(*args, **kwargs)
@@ -166,18 +169,18 @@ def expert_shares(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> dic
         batches: keyword arguments of its forward, with `attention_mask` where there is padding.
 
     Raises:
-        UserError: the model is no mixture, or there are no batches.
+        UserError: the model is no mixture, or no batch has a real token.
     """
     blocks = mixture_blocks(model)
     counts_E: dict[str, Tensor] = {}
     training = model.training
     model.eval()
     for batch in batches:
-        with _counting(blocks, counts_E, batch.get("attention_mask")):
+        with _counting(blocks, counts_E, real_tokens(batch.get("attention_mask"))):
             model(**batch)
     model.train(training)
-    if not counts_E:
-        raise UserError("No sample was given to choose experts by: give at least one batch.")
+    if not counts_E or not all(count_E.any() for count_E in counts_E.values()):
+        raise UserError("No sample was given to choose experts by: give at least one batch with a token in it.")
     return {name: count_E / count_E.sum() for name, count_E in counts_E.items()}
 
 
@@ -196,21 +199,22 @@ def _counting(blocks: dict[str, nn.Module], counts_E: dict[str, Tensor], mask_BL
 
         return hook
 
-    def count_own(name: str) -> Any:
+    def count_own(name: str, num_experts: int) -> Any:
         def hook(module: TokenChoiceMoE, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             stats = module.route_and_run(args[0], mask_BL, True)[1]
             assert stats is not None
-            add(name, stats.tokens_per_expert_E.double())
+            # Behind those with weights stand experts of no cost, which have nothing to train.
+            add(name, stats.tokens_per_expert_E[:num_experts].double())
 
         return hook
 
     handles = []
     for name, block in blocks.items():
+        experts = block.get_submodule("experts")
+        num_experts = len(next(iter(stacked_weights(experts).values())))
         if isinstance(block, TokenChoiceMoE):
-            handles.append(block.register_forward_pre_hook(count_own(name), with_kwargs=True))
+            handles.append(block.register_forward_pre_hook(count_own(name, num_experts), with_kwargs=True))
         else:
-            experts = block.get_submodule("experts")
-            num_experts = len(next(iter(stacked_weights(experts).values())))
             handles.append(experts.register_forward_pre_hook(count_stock(name, num_experts), with_kwargs=True))
     try:
         yield

@@ -54,11 +54,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def add_module_named(self, name: str, adapter: nn.Module) -> None:
-        """Keeps an adapter, on the base layer's device and in its type, and activates it."""
+        """Keeps an adapter, on the base layer's device, in its type and mode, and activates it."""
         like = next(self.get_base_layer().parameters())
         if like.device.type != "meta" and all(p.device.type != "meta" for p in adapter.parameters()):
             adapter = adapter.to(like.device, like.dtype if like.is_floating_point() else torch.float32)
-        getattr(self, self.adapter_layer_names[0])[name] = adapter
+        # One left in train() beside a model in eval() would mix the examples of a batch.
+        getattr(self, self.adapter_layer_names[0])[name] = adapter.train(self.get_base_layer().training)
         self.set_adapter(self.active_adapters)
 
     def mask_for(self, x: Tensor) -> Tensor | None:
