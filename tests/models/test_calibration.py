@@ -1,5 +1,7 @@
 """Averages over a population: what calibration finds, what training keeps, and what a checkpoint brings back."""
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -39,6 +41,19 @@ def test_calibrating_averages_over_the_groups_of_all_batches(build):
     assert by_batch.pop("updates") == 3 and at_once.pop("updates") == 1
     assert_close(by_batch, at_once)
     assert (at_once["output"] != 0).any() and not torch.allclose(at_once["log_mass"], at_once["log_mass"].mean())
+
+
+def test_many_batches_count_in_a_model_of_16_bits_too(build):
+    model, batches = build().eval(), tokens(count=300, length=2)
+    half = copy.deepcopy(model).bfloat16()
+    calibrate(model, batches)
+    calibrate(half, batches)
+    exact, found = averages(model)[0], averages(half)[0]
+    assert all(value.dtype == torch.bfloat16 for value in found.values())
+    assert found["updates"] == 300
+    # What 16 bits round in a batch goes out in the mean; half of the last digit stays.
+    assert (found["log_mass"].float() - exact["log_mass"]).abs().max() < 0.01
+    assert (found["mean"].float() - exact["mean"]).norm() < 0.01 * exact["mean"].norm()
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -191,6 +191,23 @@ def test_thresholds_wait_for_the_first_steps_to_pass(build):
         assert layer.choosing_over_batch is over_batch
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_micro_batch_of_padding_alone_has_no_loss_and_no_gradient(build, family):
+    model = build(family, router_z_loss_coef=0.1, balance_over="sequence").train()
+    padding_BL = torch.zeros_like(IDS_BL)
+    output = model(
+        IDS_BL,
+        attention_mask=padding_BL,
+        labels=padding_BL - 100,
+        num_items_in_batch=torch.tensor(7),
+        output_routing=True,
+    )
+    output.loss.backward()
+    assert output.loss == 0
+    assert all((weight.grad is None) or not weight.grad.any() for weight in model.parameters())
+    assert all(value.isfinite().all() for stats in output.routing if stats is not None for value in stats)
+
+
 @pytest.mark.parametrize("family", ["dense", "expert_choice", "expert_threshold", "soft", "mixture_of_tokens"])
 def test_families_that_balance_by_construction_have_no_router_loss(build, family):
     output = build(family).train()(IDS_BL[:, :8], labels=IDS_BL[:, :8], output_routing=True)

@@ -46,7 +46,7 @@ LayerOutput = tuple[Tensor, RoutingStats | None]
 def pool_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
     """The statistics of several sets of tokens as those of one: counts add up, means are weighted by the rows."""
     rows_P = torch.stack([part.routed_rows for part in parts])
-    share_P = rows_P / rows_P.sum()
+    share_P = rows_P / rows_P.sum().clamp_min(1)
 
     def mean(values: list[Tensor]) -> Tensor:
         value_P = torch.stack(values)
@@ -66,10 +66,10 @@ def pool_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
 
 
 def mean_of_real(x_T: Tensor, real_T: Tensor | None) -> Tensor:
-    """(T, ...) -> (...): mean over the tokens that are real; None says that all are."""
+    """(T, ...) -> (...): mean over the tokens that are real; None says that all are. Of none it is zero."""
     if real_T is None:
         return x_T.mean(0)
-    return sum_of_real(x_T, real_T) / real_T.sum()
+    return sum_of_real(x_T, real_T) / real_T.sum().clamp_min(1)
 
 
 def sum_of_real(x_T: Tensor, real_T: Tensor | None) -> Tensor:
@@ -223,7 +223,7 @@ def group_stats(logits_NGS: Tensor, real_NG: Tensor | None, num_experts: int) ->
     tokens = count_real(logits_TS, real_T)
     return RoutingStats(
         tokens_per_expert_E=load_E,
-        importance_E=load_E / load_E.sum(),
+        importance_E=load_E / load_E.sum().clamp_min(1e-30),
         router_z_loss=router_z_loss(logits_TS, real_T),
         dropped_tokens=torch.zeros_like(tokens),
         routed_rows=tokens,

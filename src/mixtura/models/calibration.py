@@ -39,8 +39,12 @@ def calibrate(model: MixturePreTrainedModel, batches: Iterable[Tensor]) -> int:
     if not layers:
         raise UserError("The model has no mixture-of-tokens layer, so there is nothing to calibrate.")
     was_training = model.training
-    for layer in layers:
-        layer.keep_population().reset()
+    dtypes = [layer.gate.weight.dtype for layer in layers]
+    for layer, dtype in zip(layers, dtypes, strict=True):
+        population = layer.keep_population()
+        population.reset()
+        # In 16 bits a sum of many is that of the first few, and a count ends at 256.
+        population.to(torch.promote_types(dtype, torch.float32))
     config.population, count = True, 0
     model.eval()
     observe_population(model, True)
@@ -53,6 +57,8 @@ def calibrate(model: MixturePreTrainedModel, batches: Iterable[Tensor]) -> int:
                 count += 1
     finally:
         observe_population(model, False)
+        for layer, dtype in zip(layers, dtypes, strict=True):
+            layer.keep_population().to(dtype)
         model.train(was_training)
     if not count:
         raise UserError("There is no batch to calibrate with: give text that fills at least one.")
