@@ -34,7 +34,13 @@ def long_runs() -> str:
     text += f"## Difference to dense\n\n{_differences(runs)}\n"
     text += f"## Mixture of tokens by mode\n\n{_modes(runs)}\n"
     text += f"## Load, time and spikes\n\n{_loads(runs, evidence)}\n"
-    text += f"## Searches, seed 0 unless said\n\n{_searches(runs, width=record['settings']['width'])}\n"
+    width, rate = record["settings"]["width"], record["settings"]["rate"]
+    text += f"## Searches of scales, seed 0 unless said\n\n{_searches(runs, width=width, rate=rate)}\n"
+    if rates := _rates(runs, width=width):
+        text += (
+            f"## Searches of the rate, width {width}, seed 0\n\n"
+            f"Loss, and after a stroke the difference to dense, each at its own best rate in the last row.\n\n{rates}\n"
+        )
     if scales := _scales(runs):
         text += f"## Scales at three widths\n\n{scales}\n"
     text += f"## The law\n\n{_law(evidence)}"
@@ -135,30 +141,56 @@ def _scales(runs: list[dict[str, Any]]) -> str:
             if of.keys() & derived
         ]
         setting = [family.replace("_", " "), placement.replace("_", " "), str(width), f"{tokens / 1e6:.1f} M"]
-        rows.append([*setting, ", ".join(cells), f"{max(behind):.3f}" if behind else ""])
+        unknown = f"not run ({_derived(family, placement, width):g})"
+        rows.append([*setting, ", ".join(cells), f"{max(behind):.3f}" if behind else unknown])
     if not rows:
         return ""
     return table_of(["family", "mixtures in", "width", "tokens", "scale: loss", "derived behind the best"], rows)
 
 
-def _searches(runs: list[dict[str, Any]], *, width: int) -> str:
-    runs = [run for run in runs if run["name"] != "scale"]
+def _rates(runs: list[dict[str, Any]], *, width: int) -> str:
+    """Losses of the arms at several rates, all else as in the runs that count."""
+    shown = [run for run in runs if run["width"] == width and run["seed"] == 0 and run["tokens"] >= FEWEST_TOKENS]
+    arms = {run["family"]: run["arm"] for run in shown if run["name"] == run["family"]}
+    found: dict[tuple[int, float], dict[str, float]] = {}
+    for run in shown:
+        as_arm = run["arm"] == arms[run["family"]] and run["intermediate"] is None
+        if as_arm and run["name"] in ("search", run["family"]):
+            found.setdefault((run["tokens"], run["rate"]), {})[run["family"]] = deployed_loss(run)
+    budgets = sorted({tokens for tokens, rate in found if len(found[tokens, rate]) > 1})
+    rows = []
+    for tokens in budgets:
+        tried = {rate: losses for (budget, rate), losses in sorted(found.items()) if budget == tokens}
+        if len(tried) < 2:
+            continue
+        best = {family: min(of[family] for of in tried.values() if family in of) for family in arms}
+        for name, losses in [*((f"{rate:g}", losses) for rate, losses in tried.items()), ("best", best)]:
+            cells = []
+            for family in arms:
+                to_dense = family != "dense" and "dense" in losses and family in losses
+                gap = f" / {losses[family] - losses['dense']:+.3f}" if to_dense else ""
+                cells.append(f"{losses[family]:.3f}{gap}" if family in losses else "")
+            rows.append([f"{tokens / 1e6:.1f} M", name, *cells])
+    return table_of(["tokens", "rate", *(family.replace("_", " ") for family in arms)], rows) if rows else ""
+
+
+def _searches(runs: list[dict[str, Any]], *, width: int, rate: float) -> str:
+    runs = [run for run in runs if run["name"] != "scale" and run["rate"] == rate]
     least = min(run["tokens"] for run in runs)
     shown = [run for run in runs if run["tokens"] == least and run["width"] == width]
     hidden = ("top_k", "normalize_top_k")
     rows = (
         [
-            run["family"].replace("_", " "),
+            (run["family"] if run["name"] in SEARCHES else run["name"]).replace("_", " "),
             run["placement"].replace("_", " "),
             ", ".join(f"{key} {value}" for key, value in run["arm"].items() if key not in hidden) or "derived",
-            f"{run['rate']:g}",
             str(run["seed"]),
             f"{deployed_loss(run):.3f}",
         ]
         for run in sorted(shown, key=lambda run: (run["family"], deployed_loss(run)))
         if run["name"] == "search" or run["seed"] == 0
     )
-    return table_of(["family", "layers", "scales", "rate", "seed", f"loss at {least / 1e6:.1f} M tokens"], rows)
+    return table_of(["arm", "layers", "scales", "seed", f"loss at {least / 1e6:.1f} M tokens"], rows)
 
 
 def _law(evidence: Evidence) -> str:
