@@ -148,6 +148,29 @@ def test_each_txt_file_of_a_folder_is_one_document(tmp_path):
     assert "(4 of other kinds not read: .zst, without an ending, .md)" in corpus.description
 
 
+def test_copies_of_editors_and_systems_are_passed_over(tmp_path):
+    hidden = [".ipynb_checkpoints/a-checkpoint.csv", "__MACOSX/._a.txt", "deep/.cache/more/a.txt", "deep/._a.csv"]
+    for name in hidden:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0no text")
+    pd.DataFrame({"text": documents(20)}).to_csv(tmp_path / "a.csv", index=False)
+    pd.DataFrame({"text": documents(25)[20:]}).to_csv(tmp_path / "deep/b.csv", index=False)
+    corpus = load_corpus(local(tmp_path))
+    assert all_of(corpus) == sorted(documents(25)) and "2 files in" in corpus.description
+    assert "(4 hidden not read)" in corpus.description
+    (tmp_path / "LICENSE").write_text("not read")
+    assert (
+        "(1 of other kinds not read: without an ending; 4 hidden not read)" in load_corpus(local(tmp_path)).description
+    )
+
+
+def test_a_hidden_folder_that_is_named_is_read(tmp_path):
+    folder = tmp_path / ".data"
+    folder.mkdir()
+    pd.DataFrame({"text": documents(20)}).to_csv(folder / "a.csv", index=False)
+    assert all_of(load_corpus(local(folder))) == sorted(documents(20))
+
+
 def test_a_folder_of_mixed_kinds_is_read_in_sorted_order(tmp_path):
     texts = documents(60)
     write_jsonl(tmp_path / "b.jsonl", [{"text": text} for text in texts[20:40]])

@@ -7,6 +7,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +21,8 @@ UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _SPREADSHEETS = (".xlsx", ".xls", ".ods")
 _MEMORIES = (".tmx", ".xliff", ".xlf", ".po", ".sdlxliff")
 _MOST_ENDINGS = 5
+_COPIES_OF_MACOS = "__MACOSX"
+"""The folder in archives of macOS with a file of attributes, "._a.txt", beside each "a.txt"."""
 # The kind of a file by its first bytes, whatever its name says.
 _SIGNATURES = {
     b"\xff\xfe": "is UTF-16 text: convert it, as with `iconv -f UTF-16 -t UTF-8`",
@@ -60,42 +63,77 @@ def open_bytes(path: Path) -> IO[bytes]:
     return path.open("rb") if opener is None else opener(path, "rb")
 
 
-def local_files(path: str | None, kinds: tuple[str, ...]) -> tuple[list[Path], str]:
-    """Files to read, sorted, and what a report says after their name of files of other kinds, if there are any.
+@dataclass(frozen=True)
+class Listing:
+    """What a path means: one file, or those of a folder."""
 
-    A folder is read with its subfolders; links to folders are not followed. A .json file of a folder is read if it
-    holds a list, since data sets describe themselves in .json files too.
+    start: Path
+    """The file or the folder."""
+    found: list[Path]
+    """All files, sorted."""
+    hidden: int = 0
+    """Entries that are nobody's data, see `list_files`."""
+
+    def of_kinds(self, kinds: tuple[str, ...]) -> tuple[list[Path], str]:
+        """Files to read, sorted, and what a report says after their name of those not read, if there are any.
+
+        A .json file of a folder is read if it holds a list, since data sets describe themselves in .json files too.
+
+        Raises:
+            UserError: there are none.
+        """
+        start, found, listed = self.start, self.found, ", ".join(kinds)
+        if found == [start]:
+            if ending(start) not in kinds:
+                raise UserError(f"'data.path' is '{start}', which {_other_kind(start, listed)}.")
+            if start.stat().st_size == 0:
+                raise UserError(f"'data.path' is '{start}', which is empty: give a file with text in it.")
+            return [start], ""
+        files = [file for file in found if ending(file) in kinds and _holds_rows(file)]
+        if not files:
+            other = (
+                f", such as '{found[0].name}', which {_other_kind(found[0], listed)}"
+                if found
+                else ": give one with text"
+            )
+            raise UserError(f"'data.path' is '{start}', a folder without any file of {listed}{other}.")
+        return files, _left_unread([file for file in found if file not in set(files)], self.hidden)
+
+
+def list_files(path: str | None) -> Listing:
+    """The file, or the files of a folder with its subfolders; links to folders are not followed.
+
+    Names that begin with a dot, and macOS's `__MACOSX`, are passed over: they hold copies of editors and systems, such
+    as `.ipynb_checkpoints`.
 
     Raises:
-        UserError: there are none, or they cannot be listed.
+        UserError: there is nothing, or it cannot be listed.
     """
     if "://" in str(path):
         raise UserError(f"'data.path' is '{path}', an address: download the file and give its path.")
     try:
         start = Path(str(path)).expanduser()
-        found = [start] if start.is_file() else _walk(start)
+        return Listing(start, [start]) if start.is_file() else _walk(start)
     except (OSError, RuntimeError) as error:
         raise UserError(f"'data.path' is '{path}', which cannot be read ({reason_of(error)}): correct it.") from None
-    listed = ", ".join(kinds)
-    if found == [start]:
-        if ending(start) not in kinds:
-            raise UserError(f"'data.path' is '{start}', which {_other_kind(start, listed)}.")
-        if start.stat().st_size == 0:
-            raise UserError(f"'data.path' is '{start}', which is empty: give a file with text in it.")
-        return [start], ""
-    files = [file for file in found if ending(file) in kinds and _holds_rows(file)]
-    if not files:
-        other = (
-            f", such as '{found[0].name}', which {_other_kind(found[0], listed)}" if found else ": give one with text"
-        )
-        raise UserError(f"'data.path' is '{start}', a folder without any file of {listed}{other}.")
-    return files, _left_unread([file for file in found if file not in set(files)])
 
 
-def _left_unread(files: list[Path]) -> str:
+def local_files(path: str | None, kinds: tuple[str, ...]) -> tuple[list[Path], str]:
+    """Files to read, and what a report says of those not read; see `list_files` and `Listing.of_kinds`.
+
+    Raises:
+        UserError: there are none, or they cannot be listed.
+    """
+    return list_files(path).of_kinds(kinds)
+
+
+def _left_unread(files: list[Path], hidden: int) -> str:
     """How many, and their endings, the most frequent first: a packed file may be most of somebody's data."""
     endings = Counter(file.suffix.lower() or "without an ending" for file in files).most_common(_MOST_ENDINGS)
-    return f" ({len(files)} of other kinds not read: {', '.join(ending for ending, _ in endings)})" if files else ""
+    listed = ", ".join(ending for ending, _ in endings)
+    parts = [f"{len(files)} of other kinds not read: {listed}"] if files else []
+    parts += [f"{hidden} hidden not read"] if hidden else []
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def _other_kind(file: Path, listed: str) -> str:
@@ -176,12 +214,20 @@ def format_of(path: Path, *, besides: bytes = b"") -> str | None:
     return next(known, None)
 
 
-def _walk(folder: Path) -> list[Path]:
+def _walk(folder: Path) -> Listing:
     if not folder.is_dir():
         raise UserError(f"'data.path' is '{folder}', where there is no file or folder: correct the path.")
 
     def refuse(error: OSError) -> None:  # os.walk passes over unreadable folders unless told otherwise
         raise UserError(f"The folder '{error.filename}' cannot be read ({error.strerror}): check its permissions.")
 
-    paths = (Path(parent, name) for parent, _, names in os.walk(folder, onerror=refuse) for name in names)
-    return sorted(path for path in paths if path.is_file())
+    files, hidden = list[Path](), 0
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        hidden += sum(map(_is_hidden, (*folders, *names)))
+        folders[:] = [name for name in folders if not _is_hidden(name)]  # which os.walk then enters
+        files += [Path(parent, name) for name in names if not _is_hidden(name)]
+    return Listing(folder, sorted(file for file in files if file.is_file()), hidden)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == _COPIES_OF_MACOS
