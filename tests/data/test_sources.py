@@ -198,6 +198,26 @@ def test_parquet_nulls_are_counted(tmp_path):
     assert corpus.skipped["not text"] == 1
 
 
+SENTENCE, CHARACTERS = "\u4e00\u4e8c\u3002", "\u4e00\u4e8c\u4e09\u56db\u4e94"
+LONE = {
+    "words": ("one two three four five", "one two three", "four five"),
+    "a heading and words": (f"one\n{'a' * 10} {'b' * 10}", f"one\n{'a' * 10}", "b" * 10),
+    "one early space": (f"one {'a' * 20}", "one", "a" * 20),
+    "sentences without spaces": (SENTENCE * 10, SENTENCE * 7, SENTENCE * 3),
+    "a quoted sentence": (f"\u201c{SENTENCE}\u201d{CHARACTERS}", f"\u201c{SENTENCE}\u201d", CHARACTERS),
+    "a heading and sentences": (f"\u7ae0 {SENTENCE * 9}", f"\u7ae0 {SENTENCE * 6}", SENTENCE * 3),
+    "characters": (CHARACTERS * 10, CHARACTERS * 7, CHARACTERS * 3),
+    "letters with marks": ("\u0e01\u0e34" * 5, "\u0e01\u0e34" * 3, "\u0e01\u0e34" * 2),
+}
+
+
+@pytest.mark.parametrize(("text", "train", "held_out"), LONE.values(), ids=LONE)
+def test_the_end_of_the_only_document_is_held_out(tmp_path, text, train, held_out):
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    corpus = load_corpus(local(tmp_path / "a.txt", validation_fraction=0.3))
+    assert (corpus.train, corpus.validation) == ([train], [held_out])
+
+
 BAD_FILES = {
     "empty file": ("a.txt", b"", "which is empty"),
     "other kind": ("a.doc", b"text\nhello\n", "none of .txt, .jsonl, .json, .csv, .tsv, .parquet"),

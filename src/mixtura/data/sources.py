@@ -6,6 +6,8 @@ at a time, and nothing in them is ever executed.
 """
 
 import hashlib
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +26,10 @@ from mixtura.data.labelled import movie_reviews_file, read_movie_reviews
 SUFFIXES = (".txt", *TABLES)
 _RECENT = 2**16
 """Hashes that are kept as Python numbers, ten times as large, before they are sorted in among the others."""
+
+
+_SENTENCE_END = re.compile(r"[\u3002\uff01\uff1f\uff0e\uff61][\u201d\u2019\u300d\u300f\uff09]*")
+"""Marks that end sentences where no spaces do, as in Chinese and Japanese, with the quotation marks that they close."""
 
 
 class Corpus(NamedTuple):
@@ -209,10 +215,22 @@ def _hold_out(documents: DocumentStream) -> Corpus:
 
 
 def _cut(document: str, share: float) -> tuple[str, str] | None:
-    """A document and its last part, of at least that share, from the beginning of a word; None where it has but one."""
+    """A document and its last part, of at least that share; None where it is too short.
+
+    It begins with a word. Where no spaces part words, or only those of a heading, it begins with a sentence, or else
+    anywhere between two characters.
+    """
     near = min(len(document) - 1, int((1 - share) * len(document)))
-    place = max(document.rfind(space, 1, near) for space in (" ", "\n"))
-    return (document[:place], document[place + 1 :]) if place > 0 else None
+    space = max(document.rfind(space, 1, near) for space in (" ", "\n"))
+    if space <= near // 2:
+        ends = [end.end() for end in _SENTENCE_END.finditer(document, 0, near)]
+        if ends:
+            return document[: ends[-1]], document[ends[-1] :]
+    if space > 0:
+        return document[:space], document[space + 1 :]
+    while near > 0 and unicodedata.category(document[near])[0] == "M":  # a vowel or an accent of the letter before
+        near -= 1
+    return (document[:near], document[near:]) if near > 0 else None
 
 
 def _encode(row: object) -> bytes | None:
