@@ -120,6 +120,12 @@ def test_max_pairs_is_a_fixed_choice_that_is_not_the_first_rows(tmp_path):
     assert {pair.source for pair in part.train} != {line["source"] for line in rows()[:10]}
 
 
+def test_a_refusal_names_why_most_pairs_were_left_out(tmp_path):
+    same = [row(text, "immer dasselbe") for text in NUMBERS]
+    with pytest.raises(UserError, match=r"No train pairs: .* the pairs left out are 'equal to held-out text' .3"):
+        load(tmp_path, same)
+
+
 # What is left out
 
 

@@ -81,7 +81,7 @@ def load_parallel(config: TranslationDataConfig) -> ParallelCorpus:
         groups=source.groups,
     )
     sides = sides._replace(train=_choose(sides.train, config.max_pairs, skipped))
-    _check_sides(sides, description, config, candidates)
+    _check_sides(sides, description, config, candidates, skipped)
     held_out = " and ".join(
         f"{len({pair.anchor for pair in side}):,} {name}"
         for name, side in zip(("validation", "test"), sides[1:], strict=True)
@@ -211,13 +211,17 @@ def _nothing_left(description: str, config: TranslationDataConfig, skipped: Coun
     return f"No sentence pair is left of {description} ({reasons}): {advice}."
 
 
-def _check_sides(sides: Sides, description: str, config: TranslationDataConfig, candidates: list[Candidate]) -> None:
+def _check_sides(
+    sides: Sides, description: str, config: TranslationDataConfig, candidates: list[Candidate], skipped: Counter[str]
+) -> None:
     number = len({candidate.anchor for candidate in candidates})
+    reason, most = max(skipped.items(), key=lambda item: item[1], default=("", 0))
+    left_out = f", and most of the pairs left out are '{reason}' ({most:,})" if most else ""
     wanted = {"validation": config.validation_sources, "test": config.test_sources}
     for name in ("train", *(name for name, count in wanted.items() if count)):
         if not getattr(sides, name):
             raise UserError(
                 f"No {name} pairs: {description} has {number:,} usable source sentences, of which "
                 f"'data.validation_sources' {config.validation_sources} and 'data.test_sources' {config.test_sources} "
-                "are held out, so give more text or lower these."
+                f"are held out{left_out}: give more text or lower these."
             )
