@@ -1,5 +1,6 @@
 """Labelled text that is no table: folders of texts and lines with their labels in them."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,27 @@ def test_tables_come_before_texts(tmp_path):
     write(tmp_path / "a.csv", "text,label\n" + "".join(f"example {i},{i % 2}\n" for i in range(20)))
     corpus = load(tmp_path)
     assert len(named(corpus)) == 20 and "(1 of other kinds not read: .txt)" in corpus.description
+
+
+def test_folders_of_classes_come_before_a_table_of_something_else(tmp_path):
+    texts = {f"{label} {number}": {label} for label in ("pos", "neg") for number in range(10)}
+    for text, (label,) in texts.items():
+        write(tmp_path / label / f"{text}.txt", text)
+    write(tmp_path / "meta.json", '[{"name": "mine", "size": 20}]')
+    write(tmp_path / "broken.json", "[{")
+    corpus = load(tmp_path)
+    assert named(corpus) == texts and "20 texts in 2 folders" in corpus.description
+    assert "(2 of other kinds not read: .json)" in corpus.description
+    write(tmp_path / "a.csv", "text,label\n" + "".join(f"example {i},{i % 2}\n" for i in range(20)))
+    (tmp_path / "broken.json").unlink()
+    assert set(corpus.labels) & set(load(tmp_path).labels) == set()
+
+
+def test_a_folder_is_walked_once(tmp_path, monkeypatch):
+    write(tmp_path / "a.csv", "text,label\n" + "".join(f"example {i},{i % 2}\n" for i in range(20)))
+    walks, walk = [], os.walk
+    monkeypatch.setattr(os, "walk", lambda *args, **rest: walks.append(args) or walk(*args, **rest))
+    assert len(named(load(tmp_path))) == 20 and len(walks) == 1
 
 
 def test_a_text_without_labels_is_refused(tmp_path):

@@ -19,7 +19,7 @@ from mixtura.config.requests import held_out_examples
 from mixtura.data.formats.labelled_files import labelled_texts
 from mixtura.data.formats.rows import Row
 from mixtura.data.formats.table_files import TABLES, file_rows, hub_rows, select
-from mixtura.data.formats.text_files import local_files
+from mixtura.data.formats.text_files import list_files
 from mixtura.data.held_out import is_utf8, normalise, text_hash
 from mixtura.errors import need
 from mixtura.files import package_path
@@ -240,12 +240,13 @@ def _open(config: ClassificationDataConfig, skipped: Counter[str]) -> tuple[Iter
         rows = hub_rows(config.name, config.subset, config.split)
         name = f"the hub dataset {config.name}{subset}, split {config.split}"
         return _cells(rows, config, skipped, source=name), name
-    if (texts := labelled_texts(config.path, skipped)) is not None:
-        return texts
-    files, others = local_files(config.path, TABLES)
     columns = [config.text_column, *(config.label_columns or (config.label_column,))]
+    listing = list_files(config.path)
+    if (texts := labelled_texts(listing, config.path, columns, skipped)) is not None:
+        return texts
+    files, others = listing.of_kinds(TABLES)
     rows = (row for file in files for row in file_rows(file, columns))
-    single = files == [Path(str(config.path)).expanduser()]
+    single = files == [listing.start]
     name = f"the file {files[0].name}" if single else f"{len(files)} files in {config.path}"
     return _cells(rows, config, skipped, source=name), name + others
 

@@ -3,12 +3,13 @@ in them, as fastText reads them.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from mixtura.config import UserError
-from mixtura.data.formats.table_files import TABLES
-from mixtura.data.formats.text_files import ending, local_files, read_lines
+from mixtura.data.formats.rows import find_cell
+from mixtura.data.formats.table_files import TABLES, file_rows
+from mixtura.data.formats.text_files import Listing, ending, read_lines
 
 _TEXT = ".txt"
 _MARK = "__label__"
@@ -16,31 +17,46 @@ _WITHOUT_LABEL = "unsup"
 """The folder of IMDb's reviews that nobody labelled."""
 
 
-def labelled_texts(path: str | None, skipped: Counter[str]) -> tuple[Iterator[tuple[str, object]], str] | None:
+def labelled_texts(
+    listing: Listing, path: str | None, columns: Collection[str], skipped: Counter[str]
+) -> tuple[Iterator[tuple[str, object]], str] | None:
     """Text and label of every text file in a folder named like its class, or of every line of a text file.
 
-    A label is a list where a line has several.
+    A label is a list where a line has several. Tables come first, but one without the columns is no reason to pass over
+    folders of classes: data sets describe themselves in tables too.
 
     Args:
-        path: the file, or the folder of folders; files that lie in it directly are not read.
+        listing: the file, or the folder of folders; texts that lie in it directly are not read.
+        path: what it is called.
+        columns: of a table with labelled texts.
         skipped: gets the texts left out, while they are read.
 
     Returns:
-        The rows, and what to call the source; None where the path has tables, or neither.
+        The rows, and what to call the source; None where tables are to be read.
 
     Raises:
-        UserError: there is nothing at the path, a file cannot be read, or its lines have no labels.
+        UserError: there is nothing to read, a file cannot be read, or its lines have no labels.
     """
-    start = Path(str(path)).expanduser()
-    files, others = local_files(path, (*TABLES, _TEXT))
-    if any(ending(file) in TABLES for file in files):
-        return None
-    inside = [file for file in files if file.parent != start]
-    if inside and start.is_dir():
-        classes = sorted({file.parent.name for file in inside} - {_WITHOUT_LABEL})
+    files, others = listing.of_kinds((*TABLES, _TEXT))
+    tables = [file for file in files if ending(file) in TABLES]
+    inside = [file for file in files if ending(file) == _TEXT and file.parent != listing.start != file]
+    classes = {file.parent.name for file in inside} - {_WITHOUT_LABEL}
+    if tables:
+        if len(classes) < 2 or any(_has_columns(table, columns) for table in tables):
+            return None
+        _, others = listing.of_kinds((_TEXT,))
+    if inside:
         return _folder_rows(inside, skipped), f"{len(inside)} texts in {len(classes)} folders of {path}{others}"
-    name = f"the file {files[0].name}" if files == [start] else f"{len(files)} files in {path}"
+    name = f"the file {files[0].name}" if files == [listing.start] else f"{len(files)} files in {path}"
     return _line_rows(files), name + others
+
+
+def _has_columns(table: Path, columns: Collection[str]) -> bool:
+    try:
+        first = next(file_rows(table, columns), None)
+    except UserError:
+        return False
+    return first is not None and all(find_cell(first, column)[0] for column in columns)
 
 
 def begins_with_label(file: Path) -> bool:
