@@ -1,7 +1,6 @@
 """Labelled text: classes, what is left out, and the held-out split."""
 
 import json
-from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -10,7 +9,7 @@ import pytest
 
 from mixtura.config import ClassificationDataConfig, UserError
 from mixtura.data.held_out import normalise
-from mixtura.data.labelled import LabelledCorpus, label_name, load_labelled
+from mixtura.data.labelled import LabelledCorpus, load_labelled
 
 
 def rows(number: int = 60, labels: tuple[object, ...] = ("bad", "good")) -> list[dict]:
@@ -166,6 +165,7 @@ LABELS = {
     "whole numbers": [1, 2, 10],
     "whole numbers in a table with gaps": [1.0, 2.0, None],
     "numbers": [0.5, 1.5, -2.25],
+    "zeros": [0.0, -0.0, 1.0],
     "both": [1, 2.5],
     "truth": [True, False],
     "numbers as text": ["1", "1.0", "01", "1.50", "1.5", "1.0.3"],
@@ -194,32 +194,19 @@ def test_labels_are_the_same_in_every_format(tmp_path, labels):
     assert len({(corpus.labels, tuple(corpus.train), tuple(corpus.test)) for corpus in found}) == 1
 
 
-NAMES = {
-    "1.0": "1",
-    "1": "1",
-    "01": "01",
-    "1.50": "1.50",
-    Decimal("1.50"): "1.50",
-    "1.0.3": "1.0.3",
-    "TRUE": "true",
-    "cafe\u0301": "caf\u00e9",
-    " a \n b ": "a b",
-    "None": "None",
-    "nan": "nan",
-    float("nan"): None,
-    float("inf"): "inf",
-    None: None,
-    "": None,
-    " ": None,
-    "half \ud800": None,
-    ("a",): None,
-}
-
-
-def test_a_label_has_one_name():
-    assert {value: label_name(value) for value in NAMES} == NAMES
-    # They are one key of a dictionary.
-    assert [label_name(value) for value in (1, 1.0, True, False)] == ["1", "1", "true", "false"]
+def test_a_number_of_a_json_file_is_the_label_that_a_csv_cell_is(tmp_path):
+    numbers = ["1e5", "1E+2", "0.0000001", "1.50", "-0.0", "2e-400"]
+    labels = [numbers[i % len(numbers)] for i in range(60)]
+    rows = [f'{{"text": "example {i}", "label": {label}}}' for i, label in enumerate(labels)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    cells = [f"example {i},{label}" for i, label in enumerate(labels)]
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *cells]))
+    settings = {"validation_examples": 5, "test_examples": 5}
+    json_labels, csv_labels = (
+        load_labelled(ClassificationDataConfig(source="local", path=str(tmp_path / name), **settings)).labels
+        for name in ("a.jsonl", "a.csv")
+    )
+    assert json_labels == csv_labels == tuple(sorted({*numbers, "0"} - {"-0.0"}))
 
 
 SEVERAL = [[], ["b"], ["b", "a"], ["a", "a"], ["c"]]

@@ -2,14 +2,18 @@
 
 import itertools
 import json
+import math
 from collections import Counter
 
+import datasets
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mixtura.config import UserError
 from mixtura.data.formats.rows import Row, find_cell
-from mixtura.data.formats.table_files import file_rows, select
+from mixtura.data.formats.table_files import file_rows, hub_rows, select
 
 ROWS = [{"de": 'Er sagte "Hallo", dann ging er.', "en": 'He said "hello", then left.'}, {"de": '"Nein."', "en": "No."}]
 
@@ -32,6 +36,19 @@ def test_a_lone_quote_in_a_tsv_file_swallows_nothing(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text('en\tde\n"Hello, he said.\tHallo.\nYes."\tJa.\n')
     assert [row["en"] for row in values(path)] == ['"Hello, he said.', 'Yes."']
+
+
+def test_numbers_of_few_bits_are_as_they_would_be_written(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    columns = {kind: pa.array([1.1, None, float("nan")], kind()) for kind in (pa.float16, pa.float32, pa.float64)}
+    pq.write_table(pa.table(list(columns.values()), names=["half", "single", "double"]), path)
+    first, second, third = values(path, ("half", "single", "double"))
+    assert first == {"half": 1.1, "single": 1.1, "double": 1.1} and set(second.values()) == {None}
+    assert all(math.isnan(value) for value in third.values())
+    features = datasets.Features({"label": datasets.Value("float32")})
+    served = datasets.Dataset.from_dict({"label": [1.1, None]}, features=features).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: served)
+    assert [row.values for row in hub_rows("some/set", None, "train")] == [{"label": 1.1}, {"label": None}]
 
 
 def test_a_quoted_line_break_stays_in_its_csv_cell(tmp_path):

@@ -20,7 +20,8 @@ from mixtura.data.formats.labelled_files import begins_with_label
 from mixtura.data.formats.rows import Row, find_cell, joined_columns
 from mixtura.data.formats.table_files import TABLES, file_rows
 from mixtura.data.formats.text_files import ending, local_files
-from mixtura.data.labelled import MOST_LISTED, label_set
+from mixtura.data.label_names import label_set
+from mixtura.data.labelled import MOST_LISTED
 
 LOOKED_AT = 2_000
 """How many rows are read to tell texts from labels."""

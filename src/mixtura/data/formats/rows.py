@@ -8,6 +8,7 @@ that is not empty.
 
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -17,6 +18,19 @@ class Row(NamedTuple):
     values: Mapping[str, object]
     where: str
     """The place, to stand inside a sentence: "'a.jsonl' line 3"."""
+
+
+@dataclass(frozen=True, repr=False)
+class WrittenNumber:
+    """A number of a file of text, as it is written there: 1.50 and 1e5 are the same labels in JSON and in CSV."""
+
+    digits: str
+
+    def __str__(self) -> str:
+        """The digits."""
+        return self.digits
+
+    __repr__ = __str__
 
 
 def find_cell(row: Row, column: str) -> tuple[bool, object]:

@@ -11,16 +11,16 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mixtura.config import UserError
-from mixtura.data.formats.rows import Row, find_cell, joined_columns
+from mixtura.data.formats.rows import Row, WrittenNumber, find_cell, joined_columns
 from mixtura.data.formats.text_files import ending, format_of, read_lines
 from mixtura.errors import need, reason_of
 
@@ -31,6 +31,8 @@ JUDGED_ROWS = 100_000
 _LISTED, _LONGEST_NAME = 20, 40
 _QUOTED = re.compile(r'"[^"]*"')
 _MARK_OF_EXCEL = re.compile(r"sep=([,;\t|])\s*")
+_NARROW = {"float": np.float32, "float32": np.float32, "halffloat": np.float16, "float16": np.float16}
+"""Numbers of few bits, as pyarrow and datasets call them."""
 _CHAT_TEXT = re.compile(r"(messages?|conversations?|chat|dialog(?:ue)?|turns)\.(content|value|text)")
 
 
@@ -43,13 +45,21 @@ def hub_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
     datasets = need("datasets")
     where = f"the hub dataset '{name}'"
     try:
-        for row in datasets.load_dataset(name, subset, split=split, streaming=True):
-            yield Row(dict(row), where)
+        dataset = datasets.load_dataset(name, subset, split=split, streaming=True)
+        features = getattr(dataset, "features", None) or {}
+        narrow = {key: str(getattr(kind, "dtype", "")) for key, kind in features.items()}
+        for row in dataset:
+            yield Row({key: _as_written(value, narrow.get(key, "")) for key, value in row.items()}, where)
     except Exception as error:  # The hub stack raises many unrelated classes: HTTP, file system, parser, its own.
         raise UserError(
             f"The hub dataset '{name}' cannot be read ({reason_of(error)}): "
             "check 'data.name', 'data.subset', 'data.split' and the network."
         ) from error
+
+
+def _as_written(value: object, dtype: str) -> object:
+    """A number of few bits as it would be written: the 1.1 of float32 is 1.10000002384 in the bits of Python's."""
+    return float(str(_NARROW[dtype](value))) if dtype in _NARROW and isinstance(value, float) else value
 
 
 def select(
@@ -240,7 +250,7 @@ def _list_rows(path: Path, table: list[Any]) -> Iterator[Row]:
 def _parse(path: Path, text: str, *, first: int) -> Any:
     """JSON with the digits of its numbers; `first` is the line of the file on which `text` begins."""
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_float=_written)
+        return json.loads(text, object_pairs_hook=_unique, parse_float=WrittenNumber)
     except _DoubledKeyError as error:
         where = "" if "\n" in text else f" line {first}"
         raise UserError(f"'{path}'{where} has an object with two keys '{error}': keep one of them.") from None
@@ -256,14 +266,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) < len(pairs):
         raise _DoubledKeyError(Counter(name for name, _ in pairs).most_common(1)[0][0])
     return table
-
-
-def _written(text: str) -> Decimal | float:
-    """A number that keeps its digits: a label 1.50 is the same class here and in CSV."""
-    try:
-        return Decimal(text)
-    except ArithmeticError:  # an exponent of more than 18 digits
-        return float(text)
 
 
 def _csv_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
@@ -347,8 +349,11 @@ def _parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
             outer = {name if name in names else name.partition(".")[0] for name in parts}
             # All of them where one is missing, so that the message about it can list them.
             wanted = [name for name in names if name in outer] if outer <= set(names) else names
+            narrow = {field.name: str(field.type) for field in file.schema_arrow if str(field.type) in _NARROW}
             for batch in file.iter_batches(batch_size=1000, columns=wanted):
-                yield from (Row(row, f"'{path}'") for row in batch.to_pylist())
+                for row in batch.to_pylist():
+                    written = {name: _as_written(row[name], narrow[name]) for name in narrow.keys() & row.keys()}
+                    yield Row(row | written, f"'{path}'")
     except UserError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
