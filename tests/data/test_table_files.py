@@ -38,6 +38,22 @@ def test_a_lone_quote_in_a_tsv_file_swallows_nothing(tmp_path):
     assert [row["en"] for row in values(path)] == ['"Hello, he said.', 'Yes."']
 
 
+@pytest.mark.parametrize("columns", [["en", "de"], ["de", "en"]], ids=["first", "last"])
+@pytest.mark.parametrize("text", ["one\ntwo", 'say ""\n\nthree\nfour', '\n"a" b'], ids=["two", "more", "marks"])
+def test_a_cell_of_several_lines_in_a_tsv_file_is_refused(tmp_path, columns, text):
+    path = tmp_path / "a.tsv"
+    frame = pd.DataFrame([*ROWS, {"en": text, "de": "eins"}, *ROWS])
+    frame[columns].to_csv(path, index=False, sep="\t")
+    with pytest.raises(UserError, match=r"a.tsv' line 4 has a cell of several lines, .* save the table as .csv or"):
+        values(path)
+
+
+def test_quotation_marks_of_sentences_are_no_cells_of_several_lines(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text('en\tde\nHe said:\t"Er sagte:\nHello.\tHallo."\nBye."\nYes.\t"Ja.\nNo.\nOh\tOh\n')
+    assert [row["en"] for row in values(path)] == ["He said:", "Hello.", 'Bye."', "Yes.", "No.", "Oh"]
+
+
 def test_numbers_of_few_bits_are_as_they_would_be_written(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     columns = {kind: pa.array([1.1, None, float("nan")], kind()) for kind in (pa.float16, pa.float32, pa.float64)}
