@@ -63,7 +63,7 @@ def test_every_bad_row_is_counted_by_its_reason(path):
         {"text": "no number", "label": float("nan")},
         {"label": "bad"},
         {"text": "no key"},
-        {"text": "EXAMPLE 0, of 60!", "label": "bad"},
+        {"text": "EXAMPLE\u00a00  of 60 ", "label": "bad"},
         {"text": "example 1 of 60", "label": "bad"},
     ]
     corpus = load(path, rows() + bad)
@@ -157,6 +157,45 @@ def test_a_column_of_texts_is_no_column_of_labels(path):
         load(path, lines, label_column="id")
     with pytest.raises(UserError, match=r"'data.text_column' and 'data.label_column' are both 'text': name two"):
         load(path, lines, label_column="text")
+
+
+def test_texts_that_only_symbols_tell_apart_are_texts_of_their_own(path):
+    languages, faces = ("C", "C++", "C#", "Go", "Rust"), "\U0001f600\U0001f621"
+    lines = [{"text": f"{i} ways to sort in {name}", "label": name} for i in range(48) for name in languages]
+    lines += [{"text": f"the food in town {i} {face}", "label": face} for i in range(20) for face in faces]
+    lines += [{"text": f"{i} {sign} {i + 1}", "label": sign} for i in range(20) for sign in "<>"]
+    corpus = load(path, lines)
+    assert set(corpus.labels) == {*languages, *faces, "<", ">"} and corpus.unlearnt == ()
+    assert (corpus.skipped["contradictory labels"], corpus.skipped["duplicate"]) == (0, 0)
+    assert [len(side) for side in (corpus.test, corpus.validation, corpus.train)] == [10, 10, 300]
+    train, validation, test = sides(corpus)
+    assert not train & test and not train & validation and not validation & test
+
+
+def test_texts_that_case_and_spacing_tell_apart_are_one_text(path):
+    lines = [*rows(), {"text": "Example\u00a00\nof 60", "label": "bad"}, {"text": "EXAMPLE 1 of 60", "label": "bad"}]
+    corpus = load(path, lines)
+    assert (corpus.skipped["contradictory labels"], corpus.skipped["duplicate"]) == (2, 1)
+
+
+def test_near_equals_that_no_side_has_room_for_are_trained_on_or_refused(path):
+    many = [{"text": f"same{mark}", "label": place % 2} for place, mark in enumerate("!?.,;:+-*/%<>")]
+    corpus = load(path, [*rows(), *many])
+    assert {line["text"] for line in many} <= {example.text for example in corpus.train}
+    with pytest.raises(UserError, match=r"has 13 usable examples, too many of them equal but for punctua") as caught:
+        load(path, many, validation_examples=2, test_examples=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_that_cleaning_took_whole_is_named(path):
+    worst = [{"text": f"example {i} of 60", "label": "worst"} for i in (0, 2)]
+    corpus = load(path, [*rows(), *worst, {"text": "", "label": "none"}])
+    assert corpus.labels == ("bad", "good") and corpus.unlearnt == ("none", "worst")
+    assert corpus.skipped["contradictory labels"] == 4
+    contradicting = [{**line, "label": label} for line in rows() for label in ("bad", "good")]
+    only = [{"text": f"only {i}", "label": "bad"} for i in range(30)]
+    with pytest.raises(UserError, match=r"that are left .120 contradictory labels. have the label 'bad'"):
+        load(path, [*contradicting, *only])
 
 
 LABELS = {

