@@ -35,7 +35,7 @@ def chat(arms=None, **sections):
     [
         ({"base": {"num_layers": 2}}, "'base.name' is missing: name the model to tune"),
         ({"data": {"prompt_column": "ask"}}, "'data.prompt_column' is named and 'data.completion_column' is not"),
-        ({"data": {"max_length": 4}}, "'data.max_length' is 4, which holds no chat"),
+        ({"data": {"max_length": 4}}, "'data.max_length' is 4, which holds no chat: set it to 8 tokens or more"),
         (
             {"arms": {"lora": LORA, "tasks": {"adapter": {"method": "mixture_of_lora", "router": "task"}}}},
             "'arms.tasks.adapter.router' is 'task', but chats have no tasks",
@@ -46,6 +46,12 @@ def chat(arms=None, **sections):
 def test_chat_recipes_that_cannot_work_are_refused(sections, sentence):
     with pytest.raises(UserError, match=sentence):
         chat(**sections)
+
+
+def test_a_classifier_reads_some_text():
+    assert classification(data={"max_length": 8}).data.max_length == 8
+    with pytest.raises(UserError, match=r"'data\.max_length' is 2, which holds no text: set it to 8 tokens or more"):
+        classification(data={"max_length": 2})
 
 
 def test_the_task_decides_the_kind_of_recipe():

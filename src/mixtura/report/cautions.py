@@ -1,7 +1,7 @@
 """What a reader must know before believing the table: warnings drawn from the results, the gravest first.
 
-Level "serious" means that a number does not mean what its name
-says; "warning", that the comparison may be unfair or its winner dear; "note", a property of an arm worth knowing.
+Level "serious" means that a number does not mean what its name says; "warning", that the comparison may be unfair or
+its winner dear; "note", a property of an arm worth knowing.
 """
 
 import math
@@ -39,7 +39,7 @@ MANY_EPOCHS = 4.0
 """Text repeated more often than this is worth clearly less than new text (Muennighoff et al., 2023)."""
 MOST_OF_TEXT = 0.9
 """A run that reads a smaller part of the examples to fine-tune on leaves some of somebody's data unused."""
-MOST_UNKNOWN = 5.0
+MOST_UNKNOWN, MOST_CUT = 5.0, 50.0
 MOST_LABELS = 5
 """Labels that a caution names."""
 
@@ -135,12 +135,16 @@ def _about_copying(results: Results, arms: dict[str, ArmSummary]) -> list[Cautio
 
 
 def _about_classes(results: Results) -> list[Caution]:
-    """Classification: texts that the base cannot read, and classes that only one of training and test has."""
+    """Classification: texts that the base cannot read or not whole, and classes that training or the test lacks."""
     found = []
     unknown = results.data.facts.get("unknown_percent")
     if isinstance(unknown, float) and unknown > MOST_UNKNOWN:
         text = f"The base model's tokenizer does not know {number(unknown, 0)} % of these texts: name another base."
         found.append(_caution("warning", "unknown_tokens", None, text))
+    cut = results.data.facts.get("truncated_percent")
+    if isinstance(cut, float) and cut > MOST_CUT:
+        text = f"Of {number(cut, 0)} % of the texts only the start is read: raise 'data.max_length' if the base can."
+        found.append(_caution("warning", "cut_texts", None, text))
     if untested := results.data.facts.get("labels_untested"):
         text = f"No test text has the label {_labels(untested)}: the scores say nothing of how well it is recognised."
         found.append(_caution("warning", "untested_class", None, text))
@@ -181,9 +185,7 @@ def _about_data(results: Results) -> list[Caution]:
         return [_caution("note", "unread", None, text)]
     if epochs <= MANY_EPOCHS:
         return []
-    text = (
-        f"The training text is read {number(epochs, 1)} times over: arms with more parameters may only remember more."
-    )
+    text = f"The training text is read {number(epochs, 1)} times: arms with more parameters may only remember more."
     return [_caution("warning", "epochs", None, text)]
 
 
