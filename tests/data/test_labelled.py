@@ -172,6 +172,13 @@ def test_texts_that_only_symbols_tell_apart_are_texts_of_their_own(path):
     assert not train & test and not train & validation and not validation & test
 
 
+def test_of_texts_with_one_label_that_only_punctuation_tells_apart_one_is_kept(path):
+    lines = [*rows(), {"text": "Example 0, of 60!", "label": rows()[0]["label"]}]
+    corpus = load(path, lines)
+    assert (corpus.skipped["contradictory labels"], corpus.skipped["duplicate"]) == (0, 1)
+    assert sum(map(len, (corpus.train, corpus.validation, corpus.test))) == len(rows())
+
+
 def test_texts_that_case_and_spacing_tell_apart_are_one_text(path):
     lines = [*rows(), {"text": "Example\u00a00\nof 60", "label": "bad"}, {"text": "EXAMPLE 1 of 60", "label": "bad"}]
     corpus = load(path, lines)

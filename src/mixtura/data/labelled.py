@@ -4,7 +4,7 @@ The movie reviews that come with the installation are English, positive and nega
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -99,10 +99,10 @@ class LabelledCorpus:
 def load_labelled(config: ClassificationDataConfig) -> LabelledCorpus:
     """Reads the examples of a recipe, cleans them, and holds some out.
 
-    A text that comes twice, but for case and spacing, is kept once; one that comes with different labels is left out.
-    `max_examples` bounds training examples and is a fixed shuffled choice. A class that has no training example after
-    that is left out, since nobody could learn it. Where a text has several labels (`label_names`), the same holds of
-    each.
+    A text that comes twice, but for case and spacing, is kept once, and left out if its labels differ. Texts that
+    differ in punctuation and symbols too stay on one side: all if their labels differ, else one. `max_examples` bounds
+    training examples and is a fixed shuffled choice. A class that has no training example after that is left out, since
+    nobody could learn it. Where a text has several labels (`label_names`), the same holds of each.
 
     Raises:
         UserError: the source is missing or unreadable, lacks a column, has one class or too few examples.
@@ -214,7 +214,18 @@ def _clean(
         del kept[key]
     skipped["contradictory labels"] += sum(times[key] for key in contradictory)
     skipped["duplicate"] += sum(times[key] - 1 for key in kept)
-    return kept
+    return _without_near_repeats(kept, skipped)
+
+
+def _without_near_repeats(kept: dict[str, _Example], skipped: Counter[str]) -> dict[str, _Example]:
+    """One of near equals with the same labels; those whose labels differ are told apart by their symbols."""
+    near: dict[str, list[str]] = defaultdict(list)
+    for key in sorted(kept, key=kept.__getitem__):
+        near[kept[key].near].append(key)
+    whole = {of: len({kept[key].labels for key in keys}) > 1 for of, keys in near.items()}
+    chosen = {key for of, keys in near.items() for key in (keys if whole[of] else keys[:1])}
+    skipped["duplicate"] += len(kept) - len(chosen)
+    return {key: example for key, example in kept.items() if key in chosen}
 
 
 def _one_label(value: object) -> LabelSet | None:
