@@ -1,5 +1,6 @@
 """Documents: each source, each mistake a user can make with it, and the held-out split."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -112,9 +113,54 @@ def test_an_empty_training_side_is_refused_with_the_number_of_documents(tmp_path
 
 
 def test_one_document_is_held_out_where_the_share_would_hold_out_none(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in documents(5)])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in documents(20)])
     corpus = load_corpus(local(path, validation_fraction=1e-9))
-    assert (len(corpus.train), len(corpus.validation)) == (4, 1)
+    assert (len(corpus.train), len(corpus.validation)) == (19, 1)
+    assert "of which are held out" in corpus.description
+
+
+def held_out_share(corpus: Corpus) -> float:
+    held_out, train = (sum(len(text.encode()) for text in side) for side in (corpus.validation, corpus.train))
+    return held_out / (held_out + train)
+
+
+def words(number: int, name: str) -> str:
+    return " ".join(f"{name}{place}" for place in range(number))
+
+
+@pytest.mark.parametrize("name", ["notes", "more", "other", "letters"])
+def test_a_book_beside_a_note_is_not_held_out_but_its_end(tmp_path, name):
+    (tmp_path / "book.txt").write_text(words(20_000, "word"), encoding="utf-8")
+    (tmp_path / f"{name}.txt").write_text(words(40, name), encoding="utf-8")
+    corpus = load_corpus(local(tmp_path, validation_fraction=0.05))
+    assert corpus.train[0] + " " + corpus.validation[0] == words(20_000, "word")
+    assert corpus.train[1] == words(40, name)
+    assert held_out_share(corpus) == pytest.approx(0.05, rel=0.02)
+    assert "the longest document whose end is held out" in corpus.description
+
+
+def test_a_huge_document_whose_hash_holds_it_out_is_trained_on(tmp_path):
+    texts = [words(100, f"note{number}-") for number in range(100)]
+    many = next(
+        [*texts, huge]
+        for huge in (words(20_000, f"huge{number}-") for number in range(1000))
+        if hashlib.blake2b(huge.encode(), digest_size=16).digest() < (2**64 // 20).to_bytes(8, "big")
+    )
+    corpus = load_corpus(
+        local(write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in many]), validation_fraction=0.05)
+    )
+    assert many[-1] in corpus.train
+    assert 0.05 / 3 < held_out_share(corpus) < 0.15
+    assert all_of(corpus) == sorted(many)  # whole documents
+
+
+def test_documents_that_cannot_be_cut_leave_the_one_nearest_in_size_and_say_so(tmp_path):
+    texts = ["x" * 900, "y" * 300, "z" * 1200]
+    corpus = load_corpus(
+        local(write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts]), validation_fraction=0.02)
+    )
+    assert corpus.validation == ["y" * 300]
+    assert "12.5% of which are held out" in corpus.description
 
 
 def test_a_source_without_any_text_is_refused(tmp_path):

@@ -275,3 +275,13 @@ def test_curves_from_scratch_say_nothing_of_checkpoints_trained_on(make_results:
     summary = summary_of(results)
     assert summary.anchor is None
     assert not any("its authors' own" in sentence for sentence in summary.verdict.longer)
+
+
+def test_a_held_out_side_far_from_the_share_that_was_asked_for_is_told(make_results: MakeResults) -> None:
+    results = make_results()
+    results["recipe"]["data"] = {"validation_fraction": 0.05}
+    assert ("held_out_share", None) not in kinds(summary_of(results))
+    results["data"]["facts"] |= {"bytes_train": 1_000, "bytes_validation": 250}
+    (found,) = [caution for caution in summary_of(results).cautions if caution.kind == "held_out_share"]
+    assert found.level == "warning"
+    assert found.text.startswith("20.0\N{NO-BREAK SPACE}% of the text is held out, not about 5.0\N{NO-BREAK SPACE}%")

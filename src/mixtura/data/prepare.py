@@ -121,8 +121,8 @@ def _sample(documents: list[str]) -> list[str]:
     return [document[:MAX_TRAINING_CHARACTERS] for document in documents[::step]]
 
 
-# Raise it when the same recipe and text would give other tokens than before.
-CACHE_FORMAT = 1
+# Raise one when the same recipe and text would give other tokens than before.
+CACHE_FORMAT, SHARDS_FORMAT = 2, 1
 _MANIFEST = "prepared.json"
 _SIDES = ("train", "validation")
 
@@ -319,7 +319,7 @@ def _cache_key(data: DataConfig) -> str:
     settings = dataclasses.asdict(data)
     del settings["sequence_length" if data.shards else "shards"]
     parts = {
-        "format": CACHE_FORMAT,
+        "format": SHARDS_FORMAT if data.shards else CACHE_FORMAT,
         "data": settings,
         "files": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
         "versions": {package: version(package) for package in ("tokenizers", "transformers")},

@@ -195,23 +195,81 @@ def _holds(sorted_hashes: np.ndarray, hashed: int) -> bool:
     return place < sorted_hashes.size and int(sorted_hashes[place]) == hashed
 
 
+_FAR = 3
+"""What is held out is far from what was asked for where it is so many times as much, or so many times less."""
+_LITTLE = 0.1
+"""Of the text, up to which whole documents are held out, however far that is from a smaller share."""
+
+
 def _hold_out(documents: DocumentStream) -> Corpus:
-    """The documents by side. Where none falls on the held-out side, one is put there, or the end of the only one."""
-    train: list[str] = []
-    validation: list[str] = []
-    first: tuple[bytes, int] | None = None  # the smallest hash of a training document, and its place
-    for text, held_out, digest in documents:
-        (validation if held_out else train).append(text)
-        if not held_out:
-            first = min(first or (digest, len(train) - 1), (digest, len(train) - 1))
+    """The documents by side: whole ones about as large as was asked for, else the end of the longest."""
+    read = list(documents)
+    sizes, texts = [len(document.text.encode()) for document in read], [document.text for document in read]
     data, description = documents.data, documents.source()
-    if first is not None and not validation and len(train) > 1:
-        validation.append(train.pop(first[1]))
-    elif len(train) + len(validation) == 1 and (parts := _cut([*train, *validation][0], data.validation_fraction)):
-        train, validation = [parts[0]], [parts[1]]
-        description += ", one document whose end is held out"
+    hashed = _hashed(read)
+    chosen = _whole_documents(read, sizes, hashed, data.validation_fraction)
+    if chosen is None and (ended := _longest_cut(texts, sizes, data.validation_fraction)):
+        train, validation = ended
+        description += f", {'the longest' if len(read) > 1 else 'one'} document whose end is held out"
+    else:
+        chosen = _nearest(sizes, hashed, data.validation_fraction) if chosen is None else chosen
+        train = [text for place, text in enumerate(texts) if place not in chosen]
+        validation = [text for place, text in enumerate(texts) if place in chosen]
     check_sides(len(train), len(validation), documents.skipped, description, data)
+    held_out = sum(len(text.encode()) for text in validation) / sum(sizes)
+    if not data.validation_fraction / _FAR <= held_out <= data.validation_fraction * _FAR:
+        description += f", {held_out:.1%} of which are held out"
     return Corpus(train, validation, description + documents.left_out(), dict(documents.skipped))
+
+
+def _hashed(documents: list[Document]) -> set[int]:
+    """Places of the documents that their own hashes hold out, or of the one of several with the smallest."""
+    chosen = {place for place, document in enumerate(documents) if document.held_out}
+    return chosen or set(_by_hash(documents)[: len(documents) > 1])
+
+
+def _by_hash(documents: list[Document]) -> list[int]:
+    return sorted(range(len(documents)), key=lambda place: documents[place].digest)
+
+
+def _whole_documents(documents: list[Document], sizes: list[int], hashed: set[int], share: float) -> set[int] | None:
+    """Places of documents with about a share of all bytes; None where there are none.
+
+    Those of `hashed`, or else documents in the order of their hashes, each that brings the bytes nearer to the share.
+    """
+    if _fits(_bytes(sizes, hashed), sum(sizes), share):
+        return hashed
+    wanted, taken = share * sum(sizes), set[int]()
+    for place in _by_hash(documents):
+        if sizes[place] < 2 * wanted:
+            taken.add(place)
+            wanted -= sizes[place]
+    return taken if _fits(_bytes(sizes, taken), sum(sizes), share) else None
+
+
+def _bytes(sizes: list[int], chosen: set[int]) -> int:
+    return sum(sizes[place] for place in chosen)
+
+
+def _fits(held_out: int, whole: int, share: float) -> bool:
+    """Whether both sides have about the part of all bytes that they should have."""
+    most = max(_FAR * share, _LITTLE)
+    return share / _FAR * whole <= held_out <= most * whole and whole - held_out >= (1 - share) / _FAR * whole
+
+
+def _nearest(sizes: list[int], hashed: set[int], share: float) -> set[int]:
+    """Of the documents that hashes hold out and each one document, what is nearest to a share of all bytes."""
+    choices = [hashed, *({place} for place in range(len(sizes)) if len(sizes) > 1)]
+    return min(choices, key=lambda chosen: abs(_bytes(sizes, chosen) - share * sum(sizes)))
+
+
+def _longest_cut(texts: list[str], sizes: list[int], share: float) -> tuple[list[str], list[str]] | None:
+    """Training texts, of which the longest lost its end, and that end with a share of all bytes."""
+    longest = max(range(len(sizes)), key=lambda place: sizes[place], default=None)
+    if longest is None or share * sum(sizes) >= sizes[longest]:
+        return None
+    parts = _cut(texts[longest], share * sum(sizes) / sizes[longest])
+    return None if parts is None else ([*texts[:longest], parts[0], *texts[longest + 1 :]], [parts[1]])
 
 
 def _cut(document: str, share: float) -> tuple[str, str] | None:

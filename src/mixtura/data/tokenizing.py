@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # each process imports this module: torch and what reads text
     from mixtura.data.sources import Document
 
 PART_BYTES = 16_000_000
-"""UTF-8 text of a part; the document that passes it is the part's last. Raise `CACHE_FORMAT` with it."""
+"""UTF-8 text of a part; the document that passes it is the part's last. Raise `SHARDS_FORMAT` with it."""
 _REPORT_SECONDS = 10.0
 # Text encoded at once: enough to use the tokenizer's threads, but its memory stays below about 100 MB.
 _CHUNK_CHARACTERS = 1_000_000

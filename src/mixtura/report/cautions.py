@@ -20,14 +20,13 @@ from mixtura.report.wording import (
     listing,
     number,
     percent,
-    quantity,
     rate,
     start,
     times,
     yardstick_of,
 )
 from mixtura.results import ArmResult, ArmSummary, Measure, Results
-from mixtura.results.conclusions import Budget, Caution, Limit
+from mixtura.results.conclusions import Caution
 from mixtura.results.run import TranslationDetails
 
 SLOW_STEP = 1.25
@@ -39,6 +38,8 @@ MANY_EPOCHS = 4.0
 """Text repeated more often than this is worth clearly less than new text (Muennighoff et al., 2023)."""
 MOST_OF_TEXT = 0.9
 """A run that reads a smaller part of the examples to fine-tune on leaves some of somebody's data unused."""
+FAR_SHARE = 3
+"""A held-out side is far from what was asked for where it is so many times as much, or so many times less."""
 MOST_UNKNOWN, MOST_CUT = 5.0, 50.0
 MOST_LABELS = 5
 """Labels that a caution names."""
@@ -57,7 +58,7 @@ def find_cautions(results: Results, arms: dict[str, ArmSummary]) -> list[Caution
     yardstick = yardstick_of(results)
     found = [*_about_seeds(results, arms), *_about_data(results), *_about_search(results, arms, yardstick)]
     found += [*_about_resolution(results, arms, yardstick.measure), *_about_copying(results, arms)]
-    found += [*_about_classes(results), *_about_guessing(results, arms, yardstick.measure)]
+    found += [*_about_held_out(results), *_about_classes(results), *_about_guessing(results, arms, yardstick.measure)]
     found += about_controls(results, arms, yardstick.measure)
     for name, arm in results.arms.items():
         label = arms[name].label
@@ -172,6 +173,23 @@ def _labels(labels: object) -> str:
     assert isinstance(labels, list)
     shown = [f"'{label}'" for label in labels[:MOST_LABELS]]
     return f"{', '.join(shown)} or {len(labels) - len(shown)} more" if len(labels) > len(shown) else " or ".join(shown)
+
+
+def _about_held_out(results: Results) -> list[Caution]:
+    """Pretraining: a held-out side far from the share that was asked for."""
+    table, facts = results.recipe.get("data"), results.data.facts
+    asked = table.get("validation_fraction") if isinstance(table, dict) else None
+    train, held_out = facts.get("bytes_train"), facts.get("bytes_validation")
+    if not (isinstance(asked, float) and isinstance(train, int) and isinstance(held_out, int)):
+        return []
+    share = held_out / (train + held_out)
+    if asked / FAR_SHARE <= share <= asked * FAR_SHARE:
+        return []
+    text = (
+        f"{percent(share)} of the text is held out, not about {percent(asked)} as 'data.validation_fraction' asks: "
+        "whole documents are held out, so give more of them, of more even sizes."
+    )
+    return [_caution("warning", "held_out_share", None, text)]
 
 
 def _about_data(results: Results) -> list[Caution]:
@@ -304,60 +322,6 @@ def _about_rate(name: str, arm: ArmResult, label: str) -> list[Caution]:
         )
         found.append(_caution("note", "short_search", name, text))
     return found
-
-
-_LARGER = {
-    "pretraining": "width, depth or number of experts",
-    "translation": "width, depth, rank or number of experts",
-    "classification": "base model, rank or number of experts",
-    "chat": "base model, rank or number of experts",
-}
-_SETTINGS = {
-    "pretraining": "the balance loss, the group size and the temperature",
-    "translation": "the balance loss, the group size, the rank and the layers that are adapted",
-    "classification": "the pooling, the rank and the layers that are adapted",
-    "chat": "the balance loss, the rank and the layers that are adapted",
-}
-_USES = {
-    "pretraining": "Held-out loss is not accuracy on a task, and no text was judged by a reader.",
-    "translation": "Scores compare a translation with one reference by its characters and words; none was judged by a "
-    "reader.",
-    "classification": "Labels are taken as they are, right or wrong, and no prediction was judged by a reader.",
-    "chat": "Answers are compared with one reference by its tokens and words; none was judged by a reader.",
-}
-
-
-def _searched(results: Results) -> str:
-    records = [arm.searched for arm in results.arms.values()]
-    scales = any(record is not None and record.best_scale is not None for record in records)
-    return "learning rate and initialisation scale were" if scales else "the learning rate was"
-
-
-def list_limits(results: Results, budget: Budget) -> list[Limit]:
-    """What the comparison cannot tell, whatever its numbers."""
-    environment, others, task = results.environment, len(results.arms) - 1, results.task
-    processor = environment.get("processor") or "unnamed processor"
-    varied = "data order" if yardstick_of(results).continued else "initialisation and data order"
-    largest = quantity(max(arm.parameters_total for arm in results.arms.values()))
-    limits = {
-        "Longer training": f"Each run saw {quantity(budget.tokens)} tokens. The order of the arms can change with "
-        "more, and a cosine schedule is tied to its length: a point on the way of a run is no finished shorter run.",
-        "Larger models": f"The largest arm has {largest} parameters. Nothing here says that the order holds at another "
-        f"{_LARGER[task]}.",
-        "Other text": f"One source ({results.data.description}), one split. The intervals cover {varied}, "
-        "not the choice of the held-out text, which is the same for all arms.",
-        "Other settings": f"At most {_searched(results)} searched for each arm. Weight decay, warm-up, "
-        f"{_SETTINGS[task]} are those of the recipe.",
-        "Other hardware": f"Seconds and memory hold for this machine ({processor}, {environment['device']}) and these "
-        "kernels; what mixtures cost beside dense layers differs between machines.",
-        "Use of the model": _USES[task],
-    }
-    if others > 1 and budget.seeds > 1:
-        limits["All intervals at once"] = (
-            f"Each interval is a 95{NBSP}% interval of its own. With {others} arms beside the baseline, the chance "
-            f"that at least one misses can be as high as about {percent(1 - 0.95**others, 0)}."
-        )
-    return [Limit(title, text) for title, text in limits.items()]
 
 
 _WITHOUT = {
