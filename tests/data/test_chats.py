@@ -6,7 +6,8 @@ import re
 import pytest
 
 from mixtura.config import ChatDataConfig, UserError
-from mixtura.data.chats import load_chats, python_questions
+from mixtura.data.chats import load_chats
+from mixtura.data.python_questions import python_questions
 
 
 def write(tmp_path, rows, name="chats.jsonl"):
@@ -137,6 +138,66 @@ def test_what_a_question_is_about_is_joined_to_it(tmp_path):
 def test_too_few_chats_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"has 2 usable chats, too few for 'data.validation_chats' 1"):
         load(write(tmp_path, GOOD[:2]))
+
+
+@pytest.mark.parametrize("opening", ["", "Hi", "What do you think of this long question?"])
+def test_many_chats_with_one_opening_are_trained_on(tmp_path, opening):
+    shared = [chat(("user", opening), ("assistant", f"answer {number}")) for number in range(200)]
+    others = [chat(("user", f"question {number}"), ("assistant", "yes")) for number in range(200)]
+    corpus, _ = load(write(tmp_path, shared + others), validation_chats=40, test_chats=80)
+    assert [len(side) for side in (corpus.train, corpus.validation, corpus.test)] == [280, 40, 80]
+    assert sum(of.messages[0].content == opening for of in corpus.train) == 200
+
+
+def test_a_greeting_counts_with_what_the_user_says_next(tmp_path):
+    rows = [
+        chat(("user", "Hi!"), ("assistant", "Hello."), ("user", f"{what} {number // 2}?"), ("assistant", f"{number}"))
+        for number in range(100)
+        for what in ("Tell me about number", "What follows number")
+    ]
+    corpus, _ = load(write(tmp_path, rows), validation_chats=20, test_chats=40)
+    assert [len(side) for side in (corpus.train, corpus.validation, corpus.test)] == [140, 20, 40]
+    sides = [{of.messages[2].content for of in side} for side in (corpus.train, corpus.validation, corpus.test)]
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 100
+
+
+def test_chats_that_all_have_one_opening_are_refused_with_it(tmp_path):
+    rows = [chat(("user", "Hi"), ("assistant", f"answer {number}")) for number in range(398)]
+    told = (
+        "has 400 usable chats, 398 of which open with 'Hi' and so stay on one side, too few for "
+        "'data.validation_chats' 40, 'data.test_chats' 80 and some to train on: give more with other openings or lower"
+    )
+    with pytest.raises(UserError, match=told):
+        load(write(tmp_path, [*rows, *GOOD[:2]]), validation_chats=40, test_chats=80)
+
+
+def test_openings_that_are_all_shared_leave_no_side_empty(tmp_path):
+    rows = [chat(("user", f"q{number % 6}"), ("assistant", f"answer {number}")) for number in range(30)]
+    corpus, _ = load(write(tmp_path, rows), validation_chats=None, test_chats=None)
+    assert [len(side) for side in (corpus.train, corpus.validation, corpus.test)] == [20, 5, 5]
+
+
+def weighed(*turns):
+    messages = [{"role": role, "content": content, **more} for role, content, more in turns]
+    return {"messages": messages}
+
+
+def test_answers_of_weight_0_are_not_learnt(tmp_path):
+    row = weighed(
+        ("user", "hi", {}),
+        ("assistant", "no", {"weight": 0}),
+        ("user", "again", {}),
+        ("assistant", "yes", {"weight": 1}),
+        ("user", "and now", {"weight": 0}),
+        ("assistant", "never", {"weight": 0}),
+    )
+    silent = weighed(("user", "hi", {}), ("assistant", "no", {"weight": 0}))
+    corpus, found = load(write(tmp_path, [*GOOD, row, silent]))
+    (kept,) = [of for of in found if of.unlearnt]
+    assert [turn.content for turn in kept.messages] == ["hi", "no", "again", "yes"] and kept.unlearnt == (1,)
+    assert corpus.skipped == {"without an answer": 1}
+    with pytest.raises(UserError, match=r"Message 2 of .* has weight 0\.5: write the number 0"):
+        load(write(tmp_path, [*GOOD, weighed(("user", "hi", {}), ("assistant", "no", {"weight": 0.5}))]))
 
 
 def test_pythons_own_library_has_questions():

@@ -3,16 +3,10 @@
 What cannot be trained on as it stands (a role that no template knows, an answer without words, a call of a tool) is
 refused with its row: to leave it out silently would train another chat than the user's. Rows without any answer and
 repeated chats are left out and counted.
-
-Some come with Python: questions about its own library and their answers, from the docstrings that every installation
-has. The files are parsed, never run. A question names a function or class with its parameters, and the answer is the
-first paragraph of its docstring. Python's licence covers them; the answers differ a little between Python's versions.
 """
 
-import ast
-import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -24,46 +18,7 @@ from mixtura.data.formats.rows import Row, find_cell
 from mixtura.data.formats.table_files import TABLES, file_rows, hub_rows, select
 from mixtura.data.formats.text_files import local_files
 from mixtura.data.held_out import is_utf8, normalise, text_hash
-
-_LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "site-packages", "dist-packages"}
-_LONGEST_ANSWER, _SHORTEST_ANSWER, _LONGEST_SIGNATURE = 240, 20, 90
-
-
-def python_questions() -> Iterator[tuple[str, str]]:
-    """Every question with its answer, in the order of the files; an answer comes once."""
-    library = Path(sysconfig.get_path("stdlib"))
-    seen: set[str] = set()
-    for file in sorted(library.rglob("*.py")):
-        place = file.relative_to(library)
-        if _LEFT_OUT.intersection(place.parts) or any(part.startswith("_") for part in place.parts[:-1]):
-            continue
-        try:
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-        except (OSError, SyntaxError, ValueError):
-            continue  # a file that is broken on purpose, or not UTF-8
-        module = ".".join(place.with_suffix("").parts).removesuffix(".__init__")
-        for name, answer in _documented(tree.body, ""):
-            if answer not in seen:
-                seen.add(answer)
-                yield f"In Python's module {module}, what is {name}?", answer
-
-
-def _documented(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, str]]:
-    """Functions and classes that have a docstring of a usual length, with their parameters."""
-    for node in body:
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            continue
-        signature = f"{prefix}{node.name}"
-        if isinstance(node, ast.ClassDef):
-            yield from _documented(node.body, f"{signature}.")
-            signature = f"the class {signature}"
-        else:
-            signature += f"({ast.unparse(node.args)})"
-        paragraph = (ast.get_docstring(node) or "").split("\n\n")[0]
-        answer = " ".join(paragraph.split())
-        if _SHORTEST_ANSWER <= len(answer) <= _LONGEST_ANSWER and len(signature) <= _LONGEST_SIGNATURE:
-            yield signature, answer
-
+from mixtura.data.python_questions import python_questions
 
 ANSWERS = "assistant"
 _ROLES = {
@@ -88,12 +43,28 @@ class Chat(NamedTuple):
     messages: tuple[Message, ...]
     where: str
     """Its row, to stand inside a sentence."""
+    unlearnt: tuple[int, ...] = ()
+    """Places of answers that are read and never learnt: those with weight 0."""
 
     @property
     def key(self) -> str:
         """Chats that open with the same question have the same key, and are held out together."""
-        opening = next((turn.content for turn in self.messages if turn.role == "user"), self.messages[0].content)
-        return normalise(opening)
+        return self.opening()
+
+    def opening(self, least: int = 0) -> str:
+        """What the user says first, normalised, and then until it has `least` characters."""
+        first, *further = [turn.content for turn in self.messages if turn.role == "user"]
+        opening = normalise(first)
+        for content in further:
+            if len(opening) >= least:
+                break
+            opening = f"{opening} {normalise(content)}"
+        return opening
+
+    @property
+    def num_answers(self) -> int:
+        """Answers that are learnt."""
+        return sum(message.role == ANSWERS for message in self.messages) - len(self.unlearnt)
 
 
 @dataclass(frozen=True)
@@ -129,7 +100,7 @@ def load_chats(config: ChatDataConfig) -> ChatCorpus:
     if config.max_chats is not None and len(train) > config.max_chats:
         skipped["beyond max_chats"] = len(train) - config.max_chats
         train = train[: config.max_chats]
-    answers = sum(message.role == ANSWERS for chat in train for message in chat.messages)
+    answers = sum(chat.num_answers for chat in train)
     description += f", {len(train):,} chats with {answers:,} answers to train on"
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()) if count)
     return ChatCorpus(
@@ -227,11 +198,14 @@ def _chats(rows: Iterator[Row], column: str, skipped: Counter[str], source: str)
                 f"'{column}' in {row.where} is no list of messages: write objects with a role and a content, or name "
                 "two columns of text in 'data.prompt_column' and 'data.completion_column'."
             )
-        messages = [_message(turn, f"message {place} of {row.where}") for place, turn in enumerate(value, start=1)]
-        if not any(message.role == ANSWERS for message in messages):
+        places = [f"message {place} of {row.where}" for place, _ in enumerate(value, start=1)]
+        messages = [_message(*turn) for turn in zip(value, places, strict=True)]
+        answers = [place for place, message in enumerate(messages) if message.role == ANSWERS]
+        unlearnt = [place for place in answers if not _is_learnt(value[place], places[place])]
+        if len(unlearnt) == len(answers):
             skipped["without an answer"] += 1
             return None
-        return _checked(messages, row.where)
+        return _checked(messages, row.where, unlearnt)
 
     yield from _usable(rows, chat_of)
     if names and not found:
@@ -301,6 +275,14 @@ def _message(turn: object, where: str) -> Message:
     return Message(_ROLES[role], _text(turn.get("content", turn.get("value")), where, "content"))
 
 
+def _is_learnt(turn: Mapping[str, object], where: str) -> bool:
+    """Whether an answer is one to learn, by its weight as OpenAI has it."""
+    weight = turn.get("weight")
+    if weight not in (None, 0, 1):
+        raise UserError(f"{_start(where)} has weight {weight!s:.40}: write the number 0, to leave it unlearnt, or 1.")
+    return weight != 0
+
+
 def _text(value: object, where: str, what: str) -> str:
     """A content that is text, or a list of parts that are."""
     if isinstance(value, list):
@@ -315,9 +297,10 @@ def _text(value: object, where: str, what: str) -> str:
     return value.strip()
 
 
-def _checked(messages: list[Message], where: str) -> Chat:
-    """The chat up to its last answer; refuses turns in an order that is none, and answers without words."""
-    last = max(place for place, message in enumerate(messages) if message.role == ANSWERS)
+def _checked(messages: list[Message], where: str, unlearnt: Sequence[int] = ()) -> Chat:
+    """The chat up to the last answer to learn; refuses turns in an order that is none, and answers without words."""
+    answers = {place for place, message in enumerate(messages) if message.role == ANSWERS}
+    last = max(answers.difference(unlearnt))
     before = ""
     for place, (role, content) in enumerate(messages[: last + 1], start=1):
         named = f"Message {place} of {where}"
@@ -330,7 +313,7 @@ def _checked(messages: list[Message], where: str) -> Chat:
         if role == before:
             raise UserError(f"{named} is the {role}'s second in a row: join the two.")
         before = role
-    return Chat(tuple(messages[: last + 1]), where)
+    return Chat(tuple(messages[: last + 1]), where, tuple(place for place in unlearnt if place < last))
 
 
 def _start(where: str) -> str:
@@ -338,26 +321,71 @@ def _start(where: str) -> str:
 
 
 def _distinct(rows: Iterator[Chat], skipped: Counter[str]) -> list[Chat]:
-    """Each chat once, in an order that a hash of its opening chose."""
-    kept: dict[tuple[Message, ...], Chat] = {}
+    """Each chat once."""
+    kept: dict[tuple[object, ...], Chat] = {}
     for chat in rows:
-        if chat.messages in kept:
+        if (known := (chat.messages, chat.unlearnt)) in kept:
             skipped["duplicate"] += 1
-        kept.setdefault(chat.messages, chat)
-    return sorted(kept.values(), key=lambda chat: (text_hash(chat.key), chat.messages))
+        kept.setdefault(known, chat)
+    return list(kept.values())
+
+
+_GREETING = 24
+"""Characters: a shorter opening, such as "hi", says nothing of a chat, so what the user says next counts with it."""
 
 
 def _split(chats: list[Chat], config: ChatDataConfig, description: str) -> list[list[Chat]]:
-    """Test, validation and training chats; those with one opening stay together."""
-    wanted = [config.test_chats or 0, config.validation_chats or 0]
-    sides: list[list[Chat]] = [[], [], []]
-    for _, together in groupby(chats, key=lambda chat: chat.key):
-        side = next((place for place, number in enumerate(wanted) if len(sides[place]) < number), 2)
-        sides[side] += together
-    if not all(sides):
-        raise UserError(
-            f"{_start(description)} has {len(chats):,} usable chats, too few for 'data.validation_chats' "
-            f"{config.validation_chats}, 'data.test_chats' {config.test_chats} and some to train on: give more or "
-            "lower these."
+    """Test, validation and training chats; those with one opening stay together.
+
+    What is too many for a held-out side is trained on; where that leaves one empty, it gets the smallest group, unless
+    that is a large part of all.
+    """
+    wanted = config.test_chats or 0, config.validation_chats or 0
+    most = [number + max(1, number // 10) for number in wanted]
+    groups = _by_opening(chats, most=min(most))
+    held_out: list[list[Chat]] = [[], []]
+    train: list[list[Chat]] = []
+    for group in groups:
+        has_room = (
+            side
+            for side, number, limit in zip(held_out, wanted, most, strict=True)
+            if len(side) < number and len(side) + len(group) <= limit
         )
-    return sides
+        if (side := next(has_room, None)) is None:
+            train.append(group)
+        else:
+            side += group
+    for side in held_out:
+        smallest = min(train, key=len, default=[])
+        if not side and 3 * len(smallest) <= sum(map(len, train)):
+            side += smallest
+            train.remove(smallest)
+    if not (train and all(held_out)):
+        raise _too_few(groups, config, description)
+    return [*held_out, [chat for group in train for chat in group]]
+
+
+def _by_opening(chats: list[Chat], *, most: int) -> list[list[Chat]]:
+    """Chats with one opening together, in an order that a hash of it chose.
+
+    A greeting that more than `most` chats share is no opening by itself.
+    """
+    sharing = Counter(chat.key for chat in chats)
+    openings = [(chat.opening(_GREETING if sharing[chat.key] > most else 0), chat) for chat in chats]
+    ordered = sorted(openings, key=lambda found: (text_hash(found[0]), found[1].messages, found[1].unlearnt))
+    return [[chat for _, chat in together] for _, together in groupby(ordered, key=lambda found: found[0])]
+
+
+def _too_few(groups: list[list[Chat]], config: ChatDataConfig, description: str) -> UserError:
+    """Says that there are too few chats, or too few openings."""
+    number, largest = sum(map(len, groups)), max(groups, key=len)
+    shared, other = "", ""
+    if 1 < len(largest) >= number / 3:
+        opening = next(turn.content for turn in largest[0].messages if turn.role == "user")
+        shared = f", {len(largest):,} of which open with {opening[:40]!r} and so stay on one side"
+        other = " with other openings"
+    return UserError(
+        f"{_start(description)} has {number:,} usable chats{shared}, too few for 'data.validation_chats' "
+        f"{config.validation_chats}, 'data.test_chats' {config.test_chats} and some to train on: give more{other} or "
+        "lower these."
+    )

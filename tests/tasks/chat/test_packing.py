@@ -77,6 +77,16 @@ def test_template_that_rewrites_earlier_turns_gives_an_example_for_each_answer()
         assert learnt == f"<think></think>{TURNS[upto - 1].content}<|im_end|>"
 
 
+@pytest.mark.parametrize("template", [CHATML, THINKING])
+def test_an_answer_of_weight_0_is_read_and_no_target(template):
+    own = tokenizer(template)
+    (example,) = open_prompts(own).examples(Chat(TURNS, "row 1", unlearnt=(2,)), number=0)
+    turns = [turn._asdict() for turn in TURNS]
+    assert example.ids == own.apply_chat_template(turns, tokenize=True, return_dict=False)
+    learnt = own.decode([t for t, yes in zip(*example[:2], strict=True) if yes])
+    assert learnt.removeprefix("<think></think>") == "rud sef tik<|im_end|>"
+
+
 def test_tokenizer_without_a_template_gets_a_plain_one_that_is_saved_with_it(tmp_path):
     own = tokenizer(None)
     prompts = open_prompts(own)

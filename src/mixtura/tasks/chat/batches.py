@@ -47,7 +47,7 @@ class Example(NamedTuple):
 
     ids: list[int]
     targets: list[bool]
-    """Whether a token is one of the assistant's."""
+    """Whether a token is one of an answer to learn."""
     chat: int
     """Which chat it is of."""
 
@@ -110,22 +110,24 @@ class Prompts:
                     "answer cannot be told from the prompt: name another 'base.name', or mend the template."
                 )
         # Each prompt must go on from the text before it, for all answers to be learnt in one reading.
+        learnt = [place not in chat.unlearnt for place in answers]
         if all(later.startswith(earlier) for earlier, later in zip(told, asked[1:], strict=False)):
-            return [self._joined(asked, told, number)]
-        return [self._joined([prompt], [text], number) for prompt, text in zip(asked, told, strict=True)]
+            return [self._joined(asked, told, learnt, number)]
+        turns = zip(asked, told, learnt, strict=True)
+        return [self._joined([prompt], [text], [True], number) for prompt, text, is_learnt in turns if is_learnt]
 
-    def _joined(self, asked: list[str], told: list[str], number: int) -> Example:
+    def _joined(self, asked: list[str], told: list[str], learnt: list[bool], number: int) -> Example:
         """Prompts and answers in turn; `told[i]` is `asked[i]` and an answer, and the next prompt goes on from it."""
         ids: list[int] = []
         targets: list[bool] = []
         done = 0
-        for prompt, text in zip(asked, told, strict=True):
+        for prompt, text, is_learnt in zip(asked, told, learnt, strict=True):
             # The end of a turn, such as a line break, may stand behind the token that ends the answer.
             piece = self._ids(text[len(prompt) :])
             end = self._end(piece)
             between = self._ids(prompt[done:])
             ids += between + piece
-            targets += [False] * len(between) + [place < end for place in range(len(piece))]
+            targets += [False] * len(between) + [is_learnt and place < end for place in range(len(piece))]
             done = len(text)
         return Example(ids, targets, number)
 
