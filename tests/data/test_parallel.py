@@ -213,6 +213,41 @@ def test_a_mistake_is_refused_in_one_sentence(tmp_path, changes, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("columns", "pairs", "told"),
+    [
+        (("en", "de"), ("de-en",), "are English and German by their names, but .* is de-en: name them de,en, or ask"),
+        (("en", "de"), ("de-en", "en-de"), "is de-en: name them de,en, or ask for en-de"),
+        (("en", "de"), ("en-fr",), "is en-fr: name columns of English and French, or ask for en-de"),
+        (("translation.en", "translation.de"), ("de-en",), "name them translation.de,translation.en"),
+        (("English", "text_de"), ("fr-de",), "name columns of French and German, or ask for en-de"),
+        (("en", "de"), ("en-de", "de-en"), None),
+        (("eng_Latn", "pt_br"), ("en-pt_BR",), None),
+        (("en", "pt"), ("en-pt_BR",), None),
+        (("en", "no"), ("en-nb",), None),
+        (("en", "answer"), ("de-en",), None),
+        (("zh_hans", "zh_hant"), ("zh_hans-zh_hant",), None),
+    ],
+)
+def test_columns_named_after_other_languages_than_the_pair_are_refused(tmp_path, columns, pairs, told):
+    keys = [column.rpartition(".")[2] for column in columns]
+    lines = [dict(zip(keys, (one["source"], one["target"]), strict=True)) for one in rows()]
+    if "." in columns[0]:
+        lines = [{"translation": line} for line in lines]
+    named = {"pairs": pairs, "source_column": columns[0], "target_column": columns[1]}
+    if told is None:
+        assert load(tmp_path, lines, **named).train
+        return
+    with pytest.raises(UserError, match=told):
+        load(tmp_path, lines, **named)
+
+
+def test_language_columns_count_and_not_the_names_of_columns(tmp_path):
+    codes = {"source_language": "de", "target_language": "en"}
+    lines = [{"en": one["source"], "de": one["target"], **codes} for one in rows()]
+    assert load(tmp_path, lines, pairs=("de-en",), source_column="en", target_column="de").train
+
+
 def test_several_pairs_without_language_columns_are_refused(tmp_path):
     lines = [{"source": line["source"], "target": line["target"]} for line in rows()]
     with pytest.raises(UserError, match=r"which languages .* name one direction"):

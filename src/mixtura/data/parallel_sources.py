@@ -14,6 +14,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import closing
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mixtura.config import TranslationDataConfig, UserError
-from mixtura.config.languages import Pair, find_language, language_of_column
+from mixtura.config.languages import Pair, find_language, language_name, language_of_column
 from mixtura.data.formats.exchange_files import MEMORIES, aligned_units, endings_of, memory_units, texts_by_stem
 from mixtura.data.formats.rows import Row, find_cell
 from mixtura.data.formats.table_files import JUDGED_ROWS, TABLES, file_rows, hub_rows, select
@@ -339,9 +340,39 @@ def _row_languages(
     """The languages of source and target; None where there is no code.
 
     `default` is what a row without language columns has, and `lacking` counts the columns that are missed.
+
+    Raises:
+        UserError: the columns are named after other languages than `default`.
     """
     found = {column: find_cell(row, column) for column in _language_columns(config).values()}
     if default is not None and not any(present for present, _ in found.values()):
+        _check_names(config.source_column, config.target_column, default)
         return list(default)
     lacking.update(column for column, (present, _) in found.items() if not present)
     return [find_language(value, asked) if isinstance(value, str) else None for _, value in found.values()]
+
+
+@cache
+def _check_names(source_column: str, target_column: str, pair: Pair) -> None:
+    """Refuses columns that are both named after languages, and these are not the pair's."""
+    named = [language_of_column(column) for column in (source_column, target_column)]
+    if None in named or named[0] == named[1] or list(map(_kind, map(str, named))) == list(map(_kind, pair)):
+        return
+    source, target = map(str, named)
+    swapped = [_kind(source), _kind(target)] == [_kind(pair.target), _kind(pair.source)]
+    wanted = f"name them {target_column},{source_column}" if swapped else f"name columns of {_names(pair)}"
+    raise UserError(
+        f"The columns {source_column},{target_column} ('data.source_column' and 'data.target_column') are "
+        f"{_names(Pair(source, target))} by their names, but the first direction in 'data.pairs' is {pair}: "
+        f"{wanted}, or ask for {source}-{target}."
+    )
+
+
+def _kind(code: str) -> str:
+    """A code without script and region; written Norwegian is Norwegian."""
+    language = code.split("_")[0]
+    return "no" if language in ("nb", "nn") else language
+
+
+def _names(pair: Pair) -> str:
+    return " and ".join(map(language_name, pair))
