@@ -155,6 +155,8 @@ def test_init_writes_a_recipe_once(run, tiny_text, tmp_path):
         ("finetune translation", "'training.batch_size' is 3", "--set training.batch_size is 3"),
         ("finetune translation mine.toml --data=x", "'data.path' or 'data.pairs'", "--data or 'data.pairs'"),
         ("train --from x --text y", "'arms.model.init_from' and 'data.path'", "--from and --text"),
+        ("init --data x --out mine.toml", "'data.path' is 'x'", "--data is 'x'"),
+        ("init --data x", "'base.name' is 'y'", "'base.name' is 'y'"),
         ("compare mine.toml", "'data.path' is missing", "'data.path' is missing"),
         ("evaluate model", "'data.text_column'", "'data.text_column'"),
     ],

@@ -8,20 +8,21 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-_FLAGS = {
-    "finetune": {
-        **dict.fromkeys(("data.path", "data.name", "data.source"), "--data"),
-        **dict.fromkeys(
-            (
-                *("data.source_column", "data.target_column", "data.text_column", "data.label_column"),
-                *("data.source_language_column", "data.target_language_column"),
-            ),
-            "--columns",
+_DATA = {
+    **dict.fromkeys(("data.path", "data.name", "data.source"), "--data"),
+    **dict.fromkeys(
+        (
+            *("data.source_column", "data.target_column", "data.text_column", "data.label_column"),
+            *("data.source_language_column", "data.target_language_column"),
+            *("data.prompt_column", "data.completion_column", "data.messages_column"),
         ),
-        **dict.fromkeys(("data.prompt_column", "data.completion_column", "data.messages_column"), "--columns"),
-        "data.pairs": "--pairs",
-        "base.name": "--base",
-    },
+        "--columns",
+    ),
+    "data.pairs": "--pairs",
+}
+_FLAGS = {
+    "finetune": {**_DATA, "base.name": "--base"},
+    "init": _DATA,
     "train": {"data.path": "--text", "data.source": "--text", "arms.model.init_from": "--from"},
 }
 _READ_RECIPES = ("compare", "plan", "train")
@@ -48,13 +49,13 @@ def name_flags(message: str, arguments: Sequence[str]) -> str:
     own = any(argument.endswith(".toml") for argument in arguments[1:])
     flags = _FLAGS.get(verb, {})
     given = {argument.partition("=")[0] for argument in arguments}
-    if verb not in ("compare", "finetune", "train"):
+    if verb not in ("compare", *_FLAGS):
         return message
 
     def word(match: re.Match[str]) -> str:
         key = match[1]
         by_flag = key in flags and (not own or flags[key] in given)
-        if own and not by_flag:
+        if not by_flag and (own or verb == "init"):  # which has no --set
             return match[0]
         if not _is_key(key) and not message[: match.start()].endswith("Unknown recipe key "):
             return match[0]
