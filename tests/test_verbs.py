@@ -216,3 +216,64 @@ def test_without_lm_eval_one_sentence_names_the_extra(run, model, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     code, _, told = run("evaluate", model(), "--tasks", "hellaswag")
     assert code == 2 and "lm-eval" in told and "mixtura[clients]" in told and told.count("\n") == 1
+
+
+def broken(folder, value):
+    """The model in a folder with an output layer that gives nothing but `value`."""
+    changed = MixtureForCausalLM.from_pretrained(folder)
+    changed.get_output_embeddings().weight.data.fill_(value)
+    changed.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("flags", [SHORT, DRAWN])
+def test_a_model_without_numbers_writes_nothing(run, model, value, flags):
+    code, out, told = run("generate", broken(model(), value), "the film", *flags)
+    assert code == 2 and out == "" and "no finite probabilities: its weights are broken" in told
+
+
+def test_a_loss_that_is_no_number_is_refused(run, model, tiny_text):
+    code, out, told = run("evaluate", broken(model(), float("nan")), "--text", tiny_text, "--json")
+    assert code == 2 and out == "" and "in mode causal is nan: its weights are no usable numbers" in told
+
+
+def test_an_infinite_perplexity_is_null_in_json(run, model, tiny_text):
+    code, out, _ = run("evaluate", model(initializer_range=3000.0), "--text", tiny_text, "--json")
+    found = json.loads(out, parse_constant=pytest.fail)["causal"]
+    assert code == 0 and found["loss"] > 710 and found["perplexity"] is None
+
+
+HALF = '{"text": "half \\ud800 a letter"}\n{"text": null}\n{"text": " "}\n'
+
+
+def test_half_a_character_is_no_text_to_evaluate_or_diagnose(run, model, tiny_corpus, tmp_path):
+    lone = tmp_path / "lone.jsonl"
+    lone.write_text(HALF + "".join(json.dumps({"text": text}) + "\n" for text in tiny_corpus), encoding="utf-8")
+    folder = model()
+    code, out, told = run("evaluate", folder, "--text", lone, "--json")
+    skipped = {"not text": 2, "empty": 1}
+    assert code == 0 and json.loads(out)["causal"]["rows_skipped"] == skipped
+    assert "; rows skipped: 2 not text, 1 empty." in run("evaluate", folder, "--text", lone)[2]
+    assert run("diagnose", folder, "--text", f"a={lone}", "--out", tmp_path / "d", "--max-tokens", 300)[0] == 0
+    assert "rows skipped" not in told
+
+
+def test_half_a_character_is_no_text_to_classify(run, monkeypatch, tmp_path):
+    asked = []
+
+    def answer(_, texts):
+        asked.extend(texts)
+        return [Answer("good", 0.9, ("good",), {"good": 0.9}) for _ in texts]
+
+    monkeypatch.setattr("mixtura.tasks.classification.classifier.classify", answer)
+    (tmp_path / "lone.jsonl").write_text(HALF + '{"text": "fine"}\n', encoding="utf-8")
+    code, out, _ = run("classify", tmp_path, "--in", tmp_path / "lone.jsonl", "--text-column", "text")
+    assert code == 0 and asked == ["fine"] and out.split("\n")[:3] == ["", "", ""]
+
+
+def test_a_folder_with_a_name_that_utf8_cannot_hold_gets_its_pages(run, model, tiny_text, tmp_path):
+    out = tmp_path / "caf\udce9"
+    assert run("diagnose", model(), "--text", f"a={tiny_text}", "--out", out, "--max-tokens", 300)[0] == 0
+    assert "caf\udce9" in json.loads((out / "diagnosis.json").read_text(encoding="utf-8"))["command"]
+    assert "caf\\udce9" in (out / "diagnosis.html").read_text(encoding="utf-8")

@@ -118,6 +118,17 @@ def reason_of(error: Exception) -> str:
     return (text.strip() or type(error).__name__).splitlines()[0].rstrip(".:")
 
 
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can hold a text: JSON can spell half a character, and arguments and
+    names of files may have bytes of another encoding; Python has lone surrogates for both.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def disk_error(error: Exception) -> str | None:
     """What is wrong with the disk, where that is what an error says; safetensors has it only in its message."""
     told = re.search(r"\(os error (\d+)\)", str(error))

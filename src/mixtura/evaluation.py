@@ -8,6 +8,7 @@ Shapes: B batch, L length, V vocabulary.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +44,15 @@ class HeldOutLoss:
     """Tokens of one."""
     sequences_left_out: int
     """Sequences of the text that were not measured: beyond the most that were asked for, or no full batch."""
+    rows_skipped: dict[str, int]
+    """Rows without a text, by reason."""
 
     def extent(self) -> str:
         """How much of the text was measured, in one sentence."""
         of = f" of {self.sequences + self.sequences_left_out:,}" if self.sequences_left_out else ""
-        return f"{self.tokens:,} tokens in {self.sequences:,}{of} sequences of {self.sequence_length:,}."
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rows_skipped.items())
+        skipped = f"; rows skipped: {reasons}" if reasons else ""
+        return f"{self.tokens:,} tokens in {self.sequences:,}{of} sequences of {self.sequence_length:,}{skipped}."
 
 
 def evaluation_modes(config: Any) -> tuple[str, ...]:
@@ -216,12 +221,18 @@ def evaluate(
         The loss by mode, see `evaluation_modes`.
 
     Raises:
-        UserError: the model or the text cannot be read, or the text is too short for one batch.
+        UserError: the model or the text cannot be read, the text is too short for one batch, or the loss is no number.
     """
+    if max_sequences < batch_size:
+        raise UserError(
+            f"--max-sequences {max_sequences:,} is fewer than one batch of {batch_size:,}: raise it, or lower "
+            "--batch-size."
+        )
     loaded, tokenizer = load_model(Path(model))
     length = sequence_length or min(loaded.config.max_position_embeddings, 512)
     _check_settings(loaded.config, length=length, batch_size=batch_size)
-    documents = read_documents(DataConfig(source="local", path=str(text), text_column=text_column))
+    skipped: Counter[str] = Counter()
+    documents = read_documents(DataConfig(source="local", path=str(text), text_column=text_column), skipped)
     packed = pack(documents, tokenizer, sequence_length=length, name=f"'{text}'")
     whole = min(packed.num_sequences, max_sequences) // batch_size * batch_size
     if not whole:
@@ -230,11 +241,18 @@ def evaluate(
             f"{batch_size}: give more text, or lower --batch-size or --sequence-length."
         )
     losses = evaluate_loss(loaded, packed, num_sequences=whole, batch_size=batch_size)
+    for mode, measured in losses.items():
+        if not math.isfinite(measured["loss"]):
+            raise UserError(
+                f"The loss of '{model}' in mode {mode} is {measured['loss']}: its weights are no usable numbers, so "
+                "train or export it again."
+            )
     extent = {
         "tokens": whole * (length - 1),
         "sequences": whole,
         "sequence_length": length,
         "sequences_left_out": packed.num_sequences - whole,
+        "rows_skipped": dict(skipped),
     }
     return {mode: HeldOutLoss(**measured, **extent) for mode, measured in losses.items()}
 

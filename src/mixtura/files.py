@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mixtura.errors import UserError, disk_error, reason_of
+from mixtura.errors import UserError, disk_error, is_utf8, reason_of
 
 
 @contextmanager
@@ -38,9 +38,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text as UTF-8 with the line ends it has."""
+    """Writes a text as UTF-8 with the line ends it has; a name of a file that UTF-8 cannot hold becomes an escape."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -54,8 +54,15 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def check_name(out: Path) -> None:
+    """Raises UserError where UTF-8 cannot hold the path, by which tokenizers and weights are written."""
+    if not is_utf8(str(out)):
+        raise UserError(f"'{out}' has a name that is not UTF-8 text: name another folder.")
+
+
 def check_empty(out: Path) -> None:
     """Raises UserError where `out` is a file, a folder that holds something, or lies where none can be made."""
+    check_name(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"'{out}' is not empty: name a new folder.")
     if (file := file_above(out)) is not None:

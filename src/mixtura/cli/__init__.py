@@ -70,7 +70,7 @@ def _fail(sentences: str) -> None:
 
 def _say(text: str) -> None:
     if local_rank() == 0:
-        print(text, file=sys.stderr)
+        print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
 
 
 @contextmanager

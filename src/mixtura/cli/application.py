@@ -2,6 +2,8 @@
 from the command line, a file or standard input.
 """
 
+import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from mixtura import __version__
-from mixtura.errors import Interrupted, UserError, rank, reason_of
+from mixtura.errors import Interrupted, UserError, is_utf8, rank, reason_of
 
 
 class VerbsByUse(TyperGroup):
@@ -170,7 +172,7 @@ def given_texts(texts: Sequence[str], source: Path | None, *, what: str) -> list
         what: what a text is called, such as "prompt".
 
     Raises:
-        UserError: there are none, there are two sources, or the file cannot be read.
+        UserError: there are none, one is no text, there are two sources, or the file cannot be read.
     """
     if "-" in texts and len(texts) > 1:
         raise UserError(f"A {what} is -, which stands for standard input: give it alone, or leave it out.")
@@ -183,6 +185,8 @@ def given_texts(texts: Sequence[str], source: Path | None, *, what: str) -> list
     for text in texts:
         if not text.strip():
             raise UserError(f"The {what} is empty: give some text.")
+        if not is_utf8(text):
+            raise UserError(f"The {what} is not UTF-8 text: set the terminal's encoding to UTF-8, or retype it.")
     return list(texts)
 
 
@@ -204,7 +208,7 @@ def column_texts(source: Path | None, column: str) -> list[str]:
     texts, names = [], dict[str, object]()
     for row in file_rows(source, [column]):
         value = find_cell(row, column)[1]
-        texts.append(value if isinstance(value, str) else "")
+        texts.append(value if isinstance(value, str) and is_utf8(value) else "")
         names.update(row.values)
     if not any(text.strip() for text in texts):
         listed = f", some of {', '.join(list(names)[:20])}" if names else ""
@@ -247,6 +251,19 @@ def put_lines(lines: Sequence[str], out: Path | None) -> None:
         return
     put_text("".join(f"{line}\n" for line in lines), out)
     typer.echo(f"{len(lines):,} lines: {out}", err=True)
+
+
+def put_json(value: Any) -> None:
+    """Writes JSON to standard output; a number that JSON does not have, such as an infinite perplexity, is null."""
+    typer.echo(json.dumps(_finite(value), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def put_text(text: str, out: Path) -> None:

@@ -21,6 +21,7 @@ from mixtura.cli.application import (
     column_texts,
     given_texts,
     open_page,
+    put_json,
     put_lines,
     quiet_transformers,
 )
@@ -75,7 +76,7 @@ def evaluate(
             max_sequences=max_sequences,
         )
     if as_json:
-        typer.echo(json.dumps({mode: dataclasses.asdict(measured) for mode, measured in losses.items()}, indent=1))
+        put_json({mode: dataclasses.asdict(measured) for mode, measured in losses.items()})
         return
     for mode, measured in losses.items():
         typer.echo(
@@ -102,7 +103,7 @@ def _evaluate_tasks(
         raise UserError(f"--tasks is '{tasks}': name tasks of lm-eval, such as hellaswag,arc_easy.")
     scores = score_tasks(model, names, folder=folder, num_shots=shots, limit=limit, batch_size=batch_size)
     if as_json:
-        typer.echo(json.dumps([score._asdict() for score in scores], indent=1))
+        put_json([score._asdict() for score in scores])
         return
     for score in scores:
         noise = "" if score.standard_error is None else f" +- {score.standard_error:.4f}"

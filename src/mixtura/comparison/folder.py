@@ -31,7 +31,7 @@ import torch
 from mixtura import __version__
 from mixtura.config import AnyRecipe, Interrupted, UserError, recipe_to_dict, recipe_to_toml
 from mixtura.errors import launch, rank, reason_of
-from mixtura.files import file_above, write_json, write_text
+from mixtura.files import check_name, file_above, write_json, write_text
 from mixtura.kernels import native
 from mixtura.results.document import Plain, read_json
 from mixtura.training import ranks
@@ -91,6 +91,7 @@ def has_runs(out: Path) -> bool:
 
 def _make(out: Path) -> list[Path]:
     """Makes the folder and those above it; returns those that were not there, the innermost first."""
+    check_name(out)
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)

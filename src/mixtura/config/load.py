@@ -25,7 +25,7 @@ from mixtura.config.schema import (
     TomlTable,
     TranslationRecipe,
 )
-from mixtura.errors import UserError, reason_of, refuse_together
+from mixtura.errors import UserError, is_utf8, reason_of, refuse_together
 
 PRESETS = (
     "quick",
@@ -79,7 +79,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
         raise UserError(f"'{path}' cannot be read ({error.strerror}): check the path and its permissions.") from None
     except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of 5,000 digits, 1,000 lists in lists
         raise UserError(f"'{path}' is not a TOML recipe ({reason_of(error)}): {_toml_advice(error)}.") from None
-    table.setdefault("name", path.stem)
+    if not is_utf8(str(table.setdefault("name", path.stem))):
+        raise UserError(f"'{path}' has a name that is not UTF-8 text: rename the recipe.")
+    for override in overrides:
+        if not is_utf8(override):
+            raise UserError(f"{override} is not UTF-8 text: rename the file, or retype it in a terminal of UTF-8.")
     if any(override.partition("=")[0].strip() in _BRINGS_DATA for override in overrides) and _is_preset(path):
         _leave_open(table)
     for override in overrides:

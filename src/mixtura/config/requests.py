@@ -244,9 +244,10 @@ def start_overrides(
     # JSON's strings are TOML's.
     changes = []
     if start is not None:
-        changes.append(f"arms.{one_arm(as_recipe(recipe)[1], arm)}.init_from={json.dumps(start)}")
+        named = json.dumps(start, ensure_ascii=False)
+        changes.append(f"arms.{one_arm(as_recipe(recipe)[1], arm)}.init_from={named}")
     if text is not None:
-        changes += ['data.source="local"', f"data.path={json.dumps(str(text))}"]
+        changes += ['data.source="local"', f"data.path={json.dumps(str(text), ensure_ascii=False)}"]
     return changes
 
 

@@ -17,8 +17,9 @@ from mixtura.config.requests import held_out_chats
 from mixtura.data.formats.rows import Row, find_cell
 from mixtura.data.formats.table_files import TABLES, file_rows, hub_rows, select
 from mixtura.data.formats.text_files import local_files
-from mixtura.data.held_out import is_utf8, normalise, text_hash
+from mixtura.data.held_out import normalise, text_hash
 from mixtura.data.python_questions import python_questions
+from mixtura.errors import is_utf8
 
 ANSWERS = "assistant"
 _ROLES = {

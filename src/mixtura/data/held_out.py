@@ -51,15 +51,6 @@ def normalise(text: str) -> str:
     return " ".join(folded.translate(_separators()).split()) or text.strip()
 
 
-def is_utf8(text: str) -> bool:
-    """Whether UTF-8 can hold a text: JSON can spell half a character, a lone surrogate."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def text_hash(*texts: str) -> bytes:
     """A hash that shuffles texts the same way on every machine, in whatever order they come."""
     return hashlib.blake2b("\0".join(texts).encode(), digest_size=16).digest()

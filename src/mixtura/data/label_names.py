@@ -11,7 +11,7 @@ from decimal import Decimal
 
 from mixtura.config import ClassificationDataConfig, UserError
 from mixtura.data.formats.rows import WrittenNumber
-from mixtura.data.held_out import is_utf8
+from mixtura.errors import is_utf8
 
 LabelSet = tuple[str, ...]
 _WHOLE = re.compile(r"([+-]?[0-9]+)\.0+")

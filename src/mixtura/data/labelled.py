@@ -18,9 +18,9 @@ from mixtura.data.formats.labelled_files import labelled_texts
 from mixtura.data.formats.rows import Row
 from mixtura.data.formats.table_files import TABLES, file_rows, hub_rows, select
 from mixtura.data.formats.text_files import list_files
-from mixtura.data.held_out import fold, is_utf8, normalise, text_hash
+from mixtura.data.held_out import fold, normalise, text_hash
 from mixtura.data.label_names import LabelSet, check_separator, flagged_labels, holds_several, label_name, label_set
-from mixtura.errors import need
+from mixtura.errors import is_utf8, need
 from mixtura.files import package_path
 
 if TYPE_CHECKING:

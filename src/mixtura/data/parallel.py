@@ -13,8 +13,9 @@ from typing import NamedTuple, TypeGuard
 from mixtura.config import TranslationDataConfig, UserError
 from mixtura.config.languages import Pair, parse_pairs
 from mixtura.config.requests import MOST_CHARACTERS, MOST_SOURCES, common_length, held_out_sources
-from mixtura.data.held_out import Candidate, Sides, Unit, anchor_of, hold_out, is_utf8, normalise, text_hash
+from mixtura.data.held_out import Candidate, Sides, Unit, anchor_of, hold_out, normalise, text_hash
 from mixtura.data.parallel_sources import Source, open_source
+from mixtura.errors import is_utf8
 
 # A hub dataset may have many millions of rows: with `max_pairs` it is read until there are so many times as many usable
 # pairs of each direction as are wanted, and the choice is made among those.

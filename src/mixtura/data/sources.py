@@ -22,6 +22,7 @@ from mixtura.data.formats.rows import Row
 from mixtura.data.formats.table_files import TABLES, file_rows, hub_rows, select
 from mixtura.data.formats.text_files import ending, local_files, read_lines
 from mixtura.data.labelled import movie_reviews_file, read_movie_reviews
+from mixtura.errors import is_utf8
 
 SUFFIXES = (".txt", *TABLES)
 _RECENT = 2**16
@@ -53,14 +54,26 @@ def load_corpus(data: DataConfig) -> Corpus:
     return _hold_out(DocumentStream(data))
 
 
-def read_documents(data: DataConfig) -> list[str]:
+def read_documents(data: DataConfig, skipped: Counter[str] | None = None) -> list[str]:
     """All documents of a source with text in them, none held out and duplicates kept.
+
+    Args:
+        data: where the text is.
+        skipped: gets the rows that are left out, by reason, as `Corpus.skipped` has them.
 
     Raises:
         UserError: the source is missing or unreadable, or has no text.
     """
-    rows, description = _read(data, Counter(), _Place())
-    documents = [row for row in rows if isinstance(row, str) and row.strip()]
+    skipped = Counter() if skipped is None else skipped
+    rows, description = _read(data, skipped, _Place())
+    documents = []
+    for row in rows:
+        if not isinstance(row, str) or not is_utf8(row):
+            skipped["not text"] += 1
+        elif not row.strip():
+            skipped["empty"] += 1
+        else:
+            documents.append(row)
     if not documents:
         raise UserError(f"There is no text in {description}: give another file or column.")
     return documents
@@ -293,10 +306,7 @@ def _cut(document: str, share: float) -> tuple[str, str] | None:
 
 def _encode(row: object) -> bytes | None:
     """The text as UTF-8; None for what is no text: null, a number, a lone surrogate."""
-    try:
-        return row.encode() if isinstance(row, str) else None
-    except UnicodeEncodeError:
-        return None
+    return row.encode() if isinstance(row, str) and is_utf8(row) else None
 
 
 def check_sides(train: int, validation: int, skipped: Counter[str], description: str, data: DataConfig) -> None:

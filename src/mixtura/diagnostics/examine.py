@@ -43,6 +43,7 @@ from mixtura.diagnostics.health import summarize_load
 from mixtura.diagnostics.leak import probe_causal_lm
 from mixtura.diagnostics.page import render_page
 from mixtura.diagnostics.specialization import ObservedChoices, describe_layer, observe
+from mixtura.errors import is_utf8
 from mixtura.files import replacing
 from mixtura.models.inference import grouped_layers, mixing_layers, running_in
 from mixtura.models.loading import load_model
@@ -110,6 +111,8 @@ def read_texts(sources: Sequence[str], *, text_column: str = "text") -> dict[str
     texts: dict[str, list[str]] = {}
     for source in sources:
         name, found, path = source.partition("=")
+        if not is_utf8(name):
+            raise UserError(f"'{source}' has a name that is not UTF-8 text: write another before the =.")
         if not found or not name.strip() or not path.strip():
             raise UserError(f"'{source}' names no text: write a name and a file, such as de=german.txt.")
         if name.strip() in texts:
@@ -205,10 +208,12 @@ def write_diagnosis(results: Diagnosis, out: Path) -> None:
     """
     numbers = json.dumps(to_plain(results), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
     page = render_page(results)
+    # A model's folder may have a name that UTF-8 cannot hold; JSON reads its escape back.
+    form = {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
     try:
         with replacing(out / "diagnosis.json") as json_file, replacing(out / "diagnosis.html") as html_file:
-            json_file.write_text(numbers, encoding="utf-8", newline="\n")
-            html_file.write_text(page, encoding="utf-8", newline="\n")
+            json_file.write_text(numbers, **form)
+            html_file.write_text(page, **form)
     except OSError as error:
         raise UserError(
             f"'{out}' cannot be written ({error.strerror or error}): make room, or choose another folder with --out."

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TextStreamer
 
 from mixtura.config import UserError
 from mixtura.config.families import never_served
-from mixtura.errors import reason_of
+from mixtura.errors import is_utf8, reason_of
 from mixtura.models.loading import load_model
 
 CHAT_FILE = "chat.json"
@@ -82,12 +83,8 @@ class Writer:
         """
         if not prompt:
             raise UserError("The prompt is empty: give some text to go on from.")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                "The prompt is not UTF-8 text: set the terminal's encoding to UTF-8, or retype it."
-            ) from None
+        if not is_utf8(prompt):
+            raise UserError("The prompt is not UTF-8 text: it has half a character, so correct it.")
         if not self.chat:
             return self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         messages = [{"role": "user", "content": prompt}]
@@ -127,19 +124,28 @@ class Writer:
             on_text: called with each piece of the text as soon as it is certain.
 
         Raises:
-            UserError: the prompt cannot be used, or the model has no place for a text so long.
+            UserError: the prompt cannot be used, the model has no place for a text so long, or it gives no numbers.
         """
         inputs = self.encode(prompt)
         streamer = None if on_text is None else _Pieces(self.tokenizer, on_text, skip_prompt=self.chat)
         torch.manual_seed(sampling.seed)
         try:
-            output = self.model.generate(**inputs, **sampling.settings(), streamer=streamer)
+            output = self.model.generate(
+                **inputs, **sampling.settings(), streamer=streamer, logits_processor=[_check_logits]
+            )
         except IndexError as error:
             if (told := self.beyond_positions(prompt, sampling)) is None:
                 raise
             raise UserError(f"{told} It has no embedding for them.") from error
         start = inputs["input_ids"].shape[1] if self.chat else 0
         return self.tokenizer.decode(output[0, start:], skip_special_tokens=True)
+
+
+def _check_logits(_: Tensor, logits_BV: Tensor) -> Tensor:
+    """Refuses what no token can be chosen by; transformers calls it for every token."""
+    if not bool((logits_BV < torch.inf).all()):
+        raise UserError("The model gives no finite probabilities: its weights are broken, so train or export it again.")
+    return logits_BV
 
 
 class _Pieces(TextStreamer):
