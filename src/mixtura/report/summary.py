@@ -13,7 +13,7 @@ from mixtura.planning.advice import advise_on
 from mixtura.planning.evidence import load_evidence
 from mixtura.planning.question import LEAST_TOKENS, LEAST_WIDTH, Question
 from mixtura.report.cautions import find_cautions
-from mixtura.report.limits import list_limits
+from mixtura.report.scope import list_limits
 from mixtura.report.significance import (
     MOT_ANCHOR,
     Curve,
