@@ -155,12 +155,12 @@ def test_a_huge_document_whose_hash_holds_it_out_is_trained_on(tmp_path):
 
 
 def test_documents_that_cannot_be_cut_leave_the_one_nearest_in_size_and_say_so(tmp_path):
-    texts = ["x" * 900, "y" * 300, "z" * 1200]
+    texts = ["x", "y\u0301", "z"]
     corpus = load_corpus(
         local(write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts]), validation_fraction=0.02)
     )
-    assert corpus.validation == ["y" * 300]
-    assert "12.5% of which are held out" in corpus.description
+    assert corpus.validation in (["x"], ["z"])
+    assert "20.0% of which are held out" in corpus.description
 
 
 def test_a_source_without_any_text_is_refused(tmp_path):
