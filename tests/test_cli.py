@@ -391,6 +391,23 @@ def test_an_amount_that_may_mean_two_things_is_refused(text):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ("advise", "--tokens", "30M", "--width", "64"),
+        ("advise", "--tokens", "1e300", "--parameters", "1e24", "--memory", "1e300"),
+        ("plan", "--preset", "quick"),
+    ],
+    ids=lambda arguments: " ".join(arguments[:3]),
+)
+def test_json_has_no_number_that_is_none(run, arguments):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    code, text = run(*arguments, "--json")
+    assert code == 0 and json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--tokens", "3M"), "either --width, of the dense model, or --parameters"),

@@ -242,6 +242,9 @@ def test_parameters_become_the_nearest_width():
         ({"tokens": float("inf"), "width": 64}, "tokens is inf: give 100,000 or more, a finite number"),
         ({"tokens": 1e6, "parameters": 5}, "parameters is 5: give 3,072 or more"),
         ({"tokens": 1e6, "parameters": 9000, "layers": 12}, "parameters is 9,000: give 9,216 or more"),
+        ({"tokens": 1e6, "width": 10**200}, r"width is 1e\+200: give 8 to 1e\+09"),
+        ({"tokens": 1e6, "parameters": 1e300}, r"parameters is 1e\+300: give 3,072 to 1e\+24"),
+        ({"tokens": 1e6, "width": 64, "vocabulary": 10**30}, r"vocabulary is 1e\+30: give 2 to 1e\+09"),
         ({"tokens": 1e6, "width": 64, "memory": 0}, "memory is 0"),
     ],
 )

@@ -51,6 +51,8 @@ def test_unknown_hardware_is_refused_with_what_is_known(spec):
         (OWN + "colour = 1", "has 'colour': it may have name, devices"),
         (OWN.replace("= 16", "= 1.5"), "devices = 1.5: it must be a whole number"),
         (OWN.replace("= 96", "= -1"), "memory_gb = -1: it must be a number, greater than zero"),
+        (OWN.replace("= 96", "= inf"), r"memory_gb = inf: it must be a number, .*from 1e-06 to 1e\+12"),
+        (OWN.replace("= 96", "= 1e300"), r"memory_gb = 1e\+300: it must be a number, .*from 1e-06 to 1e\+12"),
         (OWN.replace("= 96", "= true"), "memory_gb = True: it must be a number"),
     ],
 )

@@ -1,7 +1,6 @@
 """Verbs about recipes and the machine: keys, init, doctor, plan, bench."""
 
 import difflib
-import json
 import os
 import shutil
 from importlib.util import find_spec
@@ -10,7 +9,16 @@ from typing import Annotated, cast
 
 import typer
 
-from mixtura.cli.application import PresetOption, RecipeArgument, SetOption, app, progress, put_text, recipe_path
+from mixtura.cli.application import (
+    PresetOption,
+    RecipeArgument,
+    SetOption,
+    app,
+    progress,
+    put_json,
+    put_text,
+    recipe_path,
+)
 from mixtura.errors import EXTRAS, UserError
 from mixtura.threads import crowded
 
@@ -129,7 +137,10 @@ def plan(
             planned = plan_here(loaded, reporter=told, arm=arm, rounds=PROBE_ROUNDS)
     else:
         planned = plan_recipe(loaded, read_hardware(hardware or "1xH100"), arm=arm)
-    typer.echo(json.dumps(planned.plain_form(), indent=1) if as_json else "\n".join(planned.lines()))
+    if as_json:
+        put_json(planned.plain_form())
+    else:
+        typer.echo("\n".join(planned.lines()))
 
 
 @app.command(rich_help_panel="Machine")

@@ -1,6 +1,5 @@
 """Verbs that say what to train, train and report: advise, compare, finetune, train, report."""
 
-import json
 import re
 import shlex
 import sys
@@ -20,6 +19,7 @@ from mixtura.cli.application import (
     app,
     open_page,
     progress,
+    put_json,
     recipe_path,
     say,
 )
@@ -89,7 +89,7 @@ def advise(
             out=page,
         )
     if as_json:
-        typer.echo(json.dumps(plain_advice(found), indent=1))
+        put_json(plain_advice(found))
     else:
         typer.echo("\n".join(console_lines(found, load_evidence())))
     if page is not None:

@@ -60,6 +60,10 @@ _KNOWN: dict[str, tuple[float, ...]] = {
 }
 
 
+LEAST, MOST = 1e-6, 1e12
+"""Of a number in a file of hardware: beyond them seconds and dollars would be no finite numbers."""
+
+
 def read_hardware(spec: str) -> Hardware:
     """Hardware from "64xH200", "H100" or the path of a TOML file with the fields of `Hardware`.
 
@@ -92,9 +96,12 @@ def _from_file(path: Path) -> Hardware:
         if key not in fields:
             raise UserError(f"--hardware '{path}' has '{key}': it may have {', '.join(fields)}.")
         wanted = {str: "a text", int: "a whole number"}.get(fields[key].type, "a number")  # pyright: ignore
-        fits = isinstance(value, str) if wanted == "a text" else isinstance(value, int | float) and value > 0
+        number = isinstance(value, int | float) and LEAST <= value <= MOST
+        fits = isinstance(value, str) if wanted == "a text" else number
         if not fits or (wanted == "a whole number" and not isinstance(value, int)) or isinstance(value, bool):
-            raise UserError(f"--hardware '{path}' has {key} = {value!r}: it must be {wanted}, greater than zero.")
+            least = 1 if wanted == "a whole number" else LEAST
+            bound = "" if wanted == "a text" else f", greater than zero: from {least:g} to {MOST:g}"
+            raise UserError(f"--hardware '{path}' has {key} = {value!r}: it must be {wanted}{bound}.")
     missing = [name for name, field in fields.items() if name not in given and field.default is dataclasses.MISSING]
     if missing:
         raise UserError(f"--hardware '{path}' lacks {', '.join(missing)}.")

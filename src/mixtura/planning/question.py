@@ -8,7 +8,8 @@ from mixtura.planning.evidence import HIDDEN_MULTIPLE, StepRatio, body_parameter
 
 LEAST_TOKENS = 100_000
 """Fewer are no budget to train at: laws of the loss have not begun there."""
-LEAST_WIDTH, MOST_LAYERS = 8, 10_000
+LEAST_WIDTH, MOST_LAYERS, MOST_WIDTH, MOST_PARAMETERS = 8, 10_000, 10**9, 1e24
+"""Beyond the last two, numbers of parameters and FLOPs would be too large to compute with."""
 MOST_SHARE = 10.0
 """Beyond as many times dense's tokens it is no longer named where an arm has dense's loss."""
 
@@ -136,14 +137,14 @@ def question_of(
     for name, value, least, most in (
         ("tokens", tokens, LEAST_TOKENS, math.inf),
         ("layers", layers, 1, MOST_LAYERS),
-        ("width", width, LEAST_WIDTH, math.inf),
-        ("parameters", parameters, body_parameters(LEAST_WIDTH, layers=max(1, layers)), math.inf),
-        ("vocabulary", vocabulary, 2, math.inf),
+        ("width", width, LEAST_WIDTH, MOST_WIDTH),
+        ("parameters", parameters, body_parameters(LEAST_WIDTH, layers=max(1, layers)), MOST_PARAMETERS),
+        ("vocabulary", vocabulary, 2, MOST_WIDTH),
         ("memory", memory, 1, math.inf),
     ):
         if value is None or (least <= value <= most and value < math.inf):
             continue
-        bound = f"{least:,.0f} or more" if most == math.inf else f"{least:,} to {most:,}"
+        bound = f"{least:,.0f} to {most:,.6g}" if value > most else f"{least:,.0f} or more"
         raise UserError(f"{name} is {value:,.6g}: give {bound}{', a finite number' if value == math.inf else ''}.")
     if width is None:
         width = 8 * max(1, round(math.sqrt((parameters or 0) / (HIDDEN_MULTIPLE * layers)) / 8))
