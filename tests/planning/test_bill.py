@@ -105,9 +105,16 @@ def test_what_does_not_fit_is_said_with_what_would():
     assert "does not fit" in "\n".join(bill.lines())
 
 
-def test_recipes_that_start_from_pretrained_models_are_refused():
-    with pytest.raises(UserError, match="only recipes that train from random weights are planned"):
-        plan_recipe(load_recipe(RECIPES / "translation.toml"), read_hardware("1xH100"))
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("translation", "'translation' is a recipe for translation, and only recipes of pretraining are planned: run"),
+        ("continue", "'continue' starts from checkpoints, and only recipes that train from random weights are planned"),
+    ],
+)
+def test_recipes_that_do_not_pretrain_from_random_weights_are_refused(name, told):
+    with pytest.raises(UserError, match=told):
+        plan_recipe(load_recipe(RECIPES / f"{name}.toml"), read_hardware("1xH100"))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

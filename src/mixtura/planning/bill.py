@@ -273,10 +273,15 @@ def plan_recipe(recipe: AnyRecipe, hardware: Hardware, *, arm: str | None = None
     Raises:
         UserError: the recipe fine-tunes or starts from checkpoints, has no such arm, or its batch cannot be divided.
     """
-    if not isinstance(recipe, Recipe) or starts_from_checkpoints(recipe):
+    instead = "run it with --dry-run on the machine itself"
+    if not isinstance(recipe, Recipe):
         raise UserError(
-            f"'{recipe.name}' starts from a pretrained model, and only recipes that train from random weights are "
-            "planned: run it with --dry-run on the machine itself."
+            f"'{recipe.name}' is a recipe for {recipe.task}, and only recipes of pretraining are planned: {instead}."
+        )
+    if starts_from_checkpoints(recipe):
+        raise UserError(
+            f"'{recipe.name}' starts from checkpoints, and only recipes that train from random weights are planned: "
+            f"{instead}."
         )
     if arm is not None and arm not in recipe.arms:
         raise UserError(f"The recipe has no arm '{arm}': choose one of {', '.join(recipe.arms)}.")
