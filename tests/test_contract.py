@@ -205,6 +205,47 @@ def test_statistics_cost_nothing_when_nobody_asks(monkeypatch):
                 layer(tokens(), return_stats=True)
 
 
+NOTHING = BUILDERS | {
+    "token_choice_by_sequence": lambda **more: TokenChoiceMoE(D, **SIZES, num_experts=E, balance_by_sequence=True),
+    "expert_choice_over_all": lambda **more: ExpertChoiceMoE(D, **SIZES, num_experts=E, group_over="all"),
+    "mixture_of_tokens_zero_fill": lambda **more: MixtureOfTokens(
+        D, **SIZES, num_experts=E, group_size=2, zero_fill=0.5, population=True
+    ),
+    "mixture_of_tokens_over_sequence": lambda **more: MixtureOfTokens(
+        D, **SIZES, num_experts=E, group_size=2, group_over="sequence", inference_mode="group"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("shape", [(0, L), (B, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_a_batch_without_tokens_gives_no_output_and_gradients_of_zero(name, training, shape, masked):
+    layer = NOTHING[name]().train(training)
+    x_BLD = torch.randn(*shape, D, requires_grad=True)
+    mask_BL = torch.ones(shape) if masked else None
+    y_BLD, stats = layer(x_BLD, mask_BL, return_stats=True)
+    assert y_BLD.shape == layer(x_BLD, mask_BL).shape == (*shape, D) and y_BLD.dtype == x_BLD.dtype
+    loss = y_BLD.sum()
+    if name != "dense":
+        assert all(value.dtype == torch.float32 and (value == 0).all() for value in stats)
+        assert [value.shape for value in stats] == [(E,), (E,), (), (), (), (), ()]
+        loss = loss + stats.importance_E.sum() + stats.router_z_loss + stats.sequence_loss
+    loss.backward()
+    assert x_BLD.grad.shape == x_BLD.shape
+    assert all(torch.equal(each.grad, torch.zeros_like(each)) for each in layer.parameters())
+
+
+def test_a_batch_of_padding_alone_has_statistics_of_zero(family):
+    if family == "dense":
+        return
+    y_BLD, stats = build(family)(tokens(), torch.zeros(B, L), return_stats=True)
+    assert y_BLD.isfinite().all()
+    assert all(value.isfinite().all() for value in stats) and stats.routed_rows == 0
+    assert torch.equal(stats.importance_E, torch.zeros(E)) and stats.router_z_loss == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
 def test_a_mask_of_any_dtype_hides_what_padding_holds(family, dtype):
     layer, x_BLD = build(family), tokens()

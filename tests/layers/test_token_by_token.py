@@ -94,9 +94,8 @@ def test_a_decoding_step_goes_the_short_way(no_long_way):
     layer = random_layer()
     with torch.no_grad():
         layer(torch.randn(8, 1, 6, dtype=torch.float64))
-        for x_BLD in (torch.randn(9, 1, 6, dtype=torch.float64), torch.randn(0, 1, 6, dtype=torch.float64)):
-            with pytest.raises(pytest.fail.Exception, match="the long way"):
-                layer(x_BLD)
+        with pytest.raises(pytest.fail.Exception, match="the long way"):
+            layer(torch.randn(9, 1, 6, dtype=torch.float64))
     with pytest.raises(pytest.fail.Exception, match="the long way"):
         layer(torch.randn(1, 1, 6, dtype=torch.float64))  # gradients are wanted
 

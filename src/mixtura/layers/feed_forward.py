@@ -6,10 +6,11 @@ Shapes: B batch, L length, D hidden.
 from abc import abstractmethod
 from typing import Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from mixtura.kernels.expert_weights import activate, check_activation
-from mixtura.layers.statistics import RoutingStats
+from mixtura.layers.statistics import RoutingStats, empty_stats
 
 
 class FeedForward(nn.Module):
@@ -17,6 +18,8 @@ class FeedForward(nn.Module):
 
     routes_by_example = False
     """Whether the caller names an expert for each example, in place of a router."""
+    num_experts: int
+    """Of a mixture; a dense layer has none."""
     shared_expert: "DenseFFN | None"
 
     def __init__(self) -> None:
@@ -86,10 +89,20 @@ class FeedForward(nn.Module):
             raise ValueError(
                 f"expert_B has shape {tuple(expert_B.shape)} for {len(x_BLD)} examples: give one for each."
             )
+        if x_BLD.numel() == 0:
+            y_BLD, stats = self.run_nothing(x_BLD, return_stats)
+            return (y_BLD, stats) if return_stats else y_BLD
         y_BLD, stats = self.route_and_run(x_BLD, mask_BL, return_stats, expert_B)
         if self.shared_expert is not None:
             y_BLD = y_BLD + self.shared_expert(x_BLD)
         return (y_BLD, stats) if return_stats else y_BLD
+
+    def run_nothing(self, x_BLD: Tensor, want_stats: bool) -> tuple[Tensor, RoutingStats | None]:
+        """A batch without tokens, B or L being zero: no output, statistics of zero, and gradients of zero."""
+        parts = [parameter.flatten()[:0].sum().float() for parameter in self.parameters() if parameter.requires_grad]
+        zero = torch.stack([x_BLD.sum().float(), *parts]).sum()
+        stats = None if isinstance(self, DenseFFN) or not want_stats else empty_stats(zero, self.num_experts)
+        return x_BLD + zero.to(x_BLD.dtype), stats
 
     @abstractmethod
     def route_and_run(

@@ -51,7 +51,7 @@ def pool_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
     def mean(values: list[Tensor]) -> Tensor:
         value_P = torch.stack(values)
         weight_P = share_P.view(-1, *[1] * (value_P.dim() - 1))
-        # A set without a row has means that are no numbers.
+        # Without a row in any set, the shares are no numbers.
         return torch.where(weight_P > 0, weight_P * value_P, 0.0).sum(0)
 
     return RoutingStats(
@@ -62,6 +62,20 @@ def pool_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
         routed_rows=rows_P.sum(),
         entropy=mean([part.entropy for part in parts]),
         sequence_loss=mean([part.sequence_loss for part in parts]),
+    )
+
+
+def empty_stats(zero: Tensor, num_experts: int) -> RoutingStats:
+    """The statistics of no tokens; `zero` () float32 may carry gradients."""
+    none = torch.zeros_like(zero)
+    return RoutingStats(
+        tokens_per_expert_E=none.expand(num_experts),
+        importance_E=zero.expand(num_experts),
+        router_z_loss=zero,
+        dropped_tokens=none,
+        routed_rows=none,
+        entropy=none,
+        sequence_loss=zero,
     )
 
 
