@@ -20,6 +20,7 @@ from mixtura.layers import MergedExperts, RoutingStats
 from mixtura.layers.merged_experts import Memory
 from mixtura.models.build import build_feed_forward
 from mixtura.models.configuration_mixture import MixtureConfig
+from mixtura.models.packed_rows import Documents
 
 ATTENTION_CLASSES: dict[str, Any] = {
     "llama": LlamaAttention,
@@ -131,26 +132,44 @@ class MixtureDecoderLayer(GradientCheckpointingLayer):
         token_mask: Tensor | None = None,
         output_routing: bool = False,
         expert_ids: Tensor | None = None,
+        documents: Documents | None = None,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, ...]:
         """(B, L, D) -> (B, L, D), followed by the fields of the `RoutingStats` when asked for and if there are any.
 
         The fields are returned side by side and not as one tuple, because re-entrant checkpointing finds gradients only
-        in the direct outputs of a layer.
+        in the direct outputs of a layer. `documents` are those of rows in which several are packed.
         """
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
-        cache = kwargs.get("past_key_values")
-        if self.remembers and cache is not None and not self.training:
+        apart = documents if self.remembers else None
+        if apart is not None:
+            normed, token_mask = apart.as_rows(normed), apart.mask_NM
+        cache = None if self.training else kwargs.get("past_key_values")
+        update, stats = self._feed_forward(normed, token_mask, output_routing, expert_ids, apart, cache)
+        hidden_states = hidden_states + (update if apart is None else apart.together(update))
+        return (hidden_states, *(stats or ())) if output_routing else hidden_states
+
+    def _feed_forward(
+        self,
+        x_BLD: Tensor,
+        mask_BL: Tensor | None,
+        want_stats: bool,
+        expert_B: Tensor | None,
+        documents: Documents | None,
+        cache: Any,
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """The feed-forward layer and its statistics; one that remembers leaves its memory in the cache."""
+        if self.remembers and cache is not None:
             room = cache.layers[self.depth]
-            update, stats, room.memory = self.mlp.go_on(normed, token_mask, output_routing, room.memory)  # pyright: ignore
-            return (hidden_states + update, *(stats or ())) if output_routing else hidden_states + update
-        named = {"expert_B": expert_ids} if self.routes_by_example else {}
-        if not output_routing:
-            return hidden_states + self.mlp(normed, token_mask, **named)
-        update, stats = self.mlp(normed, token_mask, return_stats=True, **named)
-        return hidden_states + update, *(stats or ())
+            y_BLD, stats, memory = self.mlp.go_on(x_BLD, mask_BL, want_stats, room.memory)  # pyright: ignore
+            room.memory = memory if documents is None else Memory(*(each[documents.last_B] for each in memory))
+            return y_BLD, stats
+        named = {"expert_B": expert_B} if self.routes_by_example else {}
+        if want_stats:
+            return self.mlp(x_BLD, mask_BL, return_stats=True, **named)
+        return self.mlp(x_BLD, mask_BL, **named), None
 
 
 def joined_stats(fields: list[Tensor]) -> RoutingStats | None:

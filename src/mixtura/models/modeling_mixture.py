@@ -42,6 +42,7 @@ from mixtura.models.losses import (
     warn_of_a_loss_outside,
     weighted_router_losses,
 )
+from mixtura.models.packed_rows import documents_of
 
 
 class MixturePreTrainedModel(PreTrainedModel):
@@ -199,6 +200,8 @@ class MixtureModel(MixturePreTrainedModel):
         make_room_for_memory(past_key_values, self.config)
         length = inputs_embeds.size(1)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        token_mask = _token_mask(attention_mask, length, seen=seen)
+        documents = documents_of(self.config, inputs_embeds, position_ids, attention_mask, token_mask, seen=seen)
         if position_ids is None:
             position_ids = (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
         masks = causal_masks(
@@ -213,9 +216,10 @@ class MixtureModel(MixturePreTrainedModel):
             "position_ids": position_ids,
             "past_key_values": past_key_values,
             "use_cache": use_cache,
-            "token_mask": _token_mask(attention_mask, length, seen=seen),
+            "token_mask": token_mask,
             "output_routing": output_routing,
             "expert_ids": expert_ids,
+            "documents": documents,
             **attention_arguments(self.config),
             **kwargs,
         }
