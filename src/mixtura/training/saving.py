@@ -158,7 +158,7 @@ def check_checkpoint(folder: Path, settings: Facts) -> int:
             f"The checkpoint '{folder}' is damaged: {changed or COMPLETE} has other bytes than were written; remove "
             "the folder to go on from the one before it, or from the start."
         )
-    difference = first_difference(saved, json.loads(json.dumps(settings)))
+    difference = first_difference(_decisive(saved), _decisive(json.loads(json.dumps(settings))))
     if difference is not None:
         key, before, now = difference
         raise UserError(
@@ -334,7 +334,7 @@ def check_settings(out: Path, settings: Facts) -> None:
         stored = json.loads(path.read_text(encoding="utf-8"))["settings"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"'{path}' is not readable: choose another output folder, or remove '{out}'.") from None
-    difference = first_difference(stored, settings)
+    difference = first_difference(_decisive(stored), _decisive(settings))
     if difference is not None:
         key, before, now = difference
         raise UserError(
@@ -346,6 +346,16 @@ def check_settings(out: Path, settings: Facts) -> None:
 def settings_hash(settings: Facts) -> str:
     """A hash of 128 bits over all settings."""
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _decisive(settings: Facts) -> Facts:
+    data = settings.get("data") if isinstance(settings, dict) else None
+    return settings | {"data": without_description(data)} if isinstance(data, dict) else settings
+
+
+def without_description(facts: Facts) -> Facts:
+    """The counts and digests among facts on data, to be compared: the words also name files that are not read."""
+    return {key: value for key, value in facts.items() if key != "description"}
 
 
 def first_difference(before: Any, now: Any, where: str = "") -> tuple[str, Any, Any] | None:
