@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from mixtura.benchmarks.measure import store_record
-from mixtura.comparison.folder import environment
+from mixtura.comparison.environment import environment
 from mixtura.config import ArmConfig, DataConfig, Family, ModelConfig, Placement, TrainingConfig
 from mixtura.config.families import facts_of
 from mixtura.config.schema import Activation

@@ -185,6 +185,82 @@ def test_a_changed_recipe_does_not_go_on_in_the_old_folder(run, recipe, tmp_path
     )
 
 
+def tree(folder):
+    """Every file of a folder and what it holds."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("command", ["compare", "train --arm dense"])
+@pytest.mark.parametrize(
+    "mistake", ["data.path=nowhere.txt", "data.sequence_length=100000", "training.experts_backend=eager"]
+)
+def test_starting_over_with_a_mistake_leaves_the_finished_runs(run, recipe, tmp_path, command, mistake):
+    verb, *flags = command.split()
+    command = (verb, recipe, *flags, "--out", tmp_path / "out")
+    assert run(*command)[0] == 0
+    before = tree(tmp_path / "out")
+    assert_one_sentence(run(*command, "--no-resume", "--set", mistake), mistake.split("=")[-1].split(".")[0])
+    assert tree(tmp_path / "out") == before
+
+
+def test_starting_over_with_a_damaged_record_of_a_search_leaves_the_finished_runs(run, recipe, tmp_path):
+    command = ("compare", recipe, "--out", tmp_path / "out")
+    assert run(*command)[0] == 0
+    before = tree(tmp_path / "out")
+    recipe.with_suffix(".search.json").write_text("{", encoding="utf-8")
+    assert_one_sentence(run(*command, "--no-resume"), "tiny.search.json")
+    assert tree(tmp_path / "out") == before
+
+
+def test_a_dry_run_refuses_the_folders_that_the_run_refuses(run, recipe, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work", encoding="utf-8")
+    assert run("train", recipe, "--arm", "dense", "--out", tmp_path / "begun")[0] == 0
+    changed = ("--set", "training.weight_decay=0.5")
+    for out, more in (
+        ("tiny.toml", ()),
+        ("tiny.toml/below", ()),
+        ("mine", ()),
+        ("mine", ("--no-resume",)),
+        ("begun", changed),
+        ("begun", ("--set", "data.max_bytes=20000")),
+    ):
+        for verb in (("compare",), ("train", "--arm", "dense")):
+            command = (verb[0], recipe, *verb[1:], "--out", tmp_path / out, *more)
+            refused = run(*command, "--dry-run")
+            assert_one_sentence(refused, tmp_path, "--out")
+            assert refused == run(*command)
+    assert run("compare", recipe, "--out", tmp_path / "begun", *changed, "--no-resume", "--dry-run")[0] == 0
+    assert (tmp_path / "begun" / "arms" / "dense" / "seed0" / "result.json").exists()
+
+
+def test_a_dry_run_refuses_a_text_that_has_changed(run, recipe, tmp_path, tiny_text):
+    text = tmp_path / "text.txt"
+    shutil.copy(tiny_text, text)
+    command = ("train", recipe, "--arm", "dense", "--out", tmp_path / "out", "--set", f"data.path={text}")
+    assert run(*command)[0] == 0
+    text.write_text(text.read_text(encoding="utf-8") + "\n\nOne more film.\n", encoding="utf-8")
+    refused = run(*command, "--dry-run")
+    assert_one_sentence(refused, "The text has changed since", "--no-resume")
+    assert refused == run(*command)
+    assert run(*command, "--no-resume", "--dry-run")[0] == 0
+
+
+def test_a_run_goes_on_beside_a_file_that_is_not_read(run, recipe, tmp_path, tiny_text, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    for name in ("a.txt", "b.txt"):
+        shutil.copy(tiny_text, tmp_path / "texts" / name)
+    lines = tiny_text.read_text(encoding="utf-8").splitlines()
+    (tmp_path / "texts" / "b.txt").write_text("\n".join(reversed(lines)), encoding="utf-8")
+    changed = recipe.read_text(encoding="utf-8").replace(str(tiny_text), str(tmp_path / "texts"))
+    recipe.write_text(changed, encoding="utf-8")
+    seed = interrupted_run(run, recipe, tmp_path / "out", monkeypatch)
+    (tmp_path / "texts" / "notes.md").write_text("unread", encoding="utf-8")
+    shutil.rmtree(tmp_path / "out" / "data")  # where the text is kept as it was read
+    assert run("train", recipe, "--arm", "dense", "--out", tmp_path / "out") == (0, "")
+    assert (seed / "result.json").exists()
+
+
 def interrupted_run(run, recipe, out, monkeypatch):
     """A run of the dense arm that was stopped after its first checkpoint; gives its folder."""
 

@@ -67,7 +67,7 @@ def check_empty(out: Path) -> None:
         raise UserError(f"'{out}' is not empty: name a new folder.")
     if (file := file_above(out)) is not None:
         raise UserError(f"'{file}' is a file: name a folder elsewhere.")
-    if not os.access(nearest := _nearest_folder(out), os.W_OK):
+    if not os.access(nearest := nearest_folder(out), os.W_OK):
         raise UserError(f"'{nearest}' may not be written: name a folder elsewhere.")
 
 
@@ -117,10 +117,11 @@ def file_above(path: Path) -> Path | None:
 
 def free_bytes(out: Path) -> int:
     """Room on the disk that would hold the folder `out`, which need not exist."""
-    return shutil.disk_usage(_nearest_folder(out)).free
+    return shutil.disk_usage(nearest_folder(out)).free
 
 
-def _nearest_folder(out: Path) -> Path:
+def nearest_folder(out: Path) -> Path:
+    """The folder `out`, or the one nearest above it that exists."""
     return next(parent for parent in (out, *out.absolute().parents) if parent.is_dir())
 
 

@@ -12,22 +12,27 @@ import tomllib
 
 import pytest
 
-from mixtura.comparison import folder as module
+from mixtura.comparison import lock
+from mixtura.comparison.environment import environment, now
 from mixtura.comparison.folder import (
-    HOLDER,
+    begin,
     check_same_data,
-    environment,
     holding,
-    now,
     open_folder,
     ready,
     store_fitted,
 )
-from mixtura.config import Interrupted, UserError, recipe_from_dict
+from mixtura.comparison.lock import HOLDER
+from mixtura.config import Interrupted, UserError, recipe_from_dict, recipe_to_toml
 from mixtura.data.prepare import prepare_data
 from mixtura.files import write_json, write_text
 from mixtura.results.document import read_json
 from mixtura.tasks.language_modelling.experiment import Pretraining
+
+
+def read(recipe, **data):
+    """The recipe's experiment, on other data where that is said."""
+    return Pretraining(recipe, prepare_data(dataclasses.replace(recipe.data, **data), cache_dir=None))
 
 
 @pytest.fixture
@@ -92,11 +97,11 @@ def test_another_recipe_is_refused_once_a_trial_of_the_search_has_begun(tiny_rec
 
 def test_a_text_that_changed_since_the_first_trial_is_refused(tiny_recipe, tmp_path):
     recipe, out = tiny_recipe(), tmp_path / "out"
-    check_same_data(out, Pretraining(recipe, prepare_data(recipe.data, cache_dir=None)))
+    open_folder(out, recipe, resume=True)
+    begin(out, recipe, read(recipe), resume=True)
     write_json(out / "search" / "dense" / "rate0.001" / "seed1000" / "run.json", {})
-    other = prepare_data(dataclasses.replace(recipe.data, max_bytes=20_000), cache_dir=None)
     with pytest.raises(UserError, match=r"The text has changed since .* was begun"):
-        check_same_data(out, Pretraining(recipe, other))
+        check_same_data(out, read(recipe, max_bytes=20_000))
 
 
 def test_a_setting_that_was_turned_off_is_another_recipe(begun):
@@ -106,12 +111,100 @@ def test_a_setting_that_was_turned_off_is_another_recipe(begun):
         open_folder(out, dataclasses.replace(recipe, arms=arms), resume=True)
 
 
+@pytest.mark.parametrize("added", [True, False], ids=["added", "left out"])
+def test_arms_that_were_added_or_left_out_are_named_and_not_printed(begun, added):
+    out, recipe = begun
+    arms = {**recipe.arms, "wide": recipe.arms["dense"]} if added else {"dense": recipe.arms["dense"]}
+    told = (
+        rf"^Arm 'wide' is in this recipe but not in the comparison in '{out}', whose .*--out, or --no-resume to start"
+        if added
+        else rf"^Arm 'mixture_of_tokens' is in the comparison in '{out}' but not in this recipe, whose .*--no-resume"
+    )
+    with pytest.raises(UserError, match=told) as refused:
+        open_folder(out, dataclasses.replace(recipe, arms=arms), resume=True)
+    assert len(str(refused.value)) < 300
+
+
+def test_a_long_value_is_cut_in_the_sentence(begun):
+    out, recipe = begun
+    many = dataclasses.replace(recipe, seeds=tuple(range(1000)))
+    with pytest.raises(UserError, match=r"begun with seeds = \[0\], now it is \[0, 1, 2, .*\.\.\.: choose"):
+        open_folder(out, many, resume=True)
+
+
+def tree(folder):
+    """Every file of a folder and what it holds."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_starting_over_removes_what_is_ours_and_nothing_else(begun):
     out, recipe = begun
+    other = dataclasses.replace(recipe, seeds=(7,))
     write_json(out / "timing.json", {})
+    write_text(out / "data" / "old" / "tokens", "of the old comparison")
     write_text(out / "notes.txt", "mine")
-    open_folder(out, dataclasses.replace(recipe, seeds=(7,)), resume=False)
-    assert {path.name for path in out.iterdir()} == {"recipe.toml", "environment.json", "notes.txt"}
+    before = tree(out)
+    with holding(out):
+        open_folder(out, other, resume=False)
+        assert not (out / "data").exists()
+        write_text(out / "data" / "new" / "tokens", "of the new one")
+        kept = {path: text for path, text in before.items() if path.parts[0] != "data"}
+        assert kept.items() <= tree(out).items()
+        begin(out, other, read(other), resume=False)
+    assert {path.name for path in out.iterdir()} == {
+        "recipe.toml",
+        "environment.json",
+        "notes.txt",
+        "data",
+        "data.json",
+    }
+    assert [path.name for path in (out / "data").iterdir()] == ["new"]
+    assert recipe_from_dict(tomllib.loads((out / "recipe.toml").read_text(encoding="utf-8"))) == other
+
+
+@pytest.mark.parametrize("error", [UserError("no file"), Interrupted("stopped"), KeyboardInterrupt()], ids=repr)
+def test_a_start_over_that_fails_leaves_all_as_it_was(begun, error):
+    out, recipe = begun
+    write_text(out / "data" / "old" / "tokens", "of the old comparison")
+    before = tree(out)
+    with pytest.raises(type(error)), holding(out):
+        open_folder(out, dataclasses.replace(recipe, seeds=(7,)), resume=False)
+        write_text(out / "data" / "new" / "tokens", "of the new one")
+        raise error
+    assert tree(out) == before
+
+
+STARTS_OVER = """
+import os, signal, sys
+from pathlib import Path
+from mixtura.comparison import folder
+from mixtura.config import load_recipe
+out, recipe = Path(sys.argv[1]), load_recipe(Path(sys.argv[2]))
+killed = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+with folder.holding(out):
+    folder.open_folder(out, recipe, resume=False)
+    (out / "data").mkdir()
+    if sys.argv[3] == "clearing":
+        folder._write_recipe = killed
+        folder.begin(out, recipe, None, resume=False)
+    killed()
+"""
+
+
+@pytest.mark.parametrize("when", ["preparing", "clearing"])
+def test_a_start_over_that_is_killed_is_tidied_up_after(begun, tmp_path, when):
+    out, recipe = begun
+    write_text(out / "data" / "old" / "tokens", "of the old comparison")
+    write_text(tmp_path / "recipe.toml", recipe_to_toml(recipe))
+    before = tree(out)
+    command = [sys.executable, "-c", STARTS_OVER, str(out), str(tmp_path / "recipe.toml"), when]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    with holding(out):
+        open_folder(out, recipe, resume=True)
+    if when == "preparing":
+        assert tree(out) == before
+    else:
+        assert {path.name for path in out.iterdir()} == {"recipe.toml", "environment.json", "data"}
 
 
 def test_a_folder_of_other_files_is_left_alone(tiny_recipe, tmp_path):
@@ -142,12 +235,10 @@ def test_the_time_is_in_utc_to_the_second():
 
 def test_a_text_that_changed_since_the_first_run_is_refused(begun):
     out, recipe = begun
-    data = prepare_data(recipe.data, cache_dir=None)
-    other = prepare_data(dataclasses.replace(recipe.data, max_bytes=20_000), cache_dir=None)
-    check_same_data(out, Pretraining(recipe, data))
-    check_same_data(out, Pretraining(recipe, data))
+    for _ in range(2):
+        begin(out, recipe, read(recipe), resume=True)
     with pytest.raises(UserError, match=r"The text has changed since .* was begun"):
-        check_same_data(out, Pretraining(recipe, other))
+        check_same_data(out, read(recipe, max_bytes=20_000))
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -156,20 +247,33 @@ def test_a_text_of_the_same_size_is_told_by_its_tokens(begun, split):
     data = prepare_data(recipe.data, cache_dir=None)
     packed = getattr(data, split)
     turned = dataclasses.replace(packed, sequences_NL=packed.sequences_NL[::-1].copy())
-    check_same_data(out, Pretraining(recipe, data))
+    begin(out, recipe, Pretraining(recipe, data), resume=True)
     with pytest.raises(UserError, match=r"was begun \(tokens was .*--no-resume to start over"):
         check_same_data(out, Pretraining(recipe, dataclasses.replace(data, **{split: turned})))
 
 
+def test_files_beside_the_text_that_are_not_read_change_nothing(begun, tmp_path):
+    out, recipe = begun
+    texts = tmp_path / "texts"
+    for number in range(3):
+        write_text(texts / f"{number}.txt", f"the film number {number} is long and cold " * 40)
+    settings = {"source": "local", "path": str(texts), "validation_fraction": 0.4}
+    begin(out, recipe, read(recipe, **settings), resume=True)
+    for name in ("notes.md", "cover.png", ".DS_Store"):
+        write_text(texts / name, "unread")
+        begin(out, recipe, read(recipe, **settings), resume=True)
+    assert "2 of other kinds not read" in (out / "data.json").read_text(encoding="utf-8")
+    write_text(texts / "1.txt", "another film that is long and cold " * 40)
+    with pytest.raises(UserError, match=r"The text has changed since .* was begun \(summary\."):
+        begin(out, recipe, read(recipe, **settings), resume=True)
+
+
 def test_the_text_may_change_until_a_run_has_begun_and_when_starting_over(begun):
     out, recipe = begun
-    texts = [
-        prepare_data(dataclasses.replace(recipe.data, max_bytes=size), cache_dir=None) for size in (20_000, 30_000)
-    ]
-    check_same_data(out, Pretraining(recipe, texts[0]))
+    begin(out, recipe, read(recipe, max_bytes=20_000), resume=True)
     open_folder(out, recipe, resume=False)
-    for data in texts:
-        check_same_data(out, Pretraining(recipe, data))
+    begin(out, recipe, read(recipe, max_bytes=30_000), resume=False)
+    begin(out, recipe, read(recipe, max_bytes=20_000), resume=True)
 
 
 HOLD = """
@@ -263,13 +367,13 @@ def no_locks(monkeypatch, tmp_path, holder):
         def flock(*_):
             raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(module, "fcntl", Disk)
+    monkeypatch.setattr(lock, "fcntl", Disk)
     (tmp_path / HOLDER).write_text(json.dumps(holder), encoding="utf-8")
 
 
 @pytest.mark.parametrize("holder", [{"pid": 1, "host": "elsewhere", "since": "2026-01-01 00:00:00"}, {"pid": 1}])
 def test_a_disk_without_locks_goes_by_the_file_and_says_what_to_delete(monkeypatch, tmp_path, holder):
-    no_locks(monkeypatch, tmp_path, {"host": module.socket.gethostname(), **holder})
+    no_locks(monkeypatch, tmp_path, {"host": lock.socket.gethostname(), **holder})
     told = rf"in use by process 1 .* if that process is gone, delete '{tmp_path / HOLDER}'"
     with pytest.raises(UserError, match=told), holding(tmp_path):
         pass
@@ -278,7 +382,7 @@ def test_a_disk_without_locks_goes_by_the_file_and_says_what_to_delete(monkeypat
 def test_a_disk_without_locks_forgets_a_process_of_this_machine_that_is_gone(monkeypatch, tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    no_locks(monkeypatch, tmp_path, {"pid": gone.pid, "host": module.socket.gethostname()})
+    no_locks(monkeypatch, tmp_path, {"pid": gone.pid, "host": lock.socket.gethostname()})
     with holding(tmp_path):
         assert json.loads((tmp_path / HOLDER).read_text(encoding="utf-8"))["pid"] == os.getpid()
 
@@ -306,6 +410,6 @@ def test_other_ranks_wait_for_the_first(monkeypatch, tmp_path):
 def test_a_rank_that_never_sees_the_folder_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(module, "_SECONDS_TO_WAIT", 0.1)
+    monkeypatch.setattr(lock, "_SECONDS_TO_WAIT", 0.1)
     with pytest.raises(UserError, match="Rank 1 does not see"), holding(tmp_path / "out"):
         pass

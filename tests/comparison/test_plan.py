@@ -27,6 +27,15 @@ def test_a_plan_writes_nothing_and_tells_all(tiny_recipe, tmp_path):
     assert not planned.begun
 
 
+def test_a_plan_says_what_becomes_of_the_runs_that_a_folder_holds(tiny_recipe, tmp_path):
+    recipe, out = tiny_recipe(), tmp_path / "out"
+    assert not any("that it holds already" in line for line in plan(recipe, out=out, reporter=SilentProgress()).lines())
+    compare(recipe, out=out)
+    for resume, fate in ((True, "kept"), (False, "removed")):
+        lines = plan(recipe, out=out, resume=resume, reporter=SilentProgress()).lines()
+        assert any(f"the runs that it holds already are {fate}." in line for line in lines)
+
+
 def test_what_takes_seconds_does_not_take_no_time(tiny_recipe, tmp_path):
     lines = plan(tiny_recipe(steps=1), out=tmp_path / "out", reporter=SilentProgress()).lines()
     assert any("All together <0.1 minutes" in line for line in lines)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixtura.benchmarks.contenders import Size
-from mixtura.comparison.folder import environment, now
+from mixtura.comparison.environment import environment, now
 from mixtura.config import Family
 from mixtura.files import write_json
 from mixtura.planning.formulas import layer_parameters

@@ -84,7 +84,7 @@ def init(
 @app.command(rich_help_panel="Machine")
 def doctor() -> None:
     """Say what this machine can run, and what to install for more."""
-    from mixtura.comparison.folder import environment
+    from mixtura.comparison.environment import environment
     from mixtura.models.experts_backends import backends
 
     for key, value in environment().items():

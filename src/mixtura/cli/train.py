@@ -131,7 +131,7 @@ def compare(
     if dry_run:
         from mixtura.config import load_recipe
 
-        _plan(load_recipe(path, changes), out)
+        _plan(load_recipe(path, changes), out, resume=resume)
         return
     _compare(path, out, changes, resume=resume, arms_in_parallel=arms_in_parallel, open_report=open_report)
 
@@ -181,7 +181,7 @@ def finetune(
         task, recipe, preset=preset, data=data, columns=columns, pairs=pairs, base=base, overrides=overrides or []
     )
     if dry_run:
-        _plan(load_recipe(path, changes), out)
+        _plan(load_recipe(path, changes), out, resume=resume)
         return
     _compare(path, out, changes, resume=resume, arms_in_parallel=arms_in_parallel, open_report=open_report)
 
@@ -229,7 +229,7 @@ def train(
     loaded = load_recipe(path, changes)  # so that a mistake is found before torch is imported
     name = one_arm(loaded, arm)
     if dry_run:
-        _plan(loaded, out or Path("runs") / f"{loaded.name}-{name}", arm=name, seeds=(seed,))
+        _plan(loaded, out or Path("runs") / f"{loaded.name}-{name}", resume=resume, arm=name, seeds=(seed,))
         return
     with progress(None) as reporter:
         trained = mixtura.train(path, arm=arm, seed=seed, out=out, overrides=changes, resume=resume, reporter=reporter)
@@ -240,12 +240,15 @@ def train(
     say(f"Model: {trained.checkpoint}")
 
 
-def _plan(recipe: "AnyRecipe", out: Path | None, *, arm: str | None = None, seeds: tuple[int, ...] = ()) -> None:
+def _plan(
+    recipe: "AnyRecipe", out: Path | None, *, resume: bool, arm: str | None = None, seeds: tuple[int, ...] = ()
+) -> None:
     """Says what a recipe would take."""
     from mixtura.comparison.plan import plan
 
+    folder = out or Path("runs") / recipe.name
     with progress(None) as reporter:
-        planned = plan(recipe, out=out or Path("runs") / recipe.name, reporter=reporter, arm=arm, seeds=seeds)
+        planned = plan(recipe, out=folder, resume=resume, reporter=reporter, arm=arm, seeds=seeds)
     typer.echo("\n".join(planned.lines()))
 
 

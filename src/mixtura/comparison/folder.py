@@ -5,65 +5,52 @@
 finished, checkpoints, `search/<arm>/rate<r>/seed<k>/`, `timing.json`, `results.json`, `report.html`, `report.md`,
 `figures/`.
 
-One process at a time writes it, and a start that fails leaves none behind. The process locks a file in the folder. The
-system ends the lock with the process, however that ends, so that no lock is ever left over. The file says who holds it,
-for the sentence that a second process gets. Some network disks know no locks: there the file itself has to do. Under
-torchrun the first rank holds the folder for all, and the others wait until it is ready.
+Starting over removes all this once the new comparison can start, and no sooner: a mistake in its data or arms leaves
+the old one as it is.
+
+One process at a time writes it, and a start that fails leaves none behind. Under torchrun the first rank holds the
+folder for all, and the others wait until it is ready.
 """
 
 import errno
 import json
 import os
-import platform
 import shutil
-import socket
-import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from mixtura import __version__
+from mixtura.comparison.environment import environment
+from mixtura.comparison.lock import HOLDER, locked, wait_for_first_rank, write_holder
 from mixtura.config import AnyRecipe, Interrupted, UserError, recipe_to_dict, recipe_to_toml
 from mixtura.errors import launch, rank, reason_of
-from mixtura.files import check_name, file_above, write_json, write_text
-from mixtura.kernels import native
+from mixtura.files import check_name, file_above, nearest_folder, write_json, write_text
 from mixtura.results.document import Plain, read_json
-from mixtura.training import ranks
 from mixtura.training.interface import Experiment
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-HOLDER = ".in-use.json"
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-_SECONDS_TO_WAIT = 300.0
+from mixtura.training.saving import first_difference, without_description
 
 
 @contextmanager
 def holding(out: Path) -> Iterator[None]:
     """Holds folder `out` for the length of a block, which makes it a comparison's folder.
 
-    Where the block fails before any run has begun, what it has made is removed again.
+    Where the block fails before any run has begun, what it has made is removed again, and what it has set aside is put
+    back.
 
     Raises:
         UserError: another process holds the folder, or it cannot be written.
     """
     if rank():
-        _wait_for_first_rank(out)
+        wait_for_first_rank(out)
         yield
         return
     made = _make(out)
     untouched = not any(path.name != HOLDER for path in out.iterdir())
     try:
-        with _locked(out / HOLDER):
+        with locked(out / HOLDER):
+            _restore(out)
             try:
                 yield
             except Interrupted:
@@ -72,6 +59,8 @@ def holding(out: Path) -> Iterator[None]:
                 if untouched and not has_runs(out):
                     _empty(out)
                 raise
+            finally:
+                _restore(out)
     finally:
         for folder in made:  # the innermost first; none that holds anything
             with suppress(OSError):
@@ -81,7 +70,7 @@ def holding(out: Path) -> Iterator[None]:
 def ready(out: Path) -> None:
     """Lets the other ranks go on: `out` is now this recipe's folder."""
     if launch() and not rank():
-        _write_holder(out / HOLDER, launch=launch())
+        write_holder(out / HOLDER, launch=launch())
 
 
 def has_runs(out: Path) -> bool:
@@ -99,7 +88,7 @@ def _make(out: Path) -> list[Path]:
         file = out if out.is_file() else file_above(out) or out
         raise UserError(f"'{file}' is a file: give a folder with --out.") from None
     except OSError as error:
-        raise UserError(f"'{out}' cannot be written ({reason_of(error)}): choose another folder with --out.") from None
+        raise _unwritable(out, error) from None
     return missing
 
 
@@ -113,146 +102,85 @@ def _empty(out: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """A lock on a file of this process's own; the file goes with the lock."""
+def check_folder(out: Path, recipe: AnyRecipe, *, resume: bool) -> None:
+    """Refuses a folder that a run of the recipe could not have, without changing anything.
+
+    Raises:
+        UserError: it is a file or lies below one, cannot be written, holds something else, or was begun with another
+            recipe and is not to be started over.
+    """
+    check_name(out)
     try:
-        handle = _lock(file)
+        file = out if out.is_file() else file_above(out)
+        if file is not None:
+            raise UserError(f"'{file}' is a file: give a folder with --out.")
+        if not os.access(nearest_folder(out), os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if out.is_dir():
+            _refuse_foreign(out)
+            if resume:
+                _check_same_recipe(out, recipe)
     except OSError as error:
-        raise UserError(
-            f"'{file.parent}' cannot be written ({reason_of(error)}): choose another folder with --out."
-        ) from None
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # still locked, so that no other process can lock the file while it is being removed
-            file.unlink(missing_ok=True)
-        os.close(handle)
+        raise _unwritable(out, error) from None
 
 
-def _lock(file: Path) -> int:
-    """Locks the file and writes into it who this is."""
-    while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            _take(handle, file)
-            # The process before may have removed the file between open and lock: then this lock protects nothing.
-            if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
-                _introduce(file)
-                return handle
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-
-
-def _introduce(file: Path) -> None:
-    try:
-        _write_holder(file)
-    except OSError:  # a full disk
-        file.unlink(missing_ok=True)
-        raise
-
-
-def _take(handle: int, file: Path) -> None:
-    holder = _read_holder(file)
-    try:
-        if fcntl is None:
-            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{_in_use(file, holder)}: wait for it, or choose another folder with --out.") from None
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        if _may_live(holder):
-            raise UserError(
-                f"{_in_use(file, holder)}: wait for it, or choose another folder with --out. This disk has no locks: "
-                f"if that process is gone, delete '{file}'."
-            ) from None
-
-
-def _in_use(file: Path, holder: Plain) -> str:
-    if "pid" not in holder:
-        return f"'{file.parent}' is in use by another process"
-    return (
-        f"'{file.parent}' is in use by process {holder['pid']} on {holder.get('host')} since {holder.get('since')} UTC"
-    )
-
-
-def _may_live(holder: Plain) -> bool:
-    """Whether the process may still run; one on another machine cannot be asked, so it may."""
-    if "pid" not in holder:
-        return False
-    if holder.get("host") != socket.gethostname():
-        return True
-    try:
-        os.kill(int(holder["pid"]), 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, ValueError):
-        return True
-    return int(holder["pid"]) != os.getpid()
-
-
-def _write_holder(file: Path, **more: Any) -> None:
-    """Writes into the file who holds it. It is not replaced by a new file, since that would not be locked."""
-    told = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"}
-    file.write_text(json.dumps(told | more) + "\n", encoding="utf-8")
-
-
-def _read_holder(file: Path) -> Plain:
-    try:
-        told = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return told if isinstance(told, dict) else {}
-
-
-def _wait_for_first_rank(out: Path) -> None:
-    end = time.monotonic() + _SECONDS_TO_WAIT
-    while _read_holder(out / HOLDER).get("launch") != launch():
-        if time.monotonic() > end:
-            raise UserError(
-                f"Rank {rank()} does not see '{out}', which the first rank makes: choose a folder on a disk that all "
-                "machines share, with --out."
-            )
-        time.sleep(0.05)
+def _unwritable(out: Path, error: OSError) -> UserError:
+    return UserError(f"'{out}' cannot be written ({reason_of(error)}): choose another folder with --out.")
 
 
 def open_folder(out: Path, recipe: AnyRecipe, *, resume: bool) -> None:
-    """Makes `out` the folder of this recipe; with `resume` off, what an earlier comparison left there is removed.
+    """Makes `out` the folder of this recipe.
+
+    What an earlier comparison left there stays until `begin`, even with `resume` off: the new one may fail to start.
+    Only its data are set aside, so that they are read anew.
 
     Raises:
-        UserError: the folder cannot be written, holds something else, or was begun with another recipe.
+        UserError: see `check_folder`.
     """
     if rank():  # the first rank prepares the folder for all
         return
+    check_folder(out, recipe, resume=resume)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _refuse_foreign(out)
-        if not resume:
-            _clear(out)
-        _check_same_recipe(out, recipe)
-        write_json(out / "environment.json", environment())
-        # The folder has the recipe as it runs, fitted to the data; `recipe` may be the one before it was fitted.
-        if not (out / GIVEN_FILE).exists() or not has_runs(out):
-            (out / GIVEN_FILE).unlink(missing_ok=True)
-            write_text(out / "recipe.toml", recipe_to_toml(recipe))
-    except (NotADirectoryError, FileExistsError):
-        file = out if out.is_file() else file_above(out) or out
-        raise UserError(f"'{file}' is a file: give a folder with --out.") from None
+        if not resume and any((out / name).exists() for name in _OURS):
+            if (out / _DATA).exists():
+                (out / _DATA).rename(out / _DATA_BEFORE)
+            return
+        if not has_runs(out):
+            # None has begun, as after a mistake in the recipe: the corrected one may have the folder.
+            (out / "timing.json").unlink(missing_ok=True)
+        _write_recipe(out, recipe)
     except OSError as error:
-        raise UserError(f"'{out}' cannot be written ({error.strerror}): choose another folder with --out.") from None
+        raise _unwritable(out, error) from None
+
+
+def begin(out: Path, given: AnyRecipe, experiment: Experiment, *, resume: bool) -> None:
+    """Makes `out` the folder of runs that can start: their data are read and their arms are checked.
+
+    With `resume` off, what an earlier comparison left there is removed now. Stores which data the runs see, and the
+    recipe that was fitted to them.
+
+    Raises:
+        UserError: the data, or a checkpoint to start from, has changed since runs of this folder began.
+    """
+    if not resume:
+        _clear(out)
+        _write_recipe(out, given)
+    check_same_data(out, experiment)
+    write_json(out / "data.json", _seen(experiment))
+    store_fitted(out, given, experiment.recipe)
 
 
 GIVEN_FILE = "given.toml"
 """The recipe as the user gave it, where `recipe.toml` is one that was fitted to the data."""
+_DATA = "data"
+_DATA_BEFORE, _REMOVED = ".data-before", ".removed"
+"""The data of an earlier comparison while a new one tries to start, and what is being removed of it."""
 _OURS = (
     GIVEN_FILE,
     "arms",
     "search",
-    "data",
+    _DATA,
     "figures",
     "data.json",
     "timing.json",
@@ -270,25 +198,46 @@ def _refuse_foreign(out: Path) -> None:
 
 
 def _clear(out: Path) -> None:
-    for name in (*_OURS, "recipe.toml", "environment.json"):
-        path = out / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    """Removes what an earlier comparison left, but for the data that were read since.
+
+    Each part is moved away before any is deleted: where the process is killed here, no run is left that has lost a part
+    of its files. The recipe and the environment stay until they are replaced, since by them the folder is known.
+    """
+    removed = out / _REMOVED
+    shutil.rmtree(removed, ignore_errors=True)
+    removed.mkdir()
+    for name in (*_OURS, _DATA_BEFORE):
+        if name != _DATA and (out / name).exists():
+            (out / name).rename(removed / name)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def _restore(out: Path) -> None:
+    """Puts the data back that a start set aside and did not replace, and ends a removal that was not ended.
+
+    Does nothing where the last start succeeded. A process that was killed is tidied up after by the next one.
+    """
+    with suppress(OSError):
+        shutil.rmtree(out / _REMOVED, ignore_errors=True)
+        if (out / _DATA_BEFORE).exists():
+            shutil.rmtree(out / _DATA, ignore_errors=True)
+            (out / _DATA_BEFORE).rename(out / _DATA)
+
+
+def _write_recipe(out: Path, recipe: AnyRecipe) -> None:
+    write_json(out / "environment.json", environment())
+    # The folder has the recipe as it runs, fitted to the data; `recipe` may be the one before it was fitted.
+    if not (out / GIVEN_FILE).exists() or not has_runs(out):
+        (out / GIVEN_FILE).unlink(missing_ok=True)
+        write_text(out / "recipe.toml", recipe_to_toml(recipe))
 
 
 def _check_same_recipe(out: Path, recipe: AnyRecipe) -> None:
     path = out / "recipe.toml"
-    if not path.exists():
+    if not path.exists() or not has_runs(out):
         return
-    given = out / GIVEN_FILE
-    if given.exists() and not _same_text(path, recipe):
-        path = given
-    if not has_runs(out):
-        # No run has begun, as after a mistake in the recipe: the corrected one may have the folder.
-        (out / "timing.json").unlink(missing_ok=True)
-        return
+    if (out / GIVEN_FILE).exists() and not _same_text(path, recipe):
+        path = out / GIVEN_FILE
     try:
         before = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError):
@@ -302,13 +251,35 @@ def _check_same_recipe(out: Path, recipe: AnyRecipe) -> None:
             f"'{out}' holds a comparison for {kinds[0]} and this recipe is for {kinds[1]}: choose another folder with "
             "--out, or --no-resume to start over."
         )
-    difference = _first_difference(before, now_given, "")
-    if difference:
+    _check_same_arms(out, before.get("arms"), recipe)
+    if difference := first_difference(before, now_given):
         key, old, new = difference
         raise UserError(
-            f"'{out}' was begun with {key} = {old!r}, now it is {new!r}: choose another folder with --out, or "
-            "--no-resume to start over."
+            f"'{out}' was begun with {key} = {_shown(old)}, now it is {_shown(new)}: choose another folder with --out, "
+            "or --no-resume to start over."
         )
+
+
+def _check_same_arms(out: Path, before: Any, recipe: AnyRecipe) -> None:
+    """Refuses arms that were added or left out, by name: all that they are is too long for a sentence."""
+    if not isinstance(before, dict) or before.keys() == recipe.arms.keys():
+        return
+    folder = f"the comparison in '{out}'"
+    name = next(name for name in [*recipe.arms, *before] if name not in before or name not in recipe.arms)
+    has, lacks = ("this recipe", folder) if name in recipe.arms else (folder, "this recipe")
+    raise UserError(
+        f"Arm '{name}' is in {has} but not in {lacks}, whose arms are trained together: choose another folder with "
+        "--out, or --no-resume to start over."
+    )
+
+
+_LONGEST = 60
+
+
+def _shown(value: Any) -> str:
+    """A value for a sentence, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def _same_text(path: Path, recipe: AnyRecipe) -> bool:
@@ -326,70 +297,29 @@ def store_fitted(out: Path, given: AnyRecipe, fitted: AnyRecipe) -> None:
 
 
 def check_same_data(out: Path, experiment: Experiment) -> None:
-    """Stores in `data.json` which examples the runs of this folder see, and refuses others once a run has begun.
+    """Refuses other examples than those that runs of this folder have seen; `data.json` says which these are.
 
     Finished runs are not repeated. If a text had changed meanwhile, new runs would see other examples than those.
 
     Raises:
         UserError: the text, or a checkpoint to start from, has changed, or the note is damaged.
     """
-    path = out / "data.json"
-    # In the form in which JSON gives it back, to be compared with what is stored.
-    seen = json.loads(json.dumps({"summary": experiment.data, "tokens": experiment.data_digest}))
-    before = read_json(path, keys=seen) if has_runs(out) else None
-    if before is None:
-        write_json(path, seen)
-    elif difference := _first_difference(before, seen, ""):
+    seen = _seen(experiment)
+    before = read_json(out / "data.json", keys=seen) if has_runs(out) else None
+    if before is not None and (difference := first_difference(_compared(before), _compared(seen))):
         key, old, new = difference
         what = "checkpoint to start from" if key.startswith("summary.checkpoints") else "text"
         raise UserError(
-            f"The {what} has changed since '{out}' was begun ({key} was {old!r}, now it is {new!r}): put it back, "
-            "choose another folder with --out, or --no-resume to start over."
+            f"The {what} has changed since '{out}' was begun ({key} was {_shown(old)}, now it is {_shown(new)}): put "
+            "it back, choose another folder with --out, or --no-resume to start over."
         )
 
 
-def _first_difference(old: Any, new: Any, where: str) -> tuple[str, Any, Any] | None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            if found := _first_difference(old.get(key), new.get(key), f"{where}.{key}".lstrip(".")):
-                return found
-        return None
-    return None if old == new else (where, old, new)
+def _seen(experiment: Experiment) -> Plain:
+    """Which examples the runs see, in the form in which JSON gives it back, to be compared with what is stored."""
+    return json.loads(json.dumps({"summary": experiment.data, "tokens": experiment.data_digest}))
 
 
-def environment() -> dict[str, str | int | None]:
-    """Versions and hardware, as results.json has them."""
-    return {
-        "mixtura": __version__,
-        **{name: _version(name) for name in ("torch", "transformers", "accelerate", "tokenizers", "numpy")},
-        **{name: _version(name) for name in ("peft", "sacrebleu")},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        **({"processes": ranks.world_size()} if ranks.world_size() > 1 else {}),
-        "cpu_experts": "compiled C" if native.library() is not None else "torch (no C compiler, or no BLAS to call)",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
-
-
-def now() -> str:
-    """The time in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _compared(seen: Plain) -> Plain:
+    facts = seen["summary"]
+    return {**seen, "summary": without_description(facts)} if isinstance(facts, dict) else seen

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mixtura.comparison.folder import has_runs
+from mixtura.comparison.folder import check_folder, check_same_data, has_runs
 from mixtura.comparison.timing import time_arms
 from mixtura.config import (
     AnyRecipe,
@@ -226,7 +226,9 @@ class Plan:
     out: Path | None
     """The folder that would be written; None for a probe."""
     begun: bool
-    """Whether the folder holds runs already, which are not repeated."""
+    """Whether the folder holds runs already."""
+    resume: bool
+    """Whether these are kept, and not repeated; else they are removed when the run starts."""
 
     @property
     def minutes(self) -> float:
@@ -276,7 +278,7 @@ class Plan:
         return [
             f"To be written: {self.out}/ with recipe.toml, results.json, report.html, report.md, figures/, and in "
             f"arms/ the finished models ({in_words(models)}) with their metrics"
-            + ("; the runs that it holds already are kept." if self.begun else "."),
+            + (f"; the runs that it holds already are {'kept' if self.resume else 'removed'}." if self.begun else "."),
             *([f"A run under way takes up to {in_words(most)} more for its checkpoints."] if most else []),
         ]
 
@@ -286,6 +288,7 @@ def plan(
     *,
     reporter: ProgressReporter,
     out: Path | None = None,
+    resume: bool = True,
     arm: str | None = None,
     seeds: Sequence[int] = (),
     rounds: int = DRY_ROUNDS,
@@ -296,6 +299,7 @@ def plan(
         recipe: what would run.
         reporter: told of what happens.
         out: the folder it would write; None where that is not asked.
+        resume: whether it would go on with what the folder holds, or start over.
         arm: the only arm, as for `mixtura train`, which searches no rates.
         seeds: those of the runs; none are the recipe's.
         rounds: steps of every arm that are timed.
@@ -306,9 +310,13 @@ def plan(
     if arm is not None and arm not in recipe.arms:
         raise UserError(f"The recipe has no arm '{arm}': choose one of {', '.join(recipe.arms)}.")
     check_memory(recipe)
+    if out is not None:
+        check_folder(out, recipe, resume=resume)
     with tempfile.TemporaryDirectory(prefix="mixtura-plan-") as scratch:
         experiment = make_experiment(recipe, Path(scratch), reporter)
         fitted, training = experiment.recipe, experiment.recipe.training
+        if out is not None and resume:
+            check_same_data(out, experiment)
         arms = {name: each for name, each in experiment.arms.items() if arm in (None, name)}
         check_arms(arms, training)
         reporter.note(f"timing {rounds} steps of every arm")
@@ -328,6 +336,7 @@ def plan(
         arms=tuple(_arm_plan(each, baseline, training, timed[name]) for name, each in arms.items()),
         out=out,
         begun=out is not None and has_runs(out),
+        resume=resume,
     )
 
 

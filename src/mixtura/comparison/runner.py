@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mixtura.comparison.folder import check_same_data, environment, holding, now, open_folder, ready, store_fitted
+from mixtura.comparison.environment import environment, now
+from mixtura.comparison.folder import begin, holding, open_folder, ready
 from mixtura.comparison.plan import (
     DRY_ROUNDS,
     AnyRecipe,
@@ -103,11 +104,12 @@ def compare(
         open_folder(folder, loaded, resume=resume)
         ready(folder)
         comparison = _Comparison(loaded, path, folder, reporter or SilentProgress(), arms_in_parallel)
+        comparison.prepare(resume=resume)
         return comparison.run(command or f"mixtura compare {path or folder / 'recipe.toml'} --out {folder}")
 
 
 class _Comparison:
-    """One comparison in its folder; `run` is its table of contents."""
+    """One comparison in its folder; `run` is its table of contents, after `prepare`."""
 
     def __init__(
         self, recipe: AnyRecipe, recipe_path: Path | None, out: Path, reporter: ProgressReporter, processes: int
@@ -116,15 +118,16 @@ class _Comparison:
         self.processes = processes
         # Runs that other processes have trained and shown are only read here.
         self.shown = reporter if processes == 1 else SilentProgress()
+        self.started = time.monotonic()
+
+    def prepare(self, *, resume: bool) -> None:
+        if not self.recipe.search.trials:
+            load_record(self.recipe, self.recipe_path)  # where it is damaged, that is said before anything is removed
+        self.experiment = _prepare(self.recipe, self.out, self.reporter, resume=resume)
+        self.recipe = self.experiment.recipe
 
     def run(self, command: str) -> Results:
-        started = time.monotonic()
-        for warning in slow_settings(self.recipe.training):
-            self.reporter.note(warning)
-        experiment = _prepare(self.recipe, self.out, self.reporter)
-        self.recipe = experiment.recipe
-        arms = experiment.arms
-        check_arms(arms, self.recipe.training)
+        arms = self.experiment.arms
         for arm in arms.values():
             if said := export_note(arm):
                 self.reporter.note(said)
@@ -156,8 +159,8 @@ class _Comparison:
         # A comparison that was stopped and resumed has taken at least the time of its runs, as many at a time as now.
         before = (read_json(self.out / RESULTS) or {}).get("total_seconds") or 0.0
         trained = sum(run.train_seconds for arm_runs in runs.values() for run in arm_runs) / self.processes
-        results = self._results(experiment, described, command)
-        results = replace(results, total_seconds=max(before, trained, time.monotonic() - started))
+        results = self._results(described, command)
+        results = replace(results, total_seconds=max(before, trained, time.monotonic() - self.started))
         results = replace(results, summary=summarize(results))
         if ranks.is_first():
             write_results(self.out / RESULTS, results)
@@ -260,8 +263,8 @@ class _Comparison:
             return {}
         return {"arms_in_parallel": self.processes, "threads": threads_of_each(self.recipe, self.processes)}
 
-    def _results(self, experiment: Experiment, arms: dict[str, ArmResult], command: str) -> Results:
-        recipe = self.recipe
+    def _results(self, arms: dict[str, ArmResult], command: str) -> Results:
+        recipe, experiment = self.recipe, self.experiment
         baseline = experiment.arms[recipe.baseline]
         return Results(
             created=now(),
@@ -280,8 +283,12 @@ class _Comparison:
         )
 
 
-def _prepare(recipe: AnyRecipe, out: Path, reporter: ProgressReporter) -> Experiment:
-    """The experiment of a recipe in its folder, which notes how the recipe was fitted to the data, and which data."""
+def _prepare(
+    recipe: AnyRecipe, out: Path, reporter: ProgressReporter, *, resume: bool, arm: str | None = None
+) -> Experiment:
+    """The experiment of a recipe, or of one arm of it, in its folder, which begins when both data and arms are fine."""
+    for warning in slow_settings(recipe.training):
+        reporter.note(warning)
     with ranks.first_goes_first():
         experiment = make_experiment(recipe, out, reporter)
         # What was left unread or out, while one can still stop.
@@ -289,10 +296,12 @@ def _prepare(recipe: AnyRecipe, out: Path, reporter: ProgressReporter) -> Experi
         fitted = changes(recipe, experiment.recipe)
         if fitted:
             reporter.note(f"fitted to the data: {'; '.join(fitted)}")
+    with ranks.together():
+        arms = {name: each for name, each in experiment.arms.items() if arm in (None, name)}
+        check_arms(arms, experiment.recipe.training)
+    with ranks.first_goes_first():
         if ranks.is_first():
-            check_same_data(out, experiment)
-            if fitted:
-                store_fitted(out, recipe, experiment.recipe)
+            begin(out, recipe, experiment, resume=resume)
     return experiment
 
 
@@ -340,15 +349,13 @@ def train_arm(
     with holding(out):
         open_folder(out, recipe, resume=resume)
         ready(out)
-        return _train_arm(recipe, name, seed=seed, out=out, reporter=reporter or SilentProgress())
+        shown = reporter or SilentProgress()
+        experiment = _prepare(recipe, out, shown, resume=resume, arm=name)
+        return _train_arm(experiment, name, seed=seed, out=out, reporter=shown)
 
 
-def _train_arm(recipe: AnyRecipe, name: str, *, seed: int, out: Path, reporter: ProgressReporter) -> RunResult:
-    for warning in slow_settings(recipe.training):
-        reporter.note(warning)
-    experiment = _prepare(recipe, out, reporter)
+def _train_arm(experiment: Experiment, name: str, *, seed: int, out: Path, reporter: ProgressReporter) -> RunResult:
     recipe, arm = experiment.recipe, experiment.arms[name]
-    check_arms({name: arm}, recipe.training)
     if said := export_note(arm):
         reporter.note(said)
     if warning := leak_warning(arm, arm.leaks(), task_of(recipe)):

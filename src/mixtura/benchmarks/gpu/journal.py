@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mixtura.benchmarks.gpu.stages import BROKEN_CONTEXT, read_journal
-from mixtura.comparison.folder import environment, now
+from mixtura.comparison.environment import environment, now
 from mixtura.files import write_json
 from mixtura.results.document import Plain
 
