@@ -163,7 +163,8 @@ def _rates(runs: list[dict[str, Any]], *, width: int) -> str:
         tried = {rate: losses for (budget, rate), losses in sorted(found.items()) if budget == tokens}
         if len(tried) < 2:
             continue
-        best = {family: min(of[family] for of in tried.values() if family in of) for family in arms}
+        seen = {family: [of[family] for of in tried.values() if family in of] for family in arms}
+        best = {family: min(losses) for family, losses in seen.items() if len(losses) > 1}
         for name, losses in [*((f"{rate:g}", losses) for rate, losses in tried.items()), ("best", best)]:
             cells = []
             for family in arms:
