@@ -39,8 +39,9 @@ def long_runs() -> str:
     if rates := _rates(runs, width=width):
         text += (
             f"## Searches of the rate, width {width}, seed 0\n\n"
-            "Loss, and after a stroke the difference to dense; in the last rows each at its own best rate. Where that is the "
-            f"highest tried, as of ReMoE and expert threshold at 1 million tokens, the arm may be better still.\n\n{rates}\n"
+            "Loss, and after a stroke the difference to dense; in the last rows each at its own best rate. Where that "
+            "is the highest tried, as of ReMoE and expert threshold at 1 million tokens, the arm may be better still."
+            f"\n\n{rates}\n"
         )
     if scales := _scales(runs):
         text += f"## Scales at three widths\n\n{scales}\n"
