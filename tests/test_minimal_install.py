@@ -172,7 +172,7 @@ def test_layers_import_with_torch_alone() -> None:
 def test_planning_imports_without_torch() -> None:
     found = _import_without(["torch", "transformers", "numpy", "pandas"], ["mixtura.config", "mixtura.planning"])
     # Laws are fitted to measured runs, and what reads them computes with arrays.
-    assert found == {f"mixtura.planning.{name}": "numpy" for name in ("advice", "evidence")}
+    assert found == {f"mixtura.planning.{name}": "numpy" for name in ("advice", "evidence", "laws", "question")}
 
 
 def test_every_imported_package_is_declared() -> None:

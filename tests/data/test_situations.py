@@ -316,7 +316,7 @@ DOCUMENTS = {
     "chats": Case("a.jsonl", jsonl(CHATS), "set 'data.text_column' to 'messages.content'"),
     "chats, joined": Case("a.jsonl", jsonl(CHATS), 40, {}, {"text_column": "messages.content"}),
     "paragraphs": Case("a.txt", b"\r\n\r\n".join(row["text"].encode() for row in ROWS), 40),
-    "one endless line": Case("a.txt", b"\n\n".join([b"x" * 5_000_000, *(row["text"].encode() for row in ROWS)]), 41),
+    "one endless line": Case("a.txt", b"\n\n".join([b"x" * 5_000_000, *(row["text"].encode() for row in ROWS)]), 42),
     "only white space": Case("a.txt", b"\n \n", "There is no text in the file a.txt (it has no rows)"),
     "paragraphs in gzip": Case("a.txt.gz", gzip.compress(b"\n\n".join(row["text"].encode() for row in ROWS)), 40),
     "only a header": Case("a.csv", b"text\n", "There is no text in the file a.csv (it has no rows)"),

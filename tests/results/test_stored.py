@@ -25,9 +25,12 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path):
     write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"a": float("nan")})
-    with pytest.raises(UnicodeEncodeError):
-        write_text(path, "\ud800")
     assert read_json(path) == {"a": 1} and [file.name for file in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_what_utf8_cannot_hold_is_written_as_an_escape(tmp_path):
+    write_text(tmp_path / "page.html", "caf\udce9.txt\n")
+    assert (tmp_path / "page.html").read_bytes() == b"caf\\udce9.txt\n"
 
 
 def test_no_file_reads_as_none_and_a_damaged_one_is_named(tmp_path):
