@@ -2,6 +2,7 @@
 
 import json
 import random
+import tomllib
 
 import pandas as pd
 import pytest
@@ -124,6 +125,17 @@ def test_a_folder_for_each_class_needs_no_columns(sketched, tmp_path):
         (tmp_path / label / "1.txt").write_text("text", encoding="utf-8")
     recipe = sketched(tmp_path, task="classification")
     assert isinstance(recipe, ClassificationRecipe) and recipe.data.path == str(tmp_path)
+
+
+def test_folders_of_texts_may_be_classes(tmp_path):
+    for folder in ("good", "bad\nseeds = [9]", "of\u2028films"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.txt").write_text("text", encoding="utf-8")
+    text = sketch_recipe(tmp_path, name="mine")
+    assert (
+        "# They lie in folders (bad seeds = [9], good, of films): with --task classification, these are the cl" in text
+    )
+    assert tomllib.loads(text)["seeds"] != [9]
 
 
 def test_translations_in_an_object_make_it_translation(sketched, tmp_path):

@@ -25,6 +25,8 @@ from mixtura.data.labelled import MOST_LISTED
 
 LOOKED_AT = 2_000
 """How many rows are read to tell texts from labels."""
+MOST_NAMED = 6
+"""Folders that are named."""
 _PRESETS = {
     "pretraining": "quick",
     "translation": "translation-quick",
@@ -95,6 +97,9 @@ def sketch_recipe(
         if ending(files[0]) in (*TABLES, *MEMORIES):
             looks = _look(files[0], (columns or "").split(","))
             about.append(f"Columns of {files[0].name}, in {len(looks[0].values):,} rows: {_listed_columns(looks)}.")
+        elif task is None and (folders := sorted({file.parent.name for file in files if file.parent != data}))[1:]:
+            few = f"{', '.join(folders[:MOST_NAMED])}{', ...' if len(folders) > MOST_NAMED else ''}"
+            about.append(f"They lie in folders ({few}): with --task classification, these are the classes.")
     _check_columns(columns, looks)
     labelled = len(files) == 1 and ending(files[0]) == ".txt" and begins_with_label(files[0])
     task = task or ("classification" if labelled else _task(looks, pairs))
@@ -108,7 +113,7 @@ def sketch_recipe(
     table["description"] = f"My {task}." if data is not None else table["description"]
     head = [
         f"# A recipe for {task}, written by `mixtura init`; `mixtura keys` lists all keys.",
-        *(f"# {a}" for a in about),
+        *(f"# {' '.join(line.split())}" for line in about),  # a name with a line break must not end the comment
     ]
     return "\n".join([*head, *_written(table, task, _shown(task, overrides))]) + "\n"
 
