@@ -267,12 +267,13 @@ def _beyond_own(evidence: Evidence, question: Question, arm: str) -> str | None:
     rows, words = evidence.of(arm), facts_of(arm).words
     budget, size = _times_beyond(evidence, question, question.tokens, arm)
     near, others = (_nearest_rows(evidence, question, of) for of in (rows, evidence.rows))
-    found = []
-    if size > 1 and _widths(rows) != _widths(evidence.rows):
-        found.append(f"{words} was trained at {_widths(rows)} only")
-    if budget > 1 and (_budgets(near), _widths(near)) != (_budgets(others), _widths(others)):
-        found.append(f"{words} was trained on {_budgets(near)} tokens at {_widths(near)}")
-    return ", and ".join(found) or None
+    at_other_widths = size > 1 and _widths(rows) != _widths(evidence.rows)
+    on_other_budgets = budget > 1 and (_budgets(near), _widths(near)) != (_budgets(others), _widths(others))
+    if not (at_other_widths or on_other_budgets):
+        return None
+    where = f" at {_widths(rows)} only" if at_other_widths else ""
+    what = f"{',' * at_other_widths} on {_budgets(near)} tokens at {_widths(near)}" if on_other_budgets else ""
+    return f"{words} was trained{where}{what}"
 
 
 def _budgets(rows: Sequence[Row]) -> str:
