@@ -131,7 +131,7 @@ class Writer:
         torch.manual_seed(sampling.seed)
         try:
             output = self.model.generate(
-                **inputs, **sampling.settings(), streamer=streamer, logits_processor=[_check_logits]
+                **inputs, **sampling.settings(), streamer=streamer, logits_processor=[check_logits]
             )
         except IndexError as error:
             if (told := self.beyond_positions(prompt, sampling)) is None:
@@ -141,7 +141,7 @@ class Writer:
         return self.tokenizer.decode(output[0, start:], skip_special_tokens=True)
 
 
-def _check_logits(_: Tensor, logits_BV: Tensor) -> Tensor:
+def check_logits(_: Tensor, logits_BV: Tensor) -> Tensor:
     """Refuses what no token can be chosen by; transformers calls it for every token."""
     if not bool((logits_BV < torch.inf).all()):
         raise UserError("The model gives no finite probabilities: its weights are broken, so train or export it again.")

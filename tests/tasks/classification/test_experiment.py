@@ -356,6 +356,15 @@ def test_learning_is_possible_at_all(make, run):
     assert experiment.arms["layer_mix"].task.evaluate(model, final=True)["alone"]["accuracy"] > 70
 
 
+def test_a_classifier_whose_weights_are_no_numbers_is_named(make, run):
+    _, folder, _ = run(make("layer_mix"), "layer_mix")
+    weights = load_file(folder / "checkpoint" / "model.safetensors")
+    broken = {name: torch.full_like(weight, float("nan")) for name, weight in weights.items()}
+    save_file(broken, folder / "checkpoint" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="gives no finite probabilities: train it again"):
+        classify(folder / "checkpoint", ["a good film"])
+
+
 def test_a_mixture_decoder_can_be_classified_with(make, run, tiny_config, encoder_folder, tmp_path):
     MixtureForCausalLM(tiny_config("mixture_of_tokens", vocab_size=16)).save_pretrained(tmp_path / "decoder")
     for name in ("tokenizer.json", "tokenizer_config.json"):

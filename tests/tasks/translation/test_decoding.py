@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mixtura.config import UserError
 from mixtura.models import MixtureConfig, MixtureForCausalLM
 from mixtura.tasks.translation import decoding
 from mixtura.tasks.translation.decoding import ExampleRouting, decode
@@ -62,6 +63,14 @@ def test_greedy_tokens_are_those_of_the_plain_definition():
                 break
             ids.append(best)
         assert ids[len(prompt) :] == output
+
+
+@pytest.mark.parametrize("num_beams", [1, 2], ids=["greedy", "beams"])
+def test_a_model_whose_weights_are_no_numbers_is_named(num_beams):
+    model, how = build("dense")
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="gives no finite probabilities"):
+        decode(model, PROMPTS[:2], directions=DIRECTIONS[:2], num_beams=num_beams, **how)
 
 
 def test_the_language_names_the_expert_that_translates():

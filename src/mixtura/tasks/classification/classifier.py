@@ -248,7 +248,7 @@ def classify(model_folder: Path, texts: Sequence[str], *, batch_size: int = 32) 
         batch_size: texts at once; no answer depends on it.
 
     Raises:
-        UserError: the folder holds no classifier, is damaged, or its base model has changed.
+        UserError: the folder holds no classifier, is damaged, gives no numbers, or its base model has changed.
     """
     saved, model = load_classifier(model_folder)
     examples = encode_texts(texts, np.zeros(len(texts), dtype=np.int64), saved.tokenizer, max_length=saved.max_length)
@@ -259,6 +259,8 @@ def classify(model_folder: Path, texts: Sequence[str], *, batch_size: int = 32) 
         with torch.no_grad():
             logits_BC = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits_BC
         logits_BC = logits_BC.double()
+        if not bool(logits_BC.isfinite().all()):
+            raise UserError(f"The classifier in '{model_folder}' gives no finite probabilities: train it again.")
         probability_BC = logits_BC.sigmoid() if saved.several else softmax(logits_BC, dim=-1)
         answers += [_answer(row_C, saved) for row_C in probability_BC.tolist()]
     full = [index for index, ids in enumerate(examples.ids) if len(ids) == saved.max_length]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from mixtura.models.batch_context import set_task_ids
+from mixtura.models.generation import check_logits
 
 BATCH_TOKENS = 4096
 """Prompt tokens decoded at once, padding counted."""
@@ -82,6 +83,7 @@ def decode(
             input_ids=ids_BL.to(model.device),
             attention_mask=mask_BL.to(model.device),
             generation_config=how,
+            logits_processor=[check_logits],
             **named,
         )
         for i, row in zip(batch, generated[:, longest:].tolist(), strict=True):

@@ -21,6 +21,7 @@ from mixtura.config import ModelConfig, UserError
 from mixtura.config.languages import language_name
 from mixtura.data.parallel import SentencePair
 from mixtura.diagnostics.leak import LeakReport, probe_causal_lm
+from mixtura.models.generation import check_logits
 from mixtura.models.losses import run_and_sum
 from mixtura.results import Facts
 from mixtura.tasks.translation.decoding import ExampleRouting, batches_by_length, decode, token_limit
@@ -305,6 +306,7 @@ def decode_pairs(
             input_ids=ids_BS.to(model.device),
             attention_mask=mask_BS.to(model.device),
             decoder_input_ids=start_BP.to(model.device),
+            logits_processor=[check_logits],
             **_search(prompts, max(limits[i] for i in batch), num_beams),
             **routing.name_experts(model, place_B),
         )
