@@ -133,6 +133,13 @@ def test_what_has_one_seed_near_the_question_is_named(evidence):
     assert not any("One seed only" in said for said in near)
 
 
+def test_planned_times_are_said_to_be_planned(evidence):
+    advice = advice_of(evidence, tokens=3e6, width=64, hardware="8xH200")
+    assert advising.cautions(advice, evidence)[-1].startswith("Time was planned, not measured: one device of 8xH200")
+    assert "on 8xH200" in (page := render_advice(advice, evidence)) and '<span class="note">planned</span>' in page
+    assert json.loads(json.dumps(advising.plain_advice(advice)))["question"]["hardware"]["devices"] == 8
+
+
 def test_in_groups_the_rows_are_those_of_the_groups(evidence):
     """The page stands on the losses that the law was fitted to."""
     mixing = (

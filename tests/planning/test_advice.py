@@ -209,6 +209,22 @@ def test_doubt_about_a_steps_time_widens_what_is_expected_at_equal_seconds():
     assert doubtful.at_equal_seconds.high > sure.at_equal_seconds.high + 0.005
 
 
+def test_on_named_hardware_steps_are_planned_and_its_memory_is_the_limit():
+    small, large = (advise(tokens=3e6, width=width, hardware="2xH100") for width in (64, 2048))
+    assert small.question.memory == large.question.memory == 160e9
+    arms = {arm.arm: arm for arm in large.arms}
+    assert arms["dense"].step.ratio == 1 and arms["dense"].step.error == 0
+    assert 1.05 < arms["token_choice"].step.ratio < 2 and arms["token_choice"].step.width is None
+    # A device waits for its kernels to be started where layers are small, whatever they compute.
+    assert all(1 <= arm.step.ratio < 1.02 for arm in small.arms)
+    measured = advise(tokens=3e6, width=64)
+    assert small.best.at_equal_flops.mean == measured.best.at_equal_flops.mean
+    assert small.best.at_equal_seconds.mean < measured.best.at_equal_seconds.mean
+    assert advise(tokens=3e6, width=64, hardware="H100", memory=8e6).question.memory == 8e6
+    with pytest.raises(UserError, match="--hardware is 'abacus'"):
+        question_of(tokens=3e6, width=64, hardware="abacus")
+
+
 def test_what_does_not_fit_the_memory_comes_last_with_its_reason():
     advice = advise(tokens=3e6, width=64, memory=8e6)
     assert [(arm.arm, arm.refused) for arm in advice.arms] == [

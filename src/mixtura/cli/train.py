@@ -58,6 +58,12 @@ def advise(
     memory: Annotated[
         str | None, typer.Option(help="Most memory for weights, gradients and AdamW's moments, such as 8GB.")
     ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            help="Plan the times of steps for it, such as H100, 8xH200 or a .toml file of yours.", show_default=False
+        ),
+    ] = None,
     in_groups: Annotated[
         bool, typer.Option("--in-groups", help="Served in batches that fill groups, so MoT may run as it trains.")
     ] = False,
@@ -85,6 +91,7 @@ def advise(
             layers=layers,
             vocabulary=vocabulary,
             memory=room,
+            hardware=hardware,
             token_by_token=not in_groups,
             out=page,
         )

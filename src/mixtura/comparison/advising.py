@@ -20,7 +20,7 @@ from mixtura.config.families import facts_of
 from mixtura.errors import UserError, reason_of
 from mixtura.files import write_text
 from mixtura.pages import page_environment
-from mixtura.planning.advice import advise_on, expected_difference
+from mixtura.planning.advice import PLANNED_LENGTH, PLANNED_SEQUENCES, advise_on, expected_difference
 from mixtura.planning.evidence import Evidence, load_evidence
 from mixtura.planning.laws import BASELINE
 from mixtura.planning.question import Advice, ArmAdvice, Expected, Payoff, Question, question_of
@@ -163,7 +163,13 @@ def cautions(advice: Advice, evidence: Evidence) -> list[str]:
         f"{setting.layers} layers, {setting.vocabulary} tokens of vocabulary, on {setting.text}; other text, sizes and "
         "numbers of experts are not in it."
     )
-    found.append(f"Time was measured on {setting.machine}: on other hardware a step's ratio differs.")
+    hardware = advice.question.hardware
+    found.append(
+        f"Time was measured on {setting.machine}: on other hardware a step's ratio differs; --hardware plans it."
+        if hardware is None
+        else f"Time was planned, not measured: one device of {hardware.name}, {PLANNED_SEQUENCES} sequences of "
+        f"{PLANNED_LENGTH:,} tokens, bfloat16. A ratio may be off by a third."
+    )
     return found
 
 
@@ -323,6 +329,7 @@ def advise(
     layers: int = 4,
     vocabulary: int = 1024,
     memory: float | None = None,
+    hardware: str | None = None,
     token_by_token: bool = True,
     out: Path | str | None = None,
 ) -> Advice:
@@ -334,7 +341,9 @@ def advise(
         parameters: its parameters without embeddings and head.
         layers: decoder layers.
         vocabulary: tokens of the vocabulary, for the memory.
-        memory: bytes for weights, gradients and AdamW's moments in float32; None is no limit.
+        memory: bytes for weights, gradients and AdamW's moments in float32; None is that of the hardware, or no limit.
+        hardware: as of `mixtura plan`, such as "H100" or "8xH200", for which times of steps are planned; None takes
+            those that were measured on CPUs.
         token_by_token: whether the model must answer one request at a time; if not, mixtures of tokens may be served
             in groups, as they train.
         out: an HTML page to write.
@@ -353,6 +362,7 @@ def advise(
         layers=layers,
         vocabulary=vocabulary,
         memory=memory,
+        hardware=hardware,
         token_by_token=token_by_token,
     )
     advice = advise_on(question)

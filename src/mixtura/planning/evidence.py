@@ -74,8 +74,8 @@ class StepRatio:
     ratio: float
     error: float
     """Standard error of its logarithm."""
-    width: int
-    """At which it was measured."""
+    width: int | None
+    """At which it was measured; None of a time that was planned."""
 
 
 @dataclass(frozen=True, kw_only=True)

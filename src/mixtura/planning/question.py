@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from mixtura.config import Family, UserError
 from mixtura.planning.evidence import HIDDEN_MULTIPLE, StepRatio, body_parameters
+from mixtura.planning.hardware import Hardware, read_hardware
 
 LEAST_TOKENS = 100_000
 """Fewer are no budget to train at: laws of the loss have not begun there."""
@@ -25,6 +26,8 @@ class Question:
     vocabulary: int = 1024
     memory: float | None = None
     """Bytes for weights, gradients and AdamW's moments in float32; None is no limit."""
+    hardware: Hardware | None = None
+    """On which steps are planned; None takes the times that were measured."""
     token_by_token: bool = True
     """Whether the model answers one request at a time; False lets mixtures of tokens run in groups as they train."""
 
@@ -125,13 +128,17 @@ def question_of(
     layers: int = 4,
     vocabulary: int = 1024,
     memory: float | None = None,
+    hardware: str | None = None,
     token_by_token: bool = True,
 ) -> Question:
-    """A question whose values make sense; parameters without embeddings become the nearest width.
+    """A question whose values make sense: parameters without embeddings become the nearest width, and without a limit
+    the memory is that of the hardware, as `mixtura.planning.hardware.read_hardware` knows it.
 
     Raises:
-        UserError: a value is out of range, or width and parameters are both given or both missing.
+        UserError: a value is out of range, width and parameters are both given or both missing, or the hardware is
+            not known.
     """
+    machine = None if hardware is None else read_hardware(hardware)
     if (width is None) == (parameters is None):
         raise UserError("Give either the width of the dense model or its parameters without embeddings.")
     for name, value, least, most in (
@@ -153,6 +160,7 @@ def question_of(
         width=width,
         layers=layers,
         vocabulary=vocabulary,
-        memory=memory,
+        memory=1e9 * machine.memory_gb * machine.devices if memory is None and machine else memory,
+        hardware=machine,
         token_by_token=token_by_token,
     )
