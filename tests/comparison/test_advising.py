@@ -140,6 +140,18 @@ def test_planned_times_are_said_to_be_planned(evidence):
     assert json.loads(json.dumps(advising.plain_advice(advice)))["question"]["hardware"]["devices"] == 8
 
 
+def test_passes_over_ones_own_text_are_counted(made_up, tiny_text, capsys, monkeypatch):
+    asked = {"width": 64, "vocabulary": 300, "text": tiny_text}
+    few, many = (mixtura.advise(tokens=tokens, **asked) for tokens in (1e5, 1e8))
+    assert few.question.text_tokens == many.question.text_tokens > 1_000
+    found = [advising.cautions(advice, load_evidence())[1].replace(NBSP, " ") for advice in (few, many)]
+    assert "is worth clearly less than new text" in found[1] and " passes, and text read more than 4" in found[1]
+    alone = advising.cautions(mixtura.advise(tokens=1e5, width=64), load_evidence())
+    assert not any("passes" in said for said in alone)
+    with pytest.raises(UserError, match="no file"):
+        mixtura.advise(tokens=1e6, width=64, text=tiny_text.with_name("nope.txt"))
+
+
 def test_in_groups_the_rows_are_those_of_the_groups(evidence):
     """The page stands on the losses that the law was fitted to."""
     mixing = (

@@ -23,6 +23,7 @@ _DATA = {
 _FLAGS = {
     "finetune": {**_DATA, "base.name": "--base"},
     "init": _DATA,
+    "advise": {"data.path": "--text"},
     "train": {"data.path": "--text", "data.source": "--text", "arms.model.init_from": "--from"},
 }
 _READ_RECIPES = ("compare", "plan", "train")
@@ -55,7 +56,7 @@ def name_flags(message: str, arguments: Sequence[str]) -> str:
     def word(match: re.Match[str]) -> str:
         key = match[1]
         by_flag = key in flags and (not own or flags[key] in given)
-        if not by_flag and (own or verb == "init"):  # which has no --set
+        if not by_flag and (own or verb in ("init", "advise")):  # which have no --set
             return match[0]
         if not _is_key(key) and not message[: match.start()].endswith("Unknown recipe key "):
             return match[0]

@@ -64,6 +64,10 @@ def advise(
             help="Plan the times of steps for it, such as H100, 8xH200 or a .toml file of yours.", show_default=False
         ),
     ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Your text: counts its tokens, to say how often it would be read.", show_default=False),
+    ] = None,
     in_groups: Annotated[
         bool, typer.Option("--in-groups", help="Served in batches that fill groups, so MoT may run as it trains.")
     ] = False,
@@ -92,6 +96,7 @@ def advise(
             vocabulary=vocabulary,
             memory=room,
             hardware=hardware,
+            text=text,
             token_by_token=not in_groups,
             out=page,
         )

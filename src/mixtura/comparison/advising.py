@@ -16,7 +16,9 @@ import numpy as np
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from mixtura.config import DataConfig
 from mixtura.config.families import facts_of
+from mixtura.data.prepare import prepare_data
 from mixtura.errors import UserError, reason_of
 from mixtura.files import write_text
 from mixtura.pages import page_environment
@@ -24,6 +26,7 @@ from mixtura.planning.advice import PLANNED_LENGTH, PLANNED_SEQUENCES, advise_on
 from mixtura.planning.evidence import Evidence, load_evidence
 from mixtura.planning.laws import BASELINE
 from mixtura.planning.question import Advice, ArmAdvice, Expected, Payoff, Question, question_of
+from mixtura.report.cautions import MANY_EPOCHS
 from mixtura.report.figures import SYMBOLS
 from mixtura.report.wording import (
     NBSP,
@@ -141,6 +144,7 @@ def cautions(advice: Advice, evidence: Evidence) -> list[str]:
     setting = evidence.setting
     reasons = [*advice.extrapolated, *(arm.extrapolated for arm in advice.arms if arm.extrapolated)]
     found = [f"Extrapolated: {reason}." for reason in reasons]
+    found += _about_text(advice.question)
     thin = [arm.label for arm in advice.arms if arm.nearest.seeds < 2]
     if thin:
         found.append(
@@ -171,6 +175,16 @@ def cautions(advice: Advice, evidence: Evidence) -> list[str]:
         f"{PLANNED_LENGTH:,} tokens, bfloat16. A ratio may be off by a third."
     )
     return found
+
+
+def _about_text(question: Question) -> list[str]:
+    if question.text_tokens is None:
+        return []
+    passes = question.tokens / question.text_tokens
+    said = f"Your text has {quantity(question.text_tokens)} tokens: {quantity(question.tokens)} are {quantity(passes) if passes >= 10 else number(passes, 1)} passes"
+    if passes <= MANY_EPOCHS:
+        return [f"{said}."]
+    return [f"{said}, and text read more than {MANY_EPOCHS:g} times is worth clearly less than new text: expect less."]
 
 
 def console_lines(advice: Advice, evidence: Evidence) -> list[str]:
@@ -330,6 +344,7 @@ def advise(
     vocabulary: int = 1024,
     memory: float | None = None,
     hardware: str | None = None,
+    text: Path | str | None = None,
     token_by_token: bool = True,
     out: Path | str | None = None,
 ) -> Advice:
@@ -344,6 +359,7 @@ def advise(
         memory: bytes for weights, gradients and AdamW's moments in float32; None is that of the hardware, or no limit.
         hardware: as of `mixtura plan`, such as "H100" or "8xH200", for which times of steps are planned; None takes
             those that were measured on CPUs.
+        text: a text of one's own, as `mixtura compare` reads it, whose tokens are counted to say how often it is read.
         token_by_token: whether the model must answer one request at a time; if not, mixtures of tokens may be served
             in groups, as they train.
         out: an HTML page to write.
@@ -352,8 +368,8 @@ def advise(
         The families from the best at equal FLOPs to the worst, those that do not fit last.
 
     Raises:
-        UserError: a value is out of range, width and parameters are both given or both missing, or the page cannot be
-            written.
+        UserError: a value is out of range, width and parameters are both given or both missing, the text cannot be
+            read, or the page cannot be written.
     """
     question = question_of(
         tokens=tokens,
@@ -365,6 +381,10 @@ def advise(
         hardware=hardware,
         token_by_token=token_by_token,
     )
+    if text is not None:
+        data = DataConfig(source="local", path=str(text), vocab_size=vocabulary)
+        read = prepare_data(data, cache_dir=None).summary["tokens_train"]
+        question = dataclasses.replace(question, text_tokens=read)
     advice = advise_on(question)
     if out is not None:
         try:

@@ -28,6 +28,8 @@ class Question:
     """Bytes for weights, gradients and AdamW's moments in float32; None is no limit."""
     hardware: Hardware | None = None
     """On which steps are planned; None takes the times that were measured."""
+    text_tokens: int | None = None
+    """Tokens of the text that is trained on; None where it is not known."""
     token_by_token: bool = True
     """Whether the model answers one request at a time; False lets mixtures of tokens run in groups as they train."""
 
@@ -129,6 +131,7 @@ def question_of(
     vocabulary: int = 1024,
     memory: float | None = None,
     hardware: str | None = None,
+    text_tokens: int | None = None,
     token_by_token: bool = True,
 ) -> Question:
     """A question whose values make sense: parameters without embeddings become the nearest width, and without a limit
@@ -162,5 +165,6 @@ def question_of(
         vocabulary=vocabulary,
         memory=1e9 * machine.memory_gb * machine.devices if memory is None and machine else memory,
         hardware=machine,
+        text_tokens=text_tokens,
         token_by_token=token_by_token,
     )
