@@ -181,7 +181,9 @@ def _about_text(question: Question) -> list[str]:
     if question.text_tokens is None:
         return []
     passes = question.tokens / question.text_tokens
-    said = f"Your text has {quantity(question.text_tokens)} tokens: {quantity(question.tokens)} are {quantity(passes) if passes >= 10 else number(passes, 1)} passes"
+    times_read = quantity(passes) if passes >= 10 else number(passes, 1)
+    budget = quantity(question.tokens)
+    said = f"Your text has {quantity(question.text_tokens)} tokens: {budget} are {times_read} passes"
     if passes <= MANY_EPOCHS:
         return [f"{said}."]
     return [f"{said}, and text read more than {MANY_EPOCHS:g} times is worth clearly less than new text: expect less."]
