@@ -182,8 +182,8 @@ def _about_text(question: Question) -> list[str]:
         return []
     passes = question.tokens / question.text_tokens
     times_read = quantity(passes) if passes >= 10 else number(passes, 1)
-    budget = quantity(question.tokens)
-    said = f"Your text has {quantity(question.text_tokens)} tokens: {budget} are {times_read} passes"
+    has, asked = quantity(question.text_tokens), quantity(question.tokens)
+    said = f"Your text has {has} tokens: {asked} are {times_read} passes"
     if passes <= MANY_EPOCHS:
         return [f"{said}."]
     return [f"{said}, and text read more than {MANY_EPOCHS:g} times is worth clearly less than new text: expect less."]
@@ -211,8 +211,7 @@ def _columns(rows: list[list[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-_TEMPLATES = Path(__file__).parent / "templates"
-_POINTS = 25
+_TEMPLATES, _POINTS = Path(__file__).parent / "templates", 25
 _Trace = dict[str, Any]
 
 
