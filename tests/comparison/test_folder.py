@@ -162,6 +162,17 @@ def test_starting_over_removes_what_is_ours_and_nothing_else(begun):
     assert recipe_from_dict(tomllib.loads((out / "recipe.toml").read_text(encoding="utf-8"))) == other
 
 
+def test_starting_over_keeps_what_the_new_recipe_reads(begun):
+    out, recipe = begun
+    checkpoint = out / "arms" / "dense" / "seed0" / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    before = tree(out)
+    arms = {**recipe.arms, "dense": dataclasses.replace(recipe.arms["dense"], init_from=str(checkpoint))}
+    with pytest.raises(UserError, match=r"lies in .*, which would be started over: copy it elsewhere"), holding(out):
+        open_folder(out, dataclasses.replace(recipe, arms=arms), resume=False)
+    assert tree(out) == before and checkpoint.is_dir()
+
+
 @pytest.mark.parametrize("error", [UserError("no file"), Interrupted("stopped"), KeyboardInterrupt()], ids=repr)
 def test_a_start_over_that_fails_leaves_all_as_it_was(begun, error):
     out, recipe = begun

@@ -138,6 +138,11 @@ def test_what_a_question_is_about_is_joined_to_it(tmp_path):
 def test_too_few_chats_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"has 2 usable chats, too few for 'data.validation_chats' 1"):
         load(write(tmp_path, GOOD[:2]))
+    for few in (GOOD[:1], [chat(("user", "hi"), ("assistant", answer)) for answer in ("one", "two")]):
+        with pytest.raises(UserError, match=r"usable chats.*too few for 'data.validation_chats'"):
+            load(write(tmp_path, few))
+        with pytest.raises(UserError, match=r"too few for 'data.validation_chats' 5, 'data.test_chats' 5"):
+            load(write(tmp_path, few), validation_chats=5, test_chats=5)
 
 
 @pytest.mark.parametrize("opening", ["", "Hi", "What do you think of this long question?"])
@@ -187,7 +192,7 @@ def test_answers_of_weight_0_are_not_learnt(tmp_path):
         ("user", "hi", {}),
         ("assistant", "no", {"weight": 0}),
         ("user", "again", {}),
-        ("assistant", "yes", {"weight": 1}),
+        ("assistant", "yes", {"weight": 1.0}),
         ("user", "and now", {"weight": 0}),
         ("assistant", "never", {"weight": 0}),
     )

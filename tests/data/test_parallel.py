@@ -227,6 +227,10 @@ def test_a_mistake_is_refused_in_one_sentence(tmp_path, changes, message):
         (("en", "no"), ("en-nb",), None),
         (("en", "answer"), ("de-en",), None),
         (("zh_hans", "zh_hant"), ("zh_hans-zh_hant",), None),
+        (("ancient_greek", "english"), ("grc-en",), None),
+        (("english", "swiss_german"), ("en-gsw",), None),
+        (("tl", "en"), ("fil-en",), None),
+        (("en", "zh_yue"), ("en-yue",), None),
     ],
 )
 def test_columns_named_after_other_languages_than_the_pair_are_refused(tmp_path, columns, pairs, told):

@@ -54,6 +54,18 @@ def test_quotation_marks_of_sentences_are_no_cells_of_several_lines(tmp_path):
     assert [row["en"] for row in values(path)] == ["He said:", "Hello.", 'Bye."', "Yes.", "No.", "Oh"]
 
 
+def test_a_quote_left_open_is_no_cell_of_several_lines(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text('en\tde\nHello\tHallo\n"Come in, he said.\nBye\tTschuess\n')
+    assert [(row["en"], row["de"]) for row in values(path)] == [
+        ("Hello", "Hallo"),
+        ('"Come in, he said.', None),
+        ("Bye", "Tschuess"),
+    ]
+    path.write_text('en\tde\tnote\none\teins\t"left open\n5" disk\tzwei\nthree\tdrei\tz\n')
+    assert [row["en"] for row in values(path)] == ["one", '5" disk', "three"]
+
+
 def test_numbers_of_few_bits_are_as_they_would_be_written(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     columns = {kind: pa.array([1.1, None, float("nan")], kind()) for kind in (pa.float16, pa.float32, pa.float64)}

@@ -120,6 +120,8 @@ def check_folder(out: Path, recipe: AnyRecipe, *, resume: bool) -> None:
             _refuse_foreign(out)
             if resume:
                 _check_same_recipe(out, recipe)
+            else:
+                _refuse_own_parts(out, recipe_to_dict(recipe))
     except OSError as error:
         raise _unwritable(out, error) from None
 
@@ -180,6 +182,7 @@ _OURS = (
     GIVEN_FILE,
     "arms",
     "search",
+    "references",
     _DATA,
     "figures",
     "data.json",
@@ -195,6 +198,26 @@ def _refuse_foreign(out: Path) -> None:
     ours = all((out / name).exists() for name in ("environment.json", "recipe.toml"))
     if not ours and any(path.name not in ("environment.json", HOLDER) for path in out.iterdir()):
         raise UserError(f"'{out}' has files but is no comparison's folder: choose an empty or new one with --out.")
+
+
+def _refuse_own_parts(out: Path, values: Any) -> None:
+    """Refuses a recipe that reads what starting over would remove, such as a checkpoint to start from."""
+    if isinstance(values, dict | list | tuple):
+        for value in values.values() if isinstance(values, dict) else values:
+            _refuse_own_parts(out, value)
+    elif isinstance(values, str) and _lies_in_parts(out, values):
+        raise UserError(
+            f"'{values}' lies in '{out}', which would be started over: copy it elsewhere, or choose another folder "
+            "with --out."
+        )
+
+
+def _lies_in_parts(out: Path, value: str) -> bool:
+    try:
+        path = Path(value).expanduser()
+        return path.exists() and any(path.resolve().is_relative_to((out / name).resolve()) for name in _OURS)
+    except (OSError, ValueError, RuntimeError):  # a text that is no path
+        return False
 
 
 def _clear(out: Path) -> None:

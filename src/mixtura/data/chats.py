@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from mixtura.config import ChatDataConfig, UserError
 from mixtura.config.requests import held_out_chats
-from mixtura.data.formats.rows import Row, find_cell
+from mixtura.data.formats.rows import Row, WrittenNumber, find_cell
 from mixtura.data.formats.table_files import TABLES, file_rows, hub_rows, select
 from mixtura.data.formats.text_files import local_files
 from mixtura.data.held_out import normalise, text_hash
@@ -279,6 +279,8 @@ def _message(turn: object, where: str) -> Message:
 def _is_learnt(turn: Mapping[str, object], where: str) -> bool:
     """Whether an answer is one to learn, by its weight as OpenAI has it."""
     weight = turn.get("weight")
+    if isinstance(weight, WrittenNumber):
+        weight = float(str(weight))
     if weight not in (None, 0, 1):
         raise UserError(f"{_start(where)} has weight {weight!s:.40}: write the number 0, to leave it unlearnt, or 1.")
     return weight != 0
@@ -358,7 +360,7 @@ def _split(chats: list[Chat], config: ChatDataConfig, description: str) -> list[
             side += group
     for side in held_out:
         smallest = min(train, key=len, default=[])
-        if not side and 3 * len(smallest) <= sum(map(len, train)):
+        if not side and smallest and 3 * len(smallest) <= sum(map(len, train)):
             side += smallest
             train.remove(smallest)
     if not (train and all(held_out)):

@@ -358,6 +358,8 @@ def _check_names(source_column: str, target_column: str, pair: Pair) -> None:
     named = [language_of_column(column) for column in (source_column, target_column)]
     if None in named or named[0] == named[1] or list(map(_kind, map(str, named))) == list(map(_kind, pair)):
         return
+    if not all(language_of_column(_kind(code)) for code in pair):  # names of others may hold those of known ones
+        return
     source, target = map(str, named)
     swapped = [_kind(source), _kind(target)] == [_kind(pair.target), _kind(pair.source)]
     wanted = f"name them {target_column},{source_column}" if swapped else f"name columns of {_names(pair)}"
@@ -371,6 +373,7 @@ def _check_names(source_column: str, target_column: str, pair: Pair) -> None:
 def _kind(code: str) -> str:
     """A code without script and region; written Norwegian is Norwegian."""
     language = code.split("_")[0]
+    language = language_of_column(language) or language
     return "no" if language in ("nb", "nn") else language
 
 

@@ -293,10 +293,10 @@ def _tsv_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
     """A tab always ends a cell and a line a row: sentences may hold a lone quote, which CSV would take for a start.
 
     So a cell of several lines cannot be written, and where one was, its lines are rows that lack cells: they are
-    refused where a quotation mark opens such a cell, not where sentences merely begin or end with one.
+    refused where one opens a quotation mark and a later one closes it, not where sentences merely have one.
     """
     header: list[str] = []
-    opened = 0  # the last line that may begin such a cell; 0 where none is open
+    opened, opened_short = 0, False  # the last line that may begin such a cell, 0 for none, and if it lacks cells
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
@@ -307,18 +307,24 @@ def _tsv_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:
             header, is_row = _header(path, cells, columns)
         if is_row:
             opens, is_short = _opens(written[-1]), len(cells) < len(header)
-            if is_short and (opens or (opened and line.count('"') % 2)):
+            if opened and (is_short or opened_short) and _closes(written[0]):
                 raise UserError(
-                    f"'{path}' line {opened or number} has a cell of several lines, but in a .tsv every line is a row: "
+                    f"'{path}' line {opened} has a cell of several lines, but in a .tsv every line is a row: "
                     "save the table as .csv or .jsonl."
                 )
-            opened = opened if is_short else number if opens else 0
+            if opens or not is_short:
+                opened, opened_short = number if opens else 0, is_short
             yield _table_row(path, number, header, cells, advice="remove tabs and line breaks inside cells")
 
 
 def _opens(text: str) -> bool:
     """Whether a cell begins with a quotation mark that nothing closes."""
     return text.startswith('"') and text.count('"') % 2 == 1
+
+
+def _closes(text: str) -> bool:
+    """Whether a cell ends with a quotation mark that nothing opens."""
+    return text.rstrip().endswith('"') and text.count('"') % 2 == 1
 
 
 def _unquote(text: str) -> str:
