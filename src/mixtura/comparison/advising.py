@@ -22,7 +22,7 @@ from mixtura.data.prepare import prepare_data
 from mixtura.errors import UserError, reason_of
 from mixtura.files import write_text
 from mixtura.pages import page_environment
-from mixtura.planning.advice import PLANNED_LENGTH, PLANNED_SEQUENCES, advise_on, expected_difference
+from mixtura.planning.advice import PLANNED_LENGTH, PLANNED_SEQUENCES, advise_on, expected_difference, widths_in_words
 from mixtura.planning.evidence import Evidence, load_evidence
 from mixtura.planning.laws import BASELINE
 from mixtura.planning.question import Advice, ArmAdvice, Expected, Payoff, Question, question_of
@@ -130,12 +130,11 @@ def step_ratio(arm: ArmAdvice) -> str:
 def stands_on(arm: ArmAdvice) -> str:
     """The runs behind an arm: "12 results at width 64, 1.00 M to 10.0 M tokens; nearest: 3 seeds at width 64, ..."."""
     near = arm.nearest
-    widths = f"width{'s' * (len(arm.widths) > 1)} {listing([str(width) for width in arm.widths])}"
     low, high = (compact(tokens) for tokens in arm.budgets)
     budgets = low if low == high else f"{low} to {high}"
     return (
-        f"{count(arm.runs, 'result')} at {widths}, {budgets} tokens; nearest: {count(near.seeds, 'seed')} at width "
-        f"{near.width} and {compact(near.tokens)}"
+        f"{count(arm.runs, 'result')} at {widths_in_words(arm.widths)}, {budgets} tokens; nearest: "
+        f"{count(near.seeds, 'seed')} at width {near.width} and {compact(near.tokens)}"
     )
 
 

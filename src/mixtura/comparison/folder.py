@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from mixtura.comparison.environment import environment
-from mixtura.comparison.lock import HOLDER, locked, wait_for_first_rank, write_holder
+from mixtura.comparison.lock import HOLDER, locked, unwritable, wait_for_first_rank, write_holder
 from mixtura.config import AnyRecipe, Interrupted, UserError, recipe_to_dict, recipe_to_toml
-from mixtura.errors import launch, rank, reason_of
+from mixtura.errors import launch, rank
 from mixtura.files import check_name, file_above, nearest_folder, write_json, write_text
 from mixtura.results.document import Plain, read_json
 from mixtura.training.interface import Experiment
@@ -88,7 +88,7 @@ def _make(out: Path) -> list[Path]:
         file = out if out.is_file() else file_above(out) or out
         raise UserError(f"'{file}' is a file: give a folder with --out.") from None
     except OSError as error:
-        raise _unwritable(out, error) from None
+        raise unwritable(out, error) from None
     return missing
 
 
@@ -123,11 +123,7 @@ def check_folder(out: Path, recipe: AnyRecipe, *, resume: bool) -> None:
             else:
                 _refuse_own_parts(out, recipe_to_dict(recipe))
     except OSError as error:
-        raise _unwritable(out, error) from None
-
-
-def _unwritable(out: Path, error: OSError) -> UserError:
-    return UserError(f"'{out}' cannot be written ({reason_of(error)}): choose another folder with --out.")
+        raise unwritable(out, error) from None
 
 
 def open_folder(out: Path, recipe: AnyRecipe, *, resume: bool) -> None:
@@ -153,7 +149,7 @@ def open_folder(out: Path, recipe: AnyRecipe, *, resume: bool) -> None:
             (out / "timing.json").unlink(missing_ok=True)
         _write_recipe(out, recipe)
     except OSError as error:
-        raise _unwritable(out, error) from None
+        raise unwritable(out, error) from None
 
 
 def begin(out: Path, given: AnyRecipe, experiment: Experiment, *, resume: bool) -> None:

@@ -30,6 +30,11 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _SECONDS_TO_WAIT = 300.0
 
 
+def unwritable(out: Path, error: OSError) -> UserError:
+    """What is said of a folder that cannot be written."""
+    return UserError(f"'{out}' cannot be written ({reason_of(error)}): choose another folder with --out.")
+
+
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
     """Locks a file of this process's own for the length of a block; the file goes with the lock.
@@ -40,9 +45,7 @@ def locked(file: Path) -> Iterator[None]:
     try:
         handle = _lock(file)
     except OSError as error:
-        raise UserError(
-            f"'{file.parent}' cannot be written ({reason_of(error)}): choose another folder with --out."
-        ) from None
+        raise unwritable(file.parent, error) from None
     try:
         yield
     finally:

@@ -35,10 +35,17 @@ VALIDATION_SHARE, TEST_SHARE = 0.1, 0.2
 """Of the usable examples, where a recipe leaves open how many are held out."""
 MOST_EXAMPLES, MOST_SOURCES, MOST_CHATS = (500, 1000), (100, 200), (100, 200)
 """Labelled texts, source sentences and chats, for validation and the test, that are enough for any score."""
+FAR_SHARE = 3
+"""A held-out part is far from the share that was asked for where it is so many times as much, or so many times less."""
 COMMON_SHARE = 0.95
 """Of the examples, that a length which a recipe leaves open holds whole."""
 MOST_CHARACTERS, MOST_TEXT_TOKENS, MOST_PAIR_TOKENS, MOST_CHAT_TOKENS = 400, 128, 512, 1024
 """The largest such lengths: of a sentence, of a labelled text, of a prompt with its translation, of a chat."""
+
+
+def is_far_share(held_out: float, asked: float) -> bool:
+    """Whether the share that is held out is far from the one that was asked for."""
+    return not asked / FAR_SHARE <= held_out <= asked * FAR_SHARE
 
 
 def held_out_examples(data: ClassificationDataConfig, available: int) -> ClassificationDataConfig:

@@ -6,7 +6,7 @@ them, its intervals widen by what the law got wrong when it had to predict the l
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import cast
@@ -306,7 +306,12 @@ def _budgets(rows: Sequence[Row]) -> str:
 
 
 def _widths(rows: Sequence[Row]) -> str:
-    *others, last = (str(width) for width in sorted({row.width for row in rows}))
+    return widths_in_words({row.width for row in rows})
+
+
+def widths_in_words(widths: Collection[int]) -> str:
+    """For example "width 64" or "widths 32, 64 and 128"."""
+    *others, last = map(str, sorted(widths))
     return f"widths {', '.join(others)} and {last}" if others else f"width {last}"
 
 

@@ -7,6 +7,7 @@ its winner dear; "note", a property of an arm worth knowing.
 import math
 from typing import Literal, get_args
 
+from mixtura.config.requests import is_far_share
 from mixtura.planning.formulas import FLOPS_TOLERANCE
 from mixtura.report.significance import paired_difference, smallest_visible
 from mixtura.report.verdict import difference_words, judge_difference
@@ -38,8 +39,6 @@ MANY_EPOCHS = 4.0
 """Text repeated more often than this is worth clearly less than new text (Muennighoff et al., 2023)."""
 MOST_OF_TEXT = 0.9
 """A run that reads a smaller part of the examples to fine-tune on leaves some of somebody's data unused."""
-FAR_SHARE = 3
-"""A held-out side is far from what was asked for where it is so many times as much, or so many times less."""
 MOST_UNKNOWN, MOST_CUT = 5.0, 50.0
 MOST_LABELS = 5
 """Labels that a caution names."""
@@ -183,7 +182,7 @@ def _about_held_out(results: Results) -> list[Caution]:
     if not (isinstance(asked, float) and isinstance(train, int) and isinstance(held_out, int)):
         return []
     share = held_out / (train + held_out)
-    if asked / FAR_SHARE <= share <= asked * FAR_SHARE:
+    if not is_far_share(share, asked):
         return []
     text = (
         f"{percent(share)} of the text is held out, not about {percent(asked)} as 'data.validation_fraction' asks: "
