@@ -54,7 +54,7 @@ def test_from_and_value_and_parts_of_text_are_read(tmp_path):
 def test_chats_with_one_opening_are_on_one_side_and_repeated_ones_come_once(tmp_path):
     same = [chat(("user", "Question!"), ("assistant", f"answer {number}")) for number in range(3)]
     corpus, found = load(write(tmp_path, [*GOOD, *same, same[0], chat(("user", "no answer"))]))
-    sides = [{of.key for of in side} for side in (corpus.train, corpus.validation, corpus.test)]
+    sides = [{of.opening() for of in side} for side in (corpus.train, corpus.validation, corpus.test)]
     assert sum(map(len, sides)) == len(set.union(*sides)) == 6 and len(found) == 8
     assert corpus.skipped == {"duplicate": 1, "without an answer": 1}
 

@@ -47,11 +47,6 @@ class Chat(NamedTuple):
     unlearnt: tuple[int, ...] = ()
     """Places of answers that are read and never learnt: those with weight 0."""
 
-    @property
-    def key(self) -> str:
-        """Chats that open with the same question have the same key, and are held out together."""
-        return self.opening()
-
     def opening(self, least: int = 0) -> str:
         """What the user says first, normalised, and then until it has `least` characters."""
         first, *further = [turn.content for turn in self.messages if turn.role == "user"]
@@ -373,8 +368,8 @@ def _by_opening(chats: list[Chat], *, most: int) -> list[list[Chat]]:
 
     A greeting that more than `most` chats share is no opening by itself.
     """
-    sharing = Counter(chat.key for chat in chats)
-    openings = [(chat.opening(_GREETING if sharing[chat.key] > most else 0), chat) for chat in chats]
+    sharing = Counter(chat.opening() for chat in chats)
+    openings = [(chat.opening(_GREETING if sharing[chat.opening()] > most else 0), chat) for chat in chats]
     ordered = sorted(openings, key=lambda found: (text_hash(found[0]), found[1].messages, found[1].unlearnt))
     return [[chat for _, chat in together] for _, together in groupby(ordered, key=lambda found: found[0])]
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mixtura.config import DataConfig, UserError
+from mixtura.config.requests import FAR_SHARE, is_far_share
 from mixtura.data.formats.rows import Row
 from mixtura.data.formats.table_files import TABLES, file_rows, hub_rows, select
 from mixtura.data.formats.text_files import ending, local_files, read_lines
@@ -208,8 +209,6 @@ def _holds(sorted_hashes: np.ndarray, hashed: int) -> bool:
     return place < sorted_hashes.size and int(sorted_hashes[place]) == hashed
 
 
-_FAR = 3
-"""What is held out is far from what was asked for where it is so many times as much, or so many times less."""
 _LITTLE = 0.1
 """Of the text, up to which whole documents are held out, however far that is from a smaller share."""
 
@@ -230,7 +229,7 @@ def _hold_out(documents: DocumentStream) -> Corpus:
         validation = [text for place, text in enumerate(texts) if place in chosen]
     check_sides(len(train), len(validation), documents.skipped, description, data)
     held_out = sum(len(text.encode()) for text in validation) / sum(sizes)
-    if not data.validation_fraction / _FAR <= held_out <= data.validation_fraction * _FAR:
+    if is_far_share(held_out, data.validation_fraction):
         description += f", {held_out:.1%} of which are held out"
     return Corpus(train, validation, description + documents.left_out(), dict(documents.skipped))
 
@@ -266,8 +265,8 @@ def _bytes(sizes: list[int], chosen: set[int]) -> int:
 
 def _fits(held_out: int, whole: int, share: float) -> bool:
     """Whether both sides have about the part of all bytes that they should have."""
-    most = max(_FAR * share, _LITTLE)
-    return share / _FAR * whole <= held_out <= most * whole and whole - held_out >= (1 - share) / _FAR * whole
+    most = max(FAR_SHARE * share, _LITTLE)
+    return share / FAR_SHARE * whole <= held_out <= most * whole and whole - held_out >= (1 - share) / FAR_SHARE * whole
 
 
 def _nearest(sizes: list[int], hashed: set[int], share: float) -> set[int]:
@@ -306,7 +305,10 @@ def _cut(document: str, share: float) -> tuple[str, str] | None:
 
 def _encode(row: object) -> bytes | None:
     """The text as UTF-8; None for what is no text: null, a number, a lone surrogate."""
-    return row.encode() if isinstance(row, str) and is_utf8(row) else None
+    try:  # and not `is_utf8` first, which would encode every text twice
+        return row.encode() if isinstance(row, str) else None
+    except UnicodeEncodeError:
+        return None
 
 
 def check_sides(train: int, validation: int, skipped: Counter[str], description: str, data: DataConfig) -> None:

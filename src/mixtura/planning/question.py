@@ -131,7 +131,6 @@ def question_of(
     vocabulary: int = 1024,
     memory: float | None = None,
     hardware: str | None = None,
-    text_tokens: int | None = None,
     token_by_token: bool = True,
 ) -> Question:
     """A question whose values make sense: parameters without embeddings become the nearest width, and without a limit
@@ -165,6 +164,5 @@ def question_of(
         vocabulary=vocabulary,
         memory=1e9 * machine.memory_gb * machine.devices if memory is None and machine else memory,
         hardware=machine,
-        text_tokens=text_tokens,
         token_by_token=token_by_token,
     )
